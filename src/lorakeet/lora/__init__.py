@@ -1,0 +1,1 @@
+"""The method: ``config`` (settings), ``layer`` (the equation), ``inject`` (plan, then act), ``model`` (verbs), ``merge``."""

@@ -1,0 +1,186 @@
+"""An adapter on disk: PEFT's two files, read and written whole, and checked in both directions.
+
+``adapter_config.json`` says how, ``adapter_model.safetensors`` (metadata ``{"format": "pt"}``) holds the tensors,
+``lorakeet.json`` is our own: base fingerprint and versions. Other tools ignore it, and we do without it too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lorakeet._version import __version__
+from lorakeet.adapter.fingerprint import fingerprint, mismatch
+from lorakeet.adapter.tensors import PREFIX, tensor_names
+from lorakeet.errors import AdapterError, OutputError
+from lorakeet.files import PICKLE_SUFFIXES, write_file, write_json
+from lorakeet.lora.config import find_adapter_file
+from lorakeet.lora.model import LoraModel
+from lorakeet.talk import say, warn
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+OWN_NAME = "lorakeet.json"
+
+
+def write_adapter(
+    model: LoraModel,
+    adapter: str,
+    folder: Path,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write one adapter's files into ``folder``, each whole or not at all.
+
+    Args:
+        state_dict: Gathered tensors of a sharded model; left out: the model's own.
+        notes: What else ``lorakeet.json`` should say, for example the final losses.
+
+    Raises:
+        AdapterError: a tensor has NaN or infinite values; nothing is written then.
+        OutputError: the folder cannot be written to.
+    """
+    if folder.is_file():
+        raise OutputError(f"{folder} is a file, expected a folder to save the adapter in")
+    source = model.state_dict() if state_dict is None else state_dict
+    tensors = {key: source[name].detach().cpu().contiguous() for key, name in tensor_names(model, adapter).items()}
+    if problems := broken(tensors):
+        raise AdapterError(f"adapter {adapter!r} is not saved: {problems}", "lower the learning rate and train again")
+    if never_learned(tensors):
+        warn(f"adapter {adapter!r} changes nothing: every B is zero. Has it been trained?")
+    config = model.peft_config[adapter].model_copy(update={"inference_mode": True})
+    with write_file(folder / WEIGHTS_NAME) as aside:
+        # safetensors refuses tensors that share memory: a tied head and embedding are written as two copies
+        save_file(_unshared(tensors), aside, metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    base = {"name": config.base_model_name_or_path, "fingerprint": fingerprint(model)}
+    write_json(folder / OWN_NAME, {"format": 1, "lorakeet": __version__, "base": base, **(notes or {})})
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    seen: set[int] = set()
+    return {
+        key: tensor.clone() if (at := tensor.data_ptr()) in seen or seen.add(at) else tensor  # type: ignore[func-returns-value]
+        for key, tensor in tensors.items()
+    }
+
+
+def read_tensors(name: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> dict[str, Tensor]:
+    """The tensors of the adapter ``name`` (folder or hub id), on the CPU.
+
+    Raises:
+        AdapterError: there is no safetensors file, only a pickle; or the file is damaged.
+    """
+    path = find_adapter_file(name, WEIGHTS_NAME, revision=revision, subfolder=subfolder)
+    if path is None:
+        folder = Path(name) / (subfolder or "")
+        pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLE_SUFFIXES)
+        if pickles or find_adapter_file(name, "adapter_model.bin", revision=revision, subfolder=subfolder):
+            raise AdapterError(
+                f"{name} holds its weights as a pickle ({', '.join(pickles) or 'adapter_model.bin'}), which may run "
+                "code when opened; expected safetensors",
+                "convert it where you trust it: load it with its own tool and save_pretrained(safe_serialization=True)",
+            )
+        raise AdapterError(f"{name} holds no {WEIGHTS_NAME}", "give the folder that save_pretrained wrote")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            f"{path} is damaged or no safetensors file ({error})", "copy it again; was the transfer complete?"
+        ) from None
+
+
+def read_notes(name: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> dict[str, Any]:
+    """What ``lorakeet.json`` says; empty if another tool made the adapter."""
+    path = find_adapter_file(name, OWN_NAME, revision=revision, subfolder=subfolder)
+    return json.loads(path.read_text(encoding="utf-8")) if path else {}
+
+
+def check_base(name: str | Path, notes: Mapping[str, Any], model: LoraModel) -> None:
+    """Refuse a base that is not the one the adapter was trained on.
+
+    Raises:
+        AdapterError: with both names.
+    """
+    base = notes.get("base") or {}
+    why = mismatch(base["fingerprint"], model) if base.get("fingerprint") else None
+    if why:
+        here = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+        raise AdapterError(
+            f"adapter {str(name)!r} was trained on {base.get('name')!r}, this base is {here!r}: {why}",
+            "load the base it was trained on; allow_other_base=True (--allow-other-base) goes on all the same",
+        )
+
+
+def put_tensors(
+    model: LoraModel, adapter: str, tensors: Mapping[str, Tensor], name: str | Path, *, allow_untrained: bool = False
+) -> None:
+    """Check the tensors against the adapter that ``model`` expects, all complaints at once, then copy them in.
+
+    Raises:
+        AdapterError: a tensor is missing, unexpected, mis-shaped or not finite, or the adapter never learned.
+    """
+    wanted, state = tensor_names(model, adapter), model.state_dict()
+    missing = sorted(set(wanted) - set(tensors))
+    unexpected = sorted(key for key in set(tensors) - set(wanted) if not _redundant(key))
+    shapes = [
+        f"{key} is {list(tensors[key].shape)}, expected {list(state[own].shape)}"
+        for key, own in wanted.items()
+        if key in tensors and tensors[key].shape != state[own].shape
+    ]
+    complaints = [
+        f"{what} ({len(items)}): {', '.join(items)}"
+        for what, items in (("missing tensors", missing), ("unexpected tensors", unexpected), ("wrong shapes", shapes))
+        if items
+    ]
+    if problems := broken(tensors):
+        complaints.append(problems)
+    if complaints:
+        raise AdapterError(
+            f"adapter {str(name)!r} does not fit this model: {'; '.join(complaints)}",
+            "is it the right base, and the adapter_config.json that belongs to the tensors?",
+        )
+    if never_learned(tensors):
+        message = f"adapter {str(name)!r} never learned: every B is zero, so it changes nothing"
+        if not allow_untrained:
+            raise AdapterError(message, "train it; allow_untrained=True loads it all the same")
+        warn(message)
+    with torch.no_grad():
+        for key, own in wanted.items():
+            if own.endswith(".base_layer.weight") and not torch.equal(
+                state[own].cpu(), tensors[key].to(state[own].dtype)
+            ):
+                say(f"{key.removeprefix(PREFIX)} is taken from the adapter: it differs from the base's")
+            state[own].copy_(tensors[key])
+
+
+def _redundant(key: str) -> bool:
+    """Copies that PEFT writes of biases which are in the file under their own names too."""
+    return key.endswith((".original_module.bias", ".modules_to_save.bias"))
+
+
+def broken(tensors: Mapping[str, Tensor]) -> str | None:
+    """A sentence that names the tensors with NaN or infinite values; None if all are finite."""
+    names = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    return f"NaN or infinite values in {len(names)} tensors: {', '.join(sorted(names)[:5])}" if names else None
+
+
+def never_learned(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the low-rank pairs cannot change anything: in each, A or B is all zero (and nothing else was trained)."""
+    pairs: dict[str, bool] = {}
+    for key, tensor in tensors.items():
+        if ".lora_" not in key:
+            if not key.endswith(".base_layer.weight"):
+                return False  # a module trained whole, or biases: judged by the user's own eyes
+            continue
+        layer = key.rpartition(".lora_")[0]
+        dead = not key.endswith(".bias") and not bool(tensor.any())
+        pairs[layer] = pairs.get(layer, False) or dead
+    return bool(pairs) and all(pairs.values())

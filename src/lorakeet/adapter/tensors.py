@@ -1,0 +1,76 @@
+"""Which tensors an adapter is made of, and what each is called in the file and in the model.
+
+In the file every key starts with ``base_model.model.`` and carries no adapter name (PEFT's format); in the model the name
+of the adapter stands in the middle. One table serves saving and loading, so the two cannot disagree.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lorakeet.lora.layer import LoraEmbedding, LoraLayer, LoraLinear
+from lorakeet.lora.model import LoraModel
+from lorakeet.lora.saved import SavedModule
+
+PREFIX = "base_model.model."
+#: Embeddings that PEFT saves whole as soon as they are adapted.
+SAVED_EMBEDDINGS = ("embed_tokens", "lm_head")
+
+
+def tensor_names(model: LoraModel, adapter: str) -> dict[str, str]:
+    """Key in the file -> key in ``model.state_dict()``, for every tensor of the adapter.
+
+    Per layer ``lora_A.weight`` [r, in] and ``lora_B.weight`` [out, r] (``lora_B.bias`` [out]), or ``lora_embedding_A``
+    [r, vocabulary] and ``lora_embedding_B`` [dim, r]; modules trained whole under their own names; the base's biases as
+    the config's ``bias`` says; an adapted ``embed_tokens`` or ``lm_head`` itself.
+    """
+    names: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, SavedModule) and adapter in module.modules_to_save:
+            copy = module.modules_to_save[adapter]
+            names |= {f"{path}.{key}": f"{path}.modules_to_save.{adapter}.{key}" for key in copy.state_dict()}
+        elif isinstance(module, LoraLayer) and adapter in module.r:
+            names |= _layer_names(path, module, adapter)
+    names |= _bias_names(model, adapter)
+    names |= _embedding_names(model, adapter)
+    return {PREFIX + key: value for key, value in names.items()}
+
+
+def _layer_names(path: str, layer: LoraLayer, adapter: str) -> dict[str, str]:
+    if isinstance(layer, LoraEmbedding):
+        return {f"{path}.{part}": f"{path}.{part}.{adapter}" for part in ("lora_embedding_A", "lora_embedding_B")}
+    assert isinstance(layer, LoraLinear)
+    ends = ["lora_A.weight", "lora_B.weight"] + (["lora_B.bias"] if layer.lora_B[adapter].bias is not None else [])
+    return {f"{path}.{end}": f"{path}.{end.replace('.', f'.{adapter}.')}" for end in ends}
+
+
+def _bias_names(model: LoraModel, adapter: str) -> dict[str, str]:
+    mode = model.peft_config[adapter].bias
+    if mode == "none":
+        return {}
+    adapted = {path for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+    names = {}
+    for name, _ in model.named_parameters():
+        if not name.endswith(".bias") or ".lora_" in name or ".modules_to_save." in name or ".original_module." in name:
+            continue
+        if mode == "all" or name.removesuffix(".base_layer.bias") in adapted:
+            names[name] = name
+    return names
+
+
+def _embedding_names(model: LoraModel, adapter: str) -> dict[str, str]:
+    targets = model.peft_config[adapter].target_modules
+    wanted = {
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.r and path.rpartition(".")[2] in SAVED_EMBEDDINGS
+    }
+    if isinstance(targets, list) and not any(name in targets for name in SAVED_EMBEDDINGS):
+        return {}
+    return {f"{path}.base_layer.weight": f"{path}.base_layer.weight" for path in sorted(wanted)}
+
+
+def owner(model: nn.Module, key: str) -> tuple[nn.Module, str]:
+    """The module that holds the tensor ``key`` of the state dict, and its name there."""
+    path, _, leaf = key.rpartition(".")
+    return model.get_submodule(path), leaf

@@ -1,0 +1,69 @@
+"""Dropout whose mask is made again from a seed, so that backward needs no stored copy of it.
+
+``dropout(x) = x · m / (1 - p)`` with m a 0/1 mask (Srivastava et al. 2014). A mask costs 16 random bits an element, so p
+is rounded to a multiple of 2⁻¹⁶ and the scale uses the rounded value: the expectation stays exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LEVELS = 1 << 16
+
+
+def dropped_levels(p: float) -> int:
+    """p as a count of 2⁻¹⁶ steps, at most 65535 so that something is always kept."""
+    return min(round(p * _LEVELS), _LEVELS - 1)
+
+
+def keep_scale(p: float) -> float:
+    """1 / (1 - p), for the p that the mask really has."""
+    return _LEVELS / (_LEVELS - dropped_levels(p))
+
+
+def draw_seed() -> int:
+    """A seed from torch's default CPU generator, so that runs repeat and checkpointed layers recompute the same mask."""
+    return int(torch.empty((), dtype=torch.int64).random_())
+
+
+def keep_mask(seed: int, shape: torch.Size | tuple[int, ...], p: float, device: torch.device) -> Tensor:
+    """The bool mask of ``seed``: False with probability p. The same seed, shape and device give the same mask.
+
+    Args:
+        seed: From :func:`draw_seed`.
+        shape: Shape of the mask.
+        p: Probability of a False, 0 <= p < 1.
+        device: Where the mask is made.
+    """
+    count = 1
+    for size in shape:
+        count *= size
+    generator = torch.Generator(device=device).manual_seed(seed)
+    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
+    words.random_(torch.iinfo(torch.int64).min, None, generator=generator)  # all 64 bits: four draws a word
+    draws = words.view(torch.int16)[:count].view(shape)
+    return draws >= dropped_levels(p) - _LEVELS // 2
+
+
+def dropout_reference(x: Tensor, mask: Tensor, p: float) -> Tensor:
+    """The slow truth: x · mask / (1 - p), in the dtype of x."""
+    return x * mask * keep_scale(p)
+
+
+class _SeededDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, p: float, seed: int) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.p, ctx.seed = p, seed
+        return dropout_reference(x, keep_mask(seed, x.shape, p, x.device), p)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        return dropout_reference(grad, keep_mask(ctx.seed, grad.shape, ctx.p, grad.device), ctx.p), None, None
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Dropout of x (any shape, floating) that stores a seed for backward instead of a mask."""
+    if not training or p == 0.0:
+        return x
+    return _SeededDropout.apply(x, p, draw_seed())

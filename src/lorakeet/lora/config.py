@@ -1,0 +1,196 @@
+"""``LoraConfig``: the method's settings in the artefact's own terms.
+
+The settings themselves (name, default, check, help) stand once, in :class:`lorakeet.config.LoraSettings`. Here they meet
+what an ``adapter_config.json`` says besides. Keys of PEFT's that Lorakeet does not implement are kept on a round trip
+while they are neutral, and refused as soon as they would change what the adapter computes.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
+
+from lorakeet.config import LoraSettings, complaints
+from lorakeet.errors import AdapterError, ConfigError, LorakeetError, did_you_mean
+from lorakeet.files import hub_file, write_json
+
+CONFIG_NAME = "adapter_config.json"
+#: The release of PEFT whose file format we read and write.
+PEFT_FORMAT = "0.21.2"
+
+#: PEFT's other keys with the values that mean "not used".
+NEUTRAL: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "kasa_config": None,
+    "layer_replication": None,
+    "loftq_config": {},
+    "lora_ga_config": None,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "monteclora_config": None,
+    "qalora_group_size": 16,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "velora_config": None,
+}
+
+
+class TaskType(enum.StrEnum):
+    """What the model is for; PEFT's names."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PeftConfig(LoraSettings):
+    """Settings of one adapter and what its file says besides; ``PeftConfig.from_pretrained`` reads any.
+
+    Raises:
+        ConfigError: a key is unknown (with the nearest name), of the wrong type or out of range; or it is one of PEFT's
+            that Lorakeet does not implement and it would change the result.
+    """
+
+    model_config = ConfigDict(frozen=False, extra="forbid", use_enum_values=True)
+
+    task_type: TaskType | None = Field(None, description="what the model is for")
+    peft_type: str = Field("LORA", pattern="^LORA$", description="the method; always LORA")
+    auto_mapping: dict[str, Any] | None = Field(None, description="class of a base that has no task type")
+    base_model_name_or_path: str | None = Field(None, description="public name of the base model")
+    revision: str | None = Field(None, description="revision of the base model on the hub")
+    inference_mode: bool = Field(False, description="True in a saved adapter: its weights are frozen when loaded")
+    peft_version: str | None = Field(None, description="release of PEFT that wrote the file")
+
+    _foreign: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    def __init__(self, **values: Any) -> None:
+        unknown = set(values) - set(type(self).model_fields) - set(NEUTRAL)
+        if unknown:
+            raise ConfigError(
+                f"unknown argument of LoraConfig {', '.join(map(repr, sorted(unknown)))}",
+                did_you_mean(min(unknown), type(self).model_fields),
+            )
+        self._check_and_set(values)
+
+    def _check_and_set(self, values: dict[str, Any]) -> None:
+        own = {key: value for key, value in values.items() if key in type(self).model_fields}
+        foreign = {key: value for key, value in values.items() if key not in own}
+        loud = {key: value for key, value in foreign.items() if not _is_neutral(key, value)}
+        if loud:
+            listed = ", ".join(f"{key}={value!r}" for key, value in sorted(loud.items()))
+            raise ConfigError(
+                f"this adapter uses {listed}, which this version of Lorakeet does not implement and which would change "
+                "the result",
+                "train it without, or use a newer version",
+            )
+        try:
+            super().__init__(**own)
+        except ValidationError as error:
+            raise complaints(error, type(self)) from None
+        self._foreign = foreign
+
+    # -- what the numbers mean ------------------------------------------------------------------------------------
+
+    def scaling(self, r: int, alpha: float) -> float:
+        """s in h = W₀x + s·BAx: α/r (Hu et al. 2021), or α/√r with ``use_rslora`` (Kalajdzievski 2023)."""
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+    # -- the file ---------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key of an ``adapter_config.json``, those of PEFT that we do not implement included."""
+        values = self.model_dump(mode="json")
+        values["lora_alpha"] = _integral(values["lora_alpha"])  # some readers parse an unsigned integer
+        values["alpha_pattern"] = {key: _integral(value) for key, value in values["alpha_pattern"].items()}
+        values["peft_version"] = values["peft_version"] or PEFT_FORMAT
+        return dict(sorted({**NEUTRAL, **self._foreign, **values}.items()))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LoraConfig:
+        """The inverse of :meth:`to_dict`. Unknown keys of a newer PEFT are kept if neutral, else refused.
+
+        Raises:
+            ConfigError: as the constructor, or ``peft_type`` is another method.
+        """
+        if values.get("peft_type", "LORA") != "LORA":
+            raise ConfigError(f"this adapter is of type {values['peft_type']!r}, expected 'LORA'")
+        config = LoraConfig.__new__(LoraConfig)
+        config._check_and_set(values)
+        return config
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Write ``adapter_config.json`` into the folder."""
+        write_json(Path(save_directory) / CONFIG_NAME, self.to_dict())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> LoraConfig:
+        """Read ``adapter_config.json`` from a folder or a hub id. ``kwargs``: ``revision``, and values to override.
+
+        Raises:
+            AdapterError: there is no such file, or it is not a JSON object.
+            ConfigError: see :meth:`from_dict`.
+        """
+        revision, subfolder = kwargs.pop("revision", None), kwargs.pop("subfolder", None)
+        path = find_adapter_file(pretrained_model_name_or_path, CONFIG_NAME, revision=revision, subfolder=subfolder)
+        if path is None:
+            raise AdapterError(
+                f"{pretrained_model_name_or_path} holds no {CONFIG_NAME}",
+                "give the folder that save_pretrained wrote, or the adapter's hub id",
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise AdapterError(f"{path} is not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise AdapterError(f"{path} holds a {type(values).__name__}, expected a JSON object")
+        return cls.from_dict({**values, **{key: kwargs[key] for key in kwargs if key in cls.model_fields}})
+
+
+class LoraConfig(PeftConfig):
+    """Settings of one LoRA adapter, with the names and defaults of ``peft.LoraConfig``."""
+
+
+def find_adapter_file(
+    name: str | Path, filename: str, *, revision: str | None = None, subfolder: str | None = None
+) -> Path | None:
+    """``filename`` of the adapter ``name`` (folder or hub id); None if the adapter has no such file.
+
+    Raises:
+        AdapterError: there is no such folder and the hub has no such adapter, or cannot be asked.
+    """
+    inner = f"{subfolder}/{filename}" if subfolder else filename
+    folder = Path(name)
+    if folder.is_dir():
+        return folder / inner if (folder / inner).is_file() else None
+    text = str(name)
+    if folder.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        found = "is a file" if folder.exists() else "does not exist"
+        raise AdapterError(f"adapter {text!r} {found}, expected a folder with {CONFIG_NAME} or a hub id like user/name")
+    try:
+        return hub_file(text, inner, revision=revision)
+    except LorakeetError as error:
+        raise AdapterError(f"adapter {text!r} is no folder here; {error.message}", error.hint) from error
+
+
+def _integral(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _is_neutral(key: str, value: Any) -> bool:
+    """Whether a foreign key leaves the result alone: unset, as PEFT's default, or only read when a switch is on."""
+    return value in (None, False, {}, []) or value == NEUTRAL.get(key) or key in ("megatron_core", "qalora_group_size")

@@ -1,0 +1,278 @@
+"""The layer: h = W₀x + s·B·A·dropout(x), s = α/r  (Hu et al. 2021, arXiv:2106.09685, equation 3).
+
+W₀ is frozen and belongs to whatever layer is wrapped. A [r, in] starts Kaiming-uniform (a = √5) and B [out, r] at zero, so a
+new adapter changes nothing. For an embedding the input is one-hot: A is [r, vocabulary] and starts at zero, B is
+[dim, r] and starts normal. One layer holds any number of adapters by name; :class:`Switch` says which of them answer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorakeet.kernels.dropout import dropout
+from lorakeet.kernels.lora_linear import lora_linear
+from lorakeet.lora.config import PeftConfig
+
+
+@dataclass
+class Switch:
+    """Which adapters answer, shared by all layers of a model: switching is one assignment."""
+
+    active: tuple[str, ...] = ()
+    enabled: bool = True
+
+
+class LoraLayer(nn.Module):
+    """A base layer and its adapters. Subclasses say how one kind of layer multiplies.
+
+    Attributes (by adapter name): ``r``, ``lora_alpha``, ``scaling``, and in subclasses the parameters themselves.
+    """
+
+    linear = False
+    base_layer: Any  # whatever module is adapted; it answers forward(), weight and bias
+
+    def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.switch = switch
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.lora_dropout: dict[str, float] = {}
+        self.originals: dict[str, Tensor] = {}  # parameters as they were before a merge, by name
+        self.merged_adapters: list[str] = []
+
+    # -- what a kind of layer answers -------------------------------------------------------------------------------
+
+    def make(self, adapter: str, config: PeftConfig, r: int) -> None:
+        """Create and initialise the adapter's parameters."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """h = W₀x + s·B·A·dropout(x), summed over the active adapters."""
+        raise NotImplementedError
+
+    def parts(self, adapter: str) -> list[Tensor]:
+        """The adapter's parameters in this layer."""
+        raise NotImplementedError
+
+    def delta(self, adapter: str) -> Tensor:
+        """ΔW = s·B·A in the base weight's layout, in the adapter's dtype. The only place that forms it."""
+        raise NotImplementedError
+
+    # -- adapters ---------------------------------------------------------------------------------------------------
+
+    def add_adapter(self, adapter: str, config: PeftConfig, r: int, alpha: float) -> None:
+        """Give the layer a further adapter of rank r."""
+        self.make(adapter, config, r)
+        self.r[adapter], self.lora_alpha[adapter] = r, alpha
+        self.scaling[adapter] = config.scaling(r, alpha)
+        self.lora_dropout[adapter] = config.lora_dropout
+
+    def delete_adapter(self, adapter: str) -> None:
+        """Forget the adapter's parameters."""
+        for table in (self.r, self.lora_alpha, self.scaling, self.lora_dropout):
+            table.pop(adapter, None)
+
+    def set_trainable(self, adapter: str, trainable: bool) -> None:
+        """Whether the adapter's parameters learn."""
+        if adapter in self.r:
+            for parameter in self.parts(adapter):
+                parameter.requires_grad_(trainable)
+
+    @property
+    def answering(self) -> list[str]:
+        """The adapters that add to the base's answer now; none while merged, since the weight holds them."""
+        if not self.switch.enabled or self.merged_adapters:
+            return []
+        return [adapter for adapter in self.switch.active if adapter in self.r]
+
+    # -- merging ----------------------------------------------------------------------------------------------------
+
+    def merge_(self, adapters: list[str]) -> None:
+        """W ← W + Σ ΔW (and b ← b + Σ s·b_B), rounded once. The old parameters are kept for :meth:`unmerge_`.
+
+        The merged weight is a new parameter, so a weight tied to another module's leaves that module alone.
+        """
+        mine = [adapter for adapter in adapters if adapter in self.r]
+        if not mine:
+            return
+        weight = self.base_layer.weight.to(self.delta(mine[0]).dtype)
+        for adapter in mine:
+            weight = weight + self.delta(adapter)
+        self._swap("weight", weight)
+        for extra in map(self.bias_delta, mine):
+            if extra is not None:
+                self._swap("bias", self.base_layer.bias + extra)
+        self.merged_adapters = mine
+
+    def bias_delta(self, adapter: str) -> Tensor | None:
+        """What merging adds to the base's bias, if anything."""
+        return None
+
+    def unmerge_(self) -> None:
+        """Put the original parameters back, bit for bit."""
+        for name, original in self.originals.items():
+            setattr(self.base_layer, name, original)
+        self.forget_originals()
+        self.merged_adapters = []
+
+    def forget_originals(self) -> None:
+        """Let go of what :meth:`unmerge_` would need."""
+        self.originals = {}
+
+    def _swap(self, name: str, value: Tensor) -> None:
+        old = getattr(self.base_layer, name)
+        self.originals.setdefault(name, old)
+        setattr(self.base_layer, name, nn.Parameter(value.detach().to(old.dtype), requires_grad=old.requires_grad))
+
+    def __getattr__(self, name: str) -> Any:
+        # ``weight``, ``bias``, ``in_features`` and the like, asked for by code that does not know about adapters
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "base_layer" not in self._modules:
+                raise
+            return getattr(self.base_layer, name)
+
+    def _adapter_dtype(self) -> torch.dtype:
+        """fp32 beside a half-precision or integer base (small updates would be rounded away), else the base's own."""
+        return torch.float64 if self.base_layer.weight.dtype == torch.float64 else torch.float32
+
+
+class LoraLinear(LoraLayer):
+    """LoRA on ``nn.Linear`` (weight [out, in]) and on the ``Conv1D`` of GPT-2 (weight [in, out])."""
+
+    linear = True
+
+    def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
+        super().__init__(base_layer, switch)
+        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
+        self.fan_in_fan_out = isinstance(base_layer, Conv1D)
+
+    def pair(self, adapter: str) -> tuple[nn.Linear, nn.Linear]:
+        """(A, B) as linear layers: weights [r, in] and [out, r]."""
+        return cast(nn.Linear, self.lora_A[adapter]), cast(nn.Linear, self.lora_B[adapter])
+
+    def make(self, adapter: str, config: PeftConfig, r: int) -> None:
+        weight: Tensor = self.base_layer.weight
+        out_features, in_features = reversed(weight.shape) if self.fan_in_fan_out else weight.shape
+        place: dict[str, Any] = {"device": weight.device, "dtype": self._adapter_dtype()}
+        self.lora_A[adapter] = nn.utils.skip_init(nn.Linear, in_features, r, bias=False, **place)
+        self.lora_B[adapter] = nn.utils.skip_init(nn.Linear, r, out_features, bias=config.lora_bias, **place)
+        a, b = self.pair(adapter)
+        initialise(a.weight, b.weight, config.init_lora_weights)
+        if config.lora_bias:
+            nn.init.zeros_(b.bias)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapters = self.answering
+        if not adapters:
+            return self.base_layer(x, *args, **kwargs)
+        if len(adapters) == 1 and self._plain(adapters[0]):
+            (a, b), base = self.pair(adapters[0]), self.base_layer
+            p = self.lora_dropout[adapters[0]] if self.training else 0.0
+            scaling = self.scaling[adapters[0]]
+            return lora_linear(x, base.weight, base.bias, a.weight, b.weight, scaling, p, self.fan_in_fan_out)
+        h = self.base_layer(x, *args, **kwargs)
+        for adapter in adapters:
+            a, b = self.pair(adapter)
+            low = dropout(x.to(a.weight.dtype), self.lora_dropout[adapter], self.training)
+            h = (h + b(a(low)) * self.scaling[adapter]).to(h.dtype)
+        return h
+
+    def _plain(self, adapter: str) -> bool:
+        """Whether base and update can run as one operation: a dense frozen weight that nothing else watches or moves."""
+        base = self.base_layer
+        return (
+            type(base) in (nn.Linear, Conv1D)
+            and not base.weight.requires_grad
+            and "forward" not in base.__dict__  # a device-map hook brings the weight only inside base.forward
+            and not base._forward_hooks
+            and not base._forward_pre_hooks
+            and self.pair(adapter)[1].bias is None
+            and not base.weight.is_meta
+        )
+
+    def parts(self, adapter: str) -> list[Tensor]:
+        a, b = self.pair(adapter)
+        return [a.weight, b.weight] + ([] if b.bias is None else [b.bias])
+
+    def delta(self, adapter: str) -> Tensor:
+        a, b = self.pair(adapter)
+        ba = self.scaling[adapter] * (b.weight @ a.weight)  # [out, in]
+        return ba.T if self.fan_in_fan_out else ba
+
+    def bias_delta(self, adapter: str) -> Tensor | None:
+        b = self.pair(adapter)[1]
+        return None if b.bias is None else self.scaling[adapter] * b.bias
+
+    def delete_adapter(self, adapter: str) -> None:
+        super().delete_adapter(adapter)
+        for table in (self.lora_A, self.lora_B):
+            if adapter in table:
+                del table[adapter]
+
+
+class LoraEmbedding(LoraLayer):
+    """LoRA on ``nn.Embedding`` (weight [vocabulary, dim]): the input is one-hot, so A·x is a column of A."""
+
+    def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
+        super().__init__(base_layer, switch)
+        self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
+
+    def make(self, adapter: str, config: PeftConfig, r: int) -> None:
+        weight: Tensor = self.base_layer.weight
+        vocabulary, dim = weight.shape
+        place: dict[str, Any] = {"device": weight.device, "dtype": self._adapter_dtype()}
+        self.lora_embedding_A[adapter] = nn.Parameter(torch.zeros(r, vocabulary, **place))
+        self.lora_embedding_B[adapter] = nn.Parameter(torch.empty(dim, r, **place).normal_())
+        if config.init_lora_weights is False:  # both random, as the linear layers of such a test
+            nn.init.normal_(self.lora_embedding_A[adapter])
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        h = self.base_layer(x, *args, **kwargs)
+        scale = getattr(self.base_layer, "embed_scale", None)  # some embeddings multiply their output
+        for adapter in self.answering:
+            columns = F.embedding(x, self.lora_embedding_A[adapter].T)  # [..., r]
+            update = columns @ self.lora_embedding_B[adapter].T * self.scaling[adapter]
+            h = (h + (update if scale is None else update * scale)).to(h.dtype)
+        return h
+
+    def parts(self, adapter: str) -> list[Tensor]:
+        return [self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]]
+
+    def delta(self, adapter: str) -> Tensor:
+        return self.scaling[adapter] * (self.lora_embedding_B[adapter] @ self.lora_embedding_A[adapter]).T
+
+    def delete_adapter(self, adapter: str) -> None:
+        super().delete_adapter(adapter)
+        for table in (self.lora_embedding_A, self.lora_embedding_B):
+            if adapter in table:
+                del table[adapter]
+
+
+def initialise(lora_A: Tensor, lora_B: Tensor, how: bool | str) -> None:
+    """A Kaiming-uniform (a = √5) or normal (std 1/r), B zero; ``False``: both random, so that a test sees a change."""
+    if how == "gaussian":
+        nn.init.normal_(lora_A, std=1 / lora_A.shape[0])
+    else:
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+    if how is False:
+        nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+    else:
+        nn.init.zeros_(lora_B)
+
+
+def layer_class(module: nn.Module) -> type[LoraLayer] | None:
+    """The class that puts LoRA on ``module``; None if there is none."""
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return LoraLinear
+    return LoraEmbedding if isinstance(module, nn.Embedding) else None
