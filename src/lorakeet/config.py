@@ -33,9 +33,7 @@ class BaseSettings(Section):
 
     model: str = Field(DEFAULT_MODEL, description="hub id, local folder or GGUF file of the base model")
     revision: str | None = Field(None, description="branch, tag or commit of the hub repository")
-    bits: Literal[8, 16, 32] | None = Field(
-        None, description="bits per base weight; left out: as the dtype says"
-    )
+    bits: Literal[8, 16, 32] | None = Field(None, description="bits per base weight; left out: as the dtype says")
     dtype: DtypeName = Field("auto", description="number format of the base and of its arithmetic")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     trust_remote_code: bool = Field(
@@ -47,15 +45,11 @@ class LoraSettings(Section):
     """The method's settings, with the field's names and defaults (Hu et al. 2021, arXiv:2106.09685)."""
 
     r: Annotated[int, Field(gt=0)] = Field(8, description="rank: the inner size of B·A")
-    lora_alpha: Annotated[int | float, Field(gt=0)] = Field(
-        8, description="the update is scaled by lora_alpha / r"
-    )
+    lora_alpha: Annotated[int | float, Field(gt=0)] = Field(8, description="the update is scaled by lora_alpha / r")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="probability that an input of the low-rank path is zeroed while training"
     )
-    bias: Literal["none", "all", "lora_only"] = Field(
-        "none", description="which biases train: none, all, lora_only"
-    )
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases train: none, all, lora_only")
     target_modules: list[str] | str | None = Field(
         None,
         description="layers to adapt: names or suffixes, one regular expression, 'all-linear', or left out for the "
@@ -64,13 +58,9 @@ class LoraSettings(Section):
     exclude_modules: list[str] | str | None = Field(
         None, description="layers never to adapt: names, suffixes or one regex"
     )
-    modules_to_save: list[str] | None = Field(
-        None, description="modules trained whole and saved with the adapter"
-    )
+    modules_to_save: list[str] | None = Field(None, description="modules trained whole and saved with the adapter")
     layers_to_transform: list[int] | int | None = Field(None, description="only these layer numbers")
-    layers_pattern: list[str] | str | None = Field(
-        None, description="name of the module list that the numbers index"
-    )
+    layers_pattern: list[str] | str | None = Field(None, description="name of the module list that the numbers index")
     rank_pattern: dict[str, Annotated[int, Field(gt=0)]] = Field(
         default_factory=dict, description="another rank for layers whose name matches"
     )
@@ -78,9 +68,7 @@ class LoraSettings(Section):
         default_factory=dict, description="another alpha for layers whose name matches"
     )
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) (arXiv:2312.03732)")
-    fan_in_fan_out: bool = Field(
-        False, description="the weight is stored [in, out] (set by itself for GPT-2's Conv1D)"
-    )
+    fan_in_fan_out: bool = Field(False, description="the weight is stored [in, out] (set by itself for GPT-2's Conv1D)")
     init_lora_weights: bool | Literal["gaussian"] = Field(
         True,
         description="true: A Kaiming-uniform, B zero; gaussian: A normal, B zero; false: both random (for tests)",
@@ -91,22 +79,19 @@ class LoraSettings(Section):
     @classmethod
     def _names_are_a_list(cls, value: Any) -> Any:
         return (
-            sorted(value)
-            if isinstance(value, (set, frozenset))
-            else list(value)
-            if isinstance(value, tuple)
-            else value
+            sorted(value) if isinstance(value, (set, frozenset)) else list(value) if isinstance(value, tuple) else value
         )
 
 
 class DataSettings(Section):
     """Which text to learn, and how it becomes samples."""
 
-    path: str | None = Field(None, description="file, folder or hub id of the data")
+    path: str | None = Field(None, description="file, folder or hub id of the data; fortunes: embedded quotations")
     format: Literal["auto", "json", "jsonl", "csv", "parquet", "text", "fortune"] = Field(
         "auto", description="file format; auto: by suffix and content"
     )
-    split: str = Field("train", description="which split of a hub data set")
+    subset: str | None = Field(None, description="which configuration of a hub data set that has several")
+    split: str = Field("train", description="which split of a hub data set or of a folder")
     text_column: str | None = Field(None, description="column that holds the text; left out: found")
     max_length: Annotated[int, Field(gt=1)] = Field(
         512, description="tokens per sample, end token included; longer ones are cut"
@@ -120,18 +105,12 @@ class DataSettings(Section):
 class TrainSettings(Section):
     """How long and how fast to learn."""
 
-    steps: Annotated[int, Field(gt=0)] | None = Field(
-        None, description="optimizer steps; left out: by epochs"
-    )
-    epochs: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="passes over the data, where steps is left out"
-    )
+    steps: Annotated[int, Field(gt=0)] | None = Field(None, description="optimizer steps; left out: by epochs")
+    epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the data, where steps is left out")
     batch_size: Annotated[int, Field(gt=0)] = Field(4, description="samples per forward pass and process")
     grad_accum: Annotated[int, Field(gt=0)] = Field(4, description="forward passes per optimizer step")
     lr: Annotated[float, Field(gt=0)] = Field(2e-4, description="peak learning rate")
-    warmup: Annotated[int, Field(ge=0)] = Field(
-        0, description="steps over which the learning rate rises to its peak"
-    )
+    warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps over which the learning rate rises to its peak")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="how the learning rate goes after the warm-up"
     )
@@ -147,9 +126,7 @@ class TrainSettings(Section):
     save_every: Annotated[int, Field(gt=0)] | None = Field(
         None, description="steps between checkpoints; left out: only on Ctrl-C"
     )
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations in backward: less memory, more time"
-    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, more time")
 
 
 class RunConfig(Section):
@@ -159,9 +136,7 @@ class RunConfig(Section):
     lora: LoraSettings = Field(default_factory=LoraSettings, description="the method")
     data: DataSettings = Field(default_factory=DataSettings, description="the data")
     train: TrainSettings = Field(default_factory=TrainSettings, description="the training")
-    out: str = Field(
-        "lorakeet-run", description="folder of the run: run.yaml, metrics.jsonl, summary.json, adapter/"
-    )
+    out: str = Field("lorakeet-run", description="folder of the run: run.yaml, metrics.jsonl, summary.json, adapter/")
 
     def to_yaml(self) -> str:
         """The complete configuration as YAML, in the order of the classes above."""
@@ -174,9 +149,7 @@ def complaints(error: ValidationError, section: type[BaseModel]) -> ConfigError:
     for item in error.errors():
         # A union reports the branch it tried as a part of the place: keep only the parts that are names of settings.
         place = [
-            str(part)
-            for part in item["loc"]
-            if "[" not in str(part) and part not in ("str", "int", "bool", "float")
+            str(part) for part in item["loc"] if "[" not in str(part) and part not in ("str", "int", "bool", "float")
         ]
         name = ".".join(place)
         if item["type"] == "extra_forbidden":
@@ -242,9 +215,7 @@ def read_run(
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
-            raise ConfigError(
-                f"override {override!r} has no '='", "write it as section.key=value, e.g. lora.r=32"
-            )
+            raise ConfigError(f"override {override!r} has no '='", "write it as section.key=value, e.g. lora.r=32")
         _put(tree, name.strip(), _scalar(text))
     return make_run(tree)
 

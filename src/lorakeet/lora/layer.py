@@ -85,7 +85,7 @@ class LoraLayer(nn.Module):
         """Whether the adapter's parameters learn."""
         if adapter in self.r:
             for parameter in self.parts(adapter):
-                parameter.requires_grad_(trainable)
+                parameter.requires_grad = trainable
 
     @property
     def answering(self) -> list[str]:
@@ -202,8 +202,9 @@ class LoraLinear(LoraLayer):
         )
 
     def parts(self, adapter: str) -> list[Tensor]:
-        a, b = self.pair(adapter)
-        return [a.weight, b.weight] + ([] if b.bias is None else [b.bias])
+        # straight to the tables: switching adapters asks every layer, and nn.Module's attribute look-up is slow
+        tables = (self._modules["lora_A"]._modules[adapter], self._modules["lora_B"]._modules[adapter])  # type: ignore[union-attr]
+        return [p for half in tables for p in half._parameters.values() if p is not None]  # type: ignore[union-attr]
 
     def delta(self, adapter: str) -> Tensor:
         a, b = self.pair(adapter)

@@ -38,6 +38,7 @@ class LoraModel(nn.Module):
 
     peft_config: dict[str, PeftConfig]
     switch: Switch
+    _parts: list[Part]  # found once an injection, so that switching does not walk the whole model
 
     # -- which adapters there are, and which answer -----------------------------------------------------------------
 
@@ -51,11 +52,9 @@ class LoraModel(nn.Module):
         """The adapter that answers; the first, where several do."""
         return self.switch.active[0]
 
-    def lora_parts(self) -> Iterator[Part]:
+    def lora_parts(self) -> list[Part]:
         """Every LoRA layer and every module trained whole."""
-        for module in self.modules():
-            if isinstance(module, (LoraLayer, SavedModule)):
-                yield module
+        return self._parts
 
     def lora_layers(self) -> list[LoraLayer]:
         """Every LoRA layer."""
@@ -76,6 +75,7 @@ class LoraModel(nn.Module):
         for part in touched:
             part.set_trainable(adapter_name, False)
             part.train(self.training)
+        self._parts = [module for module in self.modules() if isinstance(module, (LoraLayer, SavedModule))]
         self.peft_config[adapter_name] = config
         return what
 
@@ -103,7 +103,7 @@ class LoraModel(nn.Module):
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         for name in names:
             self._known(name)
-        parts = list(self.lora_parts())
+        parts = self.lora_parts()
         if any(isinstance(part, LoraLayer) and part.merged_adapters for part in parts):
             raise AdapterError("an adapter is merged into the base, so switching would do nothing", "unmerge first")
         self.switch.active = names
@@ -204,7 +204,7 @@ class LoraModel(nn.Module):
             self.unmerge()
         restore(self)
         _, base_class = _parents(type(self))
-        del self.peft_config, self.switch
+        del self.peft_config, self.switch, self._parts
         for module in self.modules():
             if module.__dict__.get("model") is self:
                 del module.__dict__["model"]
@@ -261,7 +261,7 @@ def adopt(model: Any, own: type[LoraModel]) -> LoraModel:
     for module in (backbone if isinstance(backbone, nn.Module) else model, model):
         if not hasattr(module, "model"):  # PEFT's path model.base_model.model leads to the model
             module.__dict__["model"] = model
-    model.peft_config = {}
+    model.peft_config, model._parts = {}, []
     model.switch = Switch()
     model.__class__ = _subclass(own, type(model))
     return model

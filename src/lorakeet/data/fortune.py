@@ -1,0 +1,112 @@
+"""Fortune files: quotations between lines of a single ``%``, with the author after ``-- `` (fortune(6), strfile(1)).
+
+The text of a quotation stays as written, line breaks and indentation included. Three things are cleaned, because a
+model should not learn to write them:
+
+- an attribution, however far it was indented and over however many lines it ran, becomes one line ``-- Author``;
+- overstrikes of paper terminals (``_\\b`` for underlining, ``'\\be`` for é) become the letter they were printed for;
+- blanks at the ends of lines, blank lines around a quotation and comments (lines that begin with ``%%``) are dropped.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+DELIMITER = re.compile(r"^%[ \t]*$", re.MULTILINE)
+_DASHED = re.compile(r"([ \t]*)--[ \t]+\S.*")
+_OVERSTRIKE = re.compile(r"(.)\x08(.?)")
+_ACCENTS = {"'": "\u0301", "`": "\u0300", "^": "\u0302", '"': "\u0308", "~": "\u0303", ",": "\u0327"}
+_ROTATED = 0x4  # strfile's flag: every letter moved by 13 places, so that nobody is offended by accident
+
+
+@dataclass(frozen=True)
+class Quotation:
+    """One quotation: the ``line`` it begins on (from 1), its clean ``text`` and the last ``author`` in it, if any."""
+
+    line: int
+    text: str
+    author: str | None
+
+
+def parse_fortunes(text: str) -> list[Quotation]:
+    """All quotations of a fortune file's text, in order; empty ones are left out."""
+    quotations, line = [], 1
+    for record in DELIMITER.split(text):
+        lines = ["" if row.startswith("%%") else _printed(row).rstrip() for row in record.split("\n")]
+        first = next((number for number, row in enumerate(lines) if row), None)
+        if first is not None:
+            while not lines[-1]:
+                lines.pop()
+            quotations.append(Quotation(line + first, *_attributed(lines[first:])))
+        line += record.count("\n")
+    return quotations
+
+
+def indexed_by(path: Path) -> Path | None:
+    """The fortune file whose index ``path`` is: strfile(1) puts it beside, with ``.dat`` added to the name."""
+    file = path.with_suffix("")
+    return file if path.suffix == ".dat" and file.is_file() else None
+
+
+def is_rotated(path: Path) -> bool:
+    """Whether the index beside ``path`` says that its letters are rotated by 13 places."""
+    try:
+        # Big-endian words of 4 bytes: version, count, longest, shortest, flags, delimiter.
+        header = path.with_name(f"{path.name}.dat").read_bytes()[:24]
+    except OSError:
+        return False
+    return len(header) == 24 and bool(int.from_bytes(header[16:20], "big") & _ROTATED)
+
+
+def _printed(row: str) -> str:
+    """``row`` as paper showed it: the second of two overstruck signs, with the first as its accent if it is one."""
+
+    def struck(match: re.Match[str]) -> str:
+        below, above = match.groups()
+        composed = unicodedata.normalize("NFC", above + _ACCENTS.get(below, ""))
+        return composed if len(composed) == 1 else above
+
+    return _OVERSTRIKE.sub(struck, row).replace("\x08", "") if "\x08" in row else row
+
+
+def _attributed(lines: list[str]) -> tuple[str, str | None]:
+    """The text with each attribution on one clean line, and the last attribution."""
+    text: list[str] = []
+    author = None
+    at = 0
+    while at < len(lines):
+        end = _dashed_end(lines, at)
+        if _is_attribution(lines, at, end):
+            author = " ".join(" ".join(lines[at:end]).split()).removeprefix("-- ")
+            text.append(f"-- {author}")
+        else:
+            text += lines[at:end]
+        at = end
+    return "\n".join(text), author
+
+
+def _dashed_end(lines: list[str], at: int) -> int:
+    """One past what begins at ``lines[at]``: a dash with all that is indented at least as far, or a line."""
+    match = _DASHED.fullmatch(lines[at])
+    end = at + 1
+    while match and match[1] and end < len(lines) and lines[end] and _width(lines[end]) >= _width(match[1]):
+        end += 1
+    return end
+
+
+def _is_attribution(lines: list[str], at: int, end: int) -> bool:
+    """Whether ``lines[at:end]`` say who said what stands before them, rather than being prose, a heading or a list."""
+    dashes = sum(bool(_DASHED.fullmatch(row)) for row in lines[at:end])
+    if at == 0 or dashes not in (1, 2):  # a heading comes first; the items of a list follow each other
+        return False
+    indented = lines[at][0] != "-"  # flush left, prose that is broken before a dash looks the same
+    return indented or (end == len(lines) and sum(row.startswith("-- ") for row in lines) == 1)
+
+
+def _width(row: str) -> int:
+    """Columns of white space that ``row`` begins with, tabs at every eighth."""
+    row = row.expandtabs()
+    return len(row) - len(row.lstrip())

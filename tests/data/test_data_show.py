@@ -1,0 +1,42 @@
+"""The decoded sample: what is learned, what is only given, and whether the end is learned."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerFast
+
+from lorakeet.data import PaddingCollator, show_sample
+
+
+def test_everything_but_the_first_token_is_learned(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = [*byte_tokenizer("Tweet ☃")["input_ids"], byte_tokenizer.eos_token_id]
+    shown, legend = show_sample(byte_tokenizer, ids).split("\n")
+    assert shown == "⟦T⟧weet ☃<|end|>"
+    assert legend.startswith("(9 of 10 tokens are learned;")
+    assert "The end token <|end|> is learned." in legend
+
+
+def test_labels_and_padding(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    question, answer = byte_tokenizer("Who?")["input_ids"], byte_tokenizer(" Me.")["input_ids"]
+    end = byte_tokenizer.eos_token_id
+    sample = {"input_ids": [*question, *answer, end], "labels": [*[-100] * len(question), *answer, end]}
+    batch = PaddingCollator(end)([sample, {"input_ids": [1] * 20}])
+    shown = show_sample(byte_tokenizer, batch["input_ids"][0].tolist(), batch["labels"][0].tolist())
+    assert shown.startswith("⟦Who?⟧ Me.<|end|>⟦<|end|> x 11⟧\n(5 of 20 tokens")
+    assert "is learned." in shown
+
+
+def test_an_end_that_is_not_learned_is_said(
+    byte_tokenizer: PreTrainedTokenizerFast, endless_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    ids = byte_tokenizer("Hi")["input_ids"]
+    end = byte_tokenizer.eos_token_id
+    assert "The end token <|end|> is NOT learned." in show_sample(byte_tokenizer, [*ids, end], [*ids, -100])
+    assert "The end token <|end|> is not in it." in show_sample(byte_tokenizer, ids)
+    assert "The tokenizer has no end token." in show_sample(endless_tokenizer, ids)
+
+
+def test_colours_in_place_of_brackets_and_no_control_characters(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = byte_tokenizer("a\x1b[31mb\tc")["input_ids"]
+    shown = show_sample(byte_tokenizer, ids, colour=True)
+    assert shown.startswith("\x1b[2ma\x1b[0m\x1b[32m\\x1b[31mb\tc\x1b[0m\n")
+    assert "⟦" not in shown
