@@ -1,0 +1,3 @@
+from lorakeet.cli import script
+
+script()

@@ -1,0 +1,130 @@
+"""``lorakeet demo``"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorakeet.cli.options import with_settings
+from lorakeet.config import RunConfig, read_run
+from lorakeet.errors import LorakeetError
+from lorakeet.talk import say
+
+#: The article's job: r=16 on query and value projections, 200 steps of 4 × 4 quotations.
+JOB: dict[str, Any] = {
+    "lora.r": 16,
+    "lora.lora_alpha": 32,
+    "lora.lora_dropout": 0.05,
+    "lora.target_modules": ["q_proj", "v_proj"],
+    "data.path": "fortunes",
+    "train.steps": 200,
+    "train.warmup": 100,
+    "train.lr": 2e-4,
+    "train.batch_size": 4,
+    "train.grad_accum": 4,
+    "out": "demo-run",
+}
+OPENINGS = ["Two things are infinite:", "The trouble with computers is", "Never trust a man who", "Love is"]
+WRITE: dict[str, Any] = {"max_new_tokens": 32, "greedy": True}
+#: The loss measured in a new process is the same arithmetic on the same rows.
+SAME = 1e-4
+
+
+@with_settings({"--steps": "train.steps", "--warmup": "train.warmup", "--out": "out", "--seed": "train.seed"})
+def demo(
+    settings: dict[str, Any],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier demo in --out")] = False,
+) -> None:
+    """The whole job on embedded data: SmolLM2-135M-Instruct learns to write quotations.
+
+    Completes a few openings, trains (200 steps, 100 of them warm-up, unless told otherwise), shows the held-out loss
+    before and after, loads the adapter again in a new process, verifies it, merges it, and says what to type next.
+
+    \b
+    examples:
+      lorakeet demo
+      lorakeet demo --steps 30 --warmup 10 --out short-demo
+    """
+    config = read_run(None, values={**JOB, **settings})
+    out = Path(config.out)
+    from lorakeet import verbs
+    from lorakeet.train.run import check_run_folder, run_training
+
+    check_run_folder(out, overwrite=overwrite)
+    say("1/5 what the base model writes")
+    before = verbs.generate(verbs.open_model(config.base), None, OPENINGS, **WRITE)
+    say("2/5 training")
+    summary = run_training(config, overwrite=overwrite)
+    say("3/5 the adapter, loaded again in a new process")
+    after = _complete_anew(out / "adapter")
+    _verify_anew(config, summary, out / "adapter")
+    say("4/5 merging")
+    merged = verbs.merge(config.base, str(out / "adapter"), out / "merged", overwrite=overwrite)
+    say("5/5 done")
+    print(_report(config, summary, before, after, merged))
+
+
+def _anew(*words: str) -> list[dict[str, Any]]:
+    """Run ``lorakeet`` in a new process; the JSON objects that it prints, one a line."""
+    done = subprocess.run([sys.executable, "-m", "lorakeet", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise LorakeetError(f"`lorakeet {words[0]}` failed in a new process: {done.stderr.strip()[-500:]}")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def _complete_anew(adapter: Path) -> list[str]:
+    prompts = [word for opening in OPENINGS for word in ("--prompt", opening)]
+    how = ["--greedy", "--max-new-tokens", str(WRITE["max_new_tokens"])]
+    return [line["text"] for line in _anew("generate", "--adapter", str(adapter), *prompts, *how, "--json")]
+
+
+def _verify_anew(config: RunConfig, summary: dict[str, Any], adapter: Path) -> None:
+    """The saved adapter must give the held-out loss that the trained one had.
+
+    Raises:
+        LorakeetError: it does not.
+    """
+    held_out = ["--eval-fraction", str(config.data.eval_fraction), "--seed", str(config.train.seed)]
+    again = _anew("eval", "--adapter", str(adapter), "--data", str(config.data.path), *held_out, "--json")[0]["loss"]
+    if abs(again - summary["eval_loss_after"]) > SAME:
+        raise LorakeetError(
+            f"the adapter loaded again has a held-out loss of {again:.6f}, expected {summary['eval_loss_after']:.6f}"
+        )
+    say(f"held-out loss of the adapter loaded again: {again:.4f}, as after training")
+
+
+def _report(
+    config: RunConfig, summary: dict[str, Any], before: list[str], after: list[str], merged: dict[str, Any]
+) -> str:
+    def one_line(text: str) -> str:
+        return " / ".join(line.strip() for line in text.strip().splitlines() if line.strip())
+
+    lines = []
+    for opening, old, new in zip(OPENINGS, before, after, strict=True):
+        lines += [opening, f"  before: {one_line(old)}", f"  after:  {one_line(new)}"]
+    out = Path(config.out)
+    return "\n".join(
+        [
+            "",
+            *lines,
+            "",
+            f"held-out loss   before {summary['eval_loss_before']:.4f}   after {summary['eval_loss_after']:.4f}",
+            f"steps {summary['steps']}, {summary['tokens']} tokens, {summary['tokens_per_second']:.0f} tokens/s",
+            f"merged          outputs differ from the adapter's by at most {merged['error']:.1e}",
+            "",
+            f"adapter         {summary['adapter_path']}",
+            f"merged model    {merged['path']}",
+            f"loss curve      {out / 'loss_curve.png'}",
+            f"summary         {out / 'summary.json'}",
+            "",
+            "next:",
+            f'  lorakeet generate --adapter {summary["adapter_path"]} --prompt "Beware of"',
+            "  lorakeet train --data YOUR-TEXT.jsonl --out my-run",
+            f"  lorakeet inspect {summary['adapter_path']}",
+        ]
+    )

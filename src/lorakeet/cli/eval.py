@@ -1,0 +1,58 @@
+"""``lorakeet eval``"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from lorakeet.cli.options import BASE_FLAGS, DATA_FLAGS, base_settings, with_settings
+from lorakeet.cli.progress import progress_bar
+from lorakeet.config import read_run
+from lorakeet.errors import DataError
+
+
+@with_settings({**BASE_FLAGS, **DATA_FLAGS})
+def eval(
+    settings: dict[str, Any],
+    adapter: Annotated[str | None, typer.Option(help="folder or hub id of an adapter; left out: the bare base")] = None,
+    eval_fraction: Annotated[
+        float | None, typer.Option(help="only the part that a run with this fraction and --seed holds out")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="the run's seed, for --eval-fraction")] = 42,
+    batch_size: Annotated[int, typer.Option(min=1, help="rows per forward pass")] = 8,
+    allow_other_base: Annotated[bool, typer.Option(help="accept an adapter of another base")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Mean loss per target token (end token included), perplexity and number of tokens, of all rows of the data.
+
+    \b
+    examples:
+      lorakeet eval --data quotes.jsonl
+      lorakeet eval --adapter my-run/adapter --data quotes.jsonl --json
+      lorakeet eval --adapter my-run/adapter --data quotes.jsonl --eval-fraction 0.05   # as held out in the run
+    """
+    if eval_fraction is not None:
+        settings["data.eval_fraction"] = eval_fraction
+    data = read_run(None, values={key: value for key, value in settings.items() if key.startswith("data.")}).data
+    if not data.path:
+        raise DataError("no data to evaluate on", "give --data FILE")
+    base = base_settings(settings)
+    from lorakeet.verbs import evaluate_data, open_model
+
+    opened = open_model(base, [adapter] if adapter else [], allow_other_base=allow_other_base)
+    with progress_bar("evaluating") as progress:
+        figures = evaluate_data(
+            opened,
+            adapter,
+            data,
+            held_out_only=eval_fraction is not None,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    if as_json:
+        print(json.dumps(figures))
+    else:
+        print(f"loss {figures['loss']:.4f}   perplexity {figures['perplexity']:.2f}   tokens {figures['tokens']}")

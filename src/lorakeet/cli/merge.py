@@ -1,0 +1,34 @@
+"""``lorakeet merge``"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from lorakeet.cli.options import BASE_FLAGS, base_settings, with_settings
+
+
+@with_settings({flag: dotted for flag, dotted in BASE_FLAGS.items() if flag != "--bits"})
+def merge(
+    settings: dict[str, Any],
+    adapter: Annotated[str, typer.Option(help="folder or hub id of the adapter")],
+    out: Annotated[str, typer.Option(help="folder of the merged model")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what --out holds")] = False,
+    allow_other_base: Annotated[bool, typer.Option(help="accept an adapter of another base")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print what was measured as JSON")] = False,
+) -> None:
+    """Merge an adapter into its base and save a plain model that any tool loads.
+
+    Before anything is written the merged model answers a probe batch like the unmerged one, or the merge is refused.
+
+    \b
+    examples:
+      lorakeet merge --adapter my-run/adapter --out my-model
+      lorakeet merge --model ./base --adapter user/adapter --out my-model --dtype bf16
+    """
+    from lorakeet import verbs
+
+    figures = verbs.merge(base_settings(settings), adapter, out, overwrite=overwrite, allow_other_base=allow_other_base)
+    print(json.dumps(figures) if as_json else figures["path"])

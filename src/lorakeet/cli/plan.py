@@ -1,0 +1,44 @@
+"""``lorakeet plan``"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from lorakeet.cli.options import target_names, with_settings
+from lorakeet.config import DEFAULT_MODEL, read_run
+
+
+@with_settings({"--r": "lora.r", "--alpha": "lora.lora_alpha", "--target-modules": "lora.target_modules"})
+def plan(
+    settings: dict[str, Any],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[lora.KEY=VALUE]...", help="further settings of the method")
+    ] = None,
+    model: Annotated[str, typer.Option(help="hub id or local folder; only its config is read")] = DEFAULT_MODEL,
+    layers: Annotated[bool, typer.Option("--layers", help="list every layer")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Which layers would be adapted and how many parameters would train. Needs the model's config, not its weights.
+
+    \b
+    examples:
+      lorakeet plan --model facebook/opt-6.7b --target-modules q_proj,v_proj --r 16 --alpha 32
+      lorakeet plan --target-modules all-linear --layers
+    """
+    if isinstance(names := settings.get("lora.target_modules"), str):
+        settings["lora.target_modules"] = target_names(names)
+    lora = read_run(None, overrides or [], settings).lora
+    from lorakeet.verbs import plan_layers
+
+    found = plan_layers(model, lora)
+    if as_json:
+        print(json.dumps(found))
+        return
+    trainable, total = found["trainable_parameters"], found["all_parameters"]
+    print(found["summary"])
+    print(f"trainable params: {trainable} || all params: {total} || trainable%: {100 * trainable / total}")
+    if layers:
+        print("\n".join(found["layers"]))

@@ -1,0 +1,26 @@
+"""``lorakeet push``"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def push(
+    adapter: Annotated[str, typer.Argument(help="folder of the adapter")],
+    repo: Annotated[str, typer.Argument(help="hub repository, user/name; made if it is not there")],
+    private: Annotated[bool, typer.Option("--private", help="make the repository private")] = False,
+    message: Annotated[str | None, typer.Option(help="commit message")] = None,
+    revision: Annotated[str | None, typer.Option(help="branch to upload to")] = None,
+) -> None:
+    """Check an adapter and upload it with its card. The token is that of `hf auth login`, or of HF_TOKEN.
+
+    \b
+    examples:
+      lorakeet push my-run/adapter me/quotes-lora
+      lorakeet push my-run/adapter me/quotes-lora --private
+    """
+    from lorakeet.adapter.push import push_folder
+
+    print(push_folder(adapter, repo, private=private or None, message=message, revision=revision))

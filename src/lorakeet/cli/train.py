@@ -1,0 +1,48 @@
+"""``lorakeet train``"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from lorakeet.cli.options import TRAIN_FLAGS, target_names, with_settings
+from lorakeet.config import read_run
+from lorakeet.errors import ConfigError
+
+
+@with_settings(TRAIN_FLAGS)
+def train(
+    settings: dict[str, Any],
+    run: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN.yaml] [SECTION.KEY=VALUE]...", help="a run's YAML file, then overrides"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint of --out")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a run that --out holds already")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the summary as JSON")] = False,
+) -> None:
+    """Train an adapter. Settings come from the YAML file, then flags, then overrides; the last word wins.
+
+    The run's folder gets run.yaml (alone repeats the run), metrics.jsonl, loss_curve.png, summary.json and adapter/.
+
+    \b
+    examples:
+      lorakeet train --data quotes.jsonl --out my-run --steps 200
+      lorakeet train run.yaml lora.r=32 data.path=quotes.jsonl
+      lorakeet train my-run/run.yaml --resume
+      lorakeet train --data tickets.csv --text-column body --target-modules all-linear --r 16 --alpha 32
+    """
+    words = list(run or [])
+    file = words.pop(0) if words and "=" not in words[0] else None
+    if stray := [word for word in words if "=" not in word]:
+        raise ConfigError(f"{stray[0]!r} is no override", "one YAML file first, then section.key=value")
+    if isinstance(names := settings.get("lora.target_modules"), str):
+        settings["lora.target_modules"] = target_names(names)
+    config = read_run(file, words, settings)
+    from lorakeet.train.run import run_training
+
+    summary = run_training(config, resume=resume, overwrite=overwrite)
+    if as_json:
+        print(json.dumps(summary))

@@ -1,0 +1,178 @@
+"""The verbs of the command line as functions: open a model with adapters, evaluate, generate, merge, plan.
+
+Each takes settings and gives back plain values; nothing here prints to stdout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakeet.adapter.model import PeftModel, get_peft_model
+from lorakeet.base.chat import render_chat
+from lorakeet.base.generate import complete
+from lorakeet.base.load import Base, load_base
+from lorakeet.base.meta import meta_model
+from lorakeet.config import DEFAULT_MODEL, BaseSettings, DataSettings, LoraSettings
+from lorakeet.data.collate import PaddingCollator
+from lorakeet.data.prepare import prepare
+from lorakeet.errors import DataError, OutputError
+from lorakeet.files import write_folder, write_json
+from lorakeet.lora.config import LoraConfig, PeftConfig
+from lorakeet.lora.inject import plan
+from lorakeet.lora.model import LoraModel
+from lorakeet.talk import say
+from lorakeet.train.evaluate import evaluate
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A base model with adapters on it, by the name each was asked for."""
+
+    base: Base
+    adapters: dict[str, str]  # as asked for -> name in the model
+
+    @property
+    def model(self) -> Any:
+        return self.base.model
+
+    def answering(self, adapter: str | None) -> Any:
+        """A context in which this adapter answers; None: the bare base."""
+        if adapter is not None:
+            self.model.set_adapter(self.adapters[adapter], inference_mode=True)
+            return nullcontext()
+        return self.model.disable_adapter() if isinstance(self.model, LoraModel) else nullcontext()
+
+
+def open_model(settings: BaseSettings, adapters: Sequence[str] = (), *, allow_other_base: bool = False) -> Opened:
+    """Load the base, put every adapter on it, and use the tokenizer that was saved with the first, if one was.
+
+    Args:
+        settings: The base. Where it is the default and an adapter names its own base, that one is loaded.
+        adapters: Folders or hub ids.
+        allow_other_base: Go on although an adapter was trained on another base.
+    """
+    configs = [PeftConfig.from_pretrained(adapter) for adapter in adapters]
+    if configs and settings.model == DEFAULT_MODEL and (named := configs[0].base_model_name_or_path):
+        settings = settings.model_copy(update={"model": named})
+    base = load_base(settings)
+    say(base.describe())
+    names: dict[str, str] = {}
+    for number, adapter in enumerate(dict.fromkeys(map(str, adapters))):
+        names[adapter] = f"adapter{number}"
+        PeftModel.from_pretrained(base.model, adapter, names[adapter], allow_other_base=allow_other_base)
+    return Opened(_with_tokenizer(base, adapters), names)
+
+
+def _with_tokenizer(base: Base, adapters: Sequence[str]) -> Base:
+    """The base with the tokenizer saved beside the first adapter: it may hold a template or tokens of its own."""
+    if not adapters or not (Path(adapters[0]) / "tokenizer_config.json").is_file():
+        return base
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(adapters[0])
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Base(base.model, tokenizer, base.name, base.dtype, base.device)
+
+
+def evaluate_data(
+    opened: Opened,
+    adapter: str | None,
+    data: DataSettings,
+    *,
+    held_out_only: bool = False,
+    seed: int = 42,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Mean loss per target token of all rows (or of the held-out part that a run with this seed leaves out).
+
+    Returns:
+        ``{"loss", "perplexity", "tokens"}``, loss in nats per token, the end token included.
+    """
+    data = data if held_out_only else data.model_copy(update={"eval_fraction": 0.0})
+    prepared = prepare(data, opened.base.tokenizer, seed=seed, max_positions=_window(opened.model))
+    rows = prepared.held_out if held_out_only else prepared.train
+    if rows is None:
+        raise DataError("nothing is held out: eval_fraction is 0", "give --eval-fraction as in the run")
+    with opened.answering(adapter):
+        collator = PaddingCollator(opened.base.tokenizer.pad_token_id)
+        return evaluate(opened.model, rows, collator, batch_size, progress=progress)
+
+
+def _window(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def generate(
+    opened: Opened, adapter: str | None, prompts: Sequence[str], *, chat: bool = False, **settings: Any
+) -> list[str]:
+    """What the model writes after each prompt (see :func:`lorakeet.base.generate.complete`).
+
+    Args:
+        chat: Each prompt is a user's turn, rendered by the model's chat template.
+    """
+    tokenizer = opened.base.tokenizer
+    if chat:
+        prompts = [render_chat(tokenizer, [{"role": "user", "content": prompt}], True) for prompt in prompts]
+    with opened.answering(adapter):
+        return complete(opened.model, tokenizer, list(prompts), **settings)
+
+
+def compare(opened: Opened, adapters: Sequence[str], prompts: Sequence[str], **settings: Any) -> Iterator[dict]:
+    """For each adapter in turn (the bare base, if there is none) and each prompt: ``{"adapter", "prompt", "text"}``."""
+    for adapter in adapters or [None]:  # type: ignore[list-item]
+        texts = generate(opened, adapter, prompts, **settings)
+        for prompt, text in zip(prompts, texts, strict=True):
+            yield {"adapter": adapter, "prompt": prompt, "text": text}
+
+
+def merge(
+    settings: BaseSettings, adapter: str, out: str | Path, *, overwrite: bool = False, allow_other_base: bool = False
+) -> dict[str, Any]:
+    """Merge an adapter into its base, check the result, and write a plain model that any tool loads.
+
+    Returns:
+        ``{"path", "layers", "error", "effect", "scale"}``, see :class:`lorakeet.lora.merge.MergeReport`.
+
+    Raises:
+        OutputError: the folder holds something already, or cannot be written to; nothing is left half-written.
+    """
+    folder = Path(out)
+    check_empty(folder, overwrite)
+    with write_folder(folder) as aside:  # before the expensive part: can we write there at all?
+        opened = open_model(settings, [adapter], allow_other_base=allow_other_base)
+        report = opened.model.merge_adapter()
+        merged = opened.model.merge_and_unload()
+        merged.save_pretrained(aside)
+        opened.base.tokenizer.save_pretrained(aside)
+        figures = {"layers": report.layers, "error": report.error, "effect": report.effect, "scale": report.scale}
+        write_json(aside / "lorakeet.json", {"merged": {"base": opened.base.name, "adapter": str(adapter), **figures}})
+    return {"path": str(folder), **figures}
+
+
+def check_empty(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds something, unless it is to be replaced."""
+    if folder.is_file():
+        raise OutputError(f"{folder} is a file, expected a folder", "choose another --out")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise OutputError(f"{folder} is not empty", "choose another --out, or --overwrite to replace it")
+
+
+def plan_layers(model: str, lora: LoraSettings) -> dict[str, Any]:
+    """Which layers the settings mean on ``model``, and how many parameters train; reads no weights."""
+    ghost = meta_model(model)
+    config = LoraConfig(**lora.model_dump(), task_type="CAUSAL_LM")
+    targets = plan(ghost, config)
+    trainable, total = get_peft_model(ghost, config).get_nb_trainable_parameters()
+    return {
+        "base_model": model,
+        "layers": [target.name for target in targets.targets],
+        "summary": targets.describe(),
+        "trainable_parameters": trainable,
+        "all_parameters": total,
+    }

@@ -1,0 +1,42 @@
+"""What every test starts from: an empty cache of its own, no hub, a fixed seed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is first imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny tensors gain nothing from threads, and threads that wait for a busy core make them ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+from lorakeet.files import cache_home
+
+REAL_HOME = cache_home()
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("LORAKEET_HOME", str(tmp_path_factory.mktemp("home")))
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of the embedded base, converted once per machine into the user's real cache (about 30 s, then kept)."""
+    from lorakeet.base.find import find_source, local_folder
+    from lorakeet.config import DEFAULT_MODEL
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAKEET_HOME", str(REAL_HOME))
+        return local_folder(find_source(DEFAULT_MODEL))
+
+
+@pytest.fixture
+def real_home(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's real cache with the converted base: ``load_base()`` and the command line open it in seconds."""
+    monkeypatch.setenv("LORAKEET_HOME", str(REAL_HOME))
+    return REAL_HOME
