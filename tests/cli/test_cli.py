@@ -124,13 +124,11 @@ def test_generate_one_many_and_beside_each_other(here, capsys):
     assert main([*words, "--prompt", "two things are"]) == 0
     assert capsys.readouterr().out.startswith("two things are")
     (here / "prompts.txt").write_text("love is\n\ntime flies\n")
-    assert (
-        main([*words, "--adapter", "run/adapter", "--adapter", "run2/adapter", "--prompts", "prompts.txt", "--json"])
-        == 0
-    )
+    twin = spoiled(here, "twin", lambda folder: None)
+    assert main([*words, "--adapter", "run/adapter", "--adapter", twin, "--prompts", "prompts.txt", "--json"]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [a["adapter"] for a in answers] == ["run/adapter"] * 2 + ["run2/adapter"] * 2
-    assert [a["text"] for a in answers[:2]] == [a["text"] for a in answers[2:]]  # the same run twice
+    assert [a["adapter"] for a in answers] == ["run/adapter"] * 2 + [twin] * 2
+    assert [a["text"] for a in answers[:2]] == [a["text"] for a in answers[2:]]  # the same adapter twice
 
 
 def test_merge_then_use_without_adapter(here, capsys):
@@ -248,6 +246,12 @@ def test_an_output_folder_that_holds_a_run(here, capsys):
 def test_an_unwritable_folder(here, capsys, tmp_path):
     tmp_path.chmod(0o555)
     mistake(here, capsys, train_words(str(tmp_path / "run")), "cannot write")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_a_place_where_nobody_may_write(here, capsys):
+    mistake(here, capsys, train_words("/proc/run"), "/proc/run", "hint: ")
+    mistake(here, capsys, ["merge", "--model", "base", "--adapter", "run/adapter", "--out", "/proc/m"], "/proc/m")
 
 
 def test_an_output_path_below_a_file(here, capsys):

@@ -68,12 +68,19 @@ def _print_answers(opened: Any, adapters: list[str], wanted: list[str], chat: bo
         if len(adapters) > 1:
             print(f"--- {one}", file=sys.stderr)
         if len(wanted) == 1:
-            before = iter([] if chat else wanted)  # the prompt, once there is something to add to it
-            verbs.generate(opened, one, wanted, chat=chat, stream=lambda piece: _show(next(before, "") + piece), **how)
-            print(next(before, ""))
+            _stream(opened, one, wanted[0], chat, how)
             continue
         for prompt, text in zip(wanted, verbs.generate(opened, one, wanted, chat=chat, **how), strict=True):
             print(text if chat else prompt + text)
+
+
+def _stream(opened: Any, adapter: str | None, prompt: str, chat: bool, how: dict[str, Any]) -> None:
+    """Write the completion as it comes, behind the prompt (which waits until there is something to add to it)."""
+    from lorakeet import verbs
+
+    before = iter([] if chat else [prompt])
+    verbs.generate(opened, adapter, [prompt], chat=chat, stream=lambda piece: _show(next(before, "") + piece), **how)
+    print(next(before, ""))
 
 
 def _talk(opened: Any, adapter: str | None, how: dict[str, Any]) -> None:
