@@ -130,6 +130,12 @@ def test_a_broken_config(saved, text):
     assert "adapter_config.json" in refuse(saved)
 
 
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_broken_notes_of_our_own(saved, text):
+    (saved / "lorakeet.json").write_text(text)
+    assert "lorakeet.json" in refuse(saved)
+
+
 def test_keys_of_a_newer_peft_are_kept_or_refused(saved):
     file = saved / "adapter_config.json"
     values = json.loads(file.read_text()) | {"shiny_new_thing": None, "another": {}, "peft_version": "0.99"}

@@ -98,9 +98,19 @@ def read_tensors(name: str | Path, *, revision: str | None = None, subfolder: st
 
 
 def read_notes(name: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> dict[str, Any]:
-    """What ``lorakeet.json`` says; empty if another tool made the adapter."""
+    """What ``lorakeet.json`` says; empty if another tool made the adapter.
+
+    Raises:
+        AdapterError: the file is there and is no JSON object.
+    """
     path = find_adapter_file(name, OWN_NAME, revision=revision, subfolder=subfolder)
-    return json.loads(path.read_text(encoding="utf-8")) if path else {}
+    try:
+        notes = json.loads(path.read_text(encoding="utf-8")) if path else {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{path} is not JSON: {error}", "copy the adapter again, or delete this file") from None
+    if not isinstance(notes, dict):
+        raise AdapterError(f"{path} holds a {type(notes).__name__}, expected a JSON object", "delete this file")
+    return notes
 
 
 def check_base(name: str | Path, notes: Mapping[str, Any], model: LoraModel) -> None:

@@ -116,7 +116,7 @@ def plan(model: nn.Module, config: PeftConfig, *, strict: bool = True) -> Plan:
     if complaints:
         raise TargetError("; ".join(complaints), _hint(wanted, modules))
     _warn_of_gaps(usable, modules, config)
-    return Plan(tuple(_target(name, config) for name in usable), saved)
+    return Plan(tuple(planned(name, config) for name in usable), saved)
 
 
 def resolve_targets(model: nn.Module, config: PeftConfig) -> list[str] | str:
@@ -226,7 +226,8 @@ def _pattern_value(patterns: dict, name: str, default: float) -> float:
     return default
 
 
-def _target(name: str, config: PeftConfig) -> Target:
+def planned(name: str, config: PeftConfig) -> Target:
+    """The rank and alpha that ``config`` gives the layer ``name``."""
     r = int(_pattern_value(config.rank_pattern, name, config.r))
     return Target(name, r, _pattern_value(config.alpha_pattern, name, config.lora_alpha))
 

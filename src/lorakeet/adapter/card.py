@@ -1,0 +1,137 @@
+"""The model card: a README.md that says what the adapter is, how to load it, and how it was made.
+
+The front matter is what the hub searches by: base model, library, task and tags, in PEFT's terms. A README.md that
+somebody else wrote is never touched; ours carries a marker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from lorakeet.files import write_file
+from lorakeet.lora.config import PeftConfig, TaskType
+
+CARD_NAME = "README.md"
+PLACE = "path/or/hub-id/of/this/adapter"
+MARKER = "<!-- Written by Lorakeet with every save; delete this line to keep your own changes. -->"
+
+#: What the hub calls a task (its list no longer has text2text-generation), and the class that loads the base for it.
+TASKS: dict[str | None, tuple[str | None, str]] = {
+    TaskType.CAUSAL_LM: ("text-generation", "AutoModelForCausalLM"),
+    TaskType.SEQ_2_SEQ_LM: ("text-generation", "AutoModelForSeq2SeqLM"),
+    TaskType.SEQ_CLS: ("text-classification", "AutoModelForSequenceClassification"),
+    TaskType.TOKEN_CLS: ("token-classification", "AutoModelForTokenClassification"),
+    TaskType.QUESTION_ANS: ("question-answering", "AutoModelForQuestionAnswering"),
+    TaskType.FEATURE_EXTRACTION: ("feature-extraction", "AutoModel"),
+    None: (None, "AutoModel"),
+}
+#: Tasks whose head is as wide as the labels are many.
+LABELLED = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
+
+SETTINGS = (
+    *("r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"),
+    *("rank_pattern", "alpha_pattern", "modules_to_save", "bias", "lora_bias"),
+)
+#: Figures of a run that the card shows if the notes have them, by their names in ``summary.json``.
+FIGURES = {
+    "steps": "optimizer steps",
+    "samples": "samples seen",
+    "tokens": "tokens learned from",
+    "train_loss_first": "training loss, first",
+    "train_loss_last": "training loss, last",
+    "eval_loss_before": "held-out loss before",
+    "eval_loss_after": "held-out loss after",
+}
+
+
+def write_card(folder: Path, config: PeftConfig, notes: Mapping[str, Any]) -> None:
+    """Write ``README.md`` into ``folder``, whole or not at all; one that is not ours is left as it is.
+
+    Args:
+        notes: What ``lorakeet.json`` says besides; those of :data:`FIGURES` are shown.
+
+    Raises:
+        OutputError: the folder cannot be written to.
+    """
+    path = folder / CARD_NAME
+    if path.is_file() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
+        return
+    with write_file(path) as aside:
+        aside.write_text(card(config, notes), encoding="utf-8")
+
+
+def card(config: PeftConfig, notes: Mapping[str, Any]) -> str:
+    """The text of the card: YAML front matter, then Markdown."""
+    base = public_name(config.base_model_name_or_path)
+    parts = [f"---\n{front_matter(config)}---\n\n{MARKER}", _what(base), _loading(config, base)]
+    parts.append("## Settings\n\n" + _table({key: getattr(config, key) for key in SETTINGS}))
+    if figures := {label: notes[key] for key, label in FIGURES.items() if notes.get(key) is not None}:
+        parts.append("## Training\n\n" + _table(figures))
+    return "\n\n".join(parts) + "\n"
+
+
+def front_matter(config: PeftConfig) -> str:
+    """The metadata as YAML."""
+    base, pipeline = public_name(config.base_model_name_or_path), TASKS[config.task_type][0]
+    tags = [*([f"base_model:adapter:{base}"] if base else []), "lora", "lorakeet", "transformers"]
+    values = {"base_model": base, "library_name": "peft", "pipeline_tag": pipeline, "tags": tags}
+    return yaml.safe_dump({key: value for key, value in values.items() if value}, sort_keys=False, allow_unicode=True)
+
+
+def public_name(name: str | None) -> str | None:
+    """``name`` if it can be a model's name on the hub; None if it is a path on this machine, or nothing."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name if name and not name.endswith(".gguf") and not Path(name).exists() else None
+
+
+def _what(base: str | None) -> str:
+    of = f"[{base}](https://huggingface.co/{base})" if base else "a base model without a public name"
+    return (
+        f"# LoRA adapter for {base or 'a local model'}\n\n"
+        f"A LoRA adapter ([Hu et al. 2021](https://arxiv.org/abs/2106.09685)) for {of}: a pair of small trained "
+        "matrices for each layer named below, added to the frozen weights. It holds no base model; loading it needs "
+        "that too."
+    )
+
+
+def _loading(config: PeftConfig, base: str | None) -> str:
+    auto = TASKS[config.task_type][1]
+    remark = "# or the class it was trained with\n" if config.task_type is None else ""
+    if config.task_type in LABELLED:
+        remark = "# give num_labels= too: as many as it was trained with\n"
+    return f"""## Load it
+
+```python
+from lorakeet import PeftModel
+from transformers import {auto}
+
+{remark}base = {auto}.from_pretrained("{base or "path/to/the/base"}")
+model = PeftModel.from_pretrained(base, "{PLACE}")
+```
+
+The [`peft`](https://huggingface.co/docs/peft) package reads the same files: there, `from peft import PeftModel`."""
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    shown = {key: value for key, value in rows.items() if value or type(value) in (int, float)}
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in shown.items())])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
+    if isinstance(value, dict):
+        value = [f"{key}: {number}" for key, number in value.items()]
+    items = value if isinstance(value, list) else [value]
+    return ", ".join(f"`{item}`".replace("|", "\\|") for item in items)  # a regular expression may hold a |
