@@ -64,10 +64,7 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The ``count`` names of ``known`` most like ``word``, best first."""
     names = sorted(set(known))
     close = difflib.get_close_matches(word, names, n=count, cutoff=0.5)
-    return (
-        close
-        or [name for name in names if word.lower() in name.lower() or name.lower() in word.lower()][:count]
-    )
+    return close or [name for name in names if word.lower() in name.lower() or name.lower() in word.lower()][:count]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:

@@ -102,9 +102,7 @@ def write_json(path: str | Path, value: Any) -> None:
         aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def hub_file(
-    repo: str, filename: str, *, revision: str | None = None, repo_type: str = "model"
-) -> Path | None:
+def hub_file(repo: str, filename: str, *, revision: str | None = None, repo_type: str = "model") -> Path | None:
     """``filename`` of the hub repository ``repo``, downloaded into the hub's own cache; None if the repo lacks it.
 
     Raises:

@@ -1,1 +1,1 @@
-"""The artefact on disk: ``artefact`` (read, write, check), ``model`` (the verbs on a model), ``card``, ``inspect``, ``push``."""
+"""The artefact on disk: ``artefact`` (read, write, check), ``model`` (its verbs), ``card``, ``inspect``, ``push``."""

@@ -1,0 +1,1 @@
+"""The Trainer, exact checkpoints, and a whole run from settings to adapter."""

@@ -1,0 +1,204 @@
+"""Prompts in, completions out, on any model with ``generate``: streamed for one prompt, in batches for many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from lorakeet.errors import ConfigError, DataError
+from lorakeet.talk import warn
+
+CONTEXT = 8  # tokens decoded before new ones, so that the first new word keeps its leading space
+
+
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    greedy: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stream: Callable[[str], None] | None = None,
+    batch_size: int = 8,
+) -> list[str]:
+    """What the model writes after each prompt: only the new text, up to its end token.
+
+    The model computes in eval mode and is put back as it was. Prompts of one batch are padded on the left.
+
+    Args:
+        prompts: plain texts, or conversations rendered by :func:`lorakeet.base.chat.render_chat`.
+        max_new_tokens: at most so many tokens; fewer where the model's window ends, which is said.
+        greedy: always the likeliest token; ``temperature``, ``top_p`` and ``seed`` then play no part.
+        temperature: of sampling; below 1 is more sober.
+        top_p: sample from the fewest tokens that together have this probability.
+        seed: makes sampling repeatable, for the same prompts and batch size; torch's own state stays untouched.
+        stream: receives the text piece by piece as it is written; for one prompt only.
+        batch_size: prompts computed together.
+
+    Raises:
+        ConfigError: a setting is out of range, or several prompts are to be streamed.
+        DataError: a prompt is empty, or leaves no room in the model's window.
+    """
+    _check(prompts, max_new_tokens, temperature, top_p, stream)
+    encoded = [_encode(model, tokenizer, prompt) for prompt in prompts]
+    device = next(model.parameters()).device
+    settings = _settings(model, tokenizer, _room(model, encoded, max_new_tokens))
+    if not greedy:
+        settings.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
+    texts: list[str] = []
+    with _evaluating(model), _seeded(None if greedy else seed, device), torch.inference_mode():
+        for start in range(0, len(encoded), batch_size):
+            batch = encoded[start : start + batch_size]
+            ids, mask = _left_padded(batch, settings.pad_token_id, device)
+            streamer = (
+                _Streamer(_Decoder(model, tokenizer, batch[0], settings.eos_token_id), stream) if stream else None
+            )
+            written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, streamer=streamer)
+            # An encoder-decoder answers with its start token and the new ones, a decoder with the prompt before them.
+            new = written[:, 1 if model.config.is_encoder_decoder else ids.shape[1] :].tolist()
+            texts += [
+                _Decoder(model, tokenizer, prompt, settings.eos_token_id)(row)
+                for prompt, row in zip(batch, new, strict=True)
+            ]
+    return texts
+
+
+def _check(
+    prompts: Sequence[str], max_new_tokens: int, temperature: float, top_p: float, stream: Callable[[str], None] | None
+) -> None:
+    problems = []
+    if max_new_tokens < 1:
+        problems.append(f"max_new_tokens = {max_new_tokens}: expected 1 or more")
+    if not temperature > 0:
+        problems.append(f"temperature = {temperature}: expected more than 0 (greedy is the limit at 0)")
+    if not 0 < top_p <= 1:
+        problems.append(f"top_p = {top_p}: expected more than 0, at most 1")
+    if stream is not None and len(prompts) != 1:
+        problems.append(f"{len(prompts)} prompts to stream: expected one")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    if empty := [str(number) for number, prompt in enumerate(prompts, start=1) if not prompt]:
+        raise DataError(f"prompt {', '.join(empty)} is empty, expected text to go on from")
+
+
+def _encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a prompt. A rendered conversation begins with its own start token: it gets no second one."""
+    rendered = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+    ids: list[int] = tokenizer(prompt, add_special_tokens=not rendered)["input_ids"]
+    if not model.config.is_encoder_decoder and not prompt.endswith(tokenizer.eos_token or "\0"):
+        while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text: nothing could follow
+            ids.pop()
+    return ids
+
+
+def _room(model: PreTrainedModel, encoded: Sequence[Sequence[int]], wanted: int) -> int:
+    """How many new tokens fit the model's window after the longest prompt."""
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window is None or model.config.is_encoder_decoder:
+        return wanted
+    longest = max(map(len, encoded), default=0)
+    if longest >= window:
+        raise DataError(f"a prompt has {longest} tokens, expected fewer than the model's window of {window}")
+    if longest + wanted > window:
+        warn(f"only {window - longest} of {wanted} new tokens fit the model's window of {window} tokens")
+    return min(wanted, window - longest)
+
+
+def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+    """Greedy settings that stop at the model's end tokens and at the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    stops = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=pad,
+    )
+
+
+def _left_padded(batch: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, int64 [len(batch), longest]; the mask goes by position, never by token id."""
+    longest = max(map(len, batch))
+    ids = [[pad] * (longest - len(row)) + list(row) for row in batch]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in batch]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+class _Decoder:
+    """New tokens to text, as it reads after the prompt: a leading space is kept, the end token is not shown."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Sequence[int],
+        ends: Sequence[int] | None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.ends = set(ends or ())
+        self.context = [] if model.config.is_encoder_decoder else list(prompt[-CONTEXT:])
+
+    def __call__(self, ids: Sequence[int]) -> str:
+        end = next((place for place, token in enumerate(ids) if token in self.ends), len(ids))
+        before, text = self._decode(self.context), self._decode([*self.context, *ids[:end]])
+        return text[len(before) :] if text.startswith(before) else self._decode(list(ids[:end]))
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class _Streamer(BaseStreamer):
+    """Passes the text on as it grows; a character whose bytes are not all there yet waits for the rest."""
+
+    def __init__(self, decoder: _Decoder, stream: Callable[[str], None]) -> None:
+        self.decoder, self.stream = decoder, stream
+        self.ids: list[int] | None = None  # None until the prompt has been seen
+        self.shown = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.ids is None:
+            self.ids = []
+            return
+        self.ids += value.flatten().tolist()
+        text = self.decoder(self.ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._show(text)
+
+    def end(self) -> None:
+        self._show(self.decoder(self.ids or []))
+
+    def _show(self, text: str) -> None:
+        if text.startswith(self.shown) and text != self.shown:
+            self.stream(text[len(self.shown) :])
+            self.shown = text
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[Any]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,170 @@
+"""A base model is loaded frozen, its number format and device chosen once, verified and said.
+
+What `transformers` would only warn about is an error here: weights that are missing (and would be random), weights of
+another shape, tensors in another number format than was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lorakeet.base.find import find_source, local_folder
+from lorakeet.base.folder import check_folder
+from lorakeet.base.precision import bytes_by_dtype, check_dtypes, choose_device, choose_dtype, dtype_name, some
+from lorakeet.base.quiet import quiet
+from lorakeet.config import BaseSettings, complaints
+from lorakeet.errors import BaseModelError
+from lorakeet.talk import warn
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen base model and its tokenizer. ``model, tokenizer = load_base()`` works as well.
+
+    Attributes:
+        model: in eval mode, no parameter requires a gradient.
+        tokenizer: has a pad token (the end token, where it had none; padding is masked by position).
+        name: the public name, where it is known; what an adapter records.
+        dtype: of the weights.
+        device: of the weights.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    dtype: torch.dtype
+    device: torch.device
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.model
+        yield self.tokenizer
+
+    def describe(self) -> str:
+        """One line: name, parameters, number format, device, bytes by number format."""
+        sizes = bytes_by_dtype(self.model)
+        parts = ", ".join(f"{dtype_name(dtype)} {_size(count)}" for dtype, count in sizes.items())
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        return (
+            f"{self.name}: {count:,} parameters, {dtype_name(self.dtype)} on {self.device}, "
+            f"{_size(sum(sizes.values()))} ({parts})"
+        )
+
+
+def load_base(
+    settings: BaseSettings | str | None = None,
+    *,
+    auto_class: Any = AutoModelForCausalLM,
+    for_training: bool = False,
+    model_options: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> Base:
+    """Load a base model, frozen.
+
+    Args:
+        settings: the settings, or only the model's reference; left out: the embedded default.
+        auto_class: the `transformers` auto class of the task. Heads that it adds and the files lack are new and random:
+            that is said, and an error for a causal language model.
+        for_training: refuse at once what cannot train.
+        model_options: further arguments of ``from_pretrained``, such as ``num_labels``.
+        **overrides: single settings by name, e.g. ``dtype="bf16"``.
+
+    Raises:
+        BaseModelError: the model, device or number format is not there, contradictory, damaged or incomplete.
+        ConfigError: an unknown or mistyped setting.
+    """
+    chosen = _settings(settings, overrides)
+    if chosen.bits == 8:
+        raise BaseModelError(
+            "bits=8 was asked for, but an int8 base is not available yet", "use --bits 16 or --bits 32, or leave it out"
+        )
+    device = choose_device(chosen.device)
+    dtype = choose_dtype(chosen, device, for_training)
+    source = find_source(chosen.model, chosen.revision)
+    folder = local_folder(source, chosen.trust_remote_code)
+    check_folder(folder, source.name)
+    remote = {"trust_remote_code": chosen.trust_remote_code}
+    tokenizer = _load_tokenizer(folder, source.name, remote)
+    options = {"dtype": dtype, **remote, **(model_options or {})}
+    model = _load_model(folder, source.name, auto_class, device, options)
+    check_dtypes(model, dtype, source.name)
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    # Adapters, model cards and checkpoints record this name: never the cache's folder.
+    model.name_or_path = model.config._name_or_path = source.name
+    model.requires_grad_(False).eval()
+    return Base(model, tokenizer, source.name, dtype, device)
+
+
+def _settings(settings: BaseSettings | str | None, overrides: Mapping[str, Any]) -> BaseSettings:
+    values = {"model": settings} if isinstance(settings, str) else settings.model_dump() if settings else {}
+    try:
+        return BaseSettings.model_validate({**values, **overrides})
+    except ValidationError as error:
+        raise complaints(error, BaseSettings) from None
+
+
+def _load_tokenizer(folder: Path, name: str, remote: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, **remote)
+    except Exception as error:  # damaged vocabularies break the readers in many ways
+        raise BaseModelError(f"the tokenizer of {name} cannot be read: {_reason(error)}") from error
+    for mark in ("is_local", "local_files_only"):  # where it was opened from is nothing to save with it
+        tokenizer.init_kwargs.pop(mark, None)
+    tokenizer.name_or_path = name
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _load_model(
+    folder: Path, name: str, auto_class: Any, device: torch.device, options: Mapping[str, Any]
+) -> PreTrainedModel:
+    place = {} if device.type == "cpu" else {"device_map": {"": device}}
+    try:
+        with quiet():
+            model, info = auto_class.from_pretrained(
+                folder,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are listed in info, and refused below
+                **place,
+                **options,
+            )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        raise BaseModelError(f"{name} cannot be loaded: {_reason(error)}") from error
+    _check_weights(info, name, must_be_whole=auto_class is AutoModelForCausalLM)
+    return model
+
+
+def _check_weights(info: Mapping[str, Any], name: str, must_be_whole: bool) -> None:
+    """What transformers found amiss: other shapes are errors, as are missing weights unless a new head is expected."""
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    problems = [
+        f"{key} is {list(found)}, its config says {list(wanted)}" for key, found, wanted in info["mismatched_keys"]
+    ]
+    if missing and must_be_whole:
+        problems.append(f"{len(missing)} weights are missing and would be random: {some(missing)}")
+    if problems:
+        raise BaseModelError(f"the weights of {name} do not fit: {some(sorted(problems))}", "get its files again")
+    if missing:
+        warn(f"{len(missing)} weights are not in {name} and begin at random: {some(missing)}")
+    if unexpected:
+        warn(f"{len(unexpected)} weights of {name} are not used: {some(unexpected)}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.2f} GB"
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, with its kind where the line alone says little."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

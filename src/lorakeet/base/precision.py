@@ -1,0 +1,114 @@
+"""Device and number format: chosen once, checked, counted."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import torch
+from transformers import PreTrainedModel
+
+from lorakeet.config import BaseSettings
+from lorakeet.errors import BaseModelError
+from lorakeet.talk import warn
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` takes CUDA (under torchrun: the process's own), then MPS, then the CPU.
+
+    Raises:
+        BaseModelError: there is no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BaseModelError(
+            f"unknown device {name!r}", "expected auto, cpu, cuda, cuda:0, cuda:1 ... or mps"
+        ) from None
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= counts.get(device.type, 0):
+        found = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+        raise BaseModelError(
+            f"device {name!r} was asked for, this machine and its torch have {found}", "use --device auto"
+        )
+    return device
+
+
+def choose_dtype(settings: BaseSettings, device: torch.device, for_training: bool = False) -> torch.dtype:
+    """The number format of the base, from ``dtype``, ``bits`` and what the device is fast at.
+
+    ``auto`` is bf16 where there are instructions for it, else fp32 on a CPU or MPS and fp16 on CUDA.
+
+    Raises:
+        BaseModelError: ``bits`` and ``dtype`` contradict each other, or fp16 is to train on a CPU.
+    """
+    fast_bf16 = has_bf16(device)
+    half = torch.float16 if device.type == "cuda" and not fast_bf16 else torch.bfloat16
+    by_bits = {16: half, 32: torch.float32, None: half if fast_bf16 or device.type == "cuda" else torch.float32}
+    dtype = DTYPES.get(settings.dtype, by_bits[settings.bits])
+    if settings.bits is not None and dtype.itemsize * 8 != settings.bits:
+        raise BaseModelError(
+            f"bits={settings.bits} contradicts dtype={settings.dtype}", "give one of the two, or make them agree"
+        )
+    if device.type == "cpu" and dtype == torch.float16 and for_training:
+        raise BaseModelError(
+            "fp16 cannot train on a CPU: its range is too small without a GPU's loss scaling",
+            "use --dtype bf16 or fp32",
+        )
+    if device.type == "cpu" and (dtype == torch.float16 or (dtype == torch.bfloat16 and not fast_bf16)):
+        warn(
+            f"{dtype_name(dtype)} is much slower than fp32 on this CPU, which has no instructions for it "
+            "(fp32 needs twice the memory)"
+        )
+    return dtype
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware (on a CPU: AMX or AVX512_BF16)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def check_dtypes(model: PreTrainedModel, dtype: torch.dtype, name: str) -> None:
+    """See that every floating-point weight has ``dtype``, but for those that the architecture keeps in fp32.
+
+    Raises:
+        BaseModelError: names weights of another number format.
+    """
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    wrong = [
+        f"{key} is {dtype_name(weight.dtype)}"
+        for key, weight in model.named_parameters()
+        if weight.is_floating_point()
+        and weight.dtype != dtype
+        and not (weight.dtype == torch.float32 and any(part in key for part in kept))
+    ]
+    if wrong:
+        raise BaseModelError(f"{name} was asked for in {dtype_name(dtype)}, but {some(wrong)}")
+
+
+def bytes_by_dtype(model: torch.nn.Module) -> dict[torch.dtype, int]:
+    """Bytes of a model's parameters and buffers by number format, the largest first; tied weights count once."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in (*model.parameters(), *model.buffers()):
+        sizes[tensor.dtype] += tensor.numel() * tensor.element_size()
+    return dict(sizes.most_common())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that the settings use, such as ``bf16``; torch's own where there is none."""
+    return DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def some(items: list[str], most: int = 5) -> str:
+    """The first few of many names, and how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more

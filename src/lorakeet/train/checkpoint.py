@@ -1,0 +1,215 @@
+"""Checkpoints that are whole or absent, and that go on only with the run they came from.
+
+A checkpoint is written aside, flushed to disk and renamed last, so that whoever looks for ``checkpoint-*`` never meets
+half of one. ``lorakeet_checkpoint.json`` in it lists the files with their sizes (a copy
+cut short is seen) and the fingerprint of the run: settings that change the result, data, trainable parameters and
+number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from lorakeet.adapter.model import PeftModel
+from lorakeet.errors import TrainingError
+
+MANIFEST = "lorakeet_checkpoint.json"
+
+#: The TrainingArguments that a result depends on. What only looks (logging, saving, evaluating) may change freely.
+SETTINGS = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "warmup_ratio",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "seed",
+    "data_seed",
+    "bf16",
+    "fp16",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+)
+
+#: Rows of a data set that are read for its hash; a larger one is sampled evenly.
+HASHED_ROWS = 50_000
+
+
+def data_hash(dataset: Any) -> str:
+    """A hash of the samples and their order, for a ``datasets.Dataset`` or a list; for others of kind and length."""
+    digest = hashlib.sha256(type(dataset).__name__.encode())
+    rows = len(dataset) if hasattr(dataset, "__len__") else -1
+    digest.update(str(rows).encode())
+    if isinstance(dataset, datasets.Dataset):
+        if rows > HASHED_ROWS:
+            dataset = dataset.select([i * rows // HASHED_ROWS for i in range(HASHED_ROWS)])
+        for table in dataset.with_format("arrow").iter(batch_size=1000):
+            digest.update(json.dumps(table.to_pydict(), default=str).encode())
+    elif isinstance(dataset, (list, tuple)):
+        for row in dataset:
+            digest.update(repr(row).encode())
+    return digest.hexdigest()[:16]
+
+
+def trainable_hash(model: nn.Module) -> str:
+    """A hash of the names and shapes of everything that learns, and of the adapter's settings where there is one."""
+    shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
+    told = (
+        {name: model.peft_config[name].to_dict() for name in model.active_adapters}
+        if isinstance(model, PeftModel)
+        else {}
+    )
+    return hashlib.sha256(json.dumps([sorted(shapes), told], sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def run_fingerprint(args: TrainingArguments, model: nn.Module, dataset: Any) -> dict[str, Any]:
+    """What must be the same for a run to go on exactly where it was."""
+    settings = {name: str(getattr(args, name)) for name in SETTINGS if hasattr(args, name)}
+    return {
+        **settings,
+        "processes": str(args.world_size),
+        "data": data_hash(dataset),
+        "trainable parameters": trainable_hash(model),
+    }
+
+
+def write_manifest(folder: Path, fingerprint: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
+    """List the files of ``folder`` with their sizes, beside the run's fingerprint and where its bookkeeping stood."""
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    manifest = {"files": files, "fingerprint": dict(fingerprint), "progress": dict(progress)}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def clear_aside(run_folder: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for leftover in run_folder.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a whole checkpoint.
+
+    Raises:
+        TrainingError: the folder is no checkpoint of ours, or files of it are missing or cut short.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise TrainingError(
+            f"{folder} has no readable {MANIFEST}, so it is not a whole checkpoint of Lorakeet",
+            "resume from another one, or start again",
+        ) from None
+    broken = [
+        f"{name} (expected {size} bytes, got {(folder / name).stat().st_size if (folder / name).is_file() else 'none'})"
+        for name, size in files.items()
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size
+    ]
+    if broken:
+        raise TrainingError(f"checkpoint {folder} is incomplete: {', '.join(broken)}", "resume from an earlier one")
+    return manifest
+
+
+def latest_checkpoint(run_folder: str | Path) -> Path | None:
+    """The whole checkpoint with the highest step below ``run_folder``; damaged ones are passed over."""
+    found = []
+    for folder in Path(run_folder).glob("checkpoint-*"):
+        if match := re.fullmatch(r"checkpoint-(\d+)", folder.name):
+            try:
+                read_manifest(folder)
+            except TrainingError:
+                continue
+            found.append((int(match[1]), folder))
+    return max(found)[1] if found else None
+
+
+def refuse_other_run(folder: Path, now: Mapping[str, Any]) -> None:
+    """Compare the run that wrote ``folder`` with the one that wants to go on.
+
+    Raises:
+        TrainingError: names every difference.
+    """
+    then = read_manifest(folder)["fingerprint"]
+    differences = [
+        f"{name} was {then.get(name, 'unknown')}, is {now.get(name, 'unknown')}"
+        for name in dict.fromkeys([*then, *now])
+        if then.get(name) != now.get(name)
+    ]
+    if differences:
+        raise TrainingError(
+            f"checkpoint {folder} comes from another run: {'; '.join(differences)}",
+            "resume with the run's own settings and data, or say Trainer(..., any_checkpoint=True)",
+        )
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every generator that training draws from: Python, NumPy, torch on the CPU and on CUDA."""
+    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what :func:`random_state` took."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextmanager
+def same_random_state() -> Iterator[None]:
+    """What happens inside draws no random number from the run outside."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
+class SteadyCollator:
+    """Collates with random numbers that depend on seed, epoch and samples alone.
+
+    A collator that masks or crops at random then does the same in a resumed run, although batches are fetched ahead
+    of the step they belong to; and dropout does not depend on it.
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], Any], seed: int) -> None:
+        self.collator, self.seed, self.epoch = collator, seed, 0
+
+    def __call__(self, samples: list[Any]) -> Any:
+        seed = zlib.crc32(repr((self.seed, self.epoch, samples)).encode())
+        with same_random_state():
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.default_generator.manual_seed(seed)
+            return self.collator(samples)

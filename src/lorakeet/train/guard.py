@@ -1,0 +1,195 @@
+"""Checks around the first step and every step: what would fail without a word fails with one.
+
+Before the first step: formats that cannot work, an output folder that cannot be written, an evaluation that does not
+fit into memory. On the first step: parameters that got no gradient, processes whose gradients differ. On every step:
+a loss or gradient that is not finite.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from lorakeet.adapter.model import PeftModel
+from lorakeet.errors import OutputError, TrainingError
+from lorakeet.talk import log, say, warn
+
+#: Names shown of a longer list.
+SHOWN = 8
+
+
+def check_precision(model: nn.Module, args: TrainingArguments) -> None:
+    """Refuse number formats that cannot train.
+
+    Raises:
+        TrainingError: fp16 on a device without loss scaling (a CPU), or parameters that would learn in fp16.
+    """
+    formats = {p.dtype for p in model.parameters()}
+    if args.device.type == "cpu" and (args.fp16 or torch.float16 in formats):
+        raise TrainingError(
+            "fp16 cannot train on a CPU: its gradients vanish without loss scaling, which only GPUs have here",
+            "use dtype fp32, or bf16 where the CPU computes it fast",
+        )
+    half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if half:
+        raise TrainingError(
+            f"{len(half)} trainable parameters are in fp16, which loses small updates: {_some(half)}",
+            "keep what learns in fp32 (the base may stay in fp16)",
+        )
+
+
+def check_gradients(model: nn.Module) -> None:
+    """On the first step every trainable parameter must have got a gradient (zeros count: B starts at zero).
+
+    In a model that trains whole, without an adapter, nobody chose the parameters one by one (an expert that no token
+    was sent to has none): there it is a warning.
+
+    Raises:
+        TrainingError: names those of an adapter that did not.
+    """
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if not without:
+        return
+    message = f"{len(without)} trainable parameters got no gradient on the first step: {_some(without)}"
+    if not isinstance(model, PeftModel):
+        warn(message)
+        return
+    raise TrainingError(
+        message,
+        "the loss does not depend on them: leave them out (exclude_modules, requires_grad_(False)), "
+        "or give inputs that use them",
+    )
+
+
+def check_synchronised(model: nn.Module, accelerator: Accelerator) -> None:
+    """Under several processes the gradients must be the same in all of them after backward.
+
+    Raises:
+        TrainingError: they differ, so each process would train a model of its own.
+    """
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    if accelerator.num_processes == 1 or any(hasattr(grad, "full_tensor") for grad in grads):  # sharded: no copies
+        return
+    mine = torch.stack([grad.float().abs().sum() for grad in grads]).to(accelerator.device)
+    every = accelerator.gather(mine[None])  # [processes, parameters]
+    if not torch.allclose(every, every[:1].expand_as(every), rtol=1e-4, atol=1e-12, equal_nan=True):
+        raise TrainingError(
+            "gradients differ between processes, so they are not synchronised",
+            "call the model that the Trainer wrapped, not the one inside",
+        )
+
+
+def check_sharded(model: nn.Module, args: TrainingArguments) -> None:
+    """FSDP that was asked for must be there: on some devices it becomes plain data parallelism without a word.
+
+    Raises:
+        TrainingError: FSDP was asked for and the prepared model is not sharded.
+    """
+    asked = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    if asked and not any("FSDP" in kind.__name__ or "FullySharded" in kind.__name__ for kind in type(model).__mro__):
+        raise TrainingError(
+            f"FSDP was asked for, but the model is wrapped as {type(model).__name__} on {args.device.type}",
+            "leave FSDP out, or run on devices that support it",
+        )
+
+
+def check_output(folder: str | Path, need: int = 0) -> None:
+    """See that ``folder`` can be written to and has room for ``need`` bytes.
+
+    Raises:
+        OutputError: it cannot, or has not.
+    """
+    folder = Path(folder)
+    probe = folder / ".lorakeet-probe.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"lorakeet")
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {folder}: {error.strerror or error}", "choose a folder you may write to"
+        ) from error
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise OutputError(
+            f"{folder} has {free / 1e6:,.0f} MB free, a checkpoint needs {need / 1e6:,.0f} MB",
+            "free some space or choose another folder",
+        )
+
+
+def rehearse_save(model: PeftModel, folder: str | Path) -> None:
+    """Write the adapter once and throw it away: what would stop the save after hours stops it now."""
+    with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=folder) as aside:
+        log.disabled = True  # of course it has not learned yet
+        try:
+            model.save_pretrained(aside)
+        finally:
+            log.disabled = False
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """Bytes of one checkpoint: what learns, two moments of it in fp32, and 10 % for the rest."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    return int(1.1 * sum(p.numel() * (p.element_size() + 8) for p in learning))
+
+
+def divides_by_count(model: nn.Module, batch: Mapping[str, Any], targets: int) -> bool:
+    """Whether the model's own loss really divides by ``num_items_in_batch``.
+
+    Many forwards take any keyword and ignore this one (BERT's heads do): their loss is a mean over the micro-batch,
+    and accumulating it would weigh tokens wrongly. So the loss is asked twice, for one count and for the double.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            one, two = (
+                _loss(model(**batch, num_items_in_batch=torch.tensor(n, device=_device(batch))))
+                for n in (targets, 2 * targets)
+            )
+    finally:
+        model.train(was_training)
+    return bool(two < 0.75 * one)
+
+
+def _loss(outputs: Any) -> Tensor:
+    loss: Tensor = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+    return loss
+
+
+def _device(batch: Mapping[str, Any]) -> torch.device:
+    return next(value.device for value in batch.values() if torch.is_tensor(value))
+
+
+def describe_batch(inputs: Mapping[str, Any], decode: Callable[[Any], str] | None) -> str:
+    """The samples of a micro-batch in a line each, so that a person finds them in the data."""
+    ids = inputs.get("input_ids")
+    if not torch.is_tensor(ids) or ids.dim() != 2:
+        return ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items() if torch.is_tensor(value))
+    mask = inputs.get("attention_mask")
+    lines = []
+    for row, tokens in enumerate(ids):
+        real = tokens[mask[row].bool()] if torch.is_tensor(mask) and mask.shape == ids.shape else tokens
+        text = repr(decode(real)[:80]) if decode else f"token ids {real[:16].tolist()}"
+        lines.append(f"  sample {row}: {len(real)} tokens, {text}")
+    return "\n".join(lines)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def say_device(args: TrainingArguments) -> None:
+    """Train on one GPU of several unless started as several processes: copies in one process are slow and silent."""
+    if args.n_gpu > 1:
+        say(f"{args.n_gpu} GPUs are visible, one is used; start with torchrun or accelerate to use all")
+        args._n_gpu = 1

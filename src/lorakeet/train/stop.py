@@ -1,0 +1,57 @@
+"""Ctrl-C and SIGTERM end a run after the step at hand, with a checkpoint to go on from."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from lorakeet.talk import say
+
+
+class StopAfterStep(TrainerCallback):
+    """While this context is open, the first signal stops training after its step and saves; a second one acts at once.
+
+    Under several processes all stop after the same step. ``stopped`` says whether it happened.
+    """
+
+    def __init__(self) -> None:
+        self.asked = self.stopped = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopAfterStep:
+        if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self._restore()
+        say("finishing this step, then saving; once more to stop at once")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._anyone_asked(args):
+            self.stopped = state.global_step < state.max_steps
+            control.should_save = control.should_training_stop = True
+
+    def _anyone_asked(self, args: Any) -> bool:
+        if args.world_size == 1:
+            return self.asked
+        asked = torch.tensor(float(self.asked), device=args.device)
+        torch.distributed.all_reduce(asked)
+        return bool(asked)

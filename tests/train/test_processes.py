@@ -1,0 +1,126 @@
+"""Two processes (gloo, on the CPU) learn what one learns with the same samples per step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from lorakeet.config import make_run
+from lorakeet.train.report import read_metrics
+from tiny_training import WORDS, tiny_llama, tiny_tokenizer
+
+pytestmark = pytest.mark.slow
+
+RUN = """
+import sys
+from lorakeet.config import read_run
+from lorakeet.train.run import run_training
+run_training(read_run(sys.argv[1]), **dict.fromkeys(sys.argv[2:], True))
+"""
+
+DIVERGE = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from tiny_training import *
+from transformers import TrainingArguments
+from lorakeet.data.collate import PaddingCollator
+from lorakeet.train.trainer import Trainer
+class Wrong(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(self.model, inputs, return_outputs, num_items_in_batch)  # not the wrapped one
+args = TrainingArguments(sys.argv[2], max_steps=2, use_cpu=True, report_to="none", save_strategy="no")
+Wrong(tiny_peft(0.0, init_lora_weights=False), args, train_dataset=tiny_data(), data_collator=PaddingCollator(PAD)).train()
+"""
+
+
+def launch(script: Path, *words: str, processes: int = 2) -> subprocess.CompletedProcess:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, str(script), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+
+
+def settings(tmp_path: Path, name: str, **train) -> Path:
+    base = tmp_path / "base"
+    if not base.exists():
+        tiny_llama(initializer_range=0.2).save_pretrained(base)
+        tiny_tokenizer().save_pretrained(base)
+        words = len(WORDS)
+        lines = [
+            " ".join(WORDS[(i * k) % words] for k in range(1, 3 + i % 9)) + f" {WORDS[i % words]}" for i in range(83)
+        ]
+        (tmp_path / "texts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    config = make_run(
+        {
+            "base": {"model": str(base), "device": "cpu", "dtype": "fp32"},
+            "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+            "data": {"path": str(tmp_path / "texts.txt"), "eval_fraction": 0.23},
+            "train": {"steps": 6, "batch_size": 2, "grad_accum": 2, "lr": 0.05, "eval_every": 3, **train},
+            "out": str(tmp_path / name),
+        }
+    )
+    file = tmp_path / f"{name}.yaml"
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    return file
+
+
+def test_two_processes_learn_what_one_learns(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(RUN)
+    for processes, accumulate in [(1, 4), (2, 2)]:
+        done = launch(script, str(settings(tmp_path, f"run{processes}", grad_accum=accumulate)), processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("held-out loss") == 4  # steps 0, 3, 6 and the end: one process speaks
+    one, two = (read_metrics(tmp_path / f"run{processes}" / "metrics.jsonl") for processes in (1, 2))
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for ours, theirs in zip(one, two, strict=True):
+        for key in ("loss", "eval_loss", "grad_norm"):
+            if key in ours:
+                assert theirs[key] == pytest.approx(ours[key], rel=2e-5), (ours, theirs)
+        assert ours.get("tokens") == theirs.get("tokens")
+    a, b = (json.loads((tmp_path / f"run{processes}" / "summary.json").read_text()) for processes in (1, 2))
+    assert (a["samples"], a["tokens"]) == (b["samples"], b["tokens"]) and b["processes"] == 2
+    x, y = (load_file(tmp_path / f"run{p}" / "adapter" / "adapter_model.safetensors") for p in (1, 2))
+    for name, tensor in x.items():
+        assert (y[name] - tensor).abs().max() < 1e-4, name
+
+
+def test_two_processes_stop_and_go_on(tmp_path):
+    script = tmp_path / "train.py"
+    killer = """
+import lorakeet.train.trainer as t
+class Kill(t.TrainerCallback):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 4: __import__("os")._exit(1)
+init = t.Trainer.__init__
+def patched(self, *a, callbacks=(), **k): init(self, *a, callbacks=[*callbacks, Kill()], **k)
+t.Trainer.__init__ = patched
+"""
+    script.write_text(RUN)
+    torn = tmp_path / "torn.py"
+    torn.write_text(killer + RUN)
+    changes = {"save_every": 3, "eval_every": None}
+    assert launch(script, str(settings(tmp_path, "whole", **changes))).returncode == 0
+    file = settings(tmp_path, "parts", **changes)
+    assert launch(torn, str(file)).returncode != 0
+    folder = tmp_path / "parts" / "checkpoints" / "checkpoint-3"
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in folder.iterdir()}
+    refused = launch(script, str(file), "resume", processes=1)
+    assert "processes was 2, is 1" in refused.stderr
+    done = launch(script, str(file), "resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "parts" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
+def test_gradients_that_are_not_synchronised_are_an_error(tmp_path):
+    script = tmp_path / "diverge.py"
+    script.write_text(DIVERGE)
+    done = launch(script, str(Path(__file__).parents[1]), str(tmp_path / "out"))
+    assert done.returncode != 0 and "gradients differ between processes" in done.stderr, done.stderr[-3000:]

@@ -1,0 +1,162 @@
+"""What a run tells: lines of metrics, progress, the picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from io import StringIO
+
+import matplotlib.image
+import pytest
+
+from lorakeet.train import report
+from lorakeet.train.report import Report, clock, draw_loss_curve, first_and_last, read_metrics, smoothed
+from lorakeet.train.trainer import Trainer
+from tiny_training import tiny_data, tiny_peft
+
+
+def train(args, path, collator, **more):
+    trainer = Trainer(
+        tiny_peft(0.0), args, train_dataset=tiny_data(), data_collator=collator, callbacks=[Report(path)], **more
+    )
+    trainer.train()
+    return trainer
+
+
+def test_a_line_for_each_logged_step(make_args, collator, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    args = make_args(include_num_input_tokens_seen="non_padding", logging_steps=2, eval_strategy="steps", eval_steps=3)
+    trainer = train(args, path, collator, eval_dataset=tiny_data(5, seed=1))
+    lines = read_metrics(path)
+    learned = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
+    assert list(learned[0]) == [
+        *("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds"),
+    ]
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert [line["loss"] for line in learned] == logged
+    # real tokens: 6 steps of 8 samples, 48 of the 64 rows, in the order of the seed
+    assert learned[-1]["tokens"] == trainer.state.num_input_tokens_seen < 48 * 17
+    first, second = learned[:2]
+    rate = (second["tokens"] - first["tokens"]) / (second["seconds"] - first["seconds"])
+    assert second["tokens_per_second"] == pytest.approx(rate, rel=0.05)
+    assert {"eval_loss", "eval_perplexity", "eval_tokens"} <= set(lines[1])
+
+
+def test_padding_is_not_counted(make_args, collator, tmp_path):
+    args = make_args(include_num_input_tokens_seen="non_padding", max_steps=8)  # one pass over 64 rows
+    train(args, tmp_path / "metrics.jsonl", collator)
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["tokens"] == sum(map(len, tiny_data()["input_ids"]))
+
+
+def test_evaluating_and_saving_do_not_count_as_training(make_args, collator, tmp_path, monkeypatch):
+    class Slow(Trainer):
+        def evaluate(self, *args, **kwargs):
+            time.sleep(0.5)
+            return super().evaluate(*args, **kwargs)
+
+        def _save(self, *args, **kwargs):
+            time.sleep(0.5)
+            super()._save(*args, **kwargs)
+
+    told = Report(tmp_path / "metrics.jsonl")
+    args = make_args(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, max_steps=3)
+    data = {"train_dataset": tiny_data(), "eval_dataset": tiny_data(3)}
+    began = time.perf_counter()
+    Slow(tiny_peft(), args, data_collator=collator, callbacks=[told], **data).train()
+    assert told.seconds < time.perf_counter() - began - 2.9
+
+
+def test_a_resumed_run_drops_the_lines_after_its_checkpoint(make_args, collator, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    args = make_args(max_steps=6, save_strategy="steps", save_steps=4, include_num_input_tokens_seen="non_padding")
+    train(args, path, collator)
+    whole = read_metrics(path)
+    with path.open("a") as file:
+        file.write('{"step": 7, "los')  # the process was killed while it wrote
+    told = Report(path)
+    trainer = Trainer(tiny_peft(0.0), args, train_dataset=tiny_data(), data_collator=collator, callbacks=[told])
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    lines = read_metrics(path)
+    same = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens")
+    assert [[line[key] for key in same] for line in lines] == [[line[key] for key in same] for line in whole]
+    assert lines[3] == whole[3] and lines[4]["seconds"] > lines[3]["seconds"]
+
+
+def test_without_a_terminal_a_line_now_and_then(make_args, collator, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="lorakeet")
+    train(make_args(include_num_input_tokens_seen="non_padding"), tmp_path / "m.jsonl", collator)
+    spoken = [line for line in caplog.messages if line.startswith("step")]
+    assert len(spoken) == 1 and spoken[0].startswith("step 6 of 6: loss ") and spoken[0].endswith("0:00 left")
+    monkeypatch.setattr(report, "QUIET_SECONDS", 0.0)
+    caplog.clear()
+    train(make_args(include_num_input_tokens_seen="non_padding"), tmp_path / "m.jsonl", collator)
+    assert len([line for line in caplog.messages if line.startswith("step")]) == 6
+
+
+def test_on_a_terminal_a_bar(make_args, collator, tmp_path, monkeypatch):
+    class Terminal(StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    told = Report(tmp_path / "m.jsonl")
+    args = make_args(include_num_input_tokens_seen="non_padding")
+    Trainer(tiny_peft(), args, train_dataset=tiny_data(), data_collator=collator, callbacks=[told]).train()
+    told.close()
+    assert "6/6" in screen.getvalue() and "tokens/s" in screen.getvalue() and "loss 3." in screen.getvalue()
+
+
+def test_first_and_last_are_means_of_a_few():
+    lines = [{"step": i, "loss": float(i)} for i in range(100)] + [{"step": 99, "eval_loss": 5.0}]
+    assert first_and_last(lines) == (4.5, 94.5)
+    assert first_and_last(lines[:10]) == (0.5, 8.5)
+    assert first_and_last(lines[:3]) == (0.0, 2.0)
+    assert all(math.isnan(value) for value in first_and_last([]))
+
+
+def test_the_moving_average_has_no_bias_at_its_start():
+    assert smoothed([2.0] * 5, 0.9) == pytest.approx([2.0] * 5)
+    assert smoothed([1.0, 3.0], 0.5) == pytest.approx([1.0, (0.5 * 0.5 * 1 + 0.5 * 3) / 0.75])
+
+
+def test_clock():
+    assert [clock(s) for s in (0, 61.4, 3723)] == ["0:00", "1:01", "1:02:03"]
+
+
+@pytest.mark.parametrize("lines", [[], [{"step": 1, "loss": 2.0}], [{"step": 0, "eval_loss": 3.0}]])
+def test_the_picture_is_drawn_from_any_lines(lines, tmp_path):
+    path = tmp_path / "curve.png"
+    draw_loss_curve(lines, path, "title")
+    assert matplotlib.image.imread(path).shape == (540, 960, 4)
+
+
+def test_the_picture_shows_both_curves(tmp_path):
+    lines = [{"step": i, "loss": 4 - i / 50} for i in range(1, 101)]
+    draw_loss_curve([*lines, {"step": 0, "eval_loss": 4.0}, {"step": 100, "eval_loss": 2.1}], tmp_path / "curve.png")
+    pixels = matplotlib.image.imread(tmp_path / "curve.png")[..., :3]
+    for colour in ("#08519c", "#d94801"):
+        wanted = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        assert (abs(pixels - wanted).max(-1) < 0.02).sum() > 100, colour
+
+
+def test_metrics_are_one_object_a_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == []
+    report.append_metrics(path, {"step": 1, "loss": 2.0})
+    report.append_metrics(path, {"step": 2, "loss": 1.0})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_a_long_evaluation_says_how_far_it_is(make_args, collator, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="lorakeet")
+    monkeypatch.setattr(report, "QUIET_SECONDS", 0.0)
+    args = make_args(max_steps=1, eval_strategy="steps", eval_steps=1)
+    train(args, tmp_path / "m.jsonl", collator, eval_dataset=tiny_data(11, seed=1))
+    spoken = [line for line in caplog.messages if line.startswith("measuring")]
+    assert spoken == [f"measuring the held-out loss: {i} of 3 batches" for i in (1, 2, 3)]

@@ -1,0 +1,326 @@
+"""A whole run on a tiny base: what it leaves behind, what it refuses, how it is stopped and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoTokenizer, TrainerCallback
+
+from lorakeet.adapter.model import PeftModel
+from lorakeet.base.load import load_base
+from lorakeet.config import RunConfig, make_run, read_run
+from lorakeet.data.collate import PaddingCollator
+from lorakeet.data.prepare import prepare
+from lorakeet.errors import BaseModelError, DataError, OutputError, TargetError, TrainingError
+from lorakeet.train import run as module
+from lorakeet.train.evaluate import evaluate
+from lorakeet.train.report import read_metrics
+from lorakeet.train.run import InterruptedRunError, check_run_folder, run_training
+from tiny_training import WORDS, tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture
+def base_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "base"
+    tiny_llama(initializer_range=0.2).save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(base_folder, tmp_path):
+    data = tmp_path / "texts.txt"
+    words = len(WORDS)
+    lines = [" ".join(WORDS[(i * k) % words] for k in range(1, 3 + i % 9)) + f" {WORDS[i % words]}" for i in range(60)]
+    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def make(**changes) -> RunConfig:
+        tree = {
+            "base": {"model": str(base_folder), "device": "cpu", "dtype": "fp32"},
+            "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
+            "data": {"path": str(data), "eval_fraction": 0.2},
+            "train": {"steps": 6, "batch_size": 4, "grad_accum": 2, "lr": 0.05, "warmup": 1},
+            "out": str(tmp_path / "run"),
+        }
+        for name, value in changes.items():
+            section, _, key = name.partition("__")
+            if key:
+                tree[section][key] = value
+            else:
+                tree[section] = value
+        return make_run(tree)
+
+    return make
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_run_leaves_everything_behind(settings, tmp_path, base_folder, capfd, caplog):
+    caplog.set_level("INFO", logger="lorakeet")
+    config = settings(train__eval_every=3)
+    summary = run_training(config)
+    out = tmp_path / "run"
+    assert files(out) == {"run.yaml", "metrics.jsonl", "summary.json", "loss_curve.png", "adapter"}
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert (
+        summary["steps"] == 6
+        and summary["samples"] == summary["data"]["train_samples"] < 48
+        and summary["processes"] == 1
+    )
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    assert summary["train_loss_last"] < summary["train_loss_first"]
+    assert summary["trainable_parameters"] == 2 * 4 * (2 * 32 + 32 + 16)
+    assert summary["base_model"] == str(base_folder) and summary["adapter_path"] == str(out / "adapter")
+    assert summary["peak_rss_bytes"] > 1e8 and 0 < summary["train_seconds"] < summary["wall_seconds"]
+    assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["train_seconds"])
+    assert {"python", "lorakeet", "torch", "transformers"} == set(summary["versions"])
+    lines = read_metrics(out / "metrics.jsonl")
+    assert [(line["step"], "loss" in line) for line in lines] == [
+        *((0, False), (1, True), (2, True), (3, True), (3, False)),
+        *((4, True), (5, True), (6, True), (6, False)),
+    ]
+    assert lines[-2]["tokens"] == summary["tokens"]
+    assert capfd.readouterr().out == ""
+    for said in (
+        "896 of 22,048",
+        "rows       60",
+        "a sample ",
+        "is given, not learned",
+        "6 steps of 8 samples",
+        "held-out",
+    ):
+        assert said in caplog.text, said
+
+    # the adapter on disk gives the loss of the summary, with its own tokenizer and chat template
+    base = load_base(config.base)
+    model = PeftModel.from_pretrained(base.model, out / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(out / "adapter")
+    held_out = prepare(config.data, tokenizer, seed=42).held_out
+    again = evaluate(model, held_out, PaddingCollator(0), 4)
+    assert again["loss"] == pytest.approx(summary["eval_loss_after"], abs=1e-5)
+    assert again["tokens"] == summary["eval_tokens"]
+    assert tokenizer.chat_template
+    notes = json.loads((out / "adapter" / "lorakeet.json").read_text())
+    assert notes["eval_loss_after"] == summary["eval_loss_after"] and notes["data"] == summary["data"]["content_hash"]
+
+
+def test_run_yaml_alone_repeats_the_run(settings, tmp_path):
+    run_training(settings())
+    first = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    written = read_run(tmp_path / "run" / "run.yaml")
+    assert written == settings()
+    assert set(yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["train"]) == set(
+        type(written.train).model_fields
+    )
+    run_training(written, overwrite=True)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == first
+
+
+def test_by_epochs_and_without_a_held_out_part(settings):
+    summary = run_training(settings(train__steps=None, train__epochs=2.0, data__eval_fraction=0.0, train__eval_every=2))
+    assert summary["samples"] == 2 * summary["data"]["train_samples"] == 2 * 60
+    assert summary["steps"] == 2 * 8  # 7 steps of 8 samples and one of 4
+    assert summary["eval_loss_before"] is summary["eval_loss_after"] is None
+
+
+def test_constant_schedule_warms_up_and_checkpointing_changes_nothing(settings, tmp_path):
+    plain = run_training(settings(train__schedule="constant", train__warmup=3, lora__lora_dropout=0.0))
+    rates = [line["learning_rate"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert rates == pytest.approx([0.0, 0.05 / 3, 0.1 / 3, 0.05, 0.05, 0.05])
+    thrifty = run_training(
+        settings(
+            train__schedule="constant",
+            train__warmup=3,
+            lora__lora_dropout=0.0,
+            train__gradient_checkpointing=True,
+            out=str(tmp_path / "thrifty"),
+        )
+    )
+    assert thrifty["eval_loss_after"] == pytest.approx(plain["eval_loss_after"], abs=1e-6)
+
+
+# ---- refused, and nothing written -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data__path": "nowhere.jsonl"}, DataError, "nowhere.jsonl"),
+        ({"data__path": None}, DataError, "no data given"),
+        ({"data__text_column": "body"}, DataError, "body"),
+        ({"base__model": "no/such-model"}, BaseModelError, "no/such-model"),
+        ({"base__dtype": "fp16"}, BaseModelError, "fp16 cannot train on a CPU"),
+        ({"lora__target_modules": ["q_prj"]}, TargetError, "q_prj"),
+        ({"data__max_length": 999}, DataError, "999|64"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_wrong_is_told_before_anything_is_written(changes, error, message, settings, tmp_path):
+    if "data__max_length" in changes:  # longer than the model takes
+        long = tmp_path / "long.txt"
+        long.write_text("\n".join([" ".join(WORDS * 5)] * 3 + ["a bird"]))
+        changes = {**changes, "data__path": str(long), "data__eval_fraction": 0.0}
+    with pytest.raises(error, match=message):
+        run_training(settings(**changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_never_overwritten_by_chance(settings, tmp_path):
+    run_training(settings(train__steps=1))
+    with pytest.raises(OutputError, match=r"already holds a run \(run.yaml, .*adapter.*--overwrite"):
+        try:
+            run_training(settings())
+        except OutputError as error:
+            raise OutputError(str(error).replace("\n", " ")) from None
+    keep = tmp_path / "run" / "my-notes.txt"
+    keep.write_text("mine")
+    assert run_training(settings(train__steps=2), overwrite=True)["steps"] == 2
+    assert keep.read_text() == "mine"
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 2]
+
+
+def test_the_folder_is_checked_without_touching_it(tmp_path):
+    check_run_folder(tmp_path / "new" / "deep")
+    assert not (tmp_path / "new").exists()
+    file = tmp_path / "file"
+    file.write_text("")
+    for folder in (file, file / "run"):
+        with pytest.raises(OutputError, match="Not a directory"):
+            check_run_folder(folder)
+    with pytest.raises(OutputError, match="holds no run to resume"):
+        check_run_folder(tmp_path / "new", resume=True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="not writable"):
+        check_run_folder(tmp_path / "run")
+    tmp_path.chmod(0o700)
+
+
+def test_a_read_only_file_system_is_refused(tmp_path):
+    with pytest.raises(OutputError, match=r"cannot write to /proc"):
+        check_run_folder(Path("/proc/run/deep"))
+
+
+# ---- stopped, and going on ------------------------------------------------------------------------------------------
+
+
+class Interrupt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupted(monkeypatch, config, step, **how):
+    real = module.Report
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "Report", lambda path: Both(real(path), Interrupt(step)))
+        with pytest.raises(InterruptedRunError) as caught:
+            run_training(config, **how)
+    return str(caught.value)
+
+
+class Both(TrainerCallback):
+    """The report, and a finger on Ctrl-C."""
+
+    def __init__(self, report, finger):
+        self.report, self.on_step_begin, self.close = report, finger.on_step_begin, report.close
+        for event in ("on_train_begin", "on_step_end", "on_log", "on_evaluate", "on_save"):
+            setattr(self, event, getattr(report, event))
+
+
+def test_ctrl_c_saves_and_the_resumed_run_is_the_uninterrupted_one(settings, tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
+    whole = run_training(settings(out=str(tmp_path / "whole"), train__eval_every=4))
+    config = settings(out=str(tmp_path / "parts"), train__eval_every=4)
+    message = interrupted(monkeypatch, config, 2)
+    assert (
+        f"stopped after step 3 of 6, everything is saved\nhint: go on with: lorakeet train {tmp_path}/parts/run.yaml --resume"
+        == message
+    )
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert files(tmp_path / "parts") == {"run.yaml", "metrics.jsonl", "checkpoints"}
+    with pytest.raises(OutputError, match="already holds a run"):
+        run_training(config)
+    parts = run_training(read_run(tmp_path / "parts" / "run.yaml"), resume=True)
+    same = ("steps", "samples", "tokens", "train_loss_first", "train_loss_last", "eval_loss_before", "eval_loss_after")
+    assert {key: parts[key] for key in same} == {key: whole[key] for key in same}
+    weights = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "parts" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    kept = ("step", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens")
+    lines = [[line.get(key) for key in kept] for line in read_metrics(tmp_path / "parts" / "metrics.jsonl")]
+    assert lines == [[line.get(key) for key in kept] for line in read_metrics(tmp_path / "whole" / "metrics.jsonl")]
+    with pytest.raises(OutputError, match="is finished"):
+        run_training(config, resume=True)
+
+
+def test_other_settings_do_not_resume_but_looking_may_change(settings, monkeypatch):
+    interrupted(monkeypatch, settings(), 2)
+    with pytest.raises(TrainingError, match=r"train\.lr was 0\.05, is 0\.01; .*|train\.steps was 6, is 9"):
+        run_training(settings(train__lr=0.01, train__steps=9), resume=True)
+    assert run_training(settings(train__log_every=2, train__save_every=1), resume=True)["steps"] == 6
+
+
+def test_other_data_behind_the_same_name_do_not_resume(settings, monkeypatch):
+    config = settings()
+    interrupted(monkeypatch, config, 2)
+    with Path(config.data.path).open("a") as file:
+        file.write("a green song falls\n")
+    with pytest.raises(TrainingError, match="data was "):
+        run_training(config, resume=True)
+    assert run_training(config, resume=True, any_checkpoint=True)["steps"] == 6
+
+
+def test_killed_before_the_first_checkpoint_starts_again(settings, monkeypatch):
+    def torn(*_, **__):
+        raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(module.Trainer, "train", torn)
+        run_training(settings())
+    assert run_training(settings(), resume=True)["steps"] == 6
+
+
+def test_a_signal_in_the_last_step_ends_the_run_as_planned(settings, monkeypatch):
+    real = module.Report
+    monkeypatch.setattr(module, "Report", lambda path: Both(real(path), Interrupt(5)))
+    monkeypatch.setattr(Both, "seconds", property(lambda self: self.report.seconds), raising=False)
+    assert run_training(settings())["steps"] == 6
+
+
+@pytest.mark.slow
+def test_the_signal_of_a_real_terminal(settings, tmp_path):
+    config = settings(train__steps=2000)
+    file = tmp_path / "run.yaml"
+    file.write_text(config.to_yaml())
+    code = (
+        "import sys; from lorakeet.config import read_run; from lorakeet.train.run import *\n"
+        "try: run_training(read_run(sys.argv[1]))\n"
+        "except InterruptedRunError as error: print(error); sys.exit(2)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(file)], stdout=subprocess.PIPE, text=True)
+    metrics = Path(config.out) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while len(read_metrics(metrics)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "--resume" in told and "everything is saved" in told
+    assert list((Path(config.out) / "checkpoints").glob("checkpoint-*"))
