@@ -28,9 +28,7 @@ def milliseconds(action: Callable[[], object]) -> float:
 
 def with_adapter(model: torch.nn.Module) -> torch.nn.Module:
     """A trained-looking adapter of the demo's shape: r=16 on q_proj and v_proj."""
-    adapted = get_peft_model(
-        copy.deepcopy(model), LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
-    )
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"]))
     with torch.no_grad():
         for layer in adapted.lora_layers():
             layer.lora_B["default"].weight.normal_(std=0.02)

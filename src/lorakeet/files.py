@@ -82,6 +82,7 @@ def write_folder(path: str | Path) -> Iterator[Path]:
         aside.chmod(0o755)
         for file in aside.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)  # some writers leave files that only their owner may read
                 _fsync(file)
         if path.exists():
             old = path.with_name(f".{path.name}.old.tmp")

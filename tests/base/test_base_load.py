@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bytewise import byte_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -119,6 +120,15 @@ def test_bars_are_silent_and_come_back(folder: Path, capsys: pytest.CaptureFixtu
         load_base(str(folder / "config.json"), device="cpu")
     assert (logging.is_progress_bar_enabled(), logging.get_verbosity()) == (True, logging.WARNING)
     assert capsys.readouterr() == ("", "")
+
+
+def test_tokens_without_an_embedding_are_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert "embeddings" not in caplog.text
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder)
+    load_base(str(folder), dtype="fp32", device="cpu")
+    assert "embeddings for 260 tokens, its tokenizer knows more: no text may hold <pad>" in caplog.text
 
 
 def test_a_damaged_tokenizer(folder: Path) -> None:

@@ -113,6 +113,17 @@ def test_a_random_collator_masks_anew_in_each_epoch():
     assert torch.equal(torch.rand(1), expected) and before is not None
 
 
+def test_the_trainer_tells_its_collator_the_epoch(make_args, collator):
+    drawn = []
+
+    def at_random(samples):
+        drawn.append(float(torch.rand(1)))
+        return collator(samples)
+
+    run(make_args(train_sampling_strategy="sequential", max_steps=8), data=tiny_data(32), collator=at_random)
+    assert len(drawn) == len(set(drawn)) == 16  # two passes over eight batches
+
+
 def saved(make_args, collator, **changes):
     args = make_args(save_strategy="steps", save_steps=2, max_steps=4)
     run(args, collator=collator, **changes)

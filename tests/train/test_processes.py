@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,24 @@ t.Trainer.__init__ = patched
     assert done.returncode == 0, done.stderr[-3000:]
     weights = "adapter/adapter_model.safetensors"
     assert (tmp_path / "parts" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
+def test_ctrl_c_under_torchrun_saves_in_every_process(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(RUN)
+    file = settings(tmp_path, "long", steps=5000, eval_every=None)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.Popen(
+        [*torchrun, str(script), str(file)], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    metrics, deadline = tmp_path / "long" / "metrics.jsonl", time.monotonic() + 200
+    while len(read_metrics(metrics)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to torchrun and its children
+    _, told = process.communicate(timeout=100)
+    assert "everything is saved" in told, told[-3000:]
+    (folder,) = (tmp_path / "long" / "checkpoints").iterdir()
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in folder.iterdir()}
 
 
 def test_gradients_that_are_not_synchronised_are_an_error(tmp_path):

@@ -21,9 +21,12 @@ from lorakeet.data.collate import PaddingCollator
 from lorakeet.data.prepare import prepare
 from lorakeet.errors import BaseModelError, DataError, OutputError, TargetError, TrainingError
 from lorakeet.train import run as module
+from lorakeet.train import stop as stop_module
 from lorakeet.train.evaluate import evaluate
+from lorakeet.train.folder import check_run_folder
 from lorakeet.train.report import read_metrics
-from lorakeet.train.run import InterruptedRunError, check_run_folder, run_training
+from lorakeet.train.run import InterruptedRunError, run_training
+from lorakeet.train.stop import StopAfterStep
 from tiny_training import WORDS, tiny_llama, tiny_tokenizer
 
 
@@ -242,7 +245,7 @@ class Both(TrainerCallback):
 
     def __init__(self, report, finger):
         self.report, self.on_step_begin, self.close = report, finger.on_step_begin, report.close
-        for event in ("on_train_begin", "on_step_end", "on_log", "on_evaluate", "on_save"):
+        for event in ("on_train_begin", "on_epoch_begin", "on_step_end", "on_log", "on_evaluate", "on_save"):
             setattr(self, event, getattr(report, event))
 
 
@@ -286,6 +289,28 @@ def test_other_data_behind_the_same_name_do_not_resume(settings, monkeypatch):
     with pytest.raises(TrainingError, match="data was "):
         run_training(config, resume=True)
     assert run_training(config, resume=True, any_checkpoint=True)["steps"] == 6
+
+
+def test_a_second_ctrl_c_acts_at_once_but_an_echo_does_not(monkeypatch):
+    with StopAfterStep() as stop:
+        with pytest.raises(KeyboardInterrupt):  # nothing has begun
+            signal.raise_signal(signal.SIGINT)
+        stop.on_train_begin(None, None, None)
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert stop.asked
+        monkeypatch.setattr(stop_module, "ECHO", 0.0)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_while_the_base_is_measured_acts_at_once(settings, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.Trainer, "evaluate", lambda _: signal.raise_signal(signal.SIGINT))
+        run_training(settings())
+    assert files(tmp_path / "run") == {"run.yaml", "checkpoints"}
+    assert run_training(settings(), resume=True)["steps"] == 6
 
 
 def test_killed_before_the_first_checkpoint_starts_again(settings, monkeypatch):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     DataCollatorForLanguageModeling,
     T5Config,
@@ -106,22 +107,35 @@ def t5():
     )
 
 
+def span(samples):
+    """Batch of a question answerer: no labels, but a start and an end; of one length, since it scores padding too."""
+    ids = torch.tensor([s["input_ids"] + [PAD] * (17 - len(s["input_ids"])) for s in samples])
+    starts = torch.tensor([sum(s["input_ids"]) % 3 for s in samples])
+    return {"input_ids": ids, "attention_mask": ids.ne(PAD).long(), "start_positions": starts, "end_positions": starts}
+
+
 MODELS = {
     "llama": lambda: (tiny_llama(initializer_range=0.3), None),
     "adapter": lambda: (tiny_peft(dropout=0.0, init_lora_weights=False), None),
     "bert masked lm": lambda: (bert(BertForMaskedLM), masked),
     "bert classifier": lambda: (bert(BertForSequenceClassification, num_labels=3), classes),
+    "bert spans": lambda: (bert(BertForQuestionAnswering), span),
     "t5": lambda: (t5(), seq2seq),
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "llama, smoothed", "bert classifier, smoothed"])
 def test_loss_and_gradient_do_not_depend_on_accumulation(name, make_args, collator):
+    name, _, smoothed = name.partition(", ")
     runs = {}
     for batch, accumulate in SHAPES:
         model, collate = MODELS[name]()
         args = make_args(
-            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=3, max_grad_norm=0.0
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+            max_steps=2,
+            max_grad_norm=0.0,
+            label_smoothing_factor=0.1 if smoothed else 0.0,
         )
         runs[batch] = train(model, args, tiny_data(48), collate or collator)
     losses, grads, _ = runs[16]
@@ -277,7 +291,7 @@ def with_poison(at):
 
 
 def test_a_loss_that_is_not_finite_stops_the_step_and_keeps_the_last_good_state(make_args, collator, tmp_path):
-    args = make_args(train_sampling_strategy="sequential", max_steps=6)
+    args = make_args(train_sampling_strategy="sequential", max_steps=6, include_num_input_tokens_seen="non_padding")
     trainer = Trainer(
         poisoned(tiny_peft()),
         args,
@@ -298,7 +312,7 @@ def test_a_loss_that_is_not_finite_stops_the_step_and_keeps_the_last_good_state(
         tiny_peft(), make_args(train_sampling_strategy="sequential", max_steps=6), with_poison(40), collator
     )
     # ... and going on from it, told to skip, is the run that skipped by itself
-    skipped, _, _ = train(poisoned(tiny_peft()), args, with_poison(21), collator, non_finite="skip")
+    skipped, _, passed_over = train(poisoned(tiny_peft()), args, with_poison(21), collator, non_finite="skip")
     resumed = Trainer(
         poisoned(tiny_peft()), args, train_dataset=with_poison(21), data_collator=collator, non_finite="skip"
     )
@@ -307,6 +321,7 @@ def test_a_loss_that_is_not_finite_stops_the_step_and_keeps_the_last_good_state(
     assert later == skipped and len(later) == 6
     assert skipped[:2] == good[:2] and skipped[3:] != good[3:]
     assert resumed.state.global_step == reached.state.global_step
+    assert resumed.state.num_input_tokens_seen == passed_over.state.num_input_tokens_seen > 0
 
 
 def test_a_skipped_step_changes_nothing(make_args, collator, caplog):

@@ -95,17 +95,18 @@ def _convert(path: Path, folder: Path) -> None:
             ) from error
         if info["missing_keys"]:
             raise BaseModelError(f"{path} lacks the weights {', '.join(sorted(info['missing_keys']))}")
-        _name_special_tokens(tokenizer, header)
+        _as_the_file_says(tokenizer, header)
         vars(model.config).pop("_model_name_or_path", None)  # general.name, misspelt
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
-def _name_special_tokens(tokenizer: PreTrainedTokenizerBase, header: Mapping[str, str | int]) -> None:
-    """Give the special tokens that the file names by id: some versions of transformers take the start for the end."""
+def _as_the_file_says(tokenizer: PreTrainedTokenizerBase, header: Mapping[str, str | int]) -> None:
+    """Set the special tokens that the file names by id; some versions of transformers take the start for the end."""
     for role, key in SPECIAL_TOKENS.items():
         number = header.get(f"tokenizer.ggml.{key}_token_id")
         setattr(tokenizer, role, None if number is None else tokenizer.convert_ids_to_tokens(number))
+    tokenizer.clean_up_tokenization_spaces = False  # decode what was encoded, space for space
     if template := header.get("tokenizer.chat_template"):
         tokenizer.chat_template = template
 

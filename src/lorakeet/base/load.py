@@ -94,6 +94,7 @@ def load_base(
     options = {"dtype": dtype, **remote, **(model_options or {})}
     model = _load_model(folder, source.name, auto_class, device, options)
     check_dtypes(model, dtype, source.name)
+    _check_vocabulary(model, tokenizer, source.name)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     # Adapters, model cards and checkpoints record this name: never the cache's folder.
@@ -158,6 +159,14 @@ def _check_weights(info: Mapping[str, Any], name: str, must_be_whole: bool) -> N
         warn(f"{len(missing)} weights are not in {name} and begin at random: {some(missing)}")
     if unexpected:
         warn(f"{len(unexpected)} weights of {name} are not used: {some(unexpected)}")
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Say which tokens the model has no embedding for: a text with one of them would break a run in the middle."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    beyond = [token for token, number in tokenizer.get_added_vocab().items() if number >= rows]
+    if beyond:
+        warn(f"{name} has embeddings for {rows} tokens, its tokenizer knows more: no text may hold {some(beyond)}")
 
 
 def _size(count: int) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
@@ -75,6 +76,9 @@ class Report(TrainerCallback):
         self._line = {"tokens": state.num_input_tokens_seen, "seconds": self.seconds}
         self._shown.open(state.max_steps, state.global_step)
         self._mark = time.perf_counter()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._mark = time.perf_counter()  # what was rehearsed before is no training
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         now = time.perf_counter()
@@ -230,6 +234,7 @@ def draw_loss_curve(lines: Iterable[Mapping[str, Any]], path: str | Path, title:
                 textcoords="offset points",
                 ha="left" if at == 0 else "right",
                 color="#d94801",
+                path_effects=[withStroke(linewidth=3, foreground="white")],
             )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per target token (nats)")

@@ -9,12 +9,9 @@ from __future__ import annotations
 import os
 import platform
 import resource
-import shutil
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +24,22 @@ from lorakeet._version import __version__
 from lorakeet.adapter.model import PeftModel, get_peft_model
 from lorakeet.base.load import Base, load_base
 from lorakeet.base.quiet import quiet
-from lorakeet.config import RunConfig, read_run
+from lorakeet.config import RunConfig
 from lorakeet.data.collate import PaddingCollator
 from lorakeet.data.prepare import Prepared, prepare
 from lorakeet.data.show import show_sample
 from lorakeet.data.sources import read_rows
-from lorakeet.errors import OutputError, TrainingError
-from lorakeet.files import write_file, write_folder, write_json
+from lorakeet.errors import TrainingError
+from lorakeet.files import write_folder, write_json
 from lorakeet.lora.config import LoraConfig
 from lorakeet.talk import log, say, warn
 from lorakeet.train.checkpoint import latest_checkpoint
-from lorakeet.train.guard import check_output
+from lorakeet.train.folder import check_run_folder, claim_folder, refuse_other_settings
 from lorakeet.train.report import Report, draw_loss_curve, first_and_last, read_metrics
 from lorakeet.train.stop import StopAfterStep
 from lorakeet.train.trainer import Trainer
 
-FILES = ("run.yaml", "metrics.jsonl", "summary.json", "loss_curve.png", "adapter", "checkpoints")
-
-#: Settings that only look: they may differ between the run that was stopped and the one that goes on.
-LOOKING = ("out", "train.log_every", "train.eval_every", "train.save_every")
+__all__ = ["InterruptedRunError", "Run", "check_run_folder", "run_training", "training_arguments"]
 
 
 class InterruptedRunError(TrainingError):
@@ -77,7 +71,7 @@ def run_training(
     folder = Path(config.out)
     check_run_folder(folder, resume=resume, overwrite=overwrite)
     if resume and not any_checkpoint:
-        _refuse_other_settings(config, folder)
+        refuse_other_settings(config, folder)
     read_rows(config.data)  # broken data is told before a base of many gigabytes is read
     base = load_base(config.base, for_training=True)
     say(f"base       {base.describe()}")
@@ -92,37 +86,10 @@ def run_training(
     model = get_peft_model(base.model, LoraConfig(**config.lora.model_dump(), task_type="CAUSAL_LM", **name))
     _say_plan(config, base, model, data, args)
     if args.process_index == 0:
-        _claim(folder, config, resume)
+        claim_folder(folder, config, resume=resume)
     run = Run(config, folder, base, model, data, args, began)
     with quiet(), StopAfterStep() as stop:
         return run.train(stop, resume, any_checkpoint)
-
-
-def check_run_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Whether a run may write to ``folder``; makes nothing.
-
-    Raises:
-        OutputError: it is a file, cannot be written to, holds a run already, or holds none to resume.
-    """
-    held = [name for name in FILES if (folder / name).exists()]
-    if resume and "run.yaml" not in held:
-        raise OutputError(f"{folder} holds no run to resume", "leave --resume out to start one")
-    if resume and "summary.json" in held:
-        raise OutputError(f"the run in {folder} is finished", "repeat it with --overwrite, or choose another --out")
-    if held and not (resume or overwrite):
-        raise OutputError(
-            f"{folder} already holds a run ({', '.join(held)})",
-            "go on with --resume, replace it with --overwrite, or choose another --out",
-        )
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"cannot write to {folder}: {error.strerror or error}: {there}",
-            "choose a folder you may write to with --out",
-        ) from None
 
 
 def training_arguments(config: RunConfig, base: Base) -> TrainingArguments:
@@ -173,21 +140,6 @@ def training_arguments(config: RunConfig, base: Base) -> TrainingArguments:
     return args
 
 
-def _refuse_other_settings(config: RunConfig, folder: Path) -> None:
-    then, now = (_flat(c.model_dump(mode="json")) for c in (read_run(folder / "run.yaml"), config))
-    changed = [f"{key} was {then[key]}, is {now[key]}" for key in now if then[key] != now[key] and key not in LOOKING]
-    if changed:
-        raise TrainingError(
-            f"the run in {folder} has other settings: {'; '.join(changed)}",
-            f"go on with its own: lorakeet train {folder / 'run.yaml'} --resume",
-        )
-
-
-def _flat(tree: dict[str, Any]) -> dict[str, Any]:
-    pairs = ([(f"{a}.{b}", v) for b, v in s.items()] if isinstance(s, dict) else [(a, s)] for a, s in tree.items())
-    return dict(chain.from_iterable(pairs))
-
-
 def _say_plan(config: RunConfig, base: Base, model: PeftModel, data: Prepared, args: TrainingArguments) -> None:
     """What is about to happen, before it does."""
     trainable, every = model.get_nb_trainable_parameters()
@@ -203,17 +155,6 @@ def _say_plan(config: RunConfig, base: Base, model: PeftModel, data: Prepared, a
     say(f"a sample   {show_sample(base.tokenizer, data.train[0]['input_ids'])}")
     if train.warmup >= steps:
         warn(f"the warm-up takes {train.warmup} of {steps:.0f} steps: the learning rate never reaches its peak")
-
-
-def _claim(folder: Path, config: RunConfig, resume: bool) -> None:
-    """From here on the folder is this run's: clear what an earlier one left, say what this one is."""
-    check_output(folder)
-    if not resume:
-        for name in FILES:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    with write_file(folder / "run.yaml") as aside:
-        aside.write_text(f"# lorakeet train {folder / 'run.yaml'}\n{config.to_yaml()}", encoding="utf-8")
 
 
 @dataclass
@@ -247,6 +188,7 @@ class Run:
                 f"go on with: lorakeet train {self.folder / 'run.yaml'} --resume",
             )
         self._save(trainer, {})
+        say(f"adapter    {self.folder / 'adapter'}")
         self._measure(trainer, trainer.state.global_step)
         summary = self._summary(trainer, report)
         self._save(trainer, summary)
@@ -285,7 +227,10 @@ class Run:
         """The adapter with its tokenizer and chat template, whole or not at all."""
         if self.args.process_index == 0:
             with write_folder(self.folder / "adapter") as aside:
-                self.model.save_pretrained(aside, notes={**summary, "data": self.data.report.content_hash})
+                notes = {
+                    key: value for key, value in summary.items() if key != "adapter_path"
+                }  # a place on this machine
+                self.model.save_pretrained(aside, notes={**notes, "data": self.data.report.content_hash})
                 self.base.tokenizer.save_pretrained(aside)
         trainer.accelerator.wait_for_everyone()
 
@@ -346,4 +291,3 @@ class Run:
         write_json(self.folder / "summary.json", summary)
         if summary["eval_loss_after"] is not None:
             say(f"held-out loss {summary['eval_loss_before']:.4f} before, {summary['eval_loss_after']:.4f} after")
-        say(f"adapter    {summary['adapter_path']}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -12,16 +13,22 @@ from transformers import TrainerCallback
 
 from lorakeet.talk import say
 
+#: Seconds in which a second Ctrl-C is taken for the echo of the first: torchrun passes on what the terminal sent already.
+ECHO = 2.0
+
 
 class StopAfterStep(TrainerCallback):
-    """While this context is open, the first signal stops training after its step and saves; a second one acts at once.
+    """While this context is open, a signal stops training after its step and saves; a second Ctrl-C acts at once.
+
+    Before the first step and after the last there is nothing to finish: there Ctrl-C acts at once too.
 
     Under several processes all stop after the same step. ``stopped`` says whether it happened.
     """
 
     def __init__(self) -> None:
-        self.asked = self.stopped = False
+        self.asked = self.stopped = self.training = False
         self._before: dict[int, Any] = {}
+        self._heard = 0.0
 
     def __enter__(self) -> StopAfterStep:
         if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
@@ -32,17 +39,25 @@ class StopAfterStep(TrainerCallback):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
         while self._before:
             number, handler = self._before.popitem()
             signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        self._restore()
-        say("finishing this step, then saving; once more to stop at once")
+        now = time.monotonic()
+        if not self.training:
+            raise KeyboardInterrupt
+        if not self.asked:
+            self.asked, self._heard = True, now
+            say("finishing this step, then saving; Ctrl-C once more to stop at once")
+        elif number == signal.SIGINT and now - self._heard > ECHO:
+            raise KeyboardInterrupt
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.training = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.training = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._anyone_asked(args):

@@ -32,6 +32,7 @@ from lorakeet.files import write_folder
 from lorakeet.talk import say, warn
 from lorakeet.train import checkpoint, guard
 from lorakeet.train.evaluate import count_targets, loss_and_perplexity, sample_losses, shifts_labels
+from lorakeet.train.order import LengthWindows
 
 
 class Trainer(transformers.Trainer):
@@ -80,20 +81,33 @@ class Trainer(transformers.Trainer):
     # ---- data -------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:
-        """As the parent's, with a collator whose random numbers depend on seed, epoch and samples alone."""
+        """As the parent's, with a collator whose random numbers depend on seed, epoch and samples alone.
+
+        Where the data has a column of lengths, the samples of each optimizer step are put in order of length.
+        """
         given = self.data_collator
         self.data_collator = self._collator = checkpoint.SteadyCollator(given, self.args.seed)
         try:
-            return super().get_train_dataloader()
+            loader: Any = super().get_train_dataloader()
         finally:
             self.data_collator = given
+        column = self.args.length_column_name
+        if column in (getattr(self.train_dataset, "column_names", None) or ()):
+            size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            loader.set_sampler(LengthWindows(loader.get_sampler(), self.train_dataset[column][:], size))
+        return loader
 
     # ---- loss -------------------------------------------------------------------------------------------------
 
+    @property
+    def _models_own_loss(self) -> bool:
+        """Whether the loss is the one that the model returns, and not one made here from its outputs."""
+        return self.compute_loss_func is None and self.label_smoother is None
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         """Targets of the whole optimizer step, over all micro-batches and processes; for any model."""
-        if not batch_samples:
-            return None
+        if not batch_samples or not self._models_own_loss:
+            return super()._get_num_items_in_batch(batch_samples, device)
         count = torch.tensor(sum(count_targets(batch, self._shifts_labels) for batch in batch_samples), device=device)
         if self.args.world_size > 1 and self.args.average_tokens_across_devices:
             count = self.accelerator.gather(count).sum()
@@ -110,19 +124,17 @@ class Trainer(transformers.Trainer):
     def _find_out_who_counts(self, inputs: dict[str, Any]) -> None:
         """Whether to pass the step's targets to the model, which most forwards accept and some ignore."""
         alone = self.args.gradient_accumulation_steps == 1 and self.args.world_size == 1
-        if self.model_accepts_loss_kwargs and self.compute_loss_func is None and not alone:
+        if self.model_accepts_loss_kwargs and self._models_own_loss and not alone:
             batch = self._prepare_inputs(inputs)
-            targets = max(1, count_targets(batch, self._shifts_labels))
             with checkpoint.same_random_state(), self.accelerator.autocast():
-                self.model_accepts_loss_kwargs = guard.divides_by_count(self.model, batch, targets)
+                self.model_accepts_loss_kwargs = guard.divides_by_count(self.model, batch)
         self._counts_known = True
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The model's loss; a mean over a micro-batch is weighed by its share of the step's targets."""
-        ours = model.training and num_items_in_batch is not None and self.compute_loss_func is None
-        if not ours or self.model_accepts_loss_kwargs or self.label_smoother is not None:
+        if not model.training or self.model_accepts_loss_kwargs or not self._models_own_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         targets = count_targets(inputs, self._shifts_labels)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
@@ -146,7 +158,7 @@ class Trainer(transformers.Trainer):
         """For causal language models without ``compute_metrics``: the mean over all target tokens, and perplexity."""
         only_loss = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         with checkpoint.same_random_state():
-            if not (only_loss and self._shifts_labels and self.compute_loss_func is None):
+            if not (only_loss and self._shifts_labels and self._models_own_loss):
                 return super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )
@@ -197,7 +209,7 @@ class Trainer(transformers.Trainer):
         batch = self.data_collator([rows[i] for i in range(len(rows))])
         self.model.eval()
         with self.accelerator.autocast():
-            if self.compute_metrics is None and self._shifts_labels and self.compute_loss_func is None:
+            if self.compute_metrics is None and self._shifts_labels and self._models_own_loss:
                 sample_losses(self.model, self._prepare_inputs(batch))
             else:
                 self.prediction_step(self.model, batch, prediction_loss_only=self.compute_metrics is None)
@@ -270,7 +282,9 @@ class Trainer(transformers.Trainer):
     def _is_finite(self) -> bool:
         """Whether loss and gradient of this step are finite, in every process (all decide alike)."""
         finite = torch.stack([loss for loss, _ in self._micro_batches]).isfinite().all()
-        if self.accelerator.scaler is None:  # with loss scaling an overflow is part of the method, and skipped there
+        if (
+            self.accelerator.scaler is None and self._grad_norm is not None
+        ):  # with loss scaling an overflow is part of the method, and skipped there
             finite = finite & torch.as_tensor(self._grad_norm, device=finite.device).isfinite()
         return bool(self.accelerator.gather(finite[None]).all())
 
