@@ -36,6 +36,7 @@ lint: install
 
 bench: install   ## every benchmark, one table each
 	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/training.py
 
 docs: install    ## write the generated pages of docs/reference again
 	$(BIN)/python -m lorakeet.cli.reference docs/reference

@@ -126,6 +126,10 @@ class TrainSettings(Section):
     save_every: Annotated[int, Field(gt=0)] | None = Field(
         None, description="steps between checkpoints; left out: only on Ctrl-C"
     )
+    non_finite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a step whose loss or gradient is not finite: stop with the last good state saved, or skip it",
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, more time")
 
 

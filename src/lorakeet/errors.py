@@ -19,6 +19,8 @@ class LorakeetError(Exception):
         hint: What to do about it, if we know.
     """
 
+    exit_code = 2
+
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
         self.message = message

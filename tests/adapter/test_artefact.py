@@ -179,6 +179,20 @@ def test_a_place_that_cannot_be_written(tmp_path, saved):
         model.save_pretrained(tmp_path / "file" / "below")
 
 
+def test_an_argument_nobody_knows_is_an_error_and_peft_s_own_are_accepted(saved):
+    with pytest.raises(TypeError, match="lora_alfa"):
+        get_peft_model(make("llama"), LoraConfig(), lora_alfa=3)
+    with pytest.raises(TypeError, match="path_initial_model"):
+        PeftModel.from_pretrained(make("llama"), saved).save_pretrained(
+            saved, path_initial_model_for_weight_conversion="x"
+        )
+    base = make("llama")
+    with pytest.raises(TypeError, match="is_trainabel"):
+        PeftModel.from_pretrained(base, saved, is_trainabel=True)
+    assert not isinstance(base, PeftModel)
+    PeftModel.from_pretrained(make("llama"), saved, low_cpu_mem_usage=True, torch_device="cpu")
+
+
 def test_several_adapters_in_their_own_folders(tmp_path, saved):
     model = PeftModel.from_pretrained(make("llama"), saved)
     first = model(token_ids()).logits

@@ -13,7 +13,10 @@ from lorakeet.adapter.card import write_card
 from lorakeet.errors import AdapterError
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.inject import set_trainable
-from lorakeet.lora.model import LoraModel, adopt, start
+from lorakeet.lora.model import LoraModel, adopt, refuse_unknown, start
+
+#: Arguments of PEFT's that only say how to load: accepted, without effect.
+_LOADING = {"autocast_adapter_dtype", "ephemeral_gpu_offload", "low_cpu_mem_usage", "torch_device"}
 
 
 class PeftModel(LoraModel):
@@ -35,7 +38,7 @@ class PeftModel(LoraModel):
         subfolder: str | None = None,
         allow_other_base: bool = False,
         allow_untrained: bool = False,
-        **_: Any,
+        **peft_only: Any,
     ) -> PeftModel:
         """Put a saved adapter on ``model``, in place, and let it answer.
 
@@ -55,6 +58,7 @@ class PeftModel(LoraModel):
                 damaged file; another base. The model is as before then.
             TargetError: the adapter's layers are not in this model.
         """
+        refuse_unknown("from_pretrained", peft_only, _LOADING)
         fresh = not isinstance(model, LoraModel)
         peft = adopt(model, cls)
         assert isinstance(peft, PeftModel)
@@ -90,13 +94,14 @@ class PeftModel(LoraModel):
         subfolder: str | None = None,
         allow_other_base: bool = False,
         allow_untrained: bool = False,
-        **_: Any,
+        **peft_only: Any,
     ) -> None:
         """Load a saved adapter beside the others; it is silent until ``set_adapter``.
 
         If an adapter of this name is there already, its weights are replaced (they must have the same shapes).
         Arguments and errors as for :meth:`from_pretrained`.
         """
+        refuse_unknown("load_adapter", peft_only, _LOADING)
         config = config or PeftConfig.from_pretrained(model_id, revision=revision, subfolder=subfolder)
         notes = read_notes(model_id, revision=revision, subfolder=subfolder)
         if not allow_other_base:
@@ -125,7 +130,7 @@ class PeftModel(LoraModel):
         is_main_process: bool = True,
         push_to_hub: bool = False,
         repo_id: str | None = None,
-        **_: Any,
+        **peft_only: Any,
     ) -> None:
         """Write the adapter (several: ``default`` here, each other in a subfolder of its name) and a model card.
 
@@ -142,6 +147,7 @@ class PeftModel(LoraModel):
             AdapterError: NaN or infinite values, or ``safe_serialization=False``.
             OutputError: the folder cannot be written to.
         """
+        refuse_unknown("save_pretrained", peft_only, {"max_shard_size", "save_function", "save_original_format"})
         if not safe_serialization:
             raise AdapterError(
                 "safe_serialization=False would write a pickle", "leave it out: safetensors is the format"
@@ -168,7 +174,7 @@ class PeftModel(LoraModel):
         commit_message: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
-        **_: Any,
+        **peft_only: Any,
     ) -> str:
         """Upload the adapter and its card to the hub; returns the address of the repository's page.
 
@@ -178,6 +184,7 @@ class PeftModel(LoraModel):
 
         from lorakeet.adapter.push import push_folder
 
+        refuse_unknown("push_to_hub", peft_only, {"safe_serialization", "max_shard_size"})
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return push_folder(folder, repo_id, private=private, message=commit_message, revision=revision, token=token)
@@ -188,7 +195,7 @@ def get_peft_model(
     peft_config: PeftConfig,
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
-    **_: Any,
+    **peft_only: Any,
 ) -> PeftModel:
     """Put a new, trainable adapter on ``model``, in place, and freeze everything else.
 
@@ -202,6 +209,7 @@ def get_peft_model(
     Raises:
         TargetError: ``target_modules`` match nothing or only in part, with the nearest names; nothing is touched then.
     """
+    refuse_unknown("get_peft_model", peft_only, {"low_cpu_mem_usage", "mixed"})
     peft = start(model, peft_config, adapter_name, PeftModel)
     assert isinstance(peft, PeftModel)
     if not autocast_adapter_dtype:

@@ -77,7 +77,7 @@ def _run(command: str, words: list[str], debug: bool) -> int:
     except LorakeetError as error:
         if debug:
             raise
-        return _complain(error.message, error.hint)
+        return _complain(error.message, error.hint, error.exit_code)
     except UsageError as error:
         return _complain(error.format_message(), f"lorakeet {command} --help")
     except KeyboardInterrupt:

@@ -26,6 +26,7 @@ JOB: dict[str, Any] = {
     "train.steps": 200,
     "train.warmup": 100,
     "train.lr": 2e-4,
+    "train.eval_every": 50,
     "train.batch_size": 4,
     "train.grad_accum": 4,
     "out": "demo-run",
@@ -36,7 +37,7 @@ WRITE: dict[str, Any] = {"max_new_tokens": 32, "greedy": True}
 SAME = 1e-4
 
 
-@with_settings({"--steps": "train.steps", "--warmup": "train.warmup", "--out": "out", "--seed": "train.seed"})
+@with_settings({"--steps": "train.steps", "--warmup": "train.warmup", "--out": "out", "--seed": "train.seed"}, JOB)
 def demo(
     settings: dict[str, Any],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier demo in --out")] = False,

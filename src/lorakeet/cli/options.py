@@ -57,8 +57,15 @@ def _flat(annotation: Any) -> list[Any]:
     return [inner for part in parts for inner in _flat(part)] if parts else [annotation]
 
 
-def with_settings(flags: dict[str, str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command these flags; it gets those that were set as ``settings``, a dict of dotted names."""
+def with_settings(
+    flags: dict[str, str], defaults: dict[str, Any] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command these flags; it gets those that were set as ``settings``, a dict of dotted names.
+
+    Args:
+        flags: Flag -> dotted setting.
+        defaults: Dotted setting -> the default that the help page shows, where the command has its own.
+    """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         names = {flag.strip("-").replace("-", "_"): (flag, dotted) for flag, dotted in flags.items()}
@@ -70,7 +77,7 @@ def with_settings(flags: dict[str, str]) -> Callable[[Callable[..., Any]], Calla
         own = inspect.signature(command, eval_str=True).parameters.values()
         kept = [parameter for parameter in own if parameter.name != "settings"]
         wrapper.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            kept + [_parameter(name, flag, dotted) for name, (flag, dotted) in names.items()]
+            kept + [_parameter(name, flag, dotted, defaults or {}) for name, (flag, dotted) in names.items()]
         )
         wrapper.__doc__ = command.__doc__
         return wrapper
@@ -78,9 +85,9 @@ def with_settings(flags: dict[str, str]) -> Callable[[Callable[..., Any]], Calla
     return decorate
 
 
-def _parameter(name: str, flag: str, dotted: str) -> inspect.Parameter:
+def _parameter(name: str, flag: str, dotted: str, defaults: dict[str, Any]) -> inspect.Parameter:
     field = setting_field(dotted)
-    default = field.get_default(call_default_factory=True)
+    default = defaults.get(dotted, field.get_default(call_default_factory=True))
     help_text = field.description + ("" if default is None else f"  [default: {default}]")
     kind = {int: "INT", float: "NUMBER"}.get(_flag_type(field.annotation), "TEXT")
     return inspect.Parameter(

@@ -21,6 +21,9 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint of --out")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a run that --out holds already")] = False,
+    any_checkpoint: Annotated[
+        bool, typer.Option("--any-checkpoint", help="resume although settings, data or number of processes differ")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the summary as JSON")] = False,
 ) -> None:
     """Train an adapter. Settings come from the YAML file, then flags, then overrides; the last word wins.
@@ -43,6 +46,6 @@ def train(
     config = read_run(file, words, settings)
     from lorakeet.train.run import run_training
 
-    summary = run_training(config, resume=resume, overwrite=overwrite)
+    summary = run_training(config, resume=resume, overwrite=overwrite, any_checkpoint=any_checkpoint)
     if as_json:
         print(json.dumps(summary))

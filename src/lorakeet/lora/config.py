@@ -133,7 +133,7 @@ class PeftConfig(LoraSettings):
         config._check_and_set(values)
         return config
 
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``adapter_config.json`` into the folder."""
         write_json(Path(save_directory) / CONFIG_NAME, self.to_dict())
 

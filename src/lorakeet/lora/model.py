@@ -60,7 +60,7 @@ class LoraModel(nn.Module):
         """Every LoRA layer."""
         return [part for part in self.lora_parts() if isinstance(part, LoraLayer)]
 
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, strict: bool = True, **_: Any) -> Plan:
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, strict: bool = True, **peft_only: Any) -> Plan:
         """Add a further, new adapter on the same base; it is frozen and silent until :meth:`set_adapter`.
 
         Raises:
@@ -68,6 +68,7 @@ class LoraModel(nn.Module):
             TargetError: see :func:`lorakeet.lora.inject.plan`; nothing has been touched then.
             ConfigError: a second adapter beside one that trains the base's own biases.
         """
+        refuse_unknown("add_adapter", peft_only, {"low_cpu_mem_usage", "autocast_adapter_dtype"})
         self._check_new(adapter_name, peft_config)
         config = completed(self, peft_config)
         what = plan(self, config, strict=strict)
@@ -148,7 +149,7 @@ class LoraModel(nn.Module):
         *,
         probe: dict[str, torch.Tensor] | None = None,
         tolerance: float | None = None,
-        **_: Any,
+        **peft_only: Any,
     ) -> MergeReport:
         """Write ΔW into the base's weights, checked on a probe batch; :meth:`unmerge` puts back the very same bits.
 
@@ -161,6 +162,7 @@ class LoraModel(nn.Module):
             MergeError: merged and unmerged outputs differ by more, or the base cannot be written to. The model is as
                 before then.
         """
+        refuse_unknown("merge_adapter", peft_only, {"safe_merge"})
         names = list(adapter_names or self.active_adapters)
         for name in names:
             self._known(name)
@@ -232,6 +234,12 @@ class LoraModel(nn.Module):
         # The class was made at run time and cannot be found by name: pickle and deepcopy make it again.
         own, base = _parents(type(self))
         return _blank, (own, base), self.__dict__
+
+
+def refuse_unknown(verb: str, given: dict[str, Any], harmless: set[str]) -> None:
+    """Accept arguments of PEFT's that change nothing here; anything else is a TypeError, as in any function."""
+    if unknown := sorted(set(given) - harmless):
+        raise TypeError(f"{verb}() got an unexpected keyword argument {unknown[0]!r}")
 
 
 def completed(model: nn.Module, config: PeftConfig) -> PeftConfig:

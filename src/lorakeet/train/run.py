@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState  # type: ignore[import-untyped]
+from accelerate import PartialState
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from lorakeet._version import __version__
@@ -44,6 +44,8 @@ __all__ = ["InterruptedRunError", "Run", "check_run_folder", "run_training", "tr
 
 class InterruptedRunError(TrainingError):
     """The run was stopped by a person or by the machine, and can go on."""
+
+    exit_code = 130  # as the shell has it for a program that was interrupted
 
 
 def run_training(
@@ -211,6 +213,7 @@ class Run:
             processing_class=self.base.tokenizer,
             callbacks=callbacks,
             any_checkpoint=any_checkpoint,
+            non_finite=self.config.train.non_finite,
         )
         trainer.remove_callback(PrinterCallback)  # prints to stdout
         return trainer
