@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ def run_one(name: str, start: str, steps: int) -> dict:
     from lorakeet.config import DataSettings
     from lorakeet.data.collate import PaddingCollator
     from lorakeet.data.prepare import prepare
+    from lorakeet.train.report import peak_rss_bytes
 
     base, tokenizer = lorakeet.load_base(dtype="fp32")
     data = prepare(DataSettings(path="fortunes", eval_fraction=0.01), tokenizer, seed=42).train
@@ -79,7 +79,7 @@ def run_one(name: str, start: str, steps: int) -> dict:
     return {
         "tokens_per_second": (tokens_after - tokens_before) / (ended - began),
         "tokens": tokens_after,
-        "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "peak_rss_gb": peak_rss_bytes() / 1e9,
         "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
     }
 

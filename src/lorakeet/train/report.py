@@ -10,6 +10,7 @@ the base before it has learned.
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -246,3 +247,12 @@ def draw_loss_curve(lines: Iterable[Mapping[str, Any]], path: str | Path, title:
         axes.legend(frameon=False)
     with write_file(path) as aside:
         figure.savefig(aside, format="png")
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held at once, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count the parent's memory too, from before this program replaced it
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +33,7 @@ from lorakeet.lora.config import LoraConfig
 from lorakeet.talk import log, say, warn
 from lorakeet.train.checkpoint import latest_checkpoint
 from lorakeet.train.folder import check_run_folder, claim_folder, refuse_other_settings
-from lorakeet.train.report import Report, draw_loss_curve, first_and_last, read_metrics
+from lorakeet.train.report import Report, draw_loss_curve, first_and_last, peak_rss_bytes, read_metrics
 from lorakeet.train.stop import StopAfterStep
 from lorakeet.train.trainer import Trainer
 
@@ -256,8 +254,7 @@ class Run:
             "tokens_per_second": tokens / report.seconds if report.seconds else None,
             "train_seconds": report.seconds,
             "wall_seconds": time.perf_counter() - self.began,
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            * (1 if sys.platform == "darwin" else 1024),
+            "peak_rss_bytes": peak_rss_bytes(),
             "peak_device_bytes": torch.cuda.max_memory_allocated() if self.args.device.type == "cuda" else None,
             "trainable_parameters": trainable,
             "all_parameters": every,
