@@ -28,7 +28,8 @@ def test_shipped_configs_have_the_public_size(name: str) -> None:
 @pytest.mark.slow
 def test_seconds_and_little_memory() -> None:
     program = (
-        "import time, lorakeet.base.meta as meta; from lorakeet.train.report import peak_rss_bytes; begin = time.perf_counter();"
+        "import time, lorakeet.base.meta as meta;"
+        "from lorakeet.train.report import peak_rss_bytes; begin = time.perf_counter();"
         f"[meta.meta_model(name) for name in {list(COUNTS)}];"
         "print(time.perf_counter() - begin, peak_rss_bytes())"
     )
