@@ -16,6 +16,7 @@ from lorakeet.base.chat import render_chat
 from lorakeet.base.generate import complete
 from lorakeet.base.load import Base, load_base
 from lorakeet.base.meta import meta_model
+from lorakeet.base.quiet import quiet
 from lorakeet.config import DEFAULT_MODEL, BaseSettings, DataSettings, LoraSettings
 from lorakeet.data.collate import PaddingCollator
 from lorakeet.data.prepare import prepare
@@ -148,7 +149,8 @@ def merge(
         opened = open_model(settings, [adapter], allow_other_base=allow_other_base)
         report = opened.model.merge_adapter()
         merged = opened.model.merge_and_unload()
-        merged.save_pretrained(aside)
+        with quiet():
+            merged.save_pretrained(aside)
         opened.base.tokenizer.save_pretrained(aside)
         figures = {"layers": report.layers, "error": report.error, "effect": report.effect, "scale": report.scale}
         write_json(aside / "lorakeet.json", {"merged": {"base": opened.base.name, "adapter": str(adapter), **figures}})
