@@ -22,7 +22,7 @@ from lorakeet.data.collate import PaddingCollator
 from lorakeet.data.prepare import prepare
 from lorakeet.errors import DataError, OutputError
 from lorakeet.files import write_folder, write_json
-from lorakeet.lora.config import LoraConfig, PeftConfig
+from lorakeet.lora.config import LoraConfig, PeftConfig, find_adapter_file
 from lorakeet.lora.inject import plan
 from lorakeet.lora.model import LoraModel
 from lorakeet.talk import say
@@ -70,7 +70,7 @@ def open_model(settings: BaseSettings, adapters: Sequence[str] = (), *, allow_ot
 
 def _with_tokenizer(base: Base, adapters: Sequence[str]) -> Base:
     """The base with the tokenizer saved beside the first adapter: it may hold a template or tokens of its own."""
-    if not adapters or not (Path(adapters[0]) / "tokenizer_config.json").is_file():
+    if not adapters or find_adapter_file(adapters[0], "tokenizer_config.json") is None:
         return base
     from transformers import AutoTokenizer
 

@@ -111,6 +111,9 @@ def test_both_ways(architecture: str, option: str, tmp_path: Path) -> None:
     back = peft.PeftModel.from_pretrained(make(architecture), tmp_path / "ours")
     torch.testing.assert_close(back(ids).logits, answer, rtol=0, atol=1e-5)
 
+    mine = PeftModel.from_pretrained(make(architecture), tmp_path / "ours")
+    assert torch.equal(mine(ids).logits, answer)
+
     redundant = (".original_module.bias", ".modules_to_save.bias")
     theirs_keys = {k: v for k, v in keys(tmp_path / "theirs").items() if not k.endswith(redundant)}
     assert keys(tmp_path / "ours") == theirs_keys == keys(tmp_path / "again")

@@ -132,6 +132,15 @@ def test_only_the_adapter_learns():
     assert len(trains) == 3 and all(name.endswith("q_proj.base_layer.bias") for name in trains)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_everything_that_is_to_learn_gets_a_gradient(bias):
+    model = get_peft_model(make("bert"), LoraConfig(bias=bias, task_type="SEQ_CLS", init_lora_weights=False))
+    model(input_ids=torch.arange(2, 12).view(2, 5), labels=torch.tensor([0, 3])).loss.backward()
+    learning = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert any("classifier.modules_to_save" in name for name in learning)
+    assert [name for name, grad in learning.items() if grad is None] == []
+
+
 def test_initial_values_follow_the_paper():
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(400, 300)), LoraConfig(target_modules=["0"], r=100))

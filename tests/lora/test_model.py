@@ -92,6 +92,12 @@ def test_disabled_is_the_bare_base_and_everything_comes_back():
     assert torch.equal(model(token_ids()).logits, with_adapter)
 
 
+def test_disabling_says_that_trained_biases_stay(caplog):
+    with adapted("opt", bias="all").disable_adapter():
+        pass
+    assert "biases" in caplog.text
+
+
 def test_delete():
     model = adapted()
     first = model(token_ids()).logits

@@ -35,7 +35,10 @@ def fingerprint(model: nn.Module) -> dict[str, Any] | None:
     rows = embedding.weight.shape[0] if embedding is not None else -1
     shapes = sorted(f"{name}:{['rows' if n == rows else n for n in p.shape]}" for name, p in own.items())
     matrices = [name for name, p in sorted(own.items()) if p.ndim >= 2 and p.is_floating_point()]
-    vectors = [name for name, p in sorted(own.items()) if p.ndim == 1 and p.is_floating_point()]
+    # weights of norms; a bias may have been trained with the adapter
+    vectors = [
+        name for name, p in sorted(own.items()) if p.ndim == 1 and p.is_floating_point() and name.endswith("weight")
+    ]
     picked = [name for name in matrices if own[name].shape[0] == rows][:1] or matrices[:1]
     picked += vectors[:: max(1, len(vectors) // _NORMS)][:_NORMS]
     return {

@@ -29,6 +29,7 @@ from lorakeet.lora.inject import (
 from lorakeet.lora.layer import LoraLayer, Switch
 from lorakeet.lora.merge import MergeReport, checked_merge, untie
 from lorakeet.lora.saved import SavedModule
+from lorakeet.talk import warn
 
 _classes: dict[tuple[type, type], type] = {}
 
@@ -126,6 +127,8 @@ class LoraModel(nn.Module):
     def disable_adapter(self) -> Iterator[None]:
         """Inside the block the bare base answers; afterwards everything is as it was."""
         before = self.switch.enabled
+        if any(config.bias != "none" for config in self.peft_config.values()):
+            warn("the biases that were trained belong to the base: disabling the adapter leaves them as they are")
         if any(layer.merged_adapters for layer in self.lora_layers()):
             raise AdapterError("an adapter is merged into the base, so it cannot be disabled", "unmerge first")
         self.switch.enabled = False
