@@ -22,8 +22,11 @@ from lorakeet import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from lorakeet.adapter.card import PLACE
 from lorakeet.adapter.inspect import inspect_adapter
 from lorakeet.adapter.push import push_folder
+from lorakeet.config import BaseSettings
 from lorakeet.errors import AdapterError
+from lorakeet.verbs import open_model
 from tiny import make, shake, token_ids
+from tiny_training import tiny_tokenizer
 
 TINY = "ana/tiny-base"
 FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md", "lorakeet.json"}
@@ -241,3 +244,26 @@ def test_a_process_of_its_own_reads_the_environment(folder: Path, tmp_path: Path
     assert done.stdout.strip() == f"{server.url}/ana/quotes" and TOKEN not in done.stdout + done.stderr
     logits = torch.load(tmp_path / "logits.pt", weights_only=True)
     assert torch.equal(logits, trained()(token_ids()).logits)
+
+
+def test_a_tokenizer_pushed_with_the_adapter_is_the_one_that_generates(
+    hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    plain = tiny_tokenizer()
+    plain.save_pretrained(tmp_path / "base")
+    make("llama").save_pretrained(tmp_path / "base")
+    plain.chat_template = "{{ messages[0]['content'] }} and then"
+    plain.save_pretrained(folder)
+    push_folder(folder, "ana/with-tokenizer")
+    opened = open_model(BaseSettings(model=str(tmp_path / "base")), ["ana/with-tokenizer"])
+    assert opened.base.tokenizer.chat_template == plain.chat_template
+    push_folder(without_tokenizer(folder), "ana/without")
+    assert open_model(BaseSettings(model=str(tmp_path / "base")), ["ana/without"]).base.tokenizer.chat_template is None
+
+
+def without_tokenizer(folder: Path) -> Path:
+    for file in folder.iterdir():
+        if file.name not in FILES:
+            file.unlink()
+    return folder
