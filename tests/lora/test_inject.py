@@ -97,8 +97,8 @@ def test_multihead_attention_would_pass_the_update_by():
 def test_a_layer_that_only_some_blocks_have_is_said(caplog):
     model = make("llama")
     model.model.layers[1].mlp.special = nn.Linear(3, 3)
-    plan(model, LoraConfig(target_modules=["q_proj", "special"]))
-    assert "'special' is in 1 of 3 layers" in caplog.text
+    plan(model, LoraConfig(target_modules=["q_proj", "special", "model.layers.0.mlp.up_proj"]))
+    assert "'special' is in 1 of 3 layers" in caplog.text and "up_proj" not in caplog.text
 
 
 def test_any_module_can_be_adapted():
@@ -161,7 +161,7 @@ def test_initial_values_follow_the_paper():
         ({"task_type": "POETRY"}, "POETRY"),
         ({"lora_alfa": 3}, "lora_alfa"),
         ({"use_dora": True}, "use_dora=True"),
-        ({"target_parameters": ["experts"]}, "target_parameters"),
+        ({"target_parameters": ["experts"], "lora_dropout": 0.1}, "lora_dropout=0.1"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
     ],

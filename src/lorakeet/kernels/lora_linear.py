@@ -8,7 +8,8 @@
     ∂B  = s·gᵀ·u                           [out, r]
 
 What is remembered between forward and backward: x itself (the caller holds it anyway), u, and a seed. Nothing is stored
-for the frozen weight, and the dropped-out copy of x is made again from the seed.
+for the frozen weight, and the dropped-out copy of x is made again from the seed. The weight may be int8 with a scale for each
+output channel; :mod:`lorakeet.kernels.int8` then makes its two products.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakeet.kernels import int8
 from lorakeet.kernels.dropout import draw_seed, dropout_reference, keep_mask
 
 
@@ -32,8 +34,10 @@ def lora_linear_reference(
     p: float = 0.0,
     mask: Tensor | None = None,
     fan_in_fan_out: bool = False,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """The slow truth: the equation in plain torch, differentiated by autograd. ``mask`` as from ``keep_mask``."""
+    weight = weight if scale is None else int8.dequantise(weight, scale, x.dtype)
     h = F.linear(x, weight.T if fan_in_fan_out else weight, bias)
     low = x.to(lora_A.dtype)
     if mask is not None:
@@ -57,21 +61,25 @@ class _LoraLinear(torch.autograd.Function):
         p: float,
         seed: int,
         fan_in_fan_out: bool,
+        scale: Tensor | None,
     ) -> Tensor:
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # [n, in]
-        h = F.linear(rows, weight.T if fan_in_fan_out else weight, bias)
+        if scale is None:
+            h = F.linear(rows, weight.T if fan_in_fan_out else weight, bias)
+        else:
+            h = int8.product(rows, weight, scale, bias)
         u = _dropped(rows, lora_A.dtype, p, seed) @ lora_A.T  # [n, r]
         if h.dtype == lora_B.dtype:
             h.addmm_(u, lora_B.T, alpha=scaling)
         else:  # half-precision base, fp32 adapter: the sum is rounded once
             h = torch.addmm(h.to(lora_B.dtype), u, lora_B.T, alpha=scaling).to(h.dtype)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, u)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, u, scale)
         ctx.scaling, ctx.p, ctx.seed, ctx.fan_in_fan_out = scaling, p, seed, fan_in_fan_out
         return h.view(*x.shape[:-1], h.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, lora_A, lora_B, u = ctx.saved_tensors
+        x, weight, lora_A, lora_B, u, scale = ctx.saved_tensors
         need_x, _, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # [n, in]
         g = grad.reshape(rows.shape[0], grad.shape[-1])  # [n, out]
@@ -79,7 +87,10 @@ class _LoraLinear(torch.autograd.Function):
         gu = (g_low @ lora_B) * ctx.scaling  # [n, r]
         dx = dA = dB = db = None
         if need_x:
-            dx = g @ (weight.T if ctx.fan_in_fan_out else weight)  # [n, in]
+            if scale is None:
+                dx = g @ (weight.T if ctx.fan_in_fan_out else weight)  # [n, in]
+            else:
+                dx = int8.input_gradient(g, weight, scale)
             if ctx.p == 0.0 and dx.dtype == lora_A.dtype:
                 dx.addmm_(gu, lora_A)
             else:
@@ -94,7 +105,7 @@ class _LoraLinear(torch.autograd.Function):
             dB = (g_low.T @ u).mul_(ctx.scaling)
         if need_bias:
             db = g.sum(0)
-        return dx, None, db, dA, dB, None, None, None, None
+        return dx, None, db, dA, dB, None, None, None, None, None
 
 
 def _dropped(rows: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
@@ -112,6 +123,7 @@ def lora_linear(
     scaling: float,
     p: float = 0.0,
     fan_in_fan_out: bool = False,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Frozen linear layer plus its low-rank update.
 
@@ -124,18 +136,20 @@ def lora_linear(
         scaling: s in the equation above.
         p: Dropout probability on the low-rank path; 0 when not training.
         fan_in_fan_out: How ``weight`` is stored.
+        scale: fp32 [out] of an int8 ``weight`` [out, in]; None for a weight of floating dtype.
 
     Returns:
-        [..., out], the dtype of ``weight``.
+        [..., out], the dtype of ``weight``; with an int8 one the dtype of ``x``.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        x, weight, lora_A, lora_B = (t.to(dtype) for t in (x, weight, lora_A, lora_B))
+        x, lora_A, lora_B = (t.to(dtype) for t in (x, lora_A, lora_B))
+        weight = weight.to(dtype) if scale is None else weight
         bias = None if bias is None else bias.to(dtype)
         with torch.autocast(kind, enabled=False):
-            return _apply(x, weight, bias, lora_A, lora_B, scaling, p, fan_in_fan_out)
-    return _apply(x, weight, bias, lora_A, lora_B, scaling, p, fan_in_fan_out)
+            return _apply(x, weight, bias, lora_A, lora_B, scaling, p, fan_in_fan_out, scale)
+    return _apply(x, weight, bias, lora_A, lora_B, scaling, p, fan_in_fan_out, scale)
 
 
 def _apply(
@@ -147,6 +161,7 @@ def _apply(
     scaling: float,
     p: float,
     fan_in_fan_out: bool,
+    scale: Tensor | None,
 ) -> Tensor:
     seed = draw_seed() if p > 0.0 else 0
-    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, p, seed, fan_in_fan_out)
+    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, p, seed, fan_in_fan_out, scale)

@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from lorakeet.config import LoraSettings, complaints
 from lorakeet.errors import AdapterError, ConfigError, LorakeetError, did_you_mean
@@ -38,7 +38,6 @@ NEUTRAL: dict[str, Any] = {
     "megatron_core": "megatron.core",
     "monteclora_config": None,
     "qalora_group_size": 16,
-    "target_parameters": None,
     "trainable_token_indices": None,
     "use_bdlora": None,
     "use_dora": False,
@@ -76,6 +75,12 @@ class PeftConfig(LoraSettings):
     inference_mode: bool = Field(False, description="True in a saved adapter: its weights are frozen when loaded")
     peft_version: str | None = Field(None, description="release of PEFT that wrote the file")
 
+    target_parameters: list[str] | None = Field(
+        None,
+        description="parameters to adapt that no layer of their own holds, like the stacked weights of experts: names or "
+        "suffixes",
+    )
+
     _foreign: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     def __init__(self, **values: Any) -> None:
@@ -86,6 +91,11 @@ class PeftConfig(LoraSettings):
                 did_you_mean(min(unknown), type(self).model_fields),
             )
         self._check_and_set(values)
+
+    @field_validator("target_parameters", mode="before")
+    @classmethod
+    def _parameters_are_a_list(cls, value: Any) -> Any:
+        return sorted(value) if isinstance(value, (set, frozenset)) else value
 
     def _check_and_set(self, values: dict[str, Any]) -> None:
         own = {key: value for key, value in values.items() if key in type(self).model_fields}
@@ -103,6 +113,16 @@ class PeftConfig(LoraSettings):
         except ValidationError as error:
             raise complaints(error, type(self)) from None
         self._foreign = foreign
+        self._refuse_beside_parameters()
+
+    def _refuse_beside_parameters(self) -> None:
+        """Dropout acts on a layer's input and a bias on its output: as in PEFT, a bare parameter has neither."""
+        names = ("lora_dropout", "lora_bias", "fan_in_fan_out")
+        if self.target_parameters and (given := [f"{key}={getattr(self, key)}" for key in names if getattr(self, key)]):
+            raise ConfigError(
+                f"target_parameters={self.target_parameters} cannot be adapted with {', '.join(given)}",
+                "leave it out, or train two adapters",
+            )
 
     # -- what the numbers mean ------------------------------------------------------------------------------------
 

@@ -8,72 +8,40 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from lorakeet.errors import TargetError, nearest
 from lorakeet.lora.config import PeftConfig
-from lorakeet.lora.layer import LoraLayer, Switch, layer_class
+from lorakeet.lora.defaults import TASK_HEADS, resolve_targets
+from lorakeet.lora.kinds import ADAPTABLE, adaptable, inside_adapter, layer_class, unwrapped
+from lorakeet.lora.layer import LoraLayer, Switch
+from lorakeet.lora.match import ALL_LINEAR, Target, excluded, layer_index, layer_indices, layer_wanted, matches, planned
+from lorakeet.lora.parameter import LoraParameter
 from lorakeet.lora.saved import SavedModule
 from lorakeet.talk import warn
 
-ALL_LINEAR = "all-linear"
 Part = LoraLayer | SavedModule
-
-#: Layers adapted when ``target_modules`` is left out: query and value projections, as in section 4.2 of the paper.
-DEFAULT_TARGETS: dict[str, list[str]] = {
-    **dict.fromkeys(
-        ["llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"]
-        + ["opt", "bart", "mbart", "stablelm", "gptj", "gpt_neo", "olmo", "olmo2", "granite", "cohere", "smollm3"],
-        ["q_proj", "v_proj"],
-    ),
-    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
-    "phi3": ["qkv_proj"],
-    **dict.fromkeys(["gpt2", "gpt_bigcode"], ["c_attn"]),
-    **dict.fromkeys(["bloom", "gpt_neox", "falcon"], ["query_key_value"]),
-    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra", "layoutlm"], ["query", "value"]),
-    "distilbert": ["q_lin", "v_lin"],
-    **dict.fromkeys(["deberta-v2"], ["query_proj", "value_proj"]),
-    **dict.fromkeys(["t5", "mt5"], ["q", "v"]),
-    "mpt": ["Wqkv"],
-}
-
-#: Heads that a task's model makes anew, so they are trained and saved whole.
-TASK_HEADS: dict[str, list[str]] = {
-    "SEQ_CLS": ["classifier", "score"],
-    "TOKEN_CLS": ["classifier", "score"],
-    "QUESTION_ANS": ["qa_outputs"],
-}
-
-
-@dataclass(frozen=True)
-class Target:
-    """One layer to adapt."""
-
-    name: str
-    r: int
-    alpha: float
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which layers get a low-rank pair, and which modules are trained whole."""
+    """Which layers and parameters get a low-rank pair, and which modules are trained whole."""
 
     targets: tuple[Target, ...]
     saved: tuple[str, ...]
 
     def describe(self) -> str:
         """For example ``60 layers (30 q_proj, 30 v_proj), rank 16``."""
-        counts: dict[str, int] = {}
-        for target in self.targets:
-            leaf = target.name.rpartition(".")[2]
-            counts[leaf] = counts.get(leaf, 0) + 1
+        parts = []
+        for word in ("layers", "parameters"):
+            leaves = [t.name.rpartition(".")[2] for t in self.targets if t.parameter == (word == "parameters")]
+            kinds = ", ".join(f"{leaves.count(leaf)} {leaf}" for leaf in sorted(set(leaves)))
+            parts += [f"{len(leaves)} {word} ({kinds})"] if leaves else []
         ranks = sorted({target.r for target in self.targets})
-        kinds = ", ".join(f"{count} {leaf}" for leaf, count in sorted(counts.items()))
-        text = f"{len(self.targets)} layers ({kinds}), rank {', '.join(map(str, ranks))}"
+        text = f"{' and '.join(parts) or '0 layers'}, rank {', '.join(map(str, ranks))}"
         return text + (f"; trained whole: {', '.join(self.saved)}" if self.saved else "")
 
 
@@ -88,55 +56,77 @@ def plan(model: nn.Module, config: PeftConfig, *, strict: bool = True) -> Plan:
     Raises:
         TargetError: nothing matches, a part of what was named matches nothing, or a match cannot be adapted.
     """
-    modules = {name: module for name, module in model.named_modules() if not _inside_adapter(model, name)}
+    modules = {name: module for name, module in model.named_modules() if not inside_adapter(model, name)}
     wanted = resolve_targets(model, config)
-    matched = [name for name in modules if name and _matches(name, wanted) and not _excluded(name, config)]
+    matched = [name for name in modules if name and matches(name, wanted) and not excluded(name, config)]
     complaints: list[str] = []
     if strict:
         complaints += _unmatched("target_modules", wanted, modules)
         complaints += _unmatched("exclude_modules", config.exclude_modules, modules)
-    chosen = [name for name in matched if _layer_wanted(name, config)]
-    usable = [name for name in chosen if _adaptable(modules[name])]
+    chosen = [name for name in matched if layer_wanted(name, config)]
+    usable = [name for name in chosen if adaptable(modules[name])]
     complaints += [
-        f"{name!r} is a {type(_unwrapped(modules[name])).__name__}, which LoRA cannot adapt (it adapts Linear, Conv1D, "
-        "Embedding)"
+        f"{name!r} is a {type(unwrapped(modules[name])).__name__}, which LoRA cannot adapt (it adapts {ADAPTABLE})"
         for name in chosen
         if name not in usable
     ][:5]
-    complaints += [
-        f"{name!r} belongs to nn.MultiheadAttention, which reads its weight and would pass LoRA by"
-        for name in usable
-        if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
-    ]
+    complaints += [f"{name!r} {why}" for name in usable if (why := _unfit(name, modules, config))][:5]
+    parameters = _parameters(config, modules, usable, complaints, strict)
     if strict and not complaints:
-        complaints += _partial(config, usable, modules)
+        complaints += _partial(config, [*usable, *parameters], modules)
     saved = _saved_names(config, modules, complaints if strict else [])
-    if not usable and not complaints and (strict or not saved):
+    if not usable and not parameters and not complaints and (strict or not saved):
         complaints.append(f"target_modules={_shown(wanted)} match no layer")
     if complaints:
-        raise TargetError("; ".join(complaints), _hint(wanted, modules))
+        raise TargetError("; ".join(complaints), _hint(wanted, modules, config))
     _warn_of_gaps(usable, modules, config)
-    return Plan(tuple(planned(name, config) for name in usable), saved)
+    layers = [planned(name, config) for name in usable]
+    return Plan((*layers, *(replace(planned(name, config), parameter=True) for name in parameters)), saved)
 
 
-def resolve_targets(model: nn.Module, config: PeftConfig) -> list[str] | str:
-    """``target_modules`` as names or one regular expression: ``"all-linear"`` and "left out" become lists.
+def _unfit(name: str, modules: dict[str, nn.Module], config: PeftConfig) -> str | None:
+    """Why the layer, though of a kind that LoRA adapts, cannot be adapted as the settings say."""
+    if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
+        return "belongs to nn.MultiheadAttention, which reads its weight and would pass LoRA by"
+    base = unwrapped(modules[name])
+    if "lora_parameters" in base._modules:
+        return "has a parameter that another adapter's target_parameters adapt"
+    kind = layer_class(base)
+    assert kind is not None
+    return kind.complaint(base, config, planned(name, config).r)
 
-    Raises:
-        TargetError: left out, and no default is known for this architecture.
-    """
-    targets = config.target_modules
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        return _all_linear(model, config)
-    if targets is not None:
-        return targets
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in DEFAULT_TARGETS:
-        raise TargetError(
-            f"no default target_modules for the architecture {kind!r}",
-            "name them, for example target_modules='all-linear'",
+
+def _parameters(
+    config: PeftConfig, modules: dict[str, nn.Module], layers: list[str], complaints: list[str], strict: bool
+) -> list[str]:
+    """Full names of what ``target_parameters`` mean. As in PEFT, the settings that choose among layers have no say."""
+    wanted = config.target_parameters or []
+    all_parameters = {
+        f"{path}.{name}": parameter
+        for path, module in modules.items()
+        for name, parameter in unwrapped(module)._parameters.items()
+        if parameter is not None
+    }
+    found = {name: parameter for name, parameter in all_parameters.items() if matches(name, wanted)}
+    if strict:
+        missing = [key for key in wanted if not any(matches(name, [key]) for name in found)]
+        complaints += [f"target_parameters {key!r} matches no parameter of this model" for key in missing]
+    for name, parameter in found.items():
+        owner = name.rpartition(".")[0]
+        if owner in layers or isinstance(modules[owner], LoraLayer):
+            complaints.append(f"{name!r} belongs to a layer that target_modules adapt already")
+        elif not owner:
+            complaints.append(f"{name!r} is a parameter of the model itself, for which the file format has no name")
+        elif parameter.ndim not in (2, 3) or not parameter.is_floating_point():
+            complaints.append(
+                f"{name!r} is {parameter.dtype} {list(parameter.shape)}, expected a floating [out, in] or "
+                "[experts, out, in]"
+            )
+    if found and layer_indices(config):
+        warn(
+            "layers_to_transform chooses among target_modules only; name single parameters in full to choose among them"
         )
-    return DEFAULT_TARGETS[kind]
+    return list(found)
 
 
 def inject(model: nn.Module, what: Plan, config: PeftConfig, adapter: str, switch: Switch) -> list[Part]:
@@ -146,12 +136,7 @@ def inject(model: nn.Module, what: Plan, config: PeftConfig, adapter: str, switc
     """
     touched: list[Part] = []
     for target in what.targets:
-        layer = model.get_submodule(target.name)
-        if not isinstance(layer, LoraLayer):
-            kind = layer_class(layer)
-            assert kind is not None, f"{target.name} passed the plan"
-            layer = kind(layer, switch)
-            _replace(model, target.name, layer)
+        layer = _adapted(model, target, switch)
         layer.add_adapter(adapter, config, target.r, target.alpha)
         touched.append(layer)
     for name in what.saved:
@@ -164,6 +149,21 @@ def inject(model: nn.Module, what: Plan, config: PeftConfig, adapter: str, switc
     return touched
 
 
+def _adapted(model: nn.Module, target: Target, switch: Switch) -> LoraLayer:
+    """The LoRA layer of the target, made and put in its place if there is none yet."""
+    if target.parameter:
+        owner, _, name = target.name.rpartition(".")
+        return LoraParameter.on(model.get_submodule(owner), name, switch)
+    layer = model.get_submodule(target.name)
+    if isinstance(layer, LoraLayer):
+        return layer
+    kind = layer_class(layer)
+    assert kind is not None, f"{target.name} passed the plan"
+    made = kind(layer, switch)
+    _replace(model, target.name, made)
+    return made
+
+
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
@@ -172,102 +172,18 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def restore(model: nn.Module) -> None:
     """Put every base layer back where it was: the inverse of all injections, whatever the adapters."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
+        if isinstance(module, LoraParameter):
+            module.release()
+        elif isinstance(module, LoraLayer):
             _replace(model, name, module.base_layer)
         elif isinstance(module, SavedModule):
             _replace(model, name, module.original_module)
 
 
-# -- matching -------------------------------------------------------------------------------------------------------
-
-
-def _matches(name: str, wanted: Iterable[str] | str) -> bool:
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
-    return any(name == key or name.endswith(f".{key}") for key in wanted)
-
-
-def _excluded(name: str, config: PeftConfig) -> bool:
-    if config.exclude_modules and _matches(name, config.exclude_modules):
-        return True
-    inside_saved = (rf"(^|.*\.){module}($|\..*)" for module in config.modules_to_save or ())
-    return any(re.match(pattern, name) for pattern in inside_saved)
-
-
-def _layer_index(name: str, config: PeftConfig) -> int | None:
-    """The number of the decoder (or encoder) layer that ``name`` lies in: its first numbered part."""
-    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    regexes = (
-        [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns] if patterns else [r".*?\.[^.]*\.(\d+)\.", r"[^.]*\.(\d+)\."]
-    )
-    for regex in regexes:
-        if found := re.match(regex, name):
-            return int(found.group(1))
-    return None
-
-
-def _layer_wanted(name: str, config: PeftConfig) -> bool:
-    indices = _indices(config)
-    # As in PEFT, layers_to_transform chooses among names and suffixes, not among what a regular expression matched.
-    if not indices or (isinstance(config.target_modules, str) and config.target_modules.lower() != ALL_LINEAR):
-        return True
-    return _layer_index(name, config) in indices
-
-
-def _indices(config: PeftConfig) -> list[int]:
-    chosen = config.layers_to_transform
-    return [chosen] if isinstance(chosen, int) else list(chosen or [])
-
-
-def _pattern_value(patterns: dict, name: str, default: float) -> float:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
-
-
-def planned(name: str, config: PeftConfig) -> Target:
-    """The rank and alpha that ``config`` gives the layer ``name``."""
-    r = int(_pattern_value(config.rank_pattern, name, config.r))
-    return Target(name, r, _pattern_value(config.alpha_pattern, name, config.lora_alpha))
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    return module.base_layer if isinstance(module, LoraLayer) else module
-
-
-def _adaptable(module: nn.Module) -> bool:
-    return layer_class(_unwrapped(module)) is not None
-
-
-def _inside_adapter(model: nn.Module, name: str) -> bool:
-    """Whether ``name`` is a part of a LoRA layer or of a module trained whole (which are seen as one)."""
-    parts = name.split(".")
-    above = (model.get_submodule(".".join(parts[:i])) for i in range(1, len(parts)))
-    return any(isinstance(module, (LoraLayer, SavedModule)) for module in above)
-
-
-def _all_linear(model: nn.Module, config: PeftConfig) -> list[str]:
-    """Every linear layer but the head: the output embedding of a language model, the classifier of a classifier."""
-    ask: Any = getattr(model, "get_output_embeddings", lambda: None)
-    head = ask()
-    heads = (
-        [] if head is not None else [getattr(model, key, None) for key in TASK_HEADS.get(config.task_type or "", [])]
-    )
-    skip = {id(module) for module in [head, *heads] if module is not None}
-    return [
-        name
-        for name, module in model.named_modules()
-        if getattr(layer_class(_unwrapped(module)), "linear", False)
-        and id(module) not in skip
-        and not _inside_adapter(model, name)
-    ]
-
-
 def _saved_names(config: PeftConfig, modules: dict[str, nn.Module], complaints: list[str]) -> tuple[str, ...]:
     names: list[str] = []
     for key in config.modules_to_save or ():
-        found = [name for name in modules if name and _matches(name, [key])]
+        found = [name for name in modules if name and matches(name, [key])]
         if not found and key not in TASK_HEADS.get(config.task_type or "", []):
             close = nearest(key, {name.rpartition(".")[2] for name in modules if name})
             complaints.append(
@@ -290,15 +206,15 @@ def _unmatched(setting: str, wanted: list[str] | str | None, modules: dict[str, 
     return [
         f"{setting} {_shown(entry)} matches nothing in this model"
         for entry in entries
-        if not any(name and _matches(name, entry) for name in modules)
+        if not any(name and matches(name, entry) for name in modules)
     ]
 
 
 def _partial(config: PeftConfig, usable: list[str], modules: dict[str, nn.Module]) -> list[str]:
     """Layer numbers that do not exist and patterns that name no adapted layer."""
     said = []
-    present = {_layer_index(name, config) for name in modules} - {None}
-    if missing := [index for index in _indices(config) if index not in present]:
+    present = {layer_index(name, config) for name in modules} - {None}
+    if missing := [index for index in layer_indices(config) if index not in present]:
         said.append(f"layers_to_transform names {missing}, this model has layers {_span(present)}")
     for setting in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, setting):
@@ -311,22 +227,36 @@ def _span(indices: set) -> str:
     return f"{min(indices)} to {max(indices)}" if indices else "without numbers"
 
 
-def _hint(wanted: list[str] | str, modules: dict[str, nn.Module]) -> str:
-    leaves = sorted({name.rpartition(".")[2] for name, module in modules.items() if name and _adaptable(module)})
+def _hint(wanted: list[str] | str, modules: dict[str, nn.Module], config: PeftConfig) -> str:
+    leaves = sorted({name.rpartition(".")[2] for name, module in modules.items() if name and adaptable(module)})
     words = [wanted] if isinstance(wanted, str) else wanted
     near = [leaf for word in words for leaf in nearest(word.rpartition(".")[2], leaves)]
     listed = ", ".join(dict.fromkeys(near)) or ", ".join(leaves[:12])
-    return f"layers that can be adapted here: {listed or 'none'}; or target_modules='all-linear'"
+    text = f"layers that can be adapted here: {listed or 'none'}; or target_modules='all-linear'"
+    experts = _stacked(modules)
+    return text + (f"; the weights of the experts are parameters: target_parameters={experts}" if experts else "")
+
+
+def _stacked(modules: dict[str, nn.Module]) -> list[str]:
+    """Last parts of the names of the parameters that stack the weights of several experts."""
+    owners = [module for module in modules.values() if layer_class(unwrapped(module)) is None]
+    return sorted({name for owner in owners for name, p in owner._parameters.items() if p is not None and p.ndim == 3})
 
 
 def _warn_of_gaps(usable: list[str], modules: dict[str, nn.Module], config: PeftConfig) -> None:
-    """Say when a name is adapted in some layers only, though nobody asked for that."""
-    if _indices(config) or not isinstance(config.target_modules, list):
+    """Say when a name is adapted in some layers only, though nobody asked for that; or all-linear leaves the experts."""
+    every = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
+    if every and not config.target_parameters and (experts := _stacked(modules)):
+        warn(
+            f"the weights of the experts ({', '.join(experts)}) are no linear layers, so all-linear leaves them as they "
+            f"are: target_parameters={experts} adapts them"
+        )
+    if layer_indices(config) or not isinstance(config.target_modules, list):
         return
-    present = {_layer_index(name, config) for name in modules} - {None}
+    present = {layer_index(name, config) for name in modules} - {None}
     for key in config.target_modules:
-        found = {_layer_index(name, config) for name in usable if _matches(name, [key])} - {None}
-        if found and found != present:
+        found = {layer_index(name, config) for name in usable if matches(name, [key])} - {None}
+        if key not in modules and found and found != present:
             warn(f"{key!r} is in {len(found)} of {len(present)} layers; the others are not adapted")
 
 

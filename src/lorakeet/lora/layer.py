@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakeet.base.quant.int8 import Int8Linear
 from lorakeet.kernels.dropout import dropout
 from lorakeet.kernels.lora_linear import lora_linear
 from lorakeet.lora.config import PeftConfig
@@ -67,6 +68,19 @@ class LoraLayer(nn.Module):
         """ΔW = s·B·A in the base weight's layout, in the adapter's dtype. The only place that forms it."""
         raise NotImplementedError
 
+    def probe(self) -> Tensor:
+        """A fixed pseudo-random input for :meth:`forward`, to compare merged and unmerged on."""
+        raise NotImplementedError
+
+    @classmethod
+    def complaint(cls, base_layer: nn.Module, config: PeftConfig, r: int) -> str | None:
+        """Why an adapter of rank r does not fit on ``base_layer``; None if it does."""
+        return None
+
+    def unmergeable(self) -> str | None:
+        """Why no weight of the base's shape can hold the update; None if one can."""
+        return None
+
     # -- adapters ---------------------------------------------------------------------------------------------------
 
     def add_adapter(self, adapter: str, config: PeftConfig, r: int, alpha: float) -> None:
@@ -104,14 +118,18 @@ class LoraLayer(nn.Module):
         mine = [adapter for adapter in adapters if adapter in self.r]
         if not mine:
             return
-        weight = self.base_layer.weight.to(self.delta(mine[0]).dtype)
-        for adapter in mine:
-            weight = weight + self.delta(adapter)
-        self._swap("weight", weight)
+        self._swap("weight", self.merged_weight(mine))
         for extra in map(self.bias_delta, mine):
             if extra is not None:
                 self._swap("bias", self.base_layer.bias + extra)
         self.merged_adapters = mine
+
+    def merged_weight(self, adapters: list[str]) -> Tensor:
+        """W + Σ ΔW in the wider of both dtypes."""
+        weight = self.base_layer.weight.to(self.delta(adapters[0]).dtype)
+        for adapter in adapters:
+            weight = weight + self.delta(adapter)
+        return weight
 
     def bias_delta(self, adapter: str) -> Tensor | None:
         """What merging adds to the base's bias, if anything."""
@@ -147,69 +165,37 @@ class LoraLayer(nn.Module):
         return torch.float64 if self.base_layer.weight.dtype == torch.float64 else torch.float32
 
 
-class LoraLinear(LoraLayer):
-    """LoRA on ``nn.Linear`` (weight [out, in]) and on the ``Conv1D`` of GPT-2 (weight [in, out])."""
+class LoraPair(LoraLayer):
+    """A base layer with the update s·B(A(dropout(x))), A and B being modules of the base's kind without anything else."""
 
-    linear = True
-
-    def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
+    def __init__(self, base_layer: Any, switch: Switch) -> None:
         super().__init__(base_layer, switch)
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
-        self.fan_in_fan_out = isinstance(base_layer, Conv1D)
 
-    def pair(self, adapter: str) -> tuple[nn.Linear, nn.Linear]:
-        """(A, B) as linear layers: weights [r, in] and [out, r]."""
-        return cast(nn.Linear, self.lora_A[adapter]), cast(nn.Linear, self.lora_B[adapter])
+    def pair(self, adapter: str) -> tuple[Any, Any]:
+        """(A, B) as modules, each with a weight; B with a bias if ``lora_bias``."""
+        return self.lora_A[adapter], self.lora_B[adapter]
 
-    def make(self, adapter: str, config: PeftConfig, r: int) -> None:
-        weight: Tensor = self.base_layer.weight
-        out_features, in_features = reversed(weight.shape) if self.fan_in_fan_out else weight.shape
-        place: dict[str, Any] = {"device": weight.device, "dtype": self._adapter_dtype()}
-        self.lora_A[adapter] = nn.utils.skip_init(nn.Linear, in_features, r, bias=False, **place)
-        self.lora_B[adapter] = nn.utils.skip_init(nn.Linear, r, out_features, bias=config.lora_bias, **place)
-        a, b = self.pair(adapter)
-        initialise(a.weight, b.weight, config.init_lora_weights)
-        if config.lora_bias:
-            nn.init.zeros_(b.bias)
+    def put(self, adapter: str, a: nn.Module, b: nn.Module, config: PeftConfig, r: int) -> None:
+        """Take (A, B) as the adapter's, and initialise them."""
+        self.lora_A[adapter], self.lora_B[adapter] = a, b
+        lora_A, lora_B = self.pair(adapter)
+        initialise(lora_A.weight, lora_B.weight, config.init_lora_weights, r)
+        if lora_B.bias is not None:
+            nn.init.zeros_(lora_B.bias)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapters = self.answering
-        if not adapters:
-            return self.base_layer(x, *args, **kwargs)
-        if len(adapters) == 1 and self._plain(adapters[0]):
-            (a, b), base = self.pair(adapters[0]), self.base_layer
-            p = self.lora_dropout[adapters[0]] if self.training else 0.0
-            scaling = self.scaling[adapters[0]]
-            return lora_linear(x, base.weight, base.bias, a.weight, b.weight, scaling, p, self.fan_in_fan_out)
         h = self.base_layer(x, *args, **kwargs)
-        for adapter in adapters:
+        for adapter in self.answering:
             a, b = self.pair(adapter)
             low = dropout(x.to(a.weight.dtype), self.lora_dropout[adapter], self.training)
             h = (h + b(a(low)) * self.scaling[adapter]).to(h.dtype)
         return h
 
-    def _plain(self, adapter: str) -> bool:
-        """Whether base and update can run as one operation: a dense frozen weight that nothing else watches or moves."""
-        base = self.base_layer
-        return (
-            type(base) in (nn.Linear, Conv1D)
-            and not base.weight.requires_grad
-            and "forward" not in base.__dict__  # a device-map hook brings the weight only inside base.forward
-            and not base._forward_hooks
-            and not base._forward_pre_hooks
-            and self.pair(adapter)[1].bias is None
-            and not base.weight.is_meta
-        )
-
     def parts(self, adapter: str) -> list[Tensor]:
         # straight to the tables: switching adapters asks every layer, and nn.Module's attribute look-up is slow
         tables = (self._modules["lora_A"]._modules[adapter], self._modules["lora_B"]._modules[adapter])  # type: ignore[union-attr]
         return [p for half in tables for p in half._parameters.values() if p is not None]  # type: ignore[union-attr]
-
-    def delta(self, adapter: str) -> Tensor:
-        a, b = self.pair(adapter)
-        ba = self.scaling[adapter] * (b.weight @ a.weight)  # [out, in]
-        return ba.T if self.fan_in_fan_out else ba
 
     def bias_delta(self, adapter: str) -> Tensor | None:
         b = self.pair(adapter)[1]
@@ -220,6 +206,56 @@ class LoraLinear(LoraLayer):
         for table in (self.lora_A, self.lora_B):
             if adapter in table:
                 del table[adapter]
+
+
+class LoraLinear(LoraPair):
+    """LoRA on ``nn.Linear`` and ``Int8Linear`` (weight [out, in]) and on the ``Conv1D`` of GPT-2 (weight [in, out])."""
+
+    linear = True
+
+    def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
+        super().__init__(base_layer, switch)
+        self.fan_in_fan_out = isinstance(base_layer, Conv1D)
+
+    def make(self, adapter: str, config: PeftConfig, r: int) -> None:
+        weight: Tensor = self.base_layer.weight
+        out_features, in_features = reversed(weight.shape) if self.fan_in_fan_out else weight.shape
+        place: dict[str, Any] = {"device": weight.device, "dtype": self._adapter_dtype()}
+        a = nn.utils.skip_init(nn.Linear, in_features, r, bias=False, **place)
+        b = nn.utils.skip_init(nn.Linear, r, out_features, bias=config.lora_bias, **place)
+        self.put(adapter, a, b, config, r)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapters = self.answering
+        if len(adapters) != 1 or not self._plain(adapters[0]):
+            return super().forward(x, *args, **kwargs)
+        (a, b), base = self.pair(adapters[0]), self.base_layer
+        p = self.lora_dropout[adapters[0]] if self.training else 0.0
+        scaling = self.scaling[adapters[0]]
+        scale = base.scale if isinstance(base, Int8Linear) else None
+        return lora_linear(x, base.weight, base.bias, a.weight, b.weight, scaling, p, self.fan_in_fan_out, scale)
+
+    def _plain(self, adapter: str) -> bool:
+        """Whether base and update can run as one operation: a dense frozen weight that nothing else watches or moves."""
+        base = self.base_layer
+        return (
+            type(base) in (nn.Linear, Conv1D, Int8Linear)
+            and not base.weight.requires_grad
+            and "forward" not in base.__dict__  # a device-map hook brings the weight only inside base.forward
+            and not base._forward_hooks
+            and not base._forward_pre_hooks
+            and self.pair(adapter)[1].bias is None
+            and not base.weight.is_meta
+        )
+
+    def delta(self, adapter: str) -> Tensor:
+        a, b = self.pair(adapter)
+        ba = self.scaling[adapter] * (b.weight @ a.weight)  # [out, in]
+        return ba.T if self.fan_in_fan_out else ba
+
+    def probe(self) -> Tensor:
+        weight = self.base_layer.weight
+        return noise((32, weight.shape[0 if self.fan_in_fan_out else 1]), weight)
 
 
 class LoraEmbedding(LoraLayer):
@@ -253,6 +289,11 @@ class LoraEmbedding(LoraLayer):
     def delta(self, adapter: str) -> Tensor:
         return self.scaling[adapter] * (self.lora_embedding_B[adapter] @ self.lora_embedding_A[adapter]).T
 
+    def probe(self) -> Tensor:
+        weight = self.base_layer.weight
+        ids = torch.randint(weight.shape[0], (32,), generator=torch.Generator().manual_seed(0))
+        return ids.to(weight.device)
+
     def delete_adapter(self, adapter: str) -> None:
         super().delete_adapter(adapter)
         for table in (self.lora_embedding_A, self.lora_embedding_B):
@@ -260,10 +301,10 @@ class LoraEmbedding(LoraLayer):
                 del table[adapter]
 
 
-def initialise(lora_A: Tensor, lora_B: Tensor, how: bool | str) -> None:
+def initialise(lora_A: Tensor, lora_B: Tensor, how: bool | str, r: int) -> None:
     """A Kaiming-uniform (a = √5) or normal (std 1/r), B zero; ``False``: both random, so that a test sees a change."""
     if how == "gaussian":
-        nn.init.normal_(lora_A, std=1 / lora_A.shape[0])
+        nn.init.normal_(lora_A, std=1 / r)
     else:
         nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
     if how is False:
@@ -272,8 +313,6 @@ def initialise(lora_A: Tensor, lora_B: Tensor, how: bool | str) -> None:
         nn.init.zeros_(lora_B)
 
 
-def layer_class(module: nn.Module) -> type[LoraLayer] | None:
-    """The class that puts LoRA on ``module``; None if there is none."""
-    if isinstance(module, (nn.Linear, Conv1D)):
-        return LoraLinear
-    return LoraEmbedding if isinstance(module, nn.Embedding) else None
+def noise(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Fixed normal values of this shape, with the device and dtype of ``like``."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)

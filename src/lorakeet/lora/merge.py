@@ -102,6 +102,10 @@ def _refuse_unmergeable(model: Any, layers: list[LoraLayer], adapters: list[str]
                 f"{name} holds its weight as {weight.dtype}, which an update cannot be added to without losing it",
                 "load the base in full precision (fp32 or bf16) and merge there",
             )
+        if any(adapter in layer.r for adapter in adapters) and (why := layer.unmergeable()):
+            raise MergeError(
+                f"{name} {why}", "use the adapter unmerged, or train it with this layer in exclude_modules"
+            )
         if getattr(layer.base_layer, "bias", None) is None and any(
             layer.bias_delta(adapter) is not None for adapter in adapters if adapter in layer.r
         ):
@@ -119,27 +123,28 @@ class _Probe:
     def answer(self) -> list[Tensor]:
         if self.inputs is not None:
             return [_first_tensor(self.model(**self.inputs)).float()]
-        return [layer(_layer_input(layer)).float() for layer in self.layers]
+        return [layer(layer.probe()).float() for layer in self.layers]
 
 
 def token_probe(model: Any) -> dict[str, Tensor] | None:
-    """Two rows of 16 fixed pseudo-random token ids, for a model that reads ``input_ids``; else None."""
+    """Two rows of 16 fixed pseudo-random token ids, for a model that reads ``input_ids``; else None.
+
+    One row where no padding token is known, without which some classifiers refuse two. For an encoder-decoder each row ends
+    with the only end token in it: BART's and T5's classifiers read off there.
+    """
     config = getattr(model, "config", None)
     vocabulary = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
     if not vocabulary or getattr(model, "main_input_name", None) != "input_ids":
         return None
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (2, 16), generator=generator).to(model.get_input_embeddings().weight.device)
+    ids = ids if getattr(config, "pad_token_id", None) is not None else ids[:1]
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, int) and getattr(config, "is_encoder_decoder", False):
+        ids[ids == end] = (end + 1) % vocabulary
+        ids[:, -1] = end
     both = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return {**both, "decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else both
-
-
-def _layer_input(layer: LoraLayer) -> Tensor:
-    weight, generator = layer.base_layer.weight, torch.Generator().manual_seed(0)
-    if not layer.linear:
-        return torch.randint(weight.shape[0], (32,), generator=generator).to(weight.device)
-    width = weight.shape[0 if getattr(layer, "fan_in_fan_out", False) else 1]
-    return torch.randn(32, width, generator=generator).to(weight.device, weight.dtype)
 
 
 def _first_tensor(output: Any) -> Tensor:

@@ -15,18 +15,10 @@ from torch import nn
 
 from lorakeet.errors import AdapterError, ConfigError, did_you_mean
 from lorakeet.lora.config import PeftConfig
-from lorakeet.lora.inject import (
-    ALL_LINEAR,
-    TASK_HEADS,
-    Part,
-    Plan,
-    inject,
-    plan,
-    resolve_targets,
-    restore,
-    set_trainable,
-)
+from lorakeet.lora.defaults import resolve_targets, task_heads
+from lorakeet.lora.inject import Part, Plan, inject, plan, restore, set_trainable
 from lorakeet.lora.layer import LoraLayer, Switch
+from lorakeet.lora.match import ALL_LINEAR
 from lorakeet.lora.merge import MergeReport, checked_merge, untie
 from lorakeet.lora.saved import SavedModule
 from lorakeet.talk import warn
@@ -250,7 +242,7 @@ def completed(model: nn.Module, config: PeftConfig) -> PeftConfig:
     targets = resolve_targets(model, config)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
         targets = _shortest(model, list(targets))
-    saved = list(dict.fromkeys([*(config.modules_to_save or []), *TASK_HEADS.get(config.task_type or "", [])]))
+    saved = list(dict.fromkeys([*(config.modules_to_save or []), *task_heads(model, config.task_type)]))
     name = config.base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None)
     copy = config.model_copy(deep=True)
     copy.target_modules, copy.modules_to_save, copy.base_model_name_or_path = targets, saved or None, name or None

@@ -1,0 +1,41 @@
+"""Which kind of LoRA layer suits a module, and what already belongs to an adapter."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lorakeet.base.quant.int8 import Int8Linear
+from lorakeet.lora.conv import LoraConv
+from lorakeet.lora.layer import LoraEmbedding, LoraLayer, LoraLinear
+from lorakeet.lora.parameter import LoraParameters
+from lorakeet.lora.saved import SavedModule
+
+#: What :func:`layer_class` knows, for messages.
+ADAPTABLE = "Linear, Conv1D, Conv1d, Conv2d, Conv3d, Embedding"
+
+
+def layer_class(module: nn.Module) -> type[LoraLayer] | None:
+    """The class that puts LoRA on ``module``; None if there is none."""
+    if isinstance(module, (nn.Linear, Conv1D, Int8Linear)):
+        return LoraLinear
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return LoraConv
+    return LoraEmbedding if isinstance(module, nn.Embedding) else None
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The base's own module below a LoRA layer."""
+    return module.base_layer if isinstance(module, LoraLayer) else module
+
+
+def adaptable(module: nn.Module) -> bool:
+    """Whether LoRA can be put on ``module`` (again, if it has some)."""
+    return layer_class(unwrapped(module)) is not None
+
+
+def inside_adapter(model: nn.Module, name: str) -> bool:
+    """Whether ``name`` is a part of a LoRA layer or of a module trained whole (which are seen as one)."""
+    parts = name.split(".")
+    above = (model.get_submodule(".".join(parts[:i])) for i in range(1, len(parts)))
+    return any(isinstance(module, (LoraLayer, LoraParameters, SavedModule)) for module in above)

@@ -1,0 +1,138 @@
+"""LoRA on a bare ``nn.Parameter`` (``target_parameters``), above all on the stacked weights of experts.
+
+    W'[e] = W[e] + s·B[e]·A[e]          W [experts, out, in] or [experts, in, out], or plainly [out, in]
+
+A and B of all experts lie side by side as PEFT stores them: A [r·experts, in], B [out, r·experts].
+
+Nothing is wrapped, and ΔW is not formed. While the module that owns the parameter runs, the parameter's name leads to a
+:class:`~lorakeet.kernels.low_rank_sum.LowRankSum`, with which transformers' expert implementations (the eager loop, the
+grouped and the batched product) run as they are. No weight of an expert's size is made, stored for backward, or given a
+gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.kernels.low_rank_sum import LowRankSum
+from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.layer import LoraPair, Switch, noise
+
+
+@dataclass(eq=False)
+class Slot:
+    """One parameter of a module, seen as a layer that has nothing but a weight."""
+
+    module: nn.Module
+    name: str
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter, whatever its name leads to at the moment."""
+        parameter = self.module._parameters[self.name]
+        assert parameter is not None
+        return parameter
+
+    @weight.setter
+    def weight(self, value: nn.Parameter) -> None:
+        self.module._parameters[self.name] = value
+
+
+class LoraParameters(nn.ModuleDict):
+    """The :class:`LoraParameter` of each adapted parameter of a module, by the parameter's name; its ``lora_parameters``."""
+
+
+class LoraParameter(LoraPair):
+    """LoRA on one parameter of a module, which stays in its place and gets this as a child."""
+
+    def __init__(self, base_layer: Slot, switch: Switch) -> None:
+        super().__init__(base_layer, switch)
+        module, weight = base_layer.module, base_layer.weight
+        self.experts = weight.shape[0] if weight.ndim == 3 else 1
+        self.transposed = weight.ndim == 3 and bool(getattr(module, "is_transposed", False))  # [experts, in, out]
+        self.hooks = (
+            module.register_forward_pre_hook(self._show),
+            module.register_forward_hook(self._hide, always_call=True),
+        )
+
+    @classmethod
+    def on(cls, module: nn.Module, name: str, switch: Switch) -> LoraParameter:
+        """The layer of the parameter ``name`` of ``module``, made if there is none yet."""
+        table = module._modules.get("lora_parameters")
+        if table is None:
+            table = LoraParameters()
+            module.add_module("lora_parameters", table)
+        assert isinstance(table, LoraParameters)
+        if name not in table:
+            table[name] = cls(Slot(module, name), switch)
+        layer = table[name]
+        assert isinstance(layer, LoraParameter)
+        return layer
+
+    def release(self) -> None:
+        """Take the layer off its module again."""
+        for hook in self.hooks:
+            hook.remove()
+        module, table = self.base_layer.module, self.base_layer.module.lora_parameters
+        del table[self.base_layer.name]
+        if not table:
+            del module.lora_parameters
+
+    def make(self, adapter: str, config: PeftConfig, r: int) -> None:
+        weight: Tensor = self.base_layer.weight
+        out_features, in_features = reversed(weight.shape[-2:]) if self.transposed else weight.shape[-2:]
+        place: dict[str, Any] = {"device": weight.device, "dtype": self._adapter_dtype()}
+        a = nn.utils.skip_init(nn.Linear, in_features, r * self.experts, bias=False, **place)
+        b = nn.utils.skip_init(nn.Linear, r * self.experts, out_features, bias=False, **place)
+        self.put(adapter, a, b, config, r)
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """(L, R) with ΔW = L·R in the parameter's layout, s within: [..., m, r] and [..., r, n]."""
+        (a, b), r = self.pair(adapter), self.r[adapter]
+        lora_A = a.weight.reshape(self.experts, r, -1)  # [experts, r, in]: rows e·r to (e + 1)·r belong to expert e
+        lora_B = b.weight.reshape(-1, r, self.experts).permute(2, 0, 1)  # [experts, out, r]: columns ρ·experts + e
+        lora_B = lora_B.contiguous() * self.scaling[adapter]
+        if self.base_layer.weight.ndim == 2:
+            lora_A, lora_B = lora_A[0], lora_B[0]
+        return (lora_A.mT, lora_B.mT) if self.transposed else (lora_B, lora_A)
+
+    def sum_of(self, adapters: list[str]) -> LowRankSum:
+        """W + Σ ΔW, several adapters as one pair of their summed rank."""
+        lefts, rights = zip(*map(self.factors, adapters), strict=True)
+        if len(adapters) == 1:
+            return LowRankSum(self.base_layer.weight, lefts[0], rights[0])
+        return LowRankSum(self.base_layer.weight, torch.cat(lefts, -1), torch.cat(rights, -2))
+
+    def _show(self, module: nn.Module, args: Any) -> None:
+        if adapters := self.answering:
+            module.__dict__[self.base_layer.name] = self.sum_of(adapters)  # found before the parameter of this name
+
+    def _hide(self, module: nn.Module, args: Any, output: Any) -> None:
+        module.__dict__.pop(self.base_layer.name, None)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x·W'ᵀ over the last dimension, for each expert: what the parameter is now, on its own."""
+        adapters, weight = self.answering, self.base_layer.weight
+        seen: Any = self.sum_of(adapters) if adapters else weight
+        return torch.matmul(x, seen.mT)
+
+    def probe(self) -> Tensor:
+        weight = self.base_layer.weight
+        return noise((32, weight.shape[-1]), weight)
+
+    def delta(self, adapter: str) -> Tensor:
+        left, right = self.factors(adapter)
+        return left @ right
+
+    def merged_weight(self, adapters: list[str]) -> Tensor:
+        if self.base_layer.weight.ndim == 2:
+            return super().merged_weight(adapters)
+        both = self.sum_of(adapters)
+        merged = torch.empty_like(both.weight)
+        for expert in range(self.experts):  # one expert's ΔW at a time
+            merged[expert] = LowRankSum(both.weight[expert], both.left[expert], both.right[expert]).dense()
+        return merged
