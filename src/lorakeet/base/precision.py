@@ -51,9 +51,10 @@ def choose_dtype(settings: BaseSettings, device: torch.device, for_training: boo
     """
     fast_bf16 = has_bf16(device)
     half = torch.float16 if device.type == "cuda" and not fast_bf16 else torch.bfloat16
-    by_bits = {16: half, 32: torch.float32, None: half if fast_bf16 or device.type == "cuda" else torch.float32}
+    natural = half if fast_bf16 or device.type == "cuda" else torch.float32
+    by_bits = {8: natural, 16: half, 32: torch.float32, None: natural}  # 8 bits are for the weights, not for arithmetic
     dtype = DTYPES.get(settings.dtype, by_bits[settings.bits])
-    if settings.bits is not None and dtype.itemsize * 8 != settings.bits:
+    if settings.bits not in (None, 8) and dtype.itemsize * 8 != settings.bits:
         raise BaseModelError(
             f"bits={settings.bits} contradicts dtype={settings.dtype}", "give one of the two, or make them agree"
         )

@@ -1,0 +1,1 @@
+"""Bases held in fewer bits."""
