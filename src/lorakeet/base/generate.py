@@ -54,7 +54,7 @@ def complete(
     if not greedy:
         settings.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     texts: list[str] = []
-    with _evaluating(model), _seeded(None if greedy else seed, device), torch.inference_mode():
+    with evaluating(model), _seeded(None if greedy else seed, device), torch.inference_mode():
         for start in range(0, len(encoded), batch_size):
             batch = encoded[start : start + batch_size]
             ids, mask = _left_padded(batch, settings.pad_token_id, device)
@@ -184,7 +184,8 @@ class _Streamer(BaseStreamer):
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in eval mode, and afterwards each of its modules as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -13,14 +13,24 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lorakeet.base.find import find_source, local_folder
 from lorakeet.base.folder import check_folder
 from lorakeet.base.precision import bytes_by_dtype, check_dtypes, choose_device, choose_dtype, dtype_name, some
+from lorakeet.base.quant.int8 import Int8Linear, quantise
 from lorakeet.base.quiet import quiet
+from lorakeet.base.task import WHOLE, fresh_modules
 from lorakeet.config import BaseSettings, complaints
 from lorakeet.errors import BaseModelError
+from lorakeet.kernels.int8 import choose_backend
 from lorakeet.talk import warn
 
 
@@ -34,6 +44,7 @@ class Base:
         name: the public name, where it is known; what an adapter records.
         dtype: of the weights.
         device: of the weights.
+        fresh: weights that the files lack: a new head, which begins at random and has to be trained.
     """
 
     model: PreTrainedModel
@@ -41,6 +52,7 @@ class Base:
     name: str
     dtype: torch.dtype
     device: torch.device
+    fresh: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Any]:
         yield self.model
@@ -51,10 +63,38 @@ class Base:
         sizes = bytes_by_dtype(self.model)
         parts = ", ".join(f"{dtype_name(dtype)} {_size(count)}" for dtype, count in sizes.items())
         count = sum(parameter.numel() for parameter in self.model.parameters())
+        rounded = sum(isinstance(module, Int8Linear) for module in self.model.modules())
+        how = f", {rounded} layers in 8 bits ({choose_backend()} products)" if rounded else ""
         return (
             f"{self.name}: {count:,} parameters, {dtype_name(self.dtype)} on {self.device}, "
-            f"{_size(sum(sizes.values()))} ({parts})"
+            f"{_size(sum(sizes.values()))} ({parts}){how}"
         )
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What is known of a base model before its weights are read."""
+
+    name: str
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+
+def look_at(settings: BaseSettings) -> Prospect:
+    """Name, configuration and tokenizer of a base model whose files are all there.
+
+    Raises:
+        BaseModelError: as :func:`load_base`, as far as it can be told without the weights.
+    """
+    source = find_source(settings.model, settings.revision)
+    folder = local_folder(source, settings.trust_remote_code)
+    check_folder(folder, source.name)
+    remote = {"trust_remote_code": settings.trust_remote_code}
+    tokenizer = load_tokenizer(folder, source.name, remote)
+    try:
+        return Prospect(source.name, AutoConfig.from_pretrained(folder, **remote), tokenizer)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"the configuration of {source.name} cannot be read: {_reason(error)}") from error
 
 
 def load_base(
@@ -80,19 +120,15 @@ def load_base(
         ConfigError: an unknown or mistyped setting.
     """
     chosen = _settings(settings, overrides)
-    if chosen.bits == 8:
-        raise BaseModelError(
-            "bits=8 was asked for, but an int8 base is not available yet", "use --bits 16 or --bits 32, or leave it out"
-        )
     device = choose_device(chosen.device)
     dtype = choose_dtype(chosen, device, for_training)
     source = find_source(chosen.model, chosen.revision)
     folder = local_folder(source, chosen.trust_remote_code)
     check_folder(folder, source.name)
     remote = {"trust_remote_code": chosen.trust_remote_code}
-    tokenizer = _load_tokenizer(folder, source.name, remote)
+    tokenizer = load_tokenizer(folder, source.name, remote)
     options = {"dtype": dtype, **remote, **(model_options or {})}
-    model = _load_model(folder, source.name, auto_class, device, options)
+    model, fresh = _load_model(folder, source.name, auto_class, device, options)
     check_dtypes(model, dtype, source.name)
     _check_vocabulary(model, tokenizer, source.name)
     if getattr(model.config, "pad_token_id", None) is None:
@@ -100,7 +136,9 @@ def load_base(
     # Adapters, model cards and checkpoints record this name: never the cache's folder.
     model.name_or_path = model.config._name_or_path = source.name
     model.requires_grad_(False).eval()
-    return Base(model, tokenizer, source.name, dtype, device)
+    if chosen.bits == 8:
+        quantise(model, keep=fresh_modules(model, fresh))
+    return Base(model, tokenizer, source.name, dtype, device, fresh)
 
 
 def _settings(settings: BaseSettings | str | None, overrides: Mapping[str, Any]) -> BaseSettings:
@@ -111,7 +149,12 @@ def _settings(settings: BaseSettings | str | None, overrides: Mapping[str, Any])
         raise complaints(error, BaseSettings) from None
 
 
-def _load_tokenizer(folder: Path, name: str, remote: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, name: str, remote: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer in ``folder``, with a pad token; ``name`` is what the model is called.
+
+    Raises:
+        BaseModelError: its files are damaged.
+    """
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, **remote)
@@ -127,7 +170,8 @@ def _load_tokenizer(folder: Path, name: str, remote: Mapping[str, Any]) -> PreTr
 
 def _load_model(
     folder: Path, name: str, auto_class: Any, device: torch.device, options: Mapping[str, Any]
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The model, and the weights of it that are new and random."""
     place = {} if device.type == "cpu" else {"device_map": {"": device}}
     try:
         with quiet():
@@ -141,15 +185,20 @@ def _load_model(
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         raise BaseModelError(f"{name} cannot be loaded: {_reason(error)}") from error
-    _check_weights(info, name, must_be_whole=auto_class is AutoModelForCausalLM)
-    return model
+    whole = auto_class in WHOLE
+    return model, _check_weights(info, name, whole, "" if whole else f"{model.base_model_prefix}.")
 
 
-def _check_weights(info: Mapping[str, Any], name: str, must_be_whole: bool) -> None:
-    """What transformers found amiss: other shapes are errors, as are missing weights unless a new head is expected."""
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+def _check_weights(info: Mapping[str, Any], name: str, must_be_whole: bool, prefix: str) -> tuple[str, ...]:
+    """What transformers found amiss: other shapes are errors, as are missing weights unless a new head is expected.
+
+    A head (what lies outside ``prefix``) of another shape, say for other classes, is replaced by a new one.
+    """
+    odd = {key: (list(found), list(wanted)) for key, found, wanted in info["mismatched_keys"]}
+    replaced = [key for key in odd if prefix and not key.startswith(prefix)]
+    missing, unexpected = sorted([*info["missing_keys"], *replaced]), sorted(info["unexpected_keys"])
     problems = [
-        f"{key} is {list(found)}, its config says {list(wanted)}" for key, found, wanted in info["mismatched_keys"]
+        f"{key} is {found}, its config says {wanted}" for key, (found, wanted) in odd.items() if key not in replaced
     ]
     if missing and must_be_whole:
         problems.append(f"{len(missing)} weights are missing and would be random: {some(missing)}")
@@ -159,6 +208,7 @@ def _check_weights(info: Mapping[str, Any], name: str, must_be_whole: bool) -> N
         warn(f"{len(missing)} weights are not in {name} and begin at random: {some(missing)}")
     if unexpected:
         warn(f"{len(unexpected)} weights of {name} are not used: {some(unexpected)}")
+    return tuple(missing)
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
