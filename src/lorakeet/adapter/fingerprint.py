@@ -33,7 +33,15 @@ def fingerprint(model: nn.Module) -> dict[str, Any] | None:
         return None
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
     rows = embedding.weight.shape[0] if embedding is not None else -1
-    shapes = sorted(f"{name}:{['rows' if n == rows else n for n in p.shape]}" for name, p in own.items())
+    turned = {
+        f"{name}.weight".replace(".base_layer.", ".")
+        for name, module in model.named_modules()
+        if getattr(module, "transposed", False)
+    }
+    shapes = sorted(
+        f"{name}:{['rows' if n == rows else n for n in (p.shape[::-1] if name in turned else p.shape)]}"
+        for name, p in own.items()
+    )
     matrices = [name for name, p in sorted(own.items()) if p.ndim >= 2 and p.is_floating_point()]
     # weights of norms; a bias may have been trained with the adapter
     vectors = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from itertools import permutations
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -18,7 +19,7 @@ from lorakeet.adapter.artefact import broken, never_learned, read_notes, read_te
 from lorakeet.adapter.readers import readers
 from lorakeet.adapter.tensors import PREFIX
 from lorakeet.lora.config import PeftConfig
-from lorakeet.lora.inject import planned
+from lorakeet.lora.match import Target, matches, planned
 
 _PART = re.compile(r"(?P<layer>.+)\.lora_(?P<part>A\.weight|B\.weight|B\.bias|embedding_A|embedding_B)")
 
@@ -40,8 +41,11 @@ def inspect_adapter(name: str | Path, *, revision: str | None = None, subfolder:
     tensors = read_tensors(name, **place)
     notes = read_notes(name, **place)
     pairs, others = _pairs(tensors)
-    layers = [_layer(layer, parts, config) for layer, parts in sorted(pairs.items()) if _whole(parts)]
-    problems = [said for layer, parts in sorted(pairs.items()) if (said := _problem(layer, parts, config))]
+    said_of = _settings(pairs, config)
+    layers = [_layer(layer, parts, said_of[layer], config) for layer, parts in sorted(pairs.items()) if _whole(parts)]
+    problems = [
+        said for layer, parts in sorted(pairs.items()) if (said := _problem(layer, parts, said_of[layer], config))
+    ]
     problems += [said] if (said := broken(tensors)) else []
     learned = not never_learned(tensors)
     refused = [*problems, *([] if learned else ["it never learned"])]
@@ -87,32 +91,71 @@ def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]],
 
 def _whole(parts: Mapping[str, Tensor]) -> bool:
     a, b = parts.get("A"), parts.get("B")
-    return a is not None and b is not None and a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1]
+    if a is None or b is None or a.ndim != b.ndim or a.ndim < 2 or not a.numel() or not b.numel():
+        return False
+    return a.shape[0] == b.shape[1] if a.ndim == 2 else a.shape[0] % b.shape[1] == 0  # a convolution may have groups
 
 
-def _problem(name: str, parts: Mapping[str, Tensor], config: PeftConfig) -> str | None:
+def _settings(pairs: Mapping[str, Mapping[str, Tensor]], config: PeftConfig) -> dict[str, Target]:
+    """What the settings say of each layer.
+
+    The file does not name an adapted parameter, only the module that owns it, once for each of its parameters: they are
+    told apart by their ranks, which must leave the same number of experts.
+    """
+    said: dict[str, Target] = {}
+    owners: dict[str, list[str]] = {}
+    for name in pairs:
+        if not config.target_parameters or matches(name, config.target_modules or []):
+            said[name] = planned(name, config)
+        else:
+            owners.setdefault(name.replace(".base_layer", ""), []).append(name)
+    for owner, names in owners.items():
+        full = [(f"{owner}.{key.rpartition('.')[2]}", key) for key in config.target_parameters or ()]
+        choices = [planned(name, config) for name, key in full if matches(name, [key])]
+        rows = [len(pairs[name].get("A", ())) for name in names]
+        orders = list(permutations(choices, len(names))) or [tuple(planned(name, config) for name in names)]
+        said |= zip(names, next((o for o in orders if _one_count(rows, o)), orders[0]), strict=True)
+    return said
+
+
+def _one_count(rows: list[int], order: tuple[Target, ...]) -> bool:
+    whole = all(n % target.r == 0 for n, target in zip(rows, order, strict=True))
+    return whole and len({n // target.r for n, target in zip(rows, order, strict=True)}) == 1
+
+
+def _blocks(a: Tensor, b: Tensor, r: int) -> list[tuple[Tensor, Tensor]]:
+    """The pairs [r, in], [out, r] that multiply with one another: one, or one for each group or expert."""
+    a, b = a.flatten(1), b.flatten(1)
+    if groups := len(a) // b.shape[1] - 1:
+        return list(zip(a.chunk(groups + 1), b.chunk(groups + 1), strict=True))
+    experts = len(a) // r
+    return list(zip(a.chunk(experts), (b[:, e::experts] for e in range(experts)), strict=True))
+
+
+def _problem(name: str, parts: Mapping[str, Tensor], said: Target, config: PeftConfig) -> str | None:
     """What will keep this layer from being loaded."""
     if missing := [part for part in ("A", "B") if part not in parts]:
         return f"{name} has no {' and no '.join(missing)}"
     shapes = f"A {list(parts['A'].shape)} and B {list(parts['B'].shape)}"
     if not _whole(parts):
         return f"{name} has {shapes}, which do not multiply"
-    r = planned(name, config).r
-    return None if len(parts["A"]) == r else f"{name} has {shapes}, but the settings say rank {r}"
+    r = said.r
+    several = bool(config.target_parameters) and len(parts["A"]) % r == 0  # the ranks of all experts
+    return None if len(parts["A"]) == r or several else f"{name} has {shapes}, but the settings say rank {r}"
 
 
-def _layer(name: str, parts: Mapping[str, Tensor], config: PeftConfig) -> dict[str, Any]:
+def _layer(name: str, parts: Mapping[str, Tensor], said: Target, config: PeftConfig) -> dict[str, Any]:
     a, b = parts["A"], parts["B"]
-    alpha = planned(name, config).alpha
-    scaling = config.scaling(len(a), alpha)
-    norm = update_norm(a, b, scaling)
+    r = said.r if config.target_parameters and len(a) % said.r == 0 else len(a)
+    scaling = config.scaling(r, said.alpha)
+    norm = math.hypot(*(update_norm(*pair, scaling) for pair in _blocks(a, b, r)))
     return {
         "name": name,
-        "kind": name.rpartition(".")[2],
+        "kind": name.replace(".base_layer", "").rpartition(".")[2],
         "in": a.shape[1],
         "out": b.shape[0],
-        "r": len(a),
-        "alpha": alpha,
+        "r": r,
+        "alpha": said.alpha,
         "scaling": scaling,
         "parameters": sum(tensor.numel() for tensor in parts.values()),
         "update_norm": norm if math.isfinite(norm) else None,

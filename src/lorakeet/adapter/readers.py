@@ -62,6 +62,8 @@ def _vllm(config: PeftConfig, rank: int) -> tuple[list[str], list[str]]:
     reasons += ["lora_bias is refused"] if config.lora_bias else []
     reasons += [f"rank {rank} is above its largest, {VLLM_RANKS[-1]}"] if rank > VLLM_RANKS[-1] else []
     conditions = []
+    if config.target_parameters:
+        conditions.append("in a release that reads target_parameters, as others pass the experts by without a word")
     if VLLM_DEFAULT < rank <= VLLM_RANKS[-1]:
         conditions.append(f"with --max-lora-rank {min(size for size in VLLM_RANKS if size >= rank)}")
     if patterns := [name for name in ("rank_pattern", "alpha_pattern") if getattr(config, name)]:
@@ -73,6 +75,7 @@ def _gguf(config: PeftConfig, keys: list[str]) -> tuple[list[str], list[str]]:
     """(why llama.cpp cannot, on which conditions). It scales by ``lora_alpha`` / rank: own ranks are no trouble."""
     reasons = ["use_rslora is ignored, so the update is scaled wrongly"] if config.use_rslora else []
     reasons += ["alpha_pattern is ignored, so some layers are scaled wrongly"] if config.alpha_pattern else []
+    reasons += ["it has no names for the pairs of target_parameters"] if config.target_parameters else []
     passed = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", ".base_layer.weight")
     extra = sorted(key for key in keys if not key.endswith(passed) and "_layernorm" not in key and ".norm" not in key)
     reasons += [f"tensors that are no low-rank pair are refused ({extra[0]})"] if extra else []

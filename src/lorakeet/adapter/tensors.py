@@ -6,10 +6,13 @@ of the adapter stands in the middle. One table serves saving and loading, so the
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
-from lorakeet.lora.layer import LoraEmbedding, LoraLayer, LoraLinear
+from lorakeet.lora.layer import LoraEmbedding, LoraLayer, LoraPair
 from lorakeet.lora.model import LoraModel
+from lorakeet.lora.parameter import LoraParameter, LoraParameters
 from lorakeet.lora.saved import SavedModule
 
 PREFIX = "base_model.model."
@@ -22,24 +25,48 @@ def tensor_names(model: LoraModel, adapter: str) -> dict[str, str]:
 
     Per layer ``lora_A.weight`` [r, in] and ``lora_B.weight`` [out, r] (``lora_B.bias`` [out]), or ``lora_embedding_A``
     [r, vocabulary] and ``lora_embedding_B`` [dim, r]; modules trained whole under their own names; the base's biases as
-    the config's ``bias`` says; an adapted ``embed_tokens`` or ``lm_head`` itself.
+    the config's ``bias`` says; an adapted ``embed_tokens`` or ``lm_head`` itself. Convolutions have ``lora_A.weight``
+    [r, in, *kernel] and ``lora_B.weight`` [out, r / groups, 1, ...], parameters that stack experts [r·experts, in] and
+    [out, r·experts].
     """
     names: dict[str, str] = {}
     for path, module in model.named_modules():
         if isinstance(module, SavedModule) and adapter in module.modules_to_save:
             copy = module.modules_to_save[adapter]
             names |= {f"{path}.{key}": f"{path}.modules_to_save.{adapter}.{key}" for key in copy.state_dict()}
+        elif isinstance(module, LoraParameter):
+            continue
         elif isinstance(module, LoraLayer) and adapter in module.r:
             names |= _layer_names(path, module, adapter)
     names |= _bias_names(model, adapter)
     names |= _embedding_names(model, adapter)
+    names = _beside_parameters(names, model, adapter)
     return {PREFIX + key: value for key, value in names.items()}
+
+
+def _beside_parameters(names: dict[str, str], model: LoraModel, adapter: str) -> dict[str, str]:
+    """``names`` with the pairs of adapted parameters.
+
+    PEFT wraps the module that owns them once for each, the first one innermost, and the file's keys show it: of two
+    parameters of ``experts`` the first is at ``experts.base_layer.lora_A.weight``, the second at ``experts.lora_A.weight``,
+    and whatever lies within at ``experts.base_layer.base_layer...``.
+    """
+    for path, table in [(path, module) for path, module in model.named_modules() if isinstance(module, LoraParameters)]:
+        owner = path.removesuffix(".lora_parameters")
+        layers = {name: layer for name, layer in table.items() if isinstance(layer, LoraLayer) and adapter in layer.r}
+        mine = [name for name in model.get_submodule(owner)._parameters if name in layers]
+        inner = owner + ".base_layer" * len(mine)
+        names = {re.sub(rf"^{re.escape(owner)}(?=\.)", inner, key): value for key, value in names.items()}
+        for depth, name in enumerate(reversed(mine)):
+            pair = _layer_names(f"{path}.{name}", layers[name], adapter)
+            names |= {key.replace(f"{path}.{name}", owner + ".base_layer" * depth): pair[key] for key in pair}
+    return names
 
 
 def _layer_names(path: str, layer: LoraLayer, adapter: str) -> dict[str, str]:
     if isinstance(layer, LoraEmbedding):
         return {f"{path}.{part}": f"{path}.{part}.{adapter}" for part in ("lora_embedding_A", "lora_embedding_B")}
-    assert isinstance(layer, LoraLinear)
+    assert isinstance(layer, LoraPair)
     ends = ["lora_A.weight", "lora_B.weight"] + (["lora_B.bias"] if layer.lora_B[adapter].bias is not None else [])
     return {f"{path}.{end}": f"{path}.{end.replace('.', f'.{adapter}.')}" for end in ends}
 
