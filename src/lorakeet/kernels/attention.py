@@ -1,0 +1,201 @@
+"""Attention of several samples that lie end to end in one row, each seeing itself alone.
+
+    o_i = Σ_j softmax_j(c(s·q_i·k_j)) v_j ,   over the positions j of i's own sample that i may see
+
+with s the scale and c(x) = x, or t·tanh(x/t) where scores are capped at t (Gemma 2). Causal: j ≤ i. A window of w: causal
+i - w < j ≤ i, bidirectional |i - j| ≤ w. Key and value heads may be fewer than query heads; each serves
+h/h_kv neighbouring ones (grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245) without being copied.
+
+Neighbouring samples of equal length are one batch: a view of the row, nothing is gathered and nothing is padded. On a
+CPU forward and backward of all batches are one node of autograd, which keeps the output once and no slices.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_FLASH_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which positions of its own sample a position sees, and how scores become weights."""
+
+    causal: bool
+    window: int | None = None
+    softcap: float | None = None
+    dropout: float = 0.0  # of the weights; drawn from torch's default generator
+
+    def mask(self, length: int, device: torch.device) -> Tensor | None:
+        """[length, length] bool, True where row sees column; None where ``causal`` alone says it."""
+        if self.window is None or length <= self.window:
+            return None
+        ahead = torch.arange(length, device=device)
+        distance = ahead[:, None] - ahead[None, :]
+        if self.causal:
+            return (distance >= 0) & (distance < self.window)
+        return distance.abs() <= self.window
+
+
+def segment_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], pattern: Pattern, scale: float | None = None
+) -> Tensor:
+    """The slow truth: one dense score matrix over the whole row, blocks of other samples masked. No dropout."""
+    rep = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(rep, dim=1) for t in (k, v))
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)  # [1, h, total, total]
+    if pattern.softcap is not None:
+        scores = torch.tanh(scores / pattern.softcap) * pattern.softcap
+    sample = torch.repeat_interleave(torch.tensor(lengths, device=q.device))
+    place = torch.arange(q.shape[2], device=q.device)
+    distance = place[:, None] - place[None, :]
+    sees = sample[:, None] == sample[None, :]
+    if pattern.causal:
+        sees &= distance >= 0
+    if pattern.window is not None:
+        sees &= distance < pattern.window if pattern.causal else distance.abs() <= pattern.window
+    weights = _softmax(scores.masked_fill(~sees, float("-inf")))
+    return (weights @ v).transpose(1, 2)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last axis, summed in fp32 at least."""
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+
+
+def segment_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], pattern: Pattern, scale: float | None = None
+) -> Tensor:
+    """Attention within each sample of a row.
+
+    Args:
+        q: [1, h, total, d].
+        k: [1, h_kv, total, d], h a multiple of h_kv.
+        v: [1, h_kv, total, d_v].
+        lengths: Positions of each sample, in the order they lie; their sum is ``total``. Samples of one length should
+            be neighbours.
+        pattern: Who sees whom.
+        scale: s above; 1/√d if None.
+
+    Returns:
+        [1, total, h, d_v], the dtype of ``q`` (under autocast: that of autocast).
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    runs = [(len(list(same)), length) for length, same in itertools.groupby(lengths) if length]
+    rows = [t[0].transpose(0, 1) for t in (q, k, v)]  # [total, heads, d]
+    if _has_cpu_kernel(q, v, pattern):
+        output: Tensor = _SegmentAttention.apply(rows[0], rows[1], rows[2], runs, pattern, scale)
+        return output[None]
+    attend = _attend if pattern.softcap is None else _attend_capped
+    outputs = [
+        attend(q_, k_, v_, pattern, scale).transpose(1, 2).flatten(0, 1)  # [count·length, h, d_v]
+        for q_, k_, v_ in zip(*(_batches(row, runs) for row in rows), strict=True)
+    ]
+    return torch.cat(outputs)[None]
+
+
+def _batches(row: Tensor, runs: list[tuple[int, int]]) -> list[Tensor]:
+    """Views [count, heads, length, d] of a row [total, heads, d], one for each run of equal lengths."""
+    parts = row.split([count * length for count, length in runs])
+    return [part.unflatten(0, run).transpose(1, 2) for part, run in zip(parts, runs, strict=True)]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float | None) -> Tensor:
+    """[count, h, length, d] each -> [count, h, length, d_v], by torch's own kernels."""
+    mask = pattern.mask(q.shape[2], q.device)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=pattern.dropout,
+        is_causal=pattern.causal and mask is None,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def _attend_capped(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float | None) -> Tensor:
+    """As :func:`_attend`, with capped scores, which torch's kernels do not know; O(length²) memory for each head."""
+    assert pattern.softcap is not None
+    length, heads = q.shape[2], k.shape[1]
+    rep = q.shape[1] // heads
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q = q.unflatten(1, (heads, rep)).flatten(2, 3)  # [count, h_kv, rep·length, d]
+    scores = (q @ k.transpose(2, 3)).unflatten(2, (rep, length))  # [count, h_kv, rep, length, length]
+    scores = torch.tanh(scores * (scale / pattern.softcap)) * pattern.softcap
+    mask = pattern.mask(length, q.device)
+    if mask is None and pattern.causal:
+        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = F.dropout(_softmax(scores), pattern.dropout)
+    return (weights.flatten(2, 3) @ v).unflatten(2, (rep, length)).flatten(1, 2)
+
+
+def _has_cpu_kernel(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
+    return (
+        q.device.type == "cpu"
+        and pattern.dropout == 0.0
+        and pattern.softcap is None
+        and q.shape[-1] == v.shape[-1]
+        and q.dtype in _FLASH_DTYPES
+        and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+    )
+
+
+class _SegmentAttention(torch.autograd.Function):
+    """q [total, h, d], k and v [total, h_kv, d] -> [total, h, d]: torch's CPU flash kernel, batch by batch."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        runs: list[tuple[int, int]],
+        pattern: Pattern,
+        scale: float | None,
+    ) -> Tensor:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        sums = []  # log Σ exp of each row of scores: [count, length, h]
+        for q_, k_, v_, o_ in zip(*(_batches(t, runs) for t in (q, k, v, output)), strict=True):
+            mask = pattern.mask(q_.shape[2], q_.device)
+            made, lse = flash(
+                q_, k_, v_, 0.0, pattern.causal and mask is None, attn_mask=_additive(mask, q), scale=scale
+            )
+            o_.copy_(made)
+            sums.append(lse)
+        ctx.save_for_backward(q, k, v, output, *sums)
+        ctx.runs, ctx.pattern, ctx.scale = runs, pattern, scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        q, k, v, output, *sums = ctx.saved_tensors
+        gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
+        batches = zip(*(_batches(t, ctx.runs) for t in (grad, q, k, v, output, *gradients)), strict=True)
+        for (g_, q_, k_, v_, o_, *to), lse in zip(batches, sums, strict=True):
+            mask = ctx.pattern.mask(q_.shape[2], q_.device)
+            causal = ctx.pattern.causal and mask is None
+            made = flash_backward(g_, q_, k_, v_, o_, lse, 0.0, causal, attn_mask=_additive(mask, q), scale=ctx.scale)
+            for gradient, part in zip(to, made, strict=True):
+                gradient.copy_(part)
+        return (*gradients, None, None, None)
+
+
+def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """What is added to scores: 0 where the mask is True, -∞ elsewhere; [1, 1, length, length]."""
+    if mask is None:
+        return None
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(~mask, float("-inf"))[None, None]

@@ -1,0 +1,149 @@
+"""Cross-entropy in chunks against cross-entropy of all logits: loss, gradients, and what is in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lorakeet.kernels import linear_cross_entropy as kernel
+from lorakeet.kernels.linear_cross_entropy import (
+    LogitMap,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    row_losses,
+)
+
+MAPS = [LogitMap(), LogitMap(scale=0.3), LogitMap(softcap=2.0), LogitMap(scale=1.7, softcap=3.0)]
+HIDDEN, VOCABULARY = 12, 37
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "CHUNK_LOGITS", 5 * VOCABULARY)
+    monkeypatch.setattr(kernel, "MIN_ROWS", 1)
+
+
+class Adapted(nn.Module):
+    """A head with a low-rank update, and parameters that are not in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(HIDDEN, VOCABULARY)
+        self.a, self.b = nn.Parameter(torch.randn(3, HIDDEN)), nn.Parameter(torch.randn(VOCABULARY, 3))
+        self.asleep = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.a.T @ self.b.T
+
+
+def problem(rows: int = 23, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    x = torch.randn(rows, HIDDEN, dtype=dtype) * 2
+    return x.requires_grad_(), torch.randint(0, VOCABULARY, (rows,))
+
+
+@pytest.mark.parametrize("logit_map", MAPS)
+@pytest.mark.parametrize("learns", ["all", "adapter", "nothing"])
+@pytest.mark.parametrize("rows", [1, 5, 23])
+def test_loss_and_gradients_are_those_of_all_logits(rows: int, learns: str, logit_map: LogitMap) -> None:
+    head = Adapted()
+    for name, parameter in head.named_parameters():
+        parameter.requires_grad_(learns == "all" or (learns == "adapter" and name in "ab"))
+    parameters = [p for p in head.parameters() if p.requires_grad]
+    x, targets = problem(rows)
+    found = linear_cross_entropy(x, targets, head, list(head.parameters()), logit_map)
+    expected = linear_cross_entropy_reference(x, targets, head, logit_map).sum()
+    torch.testing.assert_close(found, expected)
+    wanted = [x, *parameters]
+    pairs = zip(
+        torch.autograd.grad(found * 0.37, wanted, allow_unused=True),
+        torch.autograd.grad(expected * 0.37, wanted, allow_unused=True),
+        strict=True,
+    )
+    for got, right in pairs:
+        assert (got is None) == (right is None)
+        if right is not None:
+            torch.testing.assert_close(got, right, rtol=1e-5, atol=2e-6 * float(right.abs().max()))
+
+
+@pytest.mark.parametrize("logit_map", MAPS)
+def test_losses_of_rows(logit_map: LogitMap) -> None:
+    x, targets = problem()
+    head = Adapted()
+    torch.testing.assert_close(
+        row_losses(x, targets, head, logit_map),
+        linear_cross_entropy_reference(x, targets, head, logit_map).detach(),
+    )
+
+
+def test_no_rows_give_a_zero_with_zero_gradients() -> None:
+    x, targets = problem(0)
+    head = nn.Linear(HIDDEN, VOCABULARY)
+    loss = linear_cross_entropy(x, targets, head, list(head.parameters()))
+    loss.backward()
+    assert loss.item() == 0.0 and x.grad is not None and x.grad.shape == (0, HIDDEN)
+    assert head.weight.grad is not None and not head.weight.grad.any()
+    assert row_losses(x, targets, head).shape == (0,)
+
+
+def test_large_logits_stay_finite_and_bad_ones_do_not() -> None:
+    x, targets = problem()
+    head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+    with torch.no_grad():
+        head.weight.mul_(1e4)
+    (gradient,) = torch.autograd.grad(linear_cross_entropy(x, targets, head), x)
+    assert gradient.isfinite().all()
+    with torch.no_grad():
+        x[3, 2] = torch.nan
+    assert linear_cross_entropy(x, targets, head).isnan()
+
+
+def test_half_precision_heads_are_summed_in_fp32() -> None:
+    x, targets = problem(dtype=torch.bfloat16)
+    head = nn.Linear(HIDDEN, VOCABULARY, dtype=torch.bfloat16)
+    found, expected = (
+        linear_cross_entropy(x, targets, head),
+        linear_cross_entropy_reference(x, targets, head, LogitMap()),
+    )
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected.sum(), rtol=1e-5, atol=1e-5)
+    pair = (torch.autograd.grad(loss, x)[0].float() for loss in (found, expected.sum()))
+    torch.testing.assert_close(*pair, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_under_autocast(frozen: bool) -> None:
+    x, targets = problem()
+    head = nn.Linear(HIDDEN, VOCABULARY).requires_grad_(not frozen)
+    wanted = [x, *([] if frozen else head.parameters())]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_cross_entropy(x, targets, head, list(head.parameters()))
+        expected = linear_cross_entropy_reference(x, targets, head, LogitMap()).sum()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for got, right in zip(torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted), strict=True):
+        torch.testing.assert_close(got, right, rtol=0.05, atol=0.05)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if torch.is_tensor(tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return made
+
+
+def test_all_logits_never_exist() -> None:
+    x, targets = problem(400)
+    head = nn.Linear(HIDDEN, VOCABULARY).requires_grad_(False)
+    with Largest() as largest:
+        linear_cross_entropy(x, targets, head).backward()
+        row_losses(x, targets, head)
+    assert largest.numbers == max(400 * HIDDEN, 5 * VOCABULARY) < 400 * VOCABULARY
