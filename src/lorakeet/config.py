@@ -86,13 +86,27 @@ class LoraSettings(Section):
 class DataSettings(Section):
     """Which text to learn, and how it becomes samples."""
 
-    path: str | None = Field(None, description="file, folder or hub id of the data; fortunes: embedded quotations")
-    format: Literal["auto", "json", "jsonl", "csv", "parquet", "text", "fortune"] = Field(
+    path: str | list[str] | None = Field(
+        None,
+        description="file, folder, pattern or hub id of the data, or a list of them; fortunes: embedded quotations",
+    )
+    weights: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="share of the samples that comes from each path of a list; left out: all rows of all"
+    )
+    format: Literal["auto", "json", "jsonl", "csv", "parquet", "arrow", "text", "fortune"] = Field(
         "auto", description="file format; auto: by suffix and content"
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="which column plays which part, where the names do not tell: text: body, label: category",
     )
     subset: str | None = Field(None, description="which configuration of a hub data set that has several")
     split: str = Field("train", description="which split of a hub data set or of a folder")
-    text_column: str | None = Field(None, description="column that holds the text; left out: found")
+    learn: Literal["auto", "all", "completion"] = Field(
+        "auto",
+        description="which tokens are learned: all; completion: only completions and assistant turns; auto: completion "
+        "where there are prompts or turns",
+    )
     max_length: Annotated[int, Field(gt=1)] = Field(
         512, description="tokens per sample, end token included; longer ones are cut"
     )
@@ -100,6 +114,31 @@ class DataSettings(Section):
         0.05, description="share of the distinct texts held out to measure the loss"
     )
     limit: Annotated[int, Field(gt=0)] | None = Field(None, description="use only this many rows")
+    stream: bool = Field(False, description="read while training, for data that does not fit into memory; needs steps")
+    shuffle_buffer: Annotated[int, Field(gt=0)] = Field(
+        10_000, description="rows held in memory to shuffle a stream; at most a tenth of them are held out"
+    )
+
+
+TaskName = Literal[
+    "auto", "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION", "MASKED_LM"
+]
+
+
+class TaskSettings(Section):
+    """What the model is to do with a text."""
+
+    type: TaskName = Field(
+        "auto",
+        description="CAUSAL_LM writes on, SEQ_CLS sorts texts, TOKEN_CLS tags words, SEQ_2_SEQ_LM rewrites, QUESTION_ANS "
+        "finds an answer in a text, FEATURE_EXTRACTION embeds, MASKED_LM fills gaps; auto: by model and columns",
+    )
+    problem: Literal["auto", "single_label", "multi_label", "regression"] = Field(
+        "auto", description="kind of SEQ_CLS; auto: lists of labels are multi_label, fractions are regression"
+    )
+    labels: list[str] | None = Field(None, description="names of the classes or tags in their order; left out: found")
+    mlm_probability: Annotated[float, Field(gt=0, lt=1)] = Field(0.15, description="share of the tokens to be guessed")
+    whole_word: bool = Field(False, description="MASKED_LM guesses whole words, never parts")
 
 
 class TrainSettings(Section):
@@ -131,6 +170,7 @@ class TrainSettings(Section):
         description="a step whose loss or gradient is not finite: stop with the last good state saved, or skip it",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, more time")
+    padding_free: bool = Field(True, description="compute nothing for padding, where the architecture allows it")
 
 
 class RunConfig(Section):
@@ -139,6 +179,7 @@ class RunConfig(Section):
     base: BaseSettings = Field(default_factory=BaseSettings, description="the base model")
     lora: LoraSettings = Field(default_factory=LoraSettings, description="the method")
     data: DataSettings = Field(default_factory=DataSettings, description="the data")
+    task: TaskSettings = Field(default_factory=TaskSettings, description="the task")
     train: TrainSettings = Field(default_factory=TrainSettings, description="the training")
     out: str = Field("lorakeet-run", description="folder of the run: run.yaml, metrics.jsonl, summary.json, adapter/")
 

@@ -46,7 +46,7 @@ def put(tmp_path: Path) -> Callable[[str, str | bytes], Path]:
     return write
 
 
-QUOTES = b'{"quote": "Hi.", "n": 1}\n{"quote": "Ho.", "n": 2}\n'
+QUOTES = b'{"quote": "Hi.", "n": {"en": "one"}}\n{"quote": "Ho.", "n": {"en": "two"}}\n'
 COMMIT = "a" * 40
 
 

@@ -12,13 +12,14 @@ import datasets
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lorakeet.config import DataSettings
+from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data import PaddingCollator, Prepared, prepare
-from lorakeet.data.prepare import content_hash
+from lorakeet.data.contents import content_hash
 from lorakeet.errors import DataError
 from lorakeet.files import cache_home
 
 Tokenizer = PreTrainedTokenizerFast
+CAUSAL = TaskSettings(type="CAUSAL_LM")
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def make(tmp_path: Path, byte_tokenizer: Tokenizer) -> Callable[..., Prepared]:
         path = tmp_path / "a.jsonl"
         path.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
         data = DataSettings(**{"path": str(path), "eval_fraction": 0.0, "max_length": 10, **more})
-        return prepare(data, tokenizer or byte_tokenizer, seed=1, max_positions=max_positions)
+        return prepare(data, CAUSAL, tokenizer or byte_tokenizer, seed=1, max_positions=max_positions)
 
     return prepared
 
@@ -84,7 +85,7 @@ def test_without_an_end_token_there_is_a_warning(
 ) -> None:
     report = make("abc", "d", tokenizer=endless_tokenizer).report
     assert "no end token" in caplog.text
-    assert (report.end_token, report.ended, report.train_samples, report.short) == (None, 0, 1, 1)
+    assert (report.end_token, report.ended, report.train_samples, report.unlearnable) == (None, 0, 1, 1)
     assert any("will not learn where to stop" in line for line in report.lines())
 
 
@@ -136,7 +137,7 @@ def test_texts_that_differ_only_behind_the_cut_stand_on_one_side(make: Make) -> 
 def test_nothing_to_learn(make: Make, endless_tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="all 3 rows are empty"):
         make("", None, "\n")
-    with pytest.raises(DataError, match="no sample has a second token") as caught:
+    with pytest.raises(DataError, match="no sample has a target") as caught:
         make("a", "b", tokenizer=endless_tokenizer)
     assert "⟦a⟧\n(0 of 1 tokens are learned" in str(caught.value)
     with pytest.raises(DataError, match="1 distinct text"):
@@ -194,7 +195,7 @@ def test_content_hash_sees_order_and_borders() -> None:
 
 
 def test_the_real_quotations(byte_tokenizer: Tokenizer) -> None:
-    prepared = prepare(DataSettings(path="fortunes", max_length=256), byte_tokenizer, seed=42)
+    prepared = prepare(DataSettings(path="fortunes", max_length=256), CAUSAL, byte_tokenizer, seed=42)
     report = prepared.report
     assert (report.rows, report.held_out_samples) == (12_363, 618)
     assert report.ended + report.cut == report.samples == 12_363

@@ -66,3 +66,28 @@ def test_too_few_texts_to_hold_one_out() -> None:
     with pytest.raises(DataError, match="1 distinct text") as caught:
         split_texts(["Same.", " same.\n"], 0.05, 1)
     assert "data.eval_fraction=0" in str(caught.value.hint)
+
+
+CLASSES = st.lists(st.tuples(WORDS, st.sets(st.sampled_from("abc"), max_size=2)), min_size=2, max_size=12)
+
+
+@settings(deadline=None)
+@given(CLASSES, FRACTIONS, st.integers(0, 3))
+def test_a_class_of_two_texts_is_never_only_held_out(
+    rows: list[tuple[str, set[str]]], fraction: float, seed: int
+) -> None:
+    texts, classes = [text for text, _ in rows], [names for _, names in rows]
+    if len({normalised(text) for text in texts}) < 2:
+        return
+    plain, split = split_texts(texts, fraction, seed), split_texts(texts, fraction, seed, classes)
+    assert set(plain.train) <= set(split.train) and split.held_out
+    assert sorted(split.train + split.held_out) == list(range(len(texts)))
+    assert not {normalised(texts[n]) for n in split.train} & {normalised(texts[n]) for n in split.held_out}
+    known = {name for number in split.train for name in classes[number]}
+    for name in "abc":
+        having = {normalised(text) for text, names in rows if name in names}
+        held_out = {normalised(texts[number]) for number in split.held_out}
+        if len(having) > 1 or (having and held_out != having):
+            assert name in known
+    if all(known >= names for names in classes) and known == {n for i in plain.train for n in classes[i]}:
+        assert split == plain  # nothing is given back without need

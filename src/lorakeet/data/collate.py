@@ -1,26 +1,39 @@
-"""Samples of different lengths to one padded batch."""
+"""Samples of different lengths to one padded batch, for each task.
+
+What is padding is known by position, never by token id: where the padding token is also the end token, the end of each
+sample is still learned. Random numbers come from torch's own generator.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+)
 
-from lorakeet.errors import DataError
+from lorakeet.config import TaskSettings
+from lorakeet.errors import BaseModelError, DataError
 
 #: The label of a position that is no target (torch's default ``ignore_index``).
 IGNORED = -100
+
+Samples = Sequence[Mapping[str, Any]]
+Collator = Callable[[list[Any]], Any]
+
+_DRAWS = 1000  # of gaps, until a batch has one
 
 
 @dataclass(frozen=True)
 class PaddingCollator:
     """Pads on the right to the longest sample of a batch.
-
-    What is padding is known by position, never by token id: where the padding token is also the end token, the end of
-    each sample is still learned.
 
     Args:
         pad_token_id: any id of the vocabulary; nothing is learned from it and nothing attends to it.
@@ -28,7 +41,7 @@ class PaddingCollator:
 
     pad_token_id: int
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, samples: Samples) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` and ``labels``, each int64 [batch, longest].
 
         A sample has ``input_ids`` and may have ``labels`` of the same length (-100: not learned); without them, every
@@ -40,15 +53,127 @@ class PaddingCollator:
         if not samples:
             raise DataError("a batch of no samples, expected at least one")
         rows = [_row(number, sample) for number, sample in enumerate(samples)]
-        shape = len(rows), max(len(ids) for ids, _ in rows)
-        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
-        attention_mask = torch.zeros(shape, dtype=torch.int64)
-        labels = torch.full(shape, IGNORED, dtype=torch.int64)
-        for number, (ids, targets) in enumerate(rows):
-            input_ids[number, : len(ids)] = ids
-            attention_mask[number, : len(ids)] = 1
-            labels[number, : len(ids)] = targets
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return {
+            "input_ids": padded([ids for ids, _ in rows], self.pad_token_id),
+            "attention_mask": padded([torch.ones_like(ids) for ids, _ in rows], 0),
+            "labels": padded([labels for _, labels in rows], IGNORED),
+        }
+
+
+@dataclass(frozen=True)
+class PairsCollator:
+    """Texts that belong together as blocks of their own, each padded on the right to its own longest text.
+
+    A batch has ``input_ids`` and ``attention_mask`` of the anchors, ``positive_input_ids`` and ``positive_attention_mask``,
+    and, where the samples have ``negative_ids``, the same of these: each int64 [batch, longest].
+    """
+
+    pad_token_id: int
+
+    def __call__(self, samples: Samples) -> dict[str, Tensor]:
+        if not samples:
+            raise DataError("a batch of no samples, expected at least one")
+        batch = {}
+        for part in ("", "positive_", "negative_"):
+            column = f"{part or 'input_'}ids"
+            if column in samples[0]:
+                texts = [torch.as_tensor(sample[column], dtype=torch.int64) for sample in samples]
+                batch[f"{part}input_ids"] = padded(texts, self.pad_token_id)
+                batch[f"{part}attention_mask"] = padded([torch.ones_like(ids) for ids in texts], 0)
+        return batch
+
+
+@dataclass(frozen=True)
+class OnlyColumns:
+    """A collator of ``transformers``, given only the columns that its model takes."""
+
+    inner: Collator
+    columns: tuple[str, ...]
+
+    def __call__(self, samples: Samples) -> dict[str, Tensor]:
+        wanted = [{name: sample[name] for name in self.columns if name in sample} for sample in samples]
+        return dict(self.inner(wanted))
+
+
+@dataclass(frozen=True)
+class MaskingCollator:
+    """Gaps to be filled: of the chosen tokens 80 % become the mask, 10 % a random token, and 10 % stay (Devlin et al. 2018,
+    arXiv:1810.04805, section 3.1). Choices are made anew until a batch has a gap: without one it has no loss.
+
+    Args:
+        tokenizer: has a mask token.
+        probability: share of the tokens, or of the words, that are chosen; special tokens never are.
+        whole_word: choose words, with all of their tokens; samples then have ``words``, the number of each token's word.
+    """
+
+    tokenizer: Any
+    probability: float
+    whole_word: bool = False
+
+    def __call__(self, samples: Samples) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask`` and ``labels`` (-100 where nothing is to be guessed): int64 [batch, longest]."""
+        texts = [torch.as_tensor(sample["input_ids"], dtype=torch.int64) for sample in samples]
+        mask = padded([torch.ones_like(ids) for ids in texts], 0)
+        choose = self._gaps_of_words if self.whole_word else self._gaps_of_tokens
+        for _ in range(_DRAWS):
+            ids, labels = choose(padded(texts, self.tokenizer.pad_token_id), samples)
+            labels = labels.where(mask.bool(), IGNORED)
+            if labels.ne(IGNORED).any():
+                return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        raise DataError("a batch has no token that could be guessed", "leave out texts of special tokens only")
+
+    def _gaps_of_tokens(self, ids: Tensor, _: Samples) -> tuple[Tensor, Tensor]:
+        inner = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=self.probability)
+        return inner.torch_mask_tokens(ids)
+
+    def _gaps_of_words(self, ids: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
+        words = padded([torch.as_tensor(sample["words"], dtype=torch.int64) for sample in samples], -1)
+        chosen = torch.rand(len(words), max(int(words.max()), 0) + 1) < self.probability  # [batch, words]
+        gaps = chosen.gather(1, words.clamp(min=0)) & words.ge(0)
+        labels = ids.where(gaps, IGNORED)
+        dice = torch.rand(ids.shape)
+        anything = torch.randint(len(self.tokenizer), ids.shape)
+        ids = ids.where(~(gaps & dice.lt(0.8)), self.tokenizer.mask_token_id)
+        return ids.where(~(gaps & dice.ge(0.9)), anything), labels
+
+
+def make_collator(task: TaskSettings, tokenizer: Any, model: Any = None) -> Collator:
+    """The collator of a concrete task: samples to what its model takes, as tensors on the CPU.
+
+    Args:
+        task: what is learned.
+        tokenizer: knows the padding token; where nothing but our own collators is needed, any token may pad.
+        model: of SEQ_2_SEQ_LM; makes the decoder's input of the labels.
+
+    Raises:
+        BaseModelError: no token to pad with, or for MASKED_LM none that marks a gap.
+    """
+    pad = tokenizer.pad_token_id
+    if pad is None and task.type not in ("CAUSAL_LM", "FEATURE_EXTRACTION"):
+        raise BaseModelError(f"the tokenizer of {tokenizer.name_or_path} has no padding token and no end token")
+    if task.type == "MASKED_LM" and tokenizer.mask_token_id is None:
+        raise BaseModelError(
+            f"the tokenizer of {tokenizer.name_or_path} has no mask token, so no gaps can be filled",
+            "use an encoder such as BERT, or another task",
+        )
+    inputs = ("input_ids", "token_type_ids")
+    makers: Mapping[str, Callable[[], Collator]] = {
+        "CAUSAL_LM": lambda: PaddingCollator(pad or 0),
+        "FEATURE_EXTRACTION": lambda: PairsCollator(pad or 0),
+        "MASKED_LM": lambda: MaskingCollator(tokenizer, task.mlm_probability, task.whole_word),
+        "SEQ_CLS": lambda: OnlyColumns(DataCollatorWithPadding(tokenizer), (*inputs, "labels")),
+        "TOKEN_CLS": lambda: OnlyColumns(DataCollatorForTokenClassification(tokenizer), (*inputs, "labels")),
+        "SEQ_2_SEQ_LM": lambda: OnlyColumns(DataCollatorForSeq2Seq(tokenizer, model), ("input_ids", "labels")),
+        "QUESTION_ANS": lambda: OnlyColumns(
+            DataCollatorWithPadding(tokenizer), (*inputs, "start_positions", "end_positions")
+        ),
+    }
+    return makers[task.type]()
+
+
+def padded(rows: Sequence[Tensor], filling: int) -> Tensor:
+    """One tensor [rows, longest] of ``rows`` [length], filled up on the right."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=filling)
 
 
 def _row(number: int, sample: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

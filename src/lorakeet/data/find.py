@@ -1,12 +1,14 @@
-"""Where the data is: a file or folder here, the embedded quotations, or a data set of the hub."""
+"""Where the data is: files or folders here, the embedded quotations, or a data set of the hub."""
 
 from __future__ import annotations
 
+import glob
 import importlib.metadata
+import json
 import re
 from pathlib import Path
 
-from lorakeet.data.formats import SUFFIXES
+from lorakeet.data.formats import SUFFIXES, suffix
 from lorakeet.data.fortune import indexed_by, is_rotated
 from lorakeet.errors import DataError, did_you_mean
 from lorakeet.talk import say
@@ -19,8 +21,8 @@ _SPLITS = {"train", "training", "test", "testing", "valid", "validation", "val",
 _NO_DATA = ("readme", "license", "licence", "copying", "changelog", "dataset_info", "dataset_infos")
 
 
-def locate(name: str | None) -> Path | None:
-    """The file or folder that ``name`` means; None if it can only be a data set of the hub.
+def locate(name: str | None) -> list[Path] | None:
+    """The files and folders that ``name`` means, of which a pattern may mean many; None if it can only be a hub id.
 
     Raises:
         DataError: nothing is called so here and it is no hub id either, or it is the index of a fortune file.
@@ -31,14 +33,25 @@ def locate(name: str | None) -> Path | None:
     if file := indexed_by(path):
         raise DataError(f"{path} is the index of a fortune file and holds no text", f"give the file: {file}")
     if path.exists():
-        return path
+        return [path]
     if name == EMBEDDED:
-        return embedded_fortunes()
-    if _HUB_ID.fullmatch(name) and path.suffix.lower() not in SUFFIXES:
+        return [embedded_fortunes()]
+    if glob.has_magic(name):
+        return _matching(path)
+    if _HUB_ID.fullmatch(name) and suffix(path) not in SUFFIXES:
         return None
     missing = f"; there is no folder {str(path.parent)!r}" if not path.parent.is_dir() else ""
     hint = near(path) or "a data set of the hub is called owner/name"
     raise DataError(f"no file or folder {name!r} here{missing}", hint)
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """The files and folders that ``pattern`` matches, by name."""
+    names = glob.glob(str(pattern), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    found = [Path(name) for name in sorted(names)]
+    if kept := [path for path in found if not indexed_by(path)]:
+        return kept
+    raise DataError(f"no file or folder matches {str(pattern)!r}", "`**` stands for folders of any depth")
 
 
 def near(path: Path) -> str | None:
@@ -84,7 +97,7 @@ def data_files(folder: Path, split: str) -> list[Path]:
         inner = path.relative_to(folder)
         if not path.is_file() or any(part.startswith(".") for part in inner.parts):
             continue
-        if path.stem.lower() in _NO_DATA or indexed_by(path):
+        if path.stem.lower() in _NO_DATA or indexed_by(path) or not _is_saved_part(path):
             continue
         words = set(re.split(r"[^a-z]+", str(inner).lower())) & _SPLITS
         if words and split.lower() not in words:
@@ -98,3 +111,14 @@ def data_files(folder: Path, split: str) -> list[Path]:
     if not kept:
         raise DataError(f"folder {folder} holds no data" + (f" of split {split!r}" if left else ""))
     return list(kept.values())
+
+
+def _is_saved_part(path: Path) -> bool:
+    """Whether ``path`` holds rows, as far as the folders go that ``Dataset.save_to_disk`` writes: they tell in a file."""
+    if path.name == "dataset_dict.json":
+        return False
+    try:
+        files = json.loads(path.with_name("state.json").read_text(encoding="utf-8"))["_data_files"]
+        return path.name in {file["filename"] for file in files}
+    except (OSError, ValueError, KeyError, TypeError):
+        return True

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 DELIMITER = re.compile(r"^%[ \t]*$", re.MULTILINE)
@@ -31,18 +33,25 @@ class Quotation:
     author: str | None
 
 
-def parse_fortunes(text: str) -> list[Quotation]:
-    """All quotations of a fortune file's text, in order; empty ones are left out."""
-    quotations, line = [], 1
-    for record in DELIMITER.split(text):
-        lines = ["" if row.startswith("%%") else _printed(row).rstrip() for row in record.split("\n")]
-        first = next((number for number, row in enumerate(lines) if row), None)
-        if first is not None:
-            while not lines[-1]:
-                lines.pop()
-            quotations.append(Quotation(line + first, *_attributed(lines[first:])))
-        line += record.count("\n")
-    return quotations
+def parse_fortunes(lines: Iterable[str]) -> Iterator[Quotation]:
+    """The quotations in the ``lines`` of a fortune file, one at a time, in order; empty ones are left out."""
+    record: list[str] = []
+    start = 1  # line that the record begins on
+    for number, line in enumerate(chain(lines, "%"), start=1):
+        line = line.rstrip("\n")
+        if not DELIMITER.match(line):
+            record.append("" if line.startswith("%%") else _printed(line).rstrip())
+            continue
+        if any(record):
+            yield _quotation(record, start)
+        record, start = [], number + 1
+
+
+def _quotation(record: list[str], start: int) -> Quotation:
+    first = next(at for at, row in enumerate(record) if row)
+    while not record[-1]:
+        record.pop()
+    return Quotation(start + first, *_attributed(record[first:]))
 
 
 def indexed_by(path: Path) -> Path | None:

@@ -4,108 +4,168 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import datasets
 
-from lorakeet.config import DataSettings
+from lorakeet.config import DataSettings, TaskSettings
+from lorakeet.data.contents import contents, rows_hash, usable
+from lorakeet.data.doctor import check_rows
+from lorakeet.data.encode import complaint, make_encoder
+from lorakeet.data.label_set import LabelSet, Problem, find_labels
+from lorakeet.data.layout import Layout
 from lorakeet.data.report import Report
-from lorakeet.data.show import show_sample
+from lorakeet.data.sample import Encoder
+from lorakeet.data.show import describe_sample
 from lorakeet.data.sources import read_rows
 from lorakeet.data.split import Split, split_texts
 from lorakeet.data.tokens import tokenise
 from lorakeet.errors import DataError
 from lorakeet.talk import warn
 
+_LABELLED = ("classes", "tags")
+_REPORTED = ("null", "empty", "duplicate", "near_duplicate", "lost_character")  # problems that the report counts
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """Samples with columns ``input_ids`` (list of int32) and ``length``, unpadded, in the order of the data.
+    """Samples with what the model takes and ``length``, unpadded, in the order of the data.
 
-    Every token but the first of a sample is a target. ``held_out`` is None where nothing is to be held out.
+    Attributes:
+        train: samples; of a stream they are made while they are read.
+        held_out: samples, None where nothing is to be held out.
+        report: what became of the rows.
+        labels: names of the classes or tags by their number; None where there are none.
+        problem: kind of a SEQ_CLS, else None.
+        layout: kind of the rows, and which column of the source plays which part.
+        train_rows, held_out_rows: the rows that the samples were made of, in canonical columns (None for a stream).
     """
 
-    train: datasets.Dataset
+    train: datasets.Dataset | datasets.IterableDataset
     held_out: datasets.Dataset | None
     report: Report
+    labels: tuple[str, ...] | None
+    problem: Problem | None
+    layout: Layout
+    train_rows: datasets.Dataset | None = None
+    held_out_rows: datasets.Dataset | None = None
 
 
-def prepare(settings: DataSettings, tokenizer: Any, *, seed: int, max_positions: int | None = None) -> Prepared:
+def prepare(
+    settings: DataSettings, task: TaskSettings, tokenizer: Any, *, seed: int, max_positions: int | None = None
+) -> Prepared:
     """Read ``settings.path`` and make samples of it with ``tokenizer`` (of ``transformers``).
 
     Args:
         settings: the data.
+        task: what is learned from it; its type is concrete.
         tokenizer: its end token is put after every text that is not cut.
-        seed: chooses the held-out texts.
+        seed: chooses the held-out rows.
         max_positions: the longest sample that the model takes, if it has a limit.
 
     Raises:
-        DataError: no such data, broken data, no column of text, nothing to learn, or samples too long for the model.
+        DataError: no such data, broken data, no columns for the task, unknown labels, rows that cannot be samples, nothing
+            to learn, or samples too long for the model.
+        BaseModelError: the tokenizer cannot do what the task needs, such as render a conversation.
     """
-    rows = read_rows(settings)
-    source = rows.info.description
-    filled = [number for number, text in enumerate(rows["text"][:]) if text and not text.isspace()]
+    if settings.stream:
+        from lorakeet.data.prepare_stream import prepare_stream
+
+        return prepare_stream(settings, task, tokenizer, seed=seed, max_positions=max_positions)
+    read = read_rows(settings, task.type, seed=seed)
+    kind, source = read.layout.kind, read.description
+    filled = usable(read.data, kind)
     if not filled:
-        raise DataError(f"nothing to learn in {source}: all {len(rows):,} rows are empty")
-    texts = rows.select(filled)
-    content = content_hash(texts["text"][:])
-    tokens = tokenise(texts, content, tokenizer, settings.max_length)
-    texts, tokens = _learnable(texts, tokens, source, tokenizer)
-    _check_length(max(tokens["length"][:]), max_positions)
-    split = split_texts(texts["text"][:], settings.eval_fraction, seed)
-    moved = _equal_when_cut(tokens, split)
-    train = tokens.select(sorted({*split.train, *moved}))
-    held_out = tokens.select([number for number in split.held_out if number not in moved])
-    if split.held_out and not len(held_out):
+        raise DataError(f"nothing to learn in {source}: all {len(read.data):,} rows are empty")
+    rows = read.data.select(filled)
+    labels = find_labels(rows, task, source) if kind in _LABELLED else None
+    _examine(rows, read.layout, task, settings)
+    encoder = make_encoder(read.layout, task, settings, tokenizer, labels)
+    content_hash = rows_hash(rows, kind)
+    tokens = tokenise(rows, content_hash, encoder)
+    tokens = tokens.select(_learnable(tokens, rows, source, encoder, task))
+    check_length(max(tokens["length"][:]), max_positions)
+    row_of = tokens["row"][:]  # for each sample its number in rows
+    numbers = sorted(set(row_of))
+    some = rows.select(numbers)
+    texts = contents(some, kind)
+    parts = _sides(split_texts(texts, settings.eval_fraction, seed, _classes(some, labels)), numbers, row_of)
+    parts, moved = _apart(tokens, parts)
+    if moved and not parts.held_out:
         raise DataError(
             f"cut to {settings.max_length} tokens, each held-out sample of {source} equals a training sample",
             "raise data.max_length, or split the texts",
         )
+    train, held_out = tokens.select(parts.train), tokens.select(parts.held_out)
+    train_rows, held_out_rows = (
+        rows.select(sorted({row_of[sample] for sample in part})) for part in (parts.train, parts.held_out)
+    )
     report = Report(
         source=source,
-        rows=len(rows),
-        empty=len(rows) - len(filled),
-        short=len(filled) - len(texts),
-        distinct=split.distinct,
-        duplicates=len(texts) - split.distinct,
-        moved=len(moved),
-        **_figures("train", train),
-        **_figures("held_out", held_out),
-        **_shape(tokens),
+        kind=kind,
+        task=task.type,
+        rows=len(read.data),
+        empty=len(read.data) - len(filled),
+        unlearnable=len(rows) - len(numbers),
+        distinct=parts.distinct,
+        duplicates=len(numbers) - parts.distinct,
+        moved=moved,
+        **figures("train", train),
+        **figures("held_out", held_out),
+        **shape(tokens),
         max_length=settings.max_length,
         end_token=tokenizer.eos_token,
-        damaged=sum("\ufffd" in text for text in texts["text"][:]),
-        content_hash=content,
+        damaged=sum("\ufffd" in text for text in texts),
+        labels=labels.count(_labels_of(train_rows)) if labels and labels.names else None,
+        streamed=False,
+        content_hash=content_hash,
     )
-    for complaint in report.warnings():
-        warn(complaint)
-    return Prepared(_samples(train), _samples(held_out) if len(held_out) else None, report)
+    some_held_out = bool(parts.held_out)
+    return finished(
+        report,
+        encoder,
+        labels,
+        read.layout,
+        (train, held_out if some_held_out else None),
+        (train_rows, held_out_rows if some_held_out else None),
+    )
 
 
-def content_hash(texts: Iterable[str]) -> str:
-    """SHA-256 over ``texts`` in their order, each with its length, in hexadecimal."""
-    digest = hashlib.sha256()
-    for text in texts:
-        data = text.encode()
-        digest.update(b"%d:" % len(data) + data)
-    return digest.hexdigest()
+def _examine(rows: datasets.Dataset, layout: Layout, task: TaskSettings, settings: DataSettings) -> None:
+    """Say what the doctor finds in the rows, but for what the report counts; stop at what would spoil the run."""
+    found = check_rows(rows, layout, task, settings=settings).findings
+    stops = [finding for finding in found if finding.severity == "stops"]
+    for finding in found:
+        if finding.severity == "warns" and finding.kind not in _REPORTED:
+            warn(f"{finding.count:,} {finding.what}, such as {finding.first[0]}")
+    if stops:
+        raise DataError(
+            f"{stops[0].count:,} {stops[0].what}, such as {stops[0].first[0]}", "`lorakeet doctor` shows more"
+        )
 
 
-def _learnable(
-    texts: datasets.Dataset, tokens: datasets.Dataset, source: str, tokenizer: Any
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """The rows that have a target: the first token of a sample is none, since nothing stands before it."""
-    kept = [number for number, length in enumerate(tokens["length"][:]) if length > 1]
-    if not kept:
-        sample = show_sample(tokenizer, tokens[0]["input_ids"])
-        raise DataError(f"nothing to learn in {source}: no sample has a second token; the first one is\n{sample}")
-    return texts.select(kept), tokens.select(kept)
+def finished(
+    report: Report,
+    encoder: Encoder,
+    labels: LabelSet | None,
+    layout: Layout,
+    samples: tuple[Any, datasets.Dataset | None],
+    rows: tuple[datasets.Dataset | None, datasets.Dataset | None] = (None, None),
+) -> Prepared:
+    """What is prepared, with only what a model takes; the report's warnings are said."""
+    for problem in report.warnings():
+        warn(problem)
+    columns = [*encoder.model_columns(), "length"]
+    train, held_out = (part if part is None else part.select_columns(columns) for part in samples)
+    names = labels.names if labels is not None and labels.names else None
+    return Prepared(train, held_out, report, names, labels.problem if labels else None, layout, *rows)
 
 
-def _check_length(longest: int, max_positions: int | None) -> None:
+def check_length(longest: int, max_positions: int | None) -> None:
+    """Refuse samples that are longer than the model takes."""
     if max_positions is not None and longest > max_positions:
         raise DataError(
             f"the longest sample has {longest:,} tokens, the model takes {max_positions:,}",
@@ -113,26 +173,79 @@ def _check_length(longest: int, max_positions: int | None) -> None:
         )
 
 
-def _equal_when_cut(tokens: datasets.Dataset, split: Split) -> set[int]:
-    """Held-out rows whose tokens equal those of a training row: two long texts that begin alike and were cut."""
-    cut = [number for number, is_cut in enumerate(tokens["cut"][:]) if is_cut]
-    ids = (sample for batch in tokens.select(cut).iter(1000) for sample in batch["input_ids"])
-    digests = {number: hashlib.sha256(array("i", sample)).digest() for number, sample in zip(cut, ids, strict=True)}
-    held_out = digests.keys() & set(split.held_out)
-    learned = {digests[number] for number in digests.keys() - held_out}
-    return {number for number in held_out if digests[number] in learned}
+def figures(part: str, tokens: datasets.Dataset) -> dict[str, Any]:
+    """Samples, tokens and targets of a part, as the report names them."""
+    totals = {
+        f"{part}_{name}": sum(tokens[column][:]) for name, column in (("tokens", "length"), ("targets", "targets"))
+    }
+    return {f"{part}_samples": len(tokens), **totals}
 
 
-def _figures(part: str, tokens: datasets.Dataset) -> dict[str, Any]:
-    total = sum(tokens["length"][:])
-    return {f"{part}_samples": len(tokens), f"{part}_tokens": total, f"{part}_targets": total - len(tokens)}
-
-
-def _shape(tokens: datasets.Dataset) -> dict[str, Any]:
-    lengths = tokens["length"][:]
-    counts = {name: sum(tokens[name][:]) for name in ("cut", "ended")}
+def shape(tokens: datasets.Dataset) -> dict[str, Any]:
+    """Lengths of samples, and how many are cut and how many end, as the report names them."""
+    lengths = tokens["length"][:] or [0]
+    counts = {name: sum(tokens[name][:]) for name in ("cut", "ended", "lost")}
     return {"median_length": float(median(lengths)), "longest": max(lengths), **counts}
 
 
-def _samples(tokens: datasets.Dataset) -> datasets.Dataset:
-    return tokens.select_columns(["input_ids", "length"])
+def id_columns(features: Iterable[str]) -> list[str]:
+    """The columns that hold a sample's texts."""
+    return [name for name in features if name in ("input_ids", "positive_ids", "negative_ids")]
+
+
+def digest(sample: Mapping[str, Sequence[int]]) -> bytes:
+    """A hash of the texts of a sample, as ids by column."""
+    return hashlib.sha256(b"".join(b"%d:" % len(ids) + array("i", ids).tobytes() for ids in sample.values())).digest()
+
+
+def nothing_learnable(sample: dict[str, Any], source: str, encoder: Encoder, task: TaskSettings) -> DataError:
+    """The error for data whose every sample has no target, with one of them decoded."""
+    lost, hint = ("; all that is learned was cut away", "raise data.max_length") if sample["lost"] else ("", None)
+    shown = describe_sample(encoder.tokenizer, sample, task.type)
+    return DataError(f"nothing to learn in {source}: no sample has a target{lost}; the first one is\n{shown}", hint)
+
+
+def _learnable(
+    tokens: datasets.Dataset, rows: datasets.Dataset, source: str, encoder: Encoder, task: TaskSettings
+) -> list[int]:
+    """Numbers of the samples that have a target; all rows that cannot be samples are complained of."""
+    if any(tokens["fault"][:]):
+        pairs = zip(tokens["row"][:], tokens["fault"][:], strict=True)
+        places = rows["place"][:]
+        raise complaint(((places[row], fault) for row, fault in pairs if fault), source)
+    kept = [number for number, targets in enumerate(tokens["targets"][:]) if targets]
+    if not kept:
+        raise nothing_learnable(tokens[0], source, encoder, task)
+    return kept
+
+
+def _labels_of(rows: datasets.Dataset) -> list[Any]:
+    return list(rows["tags" if "tags" in rows.column_names else "label"][:])
+
+
+def _classes(rows: datasets.Dataset, labels: LabelSet | None) -> list[list[str]] | None:
+    if labels is None or not labels.names:
+        return None
+    return [labels.classes(label) for label in _labels_of(rows)]
+
+
+def _sides(split: Split, numbers: Sequence[int], row_of: Sequence[int]) -> Split:
+    """A split of the rows with these ``numbers`` as one of samples."""
+    held_out = {numbers[place] for place in split.held_out}
+    sides: tuple[list[int], list[int]] = [], []
+    for sample, row in enumerate(row_of):
+        sides[row in held_out].append(sample)
+    return Split(*sides, split.distinct)
+
+
+def _apart(tokens: datasets.Dataset, split: Split) -> tuple[Split, int]:
+    """The split with each held-out sample that equals a training sample moved to it (two long texts that begin alike
+    and were cut), and how many were moved."""
+    cut = [number for number, is_cut in enumerate(tokens["cut"][:]) if is_cut]
+    some = tokens.select(cut).select_columns(id_columns(tokens.features))
+    digests = {number: digest(sample) for number, sample in zip(cut, some, strict=True)}
+    held_out = digests.keys() & set(split.held_out)
+    learned = {digests[number] for number in digests.keys() - held_out}
+    moved = {number for number in held_out if digests[number] in learned}
+    kept = [number for number in split.held_out if number not in moved]
+    return Split(sorted([*split.train, *moved]), kept, split.distinct), len(moved)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from lorakeet.config import TaskName
 from lorakeet.data.collate import IGNORED
 
 _LEARNED, _GIVEN, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
@@ -40,6 +41,75 @@ def show_sample(
             shown += f"{before}{piece}{after}"
     legend = f"{sum(learned)} of {len(learned)} tokens are learned; {before}this{after} is given, not learned."
     return f"{shown}\n({legend} {_about_end(tokenizer, input_ids, learned)})"
+
+
+def describe_sample(
+    tokenizer: Any,
+    sample: Mapping[str, Any],
+    task: TaskName = "CAUSAL_LM",
+    names: Sequence[str] | None = None,
+    *,
+    colour: bool = False,
+) -> str:
+    """A sample of any task for a person: the decoded text, and what is to be learned from it.
+
+    Args:
+        tokenizer: the one that made the sample.
+        sample: its columns, as the model gets them.
+        task: what is learned.
+        names: of the classes or tags, by number.
+        colour: use ANSI colours in place of signs.
+    """
+    ids = sample["input_ids"]
+    if task == "CAUSAL_LM":
+        return show_sample(tokenizer, ids, sample.get("labels"), colour=colour)
+    if task == "TOKEN_CLS":
+        return _tagged(tokenizer, ids, sample["labels"], names, colour)
+    if task == "QUESTION_ANS":
+        return _answered(tokenizer, ids, sample["start_positions"], sample["end_positions"], colour)
+    text = _decoded(tokenizer, ids)
+    if task == "SEQ_CLS":
+        return f"{text}\n({_labelled(sample['labels'], names)})"
+    if task == "SEQ_2_SEQ_LM":
+        return f"{text}\n→ {_marked(_decoded(tokenizer, sample['labels']), colour)}"
+    others = {"+": "positive_ids", "-": "negative_ids"}
+    return text + "".join(
+        f"\n{sign} {_decoded(tokenizer, sample[name])}" for sign, name in others.items() if name in sample
+    )
+
+
+def _marked(text: str, colour: bool, signs: str = "  ") -> str:
+    return f"{_LEARNED}{text}{_PLAIN}" if colour else f"{signs[0]}{text}{signs[1]}".strip(" ")
+
+
+def _tagged(
+    tokenizer: Any, ids: Sequence[int], labels: Sequence[int], names: Sequence[str] | None, colour: bool
+) -> str:
+    """Each word with its tag behind its first token."""
+    shown = ""
+    for at, label in enumerate(labels):
+        shown += _decoded(tokenizer, ids[: at + 1])[len(_decoded(tokenizer, ids[:at])) :]
+        if label != IGNORED:
+            shown += _marked(names[label] if names else str(label), colour, "⟨⟩")
+    return f"{shown}\n({sum(label != IGNORED for label in labels)} words with a tag)"
+
+
+def _answered(tokenizer: Any, ids: Sequence[int], start: int, end: int, colour: bool) -> str:
+    if not end:
+        return f"{_decoded(tokenizer, ids)}\n(no answer in this part of the text)"
+    before, upto, whole = (_decoded(tokenizer, part) for part in (ids[:start], ids[: end + 1], ids))
+    answer = upto[len(before) :]
+    blank = answer[: len(answer) - len(answer.lstrip())]
+    return f"{before}{blank}{_marked(answer.lstrip(), colour, '⟨⟩')}{whole[len(upto) :]}"
+
+
+def _labelled(label: Any, names: Sequence[str] | None) -> str:
+    if isinstance(label, float):
+        return f"value {label:g}"
+    if isinstance(label, Sequence):
+        marked = [names[at] if names else str(at) for at, value in enumerate(label) if value]
+        return f"labels {', '.join(marked) or 'none'}"
+    return f"label {names[label] if names else label}"
 
 
 def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:

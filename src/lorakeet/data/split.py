@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lorakeet.errors import DataError
@@ -24,11 +24,20 @@ def normalised(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def split_texts(texts: Iterable[str], fraction: float, seed: int) -> Split:
+def split_texts(
+    texts: Iterable[str], fraction: float, seed: int, classes: Sequence[Iterable[str]] | None = None
+) -> Split:
     """Hold out ``fraction`` of the distinct texts, at least one of them, and with each all of its duplicates.
 
     Every text gets a number from a hash of ``seed`` and its normalised content; the lowest are held out. Neither the
     order of the rows nor how often a text is repeated has any influence.
+
+    Args:
+        texts: what the rows are about.
+        fraction: share of the distinct texts.
+        seed: chooses them.
+        classes: names of the classes of each row. A class that would only be held out gets the text of it with the highest
+            number back, as long as another text remains held out.
 
     Raises:
         DataError: a part is to be held out of fewer than two distinct texts.
@@ -44,8 +53,25 @@ def split_texts(texts: Iterable[str], fraction: float, seed: int) -> Split:
         )
     lottery = sorted(rows, key=lambda content: hashlib.sha256(b"%d:" % seed + content).digest())
     held_out = lottery[: min(count, len(rows) - 1)]
+    if classes is not None:
+        names = {content: {name for number in rows[content] for name in classes[number]} for content in lottery}
+        held_out = _give_back(held_out, lottery[len(held_out) :], names)
+    kept = set(held_out)
     return Split(
-        train=sorted(number for content in lottery[len(held_out) :] for number in rows[content]),
+        train=sorted(number for content in lottery if content not in kept for number in rows[content]),
         held_out=sorted(number for content in held_out for number in rows[content]),
         distinct=len(rows),
     )
+
+
+def _give_back(held_out: list[bytes], train: list[bytes], names: dict[bytes, set[str]]) -> list[bytes]:
+    """``held_out`` without the texts that ``train`` needs to know each class."""
+    known = {name for content in train for name in names[content]}
+    kept: list[bytes] = []
+    for at in range(len(held_out) - 1, -1, -1):
+        content = held_out[at]
+        if names[content] <= known or not (kept or at):
+            kept.append(content)
+        else:
+            known |= names[content]
+    return kept[::-1]

@@ -1,0 +1,144 @@
+"""Samples of data that is read while it is learned: encoded row by row, in constant memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+import datasets
+
+from lorakeet.config import DataSettings, TaskSettings
+from lorakeet.data.contents import is_usable, usable
+from lorakeet.data.encode import complaint, make_encoder
+from lorakeet.data.label_set import given_labels
+from lorakeet.data.layout import Kind
+from lorakeet.data.prepare import (
+    Prepared,
+    check_length,
+    digest,
+    figures,
+    finished,
+    id_columns,
+    nothing_learnable,
+    shape,
+)
+from lorakeet.data.report import Report
+from lorakeet.data.sample import Encoder
+from lorakeet.data.stream import held_out_rows, stream_rows
+from lorakeet.errors import DataError
+from lorakeet.talk import warn
+
+_HEAD = 256  # samples that are looked at before anything is learned
+_BATCH = 64  # rows that are tokenised together
+_TOLD = 3  # rows that cannot be samples; further ones are left out without a word
+
+
+def prepare_stream(
+    settings: DataSettings, task: TaskSettings, tokenizer: Any, *, seed: int, max_positions: int | None = None
+) -> Prepared:
+    """As :func:`lorakeet.data.prepare.prepare`; the training part is an ``IterableDataset``, the held-out part in memory.
+
+    Rows that cannot be samples are left out, the first of them with a word.
+
+    Raises:
+        DataError: as :func:`~lorakeet.data.prepare.prepare`, as far as the beginning of the data tells.
+    """
+    held = held_out_rows(settings, task.type, seed)
+    layout, kind, source = held.layout, held.layout.kind, held.description
+    features = held.data.features
+    labels = (
+        given_labels(kind, features.get("label", features.get("tags")), task) if kind in ("classes", "tags") else None
+    )
+    encoder = make_encoder(layout, task, settings, tokenizer, labels)
+    rows = held.data.select(usable(held.data, kind))
+    tokens = _held_out(rows, encoder, source)
+    measured = {digest(sample) for sample in tokens.select_columns(id_columns(encoder.model_columns()))}
+    train = _samples(stream_rows(settings, task.type, seed), encoder, kind, measured)
+    head = list(islice(train, _HEAD))
+    if not head:
+        raise _nothing(settings, task, encoder, seed, source, kind)
+    check_length(max(sample["length"] for sample in [*head, *tokens]), max_positions)
+    report = Report(
+        source=source,
+        kind=kind,
+        task=task.type,
+        rows=0,
+        empty=len(held.data) - len(rows),
+        unlearnable=len(rows) - len(set(tokens["row"][:])),
+        distinct=0,
+        duplicates=0,
+        moved=0,
+        train_samples=0,
+        train_tokens=0,
+        train_targets=0,
+        **figures("held_out", tokens),
+        **shape(tokens),
+        max_length=settings.max_length,
+        end_token=tokenizer.eos_token,
+        damaged=0,
+        labels=None,
+        streamed=True,
+        content_hash=hashlib.sha256(json.dumps([source, settings.model_dump(), seed]).encode()).hexdigest(),
+    )
+    return finished(report, encoder, labels, layout, (train, tokens if len(tokens) else None))
+
+
+def _held_out(rows: datasets.Dataset, encoder: Encoder, source: str) -> datasets.Dataset:
+    """The held-out samples that have a target."""
+    starts = range(0, len(rows), _BATCH)
+    made = [encoder(rows[start : start + _BATCH], range(start, start + _BATCH)) for start in starts]
+    columns = {name: [value for batch in made for value in batch[name]] for name in encoder.features()}
+    faults = [(rows[row]["place"], fault) for row, fault in zip(columns["row"], columns["fault"], strict=True) if fault]
+    if faults:
+        raise complaint(faults, source)
+    tokens = datasets.Dataset.from_dict(columns, features=encoder.features())
+    return tokens.select([number for number, targets in enumerate(columns["targets"]) if targets])
+
+
+def _samples(
+    stream: datasets.IterableDataset, encoder: Encoder, kind: Kind, measured: set[bytes]
+) -> datasets.IterableDataset:
+    """The samples of a stream that have a target and equal none of the ``measured`` ones."""
+    texts = id_columns(encoder.model_columns())
+    told = 0
+
+    def encode(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        nonlocal told
+        names = list(batch)
+        rows = [dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        good = [row for row in rows if is_usable(row, kind)]
+        if not good:
+            return {name: [] for name in encoder.features()}
+        made = encoder({name: [row[name] for row in good] for name in names}, range(len(good)))
+        for row, fault in zip(made["row"], made["fault"], strict=True):
+            if fault is not None and told < _TOLD:
+                told += 1
+                warn(f"{good[row]['place']}: {fault.partition(chr(10))[0]}; left out")
+        return made
+
+    def learnable(sample: Mapping[str, Any]) -> bool:
+        if not sample["targets"]:
+            return False
+        return not sample["cut"] or digest({name: sample[name] for name in texts}) not in measured
+
+    encoded = stream.map(
+        encode, batched=True, batch_size=_BATCH, remove_columns=list(stream.features), features=encoder.features()
+    )
+    return encoded.filter(learnable).select_columns([*encoder.model_columns(), "length"])
+
+
+def _nothing(
+    settings: DataSettings, task: TaskSettings, encoder: Encoder, seed: int, source: str, kind: Kind
+) -> DataError:
+    """Why a stream gave no sample at all."""
+    for row in stream_rows(settings, task.type, seed):
+        if is_usable(row, kind):
+            made = encoder({name: [value] for name, value in row.items()}, [0])
+            sample = {name: values[0] for name, values in made.items()}
+            if sample["fault"] is not None:
+                return complaint([(row["place"], sample["fault"])], source)
+            return nothing_learnable(sample, source, encoder, task)
+    return DataError(f"nothing to learn in {source}: all rows are empty")
