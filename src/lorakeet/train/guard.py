@@ -167,7 +167,7 @@ def _a_little_of(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     if not plain or not torch.is_tensor(ids) or ids.dim() != 2:
         return batch
     little = {name: v[:1, :16] if v.shape == ids.shape else v[:1] for name, v in batch.items()}
-    return {**little, "labels": little["input_ids"]} if batch["labels"].shape == ids.shape else little
+    return {**little, "labels": little["labels"].clamp(min=0)} if batch["labels"].shape == ids.shape else little
 
 
 def _loss(outputs: Any) -> Tensor:

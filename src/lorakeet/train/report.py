@@ -3,8 +3,8 @@
 ``metrics.jsonl`` holds one JSON object a line. A training line has ``step``, ``epoch``, ``loss`` (mean per target token
 since the line before), ``learning_rate``, ``grad_norm`` (before clipping), ``tokens`` (real tokens so far, padding not
 counted), ``tokens_per_second`` (since the line before) and ``seconds`` (of training so far; evaluating and saving are
-not counted). A held-out line has ``step``, ``epoch``, ``eval_loss``, ``eval_perplexity`` and ``eval_tokens``; step 0 is
-the base before it has learned.
+not counted). A held-out line has ``step``, ``epoch``, ``eval_loss`` and the figures of its task, such as
+``eval_perplexity`` and ``eval_tokens`` or ``eval_accuracy``; step 0 is the base before it has learned.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from transformers import TrainerCallback
 from lorakeet.files import write_file
 from lorakeet.talk import say
 
+#: Figures of an evaluation that say how long it took: the parent of the Trainer adds them.
+TIMES = ("_runtime", "_per_second")
 #: Seconds between two lines where stderr is no terminal.
 QUIET_SECONDS = 10.0
 
@@ -117,7 +119,9 @@ class Report(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and metrics:
             figures = {
-                name: metrics[name] for name in ("eval_loss", "eval_perplexity", "eval_tokens") if name in metrics
+                name: value
+                for name, value in metrics.items()
+                if name.startswith("eval_") and isinstance(value, (int, float)) and not name.endswith(TIMES)
             }
             append_metrics(self.path, {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **figures})
             if "eval_loss" in figures:

@@ -7,34 +7,41 @@ The folder holds ``run.yaml`` (complete; alone repeats the run), ``metrics.jsonl
 from __future__ import annotations
 
 import os
-import platform
+import sys
 import time
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from lorakeet._version import __version__
 from lorakeet.adapter.model import PeftModel, get_peft_model
-from lorakeet.base.load import Base, load_base
+from lorakeet.base.load import Base, Prospect, load_base, look_at
 from lorakeet.base.quiet import quiet
-from lorakeet.config import RunConfig
-from lorakeet.data.collate import PaddingCollator
+from lorakeet.base.task import AUTO_CLASSES, check_task, family, fresh_modules
+from lorakeet.config import RunConfig, TaskSettings
+from lorakeet.data.collate import make_collator
+from lorakeet.data.layout import choose_task
 from lorakeet.data.prepare import Prepared, prepare
-from lorakeet.data.show import show_sample
-from lorakeet.data.sources import read_rows
-from lorakeet.errors import TrainingError
+from lorakeet.data.show import describe_sample
+from lorakeet.data.sources import peek
+from lorakeet.errors import ConfigError, TrainingError
 from lorakeet.files import write_folder, write_json
 from lorakeet.lora.config import LoraConfig
+from lorakeet.lora.kinds import adaptable
 from lorakeet.talk import log, say, warn
 from lorakeet.train.checkpoint import latest_checkpoint
 from lorakeet.train.folder import check_run_folder, claim_folder, refuse_other_settings
-from lorakeet.train.report import Report, draw_loss_curve, first_and_last, peak_rss_bytes, read_metrics
+from lorakeet.train.padding_free import padding_free, why_padded
+from lorakeet.train.pictures import draw_confusion
+from lorakeet.train.report import Report, draw_loss_curve, read_metrics
 from lorakeet.train.stop import StopAfterStep
+from lorakeet.train.summary import compared, summarise
+from lorakeet.train.task_trainer import TaskTrainer
+from lorakeet.train.tasks import Task
 from lorakeet.train.trainer import Trainer
 
 __all__ = ["InterruptedRunError", "Run", "check_run_folder", "run_training", "training_arguments"]
@@ -72,24 +79,60 @@ def run_training(
     check_run_folder(folder, resume=resume, overwrite=overwrite)
     if resume and not any_checkpoint:
         refuse_other_settings(config, folder)
-    read_rows(config.data)  # broken data is told before a base of many gigabytes is read
-    base = load_base(config.base, for_training=True)
+    prospect = look_at(config.base)
+    chosen = choose(config, prospect)
+    state = PartialState()
+    state.wait_for_everyone()  # until every process has checked the folder, none writes to it
+    with state.main_process_first():  # broken data is told before a base of many gigabytes is read
+        limit = getattr(prospect.config.get_text_config(), "max_position_embeddings", None)
+        data = prepare(config.data, chosen, prospect.tokenizer, seed=config.train.seed, max_positions=limit)
+    task = Task(chosen.type, data.problem, data.labels)
+    base = load_base(
+        config.base, auto_class=AUTO_CLASSES[task.name], model_options=task.model_options(), for_training=True
+    )
     say(f"base       {base.describe()}")
     args = training_arguments(config, base)
-    PartialState().wait_for_everyone()  # until every process has checked the folder, none writes to it
-    with args.main_process_first(desc="preparing data"):
-        limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
-        data = prepare(config.data, base.tokenizer, seed=config.train.seed, max_positions=limit)
     args.eval_strategy = "no" if data.held_out is None else args.eval_strategy
     set_seed(config.train.seed)
-    name = {"base_model_name_or_path": base.name, "revision": config.base.revision}
-    model = get_peft_model(base.model, LoraConfig(**config.lora.model_dump(), task_type="CAUSAL_LM", **name))
-    _say_plan(config, base, model, data, args)
+    model = get_peft_model(base.model, adapter_config(config, base, task))
+    _say_plan(config, base, model, data, task, args)
     if args.process_index == 0:
         claim_folder(folder, config, resume=resume)
-    run = Run(config, folder, base, model, data, args, began)
+    run = Run(config, folder, base, model, data, chosen, task, args, began)
     with quiet(), StopAfterStep() as stop:
         return run.train(stop, resume, any_checkpoint)
+
+
+def choose(config: RunConfig, prospect: Prospect) -> TaskSettings:
+    """The task's settings with a concrete type, one that model and data allow.
+
+    Raises:
+        BaseModelError: the architecture has no model for the task.
+        ConfigError: a stream without a number of steps.
+    """
+    if config.data.stream and config.train.steps is None:
+        raise ConfigError("data.stream reads without knowing the end, and train.steps is not set", "give --steps")
+    name = config.task.type
+    if name == "auto":
+        name = choose_task(family(prospect.config), peek(config.data), config.data.columns)
+    check_task(name, prospect.config, prospect.name)
+    return config.task.model_copy(update={"type": name})
+
+
+def adapter_config(config: RunConfig, base: Base, task: Task) -> LoraConfig:
+    """The adapter's configuration: as in the settings, and whatever begins at random is trained whole."""
+    settings = config.lora.model_dump()
+    if task.name == "FEATURE_EXTRACTION":  # reads hidden states: no head, and nothing that only a head would read
+        unread = [
+            name for name, module in base.model.named_modules() if name.startswith("pooler.") and adaptable(module)
+        ]
+        if unread and not isinstance(settings["exclude_modules"], str):
+            settings["exclude_modules"] = [*(settings["exclude_modules"] or []), *unread]
+    else:
+        fresh = fresh_modules(base.model, base.fresh)
+        settings["modules_to_save"] = list(dict.fromkeys([*(settings["modules_to_save"] or []), *fresh])) or None
+    name = {"base_model_name_or_path": base.name, "revision": config.base.revision}
+    return LoraConfig(**settings, task_type=task.peft_type, **name)
 
 
 def training_arguments(config: RunConfig, base: Base) -> TrainingArguments:
@@ -140,19 +183,24 @@ def training_arguments(config: RunConfig, base: Base) -> TrainingArguments:
     return args
 
 
-def _say_plan(config: RunConfig, base: Base, model: PeftModel, data: Prepared, args: TrainingArguments) -> None:
+def _say_plan(
+    config: RunConfig, base: Base, model: PeftModel, data: Prepared, task: Task, args: TrainingArguments
+) -> None:
     """What is about to happen, before it does."""
     trainable, every = model.get_nb_trainable_parameters()
     train = config.train
     per_step = train.batch_size * train.grad_accum * args.world_size
-    steps = train.steps or -(-len(data.train) * train.epochs // per_step)
+    rows = data.report.train_samples
+    steps = train.steps or -(-rows * train.epochs // per_step)
     length = f"{steps:.0f} steps of {per_step} samples ({train.batch_size} x {train.grad_accum}"
     length += f" x {args.world_size} processes)" if args.world_size > 1 else ")"
     say(f"adapter    r={config.lora.r}, alpha={config.lora.lora_alpha:g}: {trainable:,} of {every:,} parameters learn")
     for line in data.report.lines():
         say(line)
-    say(f"training   {length}, {steps * per_step / len(data.train):.2g} epochs, peak learning rate {train.lr:g}")
-    say(f"a sample   {show_sample(base.tokenizer, data.train[0]['input_ids'])}")
+    passes = f", {steps * per_step / rows:.2g} epochs" if rows else ""
+    say(f"training   {length}{passes}, peak learning rate {train.lr:g}")
+    first = next(iter(data.train))
+    say(f"a sample   {describe_sample(base.tokenizer, first, task.name, task.labels, colour=sys.stderr.isatty())}")
     if train.warmup >= steps:
         warn(f"the warm-up takes {train.warmup} of {steps:.0f} steps: the learning rate never reaches its peak")
 
@@ -166,6 +214,8 @@ class Run:
     base: Base
     model: PeftModel
     data: Prepared
+    chosen: TaskSettings
+    task: Task
     args: TrainingArguments
     began: float
 
@@ -173,6 +223,25 @@ class Run:
         """Held-out loss, training, adapter, held-out loss, summary."""
         report = Report(self.folder / "metrics.jsonl")
         trainer = self._trainer([report, stop], any_checkpoint)
+        with self._unpadded():
+            self._learn(trainer, report, stop, resume, any_checkpoint)
+            summary = summarise(self, trainer, report)
+        self._save(trainer, summary)
+        if self.args.process_index == 0:
+            self._finish(trainer, summary)
+        trainer.accelerator.wait_for_everyone()
+        return summary
+
+    def _unpadded(self) -> AbstractContextManager[Any]:
+        """While this holds, the layers compute nothing for padding, where that is proven to change nothing else."""
+        if not self.config.train.padding_free:
+            return nullcontext()
+        if reason := why_padded(self.model):
+            say(f"padding    is computed: {reason}")
+            return nullcontext()
+        return padding_free(self.model)
+
+    def _learn(self, trainer: Trainer, report: Report, stop: StopAfterStep, resume: bool, any_checkpoint: bool) -> None:
         start = latest_checkpoint(self.args.output_dir) if resume else None
         if resume:
             say(f"going on from {start}" if start else "no whole checkpoint yet: starting from the beginning")
@@ -190,29 +259,24 @@ class Run:
         self._save(trainer, {})
         say(f"adapter    {self.folder / 'adapter'}")
         self._measure(trainer, trainer.state.global_step)
-        summary = self._summary(trainer, report)
-        self._save(trainer, summary)
-        if self.args.process_index == 0:
-            self._finish(summary)
-        trainer.accelerator.wait_for_everyone()
-        return summary
 
     def _trainer(self, callbacks: list[Any], any_checkpoint: bool) -> Trainer:
         held_out = self.data.held_out
         if held_out is not None:  # neighbours of one length: little padding
             lengths = held_out["length"]
             held_out = held_out.select(sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)))
-        trainer = Trainer(
-            model=self.model,
-            args=self.args,
-            train_dataset=self.data.train,
-            eval_dataset=held_out,
-            data_collator=PaddingCollator(self.base.tokenizer.pad_token_id),
-            processing_class=self.base.tokenizer,
-            callbacks=callbacks,
-            any_checkpoint=any_checkpoint,
-            non_finite=self.config.train.non_finite,
-        )
+        settings: dict[str, Any] = {
+            "model": self.model,
+            "args": self.args,
+            "train_dataset": self.data.train,
+            "eval_dataset": held_out,
+            "data_collator": make_collator(self.chosen, self.base.tokenizer, self.model),
+            "processing_class": self.base.tokenizer,
+            "callbacks": callbacks,
+            "any_checkpoint": any_checkpoint,
+            "non_finite": self.config.train.non_finite,
+        }
+        trainer = Trainer(**settings) if self.task.name == "CAUSAL_LM" else TaskTrainer(**settings, task=self.task)
         trainer.remove_callback(PrinterCallback)  # prints to stdout
         return trainer
 
@@ -231,63 +295,21 @@ class Run:
                 notes = {
                     key: value for key, value in summary.items() if key != "adapter_path"
                 }  # a place on this machine
-                self.model.save_pretrained(aside, notes={**notes, "data": self.data.report.content_hash})
+                told = {"task": self.task.notes(), "data": self.data.report.content_hash}
+                self.model.save_pretrained(aside, notes={**notes, **told})
                 self.base.tokenizer.save_pretrained(aside)
         trainer.accelerator.wait_for_everyone()
 
-    def _summary(self, trainer: Trainer, report: Report) -> dict[str, Any]:
-        lines = read_metrics(self.folder / "metrics.jsonl")
-        measured = [line["eval_loss"] for line in lines if "eval_loss" in line]
-        first, last = first_and_last(lines)
-        trainable, every = self.model.get_nb_trainable_parameters()
-        tokens, steps = trainer.state.num_input_tokens_seen, trainer.state.global_step
-        return {
-            "base_model": self.base.name,
-            "steps": steps,
-            "samples": self._samples_seen(steps),
-            "tokens": tokens,
-            "train_loss_first": first,
-            "train_loss_last": last,
-            "eval_loss_before": measured[0] if measured else None,
-            "eval_loss_after": measured[-1] if measured else None,
-            "eval_tokens": self.data.report.held_out_targets,
-            "tokens_per_second": tokens / report.seconds if report.seconds else None,
-            "train_seconds": report.seconds,
-            "wall_seconds": time.perf_counter() - self.began,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "peak_device_bytes": torch.cuda.max_memory_allocated() if self.args.device.type == "cuda" else None,
-            "trainable_parameters": trainable,
-            "all_parameters": every,
-            "adapter_path": str(self.folder / "adapter"),
-            "dtype": str(self.base.dtype).removeprefix("torch."),
-            "device": str(self.args.device),
-            "processes": self.args.world_size,
-            "seed": self.config.train.seed,
-            "lora": self.model.peft_config["default"].model_dump(
-                mode="json", include={"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias"}
-            ),
-            "data": asdict(self.data.report),
-            "versions": {
-                "python": platform.python_version(),
-                "lorakeet": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        }
-
-    def _samples_seen(self, steps: int) -> int:
-        """Samples learned from, each pass over the data counted again; the last step of a pass may be smaller."""
-        rows = len(self.data.train)
-        per_step = self.config.train.batch_size * self.config.train.grad_accum * self.args.world_size
-        passes, rest = divmod(steps, -(-rows // per_step))
-        return passes * rows + min(rest * per_step, rows)
-
-    def _finish(self, summary: dict[str, Any]) -> None:
+    def _finish(self, trainer: Trainer, summary: dict[str, Any]) -> None:
         checkpoints = Path(self.args.output_dir)
         if checkpoints.is_dir() and not any(checkpoints.iterdir()):
             checkpoints.rmdir()
         title = f"{self.base.name}, r={self.config.lora.r}"
         draw_loss_curve(read_metrics(self.folder / "metrics.jsonl"), self.folder / "loss_curve.png", title)
+        predictions = getattr(trainer, "predictions", None)
+        if self.task.problem == "single_label" and predictions is not None and self.task.labels:
+            guesses = predictions.predictions.argmax(-1)
+            draw_confusion(predictions.label_ids, guesses, self.task.labels, self.folder / "confusion.png")
         write_json(self.folder / "summary.json", summary)
-        if summary["eval_loss_after"] is not None:
-            say(f"held-out loss {summary['eval_loss_before']:.4f} before, {summary['eval_loss_after']:.4f} after")
+        for line in compared(summary):
+            say(line)

@@ -92,7 +92,7 @@ class Trainer(transformers.Trainer):
         finally:
             self.data_collator = given
         column = self.args.length_column_name
-        if column in (getattr(self.train_dataset, "column_names", None) or ()):
+        if isinstance(self.train_dataset, datasets.Dataset) and column in self.train_dataset.column_names:
             size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             loader.set_sampler(LengthWindows(loader.get_sampler(), self.train_dataset[column][:], size))
         return loader
@@ -140,10 +140,16 @@ class Trainer(transformers.Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if not targets:  # 0/0; but the graph must stay whole, or the other processes wait for these gradients
             loss = sum(value.sum() * 0 for value in outputs.values() if torch.is_tensor(value) and value is not loss)
-        # The parent divides by the micro-batches afterwards, and DDP by the processes.
-        processes = self.args.world_size if self.args.average_tokens_across_devices else 1
-        loss = loss * (targets / num_items_in_batch * self.current_gradient_accumulation_steps * processes)
+        loss = loss * self.share(targets, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def share(self, targets: int, of: Any) -> Any:
+        """What to weigh a micro-batch's mean with, so that the step's loss is the mean over all of its targets.
+
+        The parent divides by the micro-batches afterwards, and DDP by the processes.
+        """
+        processes = self.args.world_size if self.args.average_tokens_across_devices else 1
+        return targets / of * self.current_gradient_accumulation_steps * processes
 
     # ---- evaluation -------------------------------------------------------------------------------------------
 

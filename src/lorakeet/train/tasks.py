@@ -1,0 +1,110 @@
+"""What each task asks of a run: the head of the model, the loss, and what is measured on the held-out part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakeet.base.predict import embed
+from lorakeet.config import TaskName
+from lorakeet.lora.config import TaskType
+
+#: Cosine similarities are multiplied by this before the softmax, as in sentence-transformers.
+SHARPNESS = 20.0
+
+_PROBLEMS = {
+    "single_label": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of the tasks, with its labels.
+
+    Attributes:
+        name: a concrete name of :data:`lorakeet.config.TaskName`.
+        problem: kind of a SEQ_CLS: single_label, multi_label or regression.
+        labels: names of the classes or tags, by number.
+    """
+
+    name: TaskName = "CAUSAL_LM"
+    problem: str | None = None
+    labels: tuple[str, ...] | None = None
+
+    @property
+    def peft_type(self) -> str | None:
+        """The task as an adapter's configuration has it; filling gaps has no name there."""
+        return self.name if self.name in list(TaskType) else None
+
+    def model_options(self) -> dict[str, Any]:
+        """Further arguments of ``from_pretrained``: the size and the names of a classifier's outputs."""
+        if self.problem == "regression":
+            return {"num_labels": 1, "problem_type": "regression"}
+        if self.labels is None:
+            return {}
+        names = dict(enumerate(self.labels))
+        options = {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+        return {**options, "problem_type": _PROBLEMS[self.problem]} if self.problem else options
+
+    def notes(self) -> dict[str, Any]:
+        """What ``lorakeet.json`` keeps, so that the head can be built again with its names."""
+        return {
+            "type": self.name,
+            "problem": self.problem,
+            "labels": None if self.labels is None else list(self.labels),
+        }
+
+    @classmethod
+    def from_notes(cls, notes: Mapping[str, Any]) -> Task:
+        """The inverse of :meth:`notes`."""
+        labels = notes.get("labels")
+        return cls(notes["type"], notes.get("problem"), None if labels is None else tuple(labels))
+
+
+def embed_pairs(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """Anchors, positives and, where there are any, negatives of a batch, in one forward pass: fp32 [B, hidden] each."""
+    parts = [part for part in ("", "positive_", "negative_") if f"{part}input_ids" in batch]
+    longest = max(batch[f"{part}input_ids"].shape[1] for part in parts)
+    ids, mask = (
+        torch.cat([F.pad(batch[part + name], (0, longest - batch[part + name].shape[1])) for part in parts])
+        for name in ("input_ids", "attention_mask")
+    )
+    return list(embed(model, ids, mask).chunk(len(parts)))
+
+
+def pair_loss(anchors: Tensor, positives: Tensor, negatives: Tensor | None = None) -> Tensor:
+    """Each anchor must find its own positive among all of the batch (Henderson et al. 2017, arXiv:1705.00652, section 4.4).
+
+    Args:
+        anchors, positives, negatives: [B, hidden], of length 1.
+
+    Returns:
+        The mean over the anchors of −log softmax(20·cos), a scalar.
+    """
+    candidates = positives if negatives is None else torch.cat([positives, negatives])
+    own = torch.arange(len(anchors), device=anchors.device)
+    return F.cross_entropy(SHARPNESS * anchors @ candidates.T, own)
+
+
+def span_logits(outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Scores of each token as the start and as the end of the answer, fp32 [B, T]; padding is no candidate."""
+    padding = batch["attention_mask"].eq(0)
+    both = (outputs.start_logits, outputs.end_logits)
+    start, end = (logits.float().masked_fill(padding, torch.finfo(torch.float32).min) for logits in both)
+    return start, end
+
+
+def span_loss(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean of the two cross-entropies of start and end over the real tokens of each row, as in BERT (arXiv:1810.04805, 4.2).
+
+    The models' own loss lets padding compete, so that it depends on the longest row of the batch.
+    """
+    start, end = span_logits(outputs, batch)
+    return (F.cross_entropy(start, batch["start_positions"]) + F.cross_entropy(end, batch["end_positions"])) / 2

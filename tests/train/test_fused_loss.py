@@ -1,0 +1,221 @@
+"""A loss without logits is the model's own loss, with its gradients, for every kind of head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from test_padding_free import adapted, assert_same, ragged, small
+from torch import Tensor, nn
+
+from lorakeet.adapter.model import get_peft_model
+from lorakeet.kernels import linear_cross_entropy as kernel
+from lorakeet.lora.config import LoraConfig
+from lorakeet.train import evaluate
+from lorakeet.train.fused_loss import fused_loss, sample_losses, why_not_fused
+from lorakeet.train.padding_free import padding_free
+
+KINDS: dict[str, dict[str, Any]] = {
+    "cohere": {"logit_scale": 0.25},
+    "cohere2": {"logit_scale": 0.25},
+    "gemma2": {"final_logit_softcapping": 2.0},
+    "gemma3_text": {"final_logit_softcapping": 1.5},
+    "gpt2": {},
+    "gpt_neox": {},
+    "granite": {"logits_scaling": 3.0},
+    "llama": {},
+    "mistral": {},
+    "mixtral": {},
+    "modernbert": {},
+    "opt": {},
+    "phi": {},
+    "phi3": {},
+    "qwen2": {},
+    "qwen3": {},
+    "stablelm": {},
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "CHUNK_LOGITS", 61 * 7)
+    monkeypatch.setattr(kernel, "MIN_ROWS", 1)
+
+
+def bloom() -> tf.PreTrainedModel:
+    torch.manual_seed(0)
+    return tf.BloomForCausalLM(tf.BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4))
+
+
+def language_model(kind: str, **changes: Any) -> tf.PreTrainedModel:
+    return bloom() if kind == "bloom" else small(kind, **KINDS[kind] | changes)
+
+
+def labelled() -> dict[str, Tensor]:
+    """A ragged batch; padding, a prompt and a whole row have nothing to predict."""
+    batch = ragged()
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels[0, :4] = labels[4] = -100
+    return batch | {"labels": labels}
+
+
+def outcome(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+    model.zero_grad()
+    output = model(**batch)
+    (output.loss * 3).backward()
+    learned = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": output.loss.detach(), **learned}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bloom"])
+@pytest.mark.parametrize("count", [None, 50, torch.tensor(7)])
+def test_loss_and_gradients_are_the_models_own(kind: str, count: Any) -> None:
+    model = adapted(language_model(kind)).train()
+    assert why_not_fused(model) is None
+    batch = labelled() | ({} if count is None else {"num_items_in_batch": count})
+    expected = outcome(model, batch)
+    with fused_loss(model):
+        assert model(**batch).get("logits") is None
+        assert_same(outcome(model, batch), expected)
+    assert model(**batch).logits.shape[-1] == 61
+    assert_same(outcome(model, batch), expected, 0.0)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["albert", "bert", "camembert", "data2vec-text", "deberta-v2", "distilbert", "electra", "ernie", "eurobert"]
+    + ["modernbert", "mpnet", "nomic_bert", "roberta", "roberta-prelayernorm", "xlm-roberta"],
+)
+def test_masked_language_models(kind: str) -> None:
+    attention = "eager" if kind in ("albert", "deberta-v2", "mpnet") else None
+    model = adapted(small(kind, attention=attention)).train()
+    assert why_not_fused(model) is None
+    expected = outcome(model, labelled())
+    with fused_loss(model):
+        assert model(**labelled()).get("logits") is None
+        assert_same(outcome(model, labelled()), expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi", "gpt2"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("learns", ["adapter", "whole"])
+def test_heads_that_learn(kind: str, tied: bool, learns: str) -> None:
+    model: Any = language_model(kind, tie_word_embeddings=tied)
+    if learns == "adapter":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], lora_dropout=0.0))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    model.train()
+    expected = outcome(model, labelled())
+    with fused_loss(model):
+        found = outcome(model, labelled())
+    assert any("head" in name or tied for name in expected)
+    assert_same(found, expected)
+
+
+def test_together_with_layers_that_compute_no_padding_and_checkpointing() -> None:
+    for kind in ("llama", "gemma2", "opt"):
+        model = adapted(language_model(kind)).train()
+        expected = outcome(model, labelled())
+        model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        with padding_free(model), fused_loss(model):
+            assert_same(outcome(model, labelled()), expected)
+
+
+def test_nothing_to_predict_is_a_zero_that_is_part_of_the_graph() -> None:
+    model = adapted(language_model("llama")).train()
+    batch = labelled()
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    with fused_loss(model):
+        for count in (None, 5):
+            found = outcome(model, batch if count is None else batch | {"num_items_in_batch": count})
+            expected = {name for name, p in model.named_parameters() if p.requires_grad}
+            assert found.pop("loss") == 0.0 and found.keys() == expected
+            assert not any(gradient.any() for gradient in found.values())
+
+
+def test_labels_that_are_shifted_already() -> None:
+    model = adapted(language_model("llama")).train()
+    batch = labelled()
+    shifted = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].roll(1, 0)
+    batch |= {"labels": shifted, "shift_labels": shifted}
+    expected = outcome(model, batch)
+    with fused_loss(model):
+        assert_same(outcome(model, batch), expected)
+
+
+def test_who_wants_logits_gets_them() -> None:
+    model = language_model("llama")
+    with fused_loss(model):
+        assert model(**labelled()).logits is not None  # evaluation mode
+        model.train()
+        assert model(**ragged()).logits is not None
+        assert len(model(**labelled(), return_dict=False)) > 1
+        assert "labels" in __import__("inspect").signature(model.forward).parameters
+    assert "forward" not in model.__dict__ and "forward" not in model.lm_head.__dict__
+    assert not hasattr(model, "_loss_function")
+
+
+class Shouting(tf.LlamaForCausalLM):
+    """Does to its logits what no configuration tells."""
+
+    def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
+        output = tf.LlamaForCausalLM.forward(self, *args, **kwargs)
+        output.logits = output.logits * 1.5
+        if labels is not None:
+            output.loss = self.loss_function(output.logits, labels, self.config.vocab_size)
+        return output
+
+
+def test_unknown_changes_of_the_logits_are_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    model = Shouting(language_model("llama").config).train()
+    expected = outcome(model, labelled())
+    with caplog.at_level("INFO", logger="lorakeet"), fused_loss(model):
+        for _ in range(2):
+            assert_same(outcome(model, labelled()), expected, 0.0)
+    assert caplog.text.count("changes them in a way") == 1
+
+
+def test_models_that_compute_another_loss_answer_as_ever() -> None:
+    t5 = tf.T5ForConditionalGeneration(
+        tf.T5Config(vocab_size=61, d_model=32, num_layers=1, d_ff=8, decoder_start_token_id=0)
+    )
+    classifier = small("llama", head="class")
+    own = language_model("llama")
+    own.loss_function = lambda logits, labels, **_: logits.sum()
+    reasons = {"inside its forward": t5, "no language-modelling head": classifier, "of its own": own}
+    for reason, model in reasons.items():
+        assert reason in str(why_not_fused(model))
+    assert why_not_fused(nn.Linear(2, 2)) is not None
+    for model in (t5, own):
+        model.eval().train()
+        torch.manual_seed(1)
+        expected = model(**labelled()).loss
+        with fused_loss(model):
+            torch.manual_seed(1)
+            assert torch.equal(model(**labelled()).loss, expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere", "bloom"])
+def test_losses_of_samples_without_logits(kind: str) -> None:
+    model = adapted(language_model(kind)).eval()
+    batch = labelled()
+    expected, counts = evaluate.sample_losses(model, batch)
+    found, found_counts = sample_losses(model, batch)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(found_counts, counts)
+    shifted = batch["labels"].roll(-1, 1)
+    moved = {name: value for name, value in batch.items() if name != "labels"} | {"shift_labels": shifted}
+    torch.testing.assert_close(sample_losses(model, moved)[0], evaluate.sample_losses(model, moved)[0].detach())
+
+
+def test_an_error_leaves_the_model_whole() -> None:
+    model = language_model("llama").train()
+    with pytest.raises(IndexError), fused_loss(model):
+        model(input_ids=torch.tensor([[99]]), labels=torch.tensor([[1]]))
+    assert "forward" not in model.__dict__ and "forward" not in model.lm_head.__dict__
+    assert not hasattr(model, "_loss_function")

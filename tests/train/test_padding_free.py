@@ -1,0 +1,356 @@
+"""Layers without padding compute what the padded model computes, for every architecture they are proven for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from lorakeet.adapter.model import get_peft_model
+from lorakeet.errors import TrainingError
+from lorakeet.lora.config import LoraConfig
+from lorakeet.train.padding_free import PROVEN, padding_free, why_padded
+from tiny import shake
+
+LENGTHS = [9, 1, 4, 12, 4, 7]
+ROWS, COLUMNS, TOTAL = len(LENGTHS), max(LENGTHS), sum(LENGTHS)
+WINDOW = 4  # where an architecture has one: shorter than most samples
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 61,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "attention_dropout": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "hidden_dropout_prob": 0.0,
+    "attn_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "dropout": 0.0,
+}
+_GROUPED = {"num_key_value_heads": 2}
+_HEADS = {**_GROUPED, "head_dim": 8}
+_EXPERTS = {**_GROUPED, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_WINDOWS = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+#: What an architecture's small model needs beyond the common settings.
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "cohere": _GROUPED,
+    "cohere2": _GROUPED | _WINDOWS,
+    "distilbert": {"hidden_dim": 40},
+    "electra": {"embedding_size": 24},
+    "eurobert": _GROUPED,
+    "gemma": _HEADS,
+    "gemma2": _HEADS | _WINDOWS | {"attn_logit_softcapping": 1.5},
+    "gemma3_text": _HEADS | _WINDOWS,
+    "glm": _HEADS,
+    "glm4": _HEADS,
+    "gpt2": {"scale_attn_by_inverse_layer_idx": True},
+    "granite": _GROUPED | {"attention_multiplier": 0.3},
+    "helium": _HEADS,
+    "llama": _GROUPED,
+    "ministral": _HEADS | _WINDOWS,
+    "mistral": _GROUPED | {"sliding_window": WINDOW},
+    "mixtral": _EXPERTS | {"sliding_window": WINDOW},
+    "modernbert": {"local_attention": 2 * WINDOW, "global_attn_every_n_layers": 2},
+    "nemotron": _HEADS,
+    "olmo": _GROUPED,
+    "olmo2": _GROUPED,
+    "olmo3": _GROUPED | _WINDOWS,
+    "olmoe": _EXPERTS,
+    "opt": {"ffn_dim": 40, "word_embed_proj_dim": 24, "layerdrop": 0.0},
+    "phi": _GROUPED,
+    "phi3": _GROUPED | {"sliding_window": WINDOW},
+    "qwen2": _GROUPED | {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": WINDOW},
+    "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 40},
+    "qwen3": _HEADS,
+    "qwen3_moe": _EXPERTS | {"head_dim": 8},
+    "smollm3": _GROUPED | {"no_rope_layer_interval": 2},
+    "stablelm": _GROUPED,
+    "starcoder2": _GROUPED | {"sliding_window": WINDOW},
+}
+
+
+def small(kind: str, head: str = "lm", attention: str | None = None, **changes: Any) -> tf.PreTrainedModel:
+    """A random model of an architecture, with its language-modelling head or as a classifier."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](**{**_SMALL, **_SPECIAL.get(kind, {}), **changes})
+    attention = attention or ("eager" if kind == "gemma2" else "sdpa")
+    if head == "lm":
+        heads = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_MASKED_LM_MAPPING_NAMES}
+        model = getattr(tf, heads[kind])._from_config(config, attn_implementation=attention)
+    else:
+        model = tf.AutoModelForSequenceClassification.from_config(config, attn_implementation=attention)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():  # biases and norms start at 0 and 1 everywhere: make them tell-tale
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model.eval()
+
+
+def adapted(model: tf.PreTrainedModel, **settings: Any) -> nn.Module:
+    """With an adapter on every linear layer, and embeddings that learn too."""
+    made = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", **settings))
+    shake(made)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    return made
+
+
+def ragged(left: bool = False, lengths: list[int] = LENGTHS, seed: int = 1) -> dict[str, Tensor]:
+    """Random ids and the mask that says which are real; padding is a token like any other."""
+    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+    mask = mask.flip(1) if left else mask
+    ids = torch.randint(2, 61, mask.shape, generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids.masked_fill(~mask, 1), "attention_mask": mask.long()}
+
+
+def outcome(model: nn.Module, batch: dict[str, Tensor], **settings: Any) -> dict[str, Tensor]:
+    """Logits at real positions and the gradient of everything that learns."""
+    model.zero_grad()
+    logits = model(**batch, **settings).logits
+    if logits.ndim == 3:
+        logits = logits[batch["attention_mask"].bool()]
+    (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+    learned = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert len(learned) > 2
+    return {"logits": logits.detach(), **learned}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name],
+            value,
+            rtol=tolerance,
+            atol=tolerance * (1 + 3 * float(value.abs().max())),
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+def rows_computed(model: nn.Module) -> tuple[list[int], Callable[[], None]]:
+    """Rows that each linear layer inside the layers gets, and how to stop counting."""
+    seen: list[int] = []
+    inside = [m for layers in model.modules() if isinstance(layers, nn.ModuleList) for m in layers.modules()]
+    leaves = {m for m in inside if type(m).__name__ in ("Linear", "Conv1D") and m.weight.shape.numel() > 256}
+    handles = [m.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[:-1].numel())) for m in leaves]
+    return seen, lambda: [handle.remove() for handle in handles] and None
+
+
+@pytest.mark.parametrize("kind", sorted(PROVEN))
+def test_outputs_and_gradients_are_those_of_the_padded_model(kind: str) -> None:
+    model = adapted(small(kind))
+    for left in (False, True):
+        batch = ragged(left)
+        expected = outcome(model, batch)
+        with padding_free(model):
+            found = outcome(model, batch)
+        assert_same(found, expected)
+        assert_same(outcome(model, batch), expected, 0.0)  # afterwards everything is as it was
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "gpt2", "gemma3_text", "llama", "modernbert", "opt"])
+def test_layers_get_the_real_positions_and_nothing_else(kind: str) -> None:
+    model = adapted(small(kind))
+    seen, stop = rows_computed(model)
+    model(**ragged())
+    assert set(seen) == {ROWS * COLUMNS}
+    padded = len(seen)
+    seen.clear()
+    with padding_free(model):
+        outcome(model, ragged())
+    stop()
+    assert set(seen) == {TOTAL} and len(seen) == padded
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["bert", "gemma2", "gemma3_text", "gpt2", "llama", "opt"])
+def test_layers_may_be_run_again_for_gradient_checkpointing(kind: str, reentrant: bool) -> None:
+    model = adapted(small(kind))
+    expected = outcome(model, ragged())
+    model.train()
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    seen, stop = rows_computed(model)
+    with padding_free(model):
+        found = outcome(model, ragged())
+    stop()
+    assert_same(found, expected)
+    assert set(seen) == {TOTAL}
+
+
+def test_other_batches_may_come_before_backward() -> None:
+    model = adapted(small("llama")).train()
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    batches = [ragged(), ragged(left=True, lengths=[3, 8], seed=2), ragged(lengths=[5, 5, 5], seed=3)]
+
+    def gradients(context: Any) -> dict[str, Tensor]:
+        model.zero_grad()
+        with context:
+            losses = [model(**b).logits[b["attention_mask"].bool()].square().mean() for b in batches]
+            sum(losses).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients(torch.enable_grad())
+    assert_same(gradients(padding_free(model)), expected)
+
+
+def test_a_sample_never_sees_another() -> None:
+    model = small("llama")
+    batch = ragged()
+    with padding_free(model), torch.no_grad():
+        together = model(**batch).logits
+        batch["input_ids"][0, 0] = 2 + (batch["input_ids"][0, 0] + 1) % 59
+        changed = model(**batch).logits
+        alone = [model(input_ids=batch["input_ids"][i : i + 1, :n]).logits[0] for i, n in enumerate(LENGTHS)]
+    assert not torch.equal(changed[0], together[0]) and torch.equal(changed[1:], together[1:])
+    for row, n, expected in zip(changed, LENGTHS, alone, strict=True):
+        torch.testing.assert_close(row[:n], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "gemma2"])
+def test_dropout_of_attention_weights(kind: str) -> None:
+    changes = {"attention_probs_dropout_prob": 0.3} if kind == "bert" else {"attention_dropout": 0.3}
+    model = small(kind, **changes).train()
+
+    def logits(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        with padding_free(model), torch.no_grad():
+            return model(**ragged()).logits
+
+    assert torch.equal(logits(1), logits(1))
+    assert not torch.allclose(logits(1), logits(2))
+    mean = torch.stack([logits(seed) for seed in range(60)]).mean(0)
+    model.eval()
+    assert (mean - logits(0)).abs().mean() < 0.35 * (logits(1) - logits(2)).abs().mean() + 0.05
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "qwen3"])
+def test_classifiers_with_their_loss(kind: str) -> None:
+    model = adapted(small(kind, head="class", num_labels=3))
+    batch = ragged() | {"labels": torch.tensor([0, 1, 2, 0, 1, 2])}
+    expected = model(**batch).loss
+    with padding_free(model):
+        assert_same(outcome(model, ragged()), outcome_outside(model))
+        torch.testing.assert_close(model(**batch).loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def outcome_outside(model: nn.Module) -> dict[str, Tensor]:
+    """As if no context held: a mask of four dimensions would do, but asking for hidden states is the usual way."""
+    return outcome(model, ragged(), output_hidden_states=True)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_empty_rows_and_rows_of_one(kind: str) -> None:
+    model = adapted(small(kind))
+    for lengths in ([0, 5, 1, 0], [6, 0], [1, 1, 2]):
+        batch = ragged(lengths=lengths)
+        expected = outcome(model, batch)
+        with padding_free(model):
+            assert_same(outcome(model, batch), expected)
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"] * 0)  # nothing real at all
+
+
+def test_gaps_between_real_positions_are_computed() -> None:
+    holes = ragged()
+    holes["attention_mask"][3, 5] = holes["attention_mask"][0, :2] = 0
+    model = adapted(small("mistral"))  # its window counts positions, real or not
+    expected = outcome(model, holes)
+    with padding_free(model):
+        assert_same(outcome(model, holes), expected, 0.0)
+
+
+def test_what_a_packed_row_cannot_give_comes_from_the_padded_model() -> None:
+    model = small("llama", attention="eager")
+    batch, full = ragged(), {"input_ids": ragged()["input_ids"]}
+    wanted: list[dict[str, Any]] = [
+        batch | {"output_hidden_states": True},
+        batch | {"output_attentions": True},
+        batch | {"use_cache": True},
+        full,
+        full | {"attention_mask": torch.ones(ROWS, COLUMNS, dtype=torch.long)},
+    ]
+    for given in wanted:
+        expected = model(**given)
+        with padding_free(model):
+            found = model(**given)
+        assert torch.equal(found.logits, expected.logits)
+        for name in ("hidden_states", "attentions"):
+            assert (found.get(name) is None) == (expected.get(name) is None)
+            assert all(map(torch.equal, found.get(name) or (), expected.get(name) or ()))
+    with padding_free(model):
+        assert model(**batch).past_key_values is None
+        cached = model(**batch, use_cache=True).past_key_values
+        assert cached.get_seq_length() == COLUMNS
+
+
+def test_generating_inside_the_context() -> None:
+    model = small("llama")
+    batch = ragged(left=True)
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(**batch, **settings)
+    with padding_free(model):
+        assert torch.equal(model.generate(**batch, **settings), expected)
+
+
+def test_everything_is_put_back_also_after_an_error() -> None:
+    model = small("llama")
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    with pytest.raises(IndexError), padding_free(model):
+        assert "lorakeet" not in str(model.config.to_dict())
+        model(input_ids=torch.tensor([[3, 99], [1, 1]]), attention_mask=torch.tensor([[1, 1], [1, 0]]))
+    assert model.config._attn_implementation == "sdpa"
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+
+
+def test_under_autocast() -> None:
+    model = adapted(small("llama"))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = outcome(model, ragged())
+        with padding_free(model):
+            found = outcome(model, ragged())
+    assert_same(found, expected, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (
+            lambda: tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=61, d_model=32, num_layers=1, d_ff=8)),
+            "2 stacks",
+        ),
+        (
+            lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=61, hidden_size=32, n_layer=1, n_head=4)),
+            "bloom is not",
+        ),
+        (lambda: tf.MPNetForMaskedLM(tf.MPNetConfig(**_SMALL)), "mpnet has no stack"),
+        (lambda: small("opt", layerdrop=0.1), "layerdrop 0.1"),
+        (lambda: small("bert", chunk_size_feed_forward=2), "chunks of 2"),
+        (lambda: small("gpt2", add_cross_attention=True), "another row"),
+        (lambda: small("bert", position_embedding_type="relative_key"), "relative_key"),
+        (lambda: small("gemma3_text", use_bidirectional_attention=True), "both ways"),
+        (lambda: small("gpt2", reorder_and_upcast_attn=True), "its own order"),
+        (lambda: small("gemma2", attention="sdpa"), "soft-capping"),
+        (lambda: nn.Linear(2, 2), "no stack"),
+    ],
+)
+def test_models_that_need_their_padding_are_refused_with_the_reason(
+    model: Callable[[], nn.Module], reason: str
+) -> None:
+    made = model()
+    assert reason in str(why_padded(made))
+    with pytest.raises(TrainingError, match=reason), padding_free(made):
+        pass
