@@ -15,8 +15,10 @@ from lorakeet._version import __version__
 COMMANDS = {
     "demo": "the whole job on embedded data: train, compare before and after, save, reload, merge",
     "train": "train an adapter from a run's YAML file and/or flags",
-    "eval": "loss and perplexity of a model or adapter on data",
+    "doctor": "what is wrong with data, each problem with its file and line",
+    "eval": "loss, perplexity and the task's figures of a model or adapter on data",
     "generate": "complete prompts with a model, one adapter or several",
+    "predict": "classes, tags, answers or vectors for texts",
     "merge": "merge an adapter into its base and save a plain model",
     "push": "upload an adapter to the hub",
     "inspect": "what an adapter is, whether it learned, and who can load it",

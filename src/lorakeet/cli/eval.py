@@ -25,7 +25,8 @@ def eval(
     allow_other_base: Annotated[bool, typer.Option(help="accept an adapter of another base")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Mean loss per target token (end token included), perplexity and number of tokens, of all rows of the data.
+    """Mean loss per target token (end token included), perplexity and number of tokens, of all rows of the data; for an
+    adapter of another task its own figures, such as accuracy.
 
     \b
     examples:
@@ -55,4 +56,10 @@ def eval(
     if as_json:
         print(json.dumps(figures))
     else:
-        print(f"loss {figures['loss']:.4f}   perplexity {figures['perplexity']:.2f}   tokens {figures['tokens']}")
+        shown = {"loss": ".4f", "perplexity": ".2f"}
+        parts = [
+            f"{name} {value:{shown.get(name, '' if isinstance(value, int) else '.4f')}}"
+            for name, value in figures.items()
+            if isinstance(value, (int, float))
+        ]
+        print("   ".join(parts))

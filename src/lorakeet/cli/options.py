@@ -16,9 +16,10 @@ UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__nam
 
 #: Flag -> dotted setting. The few that one types often; the rest by ``section.key=value``.
 BASE_FLAGS = {"--model": "base.model", "--bits": "base.bits", "--dtype": "base.dtype", "--device": "base.device"}
-DATA_FLAGS = {"--data": "data.path", "--text-column": "data.text_column", "--max-length": "data.max_length"}
+DATA_FLAGS = {"--data": "data.path", "--text-column": "data.columns.text", "--max-length": "data.max_length"}
 TRAIN_FLAGS = {
     **BASE_FLAGS,
+    "--task": "task.type",
     **DATA_FLAGS,
     "--eval-fraction": "data.eval_fraction",
     "--out": "out",
@@ -34,14 +35,19 @@ TRAIN_FLAGS = {
     "--seed": "train.seed",
 }
 
+#: What a flag says of itself where it sets one entry of a table.
+HELP = {"data.columns.text": "column that holds the text; left out: found"}
+
 
 def setting_field(dotted: str) -> Any:
-    """The pydantic field behind a dotted name."""
-    model: type[BaseModel] = RunConfig
-    *sections, key = dotted.split(".")
-    for section in sections:
-        model = model.model_fields[section].annotation  # type: ignore[assignment]
-    return model.model_fields[key]
+    """The pydantic field behind a dotted name; that of the whole table, for a name inside one such as data.columns.text."""
+    model: Any = RunConfig
+    for part in dotted.split("."):
+        field = model.model_fields[part]
+        model = field.annotation
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            break
+    return field
 
 
 def _flag_type(annotation: Any) -> type:
@@ -88,7 +94,8 @@ def with_settings(
 def _parameter(name: str, flag: str, dotted: str, defaults: dict[str, Any]) -> inspect.Parameter:
     field = setting_field(dotted)
     default = defaults.get(dotted, field.get_default(call_default_factory=True))
-    help_text = field.description + ("" if default is None else f"  [default: {default}]")
+    description = HELP.get(dotted, field.description)
+    help_text = description + ("" if default in (None, {}) else f"  [default: {default}]")
     kind = {int: "INT", float: "NUMBER"}.get(_flag_type(field.annotation), "TEXT")
     return inspect.Parameter(
         name,

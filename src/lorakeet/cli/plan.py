@@ -18,6 +18,7 @@ def plan(
         list[str] | None, typer.Argument(metavar="[lora.KEY=VALUE]...", help="further settings of the method")
     ] = None,
     model: Annotated[str, typer.Option(help="hub id or local folder; only its config is read")] = DEFAULT_MODEL,
+    task: Annotated[str, typer.Option(help="what the model is to do, such as SEQ_CLS")] = "auto",
     layers: Annotated[bool, typer.Option("--layers", help="list every layer")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
@@ -30,10 +31,10 @@ def plan(
     """
     if isinstance(names := settings.get("lora.target_modules"), str):
         settings["lora.target_modules"] = target_names(names)
-    lora = read_run(None, overrides or [], settings).lora
+    run = read_run(None, overrides or [], {**settings, "task.type": task})
     from lorakeet.verbs import plan_layers
 
-    found = plan_layers(model, lora)
+    found = plan_layers(model, run.lora, run.task.type)
     if as_json:
         print(json.dumps(found))
         return

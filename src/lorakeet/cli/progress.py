@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Yields a function of (done, total); None where stderr is no terminal."""
+def progress_bar(what: str) -> Iterator[Callable[[int, int | None], None] | None]:
+    """Yields a function of (done, total if known); None where stderr is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return

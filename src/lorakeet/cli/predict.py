@@ -1,0 +1,83 @@
+"""``lorakeet predict``"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorakeet.cli.options import BASE_FLAGS, base_settings, with_settings
+from lorakeet.errors import DataError
+
+
+@with_settings(BASE_FLAGS)
+def predict(
+    settings: dict[str, Any],
+    adapter: Annotated[str | None, typer.Option(help="folder or hub id of an adapter")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="a text; may be given several times")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="a text a line, or .jsonl with 'text' or 'question' and 'context'")
+    ] = None,
+    question: Annotated[str | None, typer.Option(help="what to find in --text, for QUESTION_ANS")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="texts computed together")] = 8,
+    allow_other_base: Annotated[bool, typer.Option(help="accept an adapter of another base")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
+) -> None:
+    """Classes, tags, answers, vectors or fillings for texts: what the adapter was trained to say about them.
+
+    \b
+    examples:
+      lorakeet predict --adapter my-run/adapter --text "Never volunteer for anything."
+      lorakeet predict --adapter my-run/adapter --file tickets.txt --json
+      lorakeet predict --adapter answers/adapter --question "Who wrote it?" --text "Hamlet is a play by Shakespeare."
+    """
+    rows: list[str | Mapping[str, str]] = [*(text or []), *(_read(file) if file else [])]
+    if question is not None:
+        rows = [{"question": question, "context": row} if isinstance(row, str) else row for row in rows]
+    if not rows:
+        raise DataError("no text", 'give --text "..." or --file FILE')
+    base = base_settings(settings)
+    from lorakeet import verbs
+
+    opened = verbs.open_model(base, [adapter] if adapter else [], allow_other_base=allow_other_base)
+    for row, found in zip(rows, verbs.predict(opened, adapter, rows, batch_size=batch_size), strict=True):
+        given = {"text": row} if isinstance(row, str) else dict(row)
+        print(json.dumps({**given, **found}, ensure_ascii=False) if as_json else _line(row, found))
+
+
+def _line(row: str | Mapping[str, str], found: Mapping[str, Any]) -> str:
+    """One answer for a person, its text behind it."""
+    text = " ".join((row if isinstance(row, str) else row["question"]).split())
+    if "words" in found:
+        return " ".join(f"{word['word']}/{word['tag']}" for word in found["words"])
+    if "embedding" in found:
+        return f"{found['embedding']}\t{text}"
+    if "fillings" in found:
+        return "\n".join(f"{item['score']:.3f}\t{item['text']}" for item in found["fillings"])
+    if "labels" in found:
+        return f"{', '.join(found['labels']) or '-'}\t{text}"
+    if "value" in found:
+        return f"{found['value']:.4f}\t{text}"
+    return f"{found.get('label', found.get('answer'))}\t{found['score']:.3f}\t{text}"
+
+
+def _read(path: Path) -> list[Any]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read texts from {path}: {error}") from None
+    if path.suffix != ".jsonl":
+        return [line for line in lines if line.strip()]
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            found.append({key: row[key] for key in ("question", "context")} if "question" in row else row["text"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise DataError(
+                f"{path} line {number}: expected a JSON object with 'text', or with 'question' and 'context'"
+            ) from None
+    return found
