@@ -62,7 +62,7 @@ model = get_peft_model(model, config)
 model.print_trainable_parameters()
 
 # ---- 5. Load the quotations ------------------------------------------------------------------------------------------
-quotations = read_rows(DataSettings(path="fortunes"))  # a datasets.Dataset, as load_dataset() would give
+quotations = read_rows(DataSettings(path="fortunes")).data  # a datasets.Dataset, as load_dataset() would give
 print(quotations)
 
 # ---- 6. Tokenise -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,70 @@
+"""The commands of every task's page run, one after the other, on small data and tiny models of the names that they use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from markdown_pages import ROOT, blocks, command_lines, name
+
+from lorakeet.cli import main
+from lorakeet.config import DEFAULT_MODEL
+from tiny_base import save_base
+from tiny_tasks import NOUNS, rows_for, save_tiny, write_rows
+
+TASK_PAGES = sorted((ROOT / "docs" / "tasks").glob("*.md"))
+DATA = {
+    "tickets": "SEQ_CLS",
+    "words": "TOKEN_CLS",
+    "answers": "QUESTION_ANS",
+    "pairs": "SEQ_2_SEQ_LM",
+    "partners": "FEATURE_EXTRACTION",
+    "texts": "MASKED_LM",
+}
+TEMPLATE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("page", TASK_PAGES, ids=name)
+def test_commands_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LORAKEET_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for folder, kind in (
+        ("sentence-transformers/all-MiniLM-L6-v2", "bert"),
+        ("google-bert/bert-base-uncased", "bert"),
+        ("google-t5/t5-small", "t5"),
+    ):
+        save_tiny(tmp_path / folder, kind)
+    save_base(tmp_path / DEFAULT_MODEL)
+    (tmp_path / DEFAULT_MODEL / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    for file, task in DATA.items():
+        write_rows(tmp_path / f"{file}.jsonl", rows_for(task, 60))
+    turns = [[{"role": "user", "content": noun}, {"role": "assistant", "content": noun * 2}] for noun in NOUNS * 4]
+    write_rows(tmp_path / "chat.jsonl", [{"messages": [*turn]} for turn in turns])
+    commands = list(command_lines(page))
+    assert sum(words[:2] == ["lorakeet", "train"] for words in commands)
+    for words in commands:
+        assert main(words[1:]) == 0, words
+        out = capsys.readouterr().out
+        assert words[1] not in ("eval", "predict", "generate") or out.strip(), words
+
+
+@pytest.mark.parametrize("page", TASK_PAGES, ids=name)
+def test_rows_are_such(page: Path, tmp_path: Path) -> None:
+    """Each row that a page shows is one that its task takes."""
+    from lorakeet.config import DataSettings, TaskSettings
+    from lorakeet.data.doctor import examine
+
+    task = (
+        next(words[words.index("--task") + 1] for words in command_lines(page) if "--task" in words)
+        if any("--task" in words for words in command_lines(page))
+        else "CAUSAL_LM"
+    )
+    shown = [json.loads(line) for block in blocks(page, "json") for line in block.splitlines()]
+    assert shown
+    for row in shown:
+        path = write_rows(tmp_path / "row.jsonl", [row])
+        found = examine(DataSettings(path=str(path)), TaskSettings(type=task))
+        assert not {finding.kind for finding in found.findings} - {"one_label"} and found.usable == 1, (row, found)
