@@ -171,6 +171,7 @@ class TrainSettings(Section):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, more time")
     padding_free: bool = Field(True, description="compute nothing for padding, where the architecture allows it")
+    fused_loss: bool = Field(True, description="compute a language model's loss without ever holding all its logits")
 
 
 class RunConfig(Section):

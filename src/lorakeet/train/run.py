@@ -35,6 +35,7 @@ from lorakeet.lora.kinds import adaptable
 from lorakeet.talk import log, say, warn
 from lorakeet.train.checkpoint import latest_checkpoint
 from lorakeet.train.folder import check_run_folder, claim_folder, refuse_other_settings
+from lorakeet.train.fused_loss import fused_loss
 from lorakeet.train.padding_free import padding_free, why_padded
 from lorakeet.train.pictures import draw_confusion
 from lorakeet.train.report import Report, draw_loss_curve, read_metrics
@@ -223,7 +224,7 @@ class Run:
         """Held-out loss, training, adapter, held-out loss, summary."""
         report = Report(self.folder / "metrics.jsonl")
         trainer = self._trainer([report, stop], any_checkpoint)
-        with self._unpadded():
+        with self._unpadded(), fused_loss(self.model) if self.config.train.fused_loss else nullcontext():
             self._learn(trainer, report, stop, resume, any_checkpoint)
             summary = summarise(self, trainer, report)
         self._save(trainer, summary)

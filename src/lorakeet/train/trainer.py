@@ -31,7 +31,8 @@ from lorakeet.errors import TrainingError
 from lorakeet.files import write_folder
 from lorakeet.talk import say, warn
 from lorakeet.train import checkpoint, guard
-from lorakeet.train.evaluate import count_targets, loss_and_perplexity, sample_losses, shifts_labels
+from lorakeet.train.evaluate import count_targets, loss_and_perplexity, shifts_labels
+from lorakeet.train.fused_loss import sample_losses
 from lorakeet.train.order import LengthWindows
 
 
@@ -139,7 +140,8 @@ class Trainer(transformers.Trainer):
         targets = count_targets(inputs, self._shifts_labels)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if not targets:  # 0/0; but the graph must stay whole, or the other processes wait for these gradients
-            loss = sum(value.sum() * 0 for value in outputs.values() if torch.is_tensor(value) and value is not loss)
+            others = [value for value in outputs.values() if torch.is_tensor(value) and value is not loss]
+            loss = sum(value.sum() * 0 for value in others) if others else loss
         loss = loss * self.share(targets, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
