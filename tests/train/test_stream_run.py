@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,8 @@ def settings(folder: Path, data: Path, **train: int) -> dict:
 def write(path: Path, rows: int, words: int) -> Path:
     with path.open("w", encoding="utf-8") as file:
         for number in range(rows):
-            text = " ".join(FILLERS[(number * k + k * k) % len(FILLERS)] for k in range(1, words))
+            first = random.Random(number).choices(FILLERS, k=20)  # more than a sample holds: no two are cut to the same
+            text = " ".join([*first, *FILLERS * (words // len(FILLERS))][:words])
             file.write(json.dumps({"text": f"{number} {text}"}) + "\n")
     return path
 
