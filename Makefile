@@ -37,6 +37,8 @@ lint: install
 bench: install   ## every benchmark, one table each
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/tasks.py --tasks sources
 
 docs: install    ## write the generated pages of docs/reference again
 	$(BIN)/python -m lorakeet.cli.reference docs/reference

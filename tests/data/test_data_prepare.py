@@ -189,6 +189,27 @@ def test_a_cache_that_cannot_be_written_is_only_a_warning(
     assert "not kept for the next run" in caplog.text
 
 
+def test_a_run_is_told_what_the_doctor_finds_and_each_thing_once(
+    make: Make, tmp_path: Path, byte_tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    make("abc", "a\x07b", "abc")
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1 and "control characters" in told[0] and "a.jsonl:2" in told[0]
+    caplog.clear()
+    path = tmp_path / "c.jsonl"
+    rows = [{"text": f"text {n}", "label": "rare" if n < 2 else "usual"} for n in range(60)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    prepare(DataSettings(path=str(path)), TaskSettings(type="SEQ_CLS"), byte_tokenizer, seed=1)
+    assert sum("rare" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_what_would_spoil_a_run_stops_it(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
+    path = tmp_path / "one.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"text {n}", "label": "same"}) for n in range(9)))
+    with pytest.raises(DataError, match="same"):
+        prepare(DataSettings(path=str(path)), TaskSettings(type="SEQ_CLS"), byte_tokenizer, seed=1)
+
+
 def test_content_hash_sees_order_and_borders() -> None:
     assert content_hash(["ab", "c"]) == hashlib.sha256(b"2:ab1:c").hexdigest()
     assert len({content_hash(texts) for texts in (["ab", "c"], ["a", "bc"], ["c", "ab"], ["abc"])}) == 4

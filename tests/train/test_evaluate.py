@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +60,21 @@ def test_masked_labels_do_not_count(collator):
     assert targets.tolist() == [4, 4]
     assert (losses > 0).all()
     assert evaluate(tiny_llama(), rows, collator)["tokens"] == 8
+
+
+def test_a_large_vocabulary_is_summed_exactly(collator):
+    """Many small terms beside a large one: added up one by one in fp32, they are lost."""
+    scores = torch.zeros(1, 9, 200_000)
+    scores[..., 0] = 17.0  # e^-17 is less than half of what 1 can be raised by; 200,000 of them are 0.8 %
+
+    class Fixed(torch.nn.Module):
+        def forward(self, **_):
+            return SimpleNamespace(logits=scores)
+
+    ids = torch.arange(9)[None]
+    found, _ = sample_losses(Fixed(), {"input_ids": ids, "labels": ids})
+    right = torch.nn.functional.cross_entropy(scores[0, :-1].double(), ids[0, 1:], reduction="sum")
+    assert float(found) == pytest.approx(float(right), abs=8 * 3e-6)
 
 
 def test_leaves_mode_and_random_numbers_as_they_were(collator):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from lorakeet.lora.config import LoraConfig
 from lorakeet.train import evaluate
 from lorakeet.train.fused_loss import fused_loss, sample_losses, why_not_fused
 from lorakeet.train.padding_free import padding_free
+from lorakeet.train.trainer import Trainer
 
 KINDS: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
@@ -136,6 +139,23 @@ def test_nothing_to_predict_is_a_zero_that_is_part_of_the_graph() -> None:
             expected = {name for name, p in model.named_parameters() if p.requires_grad}
             assert found.pop("loss") == 0.0 and found.keys() == expected
             assert not any(gradient.any() for gradient in found.values())
+
+
+def test_the_trainer_takes_a_micro_batch_without_targets(tmp_path: Path) -> None:
+    """A model that takes its own mean gives 0/0 there, and without logits nothing else hangs on what learns."""
+    model = adapted(language_model("modernbert")).train()
+    trainer = Trainer(model, tf.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    trainer.model_accepts_loss_kwargs = False
+    trainer.current_gradient_accumulation_steps = 2
+    batch = labelled()
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    for context in (nullcontext(), fused_loss(model)):
+        model.zero_grad()
+        with context:
+            loss = trainer.compute_loss(model, batch, num_items_in_batch=5)
+            assert loss == 0.0
+            loss.backward()
+        assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
 def test_labels_that_are_shifted_already() -> None:

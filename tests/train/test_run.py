@@ -20,6 +20,7 @@ from lorakeet.config import RunConfig, TaskSettings, make_run, read_run
 from lorakeet.data.collate import PaddingCollator
 from lorakeet.data.prepare import prepare
 from lorakeet.errors import BaseModelError, DataError, OutputError, TargetError, TrainingError
+from lorakeet.train import run
 from lorakeet.train import run as module
 from lorakeet.train import stop as stop_module
 from lorakeet.train.evaluate import evaluate
@@ -27,6 +28,7 @@ from lorakeet.train.folder import check_run_folder
 from lorakeet.train.report import read_metrics
 from lorakeet.train.run import InterruptedRunError, run_training
 from lorakeet.train.stop import StopAfterStep
+from tiny_tasks import rows_for, save_tiny, write_rows
 from tiny_training import WORDS, tiny_llama, tiny_tokenizer
 
 
@@ -152,6 +154,33 @@ def test_constant_schedule_warms_up_and_checkpointing_changes_nothing(settings, 
         )
     )
     assert thrifty["eval_loss_after"] == pytest.approx(plain["eval_loss_after"], abs=1e-6)
+
+
+def test_what_is_not_computed_can_be_switched_back_on(settings, tmp_path, monkeypatch):
+    """Padding and logits: a run leaves them out unless it is told to compute them, and learns the same either way."""
+    used = []
+    for name in ("padding_free", "fused_loss"):
+        real = getattr(run, name)
+        monkeypatch.setattr(run, name, lambda model, name=name, real=real: used.append(name) or real(model))
+    losses = {}
+    for padding_free in (True, False):
+        for fused_loss in (True, False):
+            used.clear()
+            how = {"train__padding_free": padding_free, "train__fused_loss": fused_loss, "lora__lora_dropout": 0.0}
+            summary = run_training(settings(out=str(tmp_path / f"{padding_free}{fused_loss}"), **how))
+            losses[padding_free, fused_loss] = summary["eval_loss_after"]
+            assert used == ["padding_free"] * padding_free + ["fused_loss"] * fused_loss
+    assert all(loss == pytest.approx(losses[False, False], abs=1e-5) for loss in losses.values())
+
+
+def test_columns_named_by_hand_tell_the_task(tmp_path):
+    """An encoder, texts and a number of another name: rows to sort, once ``data.columns`` says so."""
+    base = save_tiny(tmp_path / "bert", "bert")
+    data = write_rows(
+        tmp_path / "a.jsonl", [{"body": row["text"], "queue": row["label"]} for row in rows_for("SEQ_CLS")]
+    )
+    tree = {"base": {"model": str(base)}, "data": {"path": str(data), "columns": {"text": "body", "label": "queue"}}}
+    assert run.choose(make_run(tree), run.look_at(make_run(tree).base)).type == "SEQ_CLS"
 
 
 # ---- refused, and nothing written -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lorakeet.config import make_run
+from lorakeet.errors import DataError
 from lorakeet.train.run import run_training
 from tiny_tasks import FILLERS, save_tiny
 
@@ -61,6 +62,14 @@ def test_a_stream_is_learned_from(tmp_path: Path) -> None:
     summary = run_training(make_run(settings(tmp_path, data, steps=12)))
     assert summary["steps"] == 12 and summary["samples"] == 12 * 64
     assert summary["after"]["loss"] < summary["before"]["loss"] and summary["eval_tokens"] > 0
+
+
+def test_rows_that_are_all_cut_to_what_is_held_out_are_refused(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "base", "llama")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": " ".join(FILLERS * 2 + FILLERS[:n])}) + "\n" for n in range(1, 9)))
+    with pytest.raises(DataError, match="equals a held-out one"):
+        run_training(make_run(settings(tmp_path, data, steps=2)))
 
 
 @pytest.mark.slow

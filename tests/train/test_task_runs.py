@@ -60,6 +60,19 @@ def test_an_encoder_learns_the_task_of_its_data(tmp_path: Path, rows: str) -> No
     assert again == pytest.approx(summary["after"], rel=1e-4)
 
 
+@pytest.mark.parametrize("rows", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"])
+def test_accumulation_learns_the_same(tmp_path: Path, rows: str) -> None:
+    """Every model is asked whether it divides by the step's targets, also where tokens are no labels."""
+    sizes = ((8, 1), (4, 2)) if rows != "FEATURE_EXTRACTION" else ((4, 2),)  # other negatives: another loss
+    after = []
+    for batch, accumulated in sizes:
+        folder = tmp_path / f"{batch}"
+        folder.mkdir()
+        settings = {"train__batch_size": batch, "train__grad_accum": accumulated, "train__steps": 3}
+        after.append(run_training(run_of(folder, "bert", rows, **settings))["after"]["loss"])
+    assert after[0] == pytest.approx(after[-1], abs=2e-5)
+
+
 def test_a_classifier_says_its_classes(tmp_path: Path) -> None:
     config = run_of(tmp_path, "bert", "SEQ_CLS")
     summary = run_training(config)

@@ -11,8 +11,18 @@ from typing import Any
 import datasets
 
 from lorakeet.data.layout import Kind
-from lorakeet.data.stream import CONTENT
 
+#: The columns that say what a row is about: two rows that are equal in them are never learned and measured at once.
+CONTENT: Mapping[Kind, tuple[str, ...]] = {
+    "text": ("text",),
+    "completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "classes": ("text", "text_pair"),
+    "tags": ("tokens",),
+    "pairs": ("anchor", "positive"),
+    "translation": ("source",),
+    "question": ("question", "context"),
+}
 #: Columns of each kind that must hold something; ``None`` is nothing, and so is a text of white space.
 _NEEDED: Mapping[Kind, tuple[str, ...]] = {
     "text": ("text",),

@@ -27,7 +27,14 @@ from lorakeet.errors import DataError
 from lorakeet.talk import warn
 
 _LABELLED = ("classes", "tags")
-_REPORTED = ("null", "empty", "duplicate", "near_duplicate", "lost_character")  # problems that the report counts
+_REPORTED = (
+    "null",
+    "empty",
+    "duplicate",
+    "near_duplicate",
+    "lost_character",
+    "imbalance",
+)  # problems that the report counts
 
 
 @dataclass(frozen=True)
@@ -92,13 +99,8 @@ def prepare(
     numbers = sorted(set(row_of))
     some = rows.select(numbers)
     texts = contents(some, kind)
-    parts = _sides(split_texts(texts, settings.eval_fraction, seed, _classes(some, labels)), numbers, row_of)
-    parts, moved = _apart(tokens, parts)
-    if moved and not parts.held_out:
-        raise DataError(
-            f"cut to {settings.max_length} tokens, each held-out sample of {source} equals a training sample",
-            "raise data.max_length, or split the texts",
-        )
+    parts = split_texts(texts, settings.eval_fraction, seed, _classes(some, labels))
+    parts, moved = _apart(tokens, _sides(parts, numbers, row_of), settings, source)
     train, held_out = tokens.select(parts.train), tokens.select(parts.held_out)
     train_rows, held_out_rows = (
         rows.select(sorted({row_of[sample] for sample in part})) for part in (parts.train, parts.held_out)
@@ -238,9 +240,13 @@ def _sides(split: Split, numbers: Sequence[int], row_of: Sequence[int]) -> Split
     return Split(*sides, split.distinct)
 
 
-def _apart(tokens: datasets.Dataset, split: Split) -> tuple[Split, int]:
+def _apart(tokens: datasets.Dataset, split: Split, settings: DataSettings, source: str) -> tuple[Split, int]:
     """The split with each held-out sample that equals a training sample moved to it (two long texts that begin alike
-    and were cut), and how many were moved."""
+    and were cut), and how many were moved.
+
+    Raises:
+        DataError: no held-out sample is left.
+    """
     cut = [number for number, is_cut in enumerate(tokens["cut"][:]) if is_cut]
     some = tokens.select(cut).select_columns(id_columns(tokens.features))
     digests = {number: digest(sample) for number, sample in zip(cut, some, strict=True)}
@@ -248,4 +254,9 @@ def _apart(tokens: datasets.Dataset, split: Split) -> tuple[Split, int]:
     learned = {digests[number] for number in digests.keys() - held_out}
     moved = {number for number in held_out if digests[number] in learned}
     kept = [number for number in split.held_out if number not in moved]
+    if moved and not kept:
+        raise DataError(
+            f"cut to {settings.max_length} tokens, each held-out sample of {source} equals a training sample",
+            "raise data.max_length, or split the texts",
+        )
     return Split(sorted([*split.train, *moved]), kept, split.distinct), len(moved)

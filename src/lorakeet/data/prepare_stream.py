@@ -140,5 +140,10 @@ def _nothing(
             sample = {name: values[0] for name, values in made.items()}
             if sample["fault"] is not None:
                 return complaint([(row["place"], sample["fault"])], source)
+            if sample["targets"]:
+                return DataError(
+                    f"nothing to learn in {source}: cut to {settings.max_length} tokens, each sample equals a held-out one",
+                    "raise data.max_length, or hold out less: data.eval_fraction",
+                )
             return nothing_learnable(sample, source, encoder, task)
     return DataError(f"nothing to learn in {source}: all rows are empty")

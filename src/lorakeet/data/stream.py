@@ -24,6 +24,7 @@ import datasets
 
 from lorakeet.config import DataSettings, TaskName
 from lorakeet.data.canonical import RowError, canonical, features
+from lorakeet.data.contents import CONTENT, content
 from lorakeet.data.layout import Kind, Layout, find_layout, merge_layouts
 from lorakeet.data.mix import shares
 from lorakeet.data.read import Source, find_sources
@@ -33,18 +34,6 @@ from lorakeet.talk import warn
 
 _TOLD = 3  # faults of a source that are said in a pass
 _HEAD = 1000  # records, of all sources together, that tell the types of their columns
-
-#: The columns that say what a row is about: two rows that are equal in them are never learned and measured at once.
-CONTENT: Mapping[Kind, tuple[str, ...]] = {
-    "text": ("text",),
-    "completion": ("prompt", "completion"),
-    "messages": ("messages",),
-    "classes": ("text", "text_pair"),
-    "tags": ("tokens",),
-    "pairs": ("anchor", "positive"),
-    "translation": ("source",),
-    "question": ("question", "context"),
-}
 
 
 @dataclass(frozen=True)
@@ -182,9 +171,7 @@ def _held_out(laid: Sequence[Laid], settings: DataSettings, seed: int) -> dict[i
 
 def ticket(row: Mapping[str, Any], kind: Kind, seed: int) -> int | None:
     """The number from 0 to 2^64 that decides whether a canonical row is held out; None where it has no content."""
-    values = [row.get(name) for name in CONTENT[kind]]
-    if values[0] is None:
+    if row.get(CONTENT[kind][0]) is None:
         return None
-    content = "\n".join(" ".join(value) if isinstance(value, list) else value or "" for value in values)
-    inner = hashlib.sha256(normalised(content).encode()).digest()
+    inner = hashlib.sha256(normalised(content(row, kind)).encode()).digest()
     return int.from_bytes(hashlib.sha256(b"%d:" % seed + inner).digest()[:8], "big")

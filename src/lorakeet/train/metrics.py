@@ -53,19 +53,6 @@ def single_label(scores: Array, labels: Array) -> Figures:
     return {"accuracy": float((predicted == right).mean()), "macro_f1": _macro_f1(predicted, right)}
 
 
-def per_class(scores: Array, labels: Array, names: Sequence[str]) -> dict[str, Figures]:
-    """``precision``, ``recall``, ``f1`` and ``support`` (a count) of every class, by name; arguments as above."""
-    from sklearn.metrics import precision_recall_fscore_support
-
-    predicted, right = _kept(_best(scores, labels), labels)
-    columns = precision_recall_fscore_support(right, predicted, labels=range(len(names)), zero_division=0)
-    keys = ("precision", "recall", "f1", "support")
-    return {
-        name: dict(zip(keys, map(float, row), strict=True))
-        for name, row in zip(names, zip(*columns, strict=True), strict=True)
-    }
-
-
 def multi_label(logits: Array, labels: Array) -> Figures:
     """``micro_f1``, ``macro_f1`` (over all labels) and ``exact_match``; a label is predicted where its sigmoid is over 0.5.
 

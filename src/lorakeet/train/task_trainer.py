@@ -76,9 +76,7 @@ class TaskTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Loss per target over all of them, and the task's figures."""
         with checkpoint.same_random_state():
-            torch.manual_seed(
-                self.args.seed
-            )  # which tokens are masked must not change from one measurement to the next
+            torch.manual_seed(self.args.seed)  # the same tokens are masked in every measurement
             self.model.eval()
             self.callback_handler.eval_dataloader = dataloader
             total, targets, written = 0.0, 0, 0
