@@ -25,8 +25,8 @@ demo: install    ## the main job on real input: adapter, loss before and after, 
 test: lint       ## lint, types, import contracts, and the tests that need no patience
 	$(BIN)/python -m pytest
 
-test-all: lint   ## all tests, the slow ones too
-	$(BIN)/python -m pytest -m ''
+test-all: lint   ## all tests, the slow ones too, wild inputs chosen anew
+	$(BIN)/python -m pytest -m '' --hypothesis-profile=wild
 
 lint: install
 	$(BIN)/ruff check .

@@ -85,6 +85,11 @@ def test_the_turns_of_the_assistant_token_by_token(name: str, data: st.DataObjec
     assert encode_chat(tokenizer, messages) == expected(tokenizer, name, messages)
 
 
+def test_contents_that_only_lose_their_line_feeds() -> None:
+    turns = [ASK, {**ANSWER, "content": " "}, ASK, {**ANSWER, "content": "\n"}]
+    assert encode_chat(TOKENIZERS["thinking"], turns) == expected(TOKENIZERS["thinking"], "thinking", turns)
+
+
 @pytest.mark.parametrize("name", STYLES)
 def test_what_is_learned_begins_where_the_prompt_of_generation_ends(name: str) -> None:
     tokenizer = TOKENIZERS[name]

@@ -31,7 +31,15 @@ Tools = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]  # first character, and the one after the last
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_TRIMS = (str, str.strip, str.lstrip, str.rstrip)  # what templates do to contents; str: nothing
+_TRIMS = (  # what templates do to contents, the first that explains a text; str: nothing
+    str,
+    str.strip,
+    str.lstrip,
+    str.rstrip,
+    lambda content: content.strip("\n"),
+    lambda content: content.lstrip("\n"),
+    lambda content: content.rstrip("\n"),
+)
 
 
 def render_chat(
