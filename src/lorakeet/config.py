@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lorakeet.errors import ConfigError, did_you_mean
 
@@ -39,6 +39,15 @@ class BaseSettings(Section):
     trust_remote_code: bool = Field(
         False, description="run code that comes with the model (only if you trust its author)"
     )
+
+
+def _distinct(tokens: list[int]) -> list[int]:
+    if len(set(tokens)) < len(tokens):
+        raise ValueError("a token is listed twice")
+    return tokens
+
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_distinct)]
 
 
 class LoraSettings(Section):
@@ -74,8 +83,21 @@ class LoraSettings(Section):
         description="true: A Kaiming-uniform, B zero; gaussian: A normal, B zero; false: both random (for tests)",
     )
     lora_bias: bool = Field(False, description="give B a bias of its own")
+    target_parameters: list[str] | None = Field(
+        None,
+        description="parameters to adapt that no layer of their own holds, like the stacked weights of experts: names or "
+        "suffixes",
+    )
+    trainable_token_indices: TokenIds | dict[str, TokenIds] | None = Field(
+        None,
+        description="tokens whose rows of the embedding (and of a head tied to it) are trained and saved; or such a list for "
+        "each of the named layers",
+    )
+    ensure_weight_tying: bool = Field(
+        False, description="what adapts or trains an embedding does so in all layers that share its weight"
+    )
 
-    @field_validator("target_modules", "exclude_modules", mode="before")
+    @field_validator("target_modules", "exclude_modules", "target_parameters", mode="before")
     @classmethod
     def _names_are_a_list(cls, value: Any) -> Any:
         return (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorakeet._version import __version__
 from lorakeet.adapter.fingerprint import fingerprint, mismatch
-from lorakeet.adapter.tensors import PREFIX, tensor_names
+from lorakeet.adapter.tensors import PREFIX, ROWS, mirrored_names, tensor_names, vocabulary_names
 from lorakeet.errors import AdapterError, OutputError
 from lorakeet.files import PICKLE_SUFFIXES, write_file, write_json
 from lorakeet.lora.config import find_adapter_file
@@ -50,7 +50,14 @@ def write_adapter(
     if folder.is_file():
         raise OutputError(f"{folder} is a file, expected a folder to save the adapter in")
     source = model.state_dict() if state_dict is None else state_dict
-    tensors = {key: source[name].detach().cpu().contiguous() for key, name in tensor_names(model, adapter).items()}
+    wanted = tensor_names(model, adapter)
+    if why := resized(model, adapter):
+        say(why)
+        wanted |= vocabulary_names(model)
+    tensors = {key: source[name].detach().cpu().contiguous() for key, name in wanted.items()}
+    for key, (first, transposed) in mirrored_names(model, adapter).items():
+        if not key.endswith(ROWS):
+            tensors[key] = (tensors[first].T if transposed else tensors[first]).contiguous()
     if problems := broken(tensors):
         raise AdapterError(f"adapter {adapter!r} is not saved: {problems}", "lower the learning rate and train again")
     if never_learned(tensors):
@@ -62,6 +69,24 @@ def write_adapter(
     config.save_pretrained(folder)
     base = {"name": config.base_model_name_or_path, "fingerprint": fingerprint(model)}
     write_json(folder / OWN_NAME, {"format": 1, "lorakeet": __version__, "base": base, **(notes or {})})
+
+
+def resized(model: LoraModel, adapter: str) -> str | None:
+    """Why the embedding must be saved with the adapter: it was resized, and its new rows lie nowhere else."""
+    config: Any = getattr(model, "config", None)
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    file = Path(str(getattr(config, "_name_or_path", "") or "/nowhere")) / "config.json"
+    if embedding is None or not file.is_file():
+        return None  # nothing tells what the base's own vocabulary was
+    values = json.loads(file.read_text(encoding="utf-8"))
+    had, rows = values.get("vocab_size", (values.get("text_config") or {}).get("vocab_size")), embedding.weight.shape[0]
+    if not isinstance(had, int) or had == rows:
+        return None
+    own = model.peft_config[adapter].trainable_token_indices
+    lists = [own] if isinstance(own, list) else list((own or {}).values())
+    if lists and all(set(range(had, rows)) <= set(tokens) for tokens in lists):
+        return None  # every new row is one of those that are trained and saved
+    return f"the vocabulary has {rows:,} rows and the base's own {had:,}: the embedding is saved with the adapter"
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -139,36 +164,67 @@ def put_tensors(
     """
     wanted, state = tensor_names(model, adapter), model.state_dict()
     missing = sorted(set(wanted) - set(tensors))
-    unexpected = sorted(key for key in set(tensors) - set(wanted) if not _redundant(key))
+    wanted |= {key: own for key, own in vocabulary_names(model).items() if key in tensors}
+    mirrored = mirrored_names(model, adapter)
+    unexpected = sorted(key for key in set(tensors) - set(wanted) - set(mirrored) if not _redundant(key))
     shapes = [
         f"{key} is {list(tensors[key].shape)}, expected {list(state[own].shape)}"
         for key, own in wanted.items()
         if key in tensors and tensors[key].shape != state[own].shape
     ]
-    complaints = [
-        f"{what} ({len(items)}): {', '.join(items)}"
-        for what, items in (("missing tensors", missing), ("unexpected tensors", unexpected), ("wrong shapes", shapes))
-        if items
-    ]
+    untied = [] if shapes else _untied(wanted, mirrored, tensors, state)
+    kinds = {
+        "missing tensors": missing,
+        "unexpected tensors": unexpected,
+        "wrong shapes": shapes,
+        "layers that share their weight here, with tensors that differ": untied,
+    }
+    complaints = [f"{what} ({len(items)}): {', '.join(items)}" for what, items in kinds.items() if items]
     if problems := broken(tensors):
         complaints.append(problems)
     if complaints:
+        rows = next((len(tensors[key]) for key in vocabulary_names(model) if key in tensors), None)
+        resize = f"the base's vocabulary was resized: model.resize_token_embeddings({rows}) before loading the adapter"
         raise AdapterError(
             f"adapter {str(name)!r} does not fit this model: {'; '.join(complaints)}",
-            "is it the right base, and the adapter_config.json that belongs to the tensors?",
+            resize
+            if shapes and rows
+            else "is it the right base, and the adapter_config.json that belongs to the tensors?",
         )
     if never_learned(tensors):
         message = f"adapter {str(name)!r} never learned: every B is zero, so it changes nothing"
         if not allow_untrained:
             raise AdapterError(message, "train it; allow_untrained=True loads it all the same")
         warn(message)
+    vocabulary = vocabulary_names(model)
     with torch.no_grad():
         for key, own in wanted.items():
-            if own.endswith(".base_layer.weight") and not torch.equal(
-                state[own].cpu(), tensors[key].to(state[own].dtype)
-            ):
+            of_base = own.endswith(".base_layer.weight") or key in vocabulary
+            if of_base and not torch.equal(state[own].cpu(), tensors[key].to(state[own].dtype)):
                 say(f"{key.removeprefix(PREFIX)} is taken from the adapter: it differs from the base's")
             state[own].copy_(tensors[key])
+
+
+def _untied(
+    wanted: Mapping[str, str],
+    mirrored: Mapping[str, tuple[str, bool]],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+) -> list[str]:
+    """Keys whose tensors would go into one parameter, or into one and its mirror, and are not the same."""
+    found: list[str] = []
+    first_of: dict[tuple[int, torch.Size], str] = {}
+    for key, own in wanted.items():
+        if key not in tensors:
+            continue
+        first = first_of.setdefault((state[own].data_ptr(), state[own].shape), key)
+        if state[own].numel() and not torch.equal(tensors[key], tensors[first]):
+            found.append(f"{first} and {key}")
+    for key, (first, transposed) in mirrored.items():
+        if key in tensors and first in tensors:
+            other = tensors[first].T if transposed else tensors[first]
+            found += [] if torch.equal(tensors[key], other) else [f"{first} and {key}"]
+    return found
 
 
 def _redundant(key: str) -> bool:

@@ -14,10 +14,13 @@ from lorakeet.lora.layer import LoraEmbedding, LoraLayer, LoraPair
 from lorakeet.lora.model import LoraModel
 from lorakeet.lora.parameter import LoraParameter, LoraParameters
 from lorakeet.lora.saved import SavedModule
+from lorakeet.lora.tokens import TiedLayer, TrainableTokens
 
 PREFIX = "base_model.model."
 #: Embeddings that PEFT saves whole as soon as they are adapted.
 SAVED_EMBEDDINGS = ("embed_tokens", "lm_head")
+#: How the rows of trained tokens are called in the file, after the layer.
+ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 def tensor_names(model: LoraModel, adapter: str) -> dict[str, str]:
@@ -27,7 +30,7 @@ def tensor_names(model: LoraModel, adapter: str) -> dict[str, str]:
     [r, vocabulary] and ``lora_embedding_B`` [dim, r]; modules trained whole under their own names; the base's biases as
     the config's ``bias`` says; an adapted ``embed_tokens`` or ``lm_head`` itself. Convolutions have ``lora_A.weight``
     [r, in, *kernel] and ``lora_B.weight`` [out, r / groups, 1, ...], parameters that stack experts [r·experts, in] and
-    [out, r·experts].
+    [out, r·experts]; single rows of an embedding ``token_adapter.trainable_tokens_delta`` [tokens, dim].
     """
     names: dict[str, str] = {}
     for path, module in model.named_modules():
@@ -64,6 +67,10 @@ def _beside_parameters(names: dict[str, str], model: LoraModel, adapter: str) ->
 
 
 def _layer_names(path: str, layer: LoraLayer, adapter: str) -> dict[str, str]:
+    if isinstance(layer, TiedLayer):
+        return {}
+    if isinstance(layer, TrainableTokens):
+        return {f"{path}{ROWS}": f"{path}.trainable_tokens_delta.{adapter}"}
     if isinstance(layer, LoraEmbedding):
         return {f"{path}.{part}": f"{path}.{part}.{adapter}" for part in ("lora_embedding_A", "lora_embedding_B")}
     assert isinstance(layer, LoraPair)
@@ -85,8 +92,50 @@ def _bias_names(model: LoraModel, adapter: str) -> dict[str, str]:
     return names
 
 
+def mirrored_names(model: LoraModel, adapter: str) -> dict[str, tuple[str, bool]]:
+    """Keys of the file that say again what another key says, since their layers share it -> (that key, whether transposed).
+
+    PEFT writes the pair of a head that is tied to an adapted embedding too: its A is the embedding's B transposed. The rows
+    of trained tokens it repeats only beside an embedding that is saved whole.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
+    again: dict[str, tuple[str, bool]] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, TiedLayer) or adapter not in module.r:
+            continue
+        source, here = PREFIX + paths[id(module.source)], PREFIX + path
+        if isinstance(module.source, TrainableTokens):
+            again[f"{here}{ROWS}"] = (f"{source}{ROWS}", False)
+        elif isinstance(module.base_layer, nn.Embedding):
+            again |= {
+                f"{here}.{part}": (f"{source}.{part}", False) for part in ("lora_embedding_A", "lora_embedding_B")
+            }
+        else:
+            again[f"{here}.lora_A.weight"] = (f"{source}.lora_embedding_B", True)
+            again[f"{here}.lora_B.weight"] = (f"{source}.lora_embedding_A", True)
+    return again
+
+
+def vocabulary_names(model: LoraModel) -> dict[str, str]:
+    """Key in the file -> key in the state dict of the base's embedding and head, saved where the vocabulary was resized."""
+    names: dict[str, str] = {}
+    for ask in ("get_input_embeddings", "get_output_embeddings"):
+        layer = getattr(model, ask, lambda: None)()
+        path = next((path for path, module in model.named_modules() if module is layer), None)
+        if path is None or isinstance(layer, SavedModule):
+            continue
+        own = ".base_layer" if isinstance(layer, LoraLayer) else ""
+        rows = layer.source if isinstance(layer, TiedLayer) else layer
+        inner = ".token_adapter" if isinstance(rows, TrainableTokens) else ""
+        names[f"{PREFIX}{path}{inner}{own}.weight"] = f"{path}{own}.weight"
+    return names
+
+
 def _embedding_names(model: LoraModel, adapter: str) -> dict[str, str]:
-    targets = model.peft_config[adapter].target_modules
+    config = model.peft_config[adapter]
+    targets = config.target_modules
+    if config.trainable_token_indices is not None:
+        return {}  # as in PEFT: whoever trains a few rows does not want all of them saved
     wanted = {
         path
         for path, module in model.named_modules()

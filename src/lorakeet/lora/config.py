@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
 from lorakeet.config import LoraSettings, complaints
 from lorakeet.errors import AdapterError, ConfigError, LorakeetError, did_you_mean
@@ -28,7 +28,6 @@ NEUTRAL: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
     "corda_config": None,
-    "ensure_weight_tying": False,
     "eva_config": None,
     "kasa_config": None,
     "layer_replication": None,
@@ -38,7 +37,6 @@ NEUTRAL: dict[str, Any] = {
     "megatron_core": "megatron.core",
     "monteclora_config": None,
     "qalora_group_size": 16,
-    "trainable_token_indices": None,
     "use_bdlora": None,
     "use_dora": False,
     "use_qalora": False,
@@ -75,12 +73,6 @@ class PeftConfig(LoraSettings):
     inference_mode: bool = Field(False, description="True in a saved adapter: its weights are frozen when loaded")
     peft_version: str | None = Field(None, description="release of PEFT that wrote the file")
 
-    target_parameters: list[str] | None = Field(
-        None,
-        description="parameters to adapt that no layer of their own holds, like the stacked weights of experts: names or "
-        "suffixes",
-    )
-
     _foreign: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     def __init__(self, **values: Any) -> None:
@@ -91,11 +83,6 @@ class PeftConfig(LoraSettings):
                 did_you_mean(min(unknown), type(self).model_fields),
             )
         self._check_and_set(values)
-
-    @field_validator("target_parameters", mode="before")
-    @classmethod
-    def _parameters_are_a_list(cls, value: Any) -> Any:
-        return sorted(value) if isinstance(value, (set, frozenset)) else value
 
     def _check_and_set(self, values: dict[str, Any]) -> None:
         own = {key: value for key, value in values.items() if key in type(self).model_fields}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,10 +21,15 @@ from lorakeet.lora.kinds import ADAPTABLE, adaptable, inside_adapter, layer_clas
 from lorakeet.lora.layer import LoraLayer, Switch
 from lorakeet.lora.match import ALL_LINEAR, Target, excluded, layer_index, layer_indices, layer_wanted, matches, planned
 from lorakeet.lora.parameter import LoraParameter
-from lorakeet.lora.saved import SavedModule
+from lorakeet.lora.saved import SavedModule, share_copy
+from lorakeet.lora.tie import tie, trained_tokens
+from lorakeet.lora.tokens import TiedLayer, TrainableTokens
 from lorakeet.talk import warn
 
 Part = LoraLayer | SavedModule
+L = TypeVar("L", bound=LoraLayer)
+#: What stands in the names of an adapter's own parameters.
+OWN = (".lora_", ".modules_to_save.", ".trainable_tokens_delta.")
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class Plan:
 
     targets: tuple[Target, ...]
     saved: tuple[str, ...]
+    tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()  # layers of which single rows are trained
+    tied: tuple[tuple[str, str], ...] = ()  # layers that do as the embedding does whose weight they share
 
     def describe(self) -> str:
         """For example ``60 layers (30 q_proj, 30 v_proj), rank 16``."""
@@ -42,7 +50,9 @@ class Plan:
             parts += [f"{len(leaves)} {word} ({kinds})"] if leaves else []
         ranks = sorted({target.r for target in self.targets})
         text = f"{' and '.join(parts) or '0 layers'}, rank {', '.join(map(str, ranks))}"
-        return text + (f"; trained whole: {', '.join(self.saved)}" if self.saved else "")
+        text += f"; trained whole: {', '.join(self.saved)}" if self.saved else ""
+        text += "".join(f"; {len(tokens)} tokens of {name}" for name, tokens in self.tokens)
+        return text + (f"; tied: {', '.join(name for name, _ in self.tied)}" if self.tied else "")
 
 
 def plan(model: nn.Module, config: PeftConfig, *, strict: bool = True) -> Plan:
@@ -75,13 +85,17 @@ def plan(model: nn.Module, config: PeftConfig, *, strict: bool = True) -> Plan:
     if strict and not complaints:
         complaints += _partial(config, [*usable, *parameters], modules)
     saved = _saved_names(config, modules, complaints if strict else [])
-    if not usable and not parameters and not complaints and (strict or not saved):
+    tokens = trained_tokens(model, config, modules, [*usable, *saved], complaints)
+    layers, saved, tied = tie(model, config, modules, usable, saved, tokens, complaints)
+    if not layers and not parameters and not tokens and not complaints and (strict or not saved):
         complaints.append(f"target_modules={_shown(wanted)} match no layer")
     if complaints:
         raise TargetError("; ".join(complaints), _hint(wanted, modules, config))
-    _warn_of_gaps(usable, modules, config)
-    layers = [planned(name, config) for name in usable]
-    return Plan((*layers, *(replace(planned(name, config), parameter=True) for name in parameters)), saved)
+    _warn_of_gaps(layers, modules, config)
+    targets = [planned(name, config) for name in layers]
+    targets += [replace(planned(name, config), parameter=True) for name in parameters]
+    rows = tuple((name, tuple(numbers)) for name, numbers in tokens.items())
+    return Plan(tuple(targets), saved, rows, tied)
 
 
 def _unfit(name: str, modules: dict[str, nn.Module], config: PeftConfig) -> str | None:
@@ -93,6 +107,8 @@ def _unfit(name: str, modules: dict[str, nn.Module], config: PeftConfig) -> str 
         return "has a parameter that another adapter's target_parameters adapt"
     kind = layer_class(base)
     assert kind is not None
+    if isinstance(modules[name], LoraLayer) and type(modules[name]) is not kind:
+        return "is adapted by another adapter in another way (tied, or single tokens)"
     return kind.complaint(base, config, planned(name, config).r)
 
 
@@ -146,7 +162,28 @@ def inject(model: nn.Module, what: Plan, config: PeftConfig, adapter: str, switc
             _replace(model, name, module)
         module.add_adapter(adapter)
         touched.append(module)
+    for name, tokens in what.tokens:
+        rows = _wrapped(model, name, TrainableTokens, switch)
+        rows.add_tokens(adapter, tokens)
+        touched.append(rows)
+    for name, source in what.tied:
+        first = model.get_submodule(source)
+        if isinstance(first, SavedModule):
+            share_copy(model.get_submodule(name), first, adapter)
+            continue
+        follower = _wrapped(model, name, TiedLayer, switch, first)
+        follower.follow(adapter)
+        touched.append(follower)
     return touched
+
+
+def _wrapped(model: nn.Module, name: str, kind: type[L], *args: Any) -> L:
+    """The layer of this kind at ``name``, made and put there if there is none yet."""
+    layer = model.get_submodule(name)
+    if not isinstance(layer, kind):
+        layer = kind(layer, *args)
+        _replace(model, name, layer)
+    return layer
 
 
 def _adapted(model: nn.Module, target: Target, switch: Switch) -> LoraLayer:
@@ -267,7 +304,7 @@ def set_trainable(model: nn.Module, config: PeftConfig, parts: Iterable[Part]) -
         parts: What :func:`inject` returned, for ``bias="lora_only"``.
     """
     for name, parameter in model.named_parameters():
-        own = ".lora_" in name or ".modules_to_save." in name
+        own = any(mark in name for mark in OWN)
         replaced = ".original_module." in name  # its copy answers in its place and would leave it without a gradient
         if not own:
             parameter.requires_grad_(config.bias == "all" and name.endswith("bias") and not replaced)

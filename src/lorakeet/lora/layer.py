@@ -8,6 +8,7 @@ new adapter changes nothing. For an embedding the input is one-hot: A is [r, voc
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakeet.base.quant.int8 import Int8Linear
+from lorakeet.errors import AdapterError
 from lorakeet.kernels.dropout import dropout
 from lorakeet.kernels.lora_linear import lora_linear
 from lorakeet.lora.config import PeftConfig
@@ -28,6 +30,7 @@ class Switch:
 
     active: tuple[str, ...] = ()
     enabled: bool = True
+    rows: tuple[str, ...] | None = None  # a mixed batch: which adapter answers each of its rows
 
 
 class LoraLayer(nn.Module):
@@ -57,7 +60,16 @@ class LoraLayer(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """h = W₀x + s·B·A·dropout(x), summed over the active adapters."""
+        """h = W₀x + s·B·A·dropout(x), summed over the active adapters; in a mixed batch each row with its own."""
+        h = self.base_layer(x, *args, **kwargs)
+        if self.switch.rows is not None and self.switch.enabled:
+            return self._row_by_row(x, h, self.switch.rows)
+        for adapter in self.answering:
+            h = self.update(adapter, x, h)
+        return h
+
+    def update(self, adapter: str, x: Tensor, h: Tensor) -> Tensor:
+        """``h``, the base's answer to ``x``, and what the adapter makes of it."""
         raise NotImplementedError
 
     def parts(self, adapter: str) -> list[Tensor]:
@@ -75,6 +87,10 @@ class LoraLayer(nn.Module):
     @classmethod
     def complaint(cls, base_layer: nn.Module, config: PeftConfig, r: int) -> str | None:
         """Why an adapter of rank r does not fit on ``base_layer``; None if it does."""
+        return None
+
+    def conflict(self, adapters: Sequence[str]) -> str | None:
+        """Why these adapters cannot answer together here; None if they can."""
         return None
 
     def unmergeable(self) -> str | None:
@@ -103,10 +119,17 @@ class LoraLayer(nn.Module):
 
     @property
     def answering(self) -> list[str]:
-        """The adapters that add to the base's answer now; none while merged, since the weight holds them."""
-        if not self.switch.enabled or self.merged_adapters:
+        """The adapters that add to the base's answer to all rows now; none while merged, since the weight holds them."""
+        if not self.switch.enabled or self.merged_adapters or self.switch.rows is not None:
             return []
         return [adapter for adapter in self.switch.active if adapter in self.r]
+
+    def _row_by_row(self, x: Tensor, h: Tensor, rows: tuple[str, ...]) -> Tensor:
+        """The rows of each adapter together, then back to their places."""
+        for adapter, places in row_places(rows, x):
+            if adapter in self.r:
+                h = h.index_copy(0, places, self.update(adapter, x[places], h[places]))
+        return h
 
     # -- merging ----------------------------------------------------------------------------------------------------
 
@@ -116,7 +139,7 @@ class LoraLayer(nn.Module):
         The merged weight is a new parameter, so a weight tied to another module's leaves that module alone.
         """
         mine = [adapter for adapter in adapters if adapter in self.r]
-        if not mine:
+        if not mine or self.merged_adapters:
             return
         self._swap("weight", self.merged_weight(mine))
         for extra in map(self.bias_delta, mine):
@@ -184,13 +207,10 @@ class LoraPair(LoraLayer):
         if lora_B.bias is not None:
             nn.init.zeros_(lora_B.bias)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        h = self.base_layer(x, *args, **kwargs)
-        for adapter in self.answering:
-            a, b = self.pair(adapter)
-            low = dropout(x.to(a.weight.dtype), self.lora_dropout[adapter], self.training)
-            h = (h + b(a(low)) * self.scaling[adapter]).to(h.dtype)
-        return h
+    def update(self, adapter: str, x: Tensor, h: Tensor) -> Tensor:
+        a, b = self.pair(adapter)
+        low = dropout(x.to(a.weight.dtype), self.lora_dropout[adapter], self.training)
+        return (h + b(a(low)) * self.scaling[adapter]).to(h.dtype)
 
     def parts(self, adapter: str) -> list[Tensor]:
         # straight to the tables: switching adapters asks every layer, and nn.Module's attribute look-up is slow
@@ -274,14 +294,19 @@ class LoraEmbedding(LoraLayer):
         if config.init_lora_weights is False:  # both random, as the linear layers of such a test
             nn.init.normal_(self.lora_embedding_A[adapter])
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        h = self.base_layer(x, *args, **kwargs)
-        scale = getattr(self.base_layer, "embed_scale", None)  # some embeddings multiply their output
-        for adapter in self.answering:
-            columns = F.embedding(x, self.lora_embedding_A[adapter].T)  # [..., r]
-            update = columns @ self.lora_embedding_B[adapter].T * self.scaling[adapter]
-            h = (h + (update if scale is None else update * scale)).to(h.dtype)
-        return h
+    def update(self, adapter: str, x: Tensor, h: Tensor) -> Tensor:
+        return self.looked_up(adapter, x, h, self.base_layer)
+
+    def looked_up(self, adapter: str, ids: Tensor, h: Tensor, base: nn.Module) -> Tensor:
+        """``h``, what the embedding ``base`` has for ``ids``, with the update of these rows."""
+        columns = F.embedding(ids, self.lora_embedding_A[adapter].T)  # [..., r]
+        update = columns @ self.lora_embedding_B[adapter].T * self.scaling[adapter]
+        return (h + scaled(update, base)).to(h.dtype)
+
+    def projected(self, adapter: str, x: Tensor, h: Tensor, base: nn.Module) -> Tensor:
+        """``h``, what the head ``base`` makes of ``x``, with the update of a weight that it shares with the embedding."""
+        low = x.to(self.lora_embedding_B[adapter].dtype) @ self.lora_embedding_B[adapter]  # [..., r]
+        return (h + low @ self.lora_embedding_A[adapter] * self.scaling[adapter]).to(h.dtype)
 
     def parts(self, adapter: str) -> list[Tensor]:
         return [self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]]
@@ -290,15 +315,36 @@ class LoraEmbedding(LoraLayer):
         return self.scaling[adapter] * (self.lora_embedding_B[adapter] @ self.lora_embedding_A[adapter]).T
 
     def probe(self) -> Tensor:
-        weight = self.base_layer.weight
-        ids = torch.randint(weight.shape[0], (32,), generator=torch.Generator().manual_seed(0))
-        return ids.to(weight.device)
+        return vocabulary_probe(self.base_layer)
 
     def delete_adapter(self, adapter: str) -> None:
         super().delete_adapter(adapter)
         for table in (self.lora_embedding_A, self.lora_embedding_B):
             if adapter in table:
                 del table[adapter]
+
+
+def scaled(rows: Tensor, embedding: nn.Module) -> Tensor:
+    """Rows as ``embedding`` answers them: some multiply what they looked up."""
+    scale = getattr(embedding, "embed_scale", None)
+    return rows if scale is None else rows * scale
+
+
+def row_places(rows: Sequence[str], x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Each adapter of a mixed batch with the places of its rows in ``x``, where a row may stand for several in a line.
+
+    Raises:
+        AdapterError: ``x`` has no whole number of places for each row.
+    """
+    each, left = divmod(x.shape[0], len(rows))
+    if left or not each:
+        raise AdapterError(
+            f"a mixed batch of {len(rows)} rows meets a layer that is given {x.shape[0]}, so its rows cannot be told apart",
+            "run one batch for each adapter",
+        )
+    for adapter in dict.fromkeys(rows):
+        places = [row * each + k for row, name in enumerate(rows) if name == adapter for k in range(each)]
+        yield adapter, torch.tensor(places, device=x.device)
 
 
 def initialise(lora_A: Tensor, lora_B: Tensor, how: bool | str, r: int) -> None:
@@ -311,6 +357,15 @@ def initialise(lora_A: Tensor, lora_B: Tensor, how: bool | str, r: int) -> None:
         nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
     else:
         nn.init.zeros_(lora_B)
+
+
+def vocabulary_probe(layer: nn.Module) -> Tensor:
+    """A fixed pseudo-random input for an embedding (ids) or a head (vectors), of weight [vocabulary, dim]."""
+    weight: Any = layer.weight
+    if isinstance(layer, nn.Embedding):
+        ids = torch.randint(weight.shape[0], (32,), generator=torch.Generator().manual_seed(0))
+        return ids.to(weight.device)
+    return noise((32, weight.shape[1]), weight)
 
 
 def noise(shape: tuple[int, ...], like: Tensor) -> Tensor:

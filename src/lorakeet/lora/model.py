@@ -21,7 +21,11 @@ from lorakeet.lora.layer import LoraLayer, Switch
 from lorakeet.lora.match import ALL_LINEAR
 from lorakeet.lora.merge import MergeReport, checked_merge, untie
 from lorakeet.lora.saved import SavedModule
+from lorakeet.lora.weighted import combine
 from lorakeet.talk import warn
+
+#: In a mixed batch, the name of the base without an adapter; PEFT's.
+BARE = "__base__"
 
 _classes: dict[tuple[type, type], type] = {}
 
@@ -98,12 +102,41 @@ class LoraModel(nn.Module):
         for name in names:
             self._known(name)
         parts = self.lora_parts()
-        if any(isinstance(part, LoraLayer) and part.merged_adapters for part in parts):
-            raise AdapterError("an adapter is merged into the base, so switching would do nothing", "unmerge first")
+        self._refuse_merged("switching would do nothing")
+        self._refuse_conflict(names)
         self.switch.active = names
         for part in parts:
             for name in self.peft_config:
                 part.set_trainable(name, name in names and not inference_mode)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        **peft_only: Any,
+    ) -> None:
+        """Make a further adapter out of several: ΔW = Σ wᵢ·ΔWᵢ. It is frozen and silent until :meth:`set_adapter`.
+
+        Args:
+            adapters: Which; their low-rank pairs are combined, and nothing else.
+            weights: One for each, of any sign.
+            adapter_name: What to call the new one.
+            combination_type: ``cat`` is exact, with a rank as large as all together; ``svd`` the nearest of rank
+                ``svd_rank`` (Eckart and Young 1936); ``linear`` adds up the A and the B, which is cheap and has cross terms.
+            svd_rank: Left out: the largest rank of the adapters.
+
+        Raises:
+            AdapterError: no such adapter; one of them has more than low-rank pairs, or they cannot be combined so.
+        """
+        refuse_unknown("add_weighted_adapter", peft_only, {"svd_full_matrices", "svd_driver"})
+        for name in adapters:
+            self._known(name)
+        combined = combine(self, adapters, weights, combination_type, svd_rank)
+        self.add_adapter(adapter_name, combined.config, strict=False)
+        combined.fill(self, adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. If it was the active one, the first that remains answers, frozen; if none, the bare base."""
@@ -121,13 +154,69 @@ class LoraModel(nn.Module):
         before = self.switch.enabled
         if any(config.bias != "none" for config in self.peft_config.values()):
             warn("the biases that were trained belong to the base: disabling the adapter leaves them as they are")
-        if any(layer.merged_adapters for layer in self.lora_layers()):
-            raise AdapterError("an adapter is merged into the base, so it cannot be disabled", "unmerge first")
+        self._refuse_merged("it cannot be disabled")
         self.switch.enabled = False
         try:
             yield
         finally:
             self.switch.enabled = before
+
+    @contextmanager
+    def mixed_batch(self, adapter_names: Sequence[str]) -> Iterator[None]:
+        """Inside the block, row i of a batch is answered by ``adapter_names[i]``; ``__base__`` is the bare base.
+
+        ``model(**inputs, adapter_names=...)`` and ``generate(..., adapter_names=...)`` do the same for one call. The base
+        runs once for all rows. Inference only.
+
+        Raises:
+            AdapterError: no such adapter; in training; while merged; an adapter has target_parameters, whose layers cannot
+                tell rows apart; and in ``forward``, if the batch has another number of rows.
+        """
+        names = tuple(adapter_names)
+        for name in names:
+            if name != BARE:
+                self._known(name)
+        if not names:
+            raise AdapterError("adapter_names is empty, expected one for each row of the batch")
+        if self.training:
+            raise AdapterError("a mixed batch is for inference, and the model is in training mode", "call eval() first")
+        self._refuse_merged("rows cannot have their own")
+        bare_parameters = [
+            name for name in dict.fromkeys(names) if name != BARE and self.peft_config[name].target_parameters
+        ]
+        if bare_parameters:
+            raise AdapterError(
+                f"adapter {bare_parameters[0]!r} has target_parameters, which see tokens of all rows at once",
+                "run one batch for each adapter",
+            )
+        before, self.switch.rows = self.switch.rows, names
+        try:
+            yield
+        finally:
+            self.switch.rows = before
+
+    def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """``forward``; ``adapter_names``: see :meth:`mixed_batch`."""
+        if adapter_names is None:
+            return super().__call__(*args, **kwargs)
+        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+        if given is not None and given.shape[0] != len(adapter_names):
+            raise AdapterError(
+                f"adapter_names has {len(adapter_names)} names, expected one for each of {given.shape[0]} rows"
+            )
+        with self.mixed_batch(adapter_names):
+            return super().__call__(*args, **kwargs)
+
+    def _refuse_merged(self, what: str) -> None:
+        if any(layer.merged_adapters for layer in self.lora_layers()):
+            raise AdapterError(f"an adapter is merged into the base, so {what}", "unmerge first")
+
+    def _refuse_conflict(self, names: Sequence[str]) -> None:
+        for layer in self.lora_layers():
+            if len(names) > 1 and (why := layer.conflict(names)):
+                raise AdapterError(
+                    f"adapters {', '.join(names)} cannot answer together: {why}", "let one of them answer"
+                )
 
     def _known(self, name: str) -> None:
         if name not in self.peft_config:
@@ -161,6 +250,7 @@ class LoraModel(nn.Module):
         names = list(adapter_names or self.active_adapters)
         for name in names:
             self._known(name)
+        self._refuse_conflict(names)
         return checked_merge(self, names, probe=probe, tolerance=tolerance)
 
     def unmerge(self) -> None:
@@ -282,9 +372,19 @@ def start(model: nn.Module, config: PeftConfig, adapter_name: str, own: type[Lor
     return adopted
 
 
+def _generate(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    """The base's ``generate``; ``adapter_names``: see :meth:`LoraModel.mixed_batch`."""
+    _, base = _parents(type(self))
+    if adapter_names is None:
+        return base.generate(self, *args, **kwargs)  # type: ignore[attr-defined]
+    with self.mixed_batch(adapter_names):
+        return base.generate(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+
 def _subclass(own: type, base: type) -> type:
     if (own, base) not in _classes:
-        made = type(base.__name__, (own, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+        more = {"generate": _generate} if hasattr(base, "generate") else {}
+        made = type(base.__name__, (own, base), {"__module__": base.__module__, "__doc__": base.__doc__, **more})
         _classes[own, base] = made
     return _classes[own, base]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from lorakeet.lora.layer import Switch
+from lorakeet.lora.layer import Switch, row_places
 
 
 class SavedModule(nn.Module):
@@ -49,7 +49,19 @@ class SavedModule(nn.Module):
         return self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        rows = self.switch.rows if self.switch.enabled else None
+        if rows is not None and any(adapter in self.modules_to_save for adapter in rows):
+            return self._row_by_row(rows, *args, **kwargs)
         return self.current(*args, **kwargs)
+
+    def _row_by_row(self, rows: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """A mixed batch: the rows of each adapter through its own copy, then back to their places."""
+        h: Tensor = self.original_module(x, *args, **kwargs)
+        for adapter, places in row_places(rows, x):
+            if adapter in self.modules_to_save:
+                own: Tensor = self.modules_to_save[adapter](x[places], *args, **kwargs)
+                h = h.index_copy(0, places, own.to(h.dtype))
+        return h
 
     def __getattr__(self, name: str) -> Any:
         # ``weight``, ``out_features`` and the like, asked for by code that does not know about adapters
@@ -59,3 +71,10 @@ class SavedModule(nn.Module):
             if name.startswith("_") or "modules_to_save" not in self._modules:
                 raise
             return getattr(self.current, name)
+
+
+def share_copy(module: nn.Module, first: SavedModule, adapter: str) -> None:
+    """Let the adapter's copy of ``module`` learn the very weight that its copy of ``first`` learns."""
+    assert isinstance(module, SavedModule)
+    weight: Any = first.modules_to_save[adapter].weight
+    module.modules_to_save[adapter].weight = weight

@@ -1,0 +1,176 @@
+"""Several adapters on one base: mixed batches and weighted sums, beside PEFT and beside each adapter on its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from lorakeet import LoraConfig, PeftModel, get_peft_model
+from lorakeet.errors import AdapterError
+from tiny import EMBEDDING, LINEARS, TASK, make, shake, token_ids
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ROWS = ["b", "__base__", "a", "c", "a"]
+
+
+def chosen(architecture: str, **more: Any) -> dict[str, Any]:
+    first, second, third = LINEARS[architecture]
+    settings = {"r": 3, "lora_alpha": 5, "target_modules": [first, second, third], "task_type": TASK[architecture]}
+    return {**settings, **({"fan_in_fan_out": True} if architecture == "gpt2" else {}), **more}
+
+
+def both(architecture: str, folder: Path) -> tuple[PeftModel, peft.PeftModel]:
+    """The same three adapters on the same base, of different layers and ranks; in two libraries."""
+    variants = {
+        "a": chosen(architecture),
+        "b": chosen(architecture, r=2, target_modules=[LINEARS[architecture][0], EMBEDDING[architecture]]),
+        "c": chosen(architecture, r=5, lora_alpha=2, use_rslora=True),
+    }
+    ours: Any = None
+    for name, settings in variants.items():
+        one = get_peft_model(make(architecture), LoraConfig(**settings))
+        shake(one, seed=ord(name))
+        one.save_pretrained(folder / name)
+        if ours is None:
+            ours = PeftModel.from_pretrained(make(architecture), folder / name, adapter_name=name)
+            theirs = peft.PeftModel.from_pretrained(make(architecture), folder / name, adapter_name=name)
+        else:
+            ours.load_adapter(folder / name, name)
+            theirs.load_adapter(folder / name, name)
+    return ours.eval(), theirs.eval()
+
+
+@pytest.mark.parametrize("architecture", LINEARS)
+def test_each_row_has_its_own_adapter(architecture: str, tmp_path: Path) -> None:
+    ours, theirs = both(architecture, tmp_path)
+    ids = token_ids(rows=5)
+    mixed = ours(input_ids=ids, adapter_names=ROWS).logits
+    if architecture != "opt":  # whose feed-forward network peft cannot tell the rows of
+        torch.testing.assert_close(mixed, theirs(input_ids=ids, adapter_names=ROWS).logits, rtol=0, atol=1e-5)
+    for row, name in enumerate(ROWS):
+        if name == "__base__":
+            with ours.disable_adapter():
+                alone = ours(input_ids=ids[row : row + 1]).logits
+        else:
+            ours.set_adapter(name)
+            alone = ours(input_ids=ids[row : row + 1]).logits
+        torch.testing.assert_close(mixed[row : row + 1], alone, rtol=0, atol=1e-5)
+    assert (mixed[2] - mixed[4]).abs().max() > 1e-3  # not one row five times
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_rows_generate_as_each_adapter_does_alone(beams: int, tmp_path: Path) -> None:
+    ours, _ = both("llama", tmp_path)
+    ids, settings = (
+        token_ids(rows=3),
+        {"max_new_tokens": 6, "num_beams": beams, "do_sample": False, "eos_token_id": None},
+    )
+    mask = torch.ones_like(ids)
+    mixed = ours.generate(input_ids=ids, attention_mask=mask, adapter_names=["a", "c", "a"], **settings)
+    for row, name in enumerate(["a", "c", "a"]):
+        ours.set_adapter(name)
+        alone = ours.generate(input_ids=ids[row : row + 1], attention_mask=mask[:1], **settings)
+        assert torch.equal(mixed[row], alone[0])
+
+
+def test_heads_and_rows_of_tokens_are_each_adapters_own() -> None:
+    config = {"one": chosen("bert"), "two": chosen("bert", trainable_token_indices=[5, 6])}
+    model = get_peft_model(make("bert"), LoraConfig(**config["one"]), "one")
+    model.add_adapter("two", LoraConfig(**config["two"]))
+    shake(model)
+    model.eval()
+    ids = token_ids(rows=2)
+    ids[:, 2] = 5
+    mixed = model(input_ids=ids, adapter_names=["one", "two"]).logits
+    for row, name in enumerate(config):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[row : row + 1], model(input_ids=ids[row : row + 1]).logits)
+
+
+def test_mixed_batches_that_cannot_be(tmp_path: Path) -> None:
+    model, _ = both("llama", tmp_path)
+    ids = token_ids(rows=2)
+    for names, complaint in (
+        (["a"], "1 names, expected one for each of 2 rows"),
+        (["a", "d"], "no adapter 'd'"),
+        ([], "0 names"),
+    ):
+        with pytest.raises(AdapterError, match=complaint):
+            model(input_ids=ids, adapter_names=names)
+    with pytest.raises(AdapterError, match="training mode"):
+        model.train()(input_ids=ids, adapter_names=["a", "b"])
+    model.eval().merge_adapter(["a"])
+    with pytest.raises(AdapterError, match="merged"):
+        model(input_ids=ids, adapter_names=["a", "b"])
+    model.unmerge()
+    assert model.switch.rows is None
+    with pytest.raises(AdapterError, match="cannot be told apart"), model.mixed_batch(["a", "b"]):
+        model(input_ids=token_ids(rows=3))
+
+
+# ---- weighted sums --------------------------------------------------------------------------------------------------
+
+
+def deltas(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+    return {path: layer.delta(name) for path, layer in model.named_modules() if name in getattr(layer, "r", {})}
+
+
+WEIGHTS = [0.7, -1.3]
+
+
+@pytest.mark.parametrize("way", ["cat", "svd", "linear"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_weighted_sum(architecture: str, way: str, tmp_path: Path) -> None:
+    ours, theirs = both(architecture, tmp_path)
+    names = ["a", "b"] if way != "linear" else ["a", "d"]
+    if way == "linear":
+        first = get_peft_model(make(architecture), LoraConfig(**chosen(architecture)))
+        shake(first, seed=9)
+        first.save_pretrained(tmp_path / "d")
+        ours.load_adapter(tmp_path / "d", "d")
+        theirs.load_adapter(tmp_path / "d", "d")
+    ours.add_weighted_adapter(names, WEIGHTS, "sum", way, svd_rank=4 if way == "svd" else None)
+    theirs.add_weighted_adapter(names, WEIGHTS, "sum", way, svd_rank=4 if way == "svd" else None)
+    made, one, two = deltas(ours, "sum"), deltas(ours, names[0]), deltas(ours, names[1])
+    for path, update in made.items():
+        dense = WEIGHTS[0] * one.get(path, 0.0) + WEIGHTS[1] * two.get(path, 0.0)
+        if way == "svd":
+            u, s, v = torch.linalg.svd(dense.double(), full_matrices=False)
+            dense = ((u[:, :4] * s[:4]) @ v[:4]).to(update.dtype)
+        if way != "linear":
+            torch.testing.assert_close(update, dense, rtol=1e-4, atol=1e-5)
+    ours.set_adapter("sum")
+    theirs.set_adapter("sum")
+    ids = token_ids()
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=2e-4)
+    ours.save_pretrained(tmp_path / "made", selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(make(architecture), tmp_path / "made" / "sum")
+    torch.testing.assert_close(again(ids).logits, ours(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((["a", "c"], [1.0], "sum"), "2 adapters and 1 weights"),
+        ((["a", "z"], [1.0, 1.0], "sum"), "no adapter 'z'"),
+        ((["a", "c"], [1.0, float("nan")], "sum"), "not finite"),
+        ((["a", "c"], [1.0, 1.0], "sum", "tied"), "combination_type='tied' is not known"),
+        ((["a", "c"], [1.0, 1.0], "sum", "linear"), r"one rank, got \[3, 5\]"),
+        ((["a", "c"], [1.0, 1.0], "b"), "there is an adapter 'b' already"),
+    ],
+)
+def test_sums_that_cannot_be(arguments: tuple, complaint: str, tmp_path: Path) -> None:
+    model, _ = both("llama", tmp_path)
+    with pytest.raises(AdapterError, match=complaint):
+        model.add_weighted_adapter(*arguments)
+    assert set(model.peft_config) == {"a", "b", "c"}
+
+
+def test_a_head_trained_whole_has_no_sum() -> None:
+    model = get_peft_model(make("bert"), LoraConfig(**chosen("bert")), "one")
+    with pytest.raises(AdapterError, match="modules_to_save"):
+        model.add_weighted_adapter(["one"], [2.0], "double")
