@@ -163,7 +163,8 @@ def put_tensors(
         AdapterError: a tensor is missing, unexpected, mis-shaped or not finite, or the adapter never learned.
     """
     wanted, state = tensor_names(model, adapter), model.state_dict()
-    missing = sorted(set(wanted) - set(tensors))
+    missing = sorted(key for key in set(wanted) - set(tensors) if not key.endswith(".base_layer.weight"))
+    wanted = {key: own for key, own in wanted.items() if key in tensors or key in missing}
     wanted |= {key: own for key, own in vocabulary_names(model).items() if key in tensors}
     mirrored = mirrored_names(model, adapter)
     unexpected = sorted(key for key in set(tensors) - set(wanted) - set(mirrored) if not _redundant(key))

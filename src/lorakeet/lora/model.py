@@ -15,7 +15,7 @@ from torch import nn
 
 from lorakeet.errors import AdapterError, ConfigError, did_you_mean
 from lorakeet.lora.config import PeftConfig
-from lorakeet.lora.defaults import resolve_targets, task_heads
+from lorakeet.lora.defaults import TASK_HEADS, resolve_targets, task_heads
 from lorakeet.lora.inject import Part, Plan, inject, plan, restore, set_trainable
 from lorakeet.lora.layer import LoraLayer, Switch
 from lorakeet.lora.match import ALL_LINEAR
@@ -67,7 +67,7 @@ class LoraModel(nn.Module):
         """
         refuse_unknown("add_adapter", peft_only, {"low_cpu_mem_usage", "autocast_adapter_dtype"})
         self._check_new(adapter_name, peft_config)
-        config = completed(self, peft_config)
+        config = completed(self, peft_config, fresh=strict)
         what = plan(self, config, strict=strict)
         touched = inject(self, what, config, adapter_name, self.switch)
         for part in touched:
@@ -327,12 +327,18 @@ def refuse_unknown(verb: str, given: dict[str, Any], harmless: set[str]) -> None
         raise TypeError(f"{verb}() got an unexpected keyword argument {unknown[0]!r}")
 
 
-def completed(model: nn.Module, config: PeftConfig) -> PeftConfig:
-    """A copy of ``config`` as it will be saved: targets named, the task's fresh head trained whole, base named."""
+def completed(model: nn.Module, config: PeftConfig, fresh: bool = True) -> PeftConfig:
+    """A copy of ``config`` as it will be saved: targets named, the task's fresh head trained whole, base named.
+
+    Args:
+        fresh: whether the adapter is a new one; of a saved one, whose file knows what it has, only the heads of usual names
+            are added, as PEFT does.
+    """
     targets = resolve_targets(model, config)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
         targets = _shortest(model, list(targets))
-    saved = list(dict.fromkeys([*(config.modules_to_save or []), *task_heads(model, config.task_type)]))
+    heads = task_heads(model, config.task_type) if fresh else TASK_HEADS.get(config.task_type or "", [])
+    saved = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
     name = config.base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None)
     copy = config.model_copy(deep=True)
     copy.target_modules, copy.modules_to_save, copy.base_model_name_or_path = targets, saved or None, name or None
