@@ -170,6 +170,12 @@ def test_sums_that_cannot_be(arguments: tuple, complaint: str, tmp_path: Path) -
     assert set(model.peft_config) == {"a", "b", "c"}
 
 
+@pytest.mark.parametrize("name", ["", "a.b", "weight", "half", "keys", "__base__"])
+def test_names_that_no_adapter_can_have(name: str) -> None:
+    with pytest.raises(AdapterError, match="cannot be named"):
+        get_peft_model(make("llama"), LoraConfig(**chosen("llama")), name)
+
+
 def test_a_head_trained_whole_has_no_sum() -> None:
     model = get_peft_model(make("bert"), LoraConfig(**chosen("bert")), "one")
     with pytest.raises(AdapterError, match="modules_to_save"):

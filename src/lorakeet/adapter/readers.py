@@ -60,6 +60,7 @@ def _vllm(config: PeftConfig, rank: int) -> tuple[list[str], list[str]]:
     reasons = [f"modules_to_save {', '.join(heads)} is refused"] if heads else []
     reasons += [f"bias={config.bias!r} is refused"] if config.bias != "none" else []
     reasons += ["lora_bias is refused"] if config.lora_bias else []
+    reasons += ["the rows of trainable_token_indices are refused"] if config.trainable_token_indices else []
     reasons += [f"rank {rank} is above its largest, {VLLM_RANKS[-1]}"] if rank > VLLM_RANKS[-1] else []
     conditions = []
     if config.target_parameters:
