@@ -4,8 +4,8 @@ A row asks of one adapter: saved there it loads here, with the same answers and 
 it has the same keys, shapes and settings, and loads there; merged, every weight is W + s·B·A, and unmerged the old bits. The
 default run takes all options on five architectures and three on each other one; the full table is marked slow.
 
-Layers that are no linear ones have tables of their own: test_conv.py, test_parameter.py (experts), test_vocabulary.py (rows of
-embeddings, tied weights, resized vocabularies), test_several.py (mixed batches, weighted sums).
+Layers that are no linear ones have tables of their own: test_conv.py, test_parameter.py (experts), test_vocabulary.py (rows
+of embeddings, tied weights, resized vocabularies), test_several.py (mixed batches, weighted sums).
 """
 
 from __future__ import annotations
@@ -155,7 +155,10 @@ def gradients(model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
 
 
 def keys(folder: Path) -> dict[str, list[int]]:
-    redundant = (".original_module.bias", ".modules_to_save.bias")  # copies that peft writes beside the biases' own keys
+    redundant = (
+        ".original_module.bias",
+        ".modules_to_save.bias",
+    )  # copies that peft writes beside the biases' own keys
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         shapes = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118

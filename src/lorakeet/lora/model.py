@@ -82,7 +82,9 @@ class LoraModel(nn.Module):
             raise AdapterError(f"there is an adapter {name!r} already", "choose another name, or delete_adapter first")
         taken = name in ("weight", "bias", BARE) or hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name)
         if not name or "." in name or taken:  # a table of modules has attributes: half, train, keys
-            raise AdapterError(f"an adapter cannot be named {name!r}", "use letters, digits, '-' and '_', or another word")
+            raise AdapterError(
+                f"an adapter cannot be named {name!r}", "use letters, digits, '-' and '_', or another word"
+            )
         biased = [other for other, known in self.peft_config.items() if known.bias != "none"]
         if self.peft_config and (biased or config.bias != "none"):
             raise ConfigError(
