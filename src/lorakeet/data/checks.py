@@ -13,8 +13,11 @@ from difflib import get_close_matches
 from typing import Any
 
 from lorakeet.base.chat import ROLES
+from lorakeet.data.canonical import RowError, canonical
+from lorakeet.data.columns import held
 from lorakeet.data.damage import damages
-from lorakeet.data.layout import Kind
+from lorakeet.data.layout import Kind, Layout
+from lorakeet.data.row import Row
 from lorakeet.errors import did_you_mean
 
 #: The columns that a row of each kind must have.
@@ -46,6 +49,7 @@ _FOLLOWS = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
+_FAULTS = {"half a character": "half_character", "expected one for each": "tag_count", "answer": "answer_place"}
 _LONG, _LOOKED_AT = 200, 20_000  # characters of a text that may be called repetitive, and of it that are looked at
 _REPETITIVE = 0.08  # size of such a text when compressed, as a share; English prose stays above 0.3
 
@@ -74,6 +78,27 @@ def check_row(values: Mapping[str, Any], kind: Kind) -> Problems:
     return problems
 
 
+def diagnose(row: Row, layout: Layout, *, typed: bool = True) -> tuple[dict[str, Any] | None, Problems]:
+    """The canonical columns of a record, None where it makes no row, and what is wrong with it.
+
+    Args:
+        row: without a fault.
+        layout: which of its columns plays which part.
+        typed: it tells numbers from strings, as all formats but CSV do.
+    """
+    try:
+        values = canonical(row, layout)
+    except RowError as error:
+        kind = next((kind for phrase, kind in _FAULTS.items() if phrase in error.fault), "wrong_type")
+        return None, {kind: error.fault}
+    problems = check_row(values, layout.kind)
+    if misspelt := _misspelt(row, layout):
+        problems["misspelt_column"] = misspelt
+    if typed and (number := _number_as_text(row, layout)):
+        problems["wrong_type"] = number
+    return values, problems
+
+
 def texts_of(values: Mapping[str, Any], kind: Kind) -> list[str]:
     """The texts of a row that is neither a conversation nor tokens."""
     names = (*_FILLED[kind], *_OTHER.get(kind, ()))
@@ -91,6 +116,30 @@ def spoken(values: Mapping[str, Any], kind: Kind) -> list[str]:
     if kind == "messages":
         return list(_contents(json.loads(values["messages"])))
     return list(values["tokens"]) if kind == "tags" else texts_of(values, kind)
+
+
+def _misspelt(row: Row, layout: Layout) -> str | None:
+    """A complaint about a row that lacks a column and has one of a similar name."""
+    values = row.values or {}
+    for role, column in layout.columns.items():
+        if column in values or "." in column:
+            continue
+        free = [name for name in values if name not in layout.columns.values()]
+        if near := get_close_matches(column, free, 1, 0.7):
+            return f"no {role}, but {near[0]!r}; is {column!r} meant?"
+    return None
+
+
+def _number_as_text(row: Row, layout: Layout) -> str | None:
+    """A complaint about a label or tag that is a string where those of the other rows are numbers."""
+    role = "tags" if layout.kind == "tags" else "label"
+    if not {"int", "float"} & {layout.types.get(role, "").removeprefix("list[").removesuffix("]")}:
+        return None
+    value = held(row.values or {}, layout.columns[role])
+    text = next((one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str) and one), None)
+    return (
+        text and f"column {layout.columns[role]!r} holds {text!r:.40}, a string, expected a number as in the other rows"
+    )
 
 
 def _is_missing(value: Any) -> bool:

@@ -65,7 +65,8 @@ def mended(text: str) -> str:
     """``text`` without the damage that can be mended with certainty, as the table above says."""
     if text.isascii() and text.isprintable():
         return text
-    return _HALF.sub(LOST, _CONTROL.sub("", mended_mojibake(text)))
+    after = _HALF.sub(LOST, _CONTROL.sub("", mended_mojibake(text)))
+    return after if after == text else mended(after)  # a control character may have parted what was garbled
 
 
 def mended_mojibake(text: str) -> str:

@@ -1,12 +1,13 @@
 """What is wrong with data before anything is learned from it: one pass, in constant memory, every problem with its place.
 
 Of each row only hashes, its place and its length are kept, some forty bytes; no text. :func:`examine` reads the data
-itself; :func:`check_rows` takes rows that a run has read already.
+itself; :func:`check_rows` takes rows that a run has read already, :func:`check_heads` the beginnings of a stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import chain, islice
 from typing import Any
@@ -14,9 +15,7 @@ from typing import Any
 import datasets
 
 from lorakeet.config import DataSettings, TaskName, TaskSettings, TrainSettings
-from lorakeet.data.canonical import RowError, canonical
-from lorakeet.data.checks import check_row
-from lorakeet.data.columns import TypeNames
+from lorakeet.data.checks import Problems, check_row, diagnose
 from lorakeet.data.examination import Examination, steps_of
 from lorakeet.data.findings import Findings
 from lorakeet.data.labels import Labels
@@ -24,12 +23,10 @@ from lorakeet.data.layout import KINDS, Family, Kind, Layout, choose_task, find_
 from lorakeet.data.measure import Measure
 from lorakeet.data.read import Row, Source, find_sources
 from lorakeet.data.repeats import Repeats
-from lorakeet.data.sides import other_side
+from lorakeet.data.sides import other_rows
 from lorakeet.errors import DataError
 
 _HEAD = 1000  # rows that tell the columns of a file and their types
-_SHARE = 0.2  # of the values of a column that must be of a type for it to be one that the column holds
-_FAULTS = {"half a character": "half_character", "expected one for each": "tag_count", "answer": "answer_place"}
 Progress = Callable[[int], None]
 
 
@@ -68,12 +65,12 @@ def examine(
     for source in sources:
         rows = islice(source.rows(), left)
         head = list(islice(rows, _HEAD))
-        types = types_of(source, head)
-        name = _task(name, family, types, settings) if types else name
+        types = source.usual_types(head)
+        name = task_of(name, family, types, settings) if types else name
         layout = _layout(types, settings, name, source, examiner.found) if types else None
         if layout is not None:
             layouts[source.name] = layout
-            examiner.begin(layout, name)
+            examiner.begin(layout, name, typed=source.format != "csv")
             _misspelt_optional(source, types, layout, examiner.found)
         before = examiner.rows
         for row in chain(head, rows):
@@ -113,9 +110,37 @@ def check_rows(
             values = {name: batch[name][at] for name in batch}
             source, _, place = values["place"].rpartition(":")
             examiner.rows += 1
-            examiner.take(source, int(place), values)
+            examiner.take(source, int(place), values, check_row(values, layout.kind))
     examiner.finish()
     return examiner.examination(task.type, {"": layout}, [], train or TrainSettings())
+
+
+def check_heads(
+    laid: Sequence[tuple[Source, Layout]],
+    task: TaskSettings,
+    *,
+    settings: DataSettings,
+    most: int,
+    shown: int = 3,
+) -> Examination:
+    """The same for the beginnings of sources that will be streamed: ``most`` rows at all, equally many of each.
+
+    A number written as a string is no fault there, since every row is read by the types that the beginnings show.
+
+    Args:
+        laid: each source and which of its columns plays which part.
+        task, settings, shown: as for :func:`check_rows`.
+        most: rows to look at; of each of very many sources twenty.
+    """
+    examiner = Examiner(settings, task, None, shown=shown, samples=0)
+    left = math.inf if settings.limit is None or settings.weights else settings.limit
+    for source, layout in laid:
+        examiner.begin(layout, task.type, typed=False)
+        count = int(min(max(most // len(laid), 20), left - examiner.rows))
+        for row in islice(source.rows(set(layout.columns.values())), count):
+            examiner.read(row, layout)
+    examiner.finish()
+    return examiner.examination(task.type, {"": laid[0][1]}, [], TrainSettings())
 
 
 class Examiner:
@@ -141,10 +166,12 @@ class Examiner:
         self.repeats = Repeats()
         self.labels = Labels(task.labels, shown=shown)
         self.kind: Kind = "text"
+        self.typed = True
         self.measure = Measure(settings, task, tokenizer, self.found, samples)
 
-    def begin(self, layout: Layout, task: TaskName) -> None:
-        """What follows is of this ``layout``."""
+    def begin(self, layout: Layout, task: TaskName, *, typed: bool = True) -> None:
+        """What follows is of this ``layout``; ``typed``: of a source that tells numbers from strings."""
+        self.typed = typed
         self.kind = layout.kind
         self.labels.of_tags(layout.kind == "tags")
         self.measure.begin(layout, task)
@@ -156,19 +183,15 @@ class Examiner:
             kind = "encoding" if "UTF-8" in row.fault else "broken"
             self.found.add(kind if row.place else "unreadable", row.source, row.place, row.fault)
         elif layout is not None:
-            try:
-                values = canonical(row, layout)
-            except RowError as error:
-                kind = next((kind for phrase, kind in _FAULTS.items() if phrase in error.fault), "wrong_type")
-                self.found.add(kind, row.source, row.place, error.fault)
-                return
-            self.take(row.source, row.place, values, _misspelt(row, layout))
+            values, problems = diagnose(row, layout, typed=self.typed)
+            if values is None:
+                for kind, message in problems.items():
+                    self.found.add(kind, row.source, row.place, message)
+            else:
+                self.take(row.source, row.place, values, problems)
 
-    def take(self, source: str, place: int, values: Mapping[str, Any], misspelt: str | None = None) -> None:
-        """Take a canonical row; ``misspelt`` is a complaint about the names of its columns."""
-        problems = check_row(values, self.kind)
-        if misspelt:
-            problems["misspelt_column"] = misspelt
+    def take(self, source: str, place: int, values: Mapping[str, Any], problems: Problems) -> None:
+        """Take a canonical row and what is wrong with it alone."""
         usable = not problems.keys() & {"null", "empty"}
         if usable:
             self.usable += 1
@@ -176,7 +199,7 @@ class Examiner:
             label = {"classes": "label", "tags": "tags"}.get(self.kind)
             if label and (unknown := self.labels.add(source, place, values[label])):
                 problems["label_unknown"] = unknown
-        elif misspelt:
+        elif "misspelt_column" in problems:
             problems.pop("null", None)  # the one comes of the other
         for kind, message in problems.items():
             self.found.add(kind, source, place, message)
@@ -218,33 +241,8 @@ class Examiner:
         )
 
 
-def types_of(source: Source, head: list[Row]) -> dict[str, str]:
-    """Columns and their types, by the schema or by what most of the first rows hold: a stray value makes no type."""
-    known = source.schema()
-    if known is not None:
-        return known
-    counts: dict[str, dict[str, int]] = {}
-    for row in head:
-        if row.values is None:
-            continue
-        one = TypeNames(numbers=source.format == "csv")
-        one.add(row.values)
-        for name, kind in one.names().items():
-            held = counts.setdefault(name, {})
-            held[kind] = held.get(kind, 0) + 1
-    types = {}
-    for name, held in counts.items():
-        values = {kind: count for kind, count in held.items() if kind != "null"}
-        kinds = {kind for kind, count in values.items() if count >= _SHARE * sum(values.values())}
-        if source.format == "csv" and len(kinds) > 1:
-            kinds = {"float"} if kinds == {"int", "float"} else {"str"}
-        if any(kind.startswith("list[") for kind in kinds):
-            kinds -= {"list"}
-        types[name] = " or ".join(sorted(kinds)) or "null"
-    return types
-
-
-def _task(given: TaskName, family: Family | None, types: Mapping[str, str], settings: DataSettings) -> TaskName:
+def task_of(given: TaskName, family: Family | None, types: Mapping[str, str], settings: DataSettings) -> TaskName:
+    """The task that is meant: the ``given`` one, or what a base of ``family`` learns from columns of these ``types``."""
     if given != "auto":
         return given
     if family is not None:
@@ -281,18 +279,6 @@ def _misspelt_optional(source: Source, types: Mapping[str, str], layout: Layout,
                     found.add("misspelt_column", source.name, 0, f"column {name!r} is not used; is {role!r} meant?")
 
 
-def _misspelt(row: Row, layout: Layout) -> str | None:
-    """A complaint about a row that lacks a column and has one of a similar name."""
-    values = row.values or {}
-    for role, column in layout.columns.items():
-        if column in values or "." in column:
-            continue
-        free = [name for name in values if name not in layout.columns.values()]
-        if near := get_close_matches(column, free, 1, 0.7):
-            return f"no {role}, but {near[0]!r}; is {column!r} meant?"
-    return None
-
-
 def _merge(layouts: Mapping[str, Layout], found: Findings) -> None:
     if len(layouts) < 2:
         return
@@ -305,19 +291,7 @@ def _merge(layouts: Mapping[str, Layout], found: Findings) -> None:
 def _compare_sides(sources: list[Source], settings: DataSettings, task: TaskName, examiner: Examiner) -> None:
     """Rows of a test or validation file that are learned too: what is measured on them is worth nothing."""
     seen = examiner.repeats.seen()
-    for source in other_side(sources, settings):
-        types = types_of(source, list(islice(source.rows(), _HEAD)))
-        try:
-            layout = find_layout(types, settings, task, source.name)
-        except DataError:
-            continue
-        for row in source.rows():
-            try:
-                values = canonical(row, layout)
-            except RowError:
-                continue
-            if check_row(values, layout.kind).keys() & {"null", "empty"}:
-                continue
-            if (first := seen.find(values, layout.kind)) is not None:
-                where, place = examiner.repeats.place(first)
-                examiner.found.add("both_sides", source.name, row.place, f"as {where}:{place}, which is learned")
+    for source, place, values, kind in other_rows(sources, settings, task):
+        if (first := seen.find(values, kind)) is not None:
+            where, line = examiner.repeats.place(first)
+            examiner.found.add("both_sides", source, place, f"as {where}:{line}, which is learned")

@@ -106,7 +106,7 @@ class Examination:
         for sample in self.samples:
             lines += [f"sample     {sample.place}", sample.coloured if colour else sample.plain]
         lines += [line for finding in self.findings for line in _told(finding, self.rows, colour)]
-        return [*lines, self._verdict(colour)]
+        return [*lines, self.verdict(colour)]
 
     def _amounts(self) -> list[str]:
         if self.tokens is None:
@@ -124,7 +124,8 @@ class Examination:
         ]
         return [f"length     in {self.lengths.unit}", *rows] if rows else []
 
-    def _verdict(self, colour: bool) -> str:
+    def verdict(self, colour: bool = False) -> str:
+        """Whether a run would stop, in one line."""
         if not self.findings:
             words, paint = "healthy: nothing was found", _GREEN
         elif self.stops:

@@ -68,21 +68,34 @@ class Labels:
                 message = f"label {label!r} has {count:,} rows, {most!r} has {self.counts[most]:,}"
                 self._tell(found, "imbalance", label, message, 1)
 
-    def misspellings(self, certain: bool = False) -> dict[str, str]:
-        """Label -> the more frequent one that it looks like: other case or separators, or one letter amiss.
+    def certain(self) -> dict[str, str]:
+        """Label -> the one that it certainly is, a given one or the most frequent: only case or separators differ.
 
-        Args:
-            certain: leave out those with a letter amiss, which might be labels of their own.
+        A label of a single letter stands for itself, and so does one that may be any of several given ones.
         """
+        names = [label for label in self.counts if isinstance(label, str)]
+        alike: dict[str, list[str]] = {}
+        for label in self._given or sorted(names, key=lambda name: -self.counts[name]):
+            alike.setdefault(plain(label), []).append(label)
+        known = self._given or ()
+        found = {}
+        for label in (name for name in names if name not in known and sum(map(str.isalnum, name)) > 1):
+            meant = alike.get(plain(label), [])
+            if meant and meant[0] != label and (len(meant) == 1 or not known):
+                found[label] = meant[0]
+        return found
+
+    def misspellings(self) -> dict[str, str]:
+        """Label -> the more frequent one that it looks like: other case or separators, or one letter amiss."""
         names = [label for label in self.counts if isinstance(label, str)]
         usual: dict[str, str] = {}
         for label in sorted(names, key=lambda name: -self.counts[name]):
-            usual.setdefault(_plain(label), label)
-        unlike = {label: usual[_plain(label)] for label in names if usual[_plain(label)] != label}
-        if certain or self._tags:
+            usual.setdefault(plain(label), label)
+        unlike = {label: usual[plain(label)] for label in names if usual[plain(label)] != label}
+        if self._tags:
             return unlike
         for label in (name for name in names if name not in unlike):
-            near = [other for other in usual.values() if _slip(_plain(label), _plain(other))]
+            near = [other for other in usual.values() if slip(plain(label), plain(other))]
             frequent = [other for other in near if self.counts[other] >= _RARE * self.counts[label]]
             if frequent:
                 unlike[label] = max(frequent, key=lambda name: self.counts[name])
@@ -103,13 +116,17 @@ class Labels:
             found.add(kind, spot.source, spot.place, message)
 
 
-def _plain(label: str) -> str:
-    return _SEPARATORS.sub(" ", label.strip().casefold())
+def plain(name: str) -> str:
+    """``name`` without regard to case and to what separates its words."""
+    return _SEPARATORS.sub(" ", name.strip().casefold())
 
 
-def _slip(one: str, other: str) -> bool:
-    """Whether one letter was left out, added, exchanged, or swapped with its neighbour; digits tell labels apart."""
-    if min(len(one), len(other)) < 4 or abs(len(one) - len(other)) > 1:
+def slip(one: str, other: str, shortest: int = 4) -> bool:
+    """Whether one letter was left out, added, exchanged, or swapped with its neighbour; digits tell names apart.
+
+    Of words with fewer than ``shortest`` letters that is never said.
+    """
+    if min(len(one), len(other)) < shortest or abs(len(one) - len(other)) > 1:
         return False
     while one and other and one[0] == other[0]:
         one, other = one[1:], other[1:]

@@ -15,6 +15,7 @@ from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data.contents import contents, rows_hash, usable
 from lorakeet.data.doctor import check_rows
 from lorakeet.data.encode import complaint, make_encoder
+from lorakeet.data.findings import Finding
 from lorakeet.data.label_set import LabelSet, Problem, find_labels
 from lorakeet.data.layout import Layout
 from lorakeet.data.report import Report
@@ -34,7 +35,7 @@ _REPORTED = (
     "near_duplicate",
     "lost_character",
     "imbalance",
-)  # problems that the report counts
+)  # problems that the report counts; what stops a run is none of them
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def prepare(
         raise DataError(f"nothing to learn in {source}: all {len(read.data):,} rows are empty")
     rows = read.data.select(filled)
     labels = find_labels(rows, task, source) if kind in _LABELLED else None
-    _examine(rows, read.layout, task, settings)
+    found = check_rows(rows, read.layout, task, settings=settings).findings
+    tell(finding for finding in found if finding.kind not in _REPORTED)
     encoder = make_encoder(read.layout, task, settings, tokenizer, labels)
     content_hash = rows_hash(rows, kind)
     tokens = tokenise(rows, content_hash, encoder)
@@ -136,17 +138,21 @@ def prepare(
     )
 
 
-def _examine(rows: datasets.Dataset, layout: Layout, task: TaskSettings, settings: DataSettings) -> None:
-    """Say what the doctor finds in the rows, but for what the report counts; stop at what would spoil the run."""
-    found = check_rows(rows, layout, task, settings=settings).findings
-    stops = [finding for finding in found if finding.severity == "stops"]
-    for finding in found:
-        if finding.severity == "warns" and finding.kind not in _REPORTED:
-            warn(f"{finding.count:,} {finding.what}, such as {finding.first[0]}")
+def tell(findings: Iterable[Finding], among: str = "") -> None:
+    """Say what the doctor has found ``among`` some rows.
+
+    Raises:
+        DataError: some of it would spoil the run; all of that in one error.
+    """
+    stops = []
+    for finding in findings:
+        said = f"{finding.count:,} {finding.what}{among}, such as {finding.first[0]}"
+        if finding.severity == "stops":
+            stops.append(said)
+        else:
+            warn(said)
     if stops:
-        raise DataError(
-            f"{stops[0].count:,} {stops[0].what}, such as {stops[0].first[0]}", "`lorakeet doctor` shows more"
-        )
+        raise DataError("; ".join(stops), "`lorakeet doctor` shows more, and its --fix mends what is certain")
 
 
 def finished(

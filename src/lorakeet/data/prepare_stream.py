@@ -12,6 +12,7 @@ import datasets
 
 from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data.contents import is_usable, usable
+from lorakeet.data.doctor import check_heads
 from lorakeet.data.encode import complaint, make_encoder
 from lorakeet.data.label_set import given_labels
 from lorakeet.data.layout import Kind
@@ -24,16 +25,20 @@ from lorakeet.data.prepare import (
     id_columns,
     nothing_learnable,
     shape,
+    tell,
 )
 from lorakeet.data.report import Report
 from lorakeet.data.sample import Encoder
-from lorakeet.data.stream import held_out_rows, stream_rows
+from lorakeet.data.stream import held_out_rows, lay_out, stream_rows
 from lorakeet.errors import DataError
 from lorakeet.talk import warn
 
 _HEAD = 256  # samples that are looked at before anything is learned
 _BATCH = 64  # rows that are tokenised together
-_TOLD = 3  # rows that cannot be samples; further ones are left out without a word
+_TOLD = 3  # rows that cannot be samples and are said; of further ones only how many there are
+_CHECKED = 2000  # rows that are checked before anything is learned, of all sources together
+# Rows that are left out are said when they are read, and that no row is left, when all are.
+_SAID_LATER = ("broken", "encoding", "wrong_type", "half_character", "tag_count", "nothing")
 
 
 def prepare_stream(
@@ -41,7 +46,8 @@ def prepare_stream(
 ) -> Prepared:
     """As :func:`lorakeet.data.prepare.prepare`; the training part is an ``IterableDataset``, the held-out part in memory.
 
-    Rows that cannot be samples are left out, the first of them with a word.
+    The beginning is checked as by :mod:`lorakeet.data.doctor`. Rows that cannot be read or cannot be samples are left
+    out; the first of them are said, and how many there are at 10, 100, 1,000 and so on.
 
     Raises:
         DataError: as :func:`~lorakeet.data.prepare.prepare`, as far as the beginning of the data tells.
@@ -52,12 +58,13 @@ def prepare_stream(
     labels = (
         given_labels(kind, features.get("label", features.get("tags")), task) if kind in ("classes", "tags") else None
     )
+    checked, sound = _check(settings, task)
     encoder = make_encoder(layout, task, settings, tokenizer, labels)
     rows = held.data.select(usable(held.data, kind))
     tokens = _held_out(rows, encoder, source)
     measured = {digest(sample) for sample in tokens.select_columns(id_columns(encoder.model_columns()))}
     train = _samples(stream_rows(settings, task.type, seed), encoder, kind, measured)
-    head = list(islice(train, _HEAD))
+    head = list(islice(_samples(stream_rows(settings, task.type, seed), encoder, kind, measured), _HEAD))
     if not head:
         raise _nothing(settings, task, encoder, seed, source, kind)
     check_length(max(sample["length"] for sample in [*head, *tokens]), max_positions)
@@ -81,9 +88,31 @@ def prepare_stream(
         damaged=0,
         labels=None,
         streamed=True,
+        checked=checked,
+        sound=sound,
         content_hash=hashlib.sha256(json.dumps([source, settings.model_dump(), seed]).encode()).hexdigest(),
     )
     return finished(report, encoder, labels, layout, (train, tokens if len(tokens) else None))
+
+
+def _check(settings: DataSettings, task: TaskSettings) -> tuple[int, int]:
+    """Say what is wrong with the beginning of each source; returns the rows looked at, and how many of them can be used.
+
+    Raises:
+        DataError: something would spoil the run.
+    """
+    laid, _ = lay_out(settings, task.type)
+    found = check_heads([(item.source, item.layout) for item in laid], task, settings=settings, most=_CHECKED)
+    among = f" among the first {found.rows:,} rows"
+    unsaid: tuple[str, ...] = _SAID_LATER
+    if found.count("one_label") and found.rows >= _CHECKED // len(laid):  # else no source has more
+        unsaid = (*unsaid, "one_label")
+        warn(
+            f"the first {found.rows:,} rows all have the label {next(iter(found.labels))!r}: a stream is shuffled within "
+            f"{settings.shuffle_buffer:,} rows (data.shuffle_buffer), so mix files that are sorted by label before"
+        )
+    tell((finding for finding in found.findings if finding.kind not in unsaid), among)
+    return found.rows, found.usable
 
 
 def _held_out(rows: datasets.Dataset, encoder: Encoder, source: str) -> datasets.Dataset:
@@ -103,16 +132,20 @@ def _samples(
 ) -> datasets.IterableDataset:
     """The samples of a stream that have a target and equal none of the ``measured`` ones."""
     texts = id_columns(encoder.model_columns())
-    told = 0
+    told = left = 0
 
     def encode(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        nonlocal told
+        nonlocal told, left
         names = list(batch)
         rows = [dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         good = [row for row in rows if is_usable(row, kind)]
+        before, left = left, left + len(rows) - len(good)
         if not good:
+            _count(before, left)
             return {name: [] for name in encoder.features()}
         made = encoder({name: [row[name] for row in good] for name in names}, range(len(good)))
+        left += len({row for row, fault in zip(made["row"], made["fault"], strict=True) if fault is not None})
+        _count(before, left)
         for row, fault in zip(made["row"], made["fault"], strict=True):
             if fault is not None and told < _TOLD:
                 told += 1
@@ -128,6 +161,12 @@ def _samples(
         encode, batched=True, batch_size=_BATCH, remove_columns=list(stream.features), features=encoder.features()
     )
     return encoded.filter(learnable).select_columns([*encoder.model_columns(), "length"])
+
+
+def _count(before: int, now: int) -> None:
+    """Say how many rows were left out, when there are ten times as many as when it was last said."""
+    if now >= 10 and len(str(now)) > len(str(before)):
+        warn(f"{now:,} rows left out so far: broken, empty, or none that can be samples")
 
 
 def _nothing(

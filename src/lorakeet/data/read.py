@@ -5,7 +5,7 @@ Read it after :mod:`~lorakeet.data.find` (where the data is) and :mod:`~lorakeet
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from lorakeet.errors import DataError
 __all__ = ["Row", "RowError", "Source", "canonical", "find_sources", "iter_rows"]
 
 _HEAD = 1000  # records whose values tell the types of a file without a schema, where it is not read whole
+_SHARE = 0.2  # of the values of a column that must be of a type for it to be one that the column holds
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,31 @@ class Source:
         if not types and (faults := [row for row in islice(self.rows(), count) if row.fault is not None]):
             raise complaint(faults)
         return types
+
+    def usual_types(self, head: Sequence[Row]) -> dict[str, str]:
+        """Columns and their types, by the schema or by what most rows of ``head`` hold: a stray value makes no type."""
+        known = self.schema()
+        if known is not None:
+            return known
+        counts: dict[str, dict[str, int]] = {}
+        for row in head:
+            if row.values is None:
+                continue
+            one = TypeNames(numbers=self.format == "csv")
+            one.add(row.values)
+            for name, kind in one.names().items():
+                held = counts.setdefault(name, {})
+                held[kind] = held.get(kind, 0) + 1
+        return {name: self._usual(held) for name, held in counts.items()}
+
+    def _usual(self, held: Mapping[str, int]) -> str:
+        values = {kind: count for kind, count in held.items() if kind != "null"}
+        kinds = {kind for kind, count in values.items() if count >= _SHARE * sum(values.values())}
+        if self.format == "csv" and len(kinds) > 1:
+            kinds = {"float"} if kinds == {"int", "float"} else {"str"}
+        if any(kind.startswith("list[") for kind in kinds):
+            kinds -= {"list"}
+        return " or ".join(sorted(kinds)) or "null"
 
     def types_of(self, rows: Iterator[Row]) -> Mapping[str, str]:
         """Columns and their types by the values of ``rows``, of which nothing is kept."""

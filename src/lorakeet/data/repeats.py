@@ -40,7 +40,7 @@ class Repeats:
         given, answer = _halves(values, kind)
         same = hash_of(normalised(given))
         self._places.append(number << _PLACE_BITS | place)
-        self._exact.append(hash_of(f"{given}\0{answer}"))
+        self._exact.append(_joined(given, answer))
         self._inputs.append(same)
         self._near.append(hash_of(f"{same}\0{normalised(answer)}"))
 
@@ -78,6 +78,15 @@ class Seen:
         wanted = np.uint64(hash_of(normalised(_halves(values, kind)[0])))
         at = int(np.searchsorted(self._sorted, wanted))
         return int(self._order[at]) if at < len(self._sorted) and self._sorted[at] == wanted else None
+
+
+def exact_hash(values: Mapping[str, Any], kind: Kind) -> int:
+    """Equal for canonical rows that are duplicates of each other."""
+    return _joined(*_halves(values, kind))
+
+
+def _joined(given: str, answer: str) -> int:
+    return hash_of(f"{given}\0{answer}")
 
 
 def hash_of(text: str) -> int:

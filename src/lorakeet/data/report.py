@@ -31,7 +31,8 @@ class Report:
         end_token: the end token as text, None if the tokenizer has none; ``ended`` samples learn an end.
         damaged: texts with U+FFFD, the sign for a character that was lost in an earlier conversion.
         labels: training samples (of tags: words) by label; None where there are no classes.
-        streamed: the training part is read while it is learned.
+        streamed: the training part is read while it is learned; of its rows the first ``checked`` were looked at before,
+            of which ``sound`` can be used.
         content_hash: SHA-256 of the rows in their order; of a stream, of what describes it.
     """
 
@@ -61,6 +62,8 @@ class Report:
     labels: Mapping[str, int] | None
     streamed: bool
     content_hash: str
+    checked: int = 0
+    sound: int = 0
 
     @property
     def samples(self) -> int:
@@ -80,6 +83,7 @@ class Report:
         lines = [f"data       {self.source}"]
         if self.streamed:
             lines.append("train      streamed: read while it is learned, rows that cannot be used are left out")
+            lines.append(f"checked    only the first {self.checked:,} rows, of which {self.sound:,} can be used")
         else:
             lines += self._rows()
             learned = self._learned(self.train_tokens, self.train_targets)

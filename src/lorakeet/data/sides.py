@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from lorakeet.config import DataSettings
+from lorakeet.config import DataSettings, TaskName
+from lorakeet.data.canonical import RowError, canonical
+from lorakeet.data.checks import check_row
 from lorakeet.data.formats import SUFFIXES
+from lorakeet.data.layout import Kind, find_layout
 from lorakeet.data.read import Source, find_sources
 from lorakeet.errors import DataError
 
+_HEAD = 1000  # rows that tell the columns of a file and their types
 _OTHERS = ("test", "validation", "valid", "val", "dev", "eval", "evaluation")
 
 
@@ -27,3 +34,22 @@ def other_side(sources: list[Source], settings: DataSettings) -> list[Source]:
                 except DataError:  # what cannot be read cannot be compared
                     continue
     return found
+
+
+def other_rows(
+    sources: list[Source], settings: DataSettings, task: TaskName
+) -> Iterator[tuple[str, int, Mapping[str, Any], Kind]]:
+    """Source, place, canonical columns and kind of each row on the other side that something could be learned from."""
+    for source in other_side(sources, settings):
+        types = source.usual_types(list(islice(source.rows(), _HEAD)))
+        try:
+            layout = find_layout(types, settings, task, source.name)
+        except DataError:
+            continue
+        for row in source.rows():
+            try:
+                values = canonical(row, layout)
+            except RowError:
+                continue
+            if not check_row(values, layout.kind).keys() & {"null", "empty"}:
+                yield source.name, row.place, values, layout.kind

@@ -66,7 +66,7 @@ def stream_rows(settings: DataSettings, task: TaskName, seed: int) -> datasets.I
     Raises:
         DataError: there is no such data, its columns are not what ``task`` needs, or its sources are not of one kind.
     """
-    laid, layout = _laid(settings, task)
+    laid, layout = lay_out(settings, task)
     held_out = frozenset(_held_out(laid, settings, seed))
     wanted = shares(settings)
     if wanted is None:
@@ -101,7 +101,7 @@ def held_out_rows(settings: DataSettings, task: TaskName, seed: int) -> Rows:
     Raises:
         DataError: as :func:`stream_rows`.
     """
-    laid, layout = _laid(settings, task)
+    laid, layout = lay_out(settings, task)
     rows = list(_held_out(laid, settings, seed).values())
     schema = features(layout)
     data = datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in schema}, features=schema)
@@ -113,8 +113,12 @@ def _described(settings: DataSettings, laid: Sequence[Laid]) -> str:
     return f"{describe(settings, [(item.source, item.layout) for item in laid])}, streamed"
 
 
-def _laid(settings: DataSettings, task: TaskName) -> tuple[list[Laid], Layout]:
-    """The sources with their layouts, and one layout for all."""
+def lay_out(settings: DataSettings, task: TaskName) -> tuple[list[Laid], Layout]:
+    """The sources with their layouts, and one layout for all.
+
+    Raises:
+        DataError: as :func:`stream_rows`.
+    """
     sources = find_sources(settings)
     count = max(_HEAD // len(sources), 20)
     layouts = [find_layout(source.head_types(count), settings, task, source.name) for source in sources]
