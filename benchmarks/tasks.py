@@ -30,7 +30,7 @@ CONTENDERS = ("peft-int8", "peft-fp32", "lorakeet-int8", "lorakeet-fp32")
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["query", "value"]}
 HELD_OUT = 0.2
 TASKS: dict[str, dict[str, Any]] = {
-    "sources": {"type": "SEQ_CLS", "lr": 2e-3, "epochs": 3, "batch": 32, "max_length": 128, "limit": None},
+    "sources": {"type": "SEQ_CLS", "lr": 5e-3, "epochs": 3, "batch": 32, "max_length": 128, "limit": None},
     "brown": {"type": "TOKEN_CLS", "lr": 2e-3, "epochs": 2, "batch": 32, "max_length": 128, "limit": 12_000},
 }
 

@@ -78,7 +78,10 @@ ELSEWHERE = {
     *((kind, "all-linear") for kind in ENCODERS),  # it adapts the fresh head, then fails to train it whole
     *((kind, "defaults") for kind in SIZES if kind not in PEFT_DEFAULTS),
     ("marian", "embedding"),  # it does not save the decoder's, though it is another weight there
-    ("albert", "one of the layers"),  # all its layers are one
+    *(("albert", option) for option in ("one of the layers", "pattern of one layer")),  # all its layers are one
+    *(
+        (kind, option) for kind in ("mixtral", "qwen3_moe") for option in ("regex", "defaults")
+    ),  # it rewrites the targets
 }
 
 
@@ -88,7 +91,7 @@ def table() -> list[Any]:
         core = set(options if kind in EVERY_OPTION else [options[(3 * number + k) % len(options)] for k in range(3)])
         for option in options:
             if (kind, option) not in ELSEWHERE:
-                marks = [] if option in core else [pytest.mark.slow]
+                marks = [] if option in core or (kind, option) == ("deberta", "bias all") else [pytest.mark.slow]
                 rows.append(pytest.param(kind, option, id=f"{kind}-{option}", marks=marks))
     return rows
 
@@ -199,11 +202,12 @@ def test_row(kind: str, option: str, tmp_path: Path) -> None:
     shake(theirs)
     theirs.eval().save_pretrained(tmp_path / "theirs")
     wanted = logits(theirs, kind)
+    near = 2e-5 * max(1.0, float(wanted.abs().max()))
     assert (wanted - logits(make(kind), kind)).abs().max() > 1e-3, "the adapter does nothing"
 
     # from there to here: answers, gradients
     loaded = PeftModel.from_pretrained(make(kind), tmp_path / "theirs", is_trainable=True).eval()
-    torch.testing.assert_close(logits(loaded, kind), wanted, rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits(loaded, kind), wanted, rtol=0, atol=near)
     mine, true = gradients(loaded, kind), gradients(theirs, kind)
     assert mine.keys() == true.keys() and mine
     for name, gradient in true.items():
@@ -212,8 +216,9 @@ def test_row(kind: str, option: str, tmp_path: Path) -> None:
     # and back: keys, shapes, settings, answers
     loaded.save_pretrained(tmp_path / "again")
     assert keys(tmp_path / "again") == keys(tmp_path / "theirs")
+    assert {f"base_model.model.{name}" for name in mine} <= keys(tmp_path / "again").keys(), "trained, and not saved"
     back = peft.PeftModel.from_pretrained(make(kind), tmp_path / "again")
-    torch.testing.assert_close(logits(back, kind), wanted, rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits(back, kind), wanted, rtol=0, atol=near)
 
     # made here: the same keys and settings
     ours = get_peft_model(make(kind), LoraConfig(**chosen))
@@ -244,7 +249,7 @@ def test_row(kind: str, option: str, tmp_path: Path) -> None:
         update = dense_update(tmp_path / "theirs", path, their_layers[path], config)
         torch.testing.assert_close(update, their_layers[path].get_delta_weight("default"), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(loaded.get_submodule(path).base_layer.weight, weight + update, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(logits(loaded, kind), wanted, rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits(loaded, kind), wanted, rtol=0, atol=near)
     loaded.unmerge()
     assert all(loaded.get_submodule(path).base_layer.weight is weight for path, weight in before.items())
 

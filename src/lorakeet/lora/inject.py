@@ -307,7 +307,7 @@ def set_trainable(model: nn.Module, config: PeftConfig, parts: Iterable[Part]) -
         own = any(mark in name for mark in OWN)
         replaced = ".original_module." in name  # its copy answers in its place and would leave it without a gradient
         if not own:
-            parameter.requires_grad_(config.bias == "all" and name.endswith("bias") and not replaced)
+            parameter.requires_grad_(config.bias == "all" and name.endswith(".bias") and not replaced)
     if config.bias == "lora_only":
         for part in parts:
             bias = getattr(part.base_layer, "bias", None) if isinstance(part, LoraLayer) else None
