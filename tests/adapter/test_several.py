@@ -152,6 +152,14 @@ def test_a_weighted_sum(architecture: str, way: str, tmp_path: Path) -> None:
     torch.testing.assert_close(again(ids).logits, ours(ids).logits)
 
 
+def test_a_sum_is_scaled_once_whatever_scaled_its_terms(tmp_path: Path) -> None:
+    model, _ = both("llama", tmp_path)
+    model.add_weighted_adapter(["c", "a"], [2.0, 1.0], "sum", "cat")  # the first is scaled by alpha / sqrt(r)
+    one, two = deltas(model, "c"), deltas(model, "a")
+    for path, update in deltas(model, "sum").items():
+        torch.testing.assert_close(update, 2 * one[path] + two[path])
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

@@ -166,6 +166,17 @@ def test_tied_layers_both_ways(option: str, tmp_path: Path) -> None:
         PeftModel.from_pretrained(make("llama"), tmp_path / "ours")
 
 
+def test_a_head_that_stands_before_its_embedding_merges_once() -> None:
+    model: Any = make("llama")
+    model._modules["model"] = model._modules.pop("model")
+    assert next(iter(model._modules)) == "lm_head"
+    settings = {**SMALL, "target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    model = get_peft_model(model, LoraConfig(**settings))
+    shake(model)
+    wanted = model(ids()).logits
+    torch.testing.assert_close(model.merge_and_unload()(ids()).logits, wanted, rtol=0, atol=1e-5)
+
+
 def tiny_t5() -> tf.PreTrainedModel:
     torch.manual_seed(0)
     config = tf.T5Config(
