@@ -276,10 +276,10 @@ def test_adapters_with_rows_of_their_own() -> None:
 # ---- resized vocabularies -------------------------------------------------------------------------------------------
 
 
-def resized(folder: Path, rows: int = 64) -> tf.PreTrainedModel:
+def resized(folder: Path, rows: int = 64, tied: bool = True) -> tf.PreTrainedModel:
     """The base with new tokens; their rows are random and differ each time."""
     if not folder.exists():
-        make("llama").save_pretrained(folder)
+        (make("llama") if tied else untied()).save_pretrained(folder)
     model = tf.LlamaForCausalLM.from_pretrained(folder)
     model.resize_token_embeddings(rows, mean_resizing=False)
     return model.eval()
@@ -307,3 +307,29 @@ def test_new_tokens_survive_the_reload(option: str, tmp_path: Path) -> None:
     with pytest.raises((AdapterError, TargetError), match="resize_token_embeddings") as caught:
         PeftModel.from_pretrained(make("llama"), tmp_path / "ours")
     assert "64" in str(caught.value) or "61" in str(caught.value)
+
+
+def test_new_rows_of_a_head_of_its_own_survive_too(tmp_path: Path) -> None:
+    """Rows of the embedding are trained, and those of the head, which shares nothing with it, are random."""
+    settings = {**SMALL, "trainable_token_indices": [61, 62, 63]}
+    model = get_peft_model(resized(tmp_path / "base", tied=False), LoraConfig(**settings))
+    shake(model)
+    used = torch.tensor([[61, 5, 62, 63, 8]])
+    answer = model.eval()(used).logits
+    model.save_pretrained(tmp_path / "ours")
+    again = PeftModel.from_pretrained(resized(tmp_path / "base"), tmp_path / "ours")
+    torch.testing.assert_close(again(used).logits, answer, rtol=0, atol=1e-6)
+
+
+def test_a_base_in_the_hubs_cache_tells_its_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(resized(tmp_path / "base"), LoraConfig(**SMALL))
+    shake(model)
+    model.config._name_or_path = "someone/model"
+    snapshot = tmp_path / "hub" / "models--someone--model" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0")
+    (snapshot / "config.json").write_text((tmp_path / "base" / "config.json").read_text())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    model.save_pretrained(tmp_path / "ours")
+    assert [64, 32] in keys(tmp_path / "ours").values()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,6 +24,8 @@ from lorakeet.errors import AdapterError, OutputError
 from lorakeet.files import PICKLE_SUFFIXES, write_file, write_json
 from lorakeet.lora.config import find_adapter_file
 from lorakeet.lora.model import LoraModel
+from lorakeet.lora.saved import SavedModule
+from lorakeet.lora.tokens import TiedLayer, TrainableTokens
 from lorakeet.talk import say, warn
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -73,20 +76,34 @@ def write_adapter(
 
 def resized(model: LoraModel, adapter: str) -> str | None:
     """Why the embedding must be saved with the adapter: it was resized, and its new rows lie nowhere else."""
-    config: Any = getattr(model, "config", None)
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    file = Path(str(getattr(config, "_name_or_path", "") or "/nowhere")) / "config.json"
-    if embedding is None or not file.is_file():
+    asked = (getattr(model, ask, lambda: None)() for ask in ("get_input_embeddings", "get_output_embeddings"))
+    layers = [layer for layer in asked if layer is not None]
+    file = _base_config(str(getattr(getattr(model, "config", None), "_name_or_path", None) or ""))
+    if not layers or file is None:
         return None  # nothing tells what the base's own vocabulary was
     values = json.loads(file.read_text(encoding="utf-8"))
-    had, rows = values.get("vocab_size", (values.get("text_config") or {}).get("vocab_size")), embedding.weight.shape[0]
-    if not isinstance(had, int) or had == rows:
+    had, rows = values.get("vocab_size", (values.get("text_config") or {}).get("vocab_size")), layers[0].weight.shape[0]
+    if not isinstance(had, int) or had == rows or all(_saves(layer, adapter, range(had, rows)) for layer in layers):
         return None
-    own = model.peft_config[adapter].trainable_token_indices
-    lists = [own] if isinstance(own, list) else list((own or {}).values())
-    if lists and all(set(range(had, rows)) <= set(tokens) for tokens in lists):
-        return None  # every new row is one of those that are trained and saved
     return f"the vocabulary has {rows:,} rows and the base's own {had:,}: the embedding is saved with the adapter"
+
+
+def _base_config(name: str) -> Path | None:
+    """The base's own config.json, where it lies on this machine: in its folder, or in the hub's cache."""
+    if (Path(name) / "config.json").is_file():
+        return Path(name) / "config.json"
+    cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 and not name.startswith(".") else None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _saves(layer: Any, adapter: str, rows: range) -> bool:
+    """Whether the adapter's file has these rows of an embedding or head without the layer being saved for their sake."""
+    if isinstance(layer, SavedModule):
+        return adapter in layer.modules_to_save
+    first = layer.source if isinstance(layer, TiedLayer) else layer
+    if not isinstance(first, TrainableTokens) or adapter not in layer.r:
+        return False
+    return set(rows) <= set(first.tokens(adapter).tolist())
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
