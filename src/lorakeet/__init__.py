@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorakeet.adapter.model import PeftModel, get_peft_model
     from lorakeet.base.kbit import prepare_model_for_kbit_training
     from lorakeet.base.load import load_base
+    from lorakeet.base.quant.config import Int8Config
     from lorakeet.lora.config import LoraConfig, PeftConfig, TaskType
     from lorakeet.train.trainer import Trainer
 
@@ -27,10 +28,12 @@ _HOMES = {
     "get_peft_model": "lorakeet.adapter.model",
     "prepare_model_for_kbit_training": "lorakeet.base.kbit",
     "load_base": "lorakeet.base.load",
+    "Int8Config": "lorakeet.base.quant.config",
     "Trainer": "lorakeet.train.trainer",
 }
 
 __all__ = [
+    "Int8Config",
     "LoraConfig",
     "LorakeetError",
     "PeftConfig",

@@ -1,4 +1,4 @@
-"""The verbs of the command line as functions: open a model with adapters, evaluate, generate, merge, plan.
+"""The verbs of the command line as functions: open a model with adapters, evaluate, generate, merge, quantize, plan.
 
 Each takes settings and gives back plain values; nothing here prints to stdout.
 """
@@ -15,15 +15,16 @@ from lorakeet.adapter.artefact import read_notes, read_tensors
 from lorakeet.adapter.model import PeftModel, get_peft_model
 from lorakeet.base.chat import render_chat
 from lorakeet.base.generate import complete
-from lorakeet.base.load import Base, load_base
+from lorakeet.base.load import Base, load_base, look_at
 from lorakeet.base.meta import meta_model, read_config
 from lorakeet.base.predict import predict as read
+from lorakeet.base.quant.int8 import rounded_bytes
 from lorakeet.base.quiet import quiet
-from lorakeet.base.task import AUTO_CLASSES, PLAIN, check_task, family
+from lorakeet.base.task import AUTO_CLASSES, PLAIN, check_task, family, own_class
 from lorakeet.config import DEFAULT_MODEL, BaseSettings, DataSettings, LoraSettings, TaskName, TaskSettings
 from lorakeet.data.collate import make_collator
 from lorakeet.data.prepare import prepare
-from lorakeet.errors import AdapterError, DataError, OutputError
+from lorakeet.errors import AdapterError, BaseModelError, DataError, OutputError
 from lorakeet.files import write_folder, write_json
 from lorakeet.lora.config import LoraConfig, PeftConfig, find_adapter_file
 from lorakeet.lora.inject import plan
@@ -205,6 +206,35 @@ def merge(
         figures = {"layers": report.layers, "error": report.error, "effect": report.effect, "scale": report.scale}
         write_json(aside / "lorakeet.json", {"merged": {"base": opened.base.name, "adapter": str(adapter), **figures}})
     return {"path": str(folder), **figures}
+
+
+def quantize(settings: BaseSettings, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Round a base to 8 bits once and write it: such a folder opens in seconds and is read from disk as it is needed.
+
+    Returns:
+        ``{"path", "base", "layers", "bytes", "full_bytes"}``: layers in 8 bits, bytes of all weights now and before.
+
+    Raises:
+        BaseModelError: the base is quantised already, incomplete, or has weights that are not finite.
+        OutputError: the folder holds something already, or cannot be written to; nothing is left half-written.
+    """
+    folder = Path(out)
+    check_empty(folder, overwrite)
+    config = look_at(settings).config
+    if method := getattr(config, "quantization_config", None):
+        name = method.get("quant_method", "") if isinstance(method, dict) else ""
+        raise BaseModelError(f"{settings.model} is quantised already ({name})", "give the full-precision model")
+    with write_folder(folder) as aside:  # before the expensive part: can we write there at all?
+        base = load_base(settings.model_copy(update={"bits": 8}), auto_class=own_class(config))
+        if base.fresh:
+            raise BaseModelError(f"weights are missing and would be random: {', '.join(base.fresh[:5])}")
+        say(base.describe())
+        with quiet():
+            base.model.save_pretrained(aside)
+        base.tokenizer.save_pretrained(aside)
+        sizes = rounded_bytes(base.model, base.dtype)
+        write_json(aside / "lorakeet.json", {"quantised": {"base": base.name, **sizes}})
+    return {"path": str(folder), "base": base.name, **sizes}
 
 
 def check_empty(folder: Path, overwrite: bool) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakeet.kernels import int8
 from lorakeet.kernels.lora_linear import lora_linear, lora_linear_reference
@@ -121,11 +122,20 @@ def test_with_a_low_rank_update(shape: tuple[int, int, int], p: float, monkeypat
 
 def test_the_weight_is_never_wide_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "choose_backend", lambda: "blocked")
-    made: list[int] = []
-    wide = int8._wide
-    monkeypatch.setattr(int8, "_wide", lambda *a: made.append(wide(*a).numel()) or wide(*a))
     x, weight, scale, _ = layer(4, 1024, 3000)
-    int8.input_gradient(int8.product(x, weight, scale), weight, scale)
+    blocks = int8._blocks(weight)
+    assert len(blocks) > 8 and all(weight[rows].numel() <= 2 * int8.TILE * 1024 for rows in blocks)
+    made: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.is_floating_point() and out.shape[-1:] == (1024,):
+                made.append(out.numel())
+            return out
+
+    with Watch():
+        int8.input_gradient(int8.product(x, weight, scale), weight, scale)
     assert len(made) > 16 and max(made) <= 2 * int8.TILE * 1024 < weight.numel() / 10
 
 

@@ -48,7 +48,46 @@ def launch(script: Path, *words: str, processes: int = 2) -> subprocess.Complete
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 
 
-def settings(tmp_path: Path, name: str, **train) -> Path:
+SHARD = """
+import sys, torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from lorakeet import LoraConfig, get_peft_model, load_base
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+ids = torch.tensor([[5, 6, 7, 8, 9, 10], [3, 2, 5, 9, 9, 4]])
+found = []
+for sharded in (False, True):
+    torch.manual_seed(0)
+    model = get_peft_model(load_base(sys.argv[1], bits=8, dtype="fp32", device="cpu").model, config)
+    if sharded:
+        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        kinds = {p.dtype for p in model.parameters() if type(p).__name__ == "DTensor" and p.to_local().dtype == torch.int8}
+        assert kinds == {torch.int8}
+    out = model(ids, labels=ids)
+    out.loss.backward()
+    grads = [p.grad.full_tensor() if sharded else p.grad for p in model.parameters() if p.grad is not None]
+    found.append([out.loss.detach(), *grads])
+assert len(found[0]) == len(found[1]) == 9
+assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+print("the same")
+"""
+
+
+def test_a_base_in_8_bits_is_sharded_over_processes(tmp_path):
+    """FSDP2 holds half of each int8 weight and of its scales in each process; loss and gradients stay the same."""
+    settings(tmp_path, "unused")
+    script = tmp_path / "shard.py"
+    script.write_text(SHARD)
+    done = launch(script, str(tmp_path / "base"))
+    assert done.returncode == 0 and done.stdout.count("the same") == 2, done.stderr[-3000:]
+
+
+def settings(tmp_path: Path, name: str, bits: int | None = None, **train) -> Path:
     base = tmp_path / "base"
     if not base.exists():
         tiny_llama(initializer_range=0.2).save_pretrained(base)
@@ -60,7 +99,7 @@ def settings(tmp_path: Path, name: str, **train) -> Path:
         (tmp_path / "texts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     config = make_run(
         {
-            "base": {"model": str(base), "device": "cpu", "dtype": "fp32"},
+            "base": {"model": str(base), "device": "cpu", "dtype": "fp32", "bits": bits},
             "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
             "data": {"path": str(tmp_path / "texts.txt"), "eval_fraction": 0.23},
             "train": {"steps": 6, "batch_size": 2, "grad_accum": 2, "lr": 0.05, "eval_every": 3, **train},
@@ -72,11 +111,13 @@ def settings(tmp_path: Path, name: str, **train) -> Path:
     return file
 
 
-def test_two_processes_learn_what_one_learns(tmp_path):
+@pytest.mark.parametrize("bits", [None, 8])
+def test_two_processes_learn_what_one_learns(tmp_path, bits):
     script = tmp_path / "train.py"
     script.write_text(RUN)
     for processes, accumulate in [(1, 4), (2, 2)]:
-        done = launch(script, str(settings(tmp_path, f"run{processes}", grad_accum=accumulate)), processes=processes)
+        file = settings(tmp_path, f"run{processes}", bits, grad_accum=accumulate)
+        done = launch(script, str(file), processes=processes)
         assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("held-out loss") == 4  # steps 0, 3, 6 and the end: one process speaks
     one, two = (read_metrics(tmp_path / f"run{processes}" / "metrics.jsonl") for processes in (1, 2))

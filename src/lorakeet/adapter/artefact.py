@@ -20,6 +20,7 @@ from torch import Tensor
 from lorakeet._version import __version__
 from lorakeet.adapter.fingerprint import fingerprint, mismatch
 from lorakeet.adapter.tensors import PREFIX, ROWS, mirrored_names, tensor_names, vocabulary_names
+from lorakeet.base.quant.int8 import floating, holds, put
 from lorakeet.errors import AdapterError, OutputError
 from lorakeet.files import PICKLE_SUFFIXES, write_file, write_json
 from lorakeet.lora.config import find_adapter_file
@@ -57,7 +58,7 @@ def write_adapter(
     if why := resized(model, adapter):
         say(why)
         wanted |= vocabulary_names(model)
-    tensors = {key: source[name].detach().cpu().contiguous() for key, name in wanted.items()}
+    tensors = {key: floating(source, name).detach().cpu().contiguous() for key, name in wanted.items()}
     for key, (first, transposed) in mirrored_names(model, adapter).items():
         if not key.endswith(ROWS):
             tensors[key] = (tensors[first].T if transposed else tensors[first]).contiguous()
@@ -218,9 +219,11 @@ def put_tensors(
     with torch.no_grad():
         for key, own in wanted.items():
             of_base = own.endswith(".base_layer.weight") or key in vocabulary
-            if of_base and not torch.equal(state[own].cpu(), tensors[key].to(state[own].dtype)):
+            if of_base and holds(state, own, tensors[key]):
+                continue
+            if of_base:
                 say(f"{key.removeprefix(PREFIX)} is taken from the adapter: it differs from the base's")
-            state[own].copy_(tensors[key])
+            put(state, own, tensors[key])
 
 
 def _untied(

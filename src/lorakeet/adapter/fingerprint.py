@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakeet.base.quant.int8 import rounded_layers
+
 #: Largest accepted relative difference (L2) of the sampled values: above rounding to bf16 (0.4 %) and int8 (1 %).
 TOLERANCE = 0.02
 _VALUES = 16
@@ -42,7 +44,13 @@ def fingerprint(model: nn.Module) -> dict[str, Any] | None:
         f"{name}:{['rows' if n == rows else n for n in (p.shape[::-1] if name in turned else p.shape)]}"
         for name, p in own.items()
     )
-    matrices = [name for name, p in sorted(own.items()) if p.ndim >= 2 and p.is_floating_point()]
+    scales = {
+        f"{name}.weight".replace(".base_layer.", ".").replace(".original_module.", "."): layer.scale
+        for name, layer in rounded_layers(model)
+    }
+    matrices = [
+        name for name, p in sorted(own.items()) if p.ndim >= 2 and (p.is_floating_point() or p.shape[0] == rows)
+    ]
     # weights of norms; a bias may have been trained with the adapter
     vectors = [
         name for name, p in sorted(own.items()) if p.ndim == 1 and p.is_floating_point() and name.endswith("weight")
@@ -52,14 +60,15 @@ def fingerprint(model: nn.Module) -> dict[str, Any] | None:
     return {
         "architecture": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
         "shapes": hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16],
-        "values": {name: _sample(own[name]) for name in picked},
+        "values": {name: _sample(own[name], scales.get(name)) for name in picked},
     }
 
 
-def _sample(parameter: Tensor) -> list[float]:
-    """16 values from the first rows, spread over the columns."""
+def _sample(parameter: Tensor, scale: Tensor | None) -> list[float]:
+    """16 values from the first rows, spread over the columns; of a rounded weight those that it stands for."""
     with torch.no_grad():
         line = parameter if parameter.ndim == 1 else parameter.reshape(parameter.shape[0], -1)[:64].diagonal()
+        line = line if scale is None else line * scale[: len(line)]
         step = max(1, line.numel() // _VALUES)
         return [float(f"{value:.6g}") for value in line[::step][:_VALUES].float().tolist()]
 

@@ -215,5 +215,6 @@ def get_peft_model(
     if not autocast_adapter_dtype:
         for layer in peft.lora_layers():
             for parameter in layer.parts(adapter_name):
-                parameter.data = parameter.data.to(layer.base_layer.weight.dtype)
+                base = layer.base_layer
+                parameter.data = parameter.data.to(base.weight.dtype if base.weight.is_floating_point() else base.dtype)
     return peft

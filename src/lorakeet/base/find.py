@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -47,7 +48,7 @@ def find_source(model: str, revision: str | None = None) -> Source:
     path = Path(model).expanduser()
     if path.is_dir():
         check_config(path)
-        source = Source("folder", model, path)
+        source = Source("folder", _written_from(path) or model, path)
     elif path.suffix in (*PICKLE_SUFFIXES, ".safetensors") and path.is_file():
         refused = "a pickle can run code as it opens" if path.suffix in PICKLE_SUFFIXES else "it holds weights alone"
         raise BaseModelError(
@@ -97,6 +98,16 @@ def local_folder(source: Source, trust_remote_code: bool = False) -> Path:
         raise BaseModelError(
             f"cannot get the weights of {source.name!r} from the hub: {reason}", "check the connection and try again"
         ) from error
+
+
+def _written_from(folder: Path) -> str | None:
+    """The public name of the base that ``lorakeet quantize`` wrote this folder from, if it did."""
+    try:
+        notes = json.loads((folder / "lorakeet.json").read_text(encoding="utf-8"))
+        name = notes["quantised"]["base"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return name if isinstance(name, str) else None
 
 
 def embedded_gguf() -> Path:

@@ -25,9 +25,10 @@ from transformers import (
 from lorakeet.base.find import find_source, local_folder
 from lorakeet.base.folder import check_folder
 from lorakeet.base.precision import bytes_by_dtype, check_dtypes, choose_device, choose_dtype, dtype_name, some
-from lorakeet.base.quant.int8 import Int8Linear, quantise
+from lorakeet.base.quant.config import METHOD, Int8Config, other_method, quantised_otherwise
+from lorakeet.base.quant.int8 import rounded_layers
 from lorakeet.base.quiet import quiet
-from lorakeet.base.task import WHOLE, fresh_modules
+from lorakeet.base.task import WHOLE
 from lorakeet.config import BaseSettings, complaints
 from lorakeet.errors import BaseModelError
 from lorakeet.kernels.int8 import choose_backend
@@ -63,7 +64,7 @@ class Base:
         sizes = bytes_by_dtype(self.model)
         parts = ", ".join(f"{dtype_name(dtype)} {_size(count)}" for dtype, count in sizes.items())
         count = sum(parameter.numel() for parameter in self.model.parameters())
-        rounded = sum(isinstance(module, Int8Linear) for module in self.model.modules())
+        rounded = sum(1 for _ in rounded_layers(self.model))
         how = f", {rounded} layers in 8 bits ({choose_backend()} products)" if rounded else ""
         return (
             f"{self.name}: {count:,} parameters, {dtype_name(self.dtype)} on {self.device}, "
@@ -91,10 +92,7 @@ def look_at(settings: BaseSettings) -> Prospect:
     check_folder(folder, source.name)
     remote = {"trust_remote_code": settings.trust_remote_code}
     tokenizer = load_tokenizer(folder, source.name, remote)
-    try:
-        return Prospect(source.name, AutoConfig.from_pretrained(folder, **remote), tokenizer)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(f"the configuration of {source.name} cannot be read: {_reason(error)}") from error
+    return Prospect(source.name, _config(folder, source.name, remote), tokenizer)
 
 
 def load_base(
@@ -113,7 +111,7 @@ def load_base(
             that is said, and an error for a causal language model.
         for_training: refuse at once what cannot train.
         model_options: further arguments of ``from_pretrained``, such as ``num_labels``.
-        **overrides: single settings by name, e.g. ``dtype="bf16"``.
+        **overrides: single settings by name, e.g. ``dtype="bf16"``; ``load_in_8bit=True`` means ``bits=8``.
 
     Raises:
         BaseModelError: the model, device or number format is not there, contradictory, damaged or incomplete.
@@ -127,7 +125,7 @@ def load_base(
     check_folder(folder, source.name)
     remote = {"trust_remote_code": chosen.trust_remote_code}
     tokenizer = load_tokenizer(folder, source.name, remote)
-    options = {"dtype": dtype, **remote, **(model_options or {})}
+    options = {"dtype": dtype, **remote, **_rounding(folder, chosen.bits, source.name, remote), **(model_options or {})}
     model, fresh = _load_model(folder, source.name, auto_class, device, options)
     check_dtypes(model, dtype, source.name)
     _check_vocabulary(model, tokenizer, source.name)
@@ -136,12 +134,37 @@ def load_base(
     # Adapters, model cards and checkpoints record this name: never the cache's folder.
     model.name_or_path = model.config._name_or_path = source.name
     model.requires_grad_(False).eval()
-    if chosen.bits == 8:
-        quantise(model, keep=fresh_modules(model, fresh))
     return Base(model, tokenizer, source.name, dtype, device, fresh)
 
 
+def _config(folder: Path, name: str, remote: Mapping[str, Any]) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder, **remote)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"the configuration of {name} cannot be read: {_reason(error)}") from error
+
+
+def _rounding(folder: Path, bits: int | None, name: str, remote: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells ``from_pretrained`` to round to 8 bits while it reads; nothing for files that are rounded already.
+
+    Raises:
+        BaseModelError: the files are quantised, and not as ``bits`` says.
+    """
+    method = getattr(_config(folder, name, remote), "quantization_config", None)
+    if bits == 8 and (other := other_method(method)):
+        raise quantised_otherwise(name, other)
+    if bits in (16, 32) and method is not None and not other_method(method):
+        raise BaseModelError(
+            f"{name} is written in 8 bits ({METHOD}), bits={bits} was asked for",
+            "leave out --bits, or give the full-precision model",
+        )
+    return {"quantization_config": Int8Config()} if bits == 8 and method is None else {}
+
+
 def _settings(settings: BaseSettings | str | None, overrides: Mapping[str, Any]) -> BaseSettings:
+    overrides = dict(overrides)
+    if overrides.pop("load_in_8bit", False):
+        overrides["bits"] = 8
     values = {"model": settings} if isinstance(settings, str) else settings.model_dump() if settings else {}
     try:
         return BaseSettings.model_validate({**values, **overrides})
@@ -180,12 +203,15 @@ def _load_model(
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are listed in info, and refused below
-                **place,
-                **options,
+                **{**place, **options},
             )
+    except BaseModelError as error:
+        raise BaseModelError(f"{name} cannot be loaded: {error.message}", error.hint) from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         raise BaseModelError(f"{name} cannot be loaded: {_reason(error)}") from error
     whole = auto_class in WHOLE
+    own = {key for key, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+    info = {**info, "missing_keys": [key for key in info["missing_keys"] if key in own]}  # a fresh layer has no scales
     return model, _check_weights(info, name, whole, "" if whole else f"{model.base_model_prefix}.")
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 import torch
 from transformers import PreTrainedModel
 
+from lorakeet.base.quant.int8 import rounded_layers
 from lorakeet.config import BaseSettings
 from lorakeet.errors import BaseModelError
 from lorakeet.talk import warn
@@ -85,11 +86,13 @@ def check_dtypes(model: PreTrainedModel, dtype: torch.dtype, name: str) -> None:
         BaseModelError: names weights of another number format.
     """
     kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    scales = {id(layer.scale) for _, layer in rounded_layers(model)}
     wrong = [
         f"{key} is {dtype_name(weight.dtype)}"
         for key, weight in model.named_parameters()
         if weight.is_floating_point()
         and weight.dtype != dtype
+        and id(weight) not in scales
         and not (weight.dtype == torch.float32 and any(part in key for part in kept))
     ]
     if wrong:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import transformers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -66,6 +67,12 @@ def check_task(task: str, config: PreTrainedConfig, name: str) -> None:
         f"{name} is a {config.model_type} model, which cannot do {task}; it can do {', '.join(fitting) or 'none'}",
         "choose another task with --task, or another base with --model",
     )
+
+
+def own_class(config: PreTrainedConfig) -> Any:
+    """The class that a base's files were written by, with all of its heads; else what its family does without a new one."""
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    return named or AUTO_CLASSES[PLAIN[family(config)]]
 
 
 def fresh_modules(model: PreTrainedModel, fresh: Iterable[str]) -> list[str]:

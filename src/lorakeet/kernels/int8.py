@@ -4,9 +4,9 @@
 
 Both directions read the one stored weight, and neither ever makes the whole of it in a wider format. Two back ends:
 
-- ``blocked``: a few rows of W₈ at a time become x's dtype, small enough to stay in the processor's cache, and are
-  multiplied there. Exact but for the weight's own rounding. For processors without 8-bit dot products, and everywhere
-  else.
+- ``blocked``: a few rows of W₈ at a time become x's dtype (which holds every int8 exactly), small enough to stay in the
+  processor's cache, and are multiplied there; the scales are put on what comes out, or on g before it goes in. Exact but
+  for the weight's own rounding. For processors without 8-bit dot products, and everywhere else.
 - ``vnni``: x is rounded to int8 with one scale for each token, all but the columns that int8 cannot carry, and multiplied
   as int8; what was left out is added in x's dtype (the split of LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339,
   section 3.2, with outliers known by the tensor's own size and not by a fixed threshold). The gradient is rounded for each
@@ -93,11 +93,15 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None
     """h = x·W₈ᵀ·diag(s) + b for x [n, in]; [n, out] in x's dtype."""
     if backend_for(x) == "vnni":
         h = _vnni(x, weight, scale)
-    else:
-        h = x.new_empty(len(x), len(weight))
-        for rows in _blocks(weight):
-            torch.mm(x, _wide(weight, scale, rows, x.dtype).T, out=h[:, rows])
-    return h if bias is None else h.add_(bias)
+        return h if bias is None else h.add_(bias)
+    if x.dtype == torch.float16:  # before the scales the sums may be beyond its range
+        return product(x.float(), weight, scale, None if bias is None else bias.float()).half()
+    h = x.new_empty(len(x), len(weight))
+    for rows in _blocks(weight):
+        torch.mm(x, weight[rows].to(x.dtype).T, out=h[:, rows])
+    if bias is None or h.dtype != scale.dtype:
+        return h.mul_(scale) if bias is None else h.mul_(scale).add_(bias)
+    return torch.addcmul(bias, h, scale, out=h)
 
 
 def input_gradient(g: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -105,9 +109,10 @@ def input_gradient(g: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if backend_for(g) == "vnni":
         rounded, row_scale = quantise_rows(g.float() * scale)
         return torch._int_mm(rounded, weight).float().mul_(row_scale.unsqueeze(1)).to(g.dtype)
+    scaled = (g * scale).to(g.dtype)
     dx = g.new_zeros(len(g), weight.shape[1])
     for rows in _blocks(weight):
-        dx.addmm_(g[:, rows], _wide(weight, scale, rows, g.dtype))
+        dx.addmm_(scaled[:, rows], weight[rows].to(g.dtype))
     return dx
 
 
@@ -137,12 +142,6 @@ def _blocks(weight: Tensor) -> list[slice]:
     """Runs of output channels, each of about :data:`BLOCK` values."""
     size = TILE * max(2, BLOCK // (TILE * max(weight.shape[1], 1)))
     return [slice(at, min(at + size, len(weight))) for at in range(0, len(weight), size)]
-
-
-def _wide(weight: Tensor, scale: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
-    """A block of the weight, [rows, in], in ``dtype``; each value is rounded once."""
-    block = weight[rows].float().mul_(scale[rows].unsqueeze(1))
-    return block if dtype == torch.float32 else block.to(dtype)
 
 
 # -- with autograd ----------------------------------------------------------------------------------------------------

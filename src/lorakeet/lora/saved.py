@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import Tensor, nn
 
+from lorakeet.base.quant.int8 import unrounded
 from lorakeet.lora.layer import Switch, row_places
 
 
@@ -20,8 +20,8 @@ class SavedModule(nn.Module):
         self.switch = switch
 
     def add_adapter(self, adapter: str) -> None:
-        """Start the adapter's copy from the base's values."""
-        clone = copy.deepcopy(self.original_module)
+        """Start the adapter's copy from the base's values, in a number format that can learn."""
+        clone = unrounded(self.original_module)
         for parameter in clone.parameters():
             if not parameter.is_floating_point():
                 raise TypeError(

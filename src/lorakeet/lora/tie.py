@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lorakeet.base.quant.int8 import Int8Linear
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.kinds import unwrapped
 from lorakeet.lora.layer import LoraLayer
@@ -123,7 +124,7 @@ def _weight(module: nn.Module) -> Any:
 
 def _unfit(module: nn.Module, taken: bool, tokens: list[int]) -> str | None:
     base = unwrapped(module)
-    if not isinstance(base, (nn.Embedding, nn.Linear)):
+    if not isinstance(base, (nn.Embedding, nn.Linear, Int8Linear)):
         return f"is a {type(base).__name__}, expected an embedding or a head"
     if taken:
         return "is adapted or trained whole already, its rows with it"

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakeet.base.quant.int8 import weight_rows
 from lorakeet.lora.layer import LoraEmbedding, LoraLayer, Switch, scaled, vocabulary_probe
 
 
@@ -30,7 +31,7 @@ class TrainableTokens(LoraLayer):
         weight: Tensor = self.base_layer.weight
         # no state: the settings say which tokens they are
         self.register_buffer(_indices(adapter), torch.tensor(tokens, device=weight.device), persistent=False)
-        rows = weight.detach()[self.tokens(adapter)].to(self._adapter_dtype())
+        rows = weight_rows(self.base_layer, self.tokens(adapter)).to(self._adapter_dtype())
         self.trainable_tokens_delta[adapter] = nn.Parameter(rows)
         self.r[adapter], self.lora_alpha[adapter] = len(tokens), float(len(tokens))
         self.scaling[adapter], self.lora_dropout[adapter] = 1.0, 0.0

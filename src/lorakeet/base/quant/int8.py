@@ -1,25 +1,47 @@
-"""A base in 8 bits: every linear layer inside the model becomes :class:`Int8Linear`; head, norms and embeddings stay.
+"""Layers of a base in 8 bits, and which layers of a model become such.
 
-The weight is kept once, int8 [out, in] with one fp32 scale for each output channel, both plain parameters that ask for no
-gradient (so that every way of spreading a model over processes carries them). An output embedding stays as it is: it is often
-the input embedding too, and its rounding would show in every logit.
+Each weight is kept once, int8 [out, in] with one fp32 scale for each output channel (for an embedding: for each token), both
+plain parameters that ask for no gradient, so that every way of spreading a model over processes carries them. Where a head
+shares its weight with the embedding it shares the rounded weight and the scales too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorakeet.errors import BaseModelError
-from lorakeet.kernels.int8 import int8_linear, quantise_rows
+from lorakeet.kernels.int8 import dequantise, int8_linear, quantise_rows
 
 
-class Int8Linear(nn.Module):
+class _Rounded(nn.Module):
+    """What both kinds of layers share. ``dtype`` is the number format that the layer was in, and that it computes in."""
+
+    scale: nn.Parameter
+    dtype: torch.dtype
+    transposed = False
+
+    def unrounded(self) -> nn.Module:
+        """A plain layer of the same values, in the base's number format."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Moved to another device or number format: the scales stay in fp32, or every product would change."""
+        scale = self.scale.data
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(fn, recurse)
+        if self.scale.dtype != scale.dtype:
+            self.scale.data = scale.to(self.scale.device)
+        return self
+
+
+class Int8Linear(_Rounded):
     """A frozen linear layer whose weight is int8 [out, in], also where the original stored it the other way round.
 
     Attributes:
@@ -29,66 +51,212 @@ class Int8Linear(nn.Module):
         transposed: whether the original stored its weight as [in, out].
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None, transposed: bool = False) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None = None,
+        transposed: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
-        self.transposed = transposed
+        self.transposed, self.dtype = transposed, dtype
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.out_features, self.in_features = weight.shape
 
-    @classmethod
-    def of(cls, layer: nn.Module) -> Int8Linear:
-        """The 8-bit form of an ``nn.Linear`` or of GPT-2's ``Conv1D`` (whose weight is [in, out])."""
-        dense: Any = layer
-        weight = dense.weight.detach()
-        transposed = isinstance(layer, Conv1D)
-        rounded, scale = quantise_rows(weight.T.contiguous() if transposed else weight)
-        return cls(rounded, scale, None if dense.bias is None else dense.bias.detach(), transposed)
-
     def forward(self, x: Tensor) -> Tensor:
         return int8_linear(x, self.weight, self.scale, self.bias)
+
+    def unrounded(self) -> nn.Module:
+        weight = dequantise(self.weight, self.scale, self.dtype)
+        made: Any = plain_layer(self)
+        made.weight = nn.Parameter(weight.T.contiguous() if self.transposed else weight)
+        if self.bias is not None:
+            made.bias = nn.Parameter(self.bias.detach().clone())
+        return made
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-@torch.no_grad()
-def quantise(model: PreTrainedModel, keep: Iterable[str] = ()) -> int:
-    """Put every linear layer of the base model into 8 bits, in place, one after the other; returns how many.
+class Int8Embedding(_Rounded, nn.Embedding):
+    """A frozen embedding whose weight is int8 [vocabulary, dim], with one scale for each token."""
 
-    Left as they are: the output embedding, what lies outside of the base model (a task's head), and the modules inside of it
-    that ``keep`` names.
+    def __init__(self, weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        nn.Module.__init__(self)  # an embedding's own would make another weight
+        self.dtype = dtype
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.padding_idx = self.max_norm = None
+        self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
 
-    Raises:
-        BaseModelError: a weight has NaN or infinite values, or the model is quantised in another way already.
+    def forward(self, input: Tensor) -> Tensor:
+        return self.rows(input)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The vectors of tokens: [...] -> [..., dim] in the base's dtype."""
+        rows = F.embedding(ids, self.weight).float()
+        return rows.mul_(F.embedding(ids, self.scale.unsqueeze(1))).to(self.dtype)
+
+    def unrounded(self) -> nn.Module:
+        return nn.Embedding.from_pretrained(dequantise(self.weight, self.scale, self.dtype), freeze=False)
+
+
+def round_weight(weight: Tensor, transposed: bool = False) -> tuple[Tensor, Tensor]:
+    """A weight as the base's files have it, [out, in] or [in, out] -> int8 [out, in] and fp32 [out]."""
+    return quantise_rows(weight.T.contiguous() if transposed else weight)
+
+
+def plain_layer(layer: Int8Linear | Int8Embedding) -> nn.Module:
+    """The plain layer in whose place ``layer`` stands, with values of no meaning."""
+    place: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.dtype}
+    if isinstance(layer, Int8Embedding):
+        return nn.utils.skip_init(nn.Embedding, layer.num_embeddings, layer.embedding_dim, **place)
+    if layer.transposed:
+        return Conv1D(layer.out_features, layer.in_features).to(**place)
+    return nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, layer.bias is not None, **place)
+
+
+def weight_rows(layer: nn.Module, rows: Tensor) -> Tensor:
+    """Rows [n, ...] of a layer's weight [rows, columns], in a floating dtype, also where the weight is rounded."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    if not isinstance(layer, _Rounded):
+        return weight.detach()[rows]
+    return dequantise(weight.detach()[rows], layer.scale.detach()[rows], layer.dtype)
+
+
+def rounded_bytes(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
+    """``{"layers", "bytes", "full_bytes"}``: layers in 8 bits, bytes of all parameters, and what they were in ``dtype``."""
+    scales = {id(layer.scale) for _, layer in rounded_layers(model)}
+    parameters = list(model.parameters())
+    full = [
+        p.numel() * (p.element_size() if p.element_size() > 1 else dtype.itemsize)
+        for p in parameters
+        if id(p) not in scales
+    ]
+    return {
+        "layers": sum(1 for _ in rounded_layers(model)),
+        "bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "full_bytes": sum(full),
+    }
+
+
+def floating(state: Mapping[str, Tensor], name: str) -> Tensor:
+    """A tensor of a state dict; the floating values of a rounded one."""
+    tensor = state[name]
+    return tensor if tensor.dtype != torch.int8 else dequantise(tensor, state[_scale_name(name)])
+
+
+def holds(state: Mapping[str, Tensor], name: str, tensor: Tensor) -> bool:
+    """Whether a state dict has this tensor under ``name``, for a rounded one: up to its rounding."""
+    mine, tensor = state[name], tensor.to(state[name].device)
+    if mine.dtype != torch.int8:
+        return torch.equal(mine, tensor.to(mine.dtype))
+    step = state[_scale_name(name)].unsqueeze(1)
+    return bool(((dequantise(mine, step[:, 0]) - tensor.float()).abs() <= 0.51 * step).all())
+
+
+def put(state: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
+    """Write a tensor into a state dict's, rounded where that is rounded."""
+    mine = state[name]
+    if mine.dtype == torch.int8:
+        tensor, scale = quantise_rows(tensor.to(mine.device))
+        state[_scale_name(name)].copy_(scale)
+    mine.copy_(tensor)
+
+
+def _scale_name(weight: str) -> str:
+    return f"{weight.removesuffix('weight')}scale"
+
+
+def unrounded(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` that can learn: rounded layers in it become plain ones of the same values."""
+    if isinstance(module, _Rounded):
+        return module.unrounded()
+    made = copy.deepcopy(module)
+    for name, inner in list(made.named_modules()):
+        if isinstance(inner, _Rounded):
+            made.set_submodule(name, inner.unrounded())
+    return made
+
+
+# -- which layers -----------------------------------------------------------------------------------------------------
+
+
+def layers_to_round(model: PreTrainedModel, embeddings: bool = True, keep: Iterable[str] = ()) -> dict[str, nn.Module]:
+    """Name -> layer of all that a base in 8 bits rounds: linear layers inside the base model, embedding and head.
+
+    Left as they are: what lies outside of the base model (a task's head), and the modules inside of it that ``keep`` names.
+
+    Args:
+        model: with its weights, or on the meta device.
+        embeddings: also the input embedding, the head of a language model, and what shares its weight with them.
+        keep: modules, named as seen from inside the base model.
     """
-    other = getattr(model, "hf_quantizer", None) or getattr(model.config, "quantization_config", None)
-    if other is not None:
-        raise BaseModelError(
-            f"this base is quantised already ({type(other).__name__})",
-            "load it as it is, or give the full-precision model",
-        )
-    targets = list(linear_layers(model, set(keep)))
-    broken = [name for name, layer in targets if not torch.isfinite(layer.weight).all()]
-    if broken:
-        raise BaseModelError(
-            f"{len(broken)} weights have NaN or infinite values: {', '.join(broken[:5])}", "get the base's files again"
-        )
-    for name, layer in targets:
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, Int8Linear.of(layer))
-    return len(targets)
-
-
-def linear_layers(model: PreTrainedModel, keep: set[str]) -> Iterator[tuple[str, Any]]:
-    """Names and layers that :func:`quantise` changes; ``keep`` names modules as seen from inside the base model."""
     prefix = model.base_model_prefix
     inside = getattr(model, prefix, None) if prefix else None
     start = f"{prefix}." if isinstance(inside, nn.Module) else ""
-    head = model.get_output_embeddings()
+    kept = tuple(keep)
+    vocabulary = _vocabulary(model)
+    found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         within = name.removeprefix(start)
-        kept = not name.startswith(start) or module is head or any(f"{within}.".startswith(f"{k}.") for k in keep)
-        if isinstance(module, (nn.Linear, Conv1D)) and not kept and not module.weight.requires_grad:
+        if any(f"{within}.".startswith(f"{k}.") for k in kept):
+            continue
+        if name in vocabulary:
+            if embeddings:
+                found[name] = module
+        elif name.startswith(start) and isinstance(module, (nn.Linear, Conv1D)):
+            found[name] = module
+    return {name: module for name, module in found.items() if _whole_group(name, vocabulary, found)}
+
+
+def _vocabulary(model: PreTrainedModel) -> dict[str, str]:
+    """Name of each layer that holds the vocabulary -> what it shares its weight with, or its own name.
+
+    Only where all that share a weight are plain embeddings and linear layers: another class may scale what it looks up.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    asked = [model.get_input_embeddings(), model.get_output_embeddings()]
+    found = {names[id(layer)]: names[id(layer)] for layer in asked if layer is not None and id(layer) in names}
+    tied = {
+        target.removesuffix(".weight"): source.removesuffix(".weight")
+        for target, source in model.all_tied_weights_keys.items()
+        if target.endswith(".weight") and source.endswith(".weight")
+    }
+    for target, source in tied.items():
+        if source in found or target in found:
+            found |= {source: source, target: source}
+    return found
+
+
+def _whole_group(name: str, vocabulary: dict[str, str], found: dict[str, nn.Module]) -> bool:
+    """Whether all layers that share a weight with this one can be rounded; so for a layer that shares none."""
+    if name not in vocabulary:
+        return True
+    group = [other for other, source in vocabulary.items() if source == vocabulary[name]]
+    return all(type(found.get(other)) in (nn.Embedding, nn.Linear) for other in group)
+
+
+def rounded_like(layer: Any, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Int8Linear | Int8Embedding:
+    """The 8-bit layer in place of ``layer``, with this weight (int8 [out, in], or what will be replaced by it) and scale."""
+    if isinstance(layer, nn.Embedding):
+        return Int8Embedding(weight, scale, dtype)
+    bias = None if layer.bias is None else layer.bias.detach()
+    return Int8Linear(weight, scale, bias, isinstance(layer, Conv1D), dtype)
+
+
+def out_in(layer: Any) -> tuple[int, int]:
+    """Output and input channels of a layer's weight; vocabulary and dim of an embedding's."""
+    rows, columns = layer.weight.shape
+    return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
+
+
+def rounded_layers(model: nn.Module) -> Iterator[tuple[str, Int8Linear | Int8Embedding]]:
+    """All layers in 8 bits, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, (Int8Linear, Int8Embedding)):
             yield name, module

@@ -1,0 +1,479 @@
+"""A base in 8 bits: what it costs in accuracy, what it saves in memory, how fast it multiplies and writes.
+
+    python benchmarks/int8.py                               # all parts but the largest
+    python benchmarks/int8.py --parts accuracy generation
+    python benchmarks/int8.py --parts opt                   # the shape of facebook/opt-6.7b trains: 10 GB, and half an hour
+
+Whole trainings beside PEFT on an 8-bit base are in ``benchmarks/training.py``. Run it on a machine that does nothing else.
+Each part runs in its own process; alternating contenders, medians. Accuracy does not depend on the machine: where the
+processor has no 8-bit dot products, the rounded activations are multiplied in fp32, which is exact for them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PARTS = ("accuracy", "stress", "layer", "generation", "memory", "opt")
+PROMPTS = (
+    "Two things are infinite:", "Beware of", "The best way to predict the future", "A computer is", "Never argue with",
+    "Love is", "In theory,", "The trouble with", "Money can", "If you want to be happy,", "Science is", "Old programmers",
+)  # fmt: skip
+
+
+# ---- rounding rules ----------------------------------------------------------------------------------------------
+
+
+def rules() -> dict[str, Callable[[Any], Any]]:
+    """Which columns of an activation stay in full precision."""
+    import torch
+
+    from lorakeet.kernels import int8
+
+    none = torch.empty(0, dtype=torch.int64)
+    return {
+        "one scale for each token": lambda x: none,
+        "columns above 6.0 apart": lambda x: (x.abs().amax(0) > 6.0).nonzero()[:, 0],
+        "columns above 8 x rms apart": int8.outlier_columns,
+    }
+
+
+def rounded_product(rule: Callable[[Any], Any]) -> Callable[..., Any]:
+    """:func:`lorakeet.kernels.int8.product` with activations in 8 bits, but for the rule's columns; any processor."""
+    from lorakeet.kernels import int8
+
+    def product(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
+        columns = rule(x)
+        inner = x.clone()
+        inner[:, columns] = 0
+        rounded, row_scale = int8.quantise_rows(inner)
+        h = (rounded.float() @ weight.float().T).mul_(row_scale.unsqueeze(1)).mul_(scale)
+        h += x[:, columns].float() @ int8.dequantise(weight[:, columns], scale).T
+        return (h if bias is None else h + bias).to(x.dtype)
+
+    return product
+
+
+@contextmanager
+def multiplied_by(product: Callable[..., Any]) -> Any:
+    """Every 8-bit layer multiplies in this way."""
+    from lorakeet.kernels import int8
+
+    before, int8.product = int8.product, product
+    try:
+        yield
+    finally:
+        int8.product = before
+
+
+# ---- parts -------------------------------------------------------------------------------------------------------
+
+
+def accuracy(options: argparse.Namespace) -> list[dict]:
+    """Held-out loss on quotations in fp32 and in 8 bits of several kinds."""
+    import lorakeet
+    from lorakeet.config import DataSettings
+    from lorakeet.data.collate import PaddingCollator
+    from lorakeet.data.prepare import prepare
+    from lorakeet.kernels import int8
+    from lorakeet.train.evaluate import evaluate
+
+    full, tokenizer = lorakeet.load_base(dtype="fp32")
+    rows = prepare(DataSettings(path="fortunes", eval_fraction=0.05), tokenizer, seed=42).held_out
+    rows = rows.select(range(min(options.rows, len(rows))))
+
+    def figure(model: Any) -> dict[str, Any]:
+        return evaluate(model, rows, PaddingCollator(tokenizer.pad_token_id), 4)
+
+    fp32 = figure(full)
+    found = [{"": "fp32", "loss": fp32["loss"], "tokens": fp32["tokens"], "change %": 0.0}]
+
+    def note(name: str, model: Any) -> None:
+        got = figure(model)
+        change = 100 * (got["loss"] / fp32["loss"] - 1)
+        found.append({"": name, "loss": got["loss"], "tokens": got["tokens"], "change %": change})
+        print(f"{name}: {got['loss']:.5f} ({change:+.3f} %)", file=sys.stderr, flush=True)
+
+    del full
+    for embeddings in (False, True):
+        model = in_8_bits(embeddings)
+        which = "layers, embedding, head" if embeddings else "layers"
+        with multiplied_by(blocked(int8)):
+            note(f"{which}: weights alone", model)
+        for name, rule in rules().items():
+            with multiplied_by(rounded_product(rule)):
+                note(f"{which}: {name}", model)
+        del model
+    if not options.without_peers:
+        note("bitsandbytes", bitsandbytes_model())
+    return found
+
+
+def in_8_bits(embeddings: bool) -> Any:
+    import lorakeet
+
+    config = lorakeet.Int8Config(embeddings=embeddings)
+    return lorakeet.load_base(dtype="fp32", model_options={"quantization_config": config}).model
+
+
+def bitsandbytes_model() -> Any:
+    import transformers
+
+    from lorakeet.base.find import find_source, local_folder
+    from lorakeet.config import DEFAULT_MODEL
+
+    settings = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    folder = local_folder(find_source(DEFAULT_MODEL))
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype="float32")
+
+
+def blocked(int8: Any) -> Callable[..., Any]:
+    """The product with the weight alone rounded, whatever the processor."""
+
+    def product(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
+        return int8.int8_linear_reference(x, weight, scale, bias)
+
+    return product
+
+
+def stress(options: argparse.Namespace) -> list[dict]:
+    """A layer some of whose input columns are a hundred times as large: the error of the product without their part."""
+    import torch
+
+    from lorakeet.kernels import int8
+
+    torch.manual_seed(0)
+    found = []
+    for columns in (0, 1, 8, 32):
+        x, dense = torch.randn(512, 1024), torch.randn(1024, 1024) / 32
+        large = torch.randperm(1024)[:columns]
+        x[:, large] *= 100
+        weight, scale = int8.quantise_rows(dense)
+        exact = x.double() @ dense.double().T
+        ordinary = x.clone()
+        ordinary[:, large] = 0
+        size = (ordinary.double() @ dense.double().T).norm()
+        for name, rule in {"weights alone": None, **rules()}.items():
+            multiply = blocked(int8) if rule is None else rounded_product(rule)
+            error = float((multiply(x, weight, scale).double() - exact).norm() / size)
+            found.append({"columns of 100 x": columns, "": name, "error / ordinary part": error})
+    return found
+
+
+def layer(options: argparse.Namespace) -> list[dict]:
+    """Forward and backward of one layer with LoRA, r=16, 512 tokens."""
+    found = []
+    for out, inner in ((4096, 4096), (576, 1536), (1536, 576)):
+        times = layer_times(out, inner, options)
+        for name, took in times.items():
+            ratio = times["lorakeet fp32"] / took
+            found.append({"layer": f"{out} x {inner}", "": name, "ms": took, "fp32 / this": ratio})
+    return found
+
+
+def layer_times(out: int, inner: int, options: argparse.Namespace) -> dict[str, float]:
+    """Median milliseconds of one layer [out, inner], by how it is held and multiplied."""
+    import torch
+
+    from lorakeet.kernels import int8
+    from lorakeet.kernels.lora_linear import lora_linear
+
+    torch.manual_seed(0)
+    dense = torch.randn(out, inner) / inner**0.5
+    weight, scale = int8.quantise_rows(dense)
+    x = torch.randn(512, inner, requires_grad=True)
+    a = (torch.randn(16, inner) / inner**0.5).requires_grad_()
+    b = torch.zeros(out, 16, requires_grad=True)
+    g = torch.randn(512, out)
+
+    def ours(weight: Any, scale: Any = None) -> None:
+        torch.autograd.grad(lora_linear(x, weight, None, a, b, 2.0, scale=scale), (x, a, b), g)
+
+    def plain(base: Callable[[Any], Any]) -> None:
+        torch.autograd.grad(base(x) + 2.0 * (x @ a.T) @ b.T, (x, a, b), g)
+
+    ways: dict[str, Callable[[], None]] = {
+        "torch fp32, plain LoRA": lambda: plain(lambda x: torch.nn.functional.linear(x, dense)),
+        "lorakeet fp32": lambda: ours(dense),
+        "lorakeet int8": lambda: ours(weight, scale),
+    }
+    if not options.without_peers:
+        peer = bitsandbytes_layer(dense)
+        ways["bitsandbytes int8, plain LoRA"] = lambda: plain(peer)
+    return alternate(ways, options.repeats)
+
+
+def bitsandbytes_layer(dense: Any) -> Any:
+    import bitsandbytes as bnb
+
+    made = bnb.nn.Linear8bitLt(dense.shape[1], dense.shape[0], bias=False, has_fp16_weights=False)
+    made.weight = bnb.nn.Int8Params(dense.clone(), requires_grad=False, has_fp16_weights=False)
+    return made.to("cpu").train()
+
+
+def alternate(ways: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each, taking turns; the first two turns are warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 2):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            if turn >= 2:
+                times[name].append(1000 * (time.perf_counter() - began))
+    return {name: statistics.median(took) for name, took in times.items()}
+
+
+def generation(options: argparse.Namespace) -> list[dict]:
+    """Greedy texts at batch one: tokens per second of ``transformers`` in fp32 and in 8 bits, and how often they agree."""
+    import torch
+
+    import lorakeet
+
+    full, tokenizer = lorakeet.load_base(dtype="fp32")
+    models = {"transformers fp32": full, "lorakeet int8": in_8_bits(True)}
+    if not options.without_peers:
+        models["bitsandbytes int8"] = bitsandbytes_model()
+    speeds: dict[str, list[float]] = {name: [] for name in models}
+    texts: dict[str, list[list[int]]] = {name: [] for name in models}
+    for number, prompt in enumerate((PROMPTS[0], *PROMPTS)):  # the first twice: warm-up
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        for name, model in models.items():
+            began = time.perf_counter()
+            with torch.inference_mode():
+                new = model.generate(ids, do_sample=False, max_new_tokens=options.tokens, min_new_tokens=options.tokens)
+            took = time.perf_counter() - began
+            if number:
+                speeds[name].append((new.shape[1] - ids.shape[1]) / took)
+                texts[name].append(new[0, ids.shape[1] :].tolist())
+    found = []
+    for name, speed in speeds.items():
+        pairs = list(zip(texts[name], texts["transformers fp32"], strict=True))
+        same = [
+            next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), options.tokens) for pair in pairs
+        ]
+        median = statistics.median(speed)
+        found.append(
+            {
+                "": name,
+                "tokens/s": median,
+                "ratio": median / statistics.median(speeds["transformers fp32"]),
+                "same text": f"{sum(n == options.tokens for n in same)} of {len(same)}",
+                "tokens alike (median)": statistics.median(same),
+            }
+        )
+    return found
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------
+
+
+class Peak(threading.Thread):
+    """The largest anonymous and whole resident memory of this process, in bytes, looked at every 5 ms (Linux)."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.begin = self.now()
+        self.anonymous, self.whole, self.over = *self.begin, False
+        self.start()
+
+    @staticmethod
+    def now() -> tuple[int, int]:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        sizes = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("RssAnon", "VmRSS"))}
+        return int(sizes["RssAnon"]) * 1024, int(sizes["VmRSS"]) * 1024
+
+    def run(self) -> None:
+        while not self.over:
+            anonymous, whole = self.now()
+            self.anonymous, self.whole = max(self.anonymous, anonymous), max(self.whole, whole)
+            time.sleep(0.005)
+
+    def stop(self) -> dict[str, float]:
+        self.over = True
+        self.join()
+        return {"peak MB": (self.anonymous - self.begin[0]) / 1e6, "with files MB": (self.whole - self.begin[1]) / 1e6}
+
+
+def memory(options: argparse.Namespace) -> list[dict]:
+    """Bytes of the weights, and memory while loading beyond what the process had before; each in a process of its own."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        saved = f"{folder}/int8"
+        words = [sys.executable, "-m", "lorakeet", "quantize", "--dtype", "fp32", "--out", saved]
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for name, settings in (
+            ("fp32", {}),
+            ("int8, rounded while read", {"bits": 8}),
+            ("int8, as saved", {"model": saved}),
+        ):
+            words = [sys.executable, __file__, "--load", json.dumps(settings)]
+            done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+            found.append({"": name, **json.loads(done.stdout.splitlines()[-1])})
+    for line in found:
+        line["of fp32"] = line["weights MB"] / found[0]["weights MB"]
+    return found
+
+
+def load(settings: dict[str, Any]) -> dict[str, float]:
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401 - not to be counted
+
+    import lorakeet
+    from lorakeet.base import load as _  # noqa: F401
+
+    torch.ones(64, 64) @ torch.ones(64, 64)
+    peak, began = Peak(), time.perf_counter()
+    model = lorakeet.load_base(dtype="fp32", **settings).model
+    took = time.perf_counter() - began
+    figures = peak.stop()
+    sizes = [p.numel() * p.element_size() for p in model.parameters()]
+    largest = max(p.numel() * 4 for p in model.parameters())
+    return {
+        "weights MB": sum(sizes) / 1e6,
+        **figures,
+        "limit MB": (sum(sizes) + 2 * largest) / 1e6 + 300,
+        "seconds": took,
+    }
+
+
+def opt(options: argparse.Namespace) -> list[dict]:
+    """The shape of facebook/opt-6.7b with random weights, made and rounded a layer at a time, trains on quotations."""
+    import torch
+    import transformers
+
+    import lorakeet
+    from lorakeet.base.meta import read_config
+    from lorakeet.base.quant.int8 import layers_to_round, out_in, round_weight, rounded_like
+    from lorakeet.config import DataSettings
+    from lorakeet.data.collate import PaddingCollator
+    from lorakeet.data.prepare import prepare
+    from lorakeet.train.report import peak_rss_bytes
+
+    peak, began = Peak(), time.perf_counter()
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(read_config("facebook/opt-6.7b"), dtype=torch.float32)
+    tied: dict[str, Any] = {}
+    for name, module in layers_to_round(model).items():
+        rows, columns = out_in(module)
+        vocabulary = rows == model.config.vocab_size
+        if not (vocabulary and tied):
+            weight, scale = round_weight(torch.randn(rows, columns).mul_(0.02))
+        made = rounded_like(module, weight, scale, torch.float32)
+        if vocabulary:  # embedding and head share them
+            made.weight, made.scale = tied.setdefault("weight", made.weight), tied.setdefault("scale", made.scale)
+        if getattr(made, "bias", None) is not None:
+            made.bias = torch.nn.Parameter(torch.zeros(rows), requires_grad=False)
+        model.set_submodule(name, made)
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                start = torch.ones if isinstance(module, torch.nn.LayerNorm) and name == "weight" else torch.zeros
+                setattr(module, name, torch.nn.Parameter(start(parameter.shape), requires_grad=False))
+    loaded = time.perf_counter() - began
+    tokenizer = lorakeet.load_base(dtype="fp32").tokenizer  # 49,152 tokens, all below this vocabulary's 50,272
+    data = prepare(DataSettings(path="fortunes", eval_fraction=0.01), tokenizer, seed=42).train
+    settings = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    model = lorakeet.get_peft_model(model, lorakeet.LoraConfig(**settings))
+    marks: list[tuple[float, int]] = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            marks.append((time.perf_counter(), state.num_input_tokens_seen))
+            print(f"step {len(marks)}", file=sys.stderr, flush=True)
+
+    from lorakeet.train.fused_loss import fused_loss
+    from lorakeet.train.padding_free import padding_free
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            folder, max_steps=options.steps, per_device_train_batch_size=4, gradient_accumulation_steps=4, learning_rate=2e-4,
+            logging_steps=1, seed=42, save_strategy="no", report_to="none", disable_tqdm=True,
+            remove_unused_columns=False, include_num_input_tokens_seen="non_padding", use_cpu=True,
+        )  # fmt: skip
+        collator = PaddingCollator(tokenizer.pad_token_id)
+        trainer = lorakeet.Trainer(model, arguments, train_dataset=data, data_collator=collator, callbacks=[Clock()])
+        started = time.perf_counter()
+        with padding_free(model), fused_loss(model):
+            trainer.train()
+    steps = [marks[0][0] - started, *(b[0] - a[0] for a, b in itertools.pairwise(marks))]
+    figures = peak.stop()
+    return [
+        {
+            "weights GB": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9,
+            "made in s": loaded,
+            "seconds a step": statistics.median(steps),
+            "tokens a step": marks[-1][1] / len(marks),
+            "200 steps, hours": 200 * statistics.median(steps) / 3600,
+            "peak anonymous GB": figures["peak MB"] / 1e3,
+            "peak resident GB": peak_rss_bytes() / 1e9,
+            "losses": " ".join(f"{line['loss']:.3f}" for line in trainer.state.log_history if "loss" in line),
+        }
+    ]
+
+
+# ---- the table ---------------------------------------------------------------------------------------------------
+
+
+def show(rows: list[dict]) -> None:
+    """Rows of like keys, in columns."""
+    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    cells.insert(0, list(rows[0]))
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:-1])
+    parser.add_argument("--without-peers", action="store_true", help="no bitsandbytes")
+    parser.add_argument("--rows", type=int, default=100, help="held-out quotations of the accuracy")
+    parser.add_argument("--repeats", type=int, default=11, help="turns of the layers' times")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens of each text")
+    parser.add_argument("--steps", type=int, default=2, help="steps of the largest shape")
+    parser.add_argument("--one", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--load", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.load is not None:
+        print(json.dumps(load(options.load)))
+    elif options.one:
+        print(json.dumps(globals()[options.one](options)))
+    else:
+        table(options)
+
+
+def table(options: argparse.Namespace) -> None:
+    """Each part in a process of its own, one after the other."""
+    import torch
+    import transformers
+
+    import lorakeet
+    from lorakeet.kernels.int8 import choose_backend
+
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    fast = sorted(flags & {"avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8"})
+    print(f"lorakeet {lorakeet.__version__}, transformers {transformers.__version__}, torch {torch.__version__}")
+    print(f"{torch.get_num_threads()} threads, {' '.join(fast)}; products in 8 bits: {choose_backend()}")
+    given = ["--rows", options.rows, "--repeats", options.repeats, "--tokens", options.tokens, "--steps", options.steps]
+    for part in options.parts:
+        words = [sys.executable, __file__, "--one", part, *map(str, given)]
+        words += ["--without-peers"] if options.without_peers else []
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+        print(f"\n{part}: {(globals()[part].__doc__ or '').splitlines()[0]}")
+        show(json.loads(done.stdout.splitlines()[-1]))
+
+
+if __name__ == "__main__":
+    main()
