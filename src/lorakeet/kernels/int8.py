@@ -7,6 +7,7 @@ Both directions read the one stored weight, and neither ever makes the whole of 
 - ``blocked``: a few rows of W₈ at a time become x's dtype (which holds every int8 exactly), small enough to stay in the
   processor's cache, and are multiplied there; the scales are put on what comes out, or on g before it goes in. Exact but
   for the weight's own rounding. For processors without 8-bit dot products, and everywhere else.
+  One or few tokens are multiplied by the bytes as they are read (:mod:`lorakeet.kernels.native`).
 - ``vnni``: x is rounded to int8 with one scale for each token, all but the columns that int8 cannot carry, and multiplied
   as int8; what was left out is added in x's dtype (the split of LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339,
   section 3.2, with outliers known by the tensor's own size and not by a fixed threshold). The gradient is rounded for each
@@ -23,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakeet.kernels import native
+
 Backend = Literal["blocked", "vnni"]
 
 #: Values of the weight that are made wide at once: 1 MB in fp32.
@@ -31,6 +34,8 @@ BLOCK = 1 << 18
 TILE = 128
 #: A column of x with a value above so many times x's root mean square is multiplied in full precision.
 OUTLIER = 8.0
+#: So many tokens, or fewer, are multiplied while the weight is read.
+FEW = 16
 #: More columns than this share are not split off: then the rows themselves are large, and their scales follow.
 MOST_OUTLIERS = 1 / 16
 
@@ -45,7 +50,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         int8 [rows, columns] in −127…127, and fp32 [rows] with x ≈ scale·int8; a row of zeros has the scale 1.
     """
     largest = x.abs().amax(1, keepdim=True).float() if x.shape[1] else x.new_zeros(len(x), 1, dtype=torch.float32)
-    scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+    scale = torch.where(largest == 0, torch.ones_like(largest), largest / 127)  # NaN stays NaN
     return (x / scale.to(x.dtype) if x.dtype == torch.float32 else x.float() / scale).round_().to(torch.int8), scale[
         :, 0
     ]
@@ -82,8 +87,8 @@ def choose_backend() -> Backend:
 
 
 def backend_for(x: Tensor) -> Backend:
-    """The back end for a product with x: one, or few, tokens read the weight once and gain nothing from rounding them."""
-    return choose_backend() if x.device.type == "cpu" and len(x) > 16 else "blocked"
+    """The back end for a product with x: few tokens read the weight once and gain nothing from being rounded."""
+    return choose_backend() if x.device.type == "cpu" and len(x) > FEW else "blocked"
 
 
 # -- products, without autograd ---------------------------------------------------------------------------------------
@@ -91,9 +96,14 @@ def backend_for(x: Tensor) -> Backend:
 
 def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """h = x·W₈ᵀ·diag(s) + b for x [n, in]; [n, out] in x's dtype."""
+    if (
+        len(x) <= FEW
+        and x.dtype == torch.float32
+        and native.usable(x, weight, scale, *([] if bias is None else [bias]))
+    ):
+        return native.few_rows(x, weight, scale, bias)
     if backend_for(x) == "vnni":
-        h = _vnni(x, weight, scale)
-        return h if bias is None else h.add_(bias)
+        return _vnni(x, weight, scale, bias)
     if x.dtype == torch.float16:  # before the scales the sums may be beyond its range
         return product(x.float(), weight, scale, None if bias is None else bias.float()).half()
     h = x.new_empty(len(x), len(weight))
@@ -107,8 +117,8 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None
 def input_gradient(g: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """∂x = (g·diag(s))·W₈ for g [n, out]; [n, in] in g's dtype."""
     if backend_for(g) == "vnni":
-        rounded, row_scale = quantise_rows(g.float() * scale)
-        return torch._int_mm(rounded, weight).float().mul_(row_scale.unsqueeze(1)).to(g.dtype)
+        rounded, row_scale = _round_times(g.float(), scale)
+        return _rescaled(torch._int_mm(rounded, weight), row_scale).to(g.dtype)
     scaled = (g * scale).to(g.dtype)
     dx = g.new_zeros(len(g), weight.shape[1])
     for rows in _blocks(weight):
@@ -120,22 +130,41 @@ def outlier_columns(x: Tensor) -> Tensor:
     """Numbers of the columns of x [n, in] that int8 cannot carry beside the others, int64 [at most in/16]."""
     if not x.numel():
         return torch.empty(0, dtype=torch.int64, device=x.device)
-    largest = x.abs().amax(0).float()
-    limit = OUTLIER * x.float().square().mean().sqrt()
+    x = x.float()
+    if native.usable(x):
+        largest, squares = native.columns(x)
+        mean = squares.mean() / len(x)
+    else:
+        largest, mean = x.abs().amax(0), x.square().mean()
+    limit = OUTLIER * mean.sqrt()
     found = (largest > limit).nonzero()[:, 0]
     most = int(x.shape[1] * MOST_OUTLIERS)
     return found if len(found) <= most else largest.topk(most).indices
 
 
-def _vnni(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    columns = outlier_columns(x)
-    inner = x.clone() if len(columns) else x
-    inner[:, columns] = 0
-    rounded, row_scale = quantise_rows(inner)
-    h = torch._int_mm(rounded, weight.T).float().mul_(row_scale.unsqueeze(1)).mul_(scale)
+def _vnni(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    wide = x.float()
+    columns = outlier_columns(wide)
+    rounded, row_scale = _round_times(wide, torch.ones_like(wide[0]).index_fill_(0, columns, 0))
+    h = _rescaled(torch._int_mm(rounded, weight.T), row_scale, scale, None if bias is None else bias.float())
     if len(columns):
-        h.addmm_(x[:, columns].float(), dequantise(weight[:, columns], scale).T)
+        h.addmm_(wide[:, columns], dequantise(weight[:, columns], scale).T)
     return h.to(x.dtype)
+
+
+def _round_times(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """x·diag(factor) for x fp32 [n, in], rounded by rows: int8 [n, in] and fp32 [n]."""
+    return native.round_rows(x, factor) if native.usable(x, factor) else quantise_rows(x * factor)
+
+
+def _rescaled(sums: Tensor, row_scale: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """int32 [n, out] -> fp32 diag(row_scale)·sums·diag(scale) + bias."""
+    given = [t for t in (sums, row_scale, scale, bias) if t is not None]
+    if native.usable(*given):
+        return native.rescale(sums, row_scale, scale, bias)
+    h = sums.float().mul_(row_scale.unsqueeze(1))
+    h = h if scale is None else h.mul_(scale)
+    return h if bias is None else h.add_(bias)
 
 
 def _blocks(weight: Tensor) -> list[slice]:
@@ -184,4 +213,6 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
     bias = None if bias is None else bias.to(x.dtype)
+    if not torch.is_grad_enabled():
+        return product(x.reshape(-1, x.shape[-1]), weight, scale, bias).view(*x.shape[:-1], len(weight))
     return _Int8Linear.apply(x, weight, scale, bias)

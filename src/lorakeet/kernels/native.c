@@ -1,0 +1,167 @@
+/* What the 8-bit product does around and beside a matrix product of its own, in one pass each over memory.
+ *
+ * Plain C: the compiler makes vectors of these loops. Every function has its slow truth in int8.py.
+ */
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define TEXT(x) #x
+#define OF_ROWS(count, each) PRAGMA(omp parallel for schedule(static) if ((count) * (each) > 32768))
+#define PRAGMA(x) _Pragma(TEXT(x))
+
+/* Vectors of the width that the processor has. */
+#if defined(__AVX512F__)
+#define WIDTH 16
+#else
+#define WIDTH 8
+#endif
+typedef float floats __attribute__((vector_size(4 * WIDTH)));
+typedef float anywhere __attribute__((vector_size(4 * WIDTH), aligned(4)));
+
+static inline floats load(const float *x)
+{
+    return *(const anywhere *)x;
+}
+
+static inline floats widen(const int8_t *w)
+{
+#if defined(__AVX512F__)
+    return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)w)));
+#elif defined(__AVX2__)
+    return (floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)w)));
+#else
+    floats wide;
+    for (int lane = 0; lane < WIDTH; lane++)
+        wide[lane] = w[lane];
+    return wide;
+#endif
+}
+
+/* One tile of h: ROWS of the weight by TOKENS of x. Both are constants, so the sums stay in registers. */
+#define TILE(ROWS, TOKENS)                                                                                              \
+    static void tile_##ROWS##_##TOKENS(const float *x, const int8_t *weight, const float *scale, const float *bias,      \
+                                       float *h, ptrdiff_t out, ptrdiff_t in)                                           \
+    {                                                                                                                   \
+        floats sums[ROWS][TOKENS] = {{{0}}};                                                                            \
+        float single[ROWS][TOKENS] = {{0}};                                                                             \
+        ptrdiff_t k = 0;                                                                                                \
+        for (; k + WIDTH <= in; k += WIDTH) {                                                                           \
+            floats many[TOKENS];                                                                                        \
+            for (int t = 0; t < TOKENS; t++)                                                                            \
+                many[t] = load(x + t * in + k);                                                                         \
+            for (int r = 0; r < ROWS; r++) {                                                                            \
+                const floats w = widen(weight + r * in + k);                                                            \
+                for (int t = 0; t < TOKENS; t++)                                                                        \
+                    sums[r][t] += w * many[t];                                                                          \
+            }                                                                                                           \
+        }                                                                                                               \
+        for (; k < in; k++)                                                                                             \
+            for (int r = 0; r < ROWS; r++)                                                                              \
+                for (int t = 0; t < TOKENS; t++)                                                                        \
+                    single[r][t] += (float)weight[r * in + k] * x[t * in + k];                                          \
+        for (int r = 0; r < ROWS; r++)                                                                                  \
+            for (int t = 0; t < TOKENS; t++) {                                                                          \
+                for (int lane = 0; lane < WIDTH; lane++)                                                                \
+                    single[r][t] += sums[r][t][lane];                                                                   \
+                h[t * out + r] = single[r][t] * scale[r] + (bias ? bias[r] : 0.0f);                                     \
+            }                                                                                                           \
+    }
+TILE(4, 1)
+TILE(2, 4)
+TILE(1, 1)
+TILE(1, 4)
+
+#define ROWS_OF(ROWS, TOKENS) tile_##ROWS##_##TOKENS(x + i * in, weight + j * in, scale + j, bias ? bias + j : NULL, h + i * out + j, out, in)
+
+/* h = (x W8^T) diag(scale) + bias for few rows x [n, in]: the weight [out, in] is read once, a byte a value. */
+void few_rows(const float *x, const int8_t *weight, const float *scale, const float *bias, float *h, ptrdiff_t n,
+              ptrdiff_t out, ptrdiff_t in)
+{
+    OF_ROWS(out, in)
+    for (ptrdiff_t four = 0; four < out; four += 4) {
+        ptrdiff_t i = 0;
+        for (; i + 4 <= n; i += 4) {
+            ptrdiff_t j = four;
+            for (; j + 2 <= out && j < four + 4; j += 2)
+                ROWS_OF(2, 4);
+            for (; j < out && j < four + 4; j++)
+                ROWS_OF(1, 4);
+        }
+        for (; i < n; i++) {
+            ptrdiff_t j = four;
+            if (j + 4 <= out)
+                ROWS_OF(4, 1);
+            else
+                for (; j < out; j++)
+                    ROWS_OF(1, 1);
+        }
+    }
+}
+
+/* Of each column of x [n, in] the largest absolute value, and the sum of squares. */
+void columns(const float *x, float *largest, float *squares, ptrdiff_t n, ptrdiff_t in)
+{
+    OF_ROWS(in, n)
+    for (ptrdiff_t block = 0; block < in; block += 64) {
+        const ptrdiff_t size = in - block < 64 ? in - block : 64;
+        float most[64] = {0}, sums[64] = {0};
+        for (ptrdiff_t i = 0; i < n; i++) {
+            const float *row = x + i * in + block;
+            for (ptrdiff_t k = 0; k < size; k++) {
+                const float v = fabsf(row[k]);
+                most[k] = v > most[k] ? v : most[k];
+                sums[k] += v * v;
+            }
+        }
+        for (ptrdiff_t k = 0; k < size; k++) {
+            largest[block + k] = most[k];
+            squares[block + k] = sums[k];
+        }
+    }
+}
+
+/* x [n, in] times factor [in] -> int8 [n, in] and one scale for each row; a row of zeros has the scale 1, one with a value
+ * that is not finite has the scale NaN. */
+void round_rows(const float *x, const float *factor, int8_t *rounded, float *scale, ptrdiff_t n, ptrdiff_t in)
+{
+    OF_ROWS(n, in)
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const float *row = x + i * in;
+        int8_t *to = rounded + i * in;
+        float largest = 0, broken = 0;
+        for (ptrdiff_t k = 0; k < in; k++) {
+            const float v = fabsf(row[k] * factor[k]);
+            largest = v > largest ? v : largest;
+            broken += v * 0.0f;
+        }
+        const float s = largest > 0 ? largest / 127.0f : 1.0f;
+        scale[i] = s + broken;
+        for (ptrdiff_t k = 0; k < in; k++)
+            to[k] = (int8_t)(int32_t)rintf(row[k] * factor[k] / s);
+    }
+}
+
+/* sums [n, out] of an 8-bit product -> h = sums * row_scale * scale + bias. */
+void rescale(const int32_t *sums, const float *row_scale, const float *scale, const float *bias, float *h, ptrdiff_t n,
+             ptrdiff_t out)
+{
+    OF_ROWS(n, out)
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const int32_t *from = sums + i * out;
+        float *to = h + i * out;
+        const float s = row_scale[i];
+        if (scale && bias)
+            for (ptrdiff_t j = 0; j < out; j++)
+                to[j] = (float)from[j] * s * scale[j] + bias[j];
+        else if (scale)
+            for (ptrdiff_t j = 0; j < out; j++)
+                to[j] = (float)from[j] * s * scale[j];
+        else
+            for (ptrdiff_t j = 0; j < out; j++)
+                to[j] = (float)from[j] * s;
+    }
+}

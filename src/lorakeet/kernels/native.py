@@ -1,0 +1,121 @@
+"""The loops of ``native.c`` on the CPU, compiled once with the machine's own C compiler and kept in the cache.
+
+Where there is no compiler, or ``LORAKEET_NATIVE=0``, :func:`library` is None and the callers do the same in plain torch. The
+library shares torch's threads: both use the one OpenMP runtime of the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakeet.files import cache_home
+from lorakeet.talk import say
+
+SOURCE = Path(__file__).with_name("native.c")
+#: Sums may be reordered, as vectors need it; nothing is assumed about NaN and infinity.
+FLAGS = ["-O3", "-march=native", "-shared", "-fPIC", "-std=gnu11"]
+FLAGS += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
+
+
+@cache
+def library() -> Any:
+    """The compiled loops, or None. Half a second the first time on a machine, then out of the cache."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if os.environ.get("LORAKEET_NATIVE") == "0" or compiler is None or os.name != "posix":
+        return None
+    key = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, compiler, _processor())).encode()).hexdigest()[:16]
+    path = cache_home() / "native" / f"{key}.so"
+    try:
+        if not path.exists():
+            _compile(compiler, path)
+        return _signed(ctypes.CDLL(str(path)))
+    except (OSError, subprocess.SubprocessError) as error:
+        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        say(f"no compiled loops on this machine ({told[0] if told else error}); plain torch is used instead")
+        return None
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Write the library, whole or not at all; several processes may do so at a time. Without OpenMP one thread computes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder, path.name)
+        command = [*compiler.split(), *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+        done = subprocess.run([*command, "-fopenmp"], capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        made.replace(path)
+
+
+def _processor() -> str:
+    """What code for this processor may use: a cache may be shared by machines that differ."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {platform.processor()} {flags}"
+
+
+def _signed(loaded: Any) -> Any:
+    pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
+    loaded.few_rows.argtypes = [pointer] * 5 + [size] * 3
+    loaded.columns.argtypes = [pointer] * 3 + [size] * 2
+    loaded.round_rows.argtypes = [pointer] * 4 + [size] * 2
+    loaded.rescale.argtypes = [pointer] * 5 + [size] * 2
+    for function in (loaded.few_rows, loaded.columns, loaded.round_rows, loaded.rescale):
+        function.restype = None
+    return loaded
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the compiled loops can take these: on the CPU, in rows without gaps, their memory at hand."""
+    return (
+        library() is not None
+        and not torch.compiler.is_compiling()
+        and all(
+            t.device.type == "cpu" and t.is_contiguous() and type(t) in (Tensor, torch.nn.Parameter) for t in tensors
+        )
+    )
+
+
+def few_rows(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """h = x·W₈ᵀ·diag(s) + b for x fp32 [n, in], W₈ int8 [out, in]; fp32 [n, out]. The weight is read once."""
+    h = x.new_empty(len(x), len(weight))
+    library().few_rows(_at(x), _at(weight), _at(scale), _at(bias), _at(h), len(x), len(weight), weight.shape[1])
+    return h
+
+
+def columns(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest absolute value, and sum of squares, of each column of x fp32 [n, in]: fp32 [in] and [in]."""
+    largest, squares = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
+    library().columns(_at(x), _at(largest), _at(squares), *x.shape)
+    return largest, squares
+
+
+def round_rows(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """x·diag(factor), x fp32 [n, in], rounded by each row's largest value: int8 [n, in] and fp32 [n]."""
+    rounded, scale = torch.empty(x.shape, dtype=torch.int8), x.new_empty(len(x))
+    library().round_rows(_at(x), _at(factor), _at(rounded), _at(scale), *x.shape)
+    return rounded, scale
+
+
+def rescale(sums: Tensor, row_scale: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """int32 [n, out] -> fp32 diag(row_scale)·sums·diag(scale) + bias."""
+    h = torch.empty(sums.shape, dtype=torch.float32)
+    library().rescale(_at(sums), _at(row_scale), _at(scale), _at(bias), _at(h), *sums.shape)
+    return h
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,115 @@
+"""The compiled loops against the same in plain torch, and what happens where they cannot be compiled."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorakeet.kernels import int8, native
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
+SHAPES = [(1, 1, 1), (1, 7, 16), (3, 5, 33), (4, 4, 8), (5, 6, 129), (16, 130, 70), (9, 300, 640), (2, 3, 0), (0, 5, 8)]
+
+
+def close(a: torch.Tensor, b: torch.Tensor, share: float = 1e-6) -> None:
+    assert a.shape == b.shape and a.dtype == b.dtype
+    if a.numel():
+        assert float((a - b).abs().max()) <= share * max(float(b.abs().max()), 1e-30)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_few_rows(shape: tuple[int, int, int], biased: bool) -> None:
+    n, out, inner = shape
+    torch.manual_seed(n + out)
+    weight, scale = int8.quantise_rows(torch.randn(out, inner))
+    x, bias = torch.randn(n, inner), torch.randn(out) if biased else None
+    truth = x.double() @ int8.dequantise(weight, scale, torch.float64).T + (bias.double() if biased else 0)
+    close(native.few_rows(x, weight, scale, bias).double(), truth, 3e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (40, 64), (33, 200), (7, 0), (0, 9), (2, 1000)])
+def test_rounding_and_what_is_needed_for_it(shape: tuple[int, int]) -> None:
+    torch.manual_seed(sum(shape))
+    x, factor = torch.randn(shape) * torch.rand(shape[0], 1) * 9, torch.rand(shape[1])
+    if x.numel() > 1:
+        x[-1], factor[-1] = 0, 0
+    rounded, scale = native.round_rows(x, factor)
+    same, wanted = int8.quantise_rows(x * factor)
+    close(scale, wanted)
+    assert rounded.dtype == torch.int8
+    assert not x.numel() or (
+        float((rounded.int() - same.int()).abs().max()) <= 1 and float((rounded != same).float().mean()) < 0.01
+    )
+    if x.numel():
+        largest, squares = native.columns(x)
+        close(largest, x.abs().amax(0))
+        close(squares, x.square().sum(0), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (64, 129), (0, 4)])
+def test_rescaling(shape: tuple[int, int]) -> None:
+    torch.manual_seed(1)
+    sums = torch.randint(-(2**24), 2**24, shape, dtype=torch.int32)
+    rows, columns, bias = torch.rand(shape[0]), torch.rand(shape[1]), torch.randn(shape[1]) * 1e6
+    plain = sums.double() * rows[:, None]
+    close(native.rescale(sums, rows).double(), plain, 1e-6)
+    close(native.rescale(sums, rows, columns).double(), plain * columns, 1e-6)
+    close(native.rescale(sums, rows, columns, bias).double(), plain * columns + bias, 1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_does_not_become_a_number(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the row that has it and in no other; by the compiled loops and without them."""
+    weight, scale = int8.quantise_rows(torch.randn(8, 40))
+    monkeypatch.setattr(int8, "choose_backend", lambda: "vnni")
+    for rows in (3, 20):
+        for compiled in (True, False):
+            x = torch.randn(rows, 40)
+            x[1, 7] = value
+            with monkeypatch.context() as patch:
+                if not compiled:
+                    patch.setattr(native, "usable", lambda *_: False)
+                h = int8.product(x, weight, scale)
+            if rows > 16 and value == value:  # an infinite column is an outlier column: in full precision
+                assert not h[1].isfinite().any()
+            else:
+                assert not h[1].isfinite().all()
+            others = [i for i in range(rows) if i != 1]
+            assert h[others].isfinite().all() or (rows > 16 and value != value)
+
+
+def test_without_a_compiler_all_goes_on(tmp_path: Path) -> None:
+    script = (
+        "import torch\n"
+        "from lorakeet.kernels import int8, native\n"
+        "w, s = int8.quantise_rows(torch.randn(20, 30))\n"
+        "x = torch.randn(3, 30)\n"
+        "assert native.library() is None\n"
+        "assert torch.allclose(int8.product(x, w, s), int8.int8_linear_reference(x, w, s), atol=1e-5)\n"
+    )
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho 'no such luck' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    for change, told in (({"CC": str(broken)}, "no such luck"), ({"LORAKEET_NATIVE": "0"}, "")):
+        env = {**os.environ, "LORAKEET_HOME": str(tmp_path / "home"), **change}
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        assert told in done.stderr and not list(tmp_path.glob("home/native/*"))
+
+
+def test_it_is_compiled_once(tmp_path: Path) -> None:
+    script = "from lorakeet.kernels import native; assert native.library() is not None"
+    env = {**os.environ, "LORAKEET_HOME": str(tmp_path)}
+    both = [subprocess.Popen([sys.executable, "-c", script], env=env) for _ in range(2)]  # at the same time
+    assert [process.wait() for process in both] == [0, 0]
+    (file,) = tmp_path.glob("native/*")
+    before = file.stat().st_mtime_ns
+    subprocess.run([sys.executable, "-c", script], env=env, check=True)
+    assert [path.stat().st_mtime_ns for path in tmp_path.glob("native/*")] == [before]
