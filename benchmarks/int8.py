@@ -83,14 +83,16 @@ def multiplied_by(product: Callable[..., Any]) -> Any:
 def accuracy(options: argparse.Namespace) -> list[dict]:
     """Held-out loss on quotations in fp32 and in 8 bits of several kinds."""
     import lorakeet
-    from lorakeet.config import DataSettings
+    from lorakeet.config import DataSettings, TaskSettings
     from lorakeet.data.collate import PaddingCollator
     from lorakeet.data.prepare import prepare
     from lorakeet.kernels import int8
     from lorakeet.train.evaluate import evaluate
 
     full, tokenizer = lorakeet.load_base(dtype="fp32")
-    rows = prepare(DataSettings(path="fortunes", eval_fraction=0.05), tokenizer, seed=42).held_out
+    rows = prepare(
+        DataSettings(path="fortunes", eval_fraction=0.05), TaskSettings(type="CAUSAL_LM"), tokenizer, seed=42
+    ).held_out
     rows = rows.select(range(min(options.rows, len(rows))))
 
     def figure(model: Any) -> dict[str, Any]:
@@ -355,7 +357,7 @@ def opt(options: argparse.Namespace) -> list[dict]:
     import lorakeet
     from lorakeet.base.meta import read_config
     from lorakeet.base.quant.int8 import layers_to_round, out_in, round_weight, rounded_like
-    from lorakeet.config import DataSettings
+    from lorakeet.config import DataSettings, TaskSettings
     from lorakeet.data.collate import PaddingCollator
     from lorakeet.data.prepare import prepare
     from lorakeet.train.report import peak_rss_bytes
@@ -382,7 +384,9 @@ def opt(options: argparse.Namespace) -> list[dict]:
                 setattr(module, name, torch.nn.Parameter(start(parameter.shape), requires_grad=False))
     loaded = time.perf_counter() - began
     tokenizer = lorakeet.load_base(dtype="fp32").tokenizer  # 49,152 tokens, all below this vocabulary's 50,272
-    data = prepare(DataSettings(path="fortunes", eval_fraction=0.01), tokenizer, seed=42).train
+    data = prepare(
+        DataSettings(path="fortunes", eval_fraction=0.01), TaskSettings(type="CAUSAL_LM"), tokenizer, seed=42
+    ).train
     settings = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
     model = lorakeet.get_peft_model(model, lorakeet.LoraConfig(**settings))
     marks: list[tuple[float, int]] = []

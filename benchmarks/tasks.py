@@ -241,6 +241,10 @@ def print_table(
         if name in found:
             cost = f"{middle['train']:8.1f} {slowest / middle['train']:6.2f} {middle['wall']:7.1f} {middle['gb']:8.2f}"
         print(f"{name:14} {cost} {middle['accuracy']:9.4f} {middle['macro_f1']:9.4f}")
+    for name, runs in found.items():
+        accuracies = " ".join(f"{run['accuracy']:.4f}" for run in runs)
+        seconds = " ".join(f"{run['train']:.0f}" for run in runs)
+        print(f"{name:14} by seed: accuracy {accuracies}; train s {seconds}")
 
 
 def print_machine(options: argparse.Namespace) -> None:

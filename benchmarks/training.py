@@ -37,7 +37,7 @@ def run_one(name: str, start: str, steps: int) -> dict:
     import lorakeet
     from lorakeet.base.find import find_source, local_folder
     from lorakeet.base.load import look_at
-    from lorakeet.config import DEFAULT_MODEL, BaseSettings, DataSettings
+    from lorakeet.config import DEFAULT_MODEL, BaseSettings, DataSettings, TaskSettings
     from lorakeet.data.collate import PaddingCollator
     from lorakeet.data.prepare import prepare
     from lorakeet.train.fused_loss import fused_loss
@@ -45,7 +45,9 @@ def run_one(name: str, start: str, steps: int) -> dict:
     from lorakeet.train.report import peak_rss_bytes
 
     tokenizer = look_at(BaseSettings()).tokenizer
-    data = prepare(DataSettings(path="fortunes", eval_fraction=0.01), tokenizer, seed=42).train
+    data = prepare(
+        DataSettings(path="fortunes", eval_fraction=0.01), TaskSettings(type="CAUSAL_LM"), tokenizer, seed=42
+    ).train
     bits = 8 if name.endswith("int8") else None
     if name.startswith("peft"):
         import peft

@@ -31,7 +31,7 @@ from lorakeet.base.quiet import quiet
 from lorakeet.base.task import WHOLE
 from lorakeet.config import BaseSettings, complaints
 from lorakeet.errors import BaseModelError
-from lorakeet.kernels.int8 import choose_backend
+from lorakeet.kernels.int8 import backend_on
 from lorakeet.talk import warn
 
 
@@ -65,7 +65,7 @@ class Base:
         parts = ", ".join(f"{dtype_name(dtype)} {_size(count)}" for dtype, count in sizes.items())
         count = sum(parameter.numel() for parameter in self.model.parameters())
         rounded = sum(1 for _ in rounded_layers(self.model))
-        how = f", {rounded} layers in 8 bits ({choose_backend()} products)" if rounded else ""
+        how = f", {rounded} layers in 8 bits ({backend_on(self.device)} products)" if rounded else ""
         return (
             f"{self.name}: {count:,} parameters, {dtype_name(self.dtype)} on {self.device}, "
             f"{_size(sum(sizes.values()))} ({parts}){how}"

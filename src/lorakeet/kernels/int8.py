@@ -2,7 +2,7 @@
 
     h  = x·W₈ᵀ·diag(s) + b            ∂x = (g·diag(s))·W₈
 
-Both directions read the one stored weight, and neither ever makes the whole of it in a wider format. Two back ends:
+Both directions read the one stored weight, and neither ever makes the whole of it in a wider format. Three back ends:
 
 - ``blocked``: a few rows of W₈ at a time become x's dtype (which holds every int8 exactly), small enough to stay in the
   processor's cache, and are multiplied there; the scales are put on what comes out, or on g before it goes in. Exact but
@@ -12,6 +12,7 @@ Both directions read the one stored weight, and neither ever makes the whole of 
   as int8; what was left out is added in x's dtype (the split of LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339,
   section 3.2, with outliers known by the tensor's own size and not by a fixed threshold). The gradient is rounded for each
   token with the weight's scales folded in. For x86 processors with VNNI or AMX.
+- ``triton``: the same on NVIDIA GPUs, in kernels of our own (:mod:`lorakeet.kernels.int8_triton`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from lorakeet.kernels import native
 
-Backend = Literal["blocked", "vnni"]
+Backend = Literal["blocked", "vnni", "triton"]
 
 #: Values of the weight that are made wide at once: 1 MB in fp32.
 BLOCK = 1 << 18
@@ -78,7 +79,7 @@ def vnni_reference(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 @cache
-def choose_backend() -> Backend:
+def choose_backend() -> Literal["blocked", "vnni"]:
     """What this processor is best at; ``LORAKEET_INT8=blocked`` or ``vnni`` overrules it."""
     asked = os.environ.get("LORAKEET_INT8")
     if asked in ("blocked", "vnni"):
@@ -88,14 +89,37 @@ def choose_backend() -> Backend:
 
 def backend_for(x: Tensor) -> Backend:
     """The back end for a product with x: few tokens read the weight once and gain nothing from being rounded."""
+    if x.device.type == "cuda":
+        return backend_on(x.device)
     return choose_backend() if x.device.type == "cpu" and len(x) > FEW else "blocked"
+
+
+@cache
+def backend_on(device: torch.device) -> Backend:
+    """What multiplies on a device; few tokens may be multiplied otherwise."""
+    if device.type == "cpu":
+        return choose_backend()
+    from lorakeet.kernels import int8_triton
+
+    return "triton" if os.environ.get("LORAKEET_INT8") != "blocked" and int8_triton.available(device)[0] else "blocked"
 
 
 # -- products, without autograd ---------------------------------------------------------------------------------------
 
 
-def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """h = x·W₈ᵀ·diag(s) + b for x [n, in]; [n, out] in x's dtype."""
+def product(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, low: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """h = x·W₈ᵀ·diag(s) + b + u·vᵀ for x [n, in] and low = (u [n, r], v [out, r]) or None; [n, out] in x's dtype."""
+    if backend_for(x) == "triton":
+        from lorakeet.kernels import int8_triton
+
+        return int8_triton.product(x, weight, scale, bias, low)
+    h = _product(x, weight, scale, bias)
+    return h if low is None else _plus(h, low)
+
+
+def _product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     if (
         len(x) <= FEW
         and x.dtype == torch.float32
@@ -105,7 +129,7 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None
     if backend_for(x) == "vnni":
         return _vnni(x, weight, scale, bias)
     if x.dtype == torch.float16:  # before the scales the sums may be beyond its range
-        return product(x.float(), weight, scale, None if bias is None else bias.float()).half()
+        return _product(x.float(), weight, scale, None if bias is None else bias.float()).half()
     h = x.new_empty(len(x), len(weight))
     for rows in _blocks(weight):
         torch.mm(x, weight[rows].to(x.dtype).T, out=h[:, rows])
@@ -114,8 +138,25 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None
     return torch.addcmul(bias, h, scale, out=h)
 
 
-def input_gradient(g: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """∂x = (g·diag(s))·W₈ for g [n, out]; [n, in] in g's dtype."""
+def input_gradient(g: Tensor, weight: Tensor, scale: Tensor, low: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """∂x = (g·diag(s))·W₈ + u·vᵀ for g [n, out] and low = (u [n, r], v [in, r]) or None; [n, in] in g's dtype."""
+    if backend_for(g) == "triton":
+        from lorakeet.kernels import int8_triton
+
+        return int8_triton.input_gradient(g, weight, scale, low)
+    dx = _input_gradient(g, weight, scale)
+    return dx if low is None else _plus(dx, low)
+
+
+def _plus(h: Tensor, low: tuple[Tensor, Tensor]) -> Tensor:
+    """h + u·vᵀ, in place where the number formats allow it, else rounded once."""
+    u, v = low
+    if h.dtype == v.dtype:
+        return h.addmm_(u, v.T)
+    return torch.addmm(h.to(v.dtype), u, v.T).to(h.dtype)
+
+
+def _input_gradient(g: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if backend_for(g) == "vnni":
         rounded, row_scale = _round_times(g.float(), scale)
         return _rescaled(torch._int_mm(rounded, weight), row_scale).to(g.dtype)

@@ -64,15 +64,15 @@ class _LoraLinear(torch.autograd.Function):
         scale: Tensor | None,
     ) -> Tensor:
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # [n, in]
-        if scale is None:
-            h = F.linear(rows, weight.T if fan_in_fan_out else weight, bias)
-        else:
-            h = int8.product(rows, weight, scale, bias)
         u = _dropped(rows, lora_A.dtype, p, seed) @ lora_A.T  # [n, r]
-        if h.dtype == lora_B.dtype:
-            h.addmm_(u, lora_B.T, alpha=scaling)
-        else:  # half-precision base, fp32 adapter: the sum is rounded once
-            h = torch.addmm(h.to(lora_B.dtype), u, lora_B.T, alpha=scaling).to(h.dtype)
+        if scale is not None:
+            h = int8.product(rows, weight, scale, bias, low=(u * scaling, lora_B))
+        else:
+            h = F.linear(rows, weight.T if fan_in_fan_out else weight, bias)
+            if h.dtype == lora_B.dtype:
+                h.addmm_(u, lora_B.T, alpha=scaling)
+            else:  # half-precision base, fp32 adapter: the sum is rounded once
+                h = torch.addmm(h.to(lora_B.dtype), u, lora_B.T, alpha=scaling).to(h.dtype)
         ctx.save_for_backward(x, weight, lora_A, lora_B, u, scale)
         ctx.scaling, ctx.p, ctx.seed, ctx.fan_in_fan_out = scaling, p, seed, fan_in_fan_out
         return h.view(*x.shape[:-1], h.shape[-1])
@@ -86,7 +86,9 @@ class _LoraLinear(torch.autograd.Function):
         g_low = g.to(lora_B.dtype)
         gu = (g_low @ lora_B) * ctx.scaling  # [n, r]
         dx = dA = dB = db = None
-        if need_x:
+        if need_x and scale is not None and ctx.p == 0.0:
+            dx = int8.input_gradient(g, weight, scale, low=(gu, lora_A.T)).to(x.dtype).view(x.shape)
+        elif need_x:
             if scale is None:
                 dx = g @ (weight.T if ctx.fan_in_fan_out else weight)  # [n, in]
             else:
