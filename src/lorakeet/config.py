@@ -168,8 +168,8 @@ class TrainSettings(Section):
 
     steps: Annotated[int, Field(gt=0)] | None = Field(None, description="optimizer steps; left out: by epochs")
     epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="passes over the data, where steps is left out")
-    batch_size: Annotated[int, Field(gt=0)] = Field(4, description="samples per forward pass and process")
-    grad_accum: Annotated[int, Field(gt=0)] = Field(4, description="forward passes per optimizer step")
+    batch_size: Annotated[int, Field(gt=0)] = Field(4, description="samples per micro-batch and process")
+    grad_accum: Annotated[int, Field(gt=0)] = Field(4, description="micro-batches per optimizer step")
     lr: Annotated[float, Field(gt=0)] = Field(2e-4, description="peak learning rate")
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps over which the learning rate rises to its peak")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
@@ -194,6 +194,14 @@ class TrainSettings(Section):
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, more time")
     padding_free: bool = Field(True, description="compute nothing for padding, where the architecture allows it")
     fused_loss: bool = Field(True, description="compute a language model's loss without ever holding all its logits")
+    fused_layers: bool = Field(
+        True, description="norms and gated activations of known architectures that keep less for the backward pass"
+    )
+    token_budget: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="real tokens up to which micro-batches of one step run as one pass, where no padding is computed; left "
+        "out: batch_size x data.max_length, which a single one may hold anyway; 0: each on its own",
+    )
 
 
 class RunConfig(Section):

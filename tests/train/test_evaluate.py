@@ -7,7 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from lorakeet.data.collate import PaddingCollator
 from lorakeet.errors import DataError
@@ -105,6 +113,12 @@ def test_what_counts_as_a_target():
     bert = BertForMaskedLM(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1))
     assert not shifts_labels(bert) and not shifts_labels(t5)
+    assert shifts_labels(
+        GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=1))
+    )  # a name that tells nothing
+    assert not shifts_labels(
+        BertForPreTraining(BertConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    )
     labels = torch.tensor([[3, -100, 5], [-100, 4, 4]])
     assert count_targets({"labels": labels}, shifted=False) == 4
     assert count_targets({"labels": labels}, shifted=True) == 3

@@ -6,6 +6,7 @@ and with the order. Here losses are summed per sample and divided once by the nu
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,10 +26,20 @@ CHUNK = 128
 
 def shifts_labels(model: nn.Module) -> bool:
     """Whether the model's loss is the plain next-token loss, where position ``t`` predicts label ``t + 1``."""
-    config = getattr(model, "config", None)
-    return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss and not getattr(
-        config, "is_encoder_decoder", False
-    )
+    kind = getattr(model, "loss_type", "")
+    if kind is None:  # its name tells nothing (GPT2LMHeadModel): if its forward asks for a loss, it gets this one
+        shifts = asks_loss_function(model)
+    else:
+        shifts = LOSS_MAPPING.get(kind) is ForCausalLMLoss
+    return shifts and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+
+def asks_loss_function(model: nn.Module) -> bool:
+    """Whether a model's forward asks its ``loss_function``; others compute a loss themselves, or none."""
+    try:
+        return "self.loss_function(" in inspect.getsource(inspect.unwrap(type(model).forward))
+    except OSError:  # typed into a shell: nobody can read it
+        return False
 
 
 def count_targets(batch: Mapping[str, Any], shifted: bool) -> int:

@@ -9,11 +9,11 @@ So labels, masks, caches and outputs are the model's business, and under DDP all
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from lorakeet.train import evaluate
 #: What stands in for the logits of one position. Exact in bf16; large enough to meet any cap.
 _PROBE = (-96.0, -24.0, -5.0, -1.5, -0.25, 0.0, 0.5, 1.0, 3.0, 12.0, 40.0, 128.0)
 
+#: Language models whose loss is computed without logits at this moment.
+_WITHOUT_LOGITS: WeakSet[nn.Module] = WeakSet()
+
 
 class _UnknownLossError(Exception):
     """The model does something between head and loss that the fused loss does not know."""
@@ -41,7 +44,7 @@ def why_not_fused(model: nn.Module) -> str | None:
     kind = type(lm).__name__
     if hasattr(lm, "_loss_function"):
         return f"{kind} was given a loss function of its own"
-    if _asks_loss_function(lm):
+    if evaluate.asks_loss_function(lm):
         if lm.loss_function not in (ForCausalLMLoss, ForMaskedLMLoss):
             return f"the loss of {kind} is not known"
     elif not kind.endswith("ForMaskedLM"):
@@ -49,11 +52,6 @@ def why_not_fused(model: nn.Module) -> str | None:
     if hasattr(_head(lm), "unshard"):
         return "its head is sharded on its own, and processes with fewer targets would call it less often"
     return None
-
-
-def _asks_loss_function(lm: PreTrainedModel) -> bool:
-    """Whether forward asks ``loss_function``; else a masked language model takes the mean over its labels itself."""
-    return "self.loss_function(" in inspect.getsource(inspect.unwrap(type(lm).forward))
 
 
 def _language_model(model: nn.Module) -> PreTrainedModel | None:
@@ -83,33 +81,40 @@ def fused_loss(model: nn.Module) -> Iterator[None]:
         return
     own = lm.__dict__.get("forward")
     before = lm.forward
-    fused = True
 
     @wraps(before)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        nonlocal fused
-        if fused and lm.training and kwargs.get("labels") is not None and kwargs.get("return_dict") is not False:
+        learns = lm.training and kwargs.get("labels") is not None and kwargs.get("return_dict") is not False
+        if learns and lm in _WITHOUT_LOGITS:
             try:
                 return _without_logits(lm, before, args, kwargs)
             except _UnknownLossError as reason:
                 say(f"logits     are computed whole: {reason}")
-                fused = False
+                _WITHOUT_LOGITS.discard(lm)
         return before(*args, **kwargs)
 
     lm.forward = forward
+    _WITHOUT_LOGITS.add(lm)
     try:
         yield
     finally:
+        _WITHOUT_LOGITS.discard(lm)
         del lm.forward
         if own is not None:
             lm.forward = own
+
+
+def computes_logits(model: nn.Module) -> bool:
+    """Whether training a model makes all logits of its batches: a language model outside of :func:`fused_loss`."""
+    lm = _language_model(model)
+    return lm is not None and lm not in _WITHOUT_LOGITS
 
 
 def _without_logits(lm: PreTrainedModel, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
     """Runs a forward with labels; returns its output with ``loss`` and no ``logits``."""
     head = _head(lm)
     losses: list[Tensor] = []
-    shifted = _asks_loss_function(lm) and lm.loss_function is ForCausalLMLoss
+    shifted = evaluate.asks_loss_function(lm) and lm.loss_function is ForCausalLMLoss
 
     def loss_function(
         logits: Tensor,
@@ -130,7 +135,7 @@ def _without_logits(lm: PreTrainedModel, forward: Callable[..., Any], args: tupl
         return losses[-1]
 
     with _stand_in(head) as seen:
-        if not _asks_loss_function(lm):
+        if not evaluate.asks_loss_function(lm):
             output = forward(*args, **{**kwargs, "labels": None})
             output["loss"] = loss_function(output.logits, kwargs["labels"])
         else:

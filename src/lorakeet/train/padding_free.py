@@ -225,6 +225,11 @@ def why_padded(model: nn.Module) -> str | None:
     return None
 
 
+def is_padding_free(model: nn.Module) -> bool:
+    """Whether :func:`padding_free` holds for a model at this moment."""
+    return any(stack.owner.config._attn_implementation in _NAMES.values() for stack in _stacks(model))
+
+
 def _plain_attention(config: Any) -> str:
     """The attention that a model was loaded with, also while no padding is computed."""
     known = {name: plain for plain, name in _NAMES.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from lorakeet.lora.kinds import adaptable
 from lorakeet.talk import log, say, warn
 from lorakeet.train.checkpoint import latest_checkpoint
 from lorakeet.train.folder import check_run_folder, claim_folder, refuse_other_settings
+from lorakeet.train.fused_layers import fused_layers
 from lorakeet.train.fused_loss import fused_loss
 from lorakeet.train.padding_free import padding_free, why_padded
 from lorakeet.train.pictures import draw_confusion
@@ -224,7 +225,12 @@ class Run:
         """Held-out loss, training, adapter, held-out loss, summary."""
         report = Report(self.folder / "metrics.jsonl")
         trainer = self._trainer([report, stop], any_checkpoint)
-        with self._unpadded(), fused_loss(self.model) if self.config.train.fused_loss else nullcontext():
+        with ExitStack() as fast:
+            fast.enter_context(self._unpadded())
+            if self.config.train.fused_loss:
+                fast.enter_context(fused_loss(self.model))
+            if self.config.train.fused_layers:
+                fast.enter_context(fused_layers(self.model))
             self._learn(trainer, report, stop, resume, any_checkpoint)
             summary = summarise(self, trainer, report)
         self._save(trainer, summary)
@@ -241,6 +247,12 @@ class Run:
             say(f"padding    is computed: {reason}")
             return nullcontext()
         return padding_free(self.model)
+
+    def _token_budget(self) -> int:
+        """Real tokens of a pass; unless told, what the largest micro-batch may hold: memory is no worse for it."""
+        train = self.config.train
+        full = train.batch_size * self.config.data.max_length
+        return full if train.token_budget is None else train.token_budget
 
     def _learn(self, trainer: Trainer, report: Report, stop: StopAfterStep, resume: bool, any_checkpoint: bool) -> None:
         start = latest_checkpoint(self.args.output_dir) if resume else None
@@ -276,6 +288,7 @@ class Run:
             "callbacks": callbacks,
             "any_checkpoint": any_checkpoint,
             "non_finite": self.config.train.non_finite,
+            "token_budget": self._token_budget(),
         }
         trainer = Trainer(**settings) if self.task.name == "CAUSAL_LM" else TaskTrainer(**settings, task=self.task)
         trainer.remove_callback(PrinterCallback)  # prints to stdout

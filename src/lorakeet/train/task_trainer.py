@@ -63,6 +63,12 @@ class TaskTrainer(Trainer):
         outputs = model(**{name: value for name, value in batch.items() if not name.endswith("_positions")})
         return span_loss(outputs, batch), outputs
 
+    def why_separate(self) -> str | None:
+        """Pairs are told from one another: with other company in a pass they have another loss."""
+        if self.task.name == "FEATURE_EXTRACTION":
+            return "each pair is told from the others of its micro-batch"
+        return super().why_separate()
+
     # ---- measurement ------------------------------------------------------------------------------------------
 
     @torch.no_grad()

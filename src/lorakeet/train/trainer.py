@@ -6,6 +6,7 @@ alone. What differs from the parent:
 - checkpoints are whole or absent, a resumed run equals an uninterrupted one bit for bit on the same machine, and a
   checkpoint of another run is refused (:mod:`lorakeet.train.checkpoint`);
 - the loss is per real target token over the whole optimizer step, for models that do not count tokens themselves too;
+- micro-batches of one step may run as one pass (:mod:`lorakeet.train.join`);
 - held-out loss is per target token, and evaluating never touches the random numbers of training;
 - saving, evaluating, gradients, synchronisation and finiteness are checked (:mod:`lorakeet.train.guard`).
 """
@@ -30,9 +31,10 @@ from lorakeet.adapter.model import PeftModel
 from lorakeet.errors import TrainingError
 from lorakeet.files import write_folder
 from lorakeet.talk import say, warn
-from lorakeet.train import checkpoint, guard
+from lorakeet.train import checkpoint, finite, guard
 from lorakeet.train.evaluate import count_targets, loss_and_perplexity, shifts_labels
 from lorakeet.train.fused_loss import sample_losses
+from lorakeet.train.join import Batch, Passes, why_separate
 from lorakeet.train.order import LengthWindows
 
 
@@ -44,6 +46,9 @@ class Trainer(transformers.Trainer):
         non_finite: What to do when a loss or gradient is not finite: ``"stop"`` saves the last good state as a
             checkpoint and raises; ``"skip"`` drops the step, says so and goes on.
         any_checkpoint: Resume even from a checkpoint whose settings, data or number of processes differ.
+        token_budget: Real tokens of a pass that several micro-batches of an optimizer step may share; None or 0: each
+            runs on its own. They are joined inside of :func:`lorakeet.train.padding_free.padding_free`, a language
+            model's inside of :func:`lorakeet.train.fused_loss.fused_loss` too; whether they are is said.
 
     Raises:
         TrainingError: fp16 on a CPU, or parameters that would learn in fp16.
@@ -60,6 +65,7 @@ class Trainer(transformers.Trainer):
         *rest: Any,
         non_finite: Literal["stop", "skip"] = "stop",
         any_checkpoint: bool = False,
+        token_budget: int | None = None,
         **settings: Any,
     ) -> None:
         args = TrainingArguments("tmp_trainer") if args is None else args
@@ -72,7 +78,9 @@ class Trainer(transformers.Trainer):
         self.accelerator.dataloader_config.data_seed = args.seed if args.data_seed is None else args.data_seed
         self._shifts_labels = shifts_labels(self.model)
         self._counts_known = False
-        self._micro_batches: list[tuple[Tensor, dict[str, Any]]] = []  # of the step at hand
+        self._passes = Passes(self, token_budget)
+        self._losses: list[tuple[Tensor, list[Batch]]] = []  # of the passes of the step at hand
+        self._targets: Any = None  # of the step at hand
         self._grad_norm: Any = None
         self._resumed: dict[str, Any] | None = None
         self._fingerprint: dict[str, Any] | None = None
@@ -114,12 +122,28 @@ class Trainer(transformers.Trainer):
             count = self.accelerator.gather(count).sum()
         return count
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """As the parent's; and which of the step's micro-batches will share a pass."""
+        batches, self._targets = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._passes.plan(batches)
+        return batches, self._targets
+
+    def why_separate(self) -> str | None:
+        """Why the micro-batches of a step may not share a pass, in half a sentence; None if they may."""
+        return why_separate(self)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One forward and backward; remembers loss and batch until the optimizer has applied the step."""
+        """One forward and backward; remembers loss and batches until the optimizer has applied the step.
+
+        A micro-batch that waits for others has the loss 0; the pass that they share has that of all.
+        """
         if not self._counts_known:
             self._find_out_who_counts(inputs)
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._micro_batches.append((loss, inputs))
+        batches = self._passes.take(inputs)
+        if not batches:
+            return torch.zeros((), device=self.args.device)
+        loss = super().training_step(model, self._passes.join(batches), num_items_in_batch)
+        self._losses.append((loss, batches))
         return loss
 
     def _find_out_who_counts(self, inputs: dict[str, Any]) -> None:
@@ -228,6 +252,8 @@ class Trainer(transformers.Trainer):
         """What a checkpoint must share with the run that resumes from it."""
         if self._fingerprint is None:
             self._fingerprint = checkpoint.run_fingerprint(self.args, self.model, self.train_dataset)
+            if self._passes.budget:
+                self._fingerprint["token_budget"] = str(self._passes.budget)
         return self._fingerprint
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -287,43 +313,6 @@ class Trainer(transformers.Trainer):
         self._grad_norm = super()._get_grad_norm(model, grad_norm)
         return self._grad_norm
 
-    def _is_finite(self) -> bool:
-        """Whether loss and gradient of this step are finite, in every process (all decide alike)."""
-        finite = torch.stack([loss for loss, _ in self._micro_batches]).isfinite().all()
-        if (
-            self.accelerator.scaler is None and self._grad_norm is not None
-        ):  # with loss scaling an overflow is part of the method, and skipped there
-            finite = finite & torch.as_tensor(self._grad_norm, device=finite.device).isfinite()
-        return bool(self.accelerator.gather(finite[None]).all())
-
-    def _complaint(self) -> str:
-        """Which step and which samples were not finite."""
-        decode = getattr(self.processing_class, "decode", None)
-        bad = [i for i, (loss, _) in enumerate(self._micro_batches) if not loss.isfinite()]
-        what = "loss" if bad else "gradient"
-        shown = bad or range(len(self._micro_batches))
-        batches = [
-            f"micro-batch {i + 1} of {len(self._micro_batches)}, loss {float(self._micro_batches[i][0])}:\n"
-            + guard.describe_batch(self._micro_batches[i][1], decode)
-            for i in shown
-        ]
-        return (
-            f"the {what} of step {self.state.global_step + 1} is not finite; nothing of it was applied\n"
-            + "\n".join(batches)
-        )
-
-    def _keep_last_good_state(self) -> str:
-        """Save what was there before this step; returns where, as a hint."""
-        way_on = (
-            "look at these samples, lower the learning rate, or pass over such steps: Trainer(..., non_finite='skip')"
-        )
-        if not self.state.global_step:
-            return way_on
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if not folder.exists():
-            self._save_checkpoint(self.model)
-        return f"the last good state is in {folder}; {way_on}"
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **settings: Any) -> TrainOutput:
         """Train, or go on from a checkpoint: a folder, or True for the newest whole one in ``args.output_dir``.
 
@@ -371,6 +360,7 @@ class _Steps(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         trainer = self.trainer
         self.first = True
+        trainer._passes.restart()
         guard.check_sharded(trainer.model_wrapped, args)
         trainer.rehearse()
         if resumed := trainer._resumed:
@@ -383,7 +373,7 @@ class _Steps(TrainerCallback):
             self.trainer._collator.epoch = int(state.epoch or 0)
 
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        self.trainer._micro_batches.clear()
+        self.trainer._losses.clear()
         self.start = {
             "random": checkpoint.random_state(),
             "loss": self.trainer._tr_loss.clone(),
@@ -396,9 +386,9 @@ class _Steps(TrainerCallback):
             guard.check_gradients(model)
             guard.check_synchronised(model, trainer.accelerator)
             self.first = False
-        if trainer._is_finite():
+        if finite.is_finite(trainer):
             return
-        complaint = trainer._complaint()
+        complaint = finite.complaint(trainer)
         trainer.model_wrapped.zero_grad()  # no gradient, no change: the optimizer passes over it
         if trainer.non_finite == "skip":
             warn(f"step skipped: {complaint}")
@@ -406,4 +396,4 @@ class _Steps(TrainerCallback):
         checkpoint.set_random_state(self.start["random"])
         trainer._tr_loss.copy_(self.start["loss"])
         state.num_input_tokens_seen = self.start["tokens"]
-        raise TrainingError(complaint, trainer._keep_last_good_state())
+        raise TrainingError(complaint, finite.keep_last_good_state(trainer))

@@ -1,0 +1,77 @@
+"""Root-mean-square normalisation that keeps its input and one number a row (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    x̂ = s·x,   s = (mean(x²) + ε)^(-½)          y = w·x̂,   or (1 + w)·x̂ with ``one_more`` (Gemma)
+
+    ∂x = s·(t - x̂·mean(t·x̂)),   t = w·∂y        ∂w = Σ_rows ∂y·x̂
+
+In fp32 inside, whatever the dtype of x. What is remembered is x, as it came, and s. Autograd keeps an fp32 copy of a
+half-precision x too, and x̂ where the weight learns; here both are made again. Temporaries are reused in place.
+
+Two ways of rounding are in use for half precision: x̂ is rounded to the dtype of x and then weighed (Llama), or weighed and
+then rounded (Gemma).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, one_more: bool = False) -> Tensor:
+    """The slow truth: the equation in plain torch, differentiated by autograd."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    normal = x.to(wide) * torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + eps)
+    if one_more:
+        return (normal * (1 + weight.to(wide))).to(x.dtype)
+    return weight * normal.to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x [..., d], weight [d] -> [..., d]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, one_more: bool) -> Tensor:  # type: ignore[override]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        s = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # [..., 1]
+        s.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y = x * s  # [..., d], the wider dtype
+        if one_more:
+            y = y.mul_(1 + weight.to(wide)).to(x.dtype)
+        else:
+            y = y.to(x.dtype)
+            y = y.mul_(weight) if weight.dtype == y.dtype else y * weight
+        ctx.save_for_backward(x, weight, s)
+        ctx.one_more = one_more
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, s = ctx.saved_tensors
+        grad, values = grad.to(s.dtype), x.to(s.dtype)
+        dx = dw = None
+        if ctx.needs_input_grad[1]:
+            dw = (grad * values).mul_(s).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            w = weight.to(s.dtype)
+            t = grad * (1 + w if ctx.one_more else w)
+            along = (t * values).sum(-1, keepdim=True)  # Σ t·x, so that s³·along/d = s²·mean(t·x̂)
+            dx = t.mul_(s).addcmul_(values, along.mul_(s.pow(3)).div_(-x.shape[-1])).to(x.dtype)
+        return dx, dw, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, one_more: bool = False) -> Tensor:
+    """Each row of ``x`` divided by its root mean square, times the weight.
+
+    Args:
+        x: [..., d], any floating dtype.
+        weight: [d]; gets a gradient only if it asks for one.
+        eps: ε above.
+        one_more: The weight is what is added to 1, and the product is rounded once.
+
+    Returns:
+        [..., d], the dtype of ``x``; without ``one_more`` that of the weight where it is wider.
+    """
+    normal: Tensor = _RMSNorm.apply(x, weight, eps, one_more)
+    return normal

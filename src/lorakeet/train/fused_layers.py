@@ -1,0 +1,153 @@
+"""Norms and gated feed-forward networks that keep less for the backward pass and go over memory less often.
+
+The modules of a model stay what and where they are; while :func:`fused_layers` holds, those of known classes compute by
+:mod:`lorakeet.kernels.rms_norm` and :mod:`lorakeet.kernels.gated` when they are in training mode. One of each kind is first
+held against its own forward on random numbers, output and gradient; a kind that differs is left as it is, and that is said.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakeet.kernels.gated import Activation, gated
+from lorakeet.kernels.rms_norm import rms_norm
+from lorakeet.talk import warn
+from lorakeet.train.checkpoint import same_random_state
+
+# fmt: off
+#: Architectures of transformers whose ``…RMSNorm`` is a norm that the kernel knows, and whether its weight is added to 1.
+NORMS = {
+    **dict.fromkeys([
+        "Granite", "Llama", "Ministral", "Mistral", "Mixtral", "Phi3", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "SmolLM3",
+    ], False),
+    **dict.fromkeys(["Gemma", "Gemma2", "Gemma3"], True),
+}
+#: Architectures whose ``…MLP`` is down_proj(act_fn(gate_proj(x))·up_proj(x)).
+GATED = (
+    "Gemma", "Gemma2", "Gemma3", "Granite", "Llama", "Ministral", "Mistral", "Olmo", "Olmo2", "Olmo3", "Qwen2", "Qwen3",
+    "SmolLM3",
+)
+# fmt: on
+_ACTIVATIONS: dict[str, Activation] = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+}
+#: By how many units of rounding output and gradient may differ from a module's own.
+_ROUNDINGS = 8
+
+Forward = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def fused_layers(model: nn.Module) -> Iterator[None]:
+    """While this holds, norms and gated networks of known classes in ``model`` compute fused in training mode.
+
+    Same outputs and gradients, within the rounding of their dtype. Names, parameters and hooks of the model stay. A norm's
+    weight gets a gradient only where it learns.
+    """
+    replaced: list[tuple[nn.Module, Any]] = []
+    try:
+        for module, forward in _fused_forwards(model):
+            replaced.append((module, module.__dict__.get("forward")))
+            module.forward = forward
+        yield
+    finally:
+        for module, own in replaced:
+            del module.forward
+            if own is not None:
+                module.forward = own
+
+
+def _fused_forwards(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
+    """Modules and what they shall compute; one of each kind has been tried."""
+    found: list[tuple[nn.Module, Forward]] = []
+    good: dict[Any, bool] = {}
+    for module in model.modules():
+        fused = _fused(module)
+        if fused is None:
+            continue
+        kind = _kind(module)
+        if kind not in good:
+            good[kind] = _agrees(module, fused)
+            if not good[kind]:
+                warn(f"{type(module).__name__} computes otherwise than expected and stays as it is")
+        if good[kind]:
+            found.append((module, _in_training(module, fused)))
+    return found
+
+
+def _fused(module: nn.Module) -> Forward | None:
+    """The fused forward of a module of a known class of transformers; None for all others."""
+    if not type(module).__module__.startswith("transformers.models."):
+        return None
+    name = type(module).__name__
+    if name.endswith("RMSNorm") and name.removesuffix("RMSNorm") in NORMS:
+        return functools.partial(_norm, module, NORMS[name.removesuffix("RMSNorm")])
+    if name.endswith("MLP") and name.removesuffix("MLP") in GATED:
+        activation = _ACTIVATIONS.get(type(module.act_fn).__name__)
+        return None if activation is None else functools.partial(_feed_forward, module, activation)
+    return None
+
+
+def _norm(module: Any, one_more: bool, x: Tensor) -> Tensor:
+    eps = module.eps if one_more else module.variance_epsilon
+    return rms_norm(x, module.weight, eps, one_more)
+
+
+def _feed_forward(module: Any, activation: Activation, x: Tensor) -> Tensor:
+    output: Tensor = module.down_proj(gated(module.gate_proj(x), module.up_proj(x), activation))
+    return output
+
+
+def _in_training(module: nn.Module, fused: Forward) -> Forward:
+    own = module.forward
+
+    @functools.wraps(own)
+    def forward(x: Tensor) -> Tensor:
+        return fused(x) if module.training else own(x)
+
+    return forward
+
+
+def _kind(module: Any) -> tuple[Any, ...]:
+    """Modules of one kind need to be tried once."""
+    if hasattr(module, "act_fn"):
+        return type(module), type(module.act_fn)
+    return type(module), module.weight.dtype, getattr(module, "eps", None), getattr(module, "variance_epsilon", None)
+
+
+def _agrees(module: nn.Module, fused: Forward) -> bool:
+    """Whether output and gradient of a module are those of its own forward, on random rows."""
+    parameters = sorted(module.parameters(), key=lambda p: (not p.is_floating_point(), p.requires_grad))
+    like = parameters[0]  # what an adapter adds may be wider than what the module computes in
+    width = getattr(module, "hidden_size", like.shape[0])
+    dtype = like.dtype if like.is_floating_point() else torch.float32
+    x = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(like.device, dtype)
+    try:
+        with same_random_state():
+            outcomes = [_outcome(forward, x) for forward in (module.forward, fused)]
+    except RuntimeError:  # weights that are elsewhere, or that want another dtype
+        return False
+    near = _ROUNDINGS * torch.finfo(dtype).eps
+    return all(
+        own.dtype == new.dtype and torch.allclose(own, new, rtol=near, atol=near * float(own.abs().max()))
+        for own, new in zip(*outcomes, strict=True)
+    )
+
+
+@torch.enable_grad()
+def _outcome(forward: Callable[..., Any], x: Tensor) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)  # dropout of an adapter inside
+    leaf = x.clone().requires_grad_()
+    y = forward(leaf)
+    (gradient,) = torch.autograd.grad(y, leaf, torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y).to(y.dtype))
+    return y.detach(), gradient

@@ -1,0 +1,188 @@
+"""Fused norms and gated networks compute what a model's own modules compute, and keep less."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from test_padding_free import adapted, assert_same, outcome, ragged, small
+from torch import Tensor, nn
+
+from lorakeet.adapter.model import get_peft_model
+from lorakeet.lora.config import LoraConfig
+from lorakeet.train import fused_layers as module
+from lorakeet.train.fused_layers import fused_layers
+from lorakeet.train.fused_loss import fused_loss
+from lorakeet.train.padding_free import padding_free
+from tiny_training import tiny_peft
+
+KINDS = [
+    "gemma", "gemma2", "gemma3_text", "granite", "llama", "ministral", "mistral", "mixtral", "olmo", "olmo2", "olmo3",
+    "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3",
+]  # fmt: skip
+GATELESS = {"mixtral", "phi3", "qwen2_moe", "qwen3_moe"}  # stacked experts, or gate and up in one
+NORMLESS = {"olmo", "olmo2", "olmo3"}  # none that learns, or one that rounds another way
+
+
+def replaced(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if "forward" in m.__dict__]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_gradients_are_those_of_the_modules(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted(small(kind)).train()
+    for name, parameter in model.named_parameters():
+        if "norm" in name and "lora" not in name:
+            parameter.requires_grad_("layers.0" in name)  # some norms learn, others do not
+    expected = outcome(model, ragged())
+    with fused_layers(model):
+        changed = {type(m).__name__ for m in replaced(model)}
+        assert any("RMSNorm" in name for name in changed) != (kind in NORMLESS)
+        assert any("MLP" in name for name in changed) != (kind in GATELESS)
+        found = outcome(model, ragged())
+    assert "stays as it is" not in caplog.text
+    assert_same(found, expected)
+    assert not replaced(model)
+    assert_same(outcome(model, ragged()), expected, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "llama", "qwen3"])
+def test_half_precision(kind: str) -> None:
+    model = small(kind).to(torch.bfloat16).train()
+    x = torch.randn(2, 7, model.config.hidden_size, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for part in (model.model.layers[0].mlp, model.model.layers[1].input_layernorm):
+        expected = _through(part, x)
+        with fused_layers(model):
+            assert part.__dict__.get("forward") is not None
+            found = _through(part, x)
+        for mine, true in zip(found, expected, strict=True):
+            assert mine.dtype == torch.bfloat16
+            assert (mine - true).float().norm() <= 0.01 * true.float().norm()
+
+
+def _through(part: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    leaf = x.clone().requires_grad_()
+    y = part(leaf)
+    (gradient,) = torch.autograd.grad(y, leaf, torch.linspace(-1, 1, y.numel()).view_as(y).bfloat16())
+    return y.detach(), gradient
+
+
+def test_autocast() -> None:
+    model = adapted(small("llama")).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = outcome(model, ragged())
+        with fused_layers(model):
+            found = outcome(model, ragged())
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        assert (found[name] - value).float().norm() <= 0.02 * value.float().norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_together_with_everything_else(reentrant: bool) -> None:
+    model: Any = adapted(small("llama")).train()
+    expected = outcome(model, ragged())
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    labels = ragged()["input_ids"].masked_fill(ragged()["attention_mask"] == 0, -100)
+    loss = model(**ragged(), labels=labels).loss
+    with padding_free(model), fused_loss(model), fused_layers(model):
+        assert_same(outcome(model, ragged()), expected)
+        torch.testing.assert_close(model(**ragged(), labels=labels).loss, loss, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_of_an_adapter_inside_is_drawn_as_before() -> None:
+    model = tiny_peft(0.5, target_modules=["gate_proj", "up_proj", "down_proj"], init_lora_weights=False).train()
+    ids = ragged()["input_ids"] % 40
+    torch.manual_seed(4)
+    expected = model(input_ids=ids).logits
+    torch.manual_seed(4)
+    with fused_layers(model):
+        assert "LlamaMLP" in {type(m).__name__ for m in replaced(model)}
+        found = model(input_ids=ids).logits
+        drawn = torch.rand(1)
+    torch.testing.assert_close(found, expected)
+    torch.manual_seed(4)
+    model(input_ids=ids)
+    assert torch.equal(torch.rand(1), drawn)
+
+
+def test_in_evaluation_the_modules_compute_by_themselves() -> None:
+    model = small("llama")
+    expected = model(**ragged()).logits
+    with fused_layers(model):
+        assert torch.equal(model(**ragged()).logits, expected)
+        assert model.state_dict().keys() == small("llama").state_dict().keys()
+
+
+class LouderMLP(tf.models.llama.modeling_llama.LlamaMLP):
+    """Of another package: nobody knows what it does."""
+
+
+def test_what_is_not_known_stays(caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted(small("gpt2")).train()
+    with fused_layers(model):
+        assert not replaced(model)
+    llama = small("llama")
+    llama.model.layers[0].mlp.__class__ = LouderMLP
+    llama.model.layers[1].mlp.act_fn = nn.ReLU()
+    with fused_layers(llama):
+        assert not any("MLP" in type(m).__name__ for m in replaced(llama))
+    assert "stays as it is" not in caplog.text
+
+
+def test_a_module_that_computes_otherwise_stays_and_that_is_said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(small("llama")).train()
+    monkeypatch.setitem(module.NORMS, "Llama", True)  # as if a new version added 1 to the weight
+    expected = outcome(model, ragged())
+    monkeypatch.setattr(
+        module, "_norm", lambda norm, one_more, x: module.rms_norm(x, norm.weight, norm.variance_epsilon, one_more)
+    )
+    with fused_layers(model):
+        assert {type(m).__name__ for m in replaced(model)} == {"LlamaMLP"}
+        assert_same(outcome(model, ragged()), expected)
+    assert caplog.text.count("LlamaRMSNorm computes otherwise than expected and stays as it is") == 1
+
+
+def test_everything_is_put_back_after_an_error() -> None:
+    model = small("llama").train()
+    with pytest.raises(IndexError), fused_layers(model):
+        model(input_ids=torch.tensor([[99]]))
+    assert not replaced(model)
+    copy.deepcopy(model)
+
+
+def test_a_forward_that_was_replaced_before_comes_back() -> None:
+    model = small("llama").train()
+    with fused_layers(model):
+        before = {m: m.forward for m in replaced(model)}
+        with fused_layers(model):
+            assert all(m.forward is not forward for m, forward in before.items())
+        assert {m: m.forward for m in replaced(model)} == before
+    assert before and not replaced(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_less_is_kept_for_the_backward_pass(dtype: torch.dtype) -> None:
+    model = small("llama", hidden_size=64, intermediate_size=176, num_hidden_layers=4)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).to(dtype).train()
+    ids = torch.randint(2, 61, (4, 32), generator=torch.Generator().manual_seed(2))
+
+    def kept() -> int:
+        tensors: dict[int, Tensor] = {}
+        weights = {p.data_ptr() for p in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.setdefault(t.data_ptr(), t), lambda t: t):
+            logits = model(input_ids=ids).logits
+        assert logits.requires_grad
+        return sum(t.untyped_storage().nbytes() for pointer, t in tensors.items() if pointer not in weights)
+
+    before = kept()
+    with fused_layers(model):
+        after = kept()
+    hidden, inner = ids.numel() * 64 * dtype.itemsize, ids.numel() * 176 * dtype.itemsize
+    norms = 2 * 4  # without the first, whose input needs no gradient
+    assert before - after >= 4 * inner + (norms * hidden if dtype == torch.bfloat16 else 0)
