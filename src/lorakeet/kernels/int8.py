@@ -91,7 +91,7 @@ def backend_for(x: Tensor) -> Backend:
     """The back end for a product with x: few tokens read the weight once and gain nothing from being rounded."""
     if x.device.type == "cuda":
         return backend_on(x.device)
-    return choose_backend() if x.device.type == "cpu" and len(x) > FEW else "blocked"
+    return choose_backend() if x.device.type == "cpu" and x.shape[0] > FEW else "blocked"
 
 
 @cache
@@ -120,11 +120,8 @@ def product(
 
 
 def _product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    if (
-        len(x) <= FEW
-        and x.dtype == torch.float32
-        and native.usable(x, weight, scale, *([] if bias is None else [bias]))
-    ):
+    few = x.shape[0] <= FEW and x.dtype == torch.float32  # len() of a tensor costs as much as a small product
+    if few and native.usable(x, weight, scale) and (bias is None or native.usable(bias)):
         return native.few_rows(x, weight, scale, bias)
     if backend_for(x) == "vnni":
         return _vnni(x, weight, scale, bias)
@@ -255,5 +252,6 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
         x = x.to(torch.get_autocast_dtype(kind))
     bias = None if bias is None else bias.to(x.dtype)
     if not torch.is_grad_enabled():
-        return product(x.reshape(-1, x.shape[-1]), weight, scale, bias).view(*x.shape[:-1], len(weight))
+        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        return product(rows, weight, scale, bias).view(*x.shape[:-1], weight.shape[0])
     return _Int8Linear.apply(x, weight, scale, bias)

@@ -24,6 +24,8 @@ from lorakeet.files import cache_home
 from lorakeet.talk import say
 
 SOURCE = Path(__file__).with_name("native.c")
+#: Tensors whose memory is what it seems.
+_PLAIN = (Tensor, torch.nn.Parameter)
 #: Sums may be reordered, as vectors need it; nothing is assumed about NaN and infinity.
 FLAGS = ["-O3", "-march=native", "-shared", "-fPIC", "-std=gnu11"]
 FLAGS += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
@@ -80,19 +82,19 @@ def _signed(loaded: Any) -> Any:
 
 def usable(*tensors: Tensor) -> bool:
     """Whether the compiled loops can take these: on the CPU, in rows without gaps, their memory at hand."""
-    return (
-        library() is not None
-        and not torch.compiler.is_compiling()
-        and all(
-            t.device.type == "cpu" and t.is_contiguous() and type(t) in (Tensor, torch.nn.Parameter) for t in tensors
-        )
-    )
+    if library() is None or torch.compiler.is_compiling():
+        return False
+    for t in tensors:  # noqa: SIM110 - no generator: this is asked for every layer and token
+        if not (t.is_cpu and t.is_contiguous() and type(t) in _PLAIN):
+            return False
+    return True
 
 
 def few_rows(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """h = x·W₈ᵀ·diag(s) + b for x fp32 [n, in], W₈ int8 [out, in]; fp32 [n, out]. The weight is read once."""
-    h = x.new_empty(len(x), len(weight))
-    library().few_rows(_at(x), _at(weight), _at(scale), _at(bias), _at(h), len(x), len(weight), weight.shape[1])
+    (n, width), out = x.shape, weight.shape[0]
+    h = x.new_empty(n, out)
+    library().few_rows(_at(x), _at(weight), _at(scale), _at(bias), _at(h), n, out, width)
     return h
 
 
