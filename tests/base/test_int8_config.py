@@ -15,7 +15,17 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakeet import Int8Config, LoraConfig, PeftModel, get_peft_model, load_base
 from lorakeet.base.quant.config import quantise
-from lorakeet.base.quant.int8 import Int8Embedding, Int8Linear, rounded_layers, unrounded, weight_rows
+from lorakeet.base.quant.int8 import (
+    Int8Embedding,
+    Int8Linear,
+    floating,
+    holds,
+    put,
+    round_weight,
+    rounded_layers,
+    unrounded,
+    weight_rows,
+)
 from lorakeet.base.task import AUTO_CLASSES
 from lorakeet.cli import main
 from lorakeet.errors import BaseModelError, ConfigError
@@ -264,6 +274,19 @@ def test_rows_of_a_rounded_weight(tmp_path: Path) -> None:
     ids = torch.tensor([3, 60, 3])
     assert torch.equal(weight_rows(embedding, ids), embedding(ids))
     assert torch.equal(embedding(ids[:0]), torch.empty(0, embedding.embedding_dim))
+
+
+def test_a_state_dict_takes_another_weight_with_its_scales() -> None:
+    torch.manual_seed(0)
+    dense, other = torch.randn(9, 16), 7 * torch.randn(9, 16)
+    weight, scale = round_weight(dense)
+    state = {"a.weight": weight, "a.scale": scale, "b.weight": dense.clone()}
+    assert holds(state, "a.weight", dense) and not holds(state, "a.weight", other)
+    assert holds(state, "b.weight", dense) and not holds(state, "b.weight", other)
+    for name in ("a.weight", "b.weight"):
+        put(state, name, other)
+        assert holds(state, name, other) and not holds(state, name, dense)
+    assert float((floating(state, "a.weight") - other).abs().max()) < 0.6 * float(state["a.scale"].max())
 
 
 def test_scales_stay_in_fp32(tmp_path: Path) -> None:

@@ -14,7 +14,19 @@ import torch
 from lorakeet.kernels import int8, native
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
-SHAPES = [(1, 1, 1), (1, 7, 16), (3, 5, 33), (4, 4, 8), (5, 6, 129), (16, 130, 70), (9, 300, 640), (2, 3, 0), (0, 5, 8)]
+SHAPES = [
+    (1, 1, 1),
+    (1, 7, 16),
+    (3, 5, 33),
+    (4, 4, 8),
+    (5, 6, 129),
+    (16, 130, 70),
+    (9, 300, 640),
+    (2, 3, 0),
+    (0, 5, 8),
+    (4, 5, 20),
+    (9, 7, 40),
+]
 
 
 def close(a: torch.Tensor, b: torch.Tensor, share: float = 1e-6) -> None:
