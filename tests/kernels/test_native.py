@@ -97,6 +97,25 @@ def test_what_is_not_finite_does_not_become_a_number(value: float, monkeypatch: 
             assert h[others].isfinite().all() or (rows > 16 and value != value)
 
 
+@pytest.mark.parametrize("rows", [3, 20])
+def test_what_does_not_fit_is_an_error_and_not_other_memory(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "choose_backend", lambda: "vnni")
+    weight, scale = int8.quantise_rows(torch.randn(8, 40))
+    x, bias = torch.randn(rows, 40), torch.randn(8)
+    wrong = [
+        (x[:, :39].clone(), weight, scale, bias),
+        (x, weight, scale[:7].clone(), bias),
+        (x, weight, scale, bias[:7].clone()),
+    ]
+    for given in wrong:
+        with pytest.raises((RuntimeError, ValueError)):
+            int8.product(*given)
+    with pytest.raises((RuntimeError, ValueError)):
+        int8.input_gradient(torch.randn(20, 8), weight, scale[:7].clone())
+    half = int8.product(x, weight, scale.bfloat16(), bias)  # a scale that was cast is read as what it is
+    assert float((half - int8.product(x, weight, scale, bias)).abs().max()) < 0.1
+
+
 def test_without_a_compiler_all_goes_on(tmp_path: Path) -> None:
     script = (
         "import torch\n"

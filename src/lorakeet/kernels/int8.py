@@ -121,6 +121,8 @@ def product(
 
 def _product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     few = x.shape[0] <= FEW and x.dtype == torch.float32  # len() of a tensor costs as much as a small product
+    few = few and weight.dtype == torch.int8 and x.shape[1] == weight.shape[1]
+    few = few and native.fit(weight.shape[0], scale, bias)
     if few and native.usable(x, weight, scale) and (bias is None or native.usable(bias)):
         return native.few_rows(x, weight, scale, bias)
     if backend_for(x) == "vnni":
@@ -192,13 +194,14 @@ def _vnni(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) 
 
 def _round_times(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """x·diag(factor) for x fp32 [n, in], rounded by rows: int8 [n, in] and fp32 [n]."""
-    return native.round_rows(x, factor) if native.usable(x, factor) else quantise_rows(x * factor)
+    loops = native.usable(x, factor) and native.fit(x.shape[1], factor)
+    return native.round_rows(x, factor) if loops else quantise_rows(x * factor)
 
 
 def _rescaled(sums: Tensor, row_scale: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """int32 [n, out] -> fp32 diag(row_scale)·sums·diag(scale) + bias."""
     given = [t for t in (sums, row_scale, scale, bias) if t is not None]
-    if native.usable(*given):
+    if native.usable(*given) and native.fit(sums.shape[1], scale, bias):
         return native.rescale(sums, row_scale, scale, bias)
     h = sums.float().mul_(row_scale.unsqueeze(1))
     h = h if scale is None else h.mul_(scale)

@@ -33,7 +33,7 @@ FLAGS += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno
 
 @cache
 def library() -> Any:
-    """The compiled loops, or None. Half a second the first time on a machine, then out of the cache."""
+    """The compiled loops, or None. A second or two the first time on a machine, then out of the cache."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if os.environ.get("LORAKEET_NATIVE") == "0" or compiler is None or os.name != "posix":
         return None
@@ -88,6 +88,11 @@ def usable(*tensors: Tensor) -> bool:
         if not (t.is_cpu and t.is_contiguous() and type(t) in _PLAIN):
             return False
     return True
+
+
+def fit(width: int, *vectors: Tensor | None) -> bool:
+    """Whether vectors are fp32 [width]: the loops read memory as they are told to, and plain torch says what is wrong."""
+    return all(v is None or (v.dtype == torch.float32 and v.shape == (width,)) for v in vectors)
 
 
 def few_rows(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
