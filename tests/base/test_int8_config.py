@@ -72,7 +72,8 @@ def test_read_written_and_read_again(kind: str, tmp_path: Path) -> None:
     for name, layer in layers.items():
         dense = full.get_submodule(name).weight.detach()
         dense = dense.T if layer.transposed else dense
-        assert bool(((dequantise(layer.weight, layer.scale) - dense).abs() <= 0.501 * layer.scale[:, None]).all()), name
+        step = dequantise(torch.ones_like(layer.weight), layer.scale)
+        assert bool(((dequantise(layer.weight, layer.scale) - dense).abs() <= 0.501 * step).all()), name
     answer, truth = logits(read), logits(unrounded(read))
     assert float((answer - truth).abs().max()) < 1e-5 * float(truth.abs().max())
     assert float((answer - logits(full)).norm() / answer.norm()) > 1e-5
@@ -276,17 +277,20 @@ def test_rows_of_a_rounded_weight(tmp_path: Path) -> None:
     assert torch.equal(embedding(ids[:0]), torch.empty(0, embedding.embedding_dim))
 
 
-def test_a_state_dict_takes_another_weight_with_its_scales() -> None:
+@pytest.mark.parametrize("vocabulary", [False, True])
+def test_a_state_dict_takes_another_weight_with_its_scales(vocabulary: bool) -> None:
     torch.manual_seed(0)
     dense, other = torch.randn(9, 16), 7 * torch.randn(9, 16)
-    weight, scale = round_weight(dense)
+    weight, scale = round_weight(dense, vocabulary=vocabulary)
+    assert scale.shape == ((9,) if vocabulary else (25,))
     state = {"a.weight": weight, "a.scale": scale, "b.weight": dense.clone()}
     assert holds(state, "a.weight", dense) and not holds(state, "a.weight", other)
     assert holds(state, "b.weight", dense) and not holds(state, "b.weight", other)
     for name in ("a.weight", "b.weight"):
         put(state, name, other)
         assert holds(state, name, other) and not holds(state, name, dense)
-    assert float((floating(state, "a.weight") - other).abs().max()) < 0.6 * float(state["a.scale"].max())
+    step = dequantise(torch.ones_like(weight), state["a.scale"])
+    assert bool(((floating(state, "a.weight") - other).abs() < 0.51 * step).all())
 
 
 def test_scales_stay_in_fp32(tmp_path: Path) -> None:

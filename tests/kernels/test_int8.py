@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakeet.kernels import int8
+from lorakeet.kernels import int8, native
 from lorakeet.kernels.lora_linear import lora_linear, lora_linear_reference
 
 SHAPES = [(1, 5, 3), (0, 5, 3), (7, 1, 1), (33, 384, 700), (40, 257, 129), (3, 64, 1)]
 
 
-@pytest.fixture(params=["blocked", "vnni"])
+@pytest.fixture(params=["blocked", "pairs", "vnni"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(int8, "choose_backend", lambda: request.param)
     return request.param
@@ -48,6 +48,79 @@ def test_a_row_of_zeros_has_a_scale() -> None:
     assert rounded.tolist() == [[0, 0], [64, -127]] and scale.tolist() == pytest.approx([1.0, 2 / 127])
 
 
+def uneven(out: int, inner: int) -> torch.Tensor:
+    """A weight whose columns differ in size, as those of real models do."""
+    torch.manual_seed(out * inner)
+    return torch.randn(out, inner) * torch.logspace(-1.5, 1.5, inner) * torch.rand(out, 1).add(0.5)
+
+
+def test_even_columns_are_rounded_finely() -> None:
+    """Columns of small values meet large activations: there the step of the large ones would cost the product dearly."""
+    weight = uneven(64, 96)
+    rounded, scale = int8.quantise_weight(weight)
+    assert rounded.dtype == torch.int8 and scale.shape == (64 + 96,)
+    columns = scale[64:]
+    assert torch.equal(columns, columns.log2().round().exp2()) and float(columns.max() / columns.min()) > 100
+    step = int8.dequantise(torch.ones_like(rounded), scale)
+    assert bool(((int8.dequantise(rounded, scale) - weight).abs() <= 0.501 * step).all())
+    x = torch.randn(200, 96) / torch.logspace(-1.5, 1.5, 96)
+    errors = [
+        float((x @ (int8.dequantise(*r) - weight).T).norm()) for r in ((rounded, scale), int8.quantise_rows(weight))
+    ]
+    assert errors[0] < errors[1] / 5
+
+
+def test_columns_are_even_where_rows_are() -> None:
+    """Large rows must not decide alone what a column's size is."""
+    weight = uneven(64, 96)
+    weight[:8] = 100 * weight[:8].flip(1)
+    even = weight / int8.even_columns(weight)
+    even /= even.square().mean(1, keepdim=True).sqrt()
+    spread = even.square().mean(0).sqrt()
+    assert float(spread.max() / spread.min()) < 4  # powers of two leave a factor of two, chance the rest
+
+
+def test_outlier_columns_are_those_of_what_is_rounded() -> None:
+    x = torch.randn(40, 64)
+    factor = torch.ones(64).index_fill_(0, torch.tensor([5, 9]), 64.0)
+    assert set(int8.outlier_columns(x, factor).tolist()) == {5, 9} == set(int8.outlier_columns(x * factor).tolist())
+    assert not len(int8.outlier_columns(x)) and not len(int8.outlier_columns(x * factor, 1 / factor))
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (0, 5), (5, 0), (3, 4)])
+def test_even_columns_of_odd_weights(shape: tuple[int, int]) -> None:
+    for weight in (torch.zeros(shape), torch.randn(shape) * 1e-20, torch.randn(shape) * 1e20):
+        if min(shape) > 1:
+            weight[:, 0] = 0  # a column of nothing
+            weight[1] = 0  # and a row
+        rounded, scale = int8.quantise_weight(weight)
+        step = int8.dequantise(torch.ones_like(rounded), scale)
+        assert scale.isfinite().all() and bool((scale > 0).all())
+        assert bool(((int8.dequantise(rounded, scale) - weight).abs() <= 0.501 * step).all())
+
+
+@pytest.mark.parametrize("rows", [0, 3, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_with_scales_of_input_channels(rows: int, dtype: torch.dtype, backend: str) -> None:
+    weight, scale = int8.quantise_weight(uneven(48, 64))
+    x = torch.randn(rows, 64) / torch.logspace(-1.5, 1.5, 64)
+    x[:, [2, 60]] *= 50  # outliers, where the scales are small and where they are large
+    x = x.to(dtype).requires_grad_()
+    bias = torch.randn(48, dtype=dtype)
+    a, b = torch.randn(4, 64) / 8, torch.randn(48, 4)
+    for low in (False, True):
+        h = lora_linear(x, weight, bias, a, b, 0.5, scale=scale) if low else int8.int8_linear(x, weight, scale, bias)
+        wide, exact = int8.dequantise(weight, scale, torch.float64), x.double()
+        update = 0.5 * (exact @ a.double().T) @ b.double().T if low else 0
+        truth = exact @ wide.T + bias.double() + update
+        g = torch.randn(rows, 48)
+        dx, wanted = torch.autograd.grad(h, x, g.to(dtype))[0], torch.autograd.grad(truth, x, g.double())[0]
+        assert h.dtype == dx.dtype == dtype and h.shape == truth.shape
+        near = 0.02 if backend == "vnni" else {torch.float32: 2e-4, torch.bfloat16: 0.02, torch.float16: 3e-3}[dtype]
+        for mine, right in ((h, truth), (dx, wanted)):
+            assert float((mine.double() - right).norm()) <= near * float(right.norm())
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_blocked_equals_the_dequantised_weight(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "choose_backend", lambda: "blocked")
@@ -76,6 +149,81 @@ def test_vnni_equals_its_slow_truth_and_is_near_the_exact_product(
     dx, exact = torch.autograd.grad(h, x, g)[0], torch.autograd.grad(truth, x, g)[0]
     for mine, right in ((h, truth), (dx, exact)):
         assert float((mine - right).norm() / right.norm()) < 0.012
+
+
+needs_pairs = pytest.mark.skipif(not native.has_pairs(), reason="no AVX2, or no C compiler, on this machine")
+#: Odd in every direction, and deeper than one block of the sums: 640.
+PAIRS = [
+    (17, 1, 1),
+    (18, 5, 3),
+    (19, 16, 16),
+    (24, 33, 31),
+    (23, 640, 48),
+    (37, 641, 50),
+    (61, 1300, 700),
+    (17, 2, 1400),
+]
+
+
+@needs_pairs
+@pytest.mark.parametrize("shape", PAIRS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_pairs_is_near_the_exact_product(
+    shape: tuple[int, int, int], biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nearer than bfloat16 by far, forward and backward, also beside outlier columns and for rows of unlike size."""
+    monkeypatch.setattr(int8, "choose_backend", lambda: "pairs")
+    x, weight, scale, bias = layer(*shape)
+    x *= torch.logspace(-12, 12, len(x)).unsqueeze(1)
+    bias = bias * 1e-3 if biased else None
+    wide = int8.dequantise(weight, scale, torch.float64)
+    h, dx = int8.product(x, weight, scale, bias), int8.input_gradient(h_like(x, weight), weight, scale)
+    exact = x.double() @ wide.T + (0 if bias is None else bias)
+    for mine, right in ((h, exact), (dx, h_like(x, weight).double() @ wide)):
+        size = right.norm(dim=1, keepdim=True) / right.shape[1] ** 0.5 + 1e-30
+        assert float(((mine.double() - right) / size).abs().max()) < 1e-3
+    ordinary = exact.clone()
+    x[:, 0] *= 100
+    large = int8.product(x, weight, scale, bias)
+    ordinary += (x.double()[:, :1] * 0.99) @ wide[:, :1].T
+    size = ordinary.norm(dim=1, keepdim=True) / ordinary.shape[1] ** 0.5 + 1e-30
+    assert float(((large.double() - ordinary) / size).abs().max()) < 4e-3
+
+
+def h_like(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A gradient [n, out] with rows of the sizes of x's."""
+    torch.manual_seed(3)
+    return torch.randn(len(x), len(weight)) * x.norm(dim=1, keepdim=True)
+
+
+@needs_pairs
+def test_the_sums_of_pairs_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All values as large as they may be, of one sign, at every depth around the size of a block."""
+    monkeypatch.setattr(int8, "choose_backend", lambda: "pairs")
+    for inner in (1, 15, 16, 17, 512, 625, 640, 641, 656, 1279, 1280, 1281, 4096):
+        for sign in (1, -1):
+            weight, scale = torch.full((20, inner), 127 * sign, dtype=torch.int8), torch.ones(20)
+            x = torch.full((20, inner), 3.0)
+            assert torch.allclose(int8.product(x, weight, scale), torch.full((20, 20), 381.0 * sign * inner), rtol=1e-4)
+            g = torch.full((20, inner), 3.0)
+            got = int8.input_gradient(g, weight.T.contiguous(), torch.ones(inner))
+            assert torch.allclose(got, torch.full((20, 20), 381.0 * sign * inner), rtol=1e-4)
+
+
+@needs_pairs
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_pairs_keep_what_is_not_finite_in_its_row(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "choose_backend", lambda: "pairs")
+    x, weight, scale, _ = layer(20, 40, 33)
+    for where in (0, 7, 39):
+        broken, g = x.clone(), torch.randn(20, 33)
+        broken[4, where] = g[4, where % 33] = value
+        others = [i for i in range(20) if i != 4]
+        for got in (int8.product(broken, weight, scale), int8.input_gradient(g, weight, scale)):
+            assert got[4].isnan().all() and got[others].isfinite().all()
+    assert native._strips(torch.zeros(2, 40), None)[1].tolist() == [1.0, 1.0]
+    zeros = int8.product(torch.zeros(20, 40), weight, scale, torch.ones(33))
+    assert bool((zeros == 1).all())
 
 
 def test_without_the_split_an_outlier_column_costs_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +289,15 @@ def test_the_weight_is_never_wide_at_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_processor_decides_and_may_be_overruled(monkeypatch: pytest.MonkeyPatch) -> None:
     has = torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
-    for asked, expected in ((None, "vnni" if has else "blocked"), ("vnni", "vnni"), ("blocked", "blocked")):
+    pairs = "pairs" if native.has_pairs() else "blocked"
+    best = "vnni" if has else pairs
+    wanted = {
+        None: best,
+        "vnni": "vnni",
+        "blocked": "blocked",
+        "pairs": "vnni" if has and pairs == "blocked" else pairs,
+    }
+    for asked, expected in wanted.items():
         int8.choose_backend.cache_clear()
         monkeypatch.delenv("LORAKEET_INT8", raising=False)
         if asked:

@@ -42,8 +42,10 @@ def test_few_rows(shape: tuple[int, int, int], biased: bool) -> None:
     torch.manual_seed(n + out)
     weight, scale = int8.quantise_rows(torch.randn(out, inner))
     x, bias = torch.randn(n, inner), torch.randn(out) if biased else None
-    truth = x.double() @ int8.dequantise(weight, scale, torch.float64).T + (bias.double() if biased else 0)
-    close(native.few_rows(x, weight, scale, bias).double(), truth, 3e-6)
+    for columns in (None, torch.logspace(-3, 3, inner, 2)):
+        scales = scale if columns is None else torch.cat((scale, columns))
+        truth = x.double() @ int8.dequantise(weight, scales, torch.float64).T + (bias.double() if biased else 0)
+        close(native.few_rows(x, weight, scale, columns, bias).double(), truth, 3e-6)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (40, 64), (33, 200), (7, 0), (0, 9), (2, 1000)])
@@ -98,8 +100,11 @@ def test_what_is_not_finite_does_not_become_a_number(value: float, monkeypatch: 
 
 
 @pytest.mark.parametrize("rows", [3, 20])
-def test_what_does_not_fit_is_an_error_and_not_other_memory(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "choose_backend", lambda: "vnni")
+@pytest.mark.parametrize("backend", ["vnni", "pairs"])
+def test_what_does_not_fit_is_an_error_and_not_other_memory(
+    rows: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "choose_backend", lambda: backend)
     weight, scale = int8.quantise_rows(torch.randn(8, 40))
     x, bias = torch.randn(rows, 40), torch.randn(8)
     wrong = [
@@ -114,6 +119,32 @@ def test_what_does_not_fit_is_an_error_and_not_other_memory(rows: int, monkeypat
         int8.input_gradient(torch.randn(20, 8), weight, scale[:7].clone())
     half = int8.product(x, weight, scale.bfloat16(), bias)  # a scale that was cast is read as what it is
     assert float((half - int8.product(x, weight, scale, bias)).abs().max()) < 0.1
+
+
+def test_nothing_is_read_beyond_the_weight() -> None:
+    """The weight's last byte is the last of a page, and the next page may not be read: to do so would end the process."""
+    script = (
+        "import ctypes, mmap, torch\n"
+        "from lorakeet.kernels import int8, native\n"
+        "libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE\n"
+        "for out, inner in ((1, 1), (15, 17), (16, 16), (16, 17), (17, 40), (32, 41), (5, 700), (48, 1300)):\n"
+        "    size = -(-out * inner // page) * page\n"
+        "    memory = mmap.mmap(-1, size + page)\n"
+        "    at = ctypes.addressof(ctypes.c_char.from_buffer(memory))\n"
+        "    assert libc.mprotect(ctypes.c_void_p(at + size), page, 0) == 0\n"
+        "    w = torch.frombuffer(memory, dtype=torch.int8, count=out * inner, offset=size - out * inner)\n"
+        "    w = w.view(out, inner)\n"
+        "    w.copy_(torch.randint(-127, 128, w.shape))\n"
+        "    for n in (1, 3, 4, 20):\n"
+        "        x, g, s, c = torch.randn(n, inner), torch.randn(n, out), torch.rand(out), torch.ones(inner)\n"
+        "        native.few_rows(x, w, s, c, s)\n"
+        "        if native.has_pairs():\n"
+        "            native.pair_product(x, w, s, c, s), native.pair_gradient(g, w, s, c)\n"
+        "print('alive', flush=True)\n"
+        "import os; os._exit(0)\n"  # the memory is never given back
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "alive\n", (done.returncode, done.stderr)
 
 
 def test_without_a_compiler_all_goes_on(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakeet.base.quant.int8 import rounded_layers
+from lorakeet.base.quant.int8 import rounded_layers, weight_rows
 
 #: Largest accepted relative difference (L2) of the sampled values: above rounding to bf16 (0.4 %) and int8 (1 %).
 TOLERANCE = 0.02
@@ -44,8 +44,8 @@ def fingerprint(model: nn.Module) -> dict[str, Any] | None:
         f"{name}:{['rows' if n == rows else n for n in (p.shape[::-1] if name in turned else p.shape)]}"
         for name, p in own.items()
     )
-    scales = {
-        f"{name}.weight".replace(".base_layer.", ".").replace(".original_module.", "."): layer.scale
+    rounded = {
+        f"{name}.weight".replace(".base_layer.", ".").replace(".original_module.", "."): layer
         for name, layer in rounded_layers(model)
     }
     matrices = [
@@ -60,15 +60,16 @@ def fingerprint(model: nn.Module) -> dict[str, Any] | None:
     return {
         "architecture": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
         "shapes": hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16],
-        "values": {name: _sample(own[name], scales.get(name)) for name in picked},
+        "values": {name: _sample(own[name], rounded.get(name)) for name in picked},
     }
 
 
-def _sample(parameter: Tensor, scale: Tensor | None) -> list[float]:
+def _sample(parameter: Tensor, rounded: nn.Module | None) -> list[float]:
     """16 values from the first rows, spread over the columns; of a rounded weight those that it stands for."""
     with torch.no_grad():
-        line = parameter if parameter.ndim == 1 else parameter.reshape(parameter.shape[0], -1)[:64].diagonal()
-        line = line if scale is None else line * scale[: len(line)]
+        first = torch.arange(min(64, len(parameter)), device=parameter.device)
+        rows = parameter[first] if rounded is None else weight_rows(rounded, first)
+        line = parameter if parameter.ndim == 1 else rows.reshape(len(first), -1).diagonal()
         step = max(1, line.numel() // _VALUES)
         return [float(f"{value:.6g}") for value in line[::step][:_VALUES].float().tolist()]
 

@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from lorakeet.base.decode import quick_decoding
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.talk import warn
 
@@ -31,7 +32,8 @@ def complete(
 ) -> list[str]:
     """What the model writes after each prompt: only the new text, up to its end token.
 
-    The model computes in eval mode and is put back as it was. Prompts of one batch are padded on the left.
+    The model computes in eval mode, quickly where it is in 8 bits (:func:`lorakeet.base.decode.quick_decoding`), and is put
+    back as it was. Prompts of one batch are padded on the left.
 
     Args:
         prompts: plain texts, or conversations rendered by :func:`lorakeet.base.chat.render_chat`.
@@ -54,7 +56,8 @@ def complete(
     if not greedy:
         settings.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     texts: list[str] = []
-    with evaluating(model), _seeded(None if greedy else seed, device), torch.inference_mode():
+    seeded = _seeded(None if greedy else seed, device)
+    with evaluating(model), quick_decoding(model), seeded, torch.inference_mode():
         for start in range(0, len(encoded), batch_size):
             batch = encoded[start : start + batch_size]
             ids, mask = _left_padded(batch, settings.pad_token_id, device)

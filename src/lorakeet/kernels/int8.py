@@ -1,13 +1,21 @@
-"""A frozen weight in 8 bits: W₀ ≈ diag(s)·W₈, W₈ int8 [out, in], one scale s for each output channel.
+"""A frozen weight in 8 bits: W₀ ≈ diag(s)·W₈·diag(c), W₈ int8 [out, in], a scale s for each output channel and, where the
+rounding is to be finer, a scale c for each input channel.
 
-    h  = x·W₈ᵀ·diag(s) + b            ∂x = (g·diag(s))·W₈
+    h  = (x·diag(c))·W₈ᵀ·diag(s) + b            ∂x = (g·diag(s))·W₈·diag(c)
 
-Both directions read the one stored weight, and neither ever makes the whole of it in a wider format. Three back ends:
+The input channels' scales even out the columns of the weight, so that one of small values, which as a rule meets large
+activations, is not rounded by the step of the others; x·diag(c) is flatter than x for the same reason. They are powers of
+two: multiplying by them rounds nothing. Both kinds of scales are kept in one vector, [out] or [out + in].
+
+Both directions read the one stored weight, and neither ever makes the whole of it in a wider format. Four back ends:
 
 - ``blocked``: a few rows of W₈ at a time become x's dtype (which holds every int8 exactly), small enough to stay in the
   processor's cache, and are multiplied there; the scales are put on what comes out, or on g before it goes in. Exact but
   for the weight's own rounding. For processors without 8-bit dot products, and everywhere else.
   One or few tokens are multiplied by the bytes as they are read (:mod:`lorakeet.kernels.native`).
+- ``pairs``: x is rounded to 16 bits with one scale for each token, the weight's bytes become 16 bits wide a few at a time,
+  and neighbours are multiplied and summed in pairs, in int32. Rounding x to 16 bits costs less than bfloat16 would, so
+  nothing is split off, and an instruction does twice as many products as in fp32 (``pairs.c``). For processors with AVX2.
 - ``vnni``: x is rounded to int8 with one scale for each token, all but the columns that int8 cannot carry, and multiplied
   as int8; what was left out is added in x's dtype (the split of LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339,
   section 3.2, with outliers known by the tensor's own size and not by a fixed threshold). The gradient is rounded for each
@@ -27,7 +35,7 @@ from torch import Tensor
 
 from lorakeet.kernels import native
 
-Backend = Literal["blocked", "vnni", "triton"]
+Backend = Literal["blocked", "pairs", "vnni", "triton"]
 
 #: Values of the weight that are made wide at once: 1 MB in fp32.
 BLOCK = 1 << 18
@@ -37,6 +45,8 @@ TILE = 128
 OUTLIER = 8.0
 #: So many tokens, or fewer, are multiplied while the weight is read.
 FEW = 16
+#: How often rows and columns are evened out in turn, and how far a column's scale may go, as a power of two.
+EVEN_ROUNDS, EVEN_MOST = 4, 12
 #: More columns than this share are not split off: then the rows themselves are large, and their scales follow.
 MOST_OUTLIERS = 1 / 16
 
@@ -57,9 +67,48 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     ]
 
 
+def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a weight after its columns are made even (SINQ, Müller et al. 2025, arXiv:2509.22944, with one pair of scales
+    for the whole weight and powers of two for its columns).
+
+    Args:
+        weight: [out, in], any floating dtype, finite.
+
+    Returns:
+        int8 [out, in] in −127…127, and fp32 [out + in]: the scales of the output channels, then those of the input channels.
+    """
+    columns = even_columns(weight)
+    rounded, rows = quantise_rows(weight.float() / columns)
+    return rounded, torch.cat((rows, columns))
+
+
+def even_columns(weight: Tensor) -> Tensor:
+    """Powers of two [in], fp32: divided by them, the columns of a weight [out, in] have about one size, and so have its rows
+    divided by theirs (the iteration of Sinkhorn and Knopp, on squares)."""
+    largest = weight.abs().amax().float() if weight.numel() else torch.ones(())
+    squares = (weight.float() / largest.clamp_min(torch.finfo(torch.float32).tiny)).square_()
+    least, columns = 1e-30, torch.ones(weight.shape[1], device=weight.device)
+    for _ in range(EVEN_ROUNDS):
+        rows = squares @ columns.reciprocal()
+        columns = torch.where(rows > least, rows, torch.inf).reciprocal() @ squares
+        columns = torch.where(columns > least, columns, columns.mean().clamp_min(least))
+    exponents = columns.log2() / 2
+    return (exponents - exponents.mean()).round_().clamp_(-EVEN_MOST, EVEN_MOST).exp2_()
+
+
+def split_scale(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The scales of a weight's output channels, [out], and of its input channels, [in] or None."""
+    out, inner = weight.shape
+    if scale.shape[0] == out or scale.shape[0] != out + inner:  # what does not fit fails where it is used
+        return scale, None
+    return scale[:out], scale[out:]
+
+
 def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The whole weight, [out, in], in ``dtype``: for checks and for merging, never for a product."""
-    return (weight.float() * scale.unsqueeze(1)).to(dtype)
+    rows, columns = split_scale(weight, scale)
+    wide = weight.float() * rows.unsqueeze(1)
+    return (wide if columns is None else wide * columns).to(dtype)
 
 
 def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -69,22 +118,25 @@ def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor
 
 def vnni_reference(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The slow truth of ``vnni``'s forward for x [n, in]: rounded activations, outlier columns apart, all in fp64."""
-    columns = outlier_columns(x)
-    inner = x.clone()
-    inner[:, columns] = 0
+    rows, columns = split_scale(weight, scale)
+    x = x if columns is None else x * columns
+    apart, inner = outlier_columns(x), x.clone()
+    inner[:, apart] = 0
     rounded, row_scale = quantise_rows(inner)
-    wide = dequantise(weight, scale, torch.float64)
+    wide = dequantise(weight, rows, torch.float64)
     h = (rounded.double() * row_scale.double().unsqueeze(1)) @ wide.T
-    return (h + x[:, columns].double() @ wide[:, columns].T).to(x.dtype)
+    return (h + x[:, apart].double() @ wide[:, apart].T).to(x.dtype)
 
 
 @cache
-def choose_backend() -> Literal["blocked", "vnni"]:
-    """What this processor is best at; ``LORAKEET_INT8=blocked`` or ``vnni`` overrules it."""
-    asked = os.environ.get("LORAKEET_INT8")
-    if asked in ("blocked", "vnni"):
+def choose_backend() -> Literal["blocked", "pairs", "vnni"]:
+    """What this processor is best at; ``LORAKEET_INT8=blocked``, ``pairs`` or ``vnni`` overrules it."""
+    asked, pairs = os.environ.get("LORAKEET_INT8"), native.has_pairs()
+    if asked in ("blocked", "vnni") or (asked == "pairs" and pairs):
         return asked  # type: ignore[return-value]
-    return "vnni" if torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported() else "blocked"
+    if torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported():
+        return "vnni"
+    return "pairs" if pairs else "blocked"
 
 
 def backend_for(x: Tensor) -> Backend:
@@ -110,40 +162,49 @@ def backend_on(device: torch.device) -> Backend:
 def product(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, low: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """h = x·W₈ᵀ·diag(s) + b + u·vᵀ for x [n, in] and low = (u [n, r], v [out, r]) or None; [n, out] in x's dtype."""
+    """h = (x·diag(c))·W₈ᵀ·diag(s) + b + u·vᵀ for x [n, in], low = (u [n, r], v [out, r]) or None; [n, out] in x's dtype."""
+    rows, columns = split_scale(weight, scale)
     if backend_for(x) == "triton":
         from lorakeet.kernels import int8_triton
 
-        return int8_triton.product(x, weight, scale, bias, low)
-    h = _product(x, weight, scale, bias)
+        return int8_triton.product(_times(x, columns), weight, rows, bias, low)
+    h = _product(x, weight, rows, columns, bias)
     return h if low is None else _plus(h, low)
 
 
-def _product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _product(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
     few = x.shape[0] <= FEW and x.dtype == torch.float32  # len() of a tensor costs as much as a small product
-    few = few and weight.dtype == torch.int8 and x.shape[1] == weight.shape[1]
-    few = few and native.fit(weight.shape[0], scale, bias)
-    if few and native.usable(x, weight, scale) and (bias is None or native.usable(bias)):
-        return native.few_rows(x, weight, scale, bias)
-    if backend_for(x) == "vnni":
-        return _vnni(x, weight, scale, bias)
+    if few and x.shape[1] == weight.shape[1] and _loops_take(x, weight, rows, columns, bias):
+        return native.few_rows(x, weight, rows, columns, bias)
+    backend = backend_for(x)
+    if backend == "vnni":
+        return _vnni(x, weight, rows, columns, bias)
+    if backend == "pairs":
+        wide, wide_bias = x.float().contiguous(), None if bias is None else bias.float()
+        if x.shape[1] == weight.shape[1] and _loops_take(wide, weight, rows, columns, wide_bias):
+            return native.pair_product(wide, weight, rows, columns, wide_bias).to(x.dtype)
     if x.dtype == torch.float16:  # before the scales the sums may be beyond its range
-        return _product(x.float(), weight, scale, None if bias is None else bias.float()).half()
+        return _product(x.float(), weight, rows, columns, None if bias is None else bias.float()).half()
+    x = _times(x, columns)
     h = x.new_empty(len(x), len(weight))
-    for rows in _blocks(weight):
-        torch.mm(x, weight[rows].to(x.dtype).T, out=h[:, rows])
-    if bias is None or h.dtype != scale.dtype:
-        return h.mul_(scale) if bias is None else h.mul_(scale).add_(bias)
-    return torch.addcmul(bias, h, scale, out=h)
+    for block in _blocks(weight):
+        torch.mm(x, weight[block].to(x.dtype).T, out=h[:, block])
+    if bias is None or h.dtype != rows.dtype:
+        return h.mul_(rows) if bias is None else h.mul_(rows).add_(bias)
+    return torch.addcmul(bias, h, rows, out=h)
 
 
 def input_gradient(g: Tensor, weight: Tensor, scale: Tensor, low: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """∂x = (g·diag(s))·W₈ + u·vᵀ for g [n, out] and low = (u [n, r], v [in, r]) or None; [n, in] in g's dtype."""
+    """∂x = (g·diag(s))·W₈·diag(c) + u·vᵀ for g [n, out] and low = (u [n, r], v [in, r]) or None; [n, in] in g's dtype."""
+    rows, columns = split_scale(weight, scale)
     if backend_for(g) == "triton":
         from lorakeet.kernels import int8_triton
 
-        return int8_triton.input_gradient(g, weight, scale, low)
-    dx = _input_gradient(g, weight, scale)
+        if columns is None:
+            return int8_triton.input_gradient(g, weight, rows, low)
+        dx = int8_triton.input_gradient(g, weight, rows).mul_(columns)
+    else:
+        dx = _input_gradient(g, weight, rows, columns)
     return dx if low is None else _plus(dx, low)
 
 
@@ -155,40 +216,62 @@ def _plus(h: Tensor, low: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addmm(h.to(v.dtype), u, v.T).to(h.dtype)
 
 
-def _input_gradient(g: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    if backend_for(g) == "vnni":
-        rounded, row_scale = _round_times(g.float(), scale)
-        return _rescaled(torch._int_mm(rounded, weight), row_scale).to(g.dtype)
-    scaled = (g * scale).to(g.dtype)
+def _times(x: Tensor, columns: Tensor | None) -> Tensor:
+    """x·diag(c), in x's dtype: exact, as c are powers of two."""
+    return x if columns is None else x * columns.to(x.dtype)
+
+
+def _input_gradient(g: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None) -> Tensor:
+    backend = backend_for(g)
+    if backend == "vnni":
+        rounded, row_scale = _round_times(g.float(), rows)
+        return _rescaled(torch._int_mm(rounded, weight), row_scale, columns).to(g.dtype)
+    if backend == "pairs":
+        wide = g.float().contiguous()
+        if g.shape[1] == weight.shape[0] and _loops_take(wide, weight, rows, columns):
+            return native.pair_gradient(wide, weight, rows, columns).to(g.dtype)
+    scaled = (g * rows).to(g.dtype)
     dx = g.new_zeros(len(g), weight.shape[1])
-    for rows in _blocks(weight):
-        dx.addmm_(scaled[:, rows], weight[rows].to(g.dtype))
-    return dx
+    for block in _blocks(weight):
+        dx.addmm_(scaled[:, block], weight[block].to(g.dtype))
+    return dx if columns is None else dx.mul_(columns)
 
 
-def outlier_columns(x: Tensor) -> Tensor:
-    """Numbers of the columns of x [n, in] that int8 cannot carry beside the others, int64 [at most in/16]."""
+def _loops_take(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None, bias: Tensor | None = None) -> bool:
+    """Whether the compiled loops can multiply these: something, the scales that belong to it, and memory as they read it."""
+    out, inner = weight.shape
+    if not (x.shape[0] and out and inner and weight.dtype == torch.int8):
+        return False
+    fit = native.fit(out, rows, bias) and native.fit(inner, columns)
+    return fit and native.usable(*[t for t in (x, weight, rows, columns, bias) if t is not None])
+
+
+def outlier_columns(x: Tensor, factor: Tensor | None = None) -> Tensor:
+    """Numbers of the columns of x·diag(factor), x [n, in], that int8 cannot carry beside the others: int64, at most in/16."""
     if not x.numel():
         return torch.empty(0, dtype=torch.int64, device=x.device)
     x = x.float()
     if native.usable(x):
         largest, squares = native.columns(x)
-        mean = squares.mean() / len(x)
     else:
-        largest, mean = x.abs().amax(0), x.square().mean()
-    limit = OUTLIER * mean.sqrt()
+        largest, squares = x.abs().amax(0), x.square().sum(0)
+    if factor is not None:
+        largest, squares = largest * factor, squares * factor.square()
+    limit = OUTLIER * (squares.mean() / len(x)).sqrt()
     found = (largest > limit).nonzero()[:, 0]
     most = int(x.shape[1] * MOST_OUTLIERS)
     return found if len(found) <= most else largest.topk(most).indices
 
 
-def _vnni(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def _vnni(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     wide = x.float()
-    columns = outlier_columns(wide)
-    rounded, row_scale = _round_times(wide, torch.ones_like(wide[0]).index_fill_(0, columns, 0))
-    h = _rescaled(torch._int_mm(rounded, weight.T), row_scale, scale, None if bias is None else bias.float())
-    if len(columns):
-        h.addmm_(wide[:, columns], dequantise(weight[:, columns], scale).T)
+    apart = outlier_columns(wide, columns)
+    factor = (torch.ones_like(wide[0]) if columns is None else columns).index_fill(0, apart, 0)
+    rounded, row_scale = _round_times(wide, factor)
+    h = _rescaled(torch._int_mm(rounded, weight.T), row_scale, rows, None if bias is None else bias.float())
+    if len(apart):
+        beside = None if columns is None else columns[apart]
+        h.addmm_(_times(wide[:, apart], beside), dequantise(weight[:, apart], rows).T)
     return h.to(x.dtype)
 
 
@@ -244,7 +327,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     Args:
         x: [..., in], any floating dtype (under autocast it becomes that dtype).
         weight: int8 [out, in]; gets no gradient.
-        scale: fp32 [out].
+        scale: fp32 [out], or [out + in] with those of the input channels after those of the output channels.
         bias: [out] or None.
 
     Returns:

@@ -2,16 +2,11 @@
  *
  * Plain C: the compiler makes vectors of these loops. Every function has its slow truth in int8.py.
  */
+#include "native.h"
 #include <math.h>
-#include <stddef.h>
-#include <stdint.h>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
-
-#define TEXT(x) #x
-#define OF_ROWS(count, each) PRAGMA(omp parallel for schedule(static) if ((count) * (each) > 32768))
-#define PRAGMA(x) _Pragma(TEXT(x))
 
 /* Vectors of the width that the processor has. */
 #if defined(__AVX512F__)
@@ -41,18 +36,22 @@ static inline floats widen(const int8_t *w)
 #endif
 }
 
+/* Bytes: several rows that are read side by side are no stream that the processor would fetch ahead by itself. */
+#define AHEAD 4096
+
 /* One tile of h: ROWS of the weight by TOKENS of x. Both are constants, so the sums stay in registers. */
 #define TILE(ROWS, TOKENS)                                                                                              \
-    static void tile_##ROWS##_##TOKENS(const float *x, const int8_t *weight, const float *scale, const float *bias,      \
-                                       float *h, ptrdiff_t out, ptrdiff_t in)                                           \
+    static void tile_##ROWS##_##TOKENS(const float *x, const int8_t *weight, const float *scale, const float *columns,   \
+                                       const float *bias, float *h, ptrdiff_t out, ptrdiff_t in)                        \
     {                                                                                                                   \
         floats sums[ROWS][TOKENS] = {{{0}}};                                                                            \
         float single[ROWS][TOKENS] = {{0}};                                                                             \
         ptrdiff_t k = 0;                                                                                                \
         for (; k + WIDTH <= in; k += WIDTH) {                                                                           \
+            __builtin_prefetch(weight + ROWS * k + AHEAD);                                                              \
             floats many[TOKENS];                                                                                        \
             for (int t = 0; t < TOKENS; t++)                                                                            \
-                many[t] = load(x + t * in + k);                                                                         \
+                many[t] = columns ? load(x + t * in + k) * load(columns + k) : load(x + t * in + k);                    \
             for (int r = 0; r < ROWS; r++) {                                                                            \
                 const floats w = widen(weight + r * in + k);                                                            \
                 for (int t = 0; t < TOKENS; t++)                                                                        \
@@ -62,7 +61,7 @@ static inline floats widen(const int8_t *w)
         for (; k < in; k++)                                                                                             \
             for (int r = 0; r < ROWS; r++)                                                                              \
                 for (int t = 0; t < TOKENS; t++)                                                                        \
-                    single[r][t] += (float)weight[r * in + k] * x[t * in + k];                                          \
+                    single[r][t] += (float)weight[r * in + k] * x[t * in + k] * (columns ? columns[k] : 1);             \
         for (int r = 0; r < ROWS; r++)                                                                                  \
             for (int t = 0; t < TOKENS; t++) {                                                                          \
                 for (int lane = 0; lane < WIDTH; lane++)                                                                \
@@ -75,11 +74,13 @@ TILE(2, 4)
 TILE(1, 1)
 TILE(1, 4)
 
-#define ROWS_OF(ROWS, TOKENS) tile_##ROWS##_##TOKENS(x + i * in, weight + j * in, scale + j, bias ? bias + j : NULL, h + i * out + j, out, in)
+#define ROWS_OF(ROWS, TOKENS) \
+    tile_##ROWS##_##TOKENS(x + i * in, weight + j * in, scale + j, columns, bias ? bias + j : NULL, h + i * out + j, out, in)
 
-/* h = (x W8^T) diag(scale) + bias for few rows x [n, in]: the weight [out, in] is read once, a byte a value. */
-void few_rows(const float *x, const int8_t *weight, const float *scale, const float *bias, float *h, ptrdiff_t n,
-              ptrdiff_t out, ptrdiff_t in)
+/* h = (x diag(columns) W8^T) diag(scale) + bias for few rows x [n, in]: the weight [out, in] is read once, a byte a value.
+ * columns and bias may be NULL. */
+void few_rows(const float *x, const int8_t *weight, const float *scale, const float *columns, const float *bias, float *h,
+              ptrdiff_t n, ptrdiff_t out, ptrdiff_t in)
 {
     OF_ROWS(out, in)
     for (ptrdiff_t four = 0; four < out; four += 4) {

@@ -1,4 +1,4 @@
-"""The loops of ``native.c`` on the CPU, compiled once with the machine's own C compiler and kept in the cache.
+"""The loops of this folder's C files on the CPU, compiled once with the machine's own C compiler and kept in the cache.
 
 Where there is no compiler, or ``LORAKEET_NATIVE=0``, :func:`library` is None and the callers do the same in plain torch. The
 library shares torch's threads: both use the one OpenMP runtime of the process.
@@ -23,7 +23,7 @@ from torch import Tensor
 from lorakeet.files import cache_home
 from lorakeet.talk import say
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("native.h", "native.c", "pairs.c", "decode.c")]
 #: Tensors whose memory is what it seems.
 _PLAIN = (Tensor, torch.nn.Parameter)
 #: Sums may be reordered, as vectors need it; nothing is assumed about NaN and infinity.
@@ -37,7 +37,8 @@ def library() -> Any:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if os.environ.get("LORAKEET_NATIVE") == "0" or compiler is None or os.name != "posix":
         return None
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, compiler, _processor())).encode()).hexdigest()[:16]
+    sources = b"".join(path.read_bytes() for path in SOURCES)
+    key = hashlib.sha256(sources + repr((FLAGS, compiler, _processor())).encode()).hexdigest()[:16]
     path = cache_home() / "native" / f"{key}.so"
     try:
         if not path.exists():
@@ -54,7 +55,8 @@ def _compile(compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder, path.name)
-        command = [*compiler.split(), *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
+        files = [str(path) for path in SOURCES if path.suffix == ".c"]
+        command = [*compiler.split(), *FLAGS, *files, "-o", str(made), "-lm"]
         done = subprocess.run([*command, "-fopenmp"], capture_output=True, text=True, timeout=120)
         if done.returncode:
             subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
@@ -71,12 +73,16 @@ def _processor() -> str:
 
 def _signed(loaded: Any) -> Any:
     pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
-    loaded.few_rows.argtypes = [pointer] * 5 + [size] * 3
+    loaded.few_rows.argtypes = [pointer] * 6 + [size] * 3
     loaded.columns.argtypes = [pointer] * 3 + [size] * 2
     loaded.round_rows.argtypes = [pointer] * 4 + [size] * 2
     loaded.rescale.argtypes = [pointer] * 5 + [size] * 2
     for function in (loaded.few_rows, loaded.columns, loaded.round_rows, loaded.rescale):
         function.restype = None
+    if hasattr(loaded, "pair_product"):
+        loaded.strips_size.argtypes, loaded.strips_size.restype = [size] * 2, size
+        loaded.round_strips.argtypes, loaded.round_strips.restype = [pointer] * 4 + [size] * 2, None
+        loaded.pair_product.argtypes, loaded.pair_product.restype = [pointer] * 6 + [size] * 3 + [ctypes.c_int], None
     return loaded
 
 
@@ -95,11 +101,11 @@ def fit(width: int, *vectors: Tensor | None) -> bool:
     return all(v is None or (v.dtype == torch.float32 and v.shape == (width,)) for v in vectors)
 
 
-def few_rows(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """h = x·W₈ᵀ·diag(s) + b for x fp32 [n, in], W₈ int8 [out, in]; fp32 [n, out]. The weight is read once."""
+def few_rows(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
+    """h = (x·diag(c))·W₈ᵀ·diag(s) + b for x fp32 [n, in], W₈ int8 [out, in]; fp32 [n, out]. The weight is read once."""
     (n, width), out = x.shape, weight.shape[0]
     h = x.new_empty(n, out)
-    library().few_rows(_at(x), _at(weight), _at(scale), _at(bias), _at(h), n, out, width)
+    library().few_rows(_at(x), _at(weight), _at(rows), _at(columns), _at(bias), _at(h), n, out, width)
     return h
 
 
@@ -122,6 +128,37 @@ def rescale(sums: Tensor, row_scale: Tensor, scale: Tensor | None = None, bias: 
     h = torch.empty(sums.shape, dtype=torch.float32)
     library().rescale(_at(sums), _at(row_scale), _at(scale), _at(bias), _at(h), *sums.shape)
     return h
+
+
+def has_pairs() -> bool:
+    """Whether this processor has what ``pairs.c`` is written for (AVX2), and the library is there."""
+    return hasattr(library(), "pair_product")
+
+
+def pair_product(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
+    """h = (x·diag(c))·W₈ᵀ·diag(s) + b for x fp32 [n, in], rounded to 16 bits by rows, W₈ int8 [out, in]; fp32 [n, out]."""
+    strips, row_scale = _strips(x, columns)
+    h = x.new_empty(x.shape[0], weight.shape[0])
+    at = (_at(strips), _at(row_scale), _at(weight), _at(rows), _at(bias), _at(h))
+    library().pair_product(*at, x.shape[0], *weight.shape, 0)
+    return h
+
+
+def pair_gradient(g: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None) -> Tensor:
+    """∂x = (g·diag(s))·W₈·diag(c) for g fp32 [n, out], rounded to 16 bits by rows, W₈ int8 [out, in]; fp32 [n, in]."""
+    strips, row_scale = _strips(g, rows)
+    dx = g.new_empty(g.shape[0], weight.shape[1])
+    at = (_at(strips), _at(row_scale), _at(weight), _at(columns), None, _at(dx))
+    library().pair_product(*at, g.shape[0], *weight.shape, 1)
+    return dx
+
+
+def _strips(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x·diag(factor) as ``round_strips`` lays it out, and the scales of its rows."""
+    strips = torch.empty(library().strips_size(*x.shape), dtype=torch.int16)
+    row_scale = x.new_empty(x.shape[0])
+    library().round_strips(_at(x), _at(factor), _at(strips), _at(row_scale), *x.shape)
+    return strips, row_scale
 
 
 def _at(tensor: Tensor | None) -> int | None:

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakeet.base.quant.int8 import Int8Linear
 from lorakeet.errors import AdapterError
+from lorakeet.kernels.decode import Factors
 from lorakeet.kernels.dropout import dropout
 from lorakeet.kernels.lora_linear import lora_linear
 from lorakeet.lora.config import PeftConfig
@@ -255,15 +256,27 @@ class LoraLinear(LoraPair):
         scale = base.scale if isinstance(base, Int8Linear) else None
         return lora_linear(x, base.weight, base.bias, a.weight, b.weight, scaling, p, self.fan_in_fan_out, scale)
 
+    def factors(self) -> Factors | None:
+        """What this layer multiplies by now, base in 8 bits and update; None where it does anything else."""
+        base, adapters = self._modules["base_layer"], self.answering
+        mixed = self.switch.enabled and self.switch.rows is not None
+        if type(base) is not Int8Linear or _watched(base) or mixed or len(adapters) > 1:
+            return None
+        own = base.factors()
+        if not adapters:
+            return own
+        parts, p = self.parts(adapters[0]), self.lora_dropout[adapters[0]]
+        if len(parts) > 2 or (self.training and p):  # B with a bias
+            return None
+        return Factors(own.weight, own.scale, own.bias, parts[0], parts[1], self.scaling[adapters[0]])
+
     def _plain(self, adapter: str) -> bool:
         """Whether base and update can run as one operation: a dense frozen weight that nothing else watches or moves."""
         base = self.base_layer
         return (
             type(base) in (nn.Linear, Conv1D, Int8Linear)
             and not base.weight.requires_grad
-            and "forward" not in base.__dict__  # a device-map hook brings the weight only inside base.forward
-            and not base._forward_hooks
-            and not base._forward_pre_hooks
+            and not _watched(base)
             and self.pair(adapter)[1].bias is None
             and not base.weight.is_meta
         )
@@ -357,6 +370,11 @@ def initialise(lora_A: Tensor, lora_B: Tensor, how: bool | str, r: int) -> None:
         nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
     else:
         nn.init.zeros_(lora_B)
+
+
+def _watched(base: nn.Module) -> bool:
+    """Whether ``base`` must be called: a hook is there, or a device map's, which brings the weight only for forward."""
+    return "forward" in base.__dict__ or bool(base._forward_hooks or base._forward_pre_hooks)
 
 
 def vocabulary_probe(layer: nn.Module) -> Tensor:

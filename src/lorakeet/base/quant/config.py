@@ -2,13 +2,13 @@
 
     AutoModelForCausalLM.from_pretrained(name, quantization_config=Int8Config())
 
-Only one weight at a time is there in its own number format. ``save_pretrained`` writes the rounded base; which layers are
-rounded there is told by the file itself, and opening it converts nothing.
+Only one weight at a time is there in its own number format, and little of the files stays resident. ``save_pretrained``
+writes the rounded base; which layers are rounded there is told by the file itself, and opening it converts nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightRenaming, rename_source_key
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -31,7 +30,10 @@ from lorakeet.base.quant.int8 import (
     round_weight,
     rounded_layers,
     rounded_like,
+    vocabulary_layers,
 )
+from lorakeet.base.quant.pages import MappedFiles
+from lorakeet.base.quant.resize import resizable, round_in_place, tie_scales
 from lorakeet.errors import BaseModelError, ConfigError, did_you_mean
 
 METHOD = "lorakeet_int8"
@@ -39,7 +41,8 @@ METHOD = "lorakeet_int8"
 
 @register_quantization_config(METHOD)
 class Int8Config(QuantizationConfigMixin):
-    """How a base is rounded: each output channel to int8 by its largest value (see :mod:`lorakeet.kernels.int8`).
+    """How a base is rounded: each output channel to int8 by its largest value, after the input channels of layers inside the
+    model are evened out (see :mod:`lorakeet.kernels.int8`).
 
     Args:
         embeddings: round the input embedding and the head of a language model too.
@@ -72,6 +75,7 @@ class Int8Quantizer(HfQuantizer):
         ] = {}  # of what the architecture wants; transformers checks none of a quantised base
         self.odd: dict[str, tuple[torch.Size, torch.Size]] = {}
         self.broken: list[str] = []
+        self.pages = MappedFiles(())
 
     @property
     def is_trainable(self) -> bool:
@@ -102,14 +106,18 @@ class Int8Quantizer(HfQuantizer):
         chosen = layers_to_round(model, config.embeddings, config.modules_to_not_convert)
         if self.pre_quantized:
             chosen = _as_the_files_have_it(model, checkpoint_files or ())
+        else:
+            self.pages = MappedFiles(checkpoint_files or ())
         # Empty weights: of fp32 where they are to be rounded, or the file's would be cast to int8 as they are.
         kind = torch.int8 if self.pre_quantized else torch.float32
+        vocabulary = vocabulary_layers(model)
         for name, layer in chosen.items():
             rows, columns = out_in(layer)
             weight = torch.empty(rows, columns, dtype=kind, device="meta")
-            scale = torch.empty(rows, dtype=torch.float32, device="meta")
+            scales = rows if name in vocabulary else rows + columns
+            scale = torch.empty(scales, dtype=torch.float32, device="meta")
             model.set_submodule(name, rounded_like(layer, weight, scale, layer.weight.dtype))  # type: ignore[arg-type]
-        _tie_scales(model, chosen)
+        tie_scales(model, chosen)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
         return True  # every tensor's shape is looked at
@@ -146,6 +154,7 @@ class Int8Quantizer(HfQuantizer):
             else:
                 layer.weight.requires_grad_(False)
                 layer.scale.requires_grad_(False)
+        resizable(model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
         for name, layer in list(rounded_layers(model)):
@@ -166,6 +175,7 @@ class _Round(ConversionOps):
         made: dict[str, Tensor] = {}
         for name, given in input_dict.items():
             tensor = given[0] if isinstance(given, list) else given
+            self.quantizer.pages.count(tensor.nbytes)
             wanted = self.quantizer.shapes.get(name)
             if wanted is not None and tensor.shape != wanted:
                 self.quantizer.odd[name] = (tensor.shape, wanted)
@@ -177,7 +187,8 @@ class _Round(ConversionOps):
                 continue
             if not torch.isfinite(tensor).all():
                 self.quantizer.broken.append(owner)
-            made[name], made[f"{owner}.scale"] = round_weight(tensor, layer.transposed)
+            vocabulary = len(layer.scale) == len(layer.weight)
+            made[name], made[f"{owner}.scale"] = round_weight(tensor, layer.transposed, vocabulary)
         return made
 
 
@@ -220,18 +231,6 @@ def _as_the_files_have_it(model: PreTrainedModel, files: Iterable[str]) -> dict[
             "write the base again with `lorakeet quantize`",
         )
     return chosen
-
-
-def _tie_scales(model: PreTrainedModel, rounded: Container[str]) -> None:
-    """Layers that share a weight share its scales: said where `transformers` looks before it ties, and before it saves."""
-    more = {}
-    for target, source in model.all_tied_weights_keys.items():
-        names = [key.removesuffix(".weight") for key in (target, source)]
-        if all(name in rounded for name in names):
-            more[f"{names[0]}.scale"] = f"{names[1]}.scale"
-    if more:
-        model.all_tied_weights_keys |= more
-        model._tied_weights_keys = {**(model._tied_weights_keys or {}), **more}
 
 
 def _is_head(name: str) -> bool:
@@ -289,18 +288,10 @@ def quantise(model: PreTrainedModel, keep: Iterable[str] = (), embeddings: bool 
     broken = [name for name, layer in chosen.items() if not torch.isfinite(layer.weight).all()]  # type: ignore[arg-type]
     if broken:
         raise not_finite(broken)
-    shared: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
-    for name, layer in chosen.items():
-        dense: Any = layer
-        if id(dense.weight) not in shared:
-            weight, scale = round_weight(dense.weight.detach(), isinstance(layer, Conv1D))
-            shared[id(dense.weight)] = (nn.Parameter(weight, False), nn.Parameter(scale, False))
-        made = rounded_like(layer, *shared[id(dense.weight)], dense.weight.dtype)
-        made.weight, made.scale = shared[id(dense.weight)]  # the very same parameters, where layers share them
-        model.set_submodule(name, made)
+    round_in_place(model, chosen)
     if chosen:
         model.hf_quantizer = quantizer = Int8Quantizer(config, pre_quantized=False)
         quantizer.postprocess_model(model)
         model.is_quantized, model.quantization_method = True, METHOD
-        _tie_scales(model, chosen)
+        tie_scales(model, chosen)
     return len(chosen)

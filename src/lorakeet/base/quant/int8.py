@@ -1,8 +1,9 @@
 """Layers of a base in 8 bits, and which layers of a model become such.
 
-Each weight is kept once, int8 [out, in] with one fp32 scale for each output channel (for an embedding: for each token), both
-plain parameters that ask for no gradient, so that every way of spreading a model over processes carries them. Where a head
-shares its weight with the embedding it shares the rounded weight and the scales too.
+Each weight is kept once, int8 [out, in], with one vector of fp32 scales: for each output channel (for an embedding or a head:
+for each token), and for layers inside the model for each input channel too. Both are plain parameters that ask for no
+gradient, so that every way of spreading a model over processes carries them. Where a head shares its weight with the
+embedding it shares the rounded weight and the scales too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorakeet.kernels.int8 import dequantise, int8_linear, quantise_rows
+from lorakeet.kernels.decode import Factors
+from lorakeet.kernels.int8 import dequantise, int8_linear, quantise_rows, quantise_weight, split_scale
 
 
 class _Rounded(nn.Module):
@@ -46,7 +48,7 @@ class Int8Linear(_Rounded):
 
     Attributes:
         weight: int8 [out, in].
-        scale: fp32 [out].
+        scale: fp32 [out + in], or [out]: see :mod:`lorakeet.kernels.int8`.
         bias: [out] in the base's dtype, or None.
         transposed: whether the original stored its weight as [in, out].
     """
@@ -68,6 +70,11 @@ class Int8Linear(_Rounded):
 
     def forward(self, x: Tensor) -> Tensor:
         return int8_linear(x, self.weight, self.scale, self.bias)
+
+    def factors(self) -> Factors:
+        """What this layer multiplies by."""
+        own = self._parameters  # nn.Module's attribute look-up is slow, and this is asked for every layer and token
+        return Factors(own["weight"], own["scale"], own.get("bias"))  # type: ignore[arg-type]
 
     def unrounded(self) -> nn.Module:
         weight = dequantise(self.weight, self.scale, self.dtype)
@@ -105,9 +112,13 @@ class Int8Embedding(_Rounded, nn.Embedding):
         return nn.Embedding.from_pretrained(dequantise(self.weight, self.scale, self.dtype), freeze=False)
 
 
-def round_weight(weight: Tensor, transposed: bool = False) -> tuple[Tensor, Tensor]:
-    """A weight as the base's files have it, [out, in] or [in, out] -> int8 [out, in] and fp32 [out]."""
-    return quantise_rows(weight.T.contiguous() if transposed else weight)
+def round_weight(weight: Tensor, transposed: bool = False, vocabulary: bool = False) -> tuple[Tensor, Tensor]:
+    """A weight as the base's files have it, [out, in] or [in, out] -> int8 [out, in] and its scales, fp32 [out + in].
+
+    Of an embedding or a head, whose rows are tokens and may be added to: fp32 [out].
+    """
+    weight = weight.T.contiguous() if transposed else weight
+    return quantise_rows(weight) if vocabulary else quantise_weight(weight)
 
 
 def plain_layer(layer: Int8Linear | Int8Embedding) -> nn.Module:
@@ -125,7 +136,9 @@ def weight_rows(layer: nn.Module, rows: Tensor) -> Tensor:
     weight: Tensor = layer.weight  # type: ignore[assignment]
     if not isinstance(layer, _Rounded):
         return weight.detach()[rows]
-    return dequantise(weight.detach()[rows], layer.scale.detach()[rows], layer.dtype)
+    scale, columns = split_scale(weight, layer.scale.detach())
+    picked = scale[rows] if columns is None else torch.cat((scale[rows], columns))
+    return dequantise(weight.detach()[rows], picked, layer.dtype)
 
 
 def rounded_bytes(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
@@ -155,16 +168,18 @@ def holds(state: Mapping[str, Tensor], name: str, tensor: Tensor) -> bool:
     mine, tensor = state[name], tensor.to(state[name].device)
     if mine.dtype != torch.int8:
         return torch.equal(mine, tensor.to(mine.dtype))
-    step = state[_scale_name(name)].unsqueeze(1)
-    return bool(((dequantise(mine, step[:, 0]) - tensor.float()).abs() <= 0.51 * step).all())
+    scale = state[_scale_name(name)]
+    step = dequantise(torch.ones_like(mine), scale)
+    return bool(((dequantise(mine, scale) - tensor.float()).abs() <= 0.51 * step).all())
 
 
 def put(state: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
     """Write a tensor into a state dict's, rounded where that is rounded."""
     mine = state[name]
     if mine.dtype == torch.int8:
-        tensor, scale = quantise_rows(tensor.to(mine.device))
-        state[_scale_name(name)].copy_(scale)
+        scale = state[_scale_name(name)]
+        tensor, made = round_weight(tensor.to(mine.device), vocabulary=len(scale) == len(mine))
+        scale.copy_(made)
     mine.copy_(tensor)
 
 
@@ -200,7 +215,7 @@ def layers_to_round(model: PreTrainedModel, embeddings: bool = True, keep: Itera
     inside = getattr(model, prefix, None) if prefix else None
     start = f"{prefix}." if isinstance(inside, nn.Module) else ""
     kept = tuple(keep)
-    vocabulary = _vocabulary(model)
+    vocabulary = vocabulary_layers(model)
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         within = name.removeprefix(start)
@@ -214,7 +229,7 @@ def layers_to_round(model: PreTrainedModel, embeddings: bool = True, keep: Itera
     return {name: module for name, module in found.items() if _whole_group(name, vocabulary, found)}
 
 
-def _vocabulary(model: PreTrainedModel) -> dict[str, str]:
+def vocabulary_layers(model: PreTrainedModel) -> dict[str, str]:
     """Name of each layer that holds the vocabulary -> what it shares its weight with, or its own name.
 
     Only where all that share a weight are plain embeddings and linear layers: another class may scale what it looks up.

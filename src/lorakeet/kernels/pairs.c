@@ -1,0 +1,245 @@
+/* The 8-bit product of many tokens on processors without 8-bit dot products (AVX2).
+ *
+ * x is rounded to 16 bits with one scale for each row, the weight's bytes are widened to 16 bits a panel at a time, and
+ * vpmaddwd multiplies and adds neighbours in pairs: twice as many products an instruction as fp32 has, sums exact in int32.
+ * Its slow truth is in int8.py.
+ */
+#include "native.h"
+#if defined(__AVX2__)
+#include <float.h>
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+enum {
+    STRIP = 6,    /* rows of x in a tile */
+    PANEL = 16,   /* columns of the result in a tile: two vectors of eight sums */
+    DEPTH = 640,  /* at most so many products are summed in int32, and are widened at once: a panel stays in the first cache */
+    STEP = 16     /* depths are filled up with zeros to a multiple of this */
+};
+
+/* How the depth is cut: blocks of nearly one size, each a multiple of STEP. */
+static ptrdiff_t block_size(ptrdiff_t depth)
+{
+    const ptrdiff_t blocks = (depth + DEPTH - 1) / DEPTH, size = (depth + blocks - 1) / blocks;
+    return (size + STEP - 1) / STEP * STEP;
+}
+
+/* What rounded values may reach: a block's sums, with weights of 127, stay below 2^31. */
+static float limit(ptrdiff_t depth)
+{
+    const ptrdiff_t most = INT32_MAX / (127 * block_size(depth));
+    return (float)(most < INT16_MAX ? most : INT16_MAX);
+}
+
+/* How many int16 round_strips writes. */
+ptrdiff_t strips_size(ptrdiff_t n, ptrdiff_t depth)
+{
+    const ptrdiff_t size = depth ? block_size(depth) : 1;
+    return (n + STRIP - 1) / STRIP * STRIP * ((depth + size - 1) / size * size);
+}
+
+/* Eight values of a row times their factors; zeros from `left` on. */
+static inline __m256 eight(const float *row, const float *factor, ptrdiff_t left)
+{
+    if (left >= 8)
+        return factor ? _mm256_mul_ps(_mm256_loadu_ps(row), _mm256_loadu_ps(factor)) : _mm256_loadu_ps(row);
+    float edge[8] = {0};
+    for (ptrdiff_t e = 0; e < left; e++)
+        edge[e] = factor ? row[e] * factor[e] : row[e];
+    return _mm256_loadu_ps(edge);
+}
+
+/* The scale of a row: its largest absolute value over `most`; 1 for zeros, NaN where a value is not finite. */
+static float row_scale_of(const float *row, const float *factor, ptrdiff_t depth, float most)
+{
+    const __m256 sign = _mm256_set1_ps(-0.0f), finite = _mm256_set1_ps(FLT_MAX);
+    __m256 largest = _mm256_setzero_ps(), broken = _mm256_setzero_ps();
+    float each[8], found = 0;
+    for (ptrdiff_t k = 0; k < depth; k += 8) {
+        const __m256 v = _mm256_andnot_ps(sign, eight(row + k, factor ? factor + k : NULL, depth - k));
+        largest = _mm256_max_ps(largest, v);
+        broken = _mm256_or_ps(broken, _mm256_cmp_ps(v, finite, _CMP_NLE_UQ));
+    }
+    if (_mm256_movemask_ps(broken))
+        return NAN;
+    _mm256_storeu_ps(each, largest);
+    for (int e = 0; e < 8; e++)
+        found = each[e] > found ? each[e] : found;
+    return found >= most * FLT_MIN ? found / most : 1.0f;
+}
+
+/* x [n, depth] times factor [depth] (or NULL: 1) -> int16 in strips: [block][strip][pair][row of the strip][2], and one scale
+ * for each row. A row of zeros has the scale 1, one with a value that is not finite has the scale NaN. */
+void round_strips(const float *x, const float *factor, int16_t *strips, float *scale, ptrdiff_t n, ptrdiff_t depth)
+{
+    const ptrdiff_t size = block_size(depth), count = (n + STRIP - 1) / STRIP;
+    const float most = limit(depth);
+    OF_ROWS(n, depth)
+    for (ptrdiff_t s = 0; s < count; s++) {
+        const ptrdiff_t rows = n - s * STRIP < STRIP ? n - s * STRIP : STRIP;
+        float inverse[STRIP] = {0};
+        for (ptrdiff_t r = 0; r < rows; r++) {
+            const float each = row_scale_of(x + (s * STRIP + r) * depth, factor, depth, most);
+            scale[s * STRIP + r] = each;
+            inverse[r] = 1.0f / each;
+        }
+        for (ptrdiff_t from = 0; from < depth; from += size) {
+            int32_t *to = (int32_t *)strips + (from * count + s * size) / 2 * STRIP;
+            for (ptrdiff_t k = from; k < from + size; k += STEP, to += STEP / 2 * STRIP)
+                for (ptrdiff_t r = 0; r < STRIP; r++) {
+                    const float *row = x + (s * STRIP + (r < rows ? r : 0)) * depth;
+                    const __m256 times = _mm256_set1_ps(inverse[r]);
+                    __m256i half[2];
+                    for (int h = 0; h < 2; h++) {
+                        const ptrdiff_t at = k + 8 * h;
+                        const __m256 v = eight(row + at, factor ? factor + at : NULL, depth - at);
+                        half[h] = _mm256_cvtps_epi32(_mm256_mul_ps(v, times));
+                    }
+                    int32_t pairs[STEP / 2];
+                    _mm256_storeu_si256((__m256i *)pairs,
+                                        _mm256_permute4x64_epi64(_mm256_packs_epi32(half[0], half[1]), 0xD8));
+                    for (int pair = 0; pair < STEP / 2; pair++)
+                        to[pair * STRIP + r] = pairs[pair];
+                }
+        }
+    }
+}
+
+/* Eight rows of the weight by sixteen bytes -> their half of eight pairs of a panel: [pair][16 columns][2]. */
+static inline void transpose_pairs(const int8_t *from, ptrdiff_t stride, int16_t *to)
+{
+    __m128i rows[8], two[8], four[8];
+    for (int r = 0; r < 8; r++)
+        rows[r] = _mm_loadu_si128((const __m128i *)(from + r * stride));
+    for (int r = 0; r < 4; r++) {
+        two[r] = _mm_unpacklo_epi16(rows[2 * r], rows[2 * r + 1]);
+        two[4 + r] = _mm_unpackhi_epi16(rows[2 * r], rows[2 * r + 1]);
+    }
+    for (int r = 0; r < 4; r++) {
+        four[2 * r] = _mm_unpacklo_epi32(two[2 * r], two[2 * r + 1]);
+        four[2 * r + 1] = _mm_unpackhi_epi32(two[2 * r], two[2 * r + 1]);
+    }
+    for (int r = 0; r < 8; r++) {
+        const int a = r / 4 * 4 + r % 4 / 2;
+        const __m128i pair = r % 2 ? _mm_unpackhi_epi64(four[a], four[a + 2]) : _mm_unpacklo_epi64(four[a], four[a + 2]);
+        _mm256_store_si256((__m256i *)(to + r * 2 * PANEL), _mm256_cvtepi8_epi16(pair));
+    }
+}
+
+/* weight [out, in], channels from j on, inputs from k0 on -> panel [pair][16][2]; zeros beyond its edges. */
+static void panel_of_channels(const int8_t *weight, int16_t *panel, ptrdiff_t out, ptrdiff_t in, ptrdiff_t j, ptrdiff_t k0,
+                              ptrdiff_t size)
+{
+    for (ptrdiff_t k = 0; k < size; k += STEP) {
+        int8_t edge[PANEL][STEP];
+        const int8_t *from = weight + j * in + k0 + k;
+        ptrdiff_t stride = in;
+        if (j + PANEL > out || k0 + k + STEP > in) {
+            const ptrdiff_t rows = out - j < PANEL ? out - j : PANEL, left = in - k0 - k;
+            memset(edge, 0, sizeof edge);
+            for (ptrdiff_t r = 0; r < rows && left > 0; r++)
+                memcpy(edge[r], from + r * in, (size_t)(left < STEP ? left : STEP));
+            from = edge[0];
+            stride = STEP;
+        }
+        transpose_pairs(from, stride, panel + k * PANEL);
+        transpose_pairs(from + 8 * stride, stride, panel + k * PANEL + PANEL);
+    }
+}
+
+/* weight [out, in], inputs from j on, channels from k0 on -> panel [pair][16][2]; zeros beyond its edges. */
+static void panel_of_inputs(const int8_t *weight, int16_t *panel, ptrdiff_t out, ptrdiff_t in, ptrdiff_t j, ptrdiff_t k0,
+                            ptrdiff_t size)
+{
+    const size_t width = (size_t)(in - j < PANEL ? in - j : PANEL);
+    for (ptrdiff_t k = 0; k < size; k += 2) {
+        __m128i rows[2];
+        for (ptrdiff_t r = 0; r < 2; r++) {
+            const int8_t *from = weight + (k0 + k + r) * in + j;
+            if (k0 + k + r < out && width == PANEL)
+                rows[r] = _mm_loadu_si128((const __m128i *)from);
+            else {
+                int8_t edge[PANEL] = {0};
+                if (k0 + k + r < out)
+                    memcpy(edge, from, width);
+                rows[r] = _mm_loadu_si128((const __m128i *)edge);
+            }
+        }
+        __m256i *to = (__m256i *)(panel + k * PANEL);
+        _mm256_store_si256(to, _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(rows[0], rows[1])));
+        _mm256_store_si256(to + 1, _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(rows[0], rows[1])));
+    }
+}
+
+/* In place: the compiler would move each sum to another register and back. */
+#define PLUS(sum, more) __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(more))
+
+/* sums [6][16] of a strip and a panel. */
+static inline void tile(const int16_t *strip, const int16_t *panel, ptrdiff_t size, __m256i sums[STRIP][2])
+{
+    __m256i s[STRIP][2];
+    for (int r = 0; r < STRIP; r++)
+        s[r][0] = s[r][1] = _mm256_setzero_si256();
+    for (ptrdiff_t k = 0; k < size; k += 2, strip += 2 * STRIP, panel += 2 * PANEL) {
+        const __m256i low = _mm256_load_si256((const __m256i *)panel), high = _mm256_load_si256((const __m256i *)panel + 1);
+        for (int r = 0; r < STRIP; r++) {
+            int32_t pair;
+            memcpy(&pair, strip + 2 * r, 4);
+            const __m256i x = _mm256_set1_epi32(pair), a = _mm256_madd_epi16(x, low), b = _mm256_madd_epi16(x, high);
+            PLUS(s[r][0], a);
+            PLUS(s[r][1], b);
+        }
+    }
+    memcpy(sums, s, sizeof s);
+}
+
+/* A tile of h: the first block's sums are written, what follows is added. */
+static inline void put(const __m256i sums[STRIP][2], const float *row_scale, const float *scale, const float *bias, float *h,
+                       ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t columns, int first)
+{
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        float edge[PANEL], *to = columns == PANEL ? h + r * stride : edge;
+        if (columns < PANEL && !first)
+            memcpy(edge, h + r * stride, (size_t)columns * sizeof(float));
+        for (int half = 0; half < 2; half++) {
+            __m256 v = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[r][half]), _mm256_set1_ps(row_scale[r]));
+            v = _mm256_mul_ps(v, _mm256_loadu_ps(scale + 8 * half));
+            v = _mm256_add_ps(v, first ? _mm256_loadu_ps(bias + 8 * half) : _mm256_loadu_ps(to + 8 * half));
+            _mm256_storeu_ps(to + 8 * half, v);
+        }
+        if (columns < PANEL)
+            memcpy(h + r * stride, edge, (size_t)columns * sizeof(float));
+    }
+}
+
+/* h = (x W8^T) diag(scale) + bias [n, out] of strips of x [n, in]; with transposed: h = (g W8) [n, in] of strips of g [n, out],
+ * whose factor had the weight's scales. scale and bias may be NULL. */
+void pair_product(const int16_t *strips, const float *row_scale, const int8_t *weight, const float *scale, const float *bias,
+                  float *h, ptrdiff_t n, ptrdiff_t out, ptrdiff_t in, int transposed)
+{
+    const ptrdiff_t columns = transposed ? in : out, depth = transposed ? out : in;
+    const ptrdiff_t size = block_size(depth), count = (n + STRIP - 1) / STRIP;
+#pragma omp parallel for schedule(dynamic) if (n * columns > 4096)
+    for (ptrdiff_t j = 0; j < columns; j += PANEL) {
+        const ptrdiff_t width = columns - j < PANEL ? columns - j : PANEL;
+        _Alignas(64) int16_t panel[DEPTH * PANEL];
+        float ones[PANEL], zeros[PANEL] = {0};
+        for (int c = 0; c < PANEL; c++)
+            ones[c] = 1;
+        if (scale)
+            memcpy(ones, scale + j, (size_t)width * sizeof(float));
+        if (bias)
+            memcpy(zeros, bias + j, (size_t)width * sizeof(float));
+        for (ptrdiff_t from = 0; from < depth; from += size) {
+            (transposed ? panel_of_inputs : panel_of_channels)(weight, panel, out, in, j, from, size);
+            for (ptrdiff_t s = 0; s < count; s++) {
+                __m256i sums[STRIP][2];
+                const ptrdiff_t rows = n - s * STRIP < STRIP ? n - s * STRIP : STRIP;
+                tile(strips + (from * count + s * size) * STRIP, panel, size, sums);
+                put(sums, row_scale + s * STRIP, ones, zeros, h + s * STRIP * columns + j, columns, rows, width, from == 0);
+            }
+        }
+    }
+}
+#endif
