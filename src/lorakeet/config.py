@@ -171,6 +171,12 @@ class TrainSettings(Section):
     batch_size: Annotated[int, Field(gt=0)] = Field(4, description="samples per micro-batch and process")
     grad_accum: Annotated[int, Field(gt=0)] = Field(4, description="micro-batches per optimizer step")
     lr: Annotated[float, Field(gt=0)] = Field(2e-4, description="peak learning rate")
+    loraplus_ratio: Annotated[float, Field(ge=1)] | None = Field(
+        None, description="B learns so many times faster than A (LoRA+, arXiv:2402.12354); left out: as fast"
+    )
+    loraplus_lr_embedding: Annotated[float, Field(gt=0)] = Field(
+        1e-6, description="peak learning rate of pairs on embeddings, with loraplus_ratio"
+    )
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps over which the learning rate rises to its peak")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="how the learning rate goes after the warm-up"
@@ -191,11 +197,17 @@ class TrainSettings(Section):
         "stop",
         description="a step whose loss or gradient is not finite: stop with the last good state saved, or skip it",
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, more time")
+    gradient_checkpointing: bool | Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
+        "auto",
+        description="run layers again in the backward pass: less memory, more time; n: layer 0 and every n-th after it; "
+        "true: all; auto: as few as a step needs to fit into memory, which is said",
+    )
     padding_free: bool = Field(True, description="compute nothing for padding, where the architecture allows it")
     fused_loss: bool = Field(True, description="compute a language model's loss without ever holding all its logits")
     fused_layers: bool = Field(
-        True, description="norms and gated activations of known architectures that keep less for the backward pass"
+        True,
+        description="norms, gated activations and rotary embeddings of known architectures that keep less for the backward "
+        "pass and move fewer bytes",
     )
     token_budget: Annotated[int, Field(ge=0)] | None = Field(
         None,
@@ -219,23 +231,29 @@ class RunConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+#: How a union calls the branches that it tried, in the place of a complaint.
+_BRANCHES = ("str", "int", "bool", "float", "constrained-int", "constrained-float")
+
+
 def complaints(error: ValidationError, section: type[BaseModel]) -> ConfigError:
     """All of pydantic's complaints as one :class:`ConfigError`; unknown keys come with the nearest known name."""
-    lines, hint = [], None
+    lines: dict[str, list[str]] = {}  # what is wrong -> what was expected, by each branch of a union
+    hint = None
     for item in error.errors():
         # A union reports the branch it tried as a part of the place: keep only the parts that are names of settings.
-        place = [
-            str(part) for part in item["loc"] if "[" not in str(part) and part not in ("str", "int", "bool", "float")
-        ]
-        name = ".".join(place)
+        name = ".".join(str(part) for part in item["loc"] if "[" not in str(part) and part not in _BRANCHES)
         if item["type"] == "extra_forbidden":
             known = setting_names(section)
             hint = hint or did_you_mean(name, known)
-            lines.append(f"unknown setting {name!r}")
+            lines[f"unknown setting {name!r}"] = []
         else:
             expected = item["msg"].removeprefix("Input should be ")
-            lines.append(f"{name} = {item['input']!r}: expected {expected[0].lower() + expected[1:]}")
-    return ConfigError("; ".join(dict.fromkeys(lines)), hint)
+            wrong = lines.setdefault(f"{name} = {item['input']!r}", [])
+            wrong.append(expected[0].lower() + expected[1:])
+    told = [
+        wrong + (f": expected {', or '.join(dict.fromkeys(good))}" if good else "") for wrong, good in lines.items()
+    ]
+    return ConfigError("; ".join(told), hint)
 
 
 def setting_names(section: type[BaseModel]) -> list[str]:

@@ -25,6 +25,7 @@ KINDS = [
 ]  # fmt: skip
 GATELESS = {"mixtral", "phi3", "qwen2_moe", "qwen3_moe"}  # stacked experts, or gate and up in one
 NORMLESS = {"olmo", "olmo2", "olmo3"}  # none that learns, or one that rounds another way
+TURNLESS = {"olmo", "olmo2", "olmo3", "phi3"}  # in fp32, or only a part of each head
 
 
 def replaced(model: nn.Module) -> list[nn.Module]:
@@ -42,6 +43,7 @@ def test_outputs_and_gradients_are_those_of_the_modules(kind: str, caplog: pytes
         changed = {type(m).__name__ for m in replaced(model)}
         assert any("RMSNorm" in name for name in changed) != (kind in NORMLESS)
         assert any("MLP" in name for name in changed) != (kind in GATELESS)
+        assert any("Attention" in name for name in changed) != (kind in TURNLESS)
         found = outcome(model, ragged())
     assert "stays as it is" not in caplog.text
     assert_same(found, expected)
@@ -143,9 +145,62 @@ def test_a_module_that_computes_otherwise_stays_and_that_is_said(
         module, "_norm", lambda norm, one_more, x: module.rms_norm(x, norm.weight, norm.variance_epsilon, one_more)
     )
     with fused_layers(model):
-        assert {type(m).__name__ for m in replaced(model)} == {"LlamaMLP"}
+        assert {type(m).__name__ for m in replaced(model)} == {"LlamaAttention", "LlamaMLP"}
         assert_same(outcome(model, ragged()), expected)
     assert caplog.text.count("LlamaRMSNorm computes otherwise than expected and stays as it is") == 1
+
+
+def interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Turns neighbouring columns instead of halves."""
+
+    def turned(x: Tensor) -> Tensor:
+        pairs = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+        return x * cos.unsqueeze(unsqueeze_dim) + pairs * sin.unsqueeze(unsqueeze_dim)
+
+    return turned(q), turned(k)
+
+
+def test_an_attention_that_turns_otherwise_stays_and_that_is_said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(small("llama")).train()
+    llama = tf.models.llama.modeling_llama
+    true = llama.apply_rotary_pos_emb
+    for other in (interleaved, lambda q, k, cos, sin, position_ids=None, unsqueeze_dim=1: true(q, k, cos, sin)):
+        caplog.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(llama, "apply_rotary_pos_emb", other)
+            expected = outcome(model, ragged())
+            with fused_layers(model):
+                assert not any("Attention" in type(m).__name__ for m in replaced(model))
+                assert_same(outcome(model, ragged()), expected)
+        assert caplog.text.count("LlamaAttention computes otherwise than expected and stays as it is") == 1
+
+
+def test_an_attention_that_somebody_has_given_another_forward_keeps_it() -> None:
+    model: Any = adapted(small("llama")).train()
+    attention = model.model.layers[0].self_attn
+    own = attention.forward
+    attention.forward = other = lambda *args, **settings: own(*args, **settings)
+    expected = outcome(model, ragged())
+    with fused_layers(model):
+        assert attention.forward is other
+        assert model.model.layers[1].self_attn in replaced(model)
+        assert_same(outcome(model, ragged()), expected)
+
+
+def test_the_fused_turn_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    turned: list[torch.Size] = []
+    real = module.rotary
+    monkeypatch.setattr(module, "rotary", lambda x, cos, sin: turned.append(x.shape) or real(x, cos, sin))
+    model = small("llama").train()
+    with fused_layers(model):
+        turned.clear()
+        model(**ragged())
+        assert len(turned) == 2 * len(model.model.layers)
+        model.eval()(**ragged())
+    model.train()(**ragged())
+    assert len(turned) == 2 * len(model.model.layers)
 
 
 def test_everything_is_put_back_after_an_error() -> None:

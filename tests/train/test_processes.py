@@ -111,12 +111,13 @@ def settings(tmp_path: Path, name: str, bits: int | None = None, **train) -> Pat
     return file
 
 
-@pytest.mark.parametrize("bits", [None, 8])
-def test_two_processes_learn_what_one_learns(tmp_path, bits):
+@pytest.mark.parametrize(("bits", "again"), [(None, "auto"), (8, "auto"), (None, 2)])
+def test_two_processes_learn_what_one_learns(tmp_path, bits, again):
     script = tmp_path / "train.py"
     script.write_text(RUN)
     for processes, accumulate in [(1, 4), (2, 2)]:
-        file = settings(tmp_path, f"run{processes}", bits, grad_accum=accumulate)
+        changes = {"grad_accum": accumulate, "gradient_checkpointing": again if processes == 2 else False}
+        file = settings(tmp_path, f"run{processes}", bits, **changes)
         done = launch(script, str(file), processes=processes)
         assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("held-out loss") == 4  # steps 0, 3, 6 and the end: one process speaks
@@ -137,8 +138,9 @@ def test_two_processes_learn_what_one_learns(tmp_path, bits):
 def test_two_processes_stop_and_go_on(tmp_path):
     script = tmp_path / "train.py"
     killer = """
+import transformers
 import lorakeet.train.trainer as t
-class Kill(t.TrainerCallback):
+class Kill(transformers.TrainerCallback):
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == 4: __import__("os")._exit(1)
 init = t.Trainer.__init__

@@ -156,6 +156,18 @@ def test_constant_schedule_warms_up_and_checkpointing_changes_nothing(settings, 
     assert thrifty["eval_loss_after"] == pytest.approx(plain["eval_loss_after"], abs=1e-6)
 
 
+def test_loraplus_is_said_and_used_and_kept(settings, tmp_path, caplog):
+    caplog.set_level("INFO", logger="lorakeet")
+    plain = run_training(settings(out=str(tmp_path / "plain"), train__lr=1e-3))
+    assert "LoRA+" not in caplog.text
+    faster = run_training(settings(train__loraplus_ratio=16, train__lr=1e-3))
+    assert "LoRA+      peak learning rate of B 0.016, of pairs on embeddings 1e-06" in caplog.text
+    assert faster["eval_loss_after"] < plain["eval_loss_after"] - 1e-3
+    (tmp_path / "run" / "summary.json").unlink()
+    with pytest.raises(TrainingError, match=r"train.loraplus_ratio was 16.0, is None"):
+        run_training(settings(train__lr=1e-3), resume=True)
+
+
 def test_what_is_not_computed_can_be_switched_back_on(settings, tmp_path, monkeypatch):
     """Padding and logits: a run leaves them out unless it is told to compute them, and learns the same either way."""
     used = []
@@ -301,6 +313,23 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_uninterrupted_one(settings, tmp
     assert lines == [[line.get(key) for key in kept] for line in read_metrics(tmp_path / "whole" / "metrics.jsonl")]
     with pytest.raises(OutputError, match="is finished"):
         run_training(config, resume=True)
+
+
+def test_layers_are_run_again_where_memory_is_short_and_nothing_else_changes(settings, tmp_path, monkeypatch, caplog):
+    """Also not where it gets short, or is told to be saved, between one session and the next."""
+    caplog.set_level("INFO", logger="lorakeet")
+    weights = "adapter/adapter_model.safetensors"
+    whole = run_training(settings(out=str(tmp_path / "whole")))
+    assert "run again" not in caplog.text
+    parts = settings(out=str(tmp_path / "parts"))
+    interrupted(monkeypatch, parts, 2)
+    monkeypatch.setattr(module, "free_memory", lambda device: 350_000)
+    assert run_training(parts, resume=True)["eval_loss_after"] == whole["eval_loss_after"]
+    assert "run again in the backward pass: a pass of 96 tokens" in caplog.text
+    assert (tmp_path / "parts" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    told = run_training(settings(out=str(tmp_path / "told"), train__gradient_checkpointing=2))
+    assert told["train_loss_last"] == whole["train_loss_last"]
+    assert (tmp_path / "told" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
 def test_other_settings_do_not_resume_but_looking_may_change(settings, monkeypatch):

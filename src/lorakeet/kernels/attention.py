@@ -7,7 +7,8 @@ i - w < j ≤ i, bidirectional |i - j| ≤ w. Key and value heads may be fewer t
 h/h_kv neighbouring ones (grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245) without being copied.
 
 Neighbouring samples of equal length are one batch: a view of the row, nothing is gathered and nothing is padded. On a
-CPU forward and backward of all batches are one node of autograd, which keeps the output once and no slices.
+CPU forward and backward of all batches are one node of autograd, which keeps the output once and no slices. On an NVIDIA
+GPU a kernel takes the whole row, where there is one for the pattern (:mod:`lorakeet.kernels.varlen`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_FLASH_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from lorakeet.kernels.varlen import choose_path, kernels_on, varlen_attention
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,15 @@ def segment_attention(
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     runs = [(len(list(same)), length) for length, same in itertools.groupby(lengths) if length]
     rows = [t[0].transpose(0, 1) for t in (q, k, v)]  # [total, heads, d]
-    if _has_cpu_kernel(q, v, pattern):
+    heads, widths = (q.shape[1], k.shape[1]), (q.shape[-1], v.shape[-1])
+    path = choose_path(kernels_on(q.device), q.device.type, q.dtype, heads, widths, pattern)
+    if path == "cpu":
         output: Tensor = _SegmentAttention.apply(rows[0], rows[1], rows[2], runs, pattern, scale)
         return output[None]
-    attend = _attend if pattern.softcap is None else _attend_capped
+    if path in ("varlen", "flash_attn"):
+        real = tuple(length for length in lengths if length)
+        return varlen_attention(path, rows[0], rows[1], rows[2], real, pattern, scale)[None]
+    attend = _attend if path == "batches" else _attend_capped
     outputs = [
         attend(q_, k_, v_, pattern, scale).transpose(1, 2).flatten(0, 1)  # [count·length, h, d_v]
         for q_, k_, v_ in zip(*(_batches(row, runs) for row in rows), strict=True)
@@ -139,17 +145,6 @@ def _attend_capped(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: flo
         scores = scores.masked_fill(~mask, float("-inf"))
     weights = F.dropout(_softmax(scores), pattern.dropout)
     return (weights.flatten(2, 3) @ v).unflatten(2, (rep, length)).flatten(1, 2)
-
-
-def _has_cpu_kernel(q: Tensor, v: Tensor, pattern: Pattern) -> bool:
-    return (
-        q.device.type == "cpu"
-        and pattern.dropout == 0.0
-        and pattern.softcap is None
-        and q.shape[-1] == v.shape[-1]
-        and q.dtype in _FLASH_DTYPES
-        and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
-    )
 
 
 class _SegmentAttention(torch.autograd.Function):

@@ -158,7 +158,7 @@ def refuse_other_run(folder: Path, now: Mapping[str, Any]) -> None:
     """
     then = read_manifest(folder)["fingerprint"]
     differences = [
-        f"{name} was {then.get(name, 'unknown')}, is {now.get(name, 'unknown')}"
+        f"{name} was {then.get(name, 'not set')}, is {now.get(name, 'not set')}"
         for name in dict.fromkeys([*then, *now])
         if then.get(name) != now.get(name)
     ]

@@ -1,15 +1,20 @@
-"""Norms and gated feed-forward networks that keep less for the backward pass and go over memory less often.
+"""Norms, gated feed-forward networks and rotary embeddings that keep less for the backward pass and go over memory less
+often.
 
 The modules of a model stay what and where they are; while :func:`fused_layers` holds, those of known classes compute by
-:mod:`lorakeet.kernels.rms_norm` and :mod:`lorakeet.kernels.gated` when they are in training mode. One of each kind is first
-held against its own forward on random numbers, output and gradient; a kind that differs is left as it is, and that is said.
+:mod:`lorakeet.kernels.rms_norm`, :mod:`lorakeet.kernels.gated` and :mod:`lorakeet.kernels.rotary` when they are in training
+mode. One of each kind is first held against its own forward on random numbers, output and gradient; a kind that differs is
+left as it is, and that is said. An attention runs the very code that it has, in which ``apply_rotary_pos_emb`` means another
+function.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -17,6 +22,7 @@ from torch import Tensor, nn
 
 from lorakeet.kernels.gated import Activation, gated
 from lorakeet.kernels.rms_norm import rms_norm
+from lorakeet.kernels.rotary import rotary
 from lorakeet.talk import warn
 from lorakeet.train.checkpoint import same_random_state
 
@@ -33,7 +39,13 @@ GATED = (
     "Gemma", "Gemma2", "Gemma3", "Granite", "Llama", "Ministral", "Mistral", "Olmo", "Olmo2", "Olmo3", "Qwen2", "Qwen3",
     "SmolLM3",
 )
+#: Architectures whose ``…Attention`` turns queries and keys by an ``apply_rotary_pos_emb`` that the kernel knows.
+ROTARY = (
+    "Gemma", "Gemma2", "Gemma3", "Granite", "Llama", "Ministral", "Mistral", "Mixtral", "Qwen2", "Qwen2Moe", "Qwen3",
+    "Qwen3Moe", "SmolLM3",
+)
 # fmt: on
+_TURN = "apply_rotary_pos_emb"
 _ACTIVATIONS: dict[str, Activation] = {
     "SiLU": "silu",
     "SiLUActivation": "silu",
@@ -44,12 +56,13 @@ _ACTIVATIONS: dict[str, Activation] = {
 #: By how many units of rounding output and gradient may differ from a module's own.
 _ROUNDINGS = 8
 
-Forward = Callable[[Tensor], Tensor]
+Forward = Callable[..., Any]
 
 
 @contextmanager
 def fused_layers(model: nn.Module) -> Iterator[None]:
-    """While this holds, norms and gated networks of known classes in ``model`` compute fused in training mode.
+    """While this holds, norms, gated networks and rotary embeddings of known classes in ``model`` compute fused in training
+    mode.
 
     Same outputs and gradients, within the rounding of their dtype. Names, parameters and hooks of the model stay. A norm's
     weight gets a gradient only where it learns.
@@ -77,7 +90,8 @@ def _fused_forwards(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
             continue
         kind = _kind(module)
         if kind not in good:
-            good[kind] = _agrees(module, fused)
+            with same_random_state():
+                good[kind] = _turns_alike(module) if _turns(module) else _agrees(module, fused)
             if not good[kind]:
                 warn(f"{type(module).__name__} computes otherwise than expected and stays as it is")
         if good[kind]:
@@ -95,7 +109,7 @@ def _fused(module: nn.Module) -> Forward | None:
     if name.endswith("MLP") and name.removesuffix("MLP") in GATED:
         activation = _ACTIVATIONS.get(type(module.act_fn).__name__)
         return None if activation is None else functools.partial(_feed_forward, module, activation)
-    return None
+    return _with_fused_turn(module) if _turns(module) else None
 
 
 def _norm(module: Any, one_more: bool, x: Tensor) -> Tensor:
@@ -112,14 +126,57 @@ def _in_training(module: nn.Module, fused: Forward) -> Forward:
     own = module.forward
 
     @functools.wraps(own)
-    def forward(x: Tensor) -> Tensor:
-        return fused(x) if module.training else own(x)
+    def forward(*args: Any, **settings: Any) -> Any:
+        return fused(*args, **settings) if module.training else own(*args, **settings)
 
+    forward.__dict__["is_fused"] = True
     return forward
+
+
+def _turns(module: nn.Module) -> bool:
+    """Whether a module is an attention of a known class, whose code asks for the function that turns and is what runs."""
+    name, forward, given = type(module).__name__, type(module).forward, module.__dict__.get("forward")
+    if given is not None and not getattr(given, "is_fused", False):
+        return False
+    code = getattr(forward, "__code__", None)
+    is_known = name.endswith("Attention") and name.removesuffix("Attention") in ROTARY
+    return is_known and code is not None and _TURN in code.co_names and _TURN in forward.__globals__
+
+
+def _with_fused_turn(module: nn.Module) -> Forward:
+    """The forward of an attention, the same code, with the fused function in place of the one that turns."""
+    own: Any = type(module).forward
+    meant = {**own.__globals__, _TURN: _turn}
+    made = FunctionType(own.__code__, meant, own.__name__, own.__defaults__, own.__closure__)
+    made.__kwdefaults__ = own.__kwdefaults__
+    return functools.partial(made, module)
+
+
+def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """As ``apply_rotary_pos_emb``: q and k [B, heads, T, d], cos and sin [B, T, d]."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return rotary(q, cos, sin), rotary(k, cos, sin)
+
+
+def _turns_alike(module: nn.Module) -> bool:
+    """Whether the function that a module's code asks for turns as ours does, and takes the same arguments."""
+    own = type(module).forward.__globals__[_TURN]
+    if list(inspect.signature(own).parameters) != list(inspect.signature(_turn).parameters):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 5, 8, generator=generator)
+    cos, sin = torch.randn(2, 2, 5, 8, generator=generator)
+
+    def both(turn: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+        return lambda leaf: torch.cat(turn(leaf[:, :2], leaf[:, 2:], cos, sin), dim=1)
+
+    return _same([_outcome(both(turn), x) for turn in (own, _turn)])
 
 
 def _kind(module: Any) -> tuple[Any, ...]:
     """Modules of one kind need to be tried once."""
+    if _turns(module):
+        return (type(module),)
     if hasattr(module, "act_fn"):
         return type(module), type(module.act_fn)
     return type(module), module.weight.dtype, getattr(module, "eps", None), getattr(module, "variance_epsilon", None)
@@ -133,14 +190,17 @@ def _agrees(module: nn.Module, fused: Forward) -> bool:
     dtype = like.dtype if like.is_floating_point() else torch.float32
     x = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(like.device, dtype)
     try:
-        with same_random_state():
-            outcomes = [_outcome(forward, x) for forward in (module.forward, fused)]
+        outcomes = [_outcome(forward, x) for forward in (module.forward, fused)]
     except RuntimeError:  # weights that are elsewhere, or that want another dtype
         return False
-    near = _ROUNDINGS * torch.finfo(dtype).eps
+    return _same(outcomes)
+
+
+def _same(outcomes: list[tuple[Tensor, Tensor]]) -> bool:
+    near = [_ROUNDINGS * torch.finfo(own.dtype).eps for own in outcomes[0]]
     return all(
-        own.dtype == new.dtype and torch.allclose(own, new, rtol=near, atol=near * float(own.abs().max()))
-        for own, new in zip(*outcomes, strict=True)
+        own.dtype == new.dtype and torch.allclose(own, new, rtol=eps, atol=eps * float(own.abs().max()))
+        for own, new, eps in zip(*outcomes, near, strict=True)
     )
 
 

@@ -34,11 +34,15 @@ from lorakeet.lora.config import LoraConfig
 from lorakeet.lora.kinds import adaptable
 from lorakeet.talk import log, say, warn
 from lorakeet.train.checkpoint import latest_checkpoint
+from lorakeet.train.fit import every_that_fits
 from lorakeet.train.folder import check_run_folder, claim_folder, refuse_other_settings
+from lorakeet.train.free_memory import free_memory
 from lorakeet.train.fused_layers import fused_layers
 from lorakeet.train.fused_loss import fused_loss
+from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.padding_free import padding_free, why_padded
 from lorakeet.train.pictures import draw_confusion
+from lorakeet.train.recompute import recomputed
 from lorakeet.train.report import Report, draw_loss_curve, read_metrics
 from lorakeet.train.stop import StopAfterStep
 from lorakeet.train.summary import compared, summarise
@@ -161,8 +165,6 @@ def training_arguments(config: RunConfig, base: Base) -> TrainingArguments:
         data_seed=train.seed,
         bf16=base.dtype == torch.bfloat16,
         fp16=base.dtype == torch.float16,
-        gradient_checkpointing=train.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=train.log_every,
         eval_strategy="steps" if train.eval_every else "no",
         eval_steps=train.eval_every,
@@ -201,10 +203,18 @@ def _say_plan(
         say(line)
     passes = f", {steps * per_step / rows:.2g} epochs" if rows else ""
     say(f"training   {length}{passes}, peak learning rate {train.lr:g}")
+    if plus := _loraplus(config):
+        _, embeddings, faster = plus.rates(train.lr)
+        say(f"LoRA+      peak learning rate of B {faster:g}, of pairs on embeddings {embeddings:g}")
     first = next(iter(data.train))
     say(f"a sample   {describe_sample(base.tokenizer, first, task.name, task.labels, colour=sys.stderr.isatty())}")
     if train.warmup >= steps:
         warn(f"the warm-up takes {train.warmup} of {steps:.0f} steps: the learning rate never reaches its peak")
+
+
+def _loraplus(config: RunConfig) -> LoraPlus | None:
+    train = config.train
+    return None if train.loraplus_ratio is None else LoraPlus(train.loraplus_ratio, train.loraplus_lr_embedding)
 
 
 @dataclass
@@ -231,6 +241,7 @@ class Run:
                 fast.enter_context(fused_loss(self.model))
             if self.config.train.fused_layers:
                 fast.enter_context(fused_layers(self.model))
+            fast.enter_context(self._thrifty(trainer))
             self._learn(trainer, report, stop, resume, any_checkpoint)
             summary = summarise(self, trainer, report)
         self._save(trainer, summary)
@@ -247,6 +258,13 @@ class Run:
             say(f"padding    is computed: {reason}")
             return nullcontext()
         return padding_free(self.model)
+
+    def _thrifty(self, trainer: Trainer) -> AbstractContextManager[Any]:
+        """While this holds, layers are run again in the backward pass: as told, or as memory needs."""
+        every: bool | int | str | None = self.config.train.gradient_checkpointing
+        if every == "auto":
+            every = every_that_fits(trainer, free_memory(self.args.device), self.config.data.max_length)
+        return recomputed(self.model, int(every)) if every else nullcontext()
 
     def _token_budget(self) -> int:
         """Real tokens of a pass; unless told, what the largest micro-batch may hold: memory is no worse for it."""
@@ -289,6 +307,7 @@ class Run:
             "any_checkpoint": any_checkpoint,
             "non_finite": self.config.train.non_finite,
             "token_budget": self._token_budget(),
+            "loraplus": _loraplus(self.config),
         }
         trainer = Trainer(**settings) if self.task.name == "CAUSAL_LM" else TaskTrainer(**settings, task=self.task)
         trainer.remove_callback(PrinterCallback)  # prints to stdout

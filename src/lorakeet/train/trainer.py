@@ -14,6 +14,7 @@ alone. What differs from the parent:
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,8 @@ import torch
 import transformers
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
+from torch.optim import Optimizer
+from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
@@ -30,12 +32,14 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_check
 from lorakeet.adapter.model import PeftModel
 from lorakeet.errors import TrainingError
 from lorakeet.files import write_folder
-from lorakeet.talk import say, warn
-from lorakeet.train import checkpoint, finite, guard
+from lorakeet.talk import say
+from lorakeet.train import checkpoint, guard
 from lorakeet.train.evaluate import count_targets, loss_and_perplexity, shifts_labels
 from lorakeet.train.fused_loss import sample_losses
 from lorakeet.train.join import Batch, Passes, why_separate
+from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.order import LengthWindows
+from lorakeet.train.steps import Steps
 
 
 class Trainer(transformers.Trainer):
@@ -49,9 +53,10 @@ class Trainer(transformers.Trainer):
         token_budget: Real tokens of a pass that several micro-batches of an optimizer step may share; None or 0: each
             runs on its own. They are joined inside of :func:`lorakeet.train.padding_free.padding_free`, a language
             model's inside of :func:`lorakeet.train.fused_loss.fused_loss` too; whether they are is said.
+        loraplus: B learns faster than A (:mod:`lorakeet.train.loraplus`); a number is the ratio.
 
     Raises:
-        TrainingError: fp16 on a CPU, or parameters that would learn in fp16.
+        TrainingError: fp16 on a CPU, parameters that would learn in fp16, or LoRA+ beside an optimizer that is given.
     """
 
     control: Any
@@ -66,6 +71,7 @@ class Trainer(transformers.Trainer):
         non_finite: Literal["stop", "skip"] = "stop",
         any_checkpoint: bool = False,
         token_budget: int | None = None,
+        loraplus: LoraPlus | float | None = None,
         **settings: Any,
     ) -> None:
         args = TrainingArguments("tmp_trainer") if args is None else args
@@ -74,8 +80,14 @@ class Trainer(transformers.Trainer):
         guard.say_device(args)
         super().__init__(model, args, *rest, **settings)
         self.non_finite, self.any_checkpoint = non_finite, any_checkpoint
+        self.loraplus = LoraPlus(loraplus) if isinstance(loraplus, (int, float)) else loraplus
+        if self.loraplus and self.optimizer is not None:
+            raise TrainingError(
+                "an optimizer is given and LoRA+ asked for: both say who learns at which rate", "leave one of them out"
+            )
         # Left to itself the order of samples follows whatever seeded torch last, not the seed of the run.
         self.accelerator.dataloader_config.data_seed = args.seed if args.data_seed is None else args.data_seed
+        self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # the parent's loop updates it
         self._shifts_labels = shifts_labels(self.model)
         self._counts_known = False
         self._passes = Passes(self, token_budget)
@@ -85,7 +97,7 @@ class Trainer(transformers.Trainer):
         self._resumed: dict[str, Any] | None = None
         self._fingerprint: dict[str, Any] | None = None
         self._collator: checkpoint.SteadyCollator | None = None
-        self.add_callback(_Steps(self))
+        self.add_callback(Steps(self))
 
     # ---- data -------------------------------------------------------------------------------------------------
 
@@ -105,6 +117,16 @@ class Trainer(transformers.Trainer):
             size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             loader.set_sampler(LengthWindows(loader.get_sampler(), self.train_dataset[column][:], size))
         return loader
+
+    # ---- optimizer --------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """As the parent's; with LoRA+ its parameter groups are split by learning rate."""
+        is_new = self.optimizer is None
+        made: Optimizer = super().create_optimizer(*([] if model is None else [model]))
+        if is_new and self.loraplus:
+            self.loraplus.split_(made, self.model if model is None else model, self.args.learning_rate)
+        return made
 
     # ---- loss -------------------------------------------------------------------------------------------------
 
@@ -127,6 +149,11 @@ class Trainer(transformers.Trainer):
         batches, self._targets = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._passes.plan(batches)
         return batches, self._targets
+
+    @property
+    def token_budget(self) -> int:
+        """Real tokens of a pass that several micro-batches may share; 0: none may."""
+        return self._passes.budget
 
     def why_separate(self) -> str | None:
         """Why the micro-batches of a step may not share a pass, in half a sentence; None if they may."""
@@ -252,8 +279,10 @@ class Trainer(transformers.Trainer):
         """What a checkpoint must share with the run that resumes from it."""
         if self._fingerprint is None:
             self._fingerprint = checkpoint.run_fingerprint(self.args, self.model, self.train_dataset)
-            if self._passes.budget:
-                self._fingerprint["token_budget"] = str(self._passes.budget)
+            if self.token_budget:
+                self._fingerprint["token_budget"] = str(self.token_budget)
+            if self.loraplus:
+                self._fingerprint |= {f"loraplus_{name}": str(value) for name, value in asdict(self.loraplus).items()}
         return self._fingerprint
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -347,53 +376,3 @@ class Trainer(transformers.Trainer):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
-
-
-class _Steps(TrainerCallback):
-    """What the Trainer does at the events of its loop."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.first = True
-        self.start: dict[str, Any] = {}  # what a step that must not count has changed
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        trainer = self.trainer
-        self.first = True
-        trainer._passes.restart()
-        guard.check_sharded(trainer.model_wrapped, args)
-        trainer.rehearse()
-        if resumed := trainer._resumed:
-            trainer._tr_loss += resumed["unlogged"]
-            trainer._total_loss_scalar = resumed["logged"]
-            trainer._globalstep_last_logged = int(resumed["last_logged"])
-
-    def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        if self.trainer._collator is not None:
-            self.trainer._collator.epoch = int(state.epoch or 0)
-
-    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        self.trainer._losses.clear()
-        self.start = {
-            "random": checkpoint.random_state(),
-            "loss": self.trainer._tr_loss.clone(),
-            "tokens": state.num_input_tokens_seen,
-        }
-
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        trainer, model = self.trainer, self.trainer.model
-        if self.first:
-            guard.check_gradients(model)
-            guard.check_synchronised(model, trainer.accelerator)
-            self.first = False
-        if finite.is_finite(trainer):
-            return
-        complaint = finite.complaint(trainer)
-        trainer.model_wrapped.zero_grad()  # no gradient, no change: the optimizer passes over it
-        if trainer.non_finite == "skip":
-            warn(f"step skipped: {complaint}")
-            return
-        checkpoint.set_random_state(self.start["random"])
-        trainer._tr_loss.copy_(self.start["loss"])
-        state.num_input_tokens_seen = self.start["tokens"]
-        raise TrainingError(complaint, finite.keep_last_good_state(trainer))

@@ -1,0 +1,131 @@
+"""LoRA+: the rates, the groups and the curve of PEFT's own optimizer; resumed with the ratio it was started with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from peft.optimizers import create_loraplus_optimizer
+from test_against_peft import collate, rows
+from torch import nn
+
+from lorakeet import LoraConfig, PeftModel, Trainer, get_peft_model
+from lorakeet.config import make_run
+from lorakeet.errors import ConfigError, TrainingError
+from lorakeet.train.checkpoint import latest_checkpoint
+from lorakeet.train.loraplus import LoraPlus
+from tiny import make
+from tiny_training import tiny_data, tiny_llama, tiny_peft
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "pairs": {"base": "llama", "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"},
+    "an embedding too": {"base": "bert", "target_modules": ["query", "word_embeddings"], "task_type": "SEQ_CLS"},
+    "bias of B": {"base": "opt", "target_modules": ["q_proj", "fc1"], "lora_bias": True},
+    "all biases": {"base": "bert", "target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"},
+    "a head": {"base": "bert", "target_modules": ["query"], "modules_to_save": ["classifier"], "task_type": "SEQ_CLS"},
+    "tokens": {"base": "bert", "target_modules": ["key"], "trainable_token_indices": {"word_embeddings": [3, 5]}},
+    "bare parameters": {"base": "llama", "target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]},
+}
+
+
+def groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[list[str], float, float]]:
+    """Names, learning rate and weight decay of each group that holds anything."""
+    names = {p: name for name, p in model.named_parameters()}
+    for wrapper in ("base_model.model.", "lora_parameters.weight.", "token_adapter."):
+        names = {p: name.replace(wrapper, "") for p, name in names.items()}
+    told = [(sorted(names[p] for p in g["params"]), g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    return [group for group in told if group[0]]
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.filterwarnings("ignore:Model has")
+def test_groups_are_those_of_peft(kind, make_args):
+    settings = dict(SETTINGS[kind])
+    base = settings.pop("base")
+    theirs = peft.get_peft_model(make(base), peft.LoraConfig(r=2, **settings))
+    wanted = create_loraplus_optimizer(
+        theirs,
+        torch.optim.AdamW,
+        lr=2e-4,
+        loraplus_lr_ratio=16.0,
+        loraplus_weight_decay=0.1,
+        loraplus_lr_embedding=3e-5,
+    )
+    args = make_args(learning_rate=2e-4, weight_decay=0.1)
+    ours = get_peft_model(make(base), LoraConfig(r=2, **settings))
+    made = Trainer(ours, args, loraplus=LoraPlus(16.0, lr_embedding=3e-5)).create_optimizer()
+    assert groups(made, ours) == groups(wanted, theirs)
+    assert type(made) is torch.optim.AdamW and made.param_groups[0]["fused"]  # the Trainer's own, only its groups split
+
+
+def curve(trainer: transformers.Trainer) -> list[float]:
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_the_curve_is_that_of_pefts_optimizer_and_both_rates_are_scheduled(make_args, tmp_path):
+    args = make_args(
+        max_steps=8, warmup_steps=3, lr_scheduler_type="cosine", weight_decay=0.1, learning_rate=2e-3, logging_steps=1
+    )
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    get_peft_model(make("llama"), config).save_pretrained(tmp_path / "start")
+    data = {"train_dataset": rows(61), "data_collator": collate}
+    theirs = peft.PeftModel.from_pretrained(make("llama").train(), tmp_path / "start", is_trainable=True)
+    optimizer = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=2e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1
+    )
+    wanted = curve(transformers.Trainer(theirs, args, optimizers=(optimizer, None), **data))
+    trainer = Trainer(
+        PeftModel.from_pretrained(make("llama").train(), tmp_path / "start", is_trainable=True),
+        args,
+        loraplus=16,
+        **data,
+    )
+    got = curve(trainer)
+    assert got == pytest.approx(wanted, abs=1e-5)
+    plain = PeftModel.from_pretrained(make("llama").train(), tmp_path / "start", is_trainable=True)
+    assert curve(Trainer(plain, args, **data)) != pytest.approx(wanted, abs=1e-3)
+
+    told = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]  # that of A
+    assert told[:4] == pytest.approx([0.0, 2e-3 / 3, 4e-3 / 3, 2e-3]) and 0 < told[-1] < 2e-3
+    now = [group["lr"] for group in trainer.optimizer.param_groups]
+    assert len(now) == 2 and now[1] == 16 * now[0]
+
+
+def test_resumed_with_the_ratio_it_was_started_with(make_args, collator):
+    def run(name: str, steps: int, ratio: float | None, resume: bool = False, **more: Any) -> Trainer:
+        args = make_args(
+            output_dir=name, max_steps=6, save_strategy="steps", save_steps=3, lr_scheduler_type="constant", **more
+        )
+        trainer = Trainer(tiny_peft(0.2), args, train_dataset=tiny_data(), data_collator=collator, loraplus=ratio)
+        trainer.train(resume_from_checkpoint=str(latest_checkpoint(name)) if resume else None)
+        assert trainer.state.global_step == steps
+        return trainer
+
+    folder = make_args().output_dir
+    whole = run(folder + "/whole", 6, 8.0)
+    parts = folder + "/whole"
+    (latest_checkpoint(parts)).rename(folder + "/aside")  # only that of step 3 is left
+    resumed = run(parts, 6, 8.0, resume=True)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    with pytest.raises(TrainingError, match=r"loraplus_ratio was 8.0, is 4.0"):
+        run(parts, 6, 4.0, resume=True)
+    with pytest.raises(TrainingError, match=r"loraplus_ratio was 8.0, is not set"):
+        run(parts, 6, None, resume=True)
+
+
+def test_what_cannot_be_meant_is_refused(make_args):
+    with pytest.raises(ConfigError, match=r"got the ratio 0.5, expected at least 1"):
+        LoraPlus(0.5)
+    with pytest.raises(ConfigError, match=r"loraplus_ratio = 0.5"):
+        make_run({"train": {"loraplus_ratio": 0.5}})
+    with pytest.raises(TrainingError, match="no lora_B that learns"):
+        Trainer(tiny_llama(), make_args(), loraplus=16).create_optimizer()
+    model = tiny_peft()
+    own = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(TrainingError, match="both say who learns at which rate"):
+        Trainer(model, make_args(), optimizers=(own, None), loraplus=16)

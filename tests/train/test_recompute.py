@@ -1,0 +1,245 @@
+"""Layers that are run again in the backward pass: same bits, fewer bytes, and only where they have to be."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from test_join import learn
+from test_padding_free import adapted, ragged, small
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from lorakeet.adapter.model import get_peft_model
+from lorakeet.base.quant.config import Int8Config
+from lorakeet.errors import TrainingError
+from lorakeet.lora.config import LoraConfig
+from lorakeet.train.fused_layers import fused_layers
+from lorakeet.train.fused_loss import fused_loss
+from lorakeet.train.padding_free import padding_free
+from lorakeet.train.recompute import Kept, choose_every, kept_by, recomputed, repeatable_layers
+from tiny_training import tiny_data, tiny_peft
+
+LAYERS = 4
+
+
+def model_with_dropout(kind: str, **changes: Any) -> nn.Module:
+    """Dropout in the adapter and wherever the architecture has one."""
+    drops = {
+        "attention_dropout": 0.2,
+        "dropout": 0.2,
+        "hidden_dropout_prob": 0.2,
+        "resid_pdrop": 0.2,
+        "attn_pdrop": 0.2,
+    }
+    return adapted(layered(kind, LAYERS, **drops, **changes), lora_dropout=0.3).train()
+
+
+def layered(kind: str, layers: int, **changes: Any) -> Any:
+    """A small model of so many layers, without a cache, as the Trainer has it."""
+    if kind == "gemma2":
+        changes["layer_types"] = ["sliding_attention", "full_attention"] * (layers // 2)
+    return small(kind, num_hidden_layers=layers, use_cache=False, **changes)
+
+
+def loss_and_gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.manual_seed(7)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    loss = model(**batch, labels=labels).loss
+    loss.backward()
+    drawn = torch.rand(1)  # what comes after draws what it would have drawn
+    learned = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert len(learned) > 2 * LAYERS
+    return {"loss": loss.detach(), "drawn": drawn, **learned}
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def times_run(model: nn.Module) -> tuple[list[int], list[Any]]:
+    layers = repeatable_layers(model)
+    times = [0] * len(layers)
+
+    def count(index: int) -> Any:
+        def hook(*_: Any) -> None:
+            times[index] += 1
+
+        return hook
+
+    return times, [layer.register_forward_pre_hook(count(index)) for index, layer in enumerate(layers)]
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 9])
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
+@pytest.mark.parametrize("kind", ["bert", "gemma2", "gpt2", "llama", "opt", "qwen3"])
+def test_loss_gradients_and_random_numbers_are_the_same_bits(kind: str, fast: bool, every: int) -> None:
+    model = model_with_dropout(kind)
+    with ExitStack() as around:
+        if fast:
+            for context in (padding_free, fused_loss, fused_layers):
+                around.enter_context(context(model))
+        expected = loss_and_gradients(model, ragged())
+        times, handles = times_run(model)
+        with recomputed(model, every):
+            found = loss_and_gradients(model, ragged())
+            assert times == [2 if index % every == 0 else 1 for index in range(LAYERS)]
+        times[:] = [0] * LAYERS
+        assert_equal(found, expected)
+        assert_equal(loss_and_gradients(model, ragged()), expected)
+        assert times == [1] * LAYERS
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_on_a_base_in_8_bits(every: int, tmp_path: Any) -> None:
+    small("llama", num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=96).save_pretrained(tmp_path)
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Int8Config())
+    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.2)).train()
+    with padding_free(model), fused_loss(model), fused_layers(model):
+        expected = loss_and_gradients(model, ragged())
+        with recomputed(model, every):
+            assert_equal(loss_and_gradients(model, ragged()), expected)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_training_with_joined_micro_batches_learns_the_same_bits(every: int, make_args: Any, collator: Any) -> None:
+    def trained(every: int | None) -> dict[str, Tensor]:
+        model = tiny_peft(0.2)
+        with ExitStack() as around:
+            if every is not None:
+                around.enter_context(recomputed(model, every))
+            learn(model, make_args(gradient_accumulation_steps=4), tiny_data(), collator, 1000)
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    assert_equal(trained(every), trained(None))
+
+
+def test_below_the_lowest_adapter_nothing_is_run_again() -> None:
+    model = get_peft_model(
+        small("llama", num_hidden_layers=LAYERS), LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[2])
+    ).train()
+    times, _ = times_run(model)
+    with recomputed(model):
+        embedded: list[Tensor] = []
+        model.get_input_embeddings().register_forward_hook(lambda _, __, output: embedded.append(output))
+        model(**ragged()).logits.sum().backward()
+        assert times == [1, 1, 2, 2] and not embedded[0].requires_grad
+        assert model.is_gradient_checkpointing
+    assert not model.is_gradient_checkpointing
+
+
+def test_what_cannot_be_run_again_is_told() -> None:
+    with pytest.raises(TrainingError, match=r"Linear has no layers that can be run again"), recomputed(nn.Linear(2, 2)):
+        pass
+
+
+# ---- how much is kept -----------------------------------------------------------------------------------------------
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that were alive at once, of storages that came into being meanwhile."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.weights = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        self.sizes: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.weights:
+                storage = tensor.untyped_storage()
+                self.sizes[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.sizes = {number: kept for number, kept in self.sizes.items() if not kept[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.sizes.values()))
+        return made
+
+
+def wide(kind: str, layers: int = 6) -> nn.Module:
+    base = layered(kind, layers, hidden_size=64, intermediate_size=160)
+    return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).train()
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
+@pytest.mark.parametrize("kind", ["llama", "opt", "gemma2"])
+def test_the_most_that_is_held_is_near_what_was_measured(kind: str, fast: bool) -> None:
+    model = wide(kind)
+    measured, learned = ragged(lengths=[40, 3]), ragged(lengths=[40] * 7 + [3])
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        result: Tensor = model(**batch, labels=labels).loss
+        return result
+
+    with ExitStack() as around:
+        if fast:
+            for context in (padding_free, fused_loss, fused_layers):
+                around.enter_context(context(model))
+        kept = kept_by(model, lambda: loss(measured))
+        passes = 283 / 43 if fast else 8 * 40 / (2 * 40)
+        found, expected = [], []
+        for every in (None, 6, 3, 2, 1):
+            with ExitStack() as inner:
+                if every is not None:
+                    inner.enter_context(recomputed(model, every))
+                live = inner.enter_context(Live(model))
+                loss(learned).backward()
+            found.append(live.peak)
+            expected.append(kept.peak(every) * passes)
+    assert found == sorted(found, reverse=True) and expected == sorted(expected, reverse=True)
+    ratios = [estimate / true for estimate, true in zip(expected, found, strict=True)]
+    assert min(ratios) > 1.0 and max(ratios) < 1.6, ratios
+
+
+def test_every_storage_counts_once_and_weights_do_not() -> None:
+    model = wide("llama", layers=2)
+    tensors: dict[int, Tensor] = {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: tensors.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    ):
+        logits = model(**ragged()).logits
+    true = sum(t.untyped_storage().nbytes() for place, t in tensors.items() if place not in weights)
+    assert logits.requires_grad
+    kept = kept_by(model, lambda: model(**ragged()).logits)
+    assert sum(kept.layers) + kept.rest == true
+
+    def gradient_right_away() -> (
+        Tensor
+    ):  # as a loss may make it: what it kept is gone again, and it needs what it keeps
+        x = torch.ones(10_000, requires_grad=True)
+        (gradient,) = torch.autograd.grad(x.exp().sum(), x)
+        assert torch.equal(gradient, x.exp())
+        output: Tensor = model(**ragged()).logits
+        return output
+
+    assert kept_by(model, gradient_right_away) == kept
+    assert kept.inputs == (ragged()["input_ids"].numel() * 64 * 4,) * 2
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in repeatable_layers(model))
+
+
+def test_as_few_layers_as_fit_are_run_again() -> None:
+    kept = Kept(layers=(100,) * 12, inputs=(10,) * 12, rest=50)
+    assert kept.peak(None) == 50 + 11 * 100 + 200
+    assert kept.peak(12) == 50 + 10 + 10 * 100 + 200
+    assert kept.peak(5) == 50 + 3 * 10 + 8 * 100 + 200
+    assert kept.peak(1) == 50 + 11 * 10 + 10 + 200
+    assert choose_every(kept, 1.0, kept.peak(None)) is None
+    assert choose_every(kept, 1.0, kept.peak(None) - 1) == 12
+    assert choose_every(kept, 2.0, 2 * kept.peak(5)) == 5
+    assert choose_every(kept, 2.0, 2 * kept.peak(5) - 1) == 3  # 4 would be as many layers as 5
+    assert choose_every(kept, 1.0, kept.peak(1)) == 1
+    assert choose_every(kept, 1.0, 1) == 1
+    assert choose_every(Kept((), (), 50), 1.0, 1) is None
