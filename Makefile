@@ -34,11 +34,14 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: install   ## every benchmark, one table each
+bench: install   ## every benchmark, one table each: hours, on a machine that does nothing else
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/training.py
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/training.py --checkpointing
+	$(BIN)/python benchmarks/int8.py
 	$(BIN)/python benchmarks/tasks.py --tasks sources
+	$(BIN)/python benchmarks/cost.py
 
 docs: install    ## write the generated pages of docs/reference again
 	$(BIN)/python -m lorakeet.cli.reference docs/reference

@@ -1,14 +1,18 @@
-"""The 8-bit layer on an NVIDIA GPU, forward and backward with LoRA, beside bf16 and bitsandbytes.
+"""On an NVIDIA GPU: the 8-bit layer beside bf16 and bitsandbytes, and whole trainings beside PEFT and TRL.
 
-    python benchmarks/gpu.py                       # 4096 tokens × 4096 × 4096 and × 11008, r=16
-    python benchmarks/gpu.py --peak 1979           # the card's dense int8 peak in TOP/s, for the share of it
+    python benchmarks/gpu.py                                      # both parts
+    python benchmarks/gpu.py --parts layer --peak 1979            # the card's dense int8 peak in TOP/s, for the share of it
+    python benchmarks/gpu.py --parts training --shapes llama-8b   # one shape; see gpu_training.py
+    python benchmarks/gpu.py --parts training --tiny --device cpu # does the script run?
 
-Equal for all: the bf16 weight that the 8-bit ones are made of, x with a few outlier columns, the incoming gradient, A, B in
-bf16, no dropout. What is timed is one layer's output, ∂x, ∂A and ∂B. "ms" is the median of CUDA events around each of many
-turns after a warm-up, over inputs that together do not fit in the L2 cache; "graph" the same work replayed from a CUDA graph,
-without what the processor needs to launch it ("-" where the work cannot be captured). "first s" is the first call, compiling
-and choosing tiles included. Errors are ‖got − truth‖/‖truth‖ against fp64 with the bf16 weight. Needs a GPU that does nothing
-else; without one it leaves with exit code 2.
+The layer is 4096 tokens × 4096 × 4096 and × 11008, forward and backward with LoRA, r=16. Equal for all: the bf16 weight
+that the 8-bit ones are made of, x with a few outlier columns, the incoming gradient, A, B in bf16, no dropout. What is
+timed is one layer's output, ∂x, ∂A and ∂B. "ms" is the median of CUDA events around each of many turns after a warm-up,
+over inputs that together do not fit in the L2 cache; "graph" the same work replayed from a CUDA graph, without what the
+processor needs to launch it ("-" where the work cannot be captured). "first s" is the first call, compiling and choosing
+tiles included. Errors are ‖got − truth‖/‖truth‖ against fp64 with the bf16 weight.
+
+Needs a GPU that does nothing else; without one it leaves with exit code 2.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import gpu_training
 from lorakeet.kernels import int8, int8_triton
 from lorakeet.kernels.lora_linear import lora_linear
 
@@ -180,6 +185,7 @@ def print_parts(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=("layer", "training"), default=("layer", "training"))
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--inner", type=int, default=4096)
     parser.add_argument("--out", type=int, nargs="+", default=[4096, 11008])
@@ -187,11 +193,22 @@ def main() -> int:
     parser.add_argument("--outliers", type=int, default=6, help="columns of x that are 30 times as large")
     parser.add_argument("--turns", type=int, default=100)
     parser.add_argument("--peak", type=float, help="dense int8 TOP/s of the card; known for " + ", ".join(PEAKS))
+    gpu_training.add_options(parser.add_argument_group("training"))
     options = parser.parse_args()
-    can, how = int8_triton.available(torch.device("cuda"))
-    if not can or int8_triton.kernels.INTERPRETED:
-        print(f"this benchmark needs an NVIDIA GPU and Triton: {how}", file=sys.stderr)
-        return 2
+    if "layer" in options.parts or options.device == "cuda":
+        can, how = int8_triton.available(torch.device("cuda"))
+        if not can or int8_triton.kernels.INTERPRETED:
+            print(f"this benchmark needs an NVIDIA GPU and Triton: {how}", file=sys.stderr)
+            return 2
+    if "layer" in options.parts:
+        layers(options, how)
+    if "training" in options.parts:
+        gpu_training.print_tables(options)
+    return 0
+
+
+def layers(options: argparse.Namespace, how: str) -> None:
+    """The part ``layer``: a table for each number of output channels."""
     name = torch.cuda.get_device_name()
     peak = options.peak or PEAKS.get(name)
     packages = [p for p in ("lorakeet", "torch", "triton", "bitsandbytes") if importlib.util.find_spec(p)]
@@ -202,7 +219,7 @@ def main() -> int:
     print(f"back end of the layer: {int8.backend_for(torch.empty(options.tokens, 1, device='cuda'))}")
     for out in options.out:
         measure((options.tokens, options.inner, out), options, peak)
-    return 0
+    torch.cuda.empty_cache()  # for the trainings, which are other processes
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A base in 8 bits: what it costs in accuracy, what it saves in memory, how fast it multiplies and writes.
 
-    python benchmarks/int8.py                               # all parts but the largest
+    python benchmarks/int8.py                               # all parts but the two that take long
     python benchmarks/int8.py --parts accuracy generation
+    python benchmarks/int8.py --parts train --keep runs     # six runs of the demo's job; a stopped one goes on from runs/
     python benchmarks/int8.py --parts opt                   # the shape of facebook/opt-6.7b trains: 10 GB, and half an hour
 
 Whole trainings beside PEFT on an 8-bit base are in ``benchmarks/training.py``. Run it on a machine that does nothing else.
@@ -21,11 +22,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-PARTS = ("accuracy", "stress", "layer", "generation", "memory", "opt")
+PARTS = ("accuracy", "stress", "layer", "generation", "memory", "train", "opt")
+LONG = ("train", "opt")
+PEER = "bitsandbytes int8, plain LoRA"
 PROMPTS = (
     "Two things are infinite:", "Beware of", "The best way to predict the future", "A computer is", "Never argue with",
     "Love is", "In theory,", "The trouble with", "Money can", "If you want to be happy,", "Science is", "Old programmers",
@@ -54,12 +57,14 @@ def rounded_product(rule: Callable[[Any], Any]) -> Callable[..., Any]:
     from lorakeet.kernels import int8
 
     def product(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
+        rows, even = int8.split_scale(weight, scale)
+        x = x if even is None else x * even
         columns = rule(x)
         inner = x.clone()
         inner[:, columns] = 0
         rounded, row_scale = int8.quantise_rows(inner)
-        h = (rounded.float() @ weight.float().T).mul_(row_scale.unsqueeze(1)).mul_(scale)
-        h += x[:, columns].float() @ int8.dequantise(weight[:, columns], scale).T
+        h = (rounded.float() @ weight.float().T).mul_(row_scale.unsqueeze(1)).mul_(rows)
+        h += x[:, columns].float() @ int8.dequantise(weight[:, columns], rows).T
         return (h if bias is None else h + bias).to(x.dtype)
 
     return product
@@ -113,13 +118,34 @@ def accuracy(options: argparse.Namespace) -> list[dict]:
         which = "layers, embedding, head" if embeddings else "layers"
         with multiplied_by(blocked(int8)):
             note(f"{which}: weights alone", model)
+        note(f"{which}: as this machine multiplies ({int8.choose_backend()})", model)
         for name, rule in rules().items():
             with multiplied_by(rounded_product(rule)):
                 note(f"{which}: {name}", model)
         del model
+    with columns_left_uneven():
+        plain = in_8_bits(False)
+    with multiplied_by(blocked(int8)):
+        note("plain absmax, layers: weights alone", plain)
+    with multiplied_by(rounded_product(rules()["one scale for each token"])):
+        note("plain absmax, layers: one scale for each token", plain)
     if not options.without_peers:
         note("bitsandbytes", bitsandbytes_model())
     return found
+
+
+@contextmanager
+def columns_left_uneven() -> Any:
+    """Weights are rounded by their rows alone, the plain way."""
+    import torch
+
+    from lorakeet.kernels import int8
+
+    before, int8.even_columns = int8.even_columns, lambda weight: torch.ones(weight.shape[1])
+    try:
+        yield
+    finally:
+        int8.even_columns = before
 
 
 def in_8_bits(embeddings: bool) -> Any:
@@ -161,7 +187,7 @@ def stress(options: argparse.Namespace) -> list[dict]:
         x, dense = torch.randn(512, 1024), torch.randn(1024, 1024) / 32
         large = torch.randperm(1024)[:columns]
         x[:, large] *= 100
-        weight, scale = int8.quantise_rows(dense)
+        weight, scale = int8.quantise_weight(dense)
         exact = x.double() @ dense.double().T
         ordinary = x.clone()
         ordinary[:, large] = 0
@@ -179,8 +205,9 @@ def layer(options: argparse.Namespace) -> list[dict]:
     for out, inner in ((4096, 4096), (576, 1536), (1536, 576)):
         times = layer_times(out, inner, options)
         for name, took in times.items():
-            ratio = times["lorakeet fp32"] / took
-            found.append({"layer": f"{out} x {inner}", "": name, "ms": took, "fp32 / this": ratio})
+            line = {"layer": f"{out} x {inner}", "": name, "ms": took, "fp32 / this": times["lorakeet fp32"] / took}
+            peer = {} if options.without_peers else {"bitsandbytes / this": times[PEER] / took}
+            found.append({**line, **peer})
     return found
 
 
@@ -193,7 +220,7 @@ def layer_times(out: int, inner: int, options: argparse.Namespace) -> dict[str, 
 
     torch.manual_seed(0)
     dense = torch.randn(out, inner) / inner**0.5
-    weight, scale = int8.quantise_rows(dense)
+    weight, scale = int8.quantise_weight(dense)
     x = torch.randn(512, inner, requires_grad=True)
     a = (torch.randn(16, inner) / inner**0.5).requires_grad_()
     b = torch.zeros(out, 16, requires_grad=True)
@@ -212,7 +239,7 @@ def layer_times(out: int, inner: int, options: argparse.Namespace) -> dict[str, 
     }
     if not options.without_peers:
         peer = bitsandbytes_layer(dense)
-        ways["bitsandbytes int8, plain LoRA"] = lambda: plain(peer)
+        ways[PEER] = lambda: plain(peer)
     return alternate(ways, options.repeats)
 
 
@@ -241,6 +268,7 @@ def generation(options: argparse.Namespace) -> list[dict]:
     import torch
 
     import lorakeet
+    from lorakeet.base.decode import quick_decoding
 
     full, tokenizer = lorakeet.load_base(dtype="fp32")
     models = {"transformers fp32": full, "lorakeet int8": in_8_bits(True)}
@@ -252,7 +280,7 @@ def generation(options: argparse.Namespace) -> list[dict]:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         for name, model in models.items():
             began = time.perf_counter()
-            with torch.inference_mode():
+            with torch.inference_mode(), quick_decoding(model):  # as `lorakeet generate` does; others are left alone
                 new = model.generate(ids, do_sample=False, max_new_tokens=options.tokens, min_new_tokens=options.tokens)
             took = time.perf_counter() - began
             if number:
@@ -401,8 +429,8 @@ def opt(options: argparse.Namespace) -> list[dict]:
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
-            folder, max_steps=options.steps, per_device_train_batch_size=4, gradient_accumulation_steps=4, learning_rate=2e-4,
-            logging_steps=1, seed=42, save_strategy="no", report_to="none", disable_tqdm=True,
+            folder, max_steps=options.steps or 2, per_device_train_batch_size=4, gradient_accumulation_steps=4,
+            learning_rate=2e-4, logging_steps=1, seed=42, save_strategy="no", report_to="none", disable_tqdm=True,
             remove_unused_columns=False, include_num_input_tokens_seen="non_padding", use_cpu=True,
         )  # fmt: skip
         collator = PaddingCollator(tokenizer.pad_token_id)
@@ -426,6 +454,47 @@ def opt(options: argparse.Namespace) -> list[dict]:
     ]
 
 
+# ---- training ----------------------------------------------------------------------------------------------------
+
+
+def train(options: argparse.Namespace) -> list[dict]:
+    """The demo's job, by seed: held-out loss before and after, from one start, with a base in fp32 and in 8 bits."""
+    found = []
+    with ExitStack() as undo:
+        kept = options.keep or Path(undo.enter_context(tempfile.TemporaryDirectory()))
+        for seed in options.seeds:
+            bits = {"fp32": None, "int8": 8}
+            runs = {name: one_run(kept / f"{name}-{seed}", seed, bits[name], options.steps or 200) for name in bits}
+            line: dict[str, Any] = {"seed": seed}
+            for when in ("before", "after"):
+                losses = {name: run[f"eval_loss_{when}"] for name, run in runs.items()}
+                line |= {f"{name} {when}": f"{loss:.4f}" for name, loss in losses.items()}
+                line[f"change {when} %"] = 100 * (losses["int8"] / losses["fp32"] - 1)
+            line |= {f"{name} tokens/s": run["tokens_per_second"] for name, run in runs.items()}
+            print(line, file=sys.stderr, flush=True)
+            found.append(line)
+    return found
+
+
+def one_run(folder: Path, seed: int, bits: int | None, steps: int) -> dict[str, Any]:
+    """The summary of ``lorakeet train`` on the demo's job, in a process of its own; an earlier one's if ``folder`` has it."""
+    from lorakeet.cli.demo import JOB
+
+    told = folder / "summary.json"
+    if not told.exists() or json.loads(told.read_text())["steps"] != steps:
+        settings = {
+            **JOB, "base.dtype": "fp32", "base.bits": bits, "train.steps": steps, "train.warmup": min(100, steps // 2),
+            "train.eval_every": None, "train.seed": seed, "out": str(folder),
+        }  # fmt: skip
+        words = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+        command = [sys.executable, "-m", "lorakeet", "train", *words, "--overwrite"]
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    summary: dict[str, Any] = json.loads(told.read_text())
+    names = ("eval_loss_before", "eval_loss_after", "tokens_per_second", "wall_seconds", "peak_rss_bytes")
+    print(folder.name, {name: summary[name] for name in names}, file=sys.stderr, flush=True)
+    return summary
+
+
 # ---- the table ---------------------------------------------------------------------------------------------------
 
 
@@ -440,12 +509,14 @@ def show(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:-1])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[part for part in PARTS if part not in LONG])
     parser.add_argument("--without-peers", action="store_true", help="no bitsandbytes")
     parser.add_argument("--rows", type=int, default=100, help="held-out quotations of the accuracy")
     parser.add_argument("--repeats", type=int, default=11, help="turns of the layers' times")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each text")
-    parser.add_argument("--steps", type=int, default=2, help="steps of the largest shape")
+    parser.add_argument("--steps", type=int, help="optimizer steps; left out: 200 in train, 2 of the largest shape")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44], help="of the trainings")
+    parser.add_argument("--keep", type=Path, help="folder for the trainings; what is whole there is not run again")
     parser.add_argument("--one", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--load", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -470,10 +541,8 @@ def table(options: argparse.Namespace) -> None:
     fast = sorted(flags & {"avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8"})
     print(f"lorakeet {lorakeet.__version__}, transformers {transformers.__version__}, torch {torch.__version__}")
     print(f"{torch.get_num_threads()} threads, {' '.join(fast)}; products in 8 bits: {choose_backend()}")
-    given = ["--rows", options.rows, "--repeats", options.repeats, "--tokens", options.tokens, "--steps", options.steps]
     for part in options.parts:
-        words = [sys.executable, __file__, "--one", part, *map(str, given)]
-        words += ["--without-peers"] if options.without_peers else []
+        words = [sys.executable, __file__, *sys.argv[1:], "--one", part]
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
         print(f"\n{part}: {(globals()[part].__doc__ or '').splitlines()[0]}")
         show(json.loads(done.stdout.splitlines()[-1]))

@@ -1,149 +1,256 @@
-"""Training beside PEFT: the demo's job on a base in fp32 and in 8 bits: real tokens per second, peak memory, losses.
+"""Training beside PEFT with ``transformers.Trainer`` and TRL's ``SFTTrainer``: speed, the whole job's time, memory, losses.
 
-Equal for both: base, starting adapter, samples of every optimizer step, optimizer, learning rate, batch 4 × 4, r=16 on
-q_proj and v_proj, threads. Each contender runs in its own process, alternating; the first step of each is warm-up and left
-out; medians over the rounds. PEFT's base in 8 bits is that of bitsandbytes. Run ``python benchmarks/training.py`` on a
-machine that does nothing else; ``--contenders lorakeet lorakeet-int8`` for some of them.
+    python benchmarks/training.py                                      # both jobs, all contenders
+    python benchmarks/training.py --checkpointing                      # the same with gradient checkpointing in all
+    python benchmarks/training.py --jobs quotations --steps 200 --rounds 1     # the demo's whole job
+
+Jobs: ``quotations`` is the demo's, 4 × 4 short ones a step, r=16 on q_proj and v_proj; in ``full`` every sample has 1,024
+tokens, 1 × 2 a step. Contenders: PEFT in fp32, bf16, and on an 8-bit base of bitsandbytes; TRL in fp32 without padding;
+Lorakeet as ``lorakeet train`` runs. Equal for all: base, starting adapter, samples of every step, optimizer, learning rate,
+clipping, threads. Each training is a process with empty caches; contenders alternate; medians over the rounds are printed.
+
+tokens/s   real tokens (no padding) per second; the first fifth of the steps is left out
+wall s     from the start of the process to its end: imports, compiling, reading, training, saving the adapter
+peak GB    most resident memory of the process
+held out   loss of the saved adapter on quotations that nobody learned from, measured afterwards by training_rows.py
+Δ loss     largest difference between the losses of a step and those of the first contender (dropout is drawn otherwise)
+
+The numbers in brackets compare with the first contender: times as fast, times as short, share of its memory. Run it on a
+machine that does nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-CONTENDERS = ("peft", "peft-int8", "lorakeet", "lorakeet-int8")
-SETTINGS = {
-    "r": 16,
-    "lora_alpha": 32,
-    "lora_dropout": 0.05,
-    "target_modules": ["q_proj", "v_proj"],
-    "task_type": "CAUSAL_LM",
+from lorakeet.cli.demo import JOB as DEMO
+from lorakeet.config import read_run
+
+HERE = Path(__file__).parent
+CONTENDERS = ("peft", "peft-bf16", "peft-int8", "trl", "lorakeet", "lorakeet-bf16", "lorakeet-int8")
+JOBS: dict[str, dict[str, Any]] = {
+    "quotations": {"train.steps": 12},
+    "full": {"train.steps": 4, "train.batch_size": 1, "train.grad_accum": 2, "data.max_length": 1024},
 }
+PACKAGES = ("lorakeet", "peft", "trl", "bitsandbytes", "transformers", "accelerate", "torch")
+FEATURES = {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm"}
+CACHES = ("LORAKEET_HOME", "HF_DATASETS_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+Figures = dict[str, Any]
 
 
-def run_one(name: str, start: str, steps: int) -> dict:
-    """Train one contender from the adapter in ``start``; its figures."""
-    import torch
-    import transformers
+class FailedError(Exception):
+    """A training has ended badly; the last thing that it said."""
 
-    import lorakeet
-    from lorakeet.base.find import find_source, local_folder
-    from lorakeet.base.load import look_at
-    from lorakeet.config import DEFAULT_MODEL, BaseSettings, DataSettings, TaskSettings
-    from lorakeet.data.collate import PaddingCollator
-    from lorakeet.data.prepare import prepare
-    from lorakeet.train.fused_loss import fused_loss
-    from lorakeet.train.padding_free import padding_free
-    from lorakeet.train.report import peak_rss_bytes
 
-    tokenizer = look_at(BaseSettings()).tokenizer
-    data = prepare(
-        DataSettings(path="fortunes", eval_fraction=0.01), TaskSettings(type="CAUSAL_LM"), tokenizer, seed=42
-    ).train
-    bits = 8 if name.endswith("int8") else None
-    if name.startswith("peft"):
-        import peft
+def job_settings(job: str, steps: int | None, checkpointing: bool) -> dict[str, Any]:
+    """The demo's settings with those of a job, by their dotted names; nothing is held out, all is to learn."""
+    settings = {name: value for name, value in DEMO.items() if name != "train.eval_every"} | JOBS[job]
+    steps = steps or settings["train.steps"]
+    return settings | {
+        "data.eval_fraction": 0,
+        "train.steps": steps,
+        "train.warmup": steps // 2,  # the demo's share
+        "train.gradient_checkpointing": checkpointing,
+        "base.device": "cpu",
+    }
 
-        settings = {"quantization_config": transformers.BitsAndBytesConfig(load_in_8bit=True)} if bits else {}
-        folder = local_folder(find_source(DEFAULT_MODEL))
-        base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **settings)
-        base = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False) if bits else base
-        model = peft.PeftModel.from_pretrained(base, start, is_trainable=True)
-        trainer_class, rows = transformers.Trainer, data.remove_columns("length")
-    else:
-        base, _ = lorakeet.load_base(dtype="fp32", bits=bits)
-        model = lorakeet.PeftModel.from_pretrained(base, start, is_trainable=True)
-        trainer_class, rows = lorakeet.Trainer, data
-    marks: list[tuple[float, int]] = []
 
-    class Clock(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            marks.append((time.perf_counter(), state.num_input_tokens_seen))
+def ask(*words: str) -> Any:
+    """What ``training_rows.py`` prints."""
+    command = [sys.executable, str(HERE / "training_rows.py"), *words]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
 
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = transformers.TrainingArguments(
-            folder,
-            max_steps=steps,
-            per_device_train_batch_size=4,
-            gradient_accumulation_steps=4,
-            learning_rate=2e-4,
-            warmup_steps=2,
-            logging_steps=1,
-            seed=42,
-            data_seed=42,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            include_num_input_tokens_seen="non_padding",
-            use_cpu=not torch.cuda.is_available(),
+
+def run_process(words: list[str], folder: Path) -> tuple[float, int]:
+    """Run a Python program to its end; its caches and what it says go below ``folder``.
+
+    Returns:
+        Seconds from start to end, and the most bytes that were resident.
+    """
+    caches = {name: str(folder / name.lower()) for name in CACHES}
+    said = folder / "said.txt"
+    began = time.perf_counter()
+    with said.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **caches},
         )
-        collator = PaddingCollator(tokenizer.pad_token_id)
-        trainer = trainer_class(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[Clock()])
-        trainer.remove_callback(transformers.PrinterCallback)
-        with ExitStack() as ways:
-            if name.startswith("lorakeet"):  # as a run has it
-                ways.enter_context(padding_free(model))
-                ways.enter_context(fused_loss(model))
-            trainer.train()
-    (began, tokens_before), (ended, tokens_after) = marks[0], marks[-1]
+        _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - began
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        lines = [line.strip() for line in said.read_text(errors="replace").splitlines() if line.strip()]
+        raise FailedError(f"exit code {process.returncode}, last words: {lines[-1] if lines else 'none'}")
+    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def train(name: str, settings: dict[str, Any], folder: Path, start: Path | None = None) -> Figures:
+    """One training of one contender in a process of its own; its figures. ``folder`` gets the adapter.
+
+    Raises:
+        FailedError: it did not end well.
+    """
+    library, _, kind = name.partition("-")
+    out = folder / "run"
+    number = {"base.dtype": "bf16" if kind == "bf16" else "fp32", "base.bits": 8 if kind == "int8" else None}
+    run = read_run(None, values={**settings, **number, "out": str(out)})
+    folder.mkdir()
+    file = folder / "run.yaml"
+    file.write_text(run.to_yaml(), encoding="utf-8")
+    if library == "lorakeet":
+        words = ["-m", "lorakeet", "train", str(file)]
+    else:
+        words = [str(HERE / "training_peers.py"), library, str(file), str(start), str(out)]
+    seconds, resident = run_process(words, folder)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    settled = lines[max(1, len(lines) // 5) - 1]
+    done = {key: lines[-1][key] - settled[key] for key in ("tokens", "seconds")}
     return {
-        "tokens_per_second": (tokens_after - tokens_before) / (ended - began),
-        "tokens": tokens_after,
-        "peak_rss_gb": peak_rss_bytes() / 1e9,
-        "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
+        "tokens_per_second": done["tokens"] / done["seconds"] if done["seconds"] else float("nan"),
+        "wall_seconds": seconds,
+        "peak_gb": resident / 1e9,
+        "tokens": [line["tokens"] for line in lines],
+        "losses": [line["loss"] for line in lines],
+    }
+
+
+def compare(job: str, settings: dict[str, Any], folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Alternate the contenders over the rounds; all figures of one job. One that fails is not tried again."""
+    tokens = str(read_run(None, values=settings).data.max_length)
+    rows = ask("rows", job, str(folder), "--fraction", str(DEMO["data.eval_fraction"]), "--tokens", tokens)
+    settings = {**settings, "base.model": rows["base"], "data.path": str(folder / "train.jsonl")}
+    # A warm-up begins with a learning rate of 0: after one step of it this is what every run of this seed starts from.
+    train("lorakeet", {**settings, "train.steps": 1, "train.warmup": 1}, folder / "start")
+    start = folder / "start" / "run" / "adapter"
+    runs: dict[str, list[Figures]] = {name: [] for name in options.contenders}
+    faults: dict[str, str] = {}
+    adapters = {"start": start}
+    for turn in range(options.rounds):
+        for name in options.contenders:
+            if name in faults:
+                continue
+            here = folder / f"{name}-{turn}"
+            try:
+                runs[name].append(train(name, settings, here, start))
+            except FailedError as error:
+                faults[name] = str(error)
+            adapters.setdefault(name, here / "run" / "adapter")
+            told = faults.get(name) or f"{runs[name][-1]['tokens_per_second']:.1f} tokens/s"
+            print(f"{job}, round {turn + 1} of {options.rounds}, {name}: {told}", file=sys.stderr, flush=True)
+    adapters = {name: str(adapter) for name, adapter in adapters.items() if name not in faults}
+    try:
+        losses = ask("losses", rows["base"], str(folder / "held_out.jsonl"), *adapters.values(), "--tokens", tokens)
+    except subprocess.CalledProcessError as error:  # what has been measured so far took long
+        print(f"no held-out losses: {error}", file=sys.stderr)
+        losses = dict.fromkeys(adapters.values(), float("nan"))
+    held_out = {name: losses[adapter] for name, adapter in adapters.items()}
+    return {"job": job, "settings": settings, "rows": rows, "runs": runs, "faults": faults, "held_out": held_out}
+
+
+def table(found: dict[str, Any], contenders: Sequence[str]) -> Iterator[str]:
+    """A line for each contender: medians, and how they compare with the first that has not failed."""
+    columns = {"tokens_per_second": "9.1f", "wall_seconds": "8.1f", "peak_gb": "8.2f"}
+    yield f"{'':14} {'tokens/s':>9}{'':9}{'wall s':>8}{'':9}{'peak GB':>8}{'':9}{'held out':>9} {'Δ loss':>8}"
+    first: list[Figures] = []
+    for name in contenders:
+        if fault := found["faults"].get(name):
+            yield f"{name:14} failed: {fault}"
+            continue
+        runs = found["runs"][name]
+        first = first or runs
+        cells = ""
+        for column, form in columns.items():
+            value, other = (statistics.median(run[column] for run in some) for some in (runs, first))
+            ratio = other / value if column == "wall_seconds" else value / other
+            cells += f"{value:{form}} {f'({ratio:.2f})':8}"
+        if runs[0]["tokens"] == first[0]["tokens"]:
+            off = max(abs(a - b) for a, b in zip(runs[0]["losses"], first[0]["losses"], strict=True))
+            told = f"{off:8.4f}"
+        else:
+            told = "learned from other samples"
+        yield f"{name:14} {cells}{found['held_out'][name]:9.4f} {told}"
+
+
+def heading(found: dict[str, Any], options: argparse.Namespace) -> Iterator[str]:
+    """What was done, and what was equal for all."""
+    run = read_run(None, values=found["settings"])
+    train, lora, rows = run.train, run.lora, found["rows"]
+    checkpointing = "with" if train.gradient_checkpointing else "without"
+    yield f"{found['job']}, {checkpointing} gradient checkpointing: {train.batch_size} x {train.grad_accum} samples a step"
+    yield f"{train.steps} steps, {options.rounds} rounds, medians; sample of at most {run.data.max_length} tokens"
+    for part, name in (("train", "to learn"), ("held_out", "held out")):
+        one = rows[part]
+        lengths = f"{one['shortest']} to {one['longest']}, median {one['median']}"
+        yield f"{name}: {one['rows']:,} samples, {one['tokens']:,} tokens ({lengths})"
+    yield (
+        f"equal for all: r={lora.r}, alpha={lora.lora_alpha:g}, dropout {lora.lora_dropout:g} on "
+        f"{' and '.join(lora.target_modules or ())}; AdamW, learning rate {train.lr:g} ({train.schedule}, "
+        f"{train.warmup} steps of warm-up), clipping at {train.max_grad_norm:g}, seed {train.seed}"
+    )
+    yield f"held-out loss of the starting adapter: {found['held_out']['start']:.4f}"
+
+
+def machine(rows: dict[str, Any]) -> dict[str, Any]:
+    """Versions, and what the processor can do."""
+    cpuinfo = Path("/proc/cpuinfo")
+    words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "processor": platform.machine(),
+        "features": sorted(words & FEATURES),
+        "threads": rows["threads"],
+        "capability": rows["capability"],
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=6)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in all contenders")
+    parser.add_argument("--steps", type=int, help="optimizer steps, at least 2; left out: those of the job")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
-    parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--start", help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help="write every figure of every run to this file, too")
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(run_one(options.one, options.start, options.steps)))
-        return
-    print_table(options.steps, options.rounds, options.contenders)
-
-
-def print_table(steps: int, rounds: int, contenders: Sequence[str]) -> None:
-    """Alternate the contenders and print medians and ratios."""
-    import peft
-    import torch
-    import transformers
-
-    import lorakeet
-
-    found: dict[str, list[dict]] = {name: [] for name in contenders}
-    with tempfile.TemporaryDirectory() as start:
-        base, _ = lorakeet.load_base(dtype="fp32")
-        lorakeet.get_peft_model(base, lorakeet.LoraConfig(**SETTINGS)).save_pretrained(start)
-        del base
-        for _ in range(rounds):
-            for name in contenders:
-                words = [sys.executable, str(Path(__file__)), "--one", name, "--start", start, "--steps", str(steps)]
-                done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-                found[name].append(json.loads(done.stdout.splitlines()[-1]))
-    print(f"lorakeet {lorakeet.__version__}, peft {peft.__version__}, transformers {transformers.__version__}")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
-    print(f"{steps} steps of 4 x 4 quotations, {rounds} rounds")
-    print(f"{'':13} {'tokens/s':>9} {'ratio':>6} {'peak GB':>8} {'last loss':>10}")
-    speeds = {name: statistics.median(one["tokens_per_second"] for one in runs) for name, runs in found.items()}
-    for name, runs in found.items():
-        memory = statistics.median(one["peak_rss_gb"] for one in runs)
-        ratio = speeds[name] / speeds[contenders[0]]
-        print(f"{name:13} {speeds[name]:9.1f} {ratio:6.2f} {memory:8.2f} {runs[0]['losses'][-1]:10.4f}")
+    if options.steps is not None and options.steps < 2:
+        parser.error("the first step is left out of the speed: --steps 2 or more")
+    kept: dict[str, Any] = {"jobs": []}
+    for job in options.jobs:
+        with tempfile.TemporaryDirectory() as folder:
+            found = compare(job, job_settings(job, options.steps, options.checkpointing), Path(folder), options)
+        print("", *heading(found, options), *table(found, options.contenders), sep="\n", flush=True)
+        kept["machine"] = machine(found["rows"])
+        kept["jobs"].append(found)
+        if options.json:
+            options.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    on = kept["machine"]
+    print("\n" + ", ".join(f"{name} {version}" for name, version in on["versions"].items()))
+    print(f"{on['processor']} ({' '.join(on['features'])}), torch uses {on['capability']}, {on['threads']} threads")
+    if "trl" in options.contenders:
+        print(
+            "trl: padding_free=True, samples told apart by position ids; its packing would change the samples of a step"
+        )
 
 
 if __name__ == "__main__":
