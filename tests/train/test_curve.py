@@ -110,7 +110,7 @@ def test_architectures(kind: str, arguments: Arguments, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_smollm2_on_quotations(smollm2: Path, arguments: Arguments, tmp_path: Path) -> None:
     tokenizer = tf.AutoTokenizer.from_pretrained(smollm2)
-    settings = DataSettings(path="fortunes", max_length=64)
+    settings = DataSettings(path="fortunes", limit=400, max_length=64)
     data = prepare(settings, TaskSettings(type="CAUSAL_LM"), tokenizer, seed=1).train
     rows, args = data.select_columns(["input_ids", "length"]), arguments(learning_rate=1e-3)
 
