@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from transformers import (
@@ -113,9 +114,11 @@ def test_what_counts_as_a_target():
     bert = BertForMaskedLM(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1))
     assert not shifts_labels(bert) and not shifts_labels(t5)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=1))
+    assert shifts_labels(gpt2)  # a name that tells nothing
     assert shifts_labels(
-        GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=1))
-    )  # a name that tells nothing
+        peft.get_peft_model(gpt2, peft.LoraConfig(r=1, target_modules=["c_attn"], fan_in_fan_out=True))
+    )
     assert not shifts_labels(
         BertForPreTraining(BertConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
     )

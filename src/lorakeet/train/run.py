@@ -217,6 +217,10 @@ def _loraplus(config: RunConfig) -> LoraPlus | None:
     return None if train.loraplus_ratio is None else LoraPlus(train.loraplus_ratio, train.loraplus_lr_embedding)
 
 
+#: Tokens of a pass with which a CPU is busy: products of more rows are hardly faster, and their activations take memory.
+ENOUGH_FOR_A_CPU = 1024
+
+
 @dataclass
 class Run:
     """What a run works with, once everything has been checked."""
@@ -267,10 +271,12 @@ class Run:
         return recomputed(self.model, int(every)) if every else nullcontext()
 
     def _token_budget(self) -> int:
-        """Real tokens of a pass; unless told, what the largest micro-batch may hold: memory is no worse for it."""
+        """Real tokens of a pass; unless told, what the largest micro-batch may hold, and on a CPU what is worth its memory."""
         train = self.config.train
+        if train.token_budget is not None:
+            return train.token_budget
         full = train.batch_size * self.config.data.max_length
-        return full if train.token_budget is None else train.token_budget
+        return min(full, ENOUGH_FOR_A_CPU) if self.args.device.type == "cpu" else full
 
     def _learn(self, trainer: Trainer, report: Report, stop: StopAfterStep, resume: bool, any_checkpoint: bool) -> None:
         start = latest_checkpoint(self.args.output_dir) if resume else None
