@@ -271,7 +271,7 @@ class Run:
         return recomputed(self.model, int(every)) if every else nullcontext()
 
     def _token_budget(self) -> int:
-        """Real tokens of a pass; unless told, what the largest micro-batch may hold, and on a CPU what is worth its memory."""
+        """Real tokens of a pass; unless told what the largest micro-batch may hold, on a CPU what is worth its memory."""
         train = self.config.train
         if train.token_budget is not None:
             return train.token_budget
