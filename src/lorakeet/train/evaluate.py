@@ -36,9 +36,9 @@ def shifts_labels(model: nn.Module) -> bool:
 
 def asks_loss_function(model: nn.Module) -> bool:
     """Whether a model's forward asks its ``loss_function``; others compute a loss themselves, or none."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # a wrapper's forward says nothing
+    inner: Any = getattr(model, "get_base_model", lambda: model)()  # a wrapper's own forward says nothing
     try:
-        return "self.loss_function(" in inspect.getsource(inspect.unwrap(type(model).forward))
+        return "self.loss_function(" in inspect.getsource(inspect.unwrap(type(inner).forward))
     except OSError:  # typed into a shell: nobody can read it
         return False
 
