@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import peft
-import pytest
 import torch
 import transformers
 
 from lorakeet import LoraConfig, PeftModel, Trainer, get_peft_model
-from lorakeet.config import DataSettings
-from lorakeet.data.prepare import prepare
 from tiny import make
 
 STEPS = 20
@@ -68,10 +65,3 @@ def compare(base, data, tmp_path):
 
 def test_same_curve_on_a_tiny_model(tmp_path):
     compare(lambda: make("llama").train(), rows(61), tmp_path)
-
-
-@pytest.mark.slow
-def test_same_curve_on_smollm2_and_quotations(smollm2, tmp_path):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
-    quotations = prepare(DataSettings(path="fortunes", limit=400, max_length=64), tokenizer, seed=1).train
-    compare(lambda: transformers.AutoModelForCausalLM.from_pretrained(smollm2), list(quotations), tmp_path)
