@@ -99,16 +99,9 @@ def make_base(config: Any, options: argparse.Namespace, attention: str = "sdpa")
 
 def in_8_bits(model: Any) -> Any:
     """All layers of ``model`` that a base in 8 bits rounds, in place."""
-    import torch
+    from lorakeet.base.quant.config import quantise
 
-    from lorakeet.base.quant.int8 import layers_to_round, round_weight, rounded_like
-
-    layers = layers_to_round(model)  # holds the old ones, so that no id is given twice
-    shared: dict[int, tuple[Any, Any]] = {}
-    for name, layer in layers.items():
-        made = rounded_like(layer, *round_weight(layer.weight.detach()), torch.bfloat16)
-        made.weight, made.scale = shared.setdefault(id(layer.weight), (made.weight, made.scale))
-        model.set_submodule(name, made)
+    quantise(model)
     return model
 
 

@@ -89,6 +89,12 @@ def test_an_embedding_that_scales_is_left_alone() -> None:
     assert isinstance(model.lm_head, torch.nn.Linear)
 
 
+def test_an_embedding_takes_no_scales_of_columns() -> None:
+    weight, scale = round_weight(torch.randn(9, 16))
+    with pytest.raises(ValueError, match="9 tokens with 25 scales"):
+        Int8Embedding(weight, scale)
+
+
 def test_tied_means_one_weight_and_one_scale(tmp_path: Path) -> None:
     build(tf.AutoModelForCausalLM, "llama", tie_word_embeddings=True).save_pretrained(tmp_path / "full")
     model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "full", quantization_config=Int8Config())

@@ -93,6 +93,10 @@ class Int8Embedding(_Rounded, nn.Embedding):
 
     def __init__(self, weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> None:
         nn.Module.__init__(self)  # an embedding's own would make another weight
+        if scale.shape != weight.shape[:1]:
+            raise ValueError(
+                f"an embedding of {len(weight)} tokens with {len(scale)} scales, expected one for each token"
+            )
         self.dtype = dtype
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
