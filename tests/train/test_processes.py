@@ -123,16 +123,17 @@ def test_two_processes_learn_what_one_learns(tmp_path, bits, again):
     assert done.stderr.count("held-out loss") == 4  # steps 0, 3, 6 and the end: one process speaks
     one, two = (read_metrics(tmp_path / f"run{processes}" / "metrics.jsonl") for processes in (1, 2))
     assert [line["step"] for line in one] == [line["step"] for line in two]
+    near = 2e-5 if bits is None else 2e-4  # passes of many tokens may be multiplied in 16 bits, those of few are not
     for ours, theirs in zip(one, two, strict=True):
         for key in ("loss", "eval_loss", "grad_norm"):
             if key in ours:
-                assert theirs[key] == pytest.approx(ours[key], rel=2e-5), (ours, theirs)
+                assert theirs[key] == pytest.approx(ours[key], rel=near), (ours, theirs)
         assert ours.get("tokens") == theirs.get("tokens")
     a, b = (json.loads((tmp_path / f"run{processes}" / "summary.json").read_text()) for processes in (1, 2))
     assert (a["samples"], a["tokens"]) == (b["samples"], b["tokens"]) and b["processes"] == 2
     x, y = (load_file(tmp_path / f"run{p}" / "adapter" / "adapter_model.safetensors") for p in (1, 2))
     for name, tensor in x.items():
-        assert (y[name] - tensor).abs().max() < 1e-4, name
+        assert (y[name] - tensor).abs().max() < 5 * near, name
 
 
 def test_two_processes_stop_and_go_on(tmp_path):
