@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
-from lorakeet.base.quant.int8 import rounded_layers
+from lorakeet.base.quant.int8 import rounded_layers, watched
 from lorakeet.kernels import decode, native
 from lorakeet.kernels.int8 import FEW
 from lorakeet.talk import warn
@@ -56,11 +56,6 @@ def _known(module: Any) -> bool:
     if not kind.__module__.startswith("transformers.models.") or not kind.__name__.endswith("DecoderLayer"):
         return False
     return kind.__name__.removesuffix("DecoderLayer") in KNOWN and type(module.mlp.act_fn).__name__ in _SILU
-
-
-def _watched(module: nn.Module) -> bool:
-    """Whether ``module`` must be called: somebody hooked in, or put another forward in its place (a device map does)."""
-    return "forward" in module.__dict__ or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class _Quick:
@@ -132,7 +127,7 @@ class _Quick:
         norms = [table.get(name) for table, name in self.norms]
         given = [norm for norm in norms if norm is not None]
         inside: tuple[Any, ...] = (self.attention, self.mlp, self.mlp._modules["act_fn"], *linears, *given)
-        if self.module.training or any(map(_watched, inside)) or any(_FOR_ALL):
+        if self.module.training or any(map(watched, inside)) or any(_FOR_ALL):
             return False
         if self.attention.config._attn_implementation != "sdpa":
             return False

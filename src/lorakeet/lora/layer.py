@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakeet.base.quant.int8 import Int8Linear
+from lorakeet.base.quant.int8 import Int8Linear, watched
 from lorakeet.errors import AdapterError
 from lorakeet.kernels.decode import Factors
 from lorakeet.kernels.dropout import dropout
@@ -260,7 +260,7 @@ class LoraLinear(LoraPair):
         """What this layer multiplies by now, base in 8 bits and update; None where it does anything else."""
         base, adapters = self._modules["base_layer"], self.answering
         mixed = self.switch.enabled and self.switch.rows is not None
-        if type(base) is not Int8Linear or _watched(base) or mixed or len(adapters) > 1:
+        if type(base) is not Int8Linear or watched(base) or mixed or len(adapters) > 1:
             return None
         own = base.factors()
         if not adapters:
@@ -276,7 +276,7 @@ class LoraLinear(LoraPair):
         return (
             type(base) in (nn.Linear, Conv1D, Int8Linear)
             and not base.weight.requires_grad
-            and not _watched(base)
+            and not watched(base)
             and self.pair(adapter)[1].bias is None
             and not base.weight.is_meta
         )
@@ -370,11 +370,6 @@ def initialise(lora_A: Tensor, lora_B: Tensor, how: bool | str, r: int) -> None:
         nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
     else:
         nn.init.zeros_(lora_B)
-
-
-def _watched(base: nn.Module) -> bool:
-    """Whether ``base`` must be called: a hook is there, or a device map's, which brings the weight only for forward."""
-    return "forward" in base.__dict__ or bool(base._forward_hooks or base._forward_pre_hooks)
 
 
 def vocabulary_probe(layer: nn.Module) -> Tensor:

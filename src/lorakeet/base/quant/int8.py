@@ -274,6 +274,11 @@ def out_in(layer: Any) -> tuple[int, int]:
     return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
 
 
+def watched(layer: nn.Module) -> bool:
+    """Whether ``layer`` must be called: a hook is there, or a device map's, which brings the weight only for forward."""
+    return "forward" in layer.__dict__ or bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
 def rounded_layers(model: nn.Module) -> Iterator[tuple[str, Int8Linear | Int8Embedding]]:
     """All layers in 8 bits, by name."""
     for name, module in model.named_modules():
