@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lorakeet.kernels import short_attention
 from lorakeet.kernels.attention import Pattern, segment_attention, segment_attention_reference
+from lorakeet.kernels.short_attention import LONGEST
 
 LENGTHS = (1, 1, 3, 4, 4, 11)
 PATTERNS = [
@@ -119,3 +123,70 @@ def test_samples_of_one_length_are_one_call_and_nothing_is_quadratic_in_the_row(
     kernel = "_scaled_dot_product_flash_attention_for_cpu"
     assert [name.partition(".")[0] for name in calls.names] == [kernel] * 2 + [kernel + "_backward"] * 2
     assert kept <= 3.2 * rows[0].numel()  # q, o; k and v with half the heads; one sum for each row of scores
+
+
+FIT = (16, 48, 64, 128)  # widths that the loops for short samples take
+LONG = (1, 1, 0, 3, 4, 4, 37, LONGEST, LONGEST + 1, 90)  # the last but one is torch's
+SEEN = [pattern for pattern in PATTERNS if pattern.softcap is None] + [Pattern(causal=True, window=40)]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
+@pytest.mark.parametrize("width", FIT)
+@pytest.mark.parametrize("pattern", SEEN)
+@pytest.mark.parametrize(("count", "shared"), [(6, 2), (3, 3)])
+def test_short_samples_in_fp32(pattern: Pattern, width: int, count: int, shared: int) -> None:
+    rows = [t.detach().float().requires_grad_() for t in heads(count, shared, width, width, total=sum(LONG))]
+    exact = [t.detach().double().requires_grad_() for t in rows]
+    results = []
+    for given, attention in ((rows, segment_attention), (exact, segment_attention_reference)):
+        output = attention(*(row.transpose(1, 2) for row in given), LONG, pattern, 0.2)
+        weight = torch.linspace(-1, 2, output.numel(), dtype=torch.float64).view_as(output).sin().to(output.dtype)
+        results.append((output, *torch.autograd.grad(output, given, weight)))
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast.double(), slow, rtol=0, atol=4e-6 * max(float(slow.detach().abs().max()), 1.0))
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
+def test_short_samples_in_fp32_need_no_call_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [t.detach().float().requires_grad_() for t in heads(width=16, value=16)]
+    with Calls() as calls:
+        segment_attention(*(row.transpose(1, 2) for row in rows), LENGTHS, Pattern(causal=True)).sum().backward()
+    assert calls.names == []
+    monkeypatch.setattr(short_attention, "takes", lambda *_: False)
+    with Calls() as calls:
+        segment_attention(*(row.transpose(1, 2) for row in rows), LENGTHS, Pattern(causal=True))
+    assert calls.names
+
+
+@pytest.mark.parametrize("pattern", SEEN)
+def test_no_short_sample_sees_another_in_fp32(pattern: Pattern) -> None:
+    rows = [row.detach().float().requires_grad_() for row in heads(width=16, value=16)]
+    changed = [row.detach().clone() for row in rows]
+    for row in changed:
+        row[:, 5:9] = torch.inf  # the first sample of four positions; one leak and all is NaN
+    results = []
+    for given in (rows, [row.requires_grad_() for row in changed]):
+        output = segment_attention(*(row.transpose(1, 2) for row in given), LENGTHS, pattern)
+        results.append((output, *torch.autograd.grad(output, given, torch.ones_like(output))))
+    others = [*range(5), *range(9, sum(LENGTHS))]
+    for before, after in zip(*results, strict=True):
+        assert torch.equal(after[:, others], before[:, others])
+
+
+def test_one_fused_projection_is_read_where_it_lies() -> None:
+    fused = torch.randn(1, sum(LENGTHS), 3, 4, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    results = []
+    for given, attention in ((fused, segment_attention), (fused.double(), segment_attention_reference)):
+        output = attention(*(part.transpose(1, 2) for part in given.unbind(2)), LENGTHS, Pattern(causal=True))
+        results.append((output, *torch.autograd.grad(output.square().sum(), fused)))
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast.double(), slow.double(), rtol=0, atol=2e-6 * float(slow.detach().abs().max()))
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
+def test_a_broken_value_stays_broken_in_fp32() -> None:
+    rows = [row.detach().float() for row in heads(width=16, value=16)]
+    rows[0][0, 7, 2, 3] = torch.nan
+    output = segment_attention(*(row.transpose(1, 2) for row in rows), LENGTHS, Pattern(causal=True))
+    seen = output.isnan().any(-1)[0]
+    assert seen.nonzero().tolist() == [[7, 2]]

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakeet.kernels import short_attention
 from lorakeet.kernels.varlen import choose_path, kernels_on, varlen_attention
 
 
@@ -148,7 +149,8 @@ def _attend_capped(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: flo
 
 
 class _SegmentAttention(torch.autograd.Function):
-    """q [total, h, d], k and v [total, h_kv, d] -> [total, h, d]: torch's CPU flash kernel, batch by batch."""
+    """q [total, h, d], k and v [total, h_kv, d] -> [total, h, d]: short samples by compiled loops, all at once, where those
+    take them; the others by torch's CPU flash kernel, batch by batch."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -161,9 +163,16 @@ class _SegmentAttention(torch.autograd.Function):
         scale: float | None,
     ) -> Tensor:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        short = _short(runs) if short_attention.takes(q, k, v) else ()
+        long = [length > short_attention.LONGEST or not short for _, length in runs]
         output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        sums = []  # log Σ exp of each row of scores: [count, length, h]
-        for q_, k_, v_, o_ in zip(*(_batches(t, runs) for t in (q, k, v, output)), strict=True):
+        sums = []  # log Σ exp of each row of scores: [total, h] of the short ones, [count, length, h] of each other batch
+        if short:
+            sums.append(short_attention.forward(q, k, v, output, short, pattern.causal, pattern.window, scale))
+        for q_, k_, v_, o_ in itertools.compress(
+            zip(*(_batches(t, runs) for t in (q, k, v, output)), strict=True), long
+        ):
             mask = pattern.mask(q_.shape[2], q_.device)
             made, lse = flash(
                 q_, k_, v_, 0.0, pattern.causal and mask is None, attn_mask=_additive(mask, q), scale=scale
@@ -171,22 +180,35 @@ class _SegmentAttention(torch.autograd.Function):
             o_.copy_(made)
             sums.append(lse)
         ctx.save_for_backward(q, k, v, output, *sums)
-        ctx.runs, ctx.pattern, ctx.scale = runs, pattern, scale
+        ctx.runs, ctx.short, ctx.long, ctx.pattern, ctx.scale = runs, short, long, pattern, scale
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         q, k, v, output, *sums = ctx.saved_tensors
+        pattern, scale = ctx.pattern, ctx.scale
         gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
+        if ctx.short:
+            given = (grad if grad.stride(2) == 1 else grad.contiguous(), q, k, v, output, sums.pop(0), gradients)
+            short_attention.backward(*given, ctx.short, pattern.causal, pattern.window, scale)
         batches = zip(*(_batches(t, ctx.runs) for t in (grad, q, k, v, output, *gradients)), strict=True)
-        for (g_, q_, k_, v_, o_, *to), lse in zip(batches, sums, strict=True):
-            mask = ctx.pattern.mask(q_.shape[2], q_.device)
-            causal = ctx.pattern.causal and mask is None
-            made = flash_backward(g_, q_, k_, v_, o_, lse, 0.0, causal, attn_mask=_additive(mask, q), scale=ctx.scale)
+        for (g_, q_, k_, v_, o_, *to), lse in zip(itertools.compress(batches, ctx.long), sums, strict=True):
+            mask = pattern.mask(q_.shape[2], q_.device)
+            causal = pattern.causal and mask is None
+            made = flash_backward(g_, q_, k_, v_, o_, lse, 0.0, causal, attn_mask=_additive(mask, q), scale=scale)
             for gradient, part in zip(to, made, strict=True):
                 gradient.copy_(part)
         return (*gradients, None, None, None)
+
+
+def _short(runs: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Start and length of each sample that the compiled loops are for."""
+    lengths = [length for count, length in runs for _ in range(count)]
+    starts = itertools.accumulate(lengths, initial=0)
+    return tuple(
+        (start, length) for start, length in zip(starts, lengths, strict=False) if length <= short_attention.LONGEST
+    )
 
 
 def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:

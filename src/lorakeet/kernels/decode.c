@@ -63,25 +63,6 @@ static void normalise(const struct norm *norm, const float *x, float *to, ptrdif
     }
 }
 
-/* e^x to two units of rounding, so that the compiler can make vectors of it: x = n log 2 + r, log 2 in two parts (Cephes). */
-static inline float exponential(float x)
-{
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    const float n = rintf(x * 1.44269504f);
-    const float r = fmaf(n, 2.12194440e-4f, fmaf(n, -0.693359375f, x));
-    float p = fmaf(1.9875691500e-4f, r, 1.3981999507e-3f);
-    p = fmaf(p, r, 8.3334519073e-3f);
-    p = fmaf(p, r, 4.1665795894e-2f);
-    p = fmaf(p, r, 1.6666665459e-1f);
-    p = fmaf(p, r, 5.0000001201e-1f);
-    union {
-        uint32_t bits;
-        float value;
-    } power = {(uint32_t)((int32_t)n + 127) << 23};
-    return fmaf(p, r * r, r + 1.0f) * power.value;
-}
-
 /* Rotary positions in place, x [n, heads, dim]: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), its halves. */
 static void rotate(float *x, const float *cosine, const float *sine, ptrdiff_t step, ptrdiff_t n, ptrdiff_t heads,
                    ptrdiff_t dim)

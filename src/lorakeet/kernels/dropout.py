@@ -2,6 +2,9 @@
 
 ``dropout(x) = x · m / (1 - p)`` with m a 0/1 mask (Srivastava et al. 2014). A mask costs 16 random bits an element, so p
 is rounded to a multiple of 2⁻¹⁶ and the scale uses the rounded value: the expectation stays exact.
+
+On a CPU these bits are a hash of the element's place and the seed: any thread can make them where it needs them, and the
+mask is never written down (``elementwise.c``). Elsewhere they are drawn by the device's own generator.
 """
 
 from __future__ import annotations
@@ -9,7 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lorakeet.kernels import native
+
 _LEVELS = 1 << 16
+_32_BITS = (1 << 32) - 1
 
 
 def dropped_levels(p: float) -> int:
@@ -39,6 +45,8 @@ def keep_mask(seed: int, shape: torch.Size | tuple[int, ...], p: float, device: 
     count = 1
     for size in shape:
         count *= size
+    if device.type == "cpu":
+        return (_hash(seed, count) >> 16).view(shape) >= dropped_levels(p)
     generator = torch.Generator(device=device).manual_seed(seed)
     words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
     words.random_(torch.iinfo(torch.int64).min, None, generator=generator)  # all 64 bits: four draws a word
@@ -46,20 +54,47 @@ def keep_mask(seed: int, shape: torch.Size | tuple[int, ...], p: float, device: 
     return draws >= dropped_levels(p) - _LEVELS // 2
 
 
+def _hash(seed: int, count: int) -> Tensor:
+    """32 bits for each place, int64 [count]: as ``dropout`` in ``elementwise.c`` has them."""
+    low, high = _halves(seed)
+    bits = (torch.arange(count) + low) & _32_BITS
+    bits = ((bits ^ (bits >> 16)) * 0x7FEB352D & _32_BITS) ^ high
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B & _32_BITS  # what is lost beyond 64 bits is lost beyond 32 too
+    return bits ^ (bits >> 16)
+
+
+def _halves(seed: int) -> tuple[int, int]:
+    return seed & _32_BITS, seed >> 32 & _32_BITS
+
+
 def dropout_reference(x: Tensor, mask: Tensor, p: float) -> Tensor:
     """The slow truth: x · mask / (1 - p), in the dtype of x."""
     return x * mask * keep_scale(p)
+
+
+def dropped(x: Tensor, p: float, seed: int) -> Tensor:
+    """x · m / (1 - p) with the mask of ``seed``; x [...], floating. No gradient."""
+    if native.takes(x):
+        return native.dropout(x, None, dropped_levels(p), keep_scale(p), *_halves(seed))
+    return dropout_reference(x, keep_mask(seed, x.shape, p, x.device), p)
+
+
+def plus_dropped(y: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
+    """y + x · m / (1 - p) for y and x of one shape, in y's memory where the dtypes allow it. No gradient."""
+    if native.takes(x, y) and x.shape == y.shape:
+        return native.dropout(x, y, dropped_levels(p), keep_scale(p), *_halves(seed))
+    return y + dropped(x, p, seed)
 
 
 class _SeededDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, p: float, seed: int) -> Tensor:  # type: ignore[no-untyped-def, override]
         ctx.p, ctx.seed = p, seed
-        return dropout_reference(x, keep_mask(seed, x.shape, p, x.device), p)
+        return dropped(x, p, seed)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
-        return dropout_reference(grad, keep_mask(ctx.seed, grad.shape, ctx.p, grad.device), ctx.p), None, None
+        return dropped(grad, ctx.p, ctx.seed), None, None
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:

@@ -3,7 +3,8 @@
     h = f(a)·b          ∂a = f'(a)·b·∂h,   ∂b = f(a)·∂h
 
 f(a) = a·σ(a) for ``silu``, a·Φ(a) for ``gelu``, and its approximation by tanh for ``gelu_tanh`` (Hendrycks & Gimpel 2016,
-arXiv:1606.08415). Autograd keeps f(a) too; here it is made again for the backward pass, in the memory of the gradient.
+arXiv:1606.08415). Autograd keeps f(a) too; here it is made again for the backward pass. On a CPU in fp32 either direction is
+one pass over memory (``elementwise.c``), elsewhere a few of torch's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakeet.kernels import native
+
 Activation = Literal["silu", "gelu", "gelu_tanh"]
+
+#: What the compiled loops know, by their number.
+_LOOPS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
 
 
 def gated_reference(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
@@ -46,11 +52,15 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
+        if activation in _LOOPS and native.takes(gate, up):
+            return native.gated(gate, up, _LOOPS[activation])
         return _activate(gate, activation).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
+        if ctx.activation in _LOOPS and native.takes(grad, gate, up):
+            return *native.gated_backward(grad, gate, up, _LOOPS[ctx.activation]), None
         dgate = _backward_(grad * up, gate, ctx.activation) if ctx.needs_input_grad[0] else None
         dup = _activate(gate, ctx.activation).mul_(grad) if ctx.needs_input_grad[1] else None
         return dgate, dup, None

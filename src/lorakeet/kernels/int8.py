@@ -307,7 +307,8 @@ class _Int8Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(weight, scale)
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        return product(rows, weight, scale, bias).view(*x.shape[:-1], len(weight))
+        h = product(rows, weight, scale, bias)  # no view where none is needed: views may not be overwritten
+        return h if x.dim() == 2 else h.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

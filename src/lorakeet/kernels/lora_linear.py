@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakeet.kernels import int8
-from lorakeet.kernels.dropout import draw_seed, dropout_reference, keep_mask
+from lorakeet.kernels.dropout import draw_seed, dropout_reference, dropped, plus_dropped
 
 
 def lora_linear_reference(
@@ -75,7 +75,7 @@ class _LoraLinear(torch.autograd.Function):
                 h = torch.addmm(h.to(lora_B.dtype), u, lora_B.T, alpha=scaling).to(h.dtype)
         ctx.save_for_backward(x, weight, lora_A, lora_B, u, scale)
         ctx.scaling, ctx.p, ctx.seed, ctx.fan_in_fan_out = scaling, p, seed, fan_in_fan_out
-        return h.view(*x.shape[:-1], h.shape[-1])
+        return h if x.dim() == 2 else h.view(*x.shape[:-1], h.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -97,9 +97,7 @@ class _LoraLinear(torch.autograd.Function):
                 dx.addmm_(gu, lora_A)
             else:
                 low = gu @ lora_A
-                if ctx.p > 0.0:
-                    low = dropout_reference(low, keep_mask(ctx.seed, rows.shape, ctx.p, low.device), ctx.p)
-                dx = (dx + low).to(x.dtype)
+                dx = (plus_dropped(dx, low, ctx.p, ctx.seed) if ctx.p > 0.0 else dx + low).to(x.dtype)
             dx = dx.view(x.shape)
         if need_A:
             dA = gu.T @ _dropped(rows, lora_A.dtype, ctx.p, ctx.seed)
@@ -113,7 +111,7 @@ class _LoraLinear(torch.autograd.Function):
 def _dropped(rows: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
     """dropout(rows) in the adapter's dtype; a temporary, never stored."""
     rows = rows.to(dtype)
-    return rows if p == 0.0 else dropout_reference(rows, keep_mask(seed, rows.shape, p, rows.device), p)
+    return rows if p == 0.0 else dropped(rows, p, seed)
 
 
 def lora_linear(

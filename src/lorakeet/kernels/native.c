@@ -8,20 +8,6 @@
 #include <immintrin.h>
 #endif
 
-/* Vectors of the width that the processor has. */
-#if defined(__AVX512F__)
-#define WIDTH 16
-#else
-#define WIDTH 8
-#endif
-typedef float floats __attribute__((vector_size(4 * WIDTH)));
-typedef float anywhere __attribute__((vector_size(4 * WIDTH), aligned(4)));
-
-static inline floats load(const float *x)
-{
-    return *(const anywhere *)x;
-}
-
 static inline floats widen(const int8_t *w)
 {
 #if defined(__AVX512F__)

@@ -23,9 +23,12 @@ from torch import Tensor
 from lorakeet.files import cache_home
 from lorakeet.talk import say
 
-SOURCES = [Path(__file__).with_name(name) for name in ("native.h", "native.c", "pairs.c", "decode.c")]
+NAMES = ("native.h", "native.c", "pairs.c", "decode.c", "elementwise.c", "short_attention.c")
+SOURCES = [Path(__file__).with_name(name) for name in NAMES]
+#: What ``elementwise.c`` has.
+ELEMENTWISE = ("gated", "gated_backward", "rms_norm", "rms_norm_backward", "rotary", "dropout")
 #: Tensors whose memory is what it seems.
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 #: Sums may be reordered, as vectors need it; nothing is assumed about NaN and infinity.
 FLAGS = ["-O3", "-march=native", "-shared", "-fPIC", "-std=gnu11"]
 FLAGS += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
@@ -77,8 +80,15 @@ def _signed(loaded: Any) -> Any:
     loaded.columns.argtypes = [pointer] * 3 + [size] * 2
     loaded.round_rows.argtypes = [pointer] * 4 + [size] * 2
     loaded.rescale.argtypes = [pointer] * 5 + [size] * 2
-    for function in (loaded.few_rows, loaded.columns, loaded.round_rows, loaded.rescale):
-        function.restype = None
+    loaded.gated.argtypes = [pointer] * 3 + [size, ctypes.c_int]
+    loaded.gated_backward.argtypes = [pointer] * 5 + [size, ctypes.c_int]
+    loaded.rms_norm.argtypes = [pointer] * 4 + [size] * 2 + [ctypes.c_float] * 2
+    loaded.rms_norm_backward.argtypes = [pointer] * 5 + [size] * 2 + [ctypes.c_float]
+    loaded.rotary.argtypes = [pointer] * 4 + [size] * 3 + [ctypes.c_int]
+    bits = [ctypes.c_uint32] * 3
+    loaded.dropout.argtypes = [pointer] * 2 + [size, *bits, ctypes.c_float, ctypes.c_int]
+    for name in ("few_rows", "columns", "round_rows", "rescale", *ELEMENTWISE):
+        getattr(loaded, name).restype = None
     if hasattr(loaded, "pair_product"):
         loaded.strips_size.argtypes, loaded.strips_size.restype = [size] * 2, size
         loaded.round_strips.argtypes, loaded.round_strips.restype = [pointer] * 4 + [size] * 2, None
@@ -91,7 +101,7 @@ def usable(*tensors: Tensor) -> bool:
     if library() is None or torch.compiler.is_compiling():
         return False
     for t in tensors:  # noqa: SIM110 - no generator: this is asked for every layer and token
-        if not (t.is_cpu and t.is_contiguous() and type(t) in _PLAIN):
+        if not (t.is_cpu and t.is_contiguous() and type(t) in PLAIN):
             return False
     return True
 
@@ -159,6 +169,54 @@ def _strips(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
     row_scale = x.new_empty(x.shape[0])
     library().round_strips(_at(x), _at(factor), _at(strips), _at(row_scale), *x.shape)
     return strips, row_scale
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the loops over activations can take these: fp32, at least one value, and memory as they read it."""
+    return all(t.dtype == torch.float32 and t.numel() for t in tensors) and usable(*tensors)
+
+
+def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
+    """f(gate)·up, fp32 of one shape; ``kind`` 0 for SiLU, 1 for GELU by tanh."""
+    h = torch.empty_like(gate)
+    library().gated(_at(gate), _at(up), _at(h), gate.numel(), kind)
+    return h
+
+
+def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+    """∂gate = f'(gate)·up·grad and ∂up = f(gate)·grad, fp32 of one shape."""
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    library().gated_backward(_at(grad), _at(gate), _at(up), _at(dgate), _at(dup), gate.numel(), kind)
+    return dgate, dup
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, more: float) -> tuple[Tensor, Tensor]:
+    """s·x·(weight + more) and s = (mean(x²) + eps)^(-½) for rows x fp32 [..., d], weight fp32 [d]: [..., d] and [..., 1]."""
+    y, s = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1))
+    library().rms_norm(_at(x), _at(weight), _at(y), _at(s), s.numel(), x.shape[-1], eps, more)
+    return y, s
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, s: Tensor, more: float) -> Tensor:
+    """The gradient to x of :func:`rms_norm`."""
+    dx = torch.empty_like(x)
+    library().rms_norm_backward(_at(grad), _at(x), _at(weight), _at(s), _at(dx), s.numel(), x.shape[-1], more)
+    return dx
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+    """x fp32 [tokens, heads, d] turned by cos and sin fp32 [tokens, d], or its gradient."""
+    y = torch.empty_like(x)
+    tokens, heads, width = x.shape
+    library().rotary(_at(x), _at(cos), _at(sin), _at(y), tokens, heads, width // 2, backward)
+    return y
+
+
+def dropout(x: Tensor, y: Tensor | None, levels: int, scale: float, low: int, high: int) -> Tensor:
+    """x·mask·scale, or y plus that in y's memory, fp32; the mask of a seed's halves has levels/2¹⁶ zeros."""
+    to = torch.empty_like(x) if y is None else y
+    library().dropout(_at(x), _at(to), x.numel(), low, high, levels, scale, y is not None)
+    return to
 
 
 def _at(tensor: Tensor | None) -> int | None:

@@ -5,7 +5,8 @@
     ∂x = s·(t - x̂·mean(t·x̂)),   t = w·∂y        ∂w = Σ_rows ∂y·x̂
 
 In fp32 inside, whatever the dtype of x. What is remembered is x, as it came, and s. Autograd keeps an fp32 copy of a
-half-precision x too, and x̂ where the weight learns; here both are made again. Temporaries are reused in place.
+half-precision x too, and x̂ where the weight learns; here both are made again. On a CPU in fp32 either direction is one
+pass over memory (``elementwise.c``); elsewhere temporaries are reused in place.
 
 Two ways of rounding are in use for half precision: x̂ is rounded to the dtype of x and then weighed (Llama), or weighed and
 then rounded (Gemma).
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lorakeet.kernels import native
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, one_more: bool = False) -> Tensor:
@@ -33,6 +36,11 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, one_more: bool) -> Tensor:  # type: ignore[override]
+        ctx.one_more = one_more
+        if native.takes(x, weight):
+            y, s = native.rms_norm(x, weight, eps, float(one_more))
+            ctx.save_for_backward(x, weight, s)
+            return y
         wide = torch.promote_types(x.dtype, torch.float32)
         s = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # [..., 1]
         s.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -43,12 +51,13 @@ class _RMSNorm(torch.autograd.Function):
             y = y.to(x.dtype)
             y = y.mul_(weight) if weight.dtype == y.dtype else y * weight
         ctx.save_for_backward(x, weight, s)
-        ctx.one_more = one_more
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, s = ctx.saved_tensors
+        if not ctx.needs_input_grad[1] and native.takes(grad, x, weight, s):
+            return native.rms_norm_backward(grad, x, weight, s, float(ctx.one_more)), None, None, None
         grad, values = grad.to(s.dtype), x.to(s.dtype)
         dx = dw = None
         if ctx.needs_input_grad[1]:

@@ -1,0 +1,118 @@
+/* What a training step does to activations between its products, in one pass each over memory, in fp32.
+ *
+ * Plain C: the compiler makes vectors of these loops. Their slow truth is in gated.py, rms_norm.py and rotary.py.
+ */
+#include "native.h"
+
+enum { SILU, GELU_TANH };
+
+/* f(a) = a s(z(a)) with the logistic function s: z = a for SiLU, and for GELU's approximation by tanh, as
+ * (1 + tanh(y)) / 2 = s(2y), z = 2 sqrt(2/pi) (a + 0.044715 a^3). */
+static inline float logistic(float a, int kind)
+{
+    return 1.0f / (1.0f + exponential(kind == SILU ? -a : -1.59576912f * fmaf(0.044715f * a * a, a, a)));
+}
+
+/* f'(a) = s + a s (1 - s) z'(a) */
+static inline float slope(float a, float s, int kind)
+{
+    return fmaf(a * s * (1.0f - s), kind == SILU ? 1.0f : 1.59576912f * fmaf(3.0f * 0.044715f * a, a, 1.0f), s);
+}
+
+#define GATED(NAME, KIND)                                                                                                 \
+    static void NAME##_forward(const float *gate, const float *up, float *h, ptrdiff_t size)                              \
+    {                                                                                                                     \
+        PRAGMA(omp parallel for schedule(static) if (size > 32768))                                                       \
+        for (ptrdiff_t i = 0; i < size; i++)                                                                              \
+            h[i] = gate[i] * logistic(gate[i], KIND) * up[i];                                                             \
+    }                                                                                                                     \
+    static void NAME##_backward(const float *grad, const float *gate, const float *up, float *dgate, float *dup,          \
+                                ptrdiff_t size)                                                                           \
+    {                                                                                                                     \
+        PRAGMA(omp parallel for schedule(static) if (size > 32768))                                                       \
+        for (ptrdiff_t i = 0; i < size; i++) {                                                                            \
+            const float s = logistic(gate[i], KIND), g = grad[i];                                                         \
+            dgate[i] = g * up[i] * slope(gate[i], s, KIND);                                                               \
+            dup[i] = g * gate[i] * s;                                                                                     \
+        }                                                                                                                 \
+    }
+GATED(silu, SILU)
+GATED(gelu_tanh, GELU_TANH)
+
+/* h = f(gate) up, all [size]. */
+void gated(const float *gate, const float *up, float *h, ptrdiff_t size, int kind)
+{
+    (kind == SILU ? silu_forward : gelu_tanh_forward)(gate, up, h, size);
+}
+
+/* dgate = f'(gate) up grad, dup = f(gate) grad, all [size]; dgate may be grad. */
+void gated_backward(const float *grad, const float *gate, const float *up, float *dgate, float *dup, ptrdiff_t size, int kind)
+{
+    (kind == SILU ? silu_backward : gelu_tanh_backward)(grad, gate, up, dgate, dup, size);
+}
+
+/* y = s x w, s = (mean(x^2) + eps)^(-1/2) for each row x [n, width]; w is weight + more. s [n] is kept. */
+void rms_norm(const float *x, const float *weight, float *y, float *s, ptrdiff_t n, ptrdiff_t width, float eps, float more)
+{
+    OF_ROWS(n, width)
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const float *from = x + i * width;
+        float *to = y + i * width, squares = 0;
+        for (ptrdiff_t k = 0; k < width; k++)
+            squares += from[k] * from[k];
+        const float each = s[i] = 1.0f / sqrtf(squares / (float)width + eps);
+        for (ptrdiff_t k = 0; k < width; k++)
+            to[k] = from[k] * each * (weight[k] + more);
+    }
+}
+
+/* dx = s (t - s^2 x mean(t x)), t = w grad. */
+void rms_norm_backward(const float *grad, const float *x, const float *weight, const float *s, float *dx, ptrdiff_t n,
+                       ptrdiff_t width, float more)
+{
+    OF_ROWS(n, width)
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const float *g = grad + i * width, *from = x + i * width, each = s[i];
+        float *to = dx + i * width, along = 0;
+        for (ptrdiff_t k = 0; k < width; k++)
+            along += g[k] * (weight[k] + more) * from[k];
+        along *= each * each / (float)width;
+        for (ptrdiff_t k = 0; k < width; k++)
+            to[k] = each * (g[k] * (weight[k] + more) - along * from[k]);
+    }
+}
+
+/* y = x cos + sign R(x) sin for x [tokens, heads, 2 half], R(x1, x2) = (-x2, x1); cos and sin [tokens, 2 half]. With sign -1
+ * the halves of sin change places: that is the gradient. */
+void rotary(const float *x, const float *cos, const float *sin, float *y, ptrdiff_t tokens, ptrdiff_t heads, ptrdiff_t half,
+            int backward)
+{
+    OF_ROWS(tokens, heads * half)
+    for (ptrdiff_t t = 0; t < tokens; t++) {
+        const float *c = cos + t * 2 * half, *first = sin + t * 2 * half + (backward ? half : 0);
+        const float *second = sin + t * 2 * half + (backward ? 0 : half), sign = backward ? -1.0f : 1.0f;
+        for (ptrdiff_t h = 0; h < heads; h++) {
+            const float *from = x + (t * heads + h) * 2 * half;
+            float *to = y + (t * heads + h) * 2 * half;
+            for (ptrdiff_t k = 0; k < half; k++) {
+                const float a = from[k], b = from[half + k];
+                to[k] = a * c[k] - sign * b * first[k];
+                to[half + k] = b * c[half + k] + sign * a * second[k];
+            }
+        }
+    }
+}
+
+/* y = x m / (1 - p), or with `add` y + x m / (1 - p), for a mask m of which each value is 0 with probability levels / 2^16: a
+ * hash of its place, from the two halves of a seed (after Wellons's lowbias32). */
+void dropout(const float *x, float *y, ptrdiff_t size, uint32_t low, uint32_t high, uint32_t levels, float scale, int add)
+{
+    PRAGMA(omp parallel for schedule(static) if (size > 32768))
+    for (ptrdiff_t i = 0; i < size; i++) {
+        uint32_t hash = (uint32_t)i + low;
+        hash = (hash ^ hash >> 16) * 0x7feb352du ^ high;
+        hash = (hash ^ hash >> 15) * 0x846ca68bu;
+        const float kept = (hash ^ hash >> 16) >> 16 < levels ? 0.0f : x[i] * scale;
+        y[i] = add ? y[i] + kept : kept;
+    }
+}
