@@ -35,8 +35,9 @@ ELEMENTWISE = {
     "linalg_vector_norm", "lt", "mean", "mul", "native_dropout", "neg", "pow", "random", "reciprocal", "rsqrt",
     "rsub", "sigmoid", "silu", "silu_backward", "sin", "sqrt", "square", "sub", "sum", "uniform", "where", "zero",
 }  # fmt: skip
-#: Compiled loops around an int8 product; all others of :mod:`lorakeet.kernels.native` are products.
+#: Compiled loops around an int8 product, and those over activations; all others of :mod:`lorakeet.kernels.native` are products.
 ROUNDING = {"columns", "round_rows", "rescale", "_strips"}
+LOOPS = {"gated", "gated_backward", "rms_norm", "rms_norm_backward", "rotary", "dropout"}
 SHAPES = ((4096, 4096),)  # [out, in] whose rates are measured besides those of the model
 INT8, NATIVE = "int8 ", "native "
 
@@ -83,7 +84,8 @@ def group_of(event: Any, rank: int) -> str:
     if "optimizer" in names:
         return "optimizer"
     loop = event.name.removeprefix(NATIVE) if event.name.startswith(NATIVE) else None
-    product = own in PRODUCTS or (loop is not None and loop not in ROUNDING)
+    elementwise = own in ELEMENTWISE or loop in LOOPS
+    product = own in PRODUCTS or (loop is not None and loop not in ROUNDING and not elementwise)
     if "LinearCrossEntropy" in around:
         return "head, products" if product else "cross-entropy"
     if "SegmentAttention" in around or "scaled_dot_product" in around:
@@ -92,11 +94,11 @@ def group_of(event: Any, rank: int) -> str:
         if any(rank in shape for shape in event.input_shapes or () if shape):
             return "low-rank products"
         return BACKWARD if "autograd::engine" in around else FORWARD
-    if loop or INT8 in around:
+    if (loop and not elementwise) or INT8 in around:
         return "rounding and rescaling for int8"
-    if not event.name.startswith("aten::"):
-        return "Python"
-    return "norms, activations, rotary, sums" if own in ELEMENTWISE else "other operations"
+    if elementwise:
+        return "norms, activations, rotary, sums"
+    return "other operations" if event.name.startswith("aten::") else "Python"
 
 
 def profile(point: Point, options: argparse.Namespace) -> dict[str, Any]:

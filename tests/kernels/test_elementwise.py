@@ -53,7 +53,7 @@ def in_loops_and_in_torch(monkeypatch: Any, names: set[str], function: Callable[
         slow = outcome(function, *given)
         exact = outcome(function, *(t.double() for t in given))
     for mine, plain, true in zip(fast, slow, exact, strict=True):
-        most = float(true.abs().max())
+        most = max(float(true.detach().abs().max()), 1.0)  # of one column: ∂x is almost 0
         torch.testing.assert_close(plain.double(), true, rtol=4e-6, atol=1e-6 * most)
         torch.testing.assert_close(mine.double(), true, rtol=4e-6, atol=1e-6 * most)
 
@@ -128,7 +128,7 @@ def test_masks_look_random() -> None:
     one, five = drawn(1), 5 * (0.25 * 0.75 / shape.numel()) ** 0.5
     assert abs(float(one.mean())) < five
     assert float(one.mean(0).abs().max()) < five * 700**0.5 and float(one.mean(1).abs().max()) < five * 600**0.5
-    others = [drawn(seed) for seed in (2, 3, 1 + (1 << 32), -1)]
+    others = [drawn(seed) for seed in (0, 2, 3, 1 + (1 << 32), 1 + (1 << 62), -1, 12345, 54321)]
     others += [one.roll(shift, axis) for shift in (1, 2, 8, 64) for axis in (0, 1)]
     others += [drawn(2).flatten().roll(shift).view(shape) for shift in (-1, 1)]
     for other in others:

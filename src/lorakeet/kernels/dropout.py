@@ -15,7 +15,7 @@ from torch import Tensor
 from lorakeet.kernels import native
 
 _LEVELS = 1 << 16
-_32_BITS = (1 << 32) - 1
+_32_BITS, _64_BITS = (1 << 32) - 1, (1 << 64) - 1
 
 
 def dropped_levels(p: float) -> int:
@@ -64,7 +64,12 @@ def _hash(seed: int, count: int) -> Tensor:
 
 
 def _halves(seed: int) -> tuple[int, int]:
-    return seed & _32_BITS, seed >> 32 & _32_BITS
+    """A seed's bits mixed (splitmix64, Steele et al. 2014), low and high: seeds that are near each other are no longer so."""
+    bits = seed + 0x9E3779B97F4A7C15 & _64_BITS
+    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
+    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB & _64_BITS
+    bits ^= bits >> 31
+    return bits & _32_BITS, bits >> 32
 
 
 def dropout_reference(x: Tensor, mask: Tensor, p: float) -> Tensor:
