@@ -35,7 +35,7 @@ ELEMENTWISE = {
     "linalg_vector_norm", "lt", "mean", "mul", "native_dropout", "neg", "pow", "random", "reciprocal", "rsqrt",
     "rsub", "sigmoid", "silu", "silu_backward", "sin", "sqrt", "square", "sub", "sum", "uniform", "where", "zero",
 }  # fmt: skip
-#: Compiled loops around an int8 product, and those over activations; all others of :mod:`lorakeet.kernels.native` are products.
+#: Compiled loops around an int8 product, and over activations; all others of :mod:`lorakeet.kernels.native` are products.
 ROUNDING = {"columns", "round_rows", "rescale", "_strips"}
 LOOPS = {"gated", "gated_backward", "rms_norm", "rms_norm_backward", "rotary", "dropout"}
 SHAPES = ((4096, 4096),)  # [out, in] whose rates are measured besides those of the model

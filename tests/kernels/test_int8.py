@@ -304,3 +304,10 @@ def test_the_processor_decides_and_may_be_overruled(monkeypatch: pytest.MonkeyPa
             monkeypatch.setenv("LORAKEET_INT8", asked)
         assert int8.choose_backend() == expected
     int8.choose_backend.cache_clear()
+
+
+def test_rows_come_out_as_no_view_so_that_a_loss_may_overwrite_them() -> None:
+    x, weight, scale, _ = layer(5, 7, 9)
+    assert not int8.int8_linear(x.requires_grad_(), weight, scale)._is_view()
+    a, b = torch.ones(2, x.shape[1], requires_grad=True), torch.ones(len(weight), 2, requires_grad=True)
+    assert not lora_linear(x, weight, None, a, b, 0.5, scale=scale)._is_view()

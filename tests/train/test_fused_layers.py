@@ -12,6 +12,7 @@ from test_padding_free import adapted, assert_same, outcome, ragged, small
 from torch import Tensor, nn
 
 from lorakeet.adapter.model import get_peft_model
+from lorakeet.base.quant.config import quantise
 from lorakeet.lora.config import LoraConfig
 from lorakeet.train import fused_layers as module
 from lorakeet.train.fused_layers import fused_layers
@@ -241,3 +242,25 @@ def test_less_is_kept_for_the_backward_pass(dtype: torch.dtype) -> None:
     hidden, inner = ids.numel() * 64 * dtype.itemsize, ids.numel() * 176 * dtype.itemsize
     norms = 2 * 4  # without the first, whose input needs no gradient
     assert before - after >= 4 * inner + (norms * hidden if dtype == torch.bfloat16 else 0)
+
+
+def test_on_weights_in_8_bits_gates_are_remembered_in_16() -> None:
+    model = small("llama", hidden_size=64, intermediate_size=176, num_hidden_layers=2)
+    quantise(model.requires_grad_(False))
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).train()
+    ids = torch.randint(2, 61, (4, 32), generator=torch.Generator().manual_seed(2))
+    learned = [p for p in model.parameters() if p.requires_grad]
+
+    def logits_and_gradients() -> tuple[Tensor, list[Tensor]]:
+        logits = model(input_ids=ids).logits
+        return logits, list(torch.autograd.grad(logits.square().sum(), learned))
+
+    wide: list[Tensor] = []
+    plain, exact = logits_and_gradients()
+    with fused_layers(model), torch.autograd.graph.saved_tensors_hooks(lambda t: wide.append(t) or t, lambda t: t):
+        fused, gradients = logits_and_gradients()
+    assert_same({"logits": fused}, {"logits": plain}, 1e-4)  # rounded activations round other noise
+    inner = [t.dtype for t in wide if t.shape[-1] == 176 and t.dtype != torch.int8]
+    assert inner == [torch.bfloat16] * 4
+    off = [float((mine - true).norm() / true.norm()) for mine, true in zip(gradients, exact, strict=True)]
+    assert max(off) < 1e-2 and max(off) > 1e-6

@@ -19,36 +19,60 @@ static inline float slope(float a, float s, int kind)
     return fmaf(a * s * (1.0f - s), kind == SILU ? 1.0f : 1.59576912f * fmaf(3.0f * 0.044715f * a, a, 1.0f), s);
 }
 
+/* A bfloat16 as fp32. */
+static inline float wide_of(uint16_t narrow)
+{
+    union {
+        uint32_t bits;
+        float value;
+    } wide = {(uint32_t)narrow << 16};
+    return wide.value;
+}
+
+static inline float itself(float x)
+{
+    return x;
+}
+
+#define SHARED PRAGMA(omp parallel for schedule(static) if (size > 32768))
 #define GATED(NAME, KIND)                                                                                                 \
-    static void NAME##_forward(const float *gate, const float *up, float *h, ptrdiff_t size)                              \
+    static void NAME(const float *gate, const float *up, float *h, ptrdiff_t size)                                        \
     {                                                                                                                     \
-        PRAGMA(omp parallel for schedule(static) if (size > 32768))                                                       \
+        SHARED                                                                                                            \
         for (ptrdiff_t i = 0; i < size; i++)                                                                              \
             h[i] = gate[i] * logistic(gate[i], KIND) * up[i];                                                             \
-    }                                                                                                                     \
-    static void NAME##_backward(const float *grad, const float *gate, const float *up, float *dgate, float *dup,          \
-                                ptrdiff_t size)                                                                           \
+    }
+#define GATED_BACKWARD(NAME, KIND, TYPE, WIDE)                                                                            \
+    static void NAME(const float *grad, const TYPE *gate, const TYPE *up, float *dgate, float *dup, ptrdiff_t size)       \
     {                                                                                                                     \
-        PRAGMA(omp parallel for schedule(static) if (size > 32768))                                                       \
+        SHARED                                                                                                            \
         for (ptrdiff_t i = 0; i < size; i++) {                                                                            \
-            const float s = logistic(gate[i], KIND), g = grad[i];                                                         \
-            dgate[i] = g * up[i] * slope(gate[i], s, KIND);                                                               \
-            dup[i] = g * gate[i] * s;                                                                                     \
+            const float a = WIDE(gate[i]), s = logistic(a, KIND), g = grad[i];                                            \
+            dgate[i] = g * WIDE(up[i]) * slope(a, s, KIND);                                                               \
+            dup[i] = g * a * s;                                                                                           \
         }                                                                                                                 \
     }
 GATED(silu, SILU)
 GATED(gelu_tanh, GELU_TANH)
+GATED_BACKWARD(silu_backward, SILU, float, itself)
+GATED_BACKWARD(gelu_tanh_backward, GELU_TANH, float, itself)
+GATED_BACKWARD(silu_backward_narrow, SILU, uint16_t, wide_of)
+GATED_BACKWARD(gelu_tanh_backward_narrow, GELU_TANH, uint16_t, wide_of)
 
 /* h = f(gate) up, all [size]. */
 void gated(const float *gate, const float *up, float *h, ptrdiff_t size, int kind)
 {
-    (kind == SILU ? silu_forward : gelu_tanh_forward)(gate, up, h, size);
+    (kind == SILU ? silu : gelu_tanh)(gate, up, h, size);
 }
 
-/* dgate = f'(gate) up grad, dup = f(gate) grad, all [size]; dgate may be grad. */
-void gated_backward(const float *grad, const float *gate, const float *up, float *dgate, float *dup, ptrdiff_t size, int kind)
+/* dgate = f'(gate) up grad, dup = f(gate) grad, all [size]; gate and up are bfloat16 if `narrow`, else fp32. */
+void gated_backward(const float *grad, const void *gate, const void *up, float *dgate, float *dup, ptrdiff_t size, int kind,
+                    int narrow)
 {
-    (kind == SILU ? silu_backward : gelu_tanh_backward)(grad, gate, up, dgate, dup, size);
+    if (narrow)
+        (kind == SILU ? silu_backward_narrow : gelu_tanh_backward_narrow)(grad, gate, up, dgate, dup, size);
+    else
+        (kind == SILU ? silu_backward : gelu_tanh_backward)(grad, gate, up, dgate, dup, size);
 }
 
 /* y = s x w, s = (mean(x^2) + eps)^(-1/2) for each row x [n, width]; w is weight + more. s [n] is kept. */

@@ -4,7 +4,8 @@
 
 f(a) = a·σ(a) for ``silu``, a·Φ(a) for ``gelu``, and its approximation by tanh for ``gelu_tanh`` (Hendrycks & Gimpel 2016,
 arXiv:1606.08415). Autograd keeps f(a) too; here it is made again for the backward pass. On a CPU in fp32 either direction is
-one pass over memory (``elementwise.c``), elsewhere a few of torch's.
+one pass over memory (``elementwise.c``), elsewhere a few of torch's. The two inputs, the largest part of what a layer keeps,
+may be kept in fewer bits: the output is the same, and the gradient off by the rounding of what was kept.
 """
 
 from __future__ import annotations
@@ -49,8 +50,10 @@ class _Gated(torch.autograd.Function):
     """gate and up [...], one dtype -> [...]."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(gate, up)
+    def forward(  # type: ignore[override]
+        ctx: Any, gate: Tensor, up: Tensor, activation: Activation, keep: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(gate.to(keep), up.to(keep))
         ctx.activation = activation
         if activation in _LOOPS and native.takes(gate, up):
             return native.gated(gate, up, _LOOPS[activation])
@@ -59,21 +62,23 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
-        if ctx.activation in _LOOPS and native.takes(grad, gate, up):
-            return *native.gated_backward(grad, gate, up, _LOOPS[ctx.activation]), None
+        if ctx.activation in _LOOPS and native.takes(grad) and native.usable(gate, up):
+            return *native.gated_backward(grad, gate, up, _LOOPS[ctx.activation]), None, None
+        gate, up = gate.to(grad.dtype), up.to(grad.dtype)
         dgate = _backward_(grad * up, gate, ctx.activation) if ctx.needs_input_grad[0] else None
         dup = _activate(gate, ctx.activation).mul_(grad) if ctx.needs_input_grad[1] else None
-        return dgate, dup, None
+        return dgate, dup, None, None
 
 
-def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+def gated(gate: Tensor, up: Tensor, activation: Activation, keep: torch.dtype | None = None) -> Tensor:
     """f(gate)·up, element by element.
 
     Args:
         gate, up: [...] of one shape; of different dtypes, the reference is what runs.
         activation: f above.
+        keep: What gate and up are rounded to for the backward pass; their own dtype if None.
     """
     if gate.dtype != up.dtype or gate.shape != up.shape:
         return gated_reference(gate, up, activation)
-    product: Tensor = _Gated.apply(gate, up, activation)
+    product: Tensor = _Gated.apply(gate, up, activation, keep or gate.dtype)
     return product

@@ -81,7 +81,7 @@ def _signed(loaded: Any) -> Any:
     loaded.round_rows.argtypes = [pointer] * 4 + [size] * 2
     loaded.rescale.argtypes = [pointer] * 5 + [size] * 2
     loaded.gated.argtypes = [pointer] * 3 + [size, ctypes.c_int]
-    loaded.gated_backward.argtypes = [pointer] * 5 + [size, ctypes.c_int]
+    loaded.gated_backward.argtypes = [pointer] * 5 + [size, ctypes.c_int, ctypes.c_int]
     loaded.rms_norm.argtypes = [pointer] * 4 + [size] * 2 + [ctypes.c_float] * 2
     loaded.rms_norm_backward.argtypes = [pointer] * 5 + [size] * 2 + [ctypes.c_float]
     loaded.rotary.argtypes = [pointer] * 4 + [size] * 3 + [ctypes.c_int]
@@ -184,9 +184,10 @@ def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
 
 
 def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: int) -> tuple[Tensor, Tensor]:
-    """∂gate = f'(gate)·up·grad and ∂up = f(gate)·grad, fp32 of one shape."""
-    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    library().gated_backward(_at(grad), _at(gate), _at(up), _at(dgate), _at(dup), gate.numel(), kind)
+    """∂gate = f'(gate)·up·grad and ∂up = f(gate)·grad, fp32 of one shape; gate and up both fp32 or both bf16."""
+    dgate, dup = torch.empty_like(grad), torch.empty_like(grad)
+    at = [_at(t) for t in (grad, gate, up, dgate, dup)]
+    library().gated_backward(*at, grad.numel(), kind, gate.dtype == torch.bfloat16)
     return dgate, dup
 
 

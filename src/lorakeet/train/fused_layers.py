@@ -95,7 +95,7 @@ def _fused_forwards(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
             if not good[kind]:
                 warn(f"{type(module).__name__} computes otherwise than expected and stays as it is")
         if good[kind]:
-            found.append((module, _in_training(module, fused)))
+            found.append((module, _in_training(module, _keeping_less(module, fused))))
     return found
 
 
@@ -117,9 +117,16 @@ def _norm(module: Any, one_more: bool, x: Tensor) -> Tensor:
     return rms_norm(x, module.weight, eps, one_more)
 
 
-def _feed_forward(module: Any, activation: Activation, x: Tensor) -> Tensor:
-    output: Tensor = module.down_proj(gated(module.gate_proj(x), module.up_proj(x), activation))
+def _feed_forward(module: Any, activation: Activation, x: Tensor, keep: torch.dtype | None = None) -> Tensor:
+    output: Tensor = module.down_proj(gated(module.gate_proj(x), module.up_proj(x), activation, keep))
     return output
+
+
+def _keeping_less(module: nn.Module, fused: Forward) -> Forward:
+    """A feed-forward network on weights in 8 bits need not remember 32 of what they gave: bf16's rounding of a gradient is
+    far below what the weights' own did to it."""
+    rounded = hasattr(module, "act_fn") and any(p.dtype == torch.int8 for p in module.parameters())
+    return functools.partial(fused, keep=torch.bfloat16) if rounded else fused
 
 
 def _in_training(module: nn.Module, fused: Forward) -> Forward:
