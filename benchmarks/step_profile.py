@@ -88,7 +88,7 @@ def group_of(event: Any, rank: int) -> str:
     product = own in PRODUCTS or (loop is not None and loop not in ROUNDING and not elementwise)
     if "LinearCrossEntropy" in around:
         return "head, products" if product else "cross-entropy"
-    if "SegmentAttention" in around or "scaled_dot_product" in around:
+    if "FlashAttention" in around or "LoopAttention" in around or "scaled_dot_product" in around:
         return "attention"
     if product:
         if any(rank in shape for shape in event.input_shapes or () if shape):

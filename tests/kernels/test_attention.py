@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakeet.kernels import short_attention
+from lorakeet.kernels import cpu_attention
 from lorakeet.kernels.attention import Pattern, segment_attention, segment_attention_reference
-from lorakeet.kernels.short_attention import LONGEST
 
 LENGTHS = (1, 1, 3, 4, 4, 11)
 PATTERNS = [
@@ -125,16 +124,18 @@ def test_samples_of_one_length_are_one_call_and_nothing_is_quadratic_in_the_row(
     assert kept <= 3.2 * rows[0].numel()  # q, o; k and v with half the heads; one sum for each row of scores
 
 
-FIT = (16, 48, 64, 128)  # widths that the loops for short samples take
-LONG = (1, 1, 0, 3, 4, 4, 37, LONGEST, LONGEST + 1, 90)  # the last but one is torch's
-SEEN = [pattern for pattern in PATTERNS if pattern.softcap is None] + [Pattern(causal=True, window=40)]
+FIT = (16, 48, 64, 128)  # widths that the compiled loops take
+KEYS = 256  # that the loops take at a time
+LONG = (1, 1, 0, 3, 4, 4, 37, KEYS, KEYS + 1, 90, 2 * KEYS + 5)
+SEEN = [pattern for pattern in PATTERNS if pattern.softcap is None]
+SEEN += [Pattern(causal=True, window=40), Pattern(causal=True, window=300), Pattern(causal=False, window=270)]
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
 @pytest.mark.parametrize("width", FIT)
 @pytest.mark.parametrize("pattern", SEEN)
 @pytest.mark.parametrize(("count", "shared"), [(6, 2), (3, 3)])
-def test_short_samples_in_fp32(pattern: Pattern, width: int, count: int, shared: int) -> None:
+def test_samples_in_fp32(pattern: Pattern, width: int, count: int, shared: int) -> None:
     rows = [t.detach().float().requires_grad_() for t in heads(count, shared, width, width, total=sum(LONG))]
     exact = [t.detach().double().requires_grad_() for t in rows]
     results = []
@@ -147,7 +148,7 @@ def test_short_samples_in_fp32(pattern: Pattern, width: int, count: int, shared:
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
-def test_short_samples_in_fp32_need_no_call_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_in_fp32_need_no_call_each(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [t.detach().float().requires_grad_() for t in heads(width=16, value=16)]
     with Calls() as calls:
         segment_attention(*(row.transpose(1, 2) for row in rows), LENGTHS, Pattern(causal=True)).sum().backward()
@@ -156,14 +157,14 @@ def test_short_samples_in_fp32_need_no_call_each(monkeypatch: pytest.MonkeyPatch
     output = segment_attention(*(row.transpose(1, 2) for row in rows), LENGTHS, Pattern(causal=True))
     for one, other in zip(summed, torch.autograd.grad(output, rows, torch.ones_like(output)), strict=True):
         assert torch.equal(one, other)
-    monkeypatch.setattr(short_attention, "takes", lambda *_: False)
+    monkeypatch.setattr(cpu_attention, "takes", lambda *_: False)
     with Calls() as calls:
         segment_attention(*(row.transpose(1, 2) for row in rows), LENGTHS, Pattern(causal=True))
     assert calls.names
 
 
 @pytest.mark.parametrize("pattern", SEEN)
-def test_no_short_sample_sees_another_in_fp32(pattern: Pattern) -> None:
+def test_no_sample_sees_another_in_fp32(pattern: Pattern) -> None:
     rows = [row.detach().float().requires_grad_() for row in heads(width=16, value=16)]
     changed = [row.detach().clone() for row in rows]
     for row in changed:

@@ -89,18 +89,19 @@ def test_the_two_inputs_are_stored_and_nothing_else(kind):
     assert len(stored(gated_reference)) == 3
 
 
+@pytest.mark.parametrize("fewer", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_inputs_kept_in_fewer_bits(kind, dtype):
+def test_inputs_kept_in_fewer_bits(kind, dtype, fewer):
     gate, up = operands((5, 33), dtype)
 
     def keeping(keep):
         return outcome(lambda a, b, f: gated(a, b, f, keep), gate, up, kind)
 
-    output, *gradients = keeping(torch.bfloat16)
+    output, *gradients = keeping(fewer)
     assert torch.equal(output, gated(gate, up, kind))
-    narrow = [t.to(torch.bfloat16).to(dtype) for t in (gate, up)]  # the gradient is that at the rounded values
+    narrow = [t.to(fewer).to(dtype) for t in (gate, up)]  # the gradient is that at the rounded values
     _, *true = outcome(gated_reference, *narrow, kind)
     assert_same(gradients, true, NEAR[dtype])
-    leaf = gated(gate.requires_grad_(), up, kind, torch.bfloat16)
-    assert {t.dtype for t in leaf.grad_fn.saved_tensors} == {torch.bfloat16}
+    leaf = gated(gate.requires_grad_(), up, kind, fewer)
+    assert {t.dtype for t in leaf.grad_fn.saved_tensors} == {fewer}

@@ -7,8 +7,9 @@ i - w < j ≤ i, bidirectional |i - j| ≤ w. Key and value heads may be fewer t
 h/h_kv neighbouring ones (grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245) without being copied.
 
 Neighbouring samples of equal length are one batch: a view of the row, nothing is gathered and nothing is padded. On a
-CPU forward and backward of all batches are one node of autograd, which keeps the output once and no slices. On an NVIDIA
-GPU a kernel takes the whole row, where there is one for the pattern (:mod:`lorakeet.kernels.varlen`).
+CPU forward and backward of all batches are one node of autograd, which keeps the output once and no slices; in fp32 they are
+one call of compiled loops each (:mod:`lorakeet.kernels.cpu_attention`). On an NVIDIA GPU a kernel takes the whole row, where
+there is one for the pattern (:mod:`lorakeet.kernels.varlen`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakeet.kernels import short_attention
+from lorakeet.kernels import cpu_attention
 from lorakeet.kernels.varlen import choose_path, kernels_on, varlen_attention
 
 
@@ -95,11 +96,15 @@ def segment_attention(
     rows = [t[0].transpose(0, 1) for t in (q, k, v)]  # [total, heads, d]
     heads, widths = (q.shape[1], k.shape[1]), (q.shape[-1], v.shape[-1])
     path = choose_path(kernels_on(q.device), q.device.type, q.dtype, heads, widths, pattern)
+    real = tuple(length for length in lengths if length)
     if path == "cpu":
-        output: Tensor = _SegmentAttention.apply(rows[0], rows[1], rows[2], runs, pattern, scale)
+        output: Tensor
+        if cpu_attention.takes(*rows):
+            output = _LoopAttention.apply(*rows, real, pattern, scale)
+        else:
+            output = _FlashAttention.apply(*rows, runs, pattern, scale)
         return output[None]
     if path in ("varlen", "flash_attn"):
-        real = tuple(length for length in lengths if length)
         return varlen_attention(path, rows[0], rows[1], rows[2], real, pattern, scale)[None]
     attend = _attend if path == "batches" else _attend_capped
     outputs = [
@@ -148,9 +153,25 @@ def _attend_capped(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: flo
     return (weights.flatten(2, 3) @ v).unflatten(2, (rep, length)).flatten(1, 2)
 
 
-class _SegmentAttention(torch.autograd.Function):
-    """q [total, h, d], k and v [total, h_kv, d] -> [total, h, d]: short samples by compiled loops, all at once, where those
-    take them; the others by torch's CPU flash kernel, batch by batch."""
+class _LoopAttention(torch.autograd.Function):
+    """q [total, h, d], k and v [total, h_kv, d] -> [total, h, d]: compiled loops, all samples at once."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], pattern: Pattern, scale: float | None
+    ) -> Tensor:
+        ctx.settings = lengths, pattern.causal, pattern.window, q.shape[-1] ** -0.5 if scale is None else scale
+        output, sums = cpu_attention.forward(q, k, v, *ctx.settings)
+        ctx.save_for_backward(q, k, v, output, sums)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return *cpu_attention.backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None
+
+
+class _FlashAttention(torch.autograd.Function):
+    """q [total, h, d], k and v [total, h_kv, d] -> [total, h, d]: torch's CPU flash kernel, batch by batch."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -163,16 +184,9 @@ class _SegmentAttention(torch.autograd.Function):
         scale: float | None,
     ) -> Tensor:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        short = _short(runs) if short_attention.takes(q, k, v) else ()
-        long = [length > short_attention.LONGEST or not short for _, length in runs]
         output = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        sums = []  # log Σ exp of each row of scores: [total, h] of the short ones, [count, length, h] of each other batch
-        if short:
-            sums.append(short_attention.forward(q, k, v, output, short, pattern.causal, pattern.window, scale))
-        for q_, k_, v_, o_ in itertools.compress(
-            zip(*(_batches(t, runs) for t in (q, k, v, output)), strict=True), long
-        ):
+        sums = []  # log Σ exp of each row of scores: [count, length, h]
+        for q_, k_, v_, o_ in zip(*(_batches(t, runs) for t in (q, k, v, output)), strict=True):
             mask = pattern.mask(q_.shape[2], q_.device)
             made, lse = flash(
                 q_, k_, v_, 0.0, pattern.causal and mask is None, attn_mask=_additive(mask, q), scale=scale
@@ -180,35 +194,22 @@ class _SegmentAttention(torch.autograd.Function):
             o_.copy_(made)
             sums.append(lse)
         ctx.save_for_backward(q, k, v, output, *sums)
-        ctx.runs, ctx.short, ctx.long, ctx.pattern, ctx.scale = runs, short, long, pattern, scale
+        ctx.runs, ctx.pattern, ctx.scale = runs, pattern, scale
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         q, k, v, output, *sums = ctx.saved_tensors
-        pattern, scale = ctx.pattern, ctx.scale
         gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
-        if ctx.short:
-            given = (grad if grad.stride(2) == 1 else grad.contiguous(), q, k, v, output, sums.pop(0), gradients)
-            short_attention.backward(*given, ctx.short, pattern.causal, pattern.window, scale)
         batches = zip(*(_batches(t, ctx.runs) for t in (grad, q, k, v, output, *gradients)), strict=True)
-        for (g_, q_, k_, v_, o_, *to), lse in zip(itertools.compress(batches, ctx.long), sums, strict=True):
-            mask = pattern.mask(q_.shape[2], q_.device)
-            causal = pattern.causal and mask is None
-            made = flash_backward(g_, q_, k_, v_, o_, lse, 0.0, causal, attn_mask=_additive(mask, q), scale=scale)
+        for (g_, q_, k_, v_, o_, *to), lse in zip(batches, sums, strict=True):
+            mask = ctx.pattern.mask(q_.shape[2], q_.device)
+            causal = ctx.pattern.causal and mask is None
+            made = flash_backward(g_, q_, k_, v_, o_, lse, 0.0, causal, attn_mask=_additive(mask, q), scale=ctx.scale)
             for gradient, part in zip(to, made, strict=True):
                 gradient.copy_(part)
         return (*gradients, None, None, None)
-
-
-def _short(runs: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Start and length of each sample that the compiled loops are for."""
-    lengths = [length for count, length in runs for _ in range(count)]
-    starts = itertools.accumulate(lengths, initial=0)
-    return tuple(
-        (start, length) for start, length in zip(starts, lengths, strict=False) if length <= short_attention.LONGEST
-    )
 
 
 def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:

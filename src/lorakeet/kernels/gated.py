@@ -62,7 +62,8 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
-        if ctx.activation in _LOOPS and native.takes(grad) and native.usable(gate, up):
+        known = ctx.activation in _LOOPS and gate.dtype in (torch.float32, torch.bfloat16)
+        if known and native.takes(grad) and native.usable(gate, up):
             return *native.gated_backward(grad, gate, up, _LOOPS[ctx.activation]), None, None
         gate, up = gate.to(grad.dtype), up.to(grad.dtype)
         dgate = _backward_(grad * up, gate, ctx.activation) if ctx.needs_input_grad[0] else None

@@ -23,7 +23,7 @@ from torch import Tensor
 from lorakeet.files import cache_home
 from lorakeet.talk import say
 
-NAMES = ("native.h", "native.c", "pairs.c", "decode.c", "elementwise.c", "short_attention.c")
+NAMES = ("native.h", "native.c", "pairs.c", "decode.c", "elementwise.c", "cpu_attention.c")
 SOURCES = [Path(__file__).with_name(name) for name in NAMES]
 #: What ``elementwise.c`` has.
 ELEMENTWISE = ("gated", "gated_backward", "rms_norm", "rms_norm_backward", "rotary", "dropout")

@@ -1,0 +1,118 @@
+"""Attention of the samples in a row on a CPU, in fp32: one call of compiled loops for all of them (``cpu_attention.c``).
+
+torch's own kernel takes one batch of equal samples at a time; forty positions cost more around its products than in them, and
+a thousand are multiplied at a fifth of what a core can do. The slow truth is in :mod:`lorakeet.kernels.attention`, which
+chooses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakeet.kernels import native
+
+#: Values of a head that the loops have room for, and what they are a multiple of.
+WIDEST, STEP = 128, 16
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("token", ctypes.c_ssize_t), ("head", ctypes.c_ssize_t)]
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_ssize_t) for name in ("heads", "shared", "dim", "window")],
+        ("causal", ctypes.c_int),
+        ("scale", ctypes.c_float),
+    ]
+
+
+@cache
+def _loops() -> tuple[Any, Any]:
+    """Forward and backward of the library."""
+    heads, size = ctypes.POINTER(_Heads), ctypes.c_ssize_t
+    rest = [ctypes.c_void_p] * 2 + [size, ctypes.POINTER(_Shape)]
+    forward, backward = native.library().cpu_attention, native.library().cpu_attention_backward
+    forward.argtypes = [*[heads] * 4, ctypes.c_void_p, *rest]
+    backward.argtypes = [*[heads] * 5, ctypes.c_void_p, *[heads] * 3, *rest]
+    forward.restype = backward.restype = None
+    return forward, backward
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the loops can read these, fp32 [total, heads, d] each, values of a head side by side."""
+    width = q.shape[2]
+    if any(t.dtype != torch.float32 or t.stride(2) != 1 or t.shape[2] != width or not t.numel() for t in (q, k, v)):
+        return False
+    plain = all(t.is_cpu and type(t) in native.PLAIN for t in (q, k, v))
+    fits = 0 < width <= WIDEST and width % STEP == 0
+    return plain and fits and not torch.compiler.is_compiling() and native.library() is not None
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], causal: bool, window: int | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention within each sample.
+
+    Args:
+        q: fp32 [total, h, d].
+        k, v: fp32 [total, h_kv, d].
+        lengths: Positions of each sample; their sum is ``total``.
+        causal, window: As of :class:`lorakeet.kernels.attention.Pattern`.
+        scale: What products of q and k are multiplied by.
+
+    Returns:
+        fp32 [total, h, d], and log Σ exp of each row of scores, [total, h].
+    """
+    output, sums = q.new_empty(q.shape), q.new_empty(q.shape[:2])
+    given = [_heads(t) for t in (q, k, v, output)]
+    _loops()[0](*given, sums.data_ptr(), *_samples(lengths), _shape(q, k, causal, window, scale))
+    return output, sums
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    sums: Tensor,
+    lengths: tuple[int, ...],
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients to q, k and v from ``grad`` [total, h, d]; the rest as in :func:`forward`."""
+    grad = grad if grad.stride(2) == 1 else grad.contiguous()
+    made = [q.new_empty(q.shape) for _ in range(3)]
+    given, to = [_heads(t) for t in (grad, q, k, v, output)], [_heads(t) for t in made]
+    _loops()[1](*given, sums.data_ptr(), *to, *_samples(lengths), _shape(q, k, causal, window, scale))
+    dq, *shares = made
+    dk, dv = (part if q.shape[1] == k.shape[1] else part.unflatten(1, (k.shape[1], -1)).sum(2) for part in shares)
+    return dq, dk, dv
+
+
+def _samples(lengths: tuple[int, ...]) -> tuple[int, int, int]:
+    """Where starts and lengths of the samples lie, and how many there are."""
+    starts, counts = _tensors(lengths)
+    return starts.data_ptr(), counts.data_ptr(), len(lengths)
+
+
+@lru_cache(maxsize=64)
+def _tensors(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """int64 starts and lengths; every layer of a step asks for the same ones."""
+    counts = torch.tensor(lengths, dtype=torch.int64)
+    return counts.cumsum(0) - counts, counts
+
+
+def _shape(q: Tensor, k: Tensor, causal: bool, window: int | None, scale: float) -> _Shape:
+    return _Shape(q.shape[1], k.shape[1], q.shape[2], window or 0, causal, scale)
+
+
+def _heads(tensor: Tensor) -> _Heads:
+    return _Heads(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
