@@ -195,3 +195,13 @@ def test_a_broken_value_stays_broken_in_fp32() -> None:
     output = segment_attention(*(row.transpose(1, 2) for row in rows), LENGTHS, Pattern(causal=True))
     seen = output.isnan().any(-1)[0]
     assert seen.nonzero().tolist() == [[7, 2]]
+
+
+def test_values_of_a_head_that_do_not_lie_side_by_side() -> None:
+    rows = [row.detach().float() for row in heads(width=16, value=16)]
+    apart = [torch.stack((row, row), dim=-1)[..., 0] for row in rows]
+    found, wanted = (
+        segment_attention(*(row.transpose(1, 2) for row in given), LENGTHS, Pattern(causal=True))
+        for given in (apart, rows)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
