@@ -99,6 +99,7 @@ def segment_attention(
     real = tuple(length for length in lengths if length)
     if path == "cpu":
         output: Tensor
+        rows = [_beside(row) for row in rows]
         if cpu_attention.takes(*rows):
             output = _LoopAttention.apply(*rows, real, pattern, scale)
         else:
@@ -201,6 +202,7 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         q, k, v, output, *sums = ctx.saved_tensors
+        grad = _beside(grad)
         gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
         batches = zip(*(_batches(t, ctx.runs) for t in (grad, q, k, v, output, *gradients)), strict=True)
         for (g_, q_, k_, v_, o_, *to), lse in zip(batches, sums, strict=True):
@@ -210,6 +212,11 @@ class _FlashAttention(torch.autograd.Function):
             for gradient, part in zip(to, made, strict=True):
                 gradient.copy_(part)
         return (*gradients, None, None, None)
+
+
+def _beside(row: Tensor) -> Tensor:
+    """The values of a head side by side, as the kernels read them without asking."""
+    return row if row.stride(2) == 1 else row.contiguous()
 
 
 def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
