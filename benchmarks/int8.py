@@ -435,10 +435,7 @@ def opt(options: argparse.Namespace) -> list[dict]:
             remove_unused_columns=False, include_num_input_tokens_seen="non_padding", use_cpu=True,
         )  # fmt: skip
         collator = PaddingCollator(tokenizer.pad_token_id)
-        settings = {"train_dataset": data, "data_collator": collator, "callbacks": [Clock()]}
-        trainer = lorakeet.Trainer(
-            model, arguments, token_budget=0, **settings
-        )  # a micro-batch at a time: less at once
+        trainer = lorakeet.Trainer(model, arguments, train_dataset=data, data_collator=collator, callbacks=[Clock()])
         started = time.perf_counter()
         with padding_free(model), fused_loss(model), recomputed(model):  # what layers keep is larger than the weights
             trainer.train()

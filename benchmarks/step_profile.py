@@ -35,9 +35,8 @@ ELEMENTWISE = {
     "linalg_vector_norm", "lt", "mean", "mul", "native_dropout", "neg", "pow", "random", "reciprocal", "rsqrt",
     "rsub", "sigmoid", "silu", "silu_backward", "sin", "sqrt", "square", "sub", "sum", "uniform", "where", "zero",
 }  # fmt: skip
-#: Compiled loops around an int8 product, and over activations; all others of :mod:`lorakeet.kernels.native` are products.
+#: Compiled loops around an int8 product; others of :mod:`lorakeet.kernels.native` are over activations, or products.
 ROUNDING = {"columns", "round_rows", "rescale", "_strips"}
-LOOPS = {"gated", "gated_backward", "rms_norm", "rms_norm_backward", "rotary", "dropout"}
 SHAPES = ((4096, 4096),)  # [out, in] whose rates are measured besides those of the model
 INT8, NATIVE = "int8 ", "native "
 
@@ -75,6 +74,8 @@ def loops(native: ModuleType) -> list[str]:
 
 def group_of(event: Any, rank: int) -> str:
     """The kind of work of one operation."""
+    from lorakeet.kernels.native import ELEMENTWISE as OVER_ACTIVATIONS
+
     names, above = [event.name], event.cpu_parent
     while above is not None:
         names.append(above.name)
@@ -84,7 +85,7 @@ def group_of(event: Any, rank: int) -> str:
     if "optimizer" in names:
         return "optimizer"
     loop = event.name.removeprefix(NATIVE) if event.name.startswith(NATIVE) else None
-    elementwise = own in ELEMENTWISE or loop in LOOPS
+    elementwise = own in ELEMENTWISE or loop in OVER_ACTIVATIONS
     product = own in PRODUCTS or (loop is not None and loop not in ROUNDING and not elementwise)
     if "LinearCrossEntropy" in around:
         return "head, products" if product else "cross-entropy"

@@ -205,3 +205,21 @@ def test_values_of_a_head_that_do_not_lie_side_by_side() -> None:
         for given in (apart, rows)
     )
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
+def test_the_loops_are_not_told_to_read_what_is_not_there() -> None:
+    q, k, v = torch.randn(24, 4, 16), torch.randn(24, 2, 16), torch.randn(24, 2, 16)
+    assert cpu_attention.takes(q, k, v, (20, 4))
+    assert not cpu_attention.takes(q, k, v, (20, 5)) and not cpu_attention.takes(q, k, v, (20,))
+    assert not cpu_attention.takes(q, k[:23], v[:23], (20, 4)) and not cpu_attention.takes(q, k, v[:, :1], (20, 4))
+    assert not cpu_attention.takes(q[:, :3], k, v, (20, 4)) and not cpu_attention.takes(
+        q, k[..., :8], v[..., :8], (20, 4)
+    )
+    assert not cpu_attention.takes(q.double(), k.double(), v.double(), (20, 4))
+    assert not cpu_attention.takes(*(torch.stack((t, t), -1)[..., 0] for t in (q, k, v)), (20, 4))
+    wide = [torch.randn(24, 2, 144)] * 3
+    assert not cpu_attention.takes(*wide, (24,)) and not cpu_attention.takes(q[:0], k[:0], v[:0], ())
+    rows = [t.transpose(0, 1)[None] for t in (q, k, v)]
+    with pytest.raises(RuntimeError, match="split"):
+        segment_attention(*rows, (20, 5), Pattern(causal=True))

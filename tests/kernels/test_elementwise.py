@@ -147,6 +147,7 @@ def test_what_the_loops_cannot_read_is_left_to_torch(monkeypatch: Any) -> None:
     gated(wide[:0], wide[:0], "silu")
     rms_norm(wide.T, torch.ones(6), 1e-3)
     rms_norm(wide.bfloat16(), torch.ones(40), 1e-3)
+    rms_norm(wide, torch.ones(1), 1e-3)  # a weight that would be read beyond its end
     angles = random(1, 1, 6, 40)
     rotary(random(1, 3, 6, 40), angles, angles)  # tokens of one head beside each other
     rotary(random(2, 6, 3, 40).transpose(1, 2), angles, angles)

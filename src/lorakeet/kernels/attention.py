@@ -99,11 +99,11 @@ def segment_attention(
     real = tuple(length for length in lengths if length)
     if path == "cpu":
         output: Tensor
-        rows = [_beside(row) for row in rows]
-        if cpu_attention.takes(*rows):
-            output = _LoopAttention.apply(*rows, real, pattern, scale)
+        queries, keys, values = (_beside(row) for row in rows)
+        if cpu_attention.takes(queries, keys, values, real):
+            output = _LoopAttention.apply(queries, keys, values, real, pattern, scale)
         else:
-            output = _FlashAttention.apply(*rows, runs, pattern, scale)
+            output = _FlashAttention.apply(queries, keys, values, runs, pattern, scale)
         return output[None]
     if path in ("varlen", "flash_attn"):
         return varlen_attention(path, rows[0], rows[1], rows[2], real, pattern, scale)[None]
@@ -168,7 +168,7 @@ class _LoopAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return *cpu_attention.backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None
+        return *cpu_attention.backward(_beside(grad), *ctx.saved_tensors, *ctx.settings), None, None, None
 
 
 class _FlashAttention(torch.autograd.Function):

@@ -1,8 +1,7 @@
 """Attention of the samples in a row on a CPU, in fp32: one call of compiled loops for all of them (``cpu_attention.c``).
 
-torch's own kernel takes one batch of equal samples at a time; forty positions cost more around its products than in them, and
-a thousand are multiplied at a fifth of what a core can do. The slow truth is in :mod:`lorakeet.kernels.attention`, which
-chooses.
+torch's own kernel takes one batch of equal samples at a time, and of forty positions it spends more around the products than
+in them. The slow truth is in :mod:`lorakeet.kernels.attention`, which chooses.
 """
 
 from __future__ import annotations
@@ -44,14 +43,18 @@ def _loops() -> tuple[Any, Any]:
     return forward, backward
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the loops can read these, fp32 [total, heads, d] each, values of a head side by side."""
-    width = q.shape[2]
-    if any(t.dtype != torch.float32 or t.stride(2) != 1 or t.shape[2] != width or not t.numel() for t in (q, k, v)):
+def takes(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> bool:
+    """Whether the loops can read these, fp32 [total, heads, d] each, values of a head side by side: they go through memory as
+    shapes and lengths tell them to."""
+    total, heads, width = q.shape
+    if k.shape != v.shape or k.shape[::2] != (total, width) or not q.numel() or not k.numel() or heads % k.shape[1]:
         return False
-    plain = all(t.is_cpu and type(t) in native.PLAIN for t in (q, k, v))
-    fits = 0 < width <= WIDEST and width % STEP == 0
-    return plain and fits and not torch.compiler.is_compiling() and native.library() is not None
+    if sum(lengths) != total or width > WIDEST or width % STEP or torch.compiler.is_compiling():
+        return False
+    plain = all(
+        t.is_cpu and t.dtype == torch.float32 and t.stride(2) == 1 and type(t) in native.PLAIN for t in (q, k, v)
+    )
+    return plain and native.library() is not None
 
 
 def forward(
@@ -87,8 +90,8 @@ def backward(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients to q, k and v from ``grad`` [total, h, d]; the rest as in :func:`forward`."""
-    grad = grad if grad.stride(2) == 1 else grad.contiguous()
+    """The gradients to q, k and v from ``grad`` [total, h, d], values of a head side by side; the rest as in
+    :func:`forward`."""
     made = [q.new_empty(q.shape) for _ in range(3)]
     given, to = [_heads(t) for t in (grad, q, k, v, output)], [_heads(t) for t in made]
     _loops()[1](*given, sums.data_ptr(), *to, *_samples(lengths), _shape(q, k, causal, window, scale))

@@ -2,8 +2,8 @@
 #ifndef LORAKEET_NATIVE_H
 #define LORAKEET_NATIVE_H
 
-#include <stddef.h>
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 
 /* A loop over `count` rows of `each` values is spread over threads where it is worth it. */
