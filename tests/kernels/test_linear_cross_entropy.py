@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakeet.kernels import linear_cross_entropy as kernel
@@ -147,3 +148,17 @@ def test_all_logits_never_exist() -> None:
         linear_cross_entropy(x, targets, head).backward()
         row_losses(x, targets, head)
     assert largest.numbers == max(400 * HIDDEN, 5 * VOCABULARY) < 400 * VOCABULARY
+
+
+def test_the_logits_of_one_chunk_are_gone_before_the_next() -> None:
+    x, targets = problem()
+    head, seen = Adapted(), []
+
+    def watched(rows: Tensor) -> Tensor:
+        assert all(logits.expired() for logits in seen)
+        logits = head(rows)
+        seen.append(StorageWeakRef(logits.untyped_storage()))
+        return logits
+
+    linear_cross_entropy(x, targets, watched, list(head.parameters())).backward()
+    assert len(seen) > 3

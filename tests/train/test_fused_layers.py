@@ -146,7 +146,7 @@ def test_a_module_that_computes_otherwise_stays_and_that_is_said(
         module, "_norm", lambda norm, one_more, x: module.rms_norm(x, norm.weight, norm.variance_epsilon, one_more)
     )
     with fused_layers(model):
-        assert {type(m).__name__ for m in replaced(model)} == {"LlamaAttention", "LlamaMLP"}
+        assert {type(m).__name__ for m in replaced(model)} == {"LlamaAttention", "LlamaMLP", "Linear"}
         assert_same(outcome(model, ragged()), expected)
     assert caplog.text.count("LlamaRMSNorm computes otherwise than expected and stays as it is") == 1
 
@@ -241,7 +241,22 @@ def test_less_is_kept_for_the_backward_pass(dtype: torch.dtype) -> None:
         after = kept()
     hidden, inner = ids.numel() * 64 * dtype.itemsize, ids.numel() * 176 * dtype.itemsize
     norms = 2 * 4  # without the first, whose input needs no gradient
-    assert before - after >= 4 * inner + (norms * hidden if dtype == torch.bfloat16 else 0)
+    room = 0.04 * 4 * inner  # gates are products, which get a little more room than they need
+    assert before - after >= 4 * inner - room + (norms * hidden if dtype == torch.bfloat16 else 0)
+
+
+def test_frozen_layers_give_back_what_they_took() -> None:
+    """Plain linear layers that nothing adapts have a forward of their own; those inside adapters keep theirs."""
+    model = get_peft_model(small("llama"), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).train()
+    down = model.get_submodule("model.layers.0.mlp.down_proj")
+    with fused_layers(model):
+        changed = {name for name, m in model.named_modules() if type(m) is nn.Linear and "forward" in m.__dict__}
+        assert {"model.layers.0.mlp.down_proj", "model.layers.1.self_attn.k_proj", "lm_head"} <= changed
+        assert not any("base_layer" in name or "lora" in name for name in changed)
+        down.weight.requires_grad_()
+        down(torch.randn(3, down.in_features)).sum().backward()
+        assert down.weight.grad is not None, "what learns after all gets its gradient"
+    assert not replaced(model)
 
 
 def test_on_weights_in_8_bits_gates_are_remembered_in_16() -> None:

@@ -243,3 +243,32 @@ def test_as_few_layers_as_fit_are_run_again() -> None:
     assert choose_every(kept, 1.0, kept.peak(1)) == 1
     assert choose_every(kept, 1.0, 1) == 1
     assert choose_every(Kept((), (), 50), 1.0, 1) is None
+
+
+def test_inputs_of_layers_lie_side_by_side_and_layers_are_as_they_were_afterwards() -> None:
+    model = adapted(layered("llama", LAYERS)).train()
+    layers = repeatable_layers(model)
+    given: list[Tensor] = []
+    for layer in layers:
+        layer.self_attn.register_forward_pre_hook(lambda *_: None)
+        layer.input_layernorm.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    with recomputed(model, 2):
+        for _ in range(2):
+            given.clear()
+            model(**ragged())  # without a backward pass, whose layers would be seen again
+            inside = {t.untyped_storage().data_ptr() for t in given[::2]}
+            assert len(inside) == 1 and given[0].untyped_storage().nbytes() >= 2 * given[0].nbytes
+            assert given[2].data_ptr() >= given[0].data_ptr() + given[0].nbytes and not given[2]._is_view()
+            assert given[1].untyped_storage().data_ptr() not in inside
+        short = {name: rows[:, :3] for name, rows in ragged().items()}
+        model(**short), model(**ragged())  # passes of other sizes find other room
+        functions = [layer._gradient_checkpointing_func for layer in layers]
+    assert [f is layer._gradient_checkpointing_func for f, layer in zip(functions, layers, strict=True)] == [
+        False,
+        True,
+    ] * 2
+    plain = loss_and_gradients(model, ragged())
+    with recomputed(model):
+        again = loss_and_gradients(model, ragged())
+    for name, value in plain.items():
+        assert torch.equal(value, again[name]), name

@@ -11,6 +11,7 @@ import os
 import sys
 
 from lorakeet._version import __version__
+from lorakeet.spare import leave_out
 
 COMMANDS = {
     "demo": "the whole job on embedded data: train, compare before and after, save, reload, merge",
@@ -106,4 +107,5 @@ def _complain(message: str, hint: str | None, code: int = 2) -> int:
 
 def script() -> None:
     """Entry point of the program ``lorakeet``."""
+    leave_out()
     sys.exit(main())

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakeet.kernels import native
+from lorakeet.kernels.room import passing
 
 Backend = Literal["blocked", "pairs", "vnni", "triton"]
 
@@ -186,7 +187,7 @@ def _product(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None, bi
     if x.dtype == torch.float16:  # before the scales the sums may be beyond its range
         return _product(x.float(), weight, rows, columns, None if bias is None else bias.float()).half()
     x = _times(x, columns)
-    h = x.new_empty(len(x), len(weight))
+    h = passing(x, len(x), len(weight))
     for block in _blocks(weight):
         torch.mm(x, weight[block].to(x.dtype).T, out=h[:, block])
     if bias is None or h.dtype != rows.dtype:

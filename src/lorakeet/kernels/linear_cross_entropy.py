@@ -113,6 +113,17 @@ def _loss_and_gradient(
     return losses, z
 
 
+def _loss_of_some(
+    x: Tensor, targets: Tensor, head: Head, logit_map: LogitMap, wanted: list[Tensor]
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Summed loss of a few rows, and its gradients to ``wanted``; their logits go before others are made."""
+    with torch.enable_grad():
+        logits = head(x)
+    losses, dlogits = _loss_and_gradient(logits, targets, logit_map, gradient=bool(wanted))
+    made = torch.autograd.grad(logits, wanted, dlogits.to(logits.dtype), allow_unused=True) if wanted else ()
+    return losses.sum(), made
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """x [n, hidden], targets [n], what learns in the head -> Σ loss; all gradients are made in forward."""
 
@@ -127,11 +138,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for rows in _chunks(x, targets, head):
             some = x[rows].detach().requires_grad_(need_x)
             wanted = [*[some] * need_x, *(learned[i] for i in need)]
-            with torch.enable_grad():
-                logits = head(some)
-            losses, dlogits = _loss_and_gradient(logits, targets[rows], logit_map, gradient=bool(wanted))
-            total += losses.sum()
-            made = torch.autograd.grad(logits, wanted, dlogits.to(logits.dtype), allow_unused=True) if wanted else ()
+            loss, made = _loss_of_some(some, targets[rows], head, logit_map, wanted)
+            total += loss
             for i, part in enumerate(made):
                 gradient = gradients[i]
                 if part is None or gradient is None:  # not in use, as an adapter that is switched off

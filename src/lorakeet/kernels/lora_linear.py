@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lorakeet.kernels import int8
 from lorakeet.kernels.dropout import draw_seed, dropout_reference, dropped, plus_dropped
+from lorakeet.kernels.frozen_linear import linear_out
 
 
 def lora_linear_reference(
@@ -68,7 +69,7 @@ class _LoraLinear(torch.autograd.Function):
         if scale is not None:
             h = int8.product(rows, weight, scale, bias, low=(u * scaling, lora_B))
         else:
-            h = F.linear(rows, weight.T if fan_in_fan_out else weight, bias)
+            h = linear_out(rows, weight if fan_in_fan_out else weight.T, bias)
             if h.dtype == lora_B.dtype:
                 h.addmm_(u, lora_B.T, alpha=scaling)
             else:  # half-precision base, fp32 adapter: the sum is rounded once

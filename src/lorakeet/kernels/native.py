@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.files import cache_home
+from lorakeet.kernels.room import passing, workspace
 from lorakeet.talk import say
 
 NAMES = ("native.h", "native.c", "pairs.c", "decode.c", "elementwise.c", "cpu_attention.c")
@@ -114,7 +115,7 @@ def fit(width: int, *vectors: Tensor | None) -> bool:
 def few_rows(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
     """h = (x·diag(c))·W₈ᵀ·diag(s) + b for x fp32 [n, in], W₈ int8 [out, in]; fp32 [n, out]. The weight is read once."""
     (n, width), out = x.shape, weight.shape[0]
-    h = x.new_empty(n, out)
+    h = passing(x, n, out)
     library().few_rows(_at(x), _at(weight), _at(rows), _at(columns), _at(bias), _at(h), n, out, width)
     return h
 
@@ -135,7 +136,7 @@ def round_rows(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
 
 def rescale(sums: Tensor, row_scale: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """int32 [n, out] -> fp32 diag(row_scale)·sums·diag(scale) + bias."""
-    h = torch.empty(sums.shape, dtype=torch.float32)
+    h = passing(row_scale, *sums.shape)
     library().rescale(_at(sums), _at(row_scale), _at(scale), _at(bias), _at(h), *sums.shape)
     return h
 
@@ -148,7 +149,7 @@ def has_pairs() -> bool:
 def pair_product(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
     """h = (x·diag(c))·W₈ᵀ·diag(s) + b for x fp32 [n, in], rounded to 16 bits by rows, W₈ int8 [out, in]; fp32 [n, out]."""
     strips, row_scale = _strips(x, columns)
-    h = x.new_empty(x.shape[0], weight.shape[0])
+    h = passing(x, x.shape[0], weight.shape[0])
     at = (_at(strips), _at(row_scale), _at(weight), _at(rows), _at(bias), _at(h))
     library().pair_product(*at, x.shape[0], *weight.shape, 0)
     return h
@@ -157,15 +158,15 @@ def pair_product(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None
 def pair_gradient(g: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None) -> Tensor:
     """∂x = (g·diag(s))·W₈·diag(c) for g fp32 [n, out], rounded to 16 bits by rows, W₈ int8 [out, in]; fp32 [n, in]."""
     strips, row_scale = _strips(g, rows)
-    dx = g.new_empty(g.shape[0], weight.shape[1])
+    dx = passing(g, g.shape[0], weight.shape[1])
     at = (_at(strips), _at(row_scale), _at(weight), _at(columns), None, _at(dx))
     library().pair_product(*at, g.shape[0], *weight.shape, 1)
     return dx
 
 
 def _strips(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x·diag(factor) as ``round_strips`` lays it out, and the scales of its rows."""
-    strips = torch.empty(library().strips_size(*x.shape), dtype=torch.int16)
+    """x·diag(factor) as ``round_strips`` lays it out, until the next ones are, and the scales of its rows."""
+    strips = workspace(library().strips_size(*x.shape), torch.int16)
     row_scale = x.new_empty(x.shape[0])
     library().round_strips(_at(x), _at(factor), _at(strips), _at(row_scale), *x.shape)
     return strips, row_scale
@@ -178,7 +179,7 @@ def takes(*tensors: Tensor) -> bool:
 
 def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
     """f(gate)·up, fp32 of one shape; ``kind`` 0 for SiLU, 1 for GELU by tanh."""
-    h = torch.empty_like(gate)
+    h = passing(gate, *gate.shape)
     library().gated(_at(gate), _at(up), _at(h), gate.numel(), kind)
     return h
 
@@ -193,7 +194,7 @@ def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: int) -> tuple[T
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, more: float) -> tuple[Tensor, Tensor]:
     """s·x·(weight + more) and s = (mean(x²) + eps)^(-½) for rows x fp32 [..., d], weight fp32 [d]: [..., d] and [..., 1]."""
-    y, s = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1))
+    y, s = passing(x, *x.shape), x.new_empty((*x.shape[:-1], 1))
     library().rms_norm(_at(x), _at(weight), _at(y), _at(s), s.numel(), x.shape[-1], eps, more)
     return y, s
 
@@ -215,7 +216,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
 
 def dropout(x: Tensor, y: Tensor | None, levels: int, scale: float, low: int, high: int) -> Tensor:
     """x·mask·scale, or y plus that in y's memory, fp32; the mask of a seed's halves has levels/2¹⁶ zeros."""
-    to = torch.empty_like(x) if y is None else y
+    to = passing(x, *x.shape) if y is None else y
     library().dropout(_at(x), _at(to), x.numel(), low, high, levels, scale, y is not None)
     return to
 

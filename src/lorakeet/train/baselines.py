@@ -19,6 +19,7 @@ from transformers import EvalPrediction
 from lorakeet.data.collate import IGNORED
 from lorakeet.data.label_set import LabelSet
 from lorakeet.data.prepare import Prepared
+from lorakeet.spare import let_in
 from lorakeet.train.metrics import Array, compute_metrics_for
 from lorakeet.train.tasks import Task
 from lorakeet.train.text_metrics import Figures
@@ -100,6 +101,7 @@ def tfidf(
 
     Labels as for :func:`majority`; at most :data:`MOST` texts are learned from.
     """
+    let_in()
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     some = np.unique(np.linspace(0, len(train_texts) - 1, min(MOST, len(train_texts)), dtype=int))
@@ -116,6 +118,7 @@ def tfidf(
 
 
 def _linear_model(problem: str | None) -> Any:
+    let_in()
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.multiclass import OneVsRestClassifier
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakeet.kernels.frozen_linear import frozen_linear
 from lorakeet.kernels.gated import Activation, gated
 from lorakeet.kernels.rms_norm import rms_norm
 from lorakeet.kernels.rotary import rotary
@@ -84,8 +85,9 @@ def _fused_forwards(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
     """Modules and what they shall compute; one of each kind has been tried."""
     found: list[tuple[nn.Module, Forward]] = []
     good: dict[Any, bool] = {}
+    adapted = {id(getattr(module, "base_layer", None)) for module in model.modules()}  # computed with their adapters
     for module in model.modules():
-        fused = _fused(module)
+        fused = None if id(module) in adapted else _fused(module)
         if fused is None:
             continue
         kind = _kind(module)
@@ -101,6 +103,8 @@ def _fused_forwards(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
 
 def _fused(module: nn.Module) -> Forward | None:
     """The fused forward of a module of a known class of transformers; None for all others."""
+    if type(module) is nn.Linear:
+        return functools.partial(_frozen_linear, module) if _frozen(module) else None
     if not type(module).__module__.startswith("transformers.models."):
         return None
     name = type(module).__name__
@@ -115,6 +119,15 @@ def _fused(module: nn.Module) -> Forward | None:
 def _norm(module: Any, one_more: bool, x: Tensor) -> Tensor:
     eps = module.eps if one_more else module.variance_epsilon
     return rms_norm(x, module.weight, eps, one_more)
+
+
+def _frozen(module: nn.Module) -> bool:
+    """Whether nothing of a module learns, and all of it lies on the CPU."""
+    return all(p.is_cpu and not p.requires_grad for p in module.parameters())
+
+
+def _frozen_linear(module: nn.Linear, x: Tensor) -> Tensor:
+    return frozen_linear(x, module.weight, module.bias)
 
 
 def _feed_forward(module: Any, activation: Activation, x: Tensor, keep: torch.dtype | None = None) -> Tensor:
@@ -186,6 +199,8 @@ def _kind(module: Any) -> tuple[Any, ...]:
         return (type(module),)
     if hasattr(module, "act_fn"):
         return type(module), type(module.act_fn)
+    if type(module) is nn.Linear:
+        return nn.Linear, module.weight.dtype, module.bias is None
     return type(module), module.weight.dtype, getattr(module, "eps", None), getattr(module, "variance_epsilon", None)
 
 
@@ -193,7 +208,7 @@ def _agrees(module: nn.Module, fused: Forward) -> bool:
     """Whether output and gradient of a module are those of its own forward, on random rows."""
     parameters = sorted(module.parameters(), key=lambda p: (not p.is_floating_point(), p.requires_grad))
     like = parameters[0]  # what an adapter adds may be wider than what the module computes in
-    width = getattr(module, "hidden_size", like.shape[0])
+    width = like.shape[1] if type(module) is nn.Linear else getattr(module, "hidden_size", like.shape[0])
     dtype = like.dtype if like.is_floating_point() else torch.float32
     x = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(like.device, dtype)
     try:

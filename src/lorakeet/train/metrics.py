@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from transformers import EvalPrediction
 
 from lorakeet.data.collate import IGNORED
+from lorakeet.spare import let_in
 from lorakeet.talk import warn
 from lorakeet.train.evaluate import loss_and_perplexity
 from lorakeet.train.text_metrics import (
@@ -63,6 +64,7 @@ def multi_label(logits: Array, labels: Array) -> Figures:
     Raises:
         DataError: no label is left.
     """
+    let_in()
     from sklearn.metrics import f1_score
 
     counts = labels != IGNORED
@@ -86,6 +88,7 @@ def regression(values: Array, labels: Array) -> Figures:
     Raises:
         DataError: there are no labels.
     """
+    let_in()
     from scipy.stats import pearsonr, spearmanr
 
     guess, right = np.asarray(values, np.float64).reshape(-1), np.asarray(labels, np.float64).reshape(-1)
@@ -273,6 +276,7 @@ def _kept(predicted: Array, labels: Array) -> tuple[Array, Array]:
 
 
 def _macro_f1(predicted: Array, right: Array) -> float:
+    let_in()
     from sklearn.metrics import f1_score
 
     return float(f1_score(right, predicted, average="macro", zero_division=0))

@@ -55,15 +55,63 @@ def recomputed(model: nn.Module, every: int = 1) -> Iterator[None]:
     switches = {m: m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing")}
     inputs_learned = bool(getattr(model, "_require_grads_hooks", None))
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    again = [layer for index, layer in enumerate(repeatable_layers(model)) if index % every == 0]
+    aside = _Inputs(len(again))
     if not inputs_learned:  # so embeddings need no gradient, nor does any layer below the lowest that learns
         model.disable_input_require_grads()
     try:
-        for index, layer in enumerate(repeatable_layers(model)):
-            layer.gradient_checkpointing = index % every == 0
+        for layer in repeatable_layers(model):
+            layer.gradient_checkpointing = layer in again
+        for layer in again:
+            layer._gradient_checkpointing_func = functools.partial(aside.run, layer._gradient_checkpointing_func)
         yield
     finally:
+        for layer in again:
+            if isinstance(run := layer._gradient_checkpointing_func, functools.partial) and run.func == aside.run:
+                layer._gradient_checkpointing_func = run.args[0]
         for module, before in switches.items():
             module.gradient_checkpointing = before
+
+
+class _Inputs:
+    """The inputs of layers that are run again, side by side in memory of their own.
+
+    On a CPU they would otherwise lie in the heap among all that the layers soon give back, and leave holes between them that
+    nothing fits into: two or three times as much as they are themselves.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.layers, self.free = layers, torch.empty(0, dtype=torch.int8)
+
+    def run(self, checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+        """``checkpoint(layer, *args)``, the first of which is set aside."""
+        if args and torch.is_tensor(args[0]) and args[0].is_cpu and args[0].is_contiguous():
+            args = (_Aside.apply(args[0], self), *args[1:])
+        return checkpoint(layer, *args, **settings)
+
+    def room(self, x: Tensor) -> Tensor:
+        """An empty tensor like x; the memory of a pass goes when all that lie in it have gone."""
+        size = -(-x.nbytes // 64) * 64
+        if self.free.numel() < size:
+            self.free = torch.empty(size * self.layers, dtype=torch.int8)
+        at = self.free.storage_offset() // x.element_size()
+        made = x.new_empty(0).set_(self.free.untyped_storage(), at, x.shape, x.stride())  # type: ignore[call-overload]
+        left = self.free[size:]
+        # an empty slice would hold on to the memory
+        self.free = left if len(left) else torch.empty(0, dtype=torch.int8)
+        return made
+
+
+class _Aside(torch.autograd.Function):
+    """x, in memory where it is set aside."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inputs: _Inputs) -> Tensor:  # type: ignore[override]
+        return inputs.room(x).copy_(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
@@ -218,6 +215,10 @@ def smoothed(losses: list[float], weight: float) -> list[float]:
 
 def draw_loss_curve(lines: Iterable[Mapping[str, Any]], path: str | Path, title: str = "") -> None:
     """Training loss (each line pale, its moving average strong) and held-out points, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not at the start: a training is shorter of memory
+    from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
+
     lines = list(lines)
     trained = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]

@@ -41,7 +41,6 @@ from lorakeet.train.fused_layers import fused_layers
 from lorakeet.train.fused_loss import fused_loss
 from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.padding_free import padding_free, why_padded
-from lorakeet.train.pictures import draw_confusion
 from lorakeet.train.recompute import recomputed
 from lorakeet.train.report import Report, draw_loss_curve, read_metrics
 from lorakeet.train.stop import StopAfterStep
@@ -218,7 +217,7 @@ def _loraplus(config: RunConfig) -> LoraPlus | None:
 
 
 #: Tokens of a pass with which a CPU is busy: products of more rows are hardly faster, and their activations take memory.
-ENOUGH_FOR_A_CPU = 1024
+ENOUGH_FOR_A_CPU = 768
 
 
 @dataclass
@@ -348,6 +347,8 @@ class Run:
         predictions = getattr(trainer, "predictions", None)
         if self.task.problem == "single_label" and predictions is not None and self.task.labels:
             guesses = predictions.predictions.argmax(-1)
+            from lorakeet.train.pictures import draw_confusion  # which loads matplotlib
+
             draw_confusion(predictions.label_ids, guesses, self.task.labels, self.folder / "confusion.png")
         write_json(self.folder / "summary.json", summary)
         for line in compared(summary):

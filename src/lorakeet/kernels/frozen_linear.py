@@ -1,0 +1,60 @@
+"""A frozen linear layer on a CPU whose results are given back without leaving holes in memory (:mod:`lorakeet.kernels.room`).
+
+h = x·Wᵀ + b          ∂x = g·W
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorakeet.kernels.room import passing
+
+
+def frozen_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The slow truth: plain torch, differentiated by autograd."""
+    return F.linear(x, weight, bias)
+
+
+def linear_out(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """rows·weight + bias for rows [n, in], weight [in, out] and bias [out] of one dtype, no gradient; in passing memory."""
+    h = passing(rows, rows.shape[0], weight.shape[1])
+    return torch.mm(rows, weight, out=h) if bias is None else torch.addmm(bias, rows, weight, out=h)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x [..., in], weight [out, in], bias [out] or None -> [..., out]; the weight alone is remembered."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(weight)
+        h = linear_out(x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight.T, bias)
+        return h.resize_(*x.shape[:-1], len(weight))  # no view: what is one may not be overwritten
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        dx = linear_out(grad.reshape(grad.shape[:-1].numel(), len(weight)), weight, None)
+        return dx.resize_(*grad.shape[:-1], weight.shape[1]), None, None
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer whose weight and bias get no gradient.
+
+    Args:
+        x: [..., in].
+        weight: [out, in]; of another dtype or device than x, learned, or under autocast, plain torch is what runs.
+        bias: [out] or None.
+
+    Returns:
+        [..., out] in x's dtype.
+    """
+    given = [t for t in (x, weight, bias) if t is not None]
+    ours = all(t.is_cpu and t.dtype == x.dtype for t in given) and not any(t.requires_grad for t in given[1:])
+    if not ours or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return frozen_linear_reference(x, weight, bias)
+    h: Tensor = _FrozenLinear.apply(x, weight, bias)
+    return h

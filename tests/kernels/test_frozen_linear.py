@@ -1,0 +1,129 @@
+"""A frozen linear layer against plain torch, and what it leaves behind in memory."""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorakeet.kernels import frozen_linear as module
+from lorakeet.kernels.frozen_linear import frozen_linear, frozen_linear_reference
+from lorakeet.kernels.room import passing, workspace
+
+NEAR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def operands(shape: tuple[int, ...], out: int, bias: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    draw = torch.Generator().manual_seed(4)
+    made = [
+        torch.randn(size, generator=draw, dtype=torch.float64).to(dtype) for size in (shape, (out, shape[-1]), (out,))
+    ]
+    return made[0], made[1], made[2] if bias else None
+
+
+def outcome(function, x: Tensor, *rest) -> list[Tensor]:
+    leaf = x.detach().clone().requires_grad_()
+    h = function(leaf, *rest)
+    upstream = torch.linspace(-1, 1, h.numel(), dtype=torch.float64).to(h.dtype).view(h.shape)
+    before = upstream.clone()
+    (dx,) = torch.autograd.grad(h, leaf, upstream)
+    assert torch.equal(upstream, before) and torch.equal(leaf, x)
+    return [h.detach(), dx]
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 7), (3, 5), (2, 3, 33), (0, 4), (2, 0, 4), (300, 129)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", NEAR)
+def test_forward_and_backward_equal_plain_torch(shape, bias, dtype) -> None:
+    given = operands(shape, 131, bias, dtype)
+    found, expected = outcome(frozen_linear, *given), outcome(frozen_linear_reference, *given)
+    for mine, true in zip(found, expected, strict=True):
+        assert mine.shape == true.shape and mine.dtype == true.dtype and mine.is_contiguous()
+        torch.testing.assert_close(mine, true, rtol=NEAR[dtype], atol=NEAR[dtype])
+
+
+def test_rows_and_gradients_that_do_not_lie_side_by_side() -> None:
+    x, weight, bias = operands((64, 40), 48, True, torch.float32)
+    found, expected = (outcome(f, x.T[:, :40], weight[:, :40], bias) for f in (frozen_linear, frozen_linear_reference))
+    torch.testing.assert_close(found, expected)
+    leaf = x.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(frozen_linear(leaf, weight), leaf, torch.ones(1, 1).expand(64, 48))
+    torch.testing.assert_close(dx, weight.sum(0).expand(64, -1))
+
+
+def test_what_is_not_frozen_or_not_alike_is_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module._FrozenLinear, "apply", lambda *_: pytest.fail("not for these"))
+    x, weight, bias = operands((3, 5), 7, True, torch.float32)
+    assert bias is not None
+    frozen_linear(x, weight.clone().requires_grad_(), bias).sum().backward()
+    frozen_linear(x, weight, bias.clone().requires_grad_()).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert frozen_linear(x, weight, bias).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="dtype"):
+        frozen_linear(x, weight.double())
+
+
+def test_the_result_may_be_overwritten() -> None:
+    x, weight, _ = operands((2, 300, 64), 96, False, torch.float32)
+    leaf = x.requires_grad_()
+    frozen_linear(leaf, weight).mul_(2).sum().backward()
+    torch.testing.assert_close(leaf.grad, 2 * weight.sum(0).expand(2, 300, -1))
+
+
+def test_room_is_a_little_larger_each_time_less_so() -> None:
+    like = torch.empty(0)
+    sizes = [passing(like, 1024, 1024).untyped_storage().nbytes() for _ in range(1200)]
+    assert 1.02 * 4 * 1024 * 1024 > max(sizes) > min(sizes) >= 4 * 1024 * 1024 + 128
+    steps = [a - b for a, b in itertools.pairwise(sizes)]
+    assert sum(step < 96 for step in steps) <= 3, "but for the few times that it begins anew, what is next fits"
+    assert passing(like, 3, 5).untyped_storage().nbytes() == 60
+    assert passing(like, 0, 5).shape == (0, 5) and passing(like.half(), 300, 700).dtype == torch.float16
+    assert not passing(like, 300, 70)._is_view()
+
+
+def test_a_workspace_is_each_threads_own() -> None:
+    import threading
+
+    mine = workspace(100, torch.int16)
+    assert mine.shape == (100,) and workspace(50, torch.int8).data_ptr() == mine.data_ptr()
+    other: list[int] = []
+    thread = threading.Thread(target=lambda: other.append(workspace(100, torch.int16).data_ptr()))
+    thread.start()
+    thread.join()
+    assert other != [mine.data_ptr()]
+
+
+HOLES = """
+import ctypes, sys, torch
+from lorakeet.kernels.room import passing
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena o s h hblkhd u f uordblks fordblks keepcost".split()]
+
+told = ctypes.CDLL(None).mallinfo2
+told.restype = Info
+torch.empty(30 << 18)  # from here on tensors of this size lie in the heap
+make = passing if sys.argv[1] == "passing" else lambda like, *shape: like.new_empty(shape)
+kept, like = [], torch.empty(0)
+before = told().fordblks
+for layer in range(30):
+    soon = make(like, 640, 576)
+    kept.append(torch.empty(640, 576))
+    del soon
+    kept.extend(bytes(200) for _ in range(100))
+print((told().fordblks - before) / 1e6)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap of glibc")
+def test_passing_results_leave_no_holes_behind() -> None:
+    def holes(way: str) -> float:
+        done = subprocess.run([sys.executable, "-c", HOLES, way], capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
+    assert holes("passing") < 4, "megabytes, of 44 that passed"
