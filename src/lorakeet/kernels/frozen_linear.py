@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakeet.kernels.native import PLAIN
 from lorakeet.kernels.room import passing
 
 
@@ -19,8 +20,15 @@ def frozen_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = Non
     return F.linear(x, weight, bias)
 
 
+def _plain(*tensors: Tensor) -> bool:
+    """Whether tensors are what they seem: none that others trace, distribute or batch."""
+    return all(type(t) in PLAIN for t in tensors) and not torch.compiler.is_compiling()
+
+
 def linear_out(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """rows·weight + bias for rows [n, in], weight [in, out] and bias [out] of one dtype, no gradient; in passing memory."""
+    """rows·weight + bias for rows [n, in], weight [in, out] and bias [out] of one dtype, without a gradient."""
+    if not (rows.is_cpu and _plain(rows, weight)):
+        return F.linear(rows, weight.T, bias)
     h = passing(rows, rows.shape[0], weight.shape[1])
     return torch.mm(rows, weight, out=h) if bias is None else torch.addmm(bias, rows, weight, out=h)
 
@@ -54,7 +62,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     """
     given = [t for t in (x, weight, bias) if t is not None]
     ours = all(t.is_cpu and t.dtype == x.dtype for t in given) and not any(t.requires_grad for t in given[1:])
-    if not ours or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if not ours or torch.is_autocast_enabled("cpu") or not _plain(*given):
         return frozen_linear_reference(x, weight, bias)
     h: Tensor = _FrozenLinear.apply(x, weight, bias)
     return h
