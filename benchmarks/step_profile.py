@@ -36,7 +36,7 @@ ELEMENTWISE = {
     "rsub", "sigmoid", "silu", "silu_backward", "sin", "sqrt", "square", "sub", "sum", "uniform", "where", "zero",
 }  # fmt: skip
 #: Compiled loops around an int8 product; others of :mod:`lorakeet.kernels.native` are over activations, or products.
-ROUNDING = {"columns", "round_rows", "rescale", "_strips"}
+ROUNDING = {"_strips", "_groups"}
 SHAPES = ((4096, 4096),)  # [out, in] whose rates are measured besides those of the model
 INT8, NATIVE = "int8 ", "native "
 

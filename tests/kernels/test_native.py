@@ -48,36 +48,6 @@ def test_few_rows(shape: tuple[int, int, int], biased: bool) -> None:
         close(native.few_rows(x, weight, scale, columns, bias).double(), truth, 3e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (40, 64), (33, 200), (7, 0), (0, 9), (2, 1000)])
-def test_rounding_and_what_is_needed_for_it(shape: tuple[int, int]) -> None:
-    torch.manual_seed(sum(shape))
-    x, factor = torch.randn(shape) * torch.rand(shape[0], 1) * 9, torch.rand(shape[1])
-    if x.numel() > 1:
-        x[-1], factor[-1] = 0, 0
-    rounded, scale = native.round_rows(x, factor)
-    same, wanted = int8.quantise_rows(x * factor)
-    close(scale, wanted)
-    assert rounded.dtype == torch.int8
-    assert not x.numel() or (
-        float((rounded.int() - same.int()).abs().max()) <= 1 and float((rounded != same).float().mean()) < 0.01
-    )
-    if x.numel():
-        largest, squares = native.columns(x)
-        close(largest, x.abs().amax(0))
-        close(squares, x.square().sum(0), 1e-5)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (64, 129), (0, 4)])
-def test_rescaling(shape: tuple[int, int]) -> None:
-    torch.manual_seed(1)
-    sums = torch.randint(-(2**24), 2**24, shape, dtype=torch.int32)
-    rows, columns, bias = torch.rand(shape[0]), torch.rand(shape[1]), torch.randn(shape[1]) * 1e6
-    plain = sums.double() * rows[:, None]
-    close(native.rescale(sums, rows).double(), plain, 1e-6)
-    close(native.rescale(sums, rows, columns).double(), plain * columns, 1e-6)
-    close(native.rescale(sums, rows, columns, bias).double(), plain * columns + bias, 1e-6)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_does_not_become_a_number(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the row that has it and in no other; by the compiled loops and without them."""
@@ -91,12 +61,7 @@ def test_what_is_not_finite_does_not_become_a_number(value: float, monkeypatch: 
                 if not compiled:
                     patch.setattr(native, "usable", lambda *_: False)
                 h = int8.product(x, weight, scale)
-            if rows > 16 and value == value:  # an infinite column is an outlier column: in full precision
-                assert not h[1].isfinite().any()
-            else:
-                assert not h[1].isfinite().all()
-            others = [i for i in range(rows) if i != 1]
-            assert h[others].isfinite().all() or (rows > 16 and value != value)
+            assert not h[1].isfinite().any() and h[[i for i in range(rows) if i != 1]].isfinite().all()
 
 
 @pytest.mark.parametrize("rows", [3, 20])

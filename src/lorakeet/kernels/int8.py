@@ -16,11 +16,14 @@ Both directions read the one stored weight, and neither ever makes the whole of 
 - ``pairs``: x is rounded to 16 bits with one scale for each token, the weight's bytes become 16 bits wide a few at a time,
   and neighbours are multiplied and summed in pairs, in int32. Rounding x to 16 bits costs less than bfloat16 would, so
   nothing is split off, and an instruction does twice as many products as in fp32 (``pairs.c``). For processors with AVX2.
-- ``vnni``: x is rounded to int8 with one scale for each token, all but the columns that int8 cannot carry, and multiplied
-  as int8; what was left out is added in x's dtype (the split of LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339,
-  section 3.2, with outliers known by the tensor's own size and not by a fixed threshold). The gradient is rounded for each
-  token with the weight's scales folded in. For x86 processors with VNNI or AMX.
-- ``triton``: the same on NVIDIA GPUs, in kernels of our own (:mod:`lorakeet.kernels.int8_triton`).
+- ``vnni``: the same forward, and twice as fast backward: the gradient is rounded to int8 with one scale for each token and
+  64 neighbouring channels, multiplied as int8, and 64 products at a time are summed in int32, then scaled and added in fp32
+  (``vnni.c``). What this loses is noise in the gradient, and far below that of a batch; forward it would be a share of the
+  loss. For x86 processors with VNNI.
+- ``triton``: x and the gradient are rounded to int8 with one scale for each token, all but the columns that int8 cannot
+  carry; those are multiplied apart in x's dtype (the split of LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339, section
+  3.2, with outliers known by the tensor's own size and not by a fixed threshold), in kernels for NVIDIA GPUs
+  (:mod:`lorakeet.kernels.int8_triton`).
 """
 
 from __future__ import annotations
@@ -42,14 +45,12 @@ Backend = Literal["blocked", "pairs", "vnni", "triton"]
 BLOCK = 1 << 18
 #: Output channels in a block: a multiple of this, for the tiles of matrix products, and at least twice as many.
 TILE = 128
-#: A column of x with a value above so many times x's root mean square is multiplied in full precision.
-OUTLIER = 8.0
 #: So many tokens, or fewer, are multiplied while the weight is read.
 FEW = 16
+#: So many channels of a gradient share a scale in ``vnni``; ``vnni.c`` has the same number.
+GROUP = 64
 #: How often rows and columns are evened out in turn, and how far a column's scale may go, as a power of two.
 EVEN_ROUNDS, EVEN_MOST = 4, 12
-#: More columns than this share are not split off: then the rows themselves are large, and their scales follow.
-MOST_OUTLIERS = 1 / 16
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,16 +118,19 @@ def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor
     return F.linear(x, dequantise(weight, scale, x.dtype), bias)
 
 
-def vnni_reference(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """The slow truth of ``vnni``'s forward for x [n, in]: rounded activations, outlier columns apart, all in fp64."""
+def rounded_groups(x: Tensor) -> Tensor:
+    """x fp32 [n, columns] after each run of :data:`GROUP` columns of a row was rounded to int8 by its largest value."""
+    groups = F.pad(x, (0, -x.shape[1] % GROUP)).view(len(x), -1, GROUP)
+    largest = groups.abs().amax(2, keepdim=True)
+    scale = torch.where(largest == 0, torch.ones_like(largest), largest / 127)
+    return ((groups * (127 / largest)).nan_to_num(0).round() * scale).view(len(x), -1)[:, : x.shape[1]]
+
+
+def vnni_gradient_reference(g: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The slow truth of ``vnni``'s gradient to the input for g fp32 [n, out]: rounded by groups, then in fp64."""
     rows, columns = split_scale(weight, scale)
-    x = x if columns is None else x * columns
-    apart, inner = outlier_columns(x), x.clone()
-    inner[:, apart] = 0
-    rounded, row_scale = quantise_rows(inner)
-    wide = dequantise(weight, rows, torch.float64)
-    h = (rounded.double() * row_scale.double().unsqueeze(1)) @ wide.T
-    return (h + x[:, apart].double() @ wide[:, apart].T).to(x.dtype)
+    dx = rounded_groups(g * rows).double() @ weight.double()
+    return (dx if columns is None else dx * columns).to(g.dtype)
 
 
 @cache
@@ -135,7 +139,7 @@ def choose_backend() -> Literal["blocked", "pairs", "vnni"]:
     asked, pairs = os.environ.get("LORAKEET_INT8"), native.has_pairs()
     if asked in ("blocked", "vnni") or (asked == "pairs" and pairs):
         return asked  # type: ignore[return-value]
-    if torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported():
+    if native.has_dots() or torch.cpu._is_vnni_supported():
         return "vnni"
     return "pairs" if pairs else "blocked"
 
@@ -177,10 +181,7 @@ def _product(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None, bi
     few = x.shape[0] <= FEW and x.dtype == torch.float32  # len() of a tensor costs as much as a small product
     if few and x.shape[1] == weight.shape[1] and _loops_take(x, weight, rows, columns, bias):
         return native.few_rows(x, weight, rows, columns, bias)
-    backend = backend_for(x)
-    if backend == "vnni":
-        return _vnni(x, weight, rows, columns, bias)
-    if backend == "pairs":
+    if backend_for(x) != "blocked" and native.has_pairs():
         wide, wide_bias = x.float().contiguous(), None if bias is None else bias.float()
         if x.shape[1] == weight.shape[1] and _loops_take(wide, weight, rows, columns, wide_bias):
             return native.pair_product(wide, weight, rows, columns, wide_bias).to(x.dtype)
@@ -224,13 +225,15 @@ def _times(x: Tensor, columns: Tensor | None) -> Tensor:
 
 def _input_gradient(g: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None) -> Tensor:
     backend = backend_for(g)
-    if backend == "vnni":
-        rounded, row_scale = _round_times(g.float(), rows)
-        return _rescaled(torch._int_mm(rounded, weight), row_scale, columns).to(g.dtype)
-    if backend == "pairs":
+    if backend != "blocked":
         wide = g.float().contiguous()
-        if g.shape[1] == weight.shape[0] and _loops_take(wide, weight, rows, columns):
-            return native.pair_gradient(wide, weight, rows, columns).to(g.dtype)
+        if native.has_pairs() and g.shape[1] == weight.shape[0] and _loops_take(wide, weight, rows, columns):
+            multiply = native.pair_gradient if backend == "pairs" else native.group_gradient
+            return multiply(wide, weight, rows, columns).to(g.dtype)
+        if backend == "vnni":
+            rounded, row_scale = quantise_rows(wide * rows)
+            dx = torch._int_mm(rounded, weight).float().mul_(row_scale.unsqueeze(1))
+            return (dx if columns is None else dx.mul_(columns)).to(g.dtype)
     scaled = (g * rows).to(g.dtype)
     dx = g.new_zeros(len(g), weight.shape[1])
     for block in _blocks(weight):
@@ -245,51 +248,6 @@ def _loops_take(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None,
         return False
     fit = native.fit(out, rows, bias) and native.fit(inner, columns)
     return fit and native.usable(*[t for t in (x, weight, rows, columns, bias) if t is not None])
-
-
-def outlier_columns(x: Tensor, factor: Tensor | None = None) -> Tensor:
-    """Numbers of the columns of x·diag(factor), x [n, in], that int8 cannot carry beside the others: int64, at most in/16."""
-    if not x.numel():
-        return torch.empty(0, dtype=torch.int64, device=x.device)
-    x = x.float()
-    if native.usable(x):
-        largest, squares = native.columns(x)
-    else:
-        largest, squares = x.abs().amax(0), x.square().sum(0)
-    if factor is not None:
-        largest, squares = largest * factor, squares * factor.square()
-    limit = OUTLIER * (squares.mean() / len(x)).sqrt()
-    found = (largest > limit).nonzero()[:, 0]
-    most = int(x.shape[1] * MOST_OUTLIERS)
-    return found if len(found) <= most else largest.topk(most).indices
-
-
-def _vnni(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    wide = x.float()
-    apart = outlier_columns(wide, columns)
-    factor = (torch.ones_like(wide[0]) if columns is None else columns).index_fill(0, apart, 0)
-    rounded, row_scale = _round_times(wide, factor)
-    h = _rescaled(torch._int_mm(rounded, weight.T), row_scale, rows, None if bias is None else bias.float())
-    if len(apart):
-        beside = None if columns is None else columns[apart]
-        h.addmm_(_times(wide[:, apart], beside), dequantise(weight[:, apart], rows).T)
-    return h.to(x.dtype)
-
-
-def _round_times(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """x·diag(factor) for x fp32 [n, in], rounded by rows: int8 [n, in] and fp32 [n]."""
-    loops = native.usable(x, factor) and native.fit(x.shape[1], factor)
-    return native.round_rows(x, factor) if loops else quantise_rows(x * factor)
-
-
-def _rescaled(sums: Tensor, row_scale: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """int32 [n, out] -> fp32 diag(row_scale)·sums·diag(scale) + bias."""
-    given = [t for t in (sums, row_scale, scale, bias) if t is not None]
-    if native.usable(*given) and native.fit(sums.shape[1], scale, bias):
-        return native.rescale(sums, row_scale, scale, bias)
-    h = sums.float().mul_(row_scale.unsqueeze(1))
-    h = h if scale is None else h.mul_(scale)
-    return h if bias is None else h.add_(bias)
 
 
 def _blocks(weight: Tensor) -> list[slice]:

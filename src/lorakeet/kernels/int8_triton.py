@@ -34,6 +34,8 @@ try:
 except ImportError:  # available() tells
     triton = None
 
+#: A column of x with a value above so many times x's root mean square is multiplied as it is.
+OUTLIER = 8.0
 #: At most so many outlier columns, and no more than 1/16 of all.
 SLOTS = 32
 #: Values that one program holds at most; what is longer takes several passes.
@@ -134,7 +136,7 @@ def split_columns(x: Tensor) -> Split | None:
     kernels.column_maxima[grid](x, *x.stride(), n, width, top, squares, ROWS=32, COLUMNS=256, STEPS=4)
     block = triton.next_power_of_2(width)
     kernels.choose_columns[(1,)](
-        *(top, squares, len(squares), float(x.numel()), int8.OUTLIER, width, columns, inside),
+        *(top, squares, len(squares), float(x.numel()), OUTLIER, width, columns, inside),
         WIDTH=block,
         PARTS=min(triton.next_power_of_2(len(squares)), HELD // 16),
         CHUNK=min(block, HELD // 4),
@@ -228,7 +230,7 @@ def _kind(t: Tensor) -> Any:
 def split_columns_reference(x: Tensor) -> Tensor:
     """Numbers of the columns of x [n, in] that are multiplied apart, in order, int64 [at most SLOTS]."""
     most, largest = min(SLOTS, x.shape[1] // 16), x.abs().amax(0).float()
-    least = int8.OUTLIER * x.double().square().mean().sqrt().float()
+    least = OUTLIER * x.double().square().mean().sqrt().float()
     if int((largest > least).sum()) > most:
         least = largest.sort(descending=True).values[most]
     return (largest > least).nonzero()[:, 0]

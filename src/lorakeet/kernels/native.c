@@ -1,6 +1,6 @@
-/* What the 8-bit product does around and beside a matrix product of its own, in one pass each over memory.
+/* The 8-bit product of few tokens: the weight is read once, and is multiplied as it is read.
  *
- * Plain C: the compiler makes vectors of these loops. Every function has its slow truth in int8.py.
+ * Its slow truth is in int8.py.
  */
 #include "native.h"
 #include <math.h>
@@ -10,7 +10,7 @@
 
 static inline floats widen(const int8_t *w)
 {
-#if defined(__AVX512F__)
+#if WIDTH == 16
     return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)w)));
 #elif defined(__AVX2__)
     return (floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)w)));
@@ -86,69 +86,5 @@ void few_rows(const float *x, const int8_t *weight, const float *scale, const fl
                 for (; j < out; j++)
                     ROWS_OF(1, 1);
         }
-    }
-}
-
-/* Of each column of x [n, in] the largest absolute value, and the sum of squares. */
-void columns(const float *x, float *largest, float *squares, ptrdiff_t n, ptrdiff_t in)
-{
-    OF_ROWS(in, n)
-    for (ptrdiff_t block = 0; block < in; block += 64) {
-        const ptrdiff_t size = in - block < 64 ? in - block : 64;
-        float most[64] = {0}, sums[64] = {0};
-        for (ptrdiff_t i = 0; i < n; i++) {
-            const float *row = x + i * in + block;
-            for (ptrdiff_t k = 0; k < size; k++) {
-                const float v = fabsf(row[k]);
-                most[k] = v > most[k] ? v : most[k];
-                sums[k] += v * v;
-            }
-        }
-        for (ptrdiff_t k = 0; k < size; k++) {
-            largest[block + k] = most[k];
-            squares[block + k] = sums[k];
-        }
-    }
-}
-
-/* x [n, in] times factor [in] -> int8 [n, in] and one scale for each row; a row of zeros has the scale 1, one with a value
- * that is not finite has the scale NaN. */
-void round_rows(const float *x, const float *factor, int8_t *rounded, float *scale, ptrdiff_t n, ptrdiff_t in)
-{
-    OF_ROWS(n, in)
-    for (ptrdiff_t i = 0; i < n; i++) {
-        const float *row = x + i * in;
-        int8_t *to = rounded + i * in;
-        float largest = 0, broken = 0;
-        for (ptrdiff_t k = 0; k < in; k++) {
-            const float v = fabsf(row[k] * factor[k]);
-            largest = v > largest ? v : largest;
-            broken += v * 0.0f;
-        }
-        const float s = largest > 0 ? largest / 127.0f : 1.0f;
-        scale[i] = s + broken;
-        for (ptrdiff_t k = 0; k < in; k++)
-            to[k] = (int8_t)(int32_t)rintf(row[k] * factor[k] / s);
-    }
-}
-
-/* sums [n, out] of an 8-bit product -> h = sums * row_scale * scale + bias. */
-void rescale(const int32_t *sums, const float *row_scale, const float *scale, const float *bias, float *h, ptrdiff_t n,
-             ptrdiff_t out)
-{
-    OF_ROWS(n, out)
-    for (ptrdiff_t i = 0; i < n; i++) {
-        const int32_t *from = sums + i * out;
-        float *to = h + i * out;
-        const float s = row_scale[i];
-        if (scale && bias)
-            for (ptrdiff_t j = 0; j < out; j++)
-                to[j] = (float)from[j] * s * scale[j] + bias[j];
-        else if (scale)
-            for (ptrdiff_t j = 0; j < out; j++)
-                to[j] = (float)from[j] * s * scale[j];
-        else
-            for (ptrdiff_t j = 0; j < out; j++)
-                to[j] = (float)from[j] * s;
     }
 }

@@ -12,7 +12,7 @@
 #define OF_ROWS(count, each) PRAGMA(omp parallel for schedule(static) if ((count) * (each) > 32768))
 
 /* Vectors of the width that the processor has. */
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
 #define WIDTH 16
 #else
 #define WIDTH 8

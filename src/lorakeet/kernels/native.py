@@ -24,7 +24,7 @@ from lorakeet.files import cache_home
 from lorakeet.kernels.room import passing, workspace
 from lorakeet.talk import say
 
-NAMES = ("native.h", "native.c", "pairs.c", "decode.c", "elementwise.c", "cpu_attention.c")
+NAMES = ("native.h", "tiles.h", "native.c", "pairs.c", "vnni.c", "decode.c", "elementwise.c", "cpu_attention.c")
 SOURCES = [Path(__file__).with_name(name) for name in NAMES]
 #: What ``elementwise.c`` has.
 ELEMENTWISE = ("gated", "gated_backward", "rms_norm", "rms_norm_backward", "rotary", "dropout")
@@ -78,9 +78,6 @@ def _processor() -> str:
 def _signed(loaded: Any) -> Any:
     pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
     loaded.few_rows.argtypes = [pointer] * 6 + [size] * 3
-    loaded.columns.argtypes = [pointer] * 3 + [size] * 2
-    loaded.round_rows.argtypes = [pointer] * 4 + [size] * 2
-    loaded.rescale.argtypes = [pointer] * 5 + [size] * 2
     loaded.gated.argtypes = [pointer] * 3 + [size, ctypes.c_int]
     loaded.gated_backward.argtypes = [pointer] * 5 + [size, ctypes.c_int, ctypes.c_int]
     loaded.rms_norm.argtypes = [pointer] * 4 + [size] * 2 + [ctypes.c_float] * 2
@@ -88,12 +85,16 @@ def _signed(loaded: Any) -> Any:
     loaded.rotary.argtypes = [pointer] * 4 + [size] * 3 + [ctypes.c_int]
     bits = [ctypes.c_uint32] * 3
     loaded.dropout.argtypes = [pointer] * 2 + [size, *bits, ctypes.c_float, ctypes.c_int]
-    for name in ("few_rows", "columns", "round_rows", "rescale", *ELEMENTWISE):
+    for name in ("few_rows", *ELEMENTWISE):
         getattr(loaded, name).restype = None
     if hasattr(loaded, "pair_product"):
         loaded.strips_size.argtypes, loaded.strips_size.restype = [size] * 2, size
         loaded.round_strips.argtypes, loaded.round_strips.restype = [pointer] * 4 + [size] * 2, None
         loaded.pair_product.argtypes, loaded.pair_product.restype = [pointer] * 6 + [size] * 3 + [ctypes.c_int], None
+        loaded.group_size.argtypes, loaded.group_size.restype = [], size
+        loaded.groups_size.argtypes, loaded.groups_size.restype = [size] * 2, size
+        loaded.round_groups.argtypes, loaded.round_groups.restype = [pointer] * 5 + [size] * 2, None
+        loaded.group_gradient.argtypes, loaded.group_gradient.restype = [pointer] * 6 + [size] * 3, None
     return loaded
 
 
@@ -120,30 +121,14 @@ def few_rows(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None, bi
     return h
 
 
-def columns(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest absolute value, and sum of squares, of each column of x fp32 [n, in]: fp32 [in] and [in]."""
-    largest, squares = x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
-    library().columns(_at(x), _at(largest), _at(squares), *x.shape)
-    return largest, squares
-
-
-def round_rows(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """x·diag(factor), x fp32 [n, in], rounded by each row's largest value: int8 [n, in] and fp32 [n]."""
-    rounded, scale = torch.empty(x.shape, dtype=torch.int8), x.new_empty(len(x))
-    library().round_rows(_at(x), _at(factor), _at(rounded), _at(scale), *x.shape)
-    return rounded, scale
-
-
-def rescale(sums: Tensor, row_scale: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """int32 [n, out] -> fp32 diag(row_scale)·sums·diag(scale) + bias."""
-    h = passing(row_scale, *sums.shape)
-    library().rescale(_at(sums), _at(row_scale), _at(scale), _at(bias), _at(h), *sums.shape)
-    return h
-
-
 def has_pairs() -> bool:
-    """Whether this processor has what ``pairs.c`` is written for (AVX2), and the library is there."""
+    """Whether this processor has what ``pairs.c`` and ``vnni.c`` can be compiled for (AVX2), and the library is there."""
     return hasattr(library(), "pair_product")
+
+
+def has_dots() -> bool:
+    """Whether this processor has the 8-bit dot products that ``vnni.c`` is written for, and the library is there."""
+    return has_pairs() and bool(library().vnni_is_fast())
 
 
 def pair_product(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -170,6 +155,25 @@ def _strips(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
     row_scale = x.new_empty(x.shape[0])
     library().round_strips(_at(x), _at(factor), _at(strips), _at(row_scale), *x.shape)
     return strips, row_scale
+
+
+def group_gradient(g: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None) -> Tensor:
+    """∂x = (g·diag(s))·W₈·diag(c) for g fp32 [n, out], rounded to 8 bits by groups, W₈ int8 [out, in]; fp32 [n, in]."""
+    codes, row_scale, start = _groups(g, rows)
+    dx = passing(g, g.shape[0], weight.shape[1])
+    at = (_at(codes), _at(row_scale), _at(start), _at(weight), _at(columns), _at(dx))
+    library().group_gradient(*at, g.shape[0], *weight.shape)
+    return dx
+
+
+def _groups(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x·diag(factor) as ``round_groups`` lays it out, until the next one is: its bytes, scales, and where sums begin."""
+    groups = library().groups_size(*x.shape)
+    size = library().group_size() * groups
+    memory = workspace(size + 8 * groups, torch.int8)
+    codes, scale, start = memory[:size], memory[size : size + 4 * groups], memory[size + 4 * groups :]
+    library().round_groups(_at(x), _at(factor), _at(codes), _at(scale), _at(start), *x.shape)
+    return codes, scale, start
 
 
 def takes(*tensors: Tensor) -> bool:

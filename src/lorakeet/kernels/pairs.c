@@ -1,19 +1,13 @@
-/* The 8-bit product of many tokens on processors without 8-bit dot products (AVX2).
+/* The 8-bit product of many tokens, x in 16 bits (AVX2, AVX-512, VNNI).
  *
  * x is rounded to 16 bits with one scale for each row, the weight's bytes are widened to 16 bits a panel at a time, and
- * vpmaddwd multiplies and adds neighbours in pairs: twice as many products an instruction as fp32 has, sums exact in int32.
- * Its slow truth is in int8.py.
+ * vpmaddwd or vpdpwssd multiplies and adds neighbours in pairs: twice as many products an instruction as fp32 has, sums exact
+ * in int32. Its slow truth is in int8.py.
  */
-#include "native.h"
+#include "tiles.h"
 #if defined(__AVX2__)
-#include <float.h>
-#include <immintrin.h>
-#include <math.h>
-#include <string.h>
 
 enum {
-    STRIP = 6,    /* rows of x in a tile */
-    PANEL = 16,   /* columns of the result in a tile: two vectors of eight sums */
     DEPTH = 640,  /* at most so many products are summed in int32, and are widened at once: a panel stays in the first cache */
     STEP = 16     /* depths are filled up with zeros to a multiple of this */
 };
@@ -106,7 +100,7 @@ void round_strips(const float *x, const float *factor, int16_t *strips, float *s
     }
 }
 
-/* Eight rows of the weight by sixteen bytes -> their half of eight pairs of a panel: [pair][16 columns][2]. */
+/* Eight rows of the weight by sixteen bytes -> their columns of eight pairs of a panel: [pair][PANEL][2]. */
 static inline void transpose_pairs(const int8_t *from, ptrdiff_t stride, int16_t *to)
 {
     __m128i rows[8], two[8], four[8];
@@ -127,86 +121,78 @@ static inline void transpose_pairs(const int8_t *from, ptrdiff_t stride, int16_t
     }
 }
 
-/* weight [out, in], channels from j on, inputs from k0 on -> panel [pair][16][2]; zeros beyond its edges. */
+/* weight [out, in], channels from j on, inputs from k0 on -> panel [pair][PANEL][2]; zeros beyond its edges. */
 static void panel_of_channels(const int8_t *weight, int16_t *panel, ptrdiff_t out, ptrdiff_t in, ptrdiff_t j, ptrdiff_t k0,
                               ptrdiff_t size)
 {
-    for (ptrdiff_t k = 0; k < size; k += STEP) {
-        int8_t edge[PANEL][STEP];
-        const int8_t *from = weight + j * in + k0 + k;
-        ptrdiff_t stride = in;
-        if (j + PANEL > out || k0 + k + STEP > in) {
-            const ptrdiff_t rows = out - j < PANEL ? out - j : PANEL, left = in - k0 - k;
-            memset(edge, 0, sizeof edge);
-            for (ptrdiff_t r = 0; r < rows && left > 0; r++)
-                memcpy(edge[r], from + r * in, (size_t)(left < STEP ? left : STEP));
-            from = edge[0];
-            stride = STEP;
+    for (ptrdiff_t k = 0; k < size; k += STEP)
+        for (ptrdiff_t c = 0; c < PANEL; c += 8) {
+            int8_t edge[8][STEP];
+            const int8_t *from = weight + (j + c) * in + k0 + k;
+            ptrdiff_t stride = in;
+            if (j + c + 8 > out || k0 + k + STEP > in) {
+                const ptrdiff_t rows = out - j - c < 8 ? out - j - c : 8, left = in - k0 - k;
+                memset(edge, 0, sizeof edge);
+                for (ptrdiff_t r = 0; r < rows && left > 0; r++)
+                    memcpy(edge[r], from + r * in, (size_t)(left < STEP ? left : STEP));
+                from = edge[0];
+                stride = STEP;
+            }
+            transpose_pairs(from, stride, panel + k * PANEL + 2 * c);
         }
-        transpose_pairs(from, stride, panel + k * PANEL);
-        transpose_pairs(from + 8 * stride, stride, panel + k * PANEL + PANEL);
-    }
 }
 
-/* weight [out, in], inputs from j on, channels from k0 on -> panel [pair][16][2]; zeros beyond its edges. */
+/* weight [out, in], inputs from j on, channels from k0 on -> panel [pair][PANEL][2]; zeros beyond its edges. */
 static void panel_of_inputs(const int8_t *weight, int16_t *panel, ptrdiff_t out, ptrdiff_t in, ptrdiff_t j, ptrdiff_t k0,
                             ptrdiff_t size)
 {
-    const size_t width = (size_t)(in - j < PANEL ? in - j : PANEL);
-    for (ptrdiff_t k = 0; k < size; k += 2) {
-        __m128i rows[2];
-        for (ptrdiff_t r = 0; r < 2; r++) {
-            const int8_t *from = weight + (k0 + k + r) * in + j;
-            if (k0 + k + r < out && width == PANEL)
+    for (ptrdiff_t k = 0; k < size; k += 2)
+        for (ptrdiff_t c = 0; c < PANEL; c += 16) {
+            const ptrdiff_t left = in - j - c;
+            __m128i rows[2];
+            for (ptrdiff_t r = 0; r < 2; r++) {
+                const int8_t *from = weight + (k0 + k + r) * in + j + c;
+                int8_t edge[16] = {0};
+                if (k0 + k + r >= out || left < 16) {
+                    if (k0 + k + r < out && left > 0)
+                        memcpy(edge, from, (size_t)left);
+                    from = edge;
+                }
                 rows[r] = _mm_loadu_si128((const __m128i *)from);
-            else {
-                int8_t edge[PANEL] = {0};
-                if (k0 + k + r < out)
-                    memcpy(edge, from, width);
-                rows[r] = _mm_loadu_si128((const __m128i *)edge);
             }
+            __m256i *to = (__m256i *)(panel + k * PANEL + 2 * c);
+            _mm256_store_si256(to, _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(rows[0], rows[1])));
+            _mm256_store_si256(to + 1, _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(rows[0], rows[1])));
         }
-        __m256i *to = (__m256i *)(panel + k * PANEL);
-        _mm256_store_si256(to, _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(rows[0], rows[1])));
-        _mm256_store_si256(to + 1, _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(rows[0], rows[1])));
-    }
-}
-
-/* In place: the compiler would move each sum to another register and back. */
-#define PLUS(sum, more) __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(more))
-
-/* sums [6][16] of a strip and a panel. */
-static inline void tile(const int16_t *strip, const int16_t *panel, ptrdiff_t size, __m256i sums[STRIP][2])
-{
-    __m256i s[STRIP][2];
-    for (int r = 0; r < STRIP; r++)
-        s[r][0] = s[r][1] = _mm256_setzero_si256();
-    for (ptrdiff_t k = 0; k < size; k += 2, strip += 2 * STRIP, panel += 2 * PANEL) {
-        const __m256i low = _mm256_load_si256((const __m256i *)panel), high = _mm256_load_si256((const __m256i *)panel + 1);
-        for (int r = 0; r < STRIP; r++) {
-            int32_t pair;
-            memcpy(&pair, strip + 2 * r, 4);
-            const __m256i x = _mm256_set1_epi32(pair), a = _mm256_madd_epi16(x, low), b = _mm256_madd_epi16(x, high);
-            PLUS(s[r][0], a);
-            PLUS(s[r][1], b);
-        }
-    }
-    memcpy(sums, s, sizeof s);
 }
 
 /* A tile of h: the first block's sums are written, what follows is added. */
-static inline void put(const __m256i sums[STRIP][2], const float *row_scale, const float *scale, const float *bias, float *h,
-                       ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t columns, int first)
+static inline void tile(const int16_t *strip, const int16_t *panel, ptrdiff_t size, const float *row_scale,
+                        const float *scale, const float *bias, float *h, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t columns,
+                        int first)
 {
+    sums_of s[STRIP][2];
+    for (int r = 0; r < STRIP; r++)
+        s[r][0] = s[r][1] = EVERY(0);
+    for (ptrdiff_t k = 0; k < size; k += 2, strip += 2 * STRIP, panel += 2 * PANEL) {
+        const sums_of low = LOAD(panel), high = LOAD(panel + 2 * WIDTH);
+        for (int r = 0; r < STRIP; r++) {
+            int32_t pair;
+            memcpy(&pair, strip + 2 * r, 4);
+            const sums_of x = EVERY(pair);
+            PLUS_PAIRS(s[r][0], x, low);
+            PLUS_PAIRS(s[r][1], x, high);
+        }
+    }
+    sums_of made[STRIP][2]; /* those above stay in registers if they are not asked for by number */
+    memcpy(made, s, sizeof s);
     for (ptrdiff_t r = 0; r < rows; r++) {
         float edge[PANEL], *to = columns == PANEL ? h + r * stride : edge;
         if (columns < PANEL && !first)
             memcpy(edge, h + r * stride, (size_t)columns * sizeof(float));
         for (int half = 0; half < 2; half++) {
-            __m256 v = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[r][half]), _mm256_set1_ps(row_scale[r]));
-            v = _mm256_mul_ps(v, _mm256_loadu_ps(scale + 8 * half));
-            v = _mm256_add_ps(v, first ? _mm256_loadu_ps(bias + 8 * half) : _mm256_loadu_ps(to + 8 * half));
-            _mm256_storeu_ps(to + 8 * half, v);
+            const floats v = IN_FP32(made[r][half]) * row_scale[r] * load(scale + WIDTH * half);
+            store(to + WIDTH * half, v + (first ? load(bias + WIDTH * half) : load(to + WIDTH * half)));
         }
         if (columns < PANEL)
             memcpy(h + r * stride, edge, (size_t)columns * sizeof(float));
@@ -219,27 +205,29 @@ void pair_product(const int16_t *strips, const float *row_scale, const int8_t *w
                   float *h, ptrdiff_t n, ptrdiff_t out, ptrdiff_t in, int transposed)
 {
     const ptrdiff_t columns = transposed ? in : out, depth = transposed ? out : in;
-    const ptrdiff_t size = block_size(depth), count = (n + STRIP - 1) / STRIP;
-#pragma omp parallel for schedule(dynamic) if (n * columns > 4096)
-    for (ptrdiff_t j = 0; j < columns; j += PANEL) {
-        const ptrdiff_t width = columns - j < PANEL ? columns - j : PANEL;
-        _Alignas(64) int16_t panel[DEPTH * PANEL];
-        float ones[PANEL], zeros[PANEL] = {0};
-        for (int c = 0; c < PANEL; c++)
-            ones[c] = 1;
-        if (scale)
-            memcpy(ones, scale + j, (size_t)width * sizeof(float));
-        if (bias)
-            memcpy(zeros, bias + j, (size_t)width * sizeof(float));
-        for (ptrdiff_t from = 0; from < depth; from += size) {
-            (transposed ? panel_of_inputs : panel_of_channels)(weight, panel, out, in, j, from, size);
-            for (ptrdiff_t s = 0; s < count; s++) {
-                __m256i sums[STRIP][2];
-                const ptrdiff_t rows = n - s * STRIP < STRIP ? n - s * STRIP : STRIP;
-                tile(strips + (from * count + s * size) * STRIP, panel, size, sums);
-                put(sums, row_scale + s * STRIP, ones, zeros, h + s * STRIP * columns + j, columns, rows, width, from == 0);
+    const ptrdiff_t size = block_size(depth), count = (n + STRIP - 1) / STRIP, panels = (columns + PANEL - 1) / PANEL;
+    const ptrdiff_t parts = row_parts(panels, n), each = (count + parts - 1) / parts;
+#pragma omp parallel for schedule(dynamic) collapse(2) if (n * columns > 4096)
+    for (ptrdiff_t p = 0; p < panels; p++)
+        for (ptrdiff_t part = 0; part < parts; part++) {
+            const ptrdiff_t j = p * PANEL, width = columns - j < PANEL ? columns - j : PANEL;
+            const ptrdiff_t last = (part + 1) * each < count ? (part + 1) * each : count;
+            _Alignas(64) int16_t panel[DEPTH * PANEL];
+            float ones[PANEL], zeros[PANEL] = {0};
+            for (int c = 0; c < PANEL; c++)
+                ones[c] = 1;
+            if (scale)
+                memcpy(ones, scale + j, (size_t)width * sizeof(float));
+            if (bias)
+                memcpy(zeros, bias + j, (size_t)width * sizeof(float));
+            for (ptrdiff_t from = 0; from < depth; from += size) {
+                (transposed ? panel_of_inputs : panel_of_channels)(weight, panel, out, in, j, from, size);
+                for (ptrdiff_t s = part * each; s < last; s++) {
+                    const ptrdiff_t rows = n - s * STRIP < STRIP ? n - s * STRIP : STRIP;
+                    tile(strips + (from * count + s * size) * STRIP, panel, size, row_scale + s * STRIP, ones, zeros,
+                         h + s * STRIP * columns + j, columns, rows, width, from == 0);
+                }
             }
         }
-    }
 }
 #endif

@@ -1,0 +1,68 @@
+/* What the products of many tokens share: a tile of the result, and the instructions that sum products of small integers. */
+#ifndef LORAKEET_TILES_H
+#define LORAKEET_TILES_H
+
+#include "native.h"
+#if defined(__AVX2__)
+#include <float.h>
+#include <immintrin.h>
+#include <string.h>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+/* Vectors of int32 sums. PLUS_PAIRS adds to each the products of two 16-bit neighbours, PLUS_FOURS those of four unsigned by
+ * four signed bytes; in place, for the compiler would move each sum to another register and back. */
+#if WIDTH == 16
+typedef __m512i sums_of;
+#define LOAD(p) _mm512_loadu_si512((const void *)(p))
+#define EVERY(v) _mm512_set1_epi32(v)
+#define IN_FP32(sums) (floats)_mm512_cvtepi32_ps(sums)
+#else
+typedef __m256i sums_of;
+#define LOAD(p) _mm256_loadu_si256((const __m256i *)(p))
+#define EVERY(v) _mm256_set1_epi32(v)
+#define IN_FP32(sums) (floats)_mm256_cvtepi32_ps(sums)
+#endif
+
+#if defined(__AVX512VNNI__)
+#define PLUS_PAIRS(sums, a, b) __asm__("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b))
+#define PLUS_FOURS(sums, a, b) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b))
+#elif defined(__AVXVNNI__)
+#define PLUS_PAIRS(sums, a, b) __asm__("{vex} vpdpwssd %2, %1, %0" : "+x"(sums) : "x"(a), "x"(b))
+#define PLUS_FOURS(sums, a, b) __asm__("{vex} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(a), "x"(b))
+#else
+#define NO_DOTS
+#define PLUS(sums, more) __asm__("vpaddd %1, %0, %0" : "+v"(sums) : "v"(more))
+#if WIDTH == 16
+#define PLUS_PAIRS(sums, a, b) PLUS(sums, _mm512_madd_epi16(a, b))
+#else
+#define PLUS_PAIRS(sums, a, b) PLUS(sums, _mm256_madd_epi16(a, b))
+#endif
+/* Exact, and slow: for the tests. */
+#define PLUS_FOURS(sums, a, b) fours((int32_t *)&sums, (const uint8_t *)&a, (const int8_t *)&b)
+static inline void fours(int32_t *sums, const uint8_t *a, const int8_t *b)
+{
+    for (int i = 0; i < 4 * WIDTH; i++)
+        sums[i / 4] += a[i] * b[i];
+}
+#endif
+
+enum {
+    STRIP = WIDTH == 16 ? 12 : 6, /* rows of x in a tile: with these its sums fill most of the registers */
+    PANEL = 2 * WIDTH             /* columns of the result in a tile */
+};
+
+/* In how many parts the rows are taken, where there are few panels for the threads; each part packs its panels by itself. */
+static inline ptrdiff_t row_parts(ptrdiff_t panels, ptrdiff_t n)
+{
+#if defined(_OPENMP)
+    const ptrdiff_t wanted = (4 * omp_get_max_threads() + panels - 1) / panels, most = 1 + n / (10 * STRIP);
+    return wanted < most ? wanted : most;
+#else
+    (void)panels, (void)n;
+    return 1;
+#endif
+}
+#endif
+#endif

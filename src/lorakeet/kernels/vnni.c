@@ -1,0 +1,209 @@
+/* The gradient to the input of an 8-bit layer on processors with 8-bit dot products (AVX-512 VNNI, AVX-VNNI).
+ *
+ * g is rounded to 8 bits with one scale for each GROUP of a row's values: sixteen instructions sum a group in int32, then the
+ * sums are scaled and added in fp32. vpdpbusd multiplies unsigned by signed bytes and adds four neighbours: the weight's bytes
+ * are moved up by 128 on their way into a panel, and the sums begin at -128 times those of g. Its slow truth is in int8.py.
+ */
+#include "tiles.h"
+#if defined(__AVX2__)
+enum {
+    GROUP = 64,   /* values of g that share a scale */
+    DEPTH = 2048  /* so much of the weight is packed at once: a panel stays in the second cache */
+};
+
+/* Whether the processor has the instruction that this file is for. */
+int vnni_is_fast(void)
+{
+#if defined(NO_DOTS)
+    return 0;
+#else
+    return 1;
+#endif
+}
+
+ptrdiff_t group_size(void)
+{
+    return GROUP;
+}
+
+static ptrdiff_t groups_of(ptrdiff_t depth)
+{
+    return (depth + GROUP - 1) / GROUP;
+}
+
+/* How many scales, and starts, round_groups writes; GROUP times as many bytes of x. */
+ptrdiff_t groups_size(ptrdiff_t n, ptrdiff_t depth)
+{
+    return (n + STRIP - 1) / STRIP * STRIP * groups_of(depth);
+}
+
+/* The scale of a group whose largest magnitude has these bits, and what its values are multiplied by: 1 and 0 for zeros, NaN
+ * and 0 where a value is not finite. Values of fp32 order as their bits do, what is not finite above all others. */
+static inline float scale_of(int32_t bits, float *inverse)
+{
+    float largest;
+    memcpy(&largest, &bits, sizeof largest);
+    *inverse = 0.0f;
+    if (bits >= 0x7f800000)
+        return NAN;
+    if (largest < 127.0f * FLT_MIN)
+        return 1.0f;
+    *inverse = 127.0f / largest;
+    return largest / 127.0f;
+}
+
+/* GROUP values of a row, `left` of them in memory, times their factors -> int8, zeros beyond them, their scale, and where their
+ * sums begin. */
+static inline void round_group(const float *row, const float *factor, ptrdiff_t left, int32_t *codes, float *scale,
+                               int32_t *start)
+{
+    float inverse;
+#if WIDTH == 16
+    const __m512i magnitude = _mm512_set1_epi32(INT32_MAX);
+    __m512 v[GROUP / 16];
+    __m512i most = _mm512_setzero_si512(), sum = most;
+    for (int q = 0; q < GROUP / 16; q++) {
+        const ptrdiff_t there = left - 16 * q;
+        const __mmask16 mask = there >= 16 ? 0xffff : there <= 0 ? 0 : (__mmask16)((1u << there) - 1);
+        v[q] = _mm512_maskz_loadu_ps(mask, row + 16 * q);
+        if (factor)
+            v[q] = _mm512_mul_ps(v[q], _mm512_maskz_loadu_ps(mask, factor + 16 * q));
+        most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(v[q]), magnitude));
+    }
+    *scale = scale_of(_mm512_reduce_max_epi32(most), &inverse);
+    for (int q = 0; q < GROUP / 16; q++) {
+        const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(v[q], _mm512_set1_ps(inverse)));
+        _mm_storeu_si128((__m128i *)codes + q, _mm512_cvtepi32_epi8(code));
+        sum = _mm512_add_epi32(sum, code);
+    }
+    *start = -128 * _mm512_reduce_add_epi32(sum);
+#else
+    float v[GROUP];
+    int32_t most = 0, sum = 0;
+    int8_t made[GROUP];
+    for (ptrdiff_t k = 0; k < GROUP; k++) {
+        int32_t bits;
+        v[k] = k >= left ? 0.0f : factor ? row[k] * factor[k] : row[k];
+        memcpy(&bits, v + k, sizeof bits);
+        bits &= INT32_MAX;
+        most = bits > most ? bits : most;
+    }
+    *scale = scale_of(most, &inverse);
+    for (int k = 0; k < GROUP; k++) {
+        const int32_t code = inverse > 0 ? (int32_t)rintf(v[k] * inverse) : 0;
+        made[k] = (int8_t)code;
+        sum += code;
+    }
+    memcpy(codes, made, sizeof made);
+    *start = -128 * sum;
+#endif
+}
+
+/* x [n, depth] times factor [depth] (or NULL: 1) -> int8 in strips, [strip][four values][row of the strip][4], and of each row
+ * of a strip and group its scale and where its sums begin, [strip][group][row]. */
+void round_groups(const float *x, const float *factor, int8_t *codes, float *scale, int32_t *start, ptrdiff_t n,
+                  ptrdiff_t depth)
+{
+    const ptrdiff_t count = (n + STRIP - 1) / STRIP, groups = groups_of(depth);
+    OF_ROWS(n, depth)
+    for (ptrdiff_t s = 0; s < count; s++)
+        for (ptrdiff_t g = 0; g < groups; g++) {
+            const ptrdiff_t at = (s * groups + g) * STRIP;
+            int32_t *to = (int32_t *)(codes + at * GROUP);
+            for (ptrdiff_t r = 0; r < STRIP; r++) {
+                const ptrdiff_t row = s * STRIP + r < n ? s * STRIP + r : n - 1;
+                int32_t four[GROUP / 4];
+                round_group(x + row * depth + g * GROUP, factor ? factor + g * GROUP : NULL, depth - g * GROUP, four,
+                            scale + at + r, start + at + r);
+                for (int k = 0; k < GROUP / 4; k++)
+                    to[k * STRIP + r] = four[k];
+            }
+        }
+}
+
+/* weight [out, in], inputs from j on, channels from k0 on -> panel [four values][PANEL][4]. */
+static void pack(const int8_t *weight, int8_t *panel, ptrdiff_t out, ptrdiff_t in, ptrdiff_t j, ptrdiff_t k0, ptrdiff_t size)
+{
+    const __m128i up = _mm_set1_epi8(-128);
+    for (ptrdiff_t k = 0; k < size; k += 4)
+        for (ptrdiff_t c = 0; c < PANEL; c += 16) {
+            const ptrdiff_t left = in - j - c;
+            __m128i rows[4];
+            for (ptrdiff_t r = 0; r < 4; r++) {
+                const int8_t *from = weight + (k0 + k + r) * in + j + c;
+                int8_t edge[16] = {0};
+                if (k0 + k + r >= out || left < 16) {
+                    if (k0 + k + r < out && left > 0)
+                        memcpy(edge, from, (size_t)left);
+                    from = edge;
+                }
+                rows[r] = _mm_xor_si128(_mm_loadu_si128((const __m128i *)from), up);
+            }
+            const __m128i a = _mm_unpacklo_epi8(rows[0], rows[1]), b = _mm_unpackhi_epi8(rows[0], rows[1]);
+            const __m128i d = _mm_unpacklo_epi8(rows[2], rows[3]), e = _mm_unpackhi_epi8(rows[2], rows[3]);
+            __m128i *to = (__m128i *)(panel + k * PANEL + c * 4);
+            _mm_storeu_si128(to, _mm_unpacklo_epi16(a, d));
+            _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(a, d));
+            _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(b, e));
+            _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(b, e));
+        }
+}
+
+/* sums [STRIP][PANEL] of one strip and one panel, over `groups` groups. */
+static inline void tile(const int8_t *codes, const float *scale, const int32_t *start, const int8_t *panel, ptrdiff_t groups,
+                        float sums[STRIP][PANEL])
+{
+    memset(sums, 0, sizeof(float[STRIP][PANEL]));
+    for (ptrdiff_t g = 0; g < groups; g++, scale += STRIP, start += STRIP) {
+        sums_of s[STRIP][2];
+        for (int r = 0; r < STRIP; r++)
+            s[r][0] = s[r][1] = EVERY(start[r]);
+        for (int k = 0; k < GROUP / 4; k++, codes += 4 * STRIP, panel += 4 * PANEL) {
+            const sums_of low = LOAD(panel), high = LOAD(panel + 4 * WIDTH);
+            for (int r = 0; r < STRIP; r++) {
+                int32_t four;
+                memcpy(&four, codes + 4 * r, 4);
+                const sums_of x = EVERY(four);
+                PLUS_FOURS(s[r][0], low, x);
+                PLUS_FOURS(s[r][1], high, x);
+            }
+        }
+        for (int r = 0; r < STRIP; r++) {
+            store(sums[r], load(sums[r]) + IN_FP32(s[r][0]) * scale[r]);
+            store(sums[r] + WIDTH, load(sums[r] + WIDTH) + IN_FP32(s[r][1]) * scale[r]);
+        }
+    }
+}
+
+/* dx = (g W8) diag(scale) [n, in] of what round_groups made of g [n, out] times the weight's own scales. scale may be NULL. */
+void group_gradient(const int8_t *codes, const float *row_scale, const int32_t *start, const int8_t *weight,
+                    const float *scale, float *dx, ptrdiff_t n, ptrdiff_t out, ptrdiff_t in)
+{
+    const ptrdiff_t groups = groups_of(out), strips = (n + STRIP - 1) / STRIP, panels = (in + PANEL - 1) / PANEL;
+    const ptrdiff_t parts = row_parts(panels, n), each = (strips + parts - 1) / parts;
+#pragma omp parallel for schedule(dynamic) collapse(2) if (n * in > 4096)
+    for (ptrdiff_t p = 0; p < panels; p++)
+        for (ptrdiff_t part = 0; part < parts; part++) {
+            const ptrdiff_t j = p * PANEL, width = in - j < PANEL ? in - j : PANEL;
+            const ptrdiff_t last = (part + 1) * each < strips ? (part + 1) * each : strips;
+            _Alignas(64) int8_t panel[DEPTH * PANEL];
+            float ones[PANEL];
+            for (int c = 0; c < PANEL; c++)
+                ones[c] = scale && c < width ? scale[j + c] : 1;
+            for (ptrdiff_t g = 0; g < groups; g += DEPTH / GROUP) {
+                const ptrdiff_t some = groups - g < DEPTH / GROUP ? groups - g : DEPTH / GROUP;
+                pack(weight, panel, out, in, j, g * GROUP, some * GROUP);
+                for (ptrdiff_t s = part * each; s < last; s++) {
+                    float sums[STRIP][PANEL];
+                    const ptrdiff_t at = (s * groups + g) * STRIP, rows = n - s * STRIP < STRIP ? n - s * STRIP : STRIP;
+                    tile(codes + at * GROUP, row_scale + at, start + at, panel, some, sums);
+                    for (ptrdiff_t r = 0; r < rows; r++) {
+                        float *to = dx + (s * STRIP + r) * in + j;
+                        for (ptrdiff_t c = 0; c < width; c++)
+                            to[c] = sums[r][c] * ones[c] + (g ? to[c] : 0.0f);
+                    }
+                }
+            }
+        }
+}
+#endif
