@@ -165,6 +165,11 @@ def test_bits_against_dtype(settings: dict[str, object]) -> None:
         dtype_of(**settings)
 
 
+def test_around_weights_in_8_bits_a_cpu_computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakeet.base.precision.has_bf16", lambda device: True)
+    assert dtype_of(bits=8) == torch.float32 and dtype_of() == dtype_of(bits=8, dtype="bf16") == torch.bfloat16
+
+
 def test_bf16_without_instructions_warns(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     for has, said in ((True, False), (False, True)):
         monkeypatch.setattr("lorakeet.base.precision.has_bf16", lambda device, has=has: has)
