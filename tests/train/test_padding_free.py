@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
 
 from lorakeet.adapter.model import get_peft_model
 from lorakeet.errors import TrainingError
+from lorakeet.kernels.attention import segment_attention
 from lorakeet.lora.config import LoraConfig
 from lorakeet.train.padding_free import PROVEN, padding_free, why_padded
 from tiny import shake
@@ -154,8 +155,7 @@ def rows_computed(model: nn.Module) -> tuple[list[int], Callable[[], None]]:
 @pytest.mark.parametrize("kind", sorted(PROVEN))
 def test_outputs_and_gradients_are_those_of_the_padded_model(kind: str) -> None:
     model = adapted(small(kind))
-    for left in (False, True):
-        batch = ragged(left)
+    for batch in (ragged(), ragged(left=True), ragged(lengths=[COLUMNS] * 2)):
         expected = outcome(model, batch)
         with padding_free(model):
             found = outcome(model, batch)
@@ -175,6 +175,19 @@ def test_layers_get_the_real_positions_and_nothing_else(kind: str) -> None:
         outcome(model, ragged())
     stop()
     assert set(seen) == {TOTAL} and len(seen) == padded
+
+
+def test_attention_of_rows_without_padding_is_ours_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = small("llama"), []
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *rest: Any) -> Tensor:
+        seen.append(lengths)
+        return segment_attention(q, k, v, lengths, *rest)
+
+    monkeypatch.setattr("lorakeet.train.padding_free.segment_attention", attention)
+    with padding_free(model):
+        model(**ragged(lengths=[5, 5]))
+    assert seen == [(5, 5)] * model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -281,7 +294,6 @@ def test_what_a_packed_row_cannot_give_comes_from_the_padded_model() -> None:
         batch | {"output_attentions": True},
         batch | {"use_cache": True},
         full,
-        full | {"attention_mask": torch.ones(ROWS, COLUMNS, dtype=torch.long)},
     ]
     for given in wanted:
         expected = model(**given)

@@ -242,8 +242,8 @@ def padding_free(model: nn.Module) -> Iterator[None]:
 
     ``model`` is an encoder or decoder of transformers, or anything around one (an adapter, a wrapper). Outputs at
     padding are no longer anything a layer has computed. The backward pass belongs inside too, where layers may be run again
-    for gradient checkpointing. A forward pass that asks for hidden states, attentions or a
-    cache, or that has no padding, runs as it always does. No cache is kept unless one is asked for.
+    for gradient checkpointing. A forward pass that asks for hidden states, attentions or a cache, or that has no padding and
+    is not on a CPU, runs as it always does. No cache is kept unless one is asked for.
 
     Raises:
         TrainingError: the model cannot (see :func:`why_padded`).
@@ -295,7 +295,7 @@ class _Gate:
 
     def _wants_padding(self, given: dict[str, Any]) -> bool:
         mask = given.get("attention_mask")
-        if not torch.is_tensor(mask) or mask.ndim != 2 or not _is_ragged(mask.bool()):
+        if not torch.is_tensor(mask) or mask.ndim != 2 or not _gains(mask.bool()):
             return True
         wanted = ("output_hidden_states", "output_attentions", "output_router_logits")
         if any(getattr(self.config, name, None) if given.get(name) is None else given[name] for name in wanted):
@@ -304,10 +304,11 @@ class _Gate:
         return any(given.get(name) is not None and given.get(name) is not False for name in cached)
 
 
-def _is_ragged(mask: Tensor) -> bool:
-    """Whether a mask [B, T] has padding and no row has any between its real positions, which a window would count."""
+def _gains(mask: Tensor) -> bool:
+    """Whether a mask [B, T] has padding, or lies on a CPU, where attention in a row is faster than torch's of a batch; and no
+    row has padding between its real positions, which a window would count."""
     starts = mask[:, 0].int() + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
-    return bool(mask.any()) and not bool(mask.all()) and int(starts.max()) == 1
+    return bool(mask.any()) and (mask.is_cpu or not bool(mask.all())) and int(starts.max()) == 1
 
 
 def _packing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packing | None:
