@@ -81,20 +81,20 @@ void round_strips(const float *x, const float *factor, int16_t *strips, float *s
         for (ptrdiff_t from = 0; from < depth; from += size) {
             int32_t *to = (int32_t *)strips + (from * count + s * size) / 2 * STRIP;
             for (ptrdiff_t k = from; k < from + size; k += STEP, to += STEP / 2 * STRIP)
-                for (ptrdiff_t r = 0; r < STRIP; r++) {
-                    const float *row = x + (s * STRIP + (r < rows ? r : 0)) * depth;
-                    const __m256 times = _mm256_set1_ps(inverse[r]);
-                    __m256i half[2];
-                    for (int h = 0; h < 2; h++) {
-                        const ptrdiff_t at = k + 8 * h;
-                        const __m256 v = eight(row + at, factor ? factor + at : NULL, depth - at);
-                        half[h] = _mm256_cvtps_epi32(_mm256_mul_ps(v, times));
+                for (ptrdiff_t r = 0; r < STRIP; r += 2) {
+                    __m256i pairs[2];
+                    for (ptrdiff_t two = 0; two < 2; two++) {
+                        const float *row = x + (s * STRIP + (r + two < rows ? r + two : 0)) * depth;
+                        const __m256 times = _mm256_set1_ps(inverse[r + two]);
+                        __m256i half[2];
+                        for (int h = 0; h < 2; h++) {
+                            const ptrdiff_t at = k + 8 * h;
+                            const __m256 v = eight(row + at, factor ? factor + at : NULL, depth - at);
+                            half[h] = _mm256_cvtps_epi32(_mm256_mul_ps(v, times));
+                        }
+                        pairs[two] = _mm256_permute4x64_epi64(_mm256_packs_epi32(half[0], half[1]), 0xD8);
                     }
-                    int32_t pairs[STEP / 2];
-                    _mm256_storeu_si256((__m256i *)pairs,
-                                        _mm256_permute4x64_epi64(_mm256_packs_epi32(half[0], half[1]), 0xD8));
-                    for (int pair = 0; pair < STEP / 2; pair++)
-                        to[pair * STRIP + r] = pairs[pair];
+                    put_two(pairs[0], pairs[1], to + r);
                 }
         }
     }

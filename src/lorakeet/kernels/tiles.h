@@ -53,6 +53,18 @@ enum {
     PANEL = 2 * WIDTH             /* columns of the result in a tile */
 };
 
+/* Eight numbers of each of two neighbouring rows of a strip -> [number][row of the strip]. */
+static inline void put_two(__m256i one, __m256i other, int32_t *to)
+{
+    const __m256i low = _mm256_unpacklo_epi32(one, other), high = _mm256_unpackhi_epi32(one, other);
+    const __m128i four[4] = {_mm256_castsi256_si128(low), _mm256_castsi256_si128(high), _mm256_extracti128_si256(low, 1),
+                             _mm256_extracti128_si256(high, 1)};
+    for (int q = 0; q < 4; q++) {
+        _mm_storel_epi64((__m128i *)(to + 2 * q * STRIP), four[q]);
+        _mm_storeh_pd((double *)(to + (2 * q + 1) * STRIP), _mm_castsi128_pd(four[q]));
+    }
+}
+
 /* In how many parts the rows are taken, where there are few panels for the threads; each part packs its panels by itself. */
 static inline ptrdiff_t row_parts(ptrdiff_t panels, ptrdiff_t n)
 {

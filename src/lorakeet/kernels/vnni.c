@@ -110,13 +110,16 @@ void round_groups(const float *x, const float *factor, int8_t *codes, float *sca
         for (ptrdiff_t g = 0; g < groups; g++) {
             const ptrdiff_t at = (s * groups + g) * STRIP;
             int32_t *to = (int32_t *)(codes + at * GROUP);
-            for (ptrdiff_t r = 0; r < STRIP; r++) {
-                const ptrdiff_t row = s * STRIP + r < n ? s * STRIP + r : n - 1;
-                int32_t four[GROUP / 4];
-                round_group(x + row * depth + g * GROUP, factor ? factor + g * GROUP : NULL, depth - g * GROUP, four,
-                            scale + at + r, start + at + r);
-                for (int k = 0; k < GROUP / 4; k++)
-                    to[k * STRIP + r] = four[k];
+            for (ptrdiff_t r = 0; r < STRIP; r += 2) {
+                int32_t fours[2][GROUP / 4];
+                for (ptrdiff_t two = 0; two < 2; two++) {
+                    const ptrdiff_t row = s * STRIP + r + two < n ? s * STRIP + r + two : n - 1;
+                    round_group(x + row * depth + g * GROUP, factor ? factor + g * GROUP : NULL, depth - g * GROUP, fours[two],
+                                scale + at + r + two, start + at + r + two);
+                }
+                for (int k = 0; k < GROUP / 4; k += 8)
+                    put_two(_mm256_loadu_si256((const __m256i *)(fours[0] + k)),
+                            _mm256_loadu_si256((const __m256i *)(fours[1] + k)), to + k * STRIP + r);
             }
         }
 }
