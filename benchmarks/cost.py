@@ -93,8 +93,8 @@ def as_a_run(model: Any) -> Iterator[None]:
         yield
 
 
-def make_step(model: Any) -> Callable[[dict[str, Any]], None]:
-    """An optimizer step on one batch."""
+def make_step(model: Any, counted: bool = True) -> Callable[[dict[str, Any]], None]:
+    """An optimizer step on one batch; the model is told how many targets there are, or counts them itself."""
     import torch
     from torch.profiler import record_function
 
@@ -102,8 +102,8 @@ def make_step(model: Any) -> Callable[[dict[str, Any]], None]:
     optimizer = torch.optim.AdamW(learns, lr=2e-4, fused=True)
 
     def step(batch: dict[str, Any]) -> None:
-        targets = batch["labels"][:, 1:].ne(-100).sum()
-        model(**batch, num_items_in_batch=targets).loss.backward()
+        told = {"num_items_in_batch": batch["labels"][:, 1:].ne(-100).sum()} if counted else {}
+        model(**batch, **told).loss.backward()
         with record_function("optimizer"):
             torch.nn.utils.clip_grad_norm_(learns, 1.0)
             optimizer.step()

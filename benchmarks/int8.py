@@ -13,6 +13,8 @@ processor has no 8-bit dot products, the rounded activations are multiplied in f
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import itertools
 import json
 import statistics
@@ -26,9 +28,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-PARTS = ("accuracy", "stress", "layer", "generation", "memory", "train", "opt")
+PARTS = ("accuracy", "stress", "layer", "model", "generation", "memory", "train", "opt")
 LONG = ("train", "opt")
 PEER = "bitsandbytes int8, plain LoRA"
+PEFT = "PEFT, bitsandbytes int8"
 PROMPTS = (
     "Two things are infinite:", "Beware of", "The best way to predict the future", "A computer is", "Never argue with",
     "Love is", "In theory,", "The trouble with", "Money can", "If you want to be happy,", "Science is", "Old programmers",
@@ -257,14 +260,78 @@ def bitsandbytes_layer(dense: Any) -> Any:
     return made.to("cpu").train()
 
 
-def alternate(ways: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each, taking turns; the first two turns are warm-up."""
+def model(options: argparse.Namespace) -> list[dict]:
+    """A training step of 512 tokens without padding, LoRA r=16 on q_proj and v_proj: a whole model in steady state."""
+    import lorakeet
+
+    full = lorakeet.load_base(dtype="fp32").model
+    found = whole_model("SmolLM2-135M", full, options)
+    del full
+    return found + whole_model("Llama 1.1B, random weights", random_llama(), options)
+
+
+def random_llama() -> Any:
+    """Llama's architecture in the sizes of TinyLlama: hidden 2,048, 22 layers."""
+    import torch
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4
+    )
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False)
+
+
+def whole_model(name: str, full: Any, options: argparse.Namespace) -> list[dict]:
+    """Steps of one base in fp32, in 8 bits, and by PEFT on bitsandbytes, all with the same tokens."""
+    import lorakeet
+    from cost import as_a_run, make_batch, make_step
+    from lorakeet.base.quant.config import quantise
+
+    settings: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
+    batch = {key: value % full.config.vocab_size for key, value in make_batch(16, 32, 0.0).items()}
+    rounded = copy.deepcopy(full)
+    quantise(rounded)
+    bases, peers = {"lorakeet int8": rounded}, {}
+    if not options.without_peers:
+        import peft
+
+        by_peer = copy.deepcopy(full)
+        for inner, linear in list(by_peer.base_model.named_modules()):
+            if type(linear).__name__ == "Linear":
+                by_peer.base_model.set_submodule(inner, bitsandbytes_layer(linear.weight.detach()))
+        by_peer.requires_grad_(False).is_loaded_in_8bit = True
+        peers = {PEFT: peft.get_peft_model(by_peer, peft.LoraConfig(**settings))}
+    with ExitStack() as runs:
+        ways = {}
+        for way, base in {"lorakeet fp32": full, **bases}.items():
+            made = lorakeet.get_peft_model(base, lorakeet.LoraConfig(**settings)).train()
+            runs.enter_context(as_a_run(made))
+            ways[way] = functools.partial(make_step(made), batch)
+        for way, made in peers.items():
+            ways[way] = functools.partial(make_step(made.train(), counted=False), batch)
+        times = alternate(ways, min(options.repeats, 3), warm_up=1)
+    lines = []
+    for way, took in times.items():
+        line = {
+            "model": name,
+            "": way,
+            "ms": took,
+            "tokens/s": 512_000 / took,
+            "fp32 / this": times["lorakeet fp32"] / took,
+        }
+        lines.append({**line, **({f"{PEFT} / this": times[PEFT] / took} if peers else {})})
+    return lines
+
+
+def alternate(ways: dict[str, Callable[[], None]], repeats: int, warm_up: int = 2) -> dict[str, float]:
+    """Median milliseconds of each, taking turns; the first few turns are warm-up."""
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats + 2):
+    for turn in range(repeats + warm_up):
         for name, way in ways.items():
             began = time.perf_counter()
             way()
-            if turn >= 2:
+            if turn >= warm_up:
                 times[name].append(1000 * (time.perf_counter() - began))
     return {name: statistics.median(took) for name, took in times.items()}
 
