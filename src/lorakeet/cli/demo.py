@@ -33,8 +33,8 @@ JOB: dict[str, Any] = {
 }
 OPENINGS = ["Two things are infinite:", "The trouble with computers is", "Never trust a man who", "Love is"]
 WRITE: dict[str, Any] = {"max_new_tokens": 32, "greedy": True}
-#: The loss measured in a new process is the same arithmetic on the same rows.
-SAME = 1e-4
+#: How far the loss measured in a new process may be off: the same rows, other batches. In half precision each rounds anew.
+SAME, SAME_IN_HALF = 1e-4, 5e-3
 
 
 @with_settings({"--steps": "train.steps", "--warmup": "train.warmup", "--out": "out", "--seed": "train.seed"}, JOB)
@@ -93,7 +93,8 @@ def _verify_anew(config: RunConfig, summary: dict[str, Any], adapter: Path) -> N
     """
     held_out = ["--eval-fraction", str(config.data.eval_fraction), "--seed", str(config.train.seed)]
     again = _anew("eval", "--adapter", str(adapter), "--data", str(config.data.path), *held_out, "--json")[0]["loss"]
-    if abs(again - summary["eval_loss_after"]) > SAME:
+    near = SAME if summary["dtype"] == "float32" else SAME_IN_HALF
+    if abs(again - summary["eval_loss_after"]) > near:
         raise LorakeetError(
             f"the adapter loaded again has a held-out loss of {again:.6f}, expected {summary['eval_loss_after']:.6f}"
         )
