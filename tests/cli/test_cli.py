@@ -52,7 +52,7 @@ def place(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORAKEET_HOME", str(folder / "home"))
         patch.chdir(folder)
-        assert main(train_words("run")) == 0
+        assert main(train_words("run", "--dtype", "fp32")) == 0
     return folder
 
 
@@ -105,7 +105,7 @@ def test_the_saved_yaml_alone_repeats_the_run(here, capsys):
 
 
 def test_eval(here, capsys):
-    words = ["eval", "--model", "base", "--data", "data.jsonl", "--json"]
+    words = ["eval", "--model", "base", "--dtype", "fp32", "--data", "data.jsonl", "--json"]
     assert main(words) == 0
     base = json.loads(capsys.readouterr().out)
     assert set(base) == {"loss", "perplexity", "tokens"}
@@ -139,7 +139,7 @@ def test_merge_then_use_without_adapter(here, capsys):
     AutoModelForCausalLM.from_pretrained("merged")
     losses = []
     for words in (["--model", "base", "--adapter", "run/adapter"], ["--model", "merged"]):
-        assert main(["eval", *words, "--data", "data.jsonl", "--json"]) == 0
+        assert main(["eval", *words, "--dtype", "fp32", "--data", "data.jsonl", "--json"]) == 0
         losses.append(json.loads(capsys.readouterr().out)["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
