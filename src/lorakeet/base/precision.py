@@ -45,8 +45,8 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(settings: BaseSettings, device: torch.device, for_training: bool = False) -> torch.dtype:
     """The number format of the base, from ``dtype``, ``bits`` and what the device is fast at.
 
-    ``auto`` is bf16 where there are instructions for it, else fp32 on a CPU or MPS and fp16 on CUDA. Around weights in 8 bits it
-    is fp32 on every CPU: their products and what lies between them are compiled for it.
+    ``auto`` is bf16 where there are instructions for it, else fp32 on a CPU or MPS and fp16 on CUDA. Around weights in
+    8 bits it is fp32 on every CPU: their products and what lies between them are compiled for it.
 
     Raises:
         BaseModelError: ``bits`` and ``dtype`` contradict each other, or fp16 is to train on a CPU.
