@@ -127,7 +127,7 @@ def test_blocked_equals_the_dequantised_weight(shape: tuple[int, int, int], monk
 
 
 needs_pairs = pytest.mark.skipif(not native.has_pairs(), reason="no AVX2, or no C compiler, on this machine")
-#: Odd in every direction, and deeper than one block of the sums: 640.
+#: Odd in every direction, deeper than one block of the sums: 640, and with more rows than one thread takes of few columns.
 PAIRS = [
     (17, 1, 1),
     (18, 5, 3),
@@ -137,6 +137,7 @@ PAIRS = [
     (37, 641, 50),
     (61, 1300, 700),
     (17, 2, 1400),
+    (250, 40, 33),
 ]
 
 

@@ -105,6 +105,7 @@ def test_nothing_is_read_beyond_the_weight() -> None:
         "        native.few_rows(x, w, s, c, s)\n"
         "        if native.has_pairs():\n"
         "            native.pair_product(x, w, s, c, s), native.pair_gradient(g, w, s, c)\n"
+        "            native.group_gradient(g, w, s, c)\n"
         "print('alive', flush=True)\n"
         "import os; os._exit(0)\n"  # the memory is never given back
     )
