@@ -19,7 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from lorakeet.base.load import Base, load_base
-from lorakeet.base.precision import bytes_by_dtype, check_dtypes, choose_device, choose_dtype, has_bf16
+from lorakeet.base.precision import bytes_by_dtype, check_dtypes, choose_device, choose_dtype
 from lorakeet.config import BaseSettings
 from lorakeet.errors import BaseModelError, ConfigError
 
@@ -142,7 +142,7 @@ def dtype_of(**settings: object) -> torch.dtype:
 
 
 def test_auto_takes_what_this_cpu_is_fast_at() -> None:
-    assert dtype_of() == (torch.bfloat16 if has_bf16(CPU) else torch.float32)
+    assert dtype_of() == (torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +166,11 @@ def test_bits_against_dtype(settings: dict[str, object]) -> None:
 
 
 def test_around_weights_in_8_bits_a_cpu_computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorakeet.base.precision.has_bf16", lambda device: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert dtype_of(bits=8) == torch.float32 and dtype_of() == dtype_of(bits=8, dtype="bf16") == torch.bfloat16
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert dtype_of() == torch.float32
 
 
 def test_bf16_without_instructions_warns(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
