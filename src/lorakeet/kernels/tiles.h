@@ -29,8 +29,8 @@ typedef __m256i sums_of;
 #define PLUS_PAIRS(sums, a, b) __asm__("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b))
 #define PLUS_FOURS(sums, a, b) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b))
 #elif defined(__AVXVNNI__)
-#define PLUS_PAIRS(sums, a, b) __asm__("{vex} vpdpwssd %2, %1, %0" : "+x"(sums) : "x"(a), "x"(b))
-#define PLUS_FOURS(sums, a, b) __asm__("{vex} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(a), "x"(b))
+#define PLUS_PAIRS(sums, a, b) __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sums) : "x"(a), "x"(b))
+#define PLUS_FOURS(sums, a, b) __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(a), "x"(b))
 #else
 #define NO_DOTS
 #define PLUS(sums, more) __asm__("vpaddd %1, %0, %0" : "+v"(sums) : "v"(more))
@@ -40,11 +40,19 @@ typedef __m256i sums_of;
 #define PLUS_PAIRS(sums, a, b) PLUS(sums, _mm256_madd_epi16(a, b))
 #endif
 /* Exact, and slow: for the tests. */
-#define PLUS_FOURS(sums, a, b) fours((int32_t *)&sums, (const uint8_t *)&a, (const int8_t *)&b)
-static inline void fours(int32_t *sums, const uint8_t *a, const int8_t *b)
+#define PLUS_FOURS(sums, a, b) sums = fours(sums, a, b)
+static inline sums_of fours(sums_of sums, sums_of a, sums_of b)
 {
+    int32_t each[WIDTH];
+    uint8_t left[4 * WIDTH];
+    int8_t right[4 * WIDTH];
+    memcpy(each, &sums, sizeof each);
+    memcpy(left, &a, sizeof left);
+    memcpy(right, &b, sizeof right);
     for (int i = 0; i < 4 * WIDTH; i++)
-        sums[i / 4] += a[i] * b[i];
+        each[i / 4] += left[i] * right[i];
+    memcpy(&sums, each, sizeof each);
+    return sums;
 }
 #endif
 
