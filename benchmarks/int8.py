@@ -6,8 +6,8 @@
     python benchmarks/int8.py --parts opt                   # the shape of facebook/opt-6.7b trains: 10 GB, and half an hour
 
 Whole trainings beside PEFT on an 8-bit base are in ``benchmarks/training.py``. Run it on a machine that does nothing else.
-Each part runs in its own process; alternating contenders, medians. Accuracy does not depend on the machine: where the
-processor has no 8-bit dot products, the rounded activations are multiplied in fp32, which is exact for them.
+Each part runs in its own process; alternating contenders, medians. Accuracy does not depend on the machine:
+activations that a rule rounds to 8 bits are multiplied in fp32, which is exact for them.
 """
 
 from __future__ import annotations

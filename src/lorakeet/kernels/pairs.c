@@ -148,18 +148,9 @@ static void panel_of_inputs(const int8_t *weight, int16_t *panel, ptrdiff_t out,
 {
     for (ptrdiff_t k = 0; k < size; k += 2)
         for (ptrdiff_t c = 0; c < PANEL; c += 16) {
-            const ptrdiff_t left = in - j - c;
             __m128i rows[2];
-            for (ptrdiff_t r = 0; r < 2; r++) {
-                const int8_t *from = weight + (k0 + k + r) * in + j + c;
-                int8_t edge[16] = {0};
-                if (k0 + k + r >= out || left < 16) {
-                    if (k0 + k + r < out && left > 0)
-                        memcpy(edge, from, (size_t)left);
-                    from = edge;
-                }
-                rows[r] = _mm_loadu_si128((const __m128i *)from);
-            }
+            for (int r = 0; r < 2; r++)
+                rows[r] = sixteen_of(weight, out, in, k0 + k + r, j + c);
             __m256i *to = (__m256i *)(panel + k * PANEL + 2 * c);
             _mm256_store_si256(to, _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(rows[0], rows[1])));
             _mm256_store_si256(to + 1, _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(rows[0], rows[1])));

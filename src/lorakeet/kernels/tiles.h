@@ -73,6 +73,19 @@ static inline void put_two(__m256i one, __m256i other, int32_t *to)
     }
 }
 
+/* Sixteen bytes of a weight [out, in] from a row and a column on; zeros beyond its edges, where nothing is read. */
+static inline __m128i sixteen_of(const int8_t *weight, ptrdiff_t out, ptrdiff_t in, ptrdiff_t row, ptrdiff_t column)
+{
+    const int8_t *from = weight + row * in + column;
+    int8_t edge[16] = {0};
+    if (row >= out || in - column < 16) {
+        if (row < out && column < in)
+            memcpy(edge, from, (size_t)(in - column));
+        from = edge;
+    }
+    return _mm_loadu_si128((const __m128i *)from);
+}
+
 /* In how many parts the rows are taken, where there are few panels for the threads; each part packs its panels by itself. */
 static inline ptrdiff_t row_parts(ptrdiff_t panels, ptrdiff_t n)
 {

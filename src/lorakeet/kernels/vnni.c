@@ -130,18 +130,9 @@ static void pack(const int8_t *weight, int8_t *panel, ptrdiff_t out, ptrdiff_t i
     const __m128i up = _mm_set1_epi8(-128);
     for (ptrdiff_t k = 0; k < size; k += 4)
         for (ptrdiff_t c = 0; c < PANEL; c += 16) {
-            const ptrdiff_t left = in - j - c;
             __m128i rows[4];
-            for (ptrdiff_t r = 0; r < 4; r++) {
-                const int8_t *from = weight + (k0 + k + r) * in + j + c;
-                int8_t edge[16] = {0};
-                if (k0 + k + r >= out || left < 16) {
-                    if (k0 + k + r < out && left > 0)
-                        memcpy(edge, from, (size_t)left);
-                    from = edge;
-                }
-                rows[r] = _mm_xor_si128(_mm_loadu_si128((const __m128i *)from), up);
-            }
+            for (int r = 0; r < 4; r++)
+                rows[r] = _mm_xor_si128(sixteen_of(weight, out, in, k0 + k + r, j + c), up);
             const __m128i a = _mm_unpacklo_epi8(rows[0], rows[1]), b = _mm_unpackhi_epi8(rows[0], rows[1]);
             const __m128i d = _mm_unpacklo_epi8(rows[2], rows[3]), e = _mm_unpackhi_epi8(rows[2], rows[3]);
             __m128i *to = (__m128i *)(panel + k * PANEL + c * 4);
