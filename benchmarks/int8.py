@@ -67,6 +67,7 @@ def rounded_product(rule: Callable[[Any], Any]) -> Callable[..., Any]:
 
     def product(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
         rows, even = int8.split_scale(weight, scale)
+        kept, whole = int8.kept_columns(weight, scale), x
         x = x if even is None else x * even
         columns = rule(x)
         inner = x.clone()
@@ -74,6 +75,8 @@ def rounded_product(rule: Callable[[Any], Any]) -> Callable[..., Any]:
         rounded, row_scale = int8.quantise_rows(inner)
         h = (rounded.float() @ weight.float().T).mul_(row_scale.unsqueeze(1)).mul_(rows)
         h += x[:, columns].float() @ int8.dequantise(weight[:, columns], rows).T
+        if kept:
+            h += whole[:, kept[0].long()].float() @ kept[1]
         return (h if bias is None else h + bias).to(x.dtype)
 
     return product
@@ -145,16 +148,17 @@ def accuracy(options: argparse.Namespace) -> list[dict]:
 
 @contextmanager
 def columns_left_uneven() -> Any:
-    """Weights are rounded by their rows alone, the plain way."""
+    """Weights are rounded by their rows alone and whole, the plain way."""
     import torch
 
     from lorakeet.kernels import int8
 
-    before, int8.even_columns = int8.even_columns, lambda weight: torch.ones(weight.shape[1])
+    before = int8.even_columns, int8.KEPT
+    int8.even_columns, int8.KEPT = lambda weight: torch.ones(weight.shape[1]), 0
     try:
         yield
     finally:
-        int8.even_columns = before
+        int8.even_columns, int8.KEPT = before
 
 
 def in_8_bits(embeddings: bool) -> Any:

@@ -11,9 +11,11 @@ struct linear {
     const int8_t *weight;      /* [out, in] */
     const float *scale;        /* [out] */
     const float *columns;      /* [in], or NULL */
+    const float *places;       /* [kept]: columns that are not rounded, as numbers */
+    const float *values;       /* [kept, out]: theirs */
     const float *bias;         /* [out], or NULL */
     const float *a, *b;        /* [rank, in] and [out, rank] */
-    ptrdiff_t out, in, rank;
+    ptrdiff_t out, in, rank, kept;
     float scaling;
 };
 
@@ -33,6 +35,12 @@ struct layer {
 static void multiply(const struct linear *l, const float *x, float *h, float *low, ptrdiff_t n)
 {
     few_rows(x, l->weight, l->scale, l->columns, l->bias, h, n, l->out, l->in);
+    for (ptrdiff_t at = 0; at < n * l->kept; at++) {
+        const ptrdiff_t i = at / l->kept, c = at % l->kept;
+        const float one = x[i * l->in + (ptrdiff_t)l->places[c]];
+        for (ptrdiff_t j = 0; j < l->out; j++)
+            h[i * l->out + j] += one * l->values[c * l->out + j];
+    }
     for (ptrdiff_t at = 0; at < n * l->rank; at++) {
         const float *row = x + at / l->rank * l->in, *a = l->a + at % l->rank * l->in;
         float sum = 0;

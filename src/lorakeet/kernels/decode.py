@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.kernels import native
-from lorakeet.kernels.int8 import split_scale
+from lorakeet.kernels.int8 import kept_columns, split_scale
 
 _POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float
 
@@ -26,8 +26,8 @@ _POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float
 class Factors(NamedTuple):
     """What a linear layer multiplies by: h = x·Wᵀ·diag(scale) + bias + scaling·x·Aᵀ·Bᵀ.
 
-    Weight int8 [out, in]; scale fp32 [out] or [out + in] (:mod:`lorakeet.kernels.int8`); bias fp32 [out]; a fp32 [r, in] and
-    b fp32 [out, r], or neither.
+    Weight int8 [out, in]; scale fp32, what belongs to its bytes (:mod:`lorakeet.kernels.int8`); bias fp32 [out];
+    a fp32 [r, in] and b fp32 [out, r], or neither.
     """
 
     weight: Tensor
@@ -47,8 +47,8 @@ class Norm(NamedTuple):
 
 class _Linear(ctypes.Structure):
     _fields_ = [
-        *[(name, _POINTER) for name in ("weight", "scale", "columns", "bias", "a", "b")],
-        *[(name, _SIZE) for name in ("out", "inner", "rank")],
+        *[(name, _POINTER) for name in ("weight", "scale", "columns", "places", "values", "bias", "a", "b")],
+        *[(name, _SIZE) for name in ("out", "inner", "rank", "kept")],
         ("scaling", _FLOAT),
     ]
 
@@ -104,9 +104,11 @@ class Layer:
 
 def _linear(factors: Factors) -> _Linear:
     weight, scale, *others, _ = factors
-    given = (weight, *split_scale(weight, scale), *others)
+    kept = kept_columns(weight, scale)
+    given = (weight, *split_scale(weight, scale), *(kept or (None, None)), *others)
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in given]
-    return _Linear(*pointers, *factors.weight.shape, 0 if factors.a is None else len(factors.a), factors.scaling)
+    rank, columns = 0 if factors.a is None else len(factors.a), 0 if kept is None else len(kept[0])
+    return _Linear(*pointers, *factors.weight.shape, rank, columns, factors.scaling)
 
 
 def _readable(factors: Factors) -> bool:

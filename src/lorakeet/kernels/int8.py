@@ -5,7 +5,15 @@ rounding is to be finer, a scale c for each input channel.
 
 The input channels' scales even out the columns of the weight, so that one of small values, which as a rule meets large
 activations, is not rounded by the step of the others; x·diag(c) is flatter than x for the same reason. They are powers of
-two: multiplying by them rounds nothing. Both kinds of scales are kept in one vector, [out] or [out + in].
+two: multiplying by them rounds nothing.
+
+A few columns are kept as they are where a weight narrows (in > out), as the last one of a feed-forward block does: those of
+its largest values. There a few weights make the activations of a text's first token some thousand times larger than all
+others, and take them away again (Yu et al. 2024, "The Super Weight in Large Language Models", arXiv:2411.07191); rounded,
+such a column does more harm than all others together. Where a column is kept c is 0, and x times its values is added.
+
+All that belongs to a weight's bytes is one vector: s [out]; or s, c [out + in]; or s, c, the kept columns' values and their
+places [out + in + KEPT·(out + 1)].
 
 Both directions read the one stored weight, and neither ever makes the whole of it in a wider format. Four back ends:
 
@@ -51,6 +59,8 @@ FEW = 16
 GROUP = 64
 #: How often rows and columns are evened out in turn, and how far a column's scale may go, as a power of two.
 EVEN_ROUNDS, EVEN_MOST = 4, 12
+#: So many columns of a weight that narrows are kept as they are.
+KEPT = 2
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,17 +81,30 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round a weight after its columns are made even (SINQ, Müller et al. 2025, arXiv:2509.22944, with one pair of scales
-    for the whole weight and powers of two for its columns).
+    for the whole weight and powers of two for its columns), all but the columns that are kept.
 
     Args:
         weight: [out, in], any floating dtype, finite.
 
     Returns:
-        int8 [out, in] in −127…127, and fp32 [out + in]: the scales of the output channels, then those of the input channels.
+        int8 [out, in] in −127…127, and fp32 [:func:`scales_of`]: the scales of the output channels, then those of the input
+        channels, and where in > out the values of :data:`KEPT` columns, one after the other, and their places.
     """
-    columns = even_columns(weight)
-    rounded, rows = quantise_rows(weight.float() / columns)
-    return rounded, torch.cat((rows, columns))
+    weight = weight.float()
+    if scales_of(*weight.shape) == sum(weight.shape):
+        columns = even_columns(weight)
+        rounded, rows = quantise_rows(weight / columns)
+        return rounded, torch.cat((rows, columns))
+    at = weight.abs().amax(0).topk(KEPT).indices.sort().values
+    rest = weight.index_fill(1, at, 0)
+    columns = even_columns(rest)
+    rounded, rows = quantise_rows(rest / columns)
+    return rounded, torch.cat((rows, columns.index_fill(0, at, 0), weight[:, at].T.flatten(), at))
+
+
+def scales_of(out: int, inner: int) -> int:
+    """How many numbers belong to the bytes of a weight [out, in] (not to those of a vocabulary: out)."""
+    return out + inner + (KEPT * (out + 1) if inner > max(out, KEPT) and out else 0)
 
 
 def even_columns(weight: Tensor) -> Tensor:
@@ -101,16 +124,34 @@ def even_columns(weight: Tensor) -> Tensor:
 def split_scale(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None]:
     """The scales of a weight's output channels, [out], and of its input channels, [in] or None."""
     out, inner = weight.shape
-    if scale.shape[0] == out or scale.shape[0] != out + inner:  # what does not fit fails where it is used
+    if scale.shape[0] not in (out + inner, scales_of(out, inner)):  # what does not fit fails where it is used
         return scale, None
-    return scale[:out], scale[out:]
+    return scale[:out], scale[out : out + inner]
+
+
+def kept_columns(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The places of the columns that are kept, fp32 [KEPT], and their values, fp32 [KEPT, out]; None where none are."""
+    out, inner = weight.shape
+    if scale.shape[0] == out + inner or scale.shape[0] != scales_of(out, inner):
+        return None
+    return scale[-KEPT:], scale[out + inner : -KEPT].view(KEPT, out)
 
 
 def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The whole weight, [out, in], in ``dtype``: for checks and for merging, never for a product."""
     rows, columns = split_scale(weight, scale)
     wide = weight.float() * rows.unsqueeze(1)
-    return (wide if columns is None else wide * columns).to(dtype)
+    if columns is not None:
+        wide = wide.mul_(columns)
+    if kept := kept_columns(weight, scale):
+        wide.index_copy_(1, kept[0].long(), kept[1].T)
+    return wide.to(dtype)
+
+
+def rounding_steps(weight: Tensor, scale: Tensor) -> Tensor:
+    """How far apart the values lie that each number of a weight was rounded to, fp32 [out, in]; 0 where a column is kept."""
+    rows, columns = split_scale(weight, scale)
+    return rows.unsqueeze(1).expand_as(weight) if columns is None else rows.unsqueeze(1) * columns
 
 
 def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -130,7 +171,9 @@ def vnni_gradient_reference(g: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The slow truth of ``vnni``'s gradient to the input for g fp32 [n, out]: rounded by groups, then in fp64."""
     rows, columns = split_scale(weight, scale)
     dx = rounded_groups(g * rows).double() @ weight.double()
-    return (dx if columns is None else dx * columns).to(g.dtype)
+    dx = (dx if columns is None else dx * columns).to(g.dtype)
+    kept = kept_columns(weight, scale)
+    return dx if kept is None else dx.index_copy(1, kept[0].long(), g @ kept[1].T)
 
 
 @cache
@@ -167,14 +210,21 @@ def backend_on(device: torch.device) -> Backend:
 def product(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, low: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """h = (x·diag(c))·W₈ᵀ·diag(s) + b + u·vᵀ for x [n, in], low = (u [n, r], v [out, r]) or None; [n, out] in x's dtype."""
+    """h = (x·diag(c))·W₈ᵀ·diag(s) + b + u·vᵀ for x [n, in], low = (u [n, r], v [out, r]) or None; [n, out] in x's dtype.
+
+    What x makes of the columns that are kept is in it too.
+    """
     rows, columns = split_scale(weight, scale)
     if backend_for(x) == "triton":
         from lorakeet.kernels import int8_triton
 
-        return int8_triton.product(_times(x, columns), weight, rows, bias, low)
-    h = _product(x, weight, rows, columns, bias)
-    return h if low is None else _plus(h, low)
+        h = int8_triton.product(_times(x, columns), weight, rows, bias, low)
+    else:
+        h = _product(x, weight, rows, columns, bias)
+        h = h if low is None else _plus(h, low)
+    if kept := kept_columns(weight, scale):
+        h = _plus(h, (x.index_select(1, kept[0].long()).to(kept[1].dtype), kept[1].T))
+    return h
 
 
 def _product(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -207,6 +257,8 @@ def input_gradient(g: Tensor, weight: Tensor, scale: Tensor, low: tuple[Tensor, 
         dx = int8_triton.input_gradient(g, weight, rows).mul_(columns)
     else:
         dx = _input_gradient(g, weight, rows, columns)
+    if kept := kept_columns(weight, scale):
+        dx.index_copy_(1, kept[0].long(), (g.to(kept[1].dtype) @ kept[1].T).to(dx.dtype))
     return dx if low is None else _plus(dx, low)
 
 
@@ -287,7 +339,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     Args:
         x: [..., in], any floating dtype (under autocast it becomes that dtype).
         weight: int8 [out, in]; gets no gradient.
-        scale: fp32 [out], or [out + in] with those of the input channels after those of the output channels.
+        scale: fp32, what belongs to the weight's bytes: see the top of this module.
         bias: [out] or None.
 
     Returns:

@@ -35,6 +35,7 @@ from lorakeet.base.quant.int8 import (
 from lorakeet.base.quant.pages import MappedFiles
 from lorakeet.base.quant.resize import resizable, round_in_place, tie_scales
 from lorakeet.errors import BaseModelError, ConfigError, did_you_mean
+from lorakeet.kernels.int8 import scales_of
 
 METHOD = "lorakeet_int8"
 
@@ -42,7 +43,7 @@ METHOD = "lorakeet_int8"
 @register_quantization_config(METHOD)
 class Int8Config(QuantizationConfigMixin):
     """How a base is rounded: each output channel to int8 by its largest value, after the input channels of layers inside the
-    model are evened out (see :mod:`lorakeet.kernels.int8`).
+    model are evened out; two columns of a weight that narrows are kept (see :mod:`lorakeet.kernels.int8`).
 
     Args:
         embeddings: round the input embedding and the head of a language model too.
@@ -114,7 +115,7 @@ class Int8Quantizer(HfQuantizer):
         for name, layer in chosen.items():
             rows, columns = out_in(layer)
             weight = torch.empty(rows, columns, dtype=kind, device="meta")
-            scales = rows if name in vocabulary else rows + columns
+            scales = rows if name in vocabulary else scales_of(rows, columns)
             scale = torch.empty(scales, dtype=torch.float32, device="meta")
             model.set_submodule(name, rounded_like(layer, weight, scale, layer.weight.dtype))  # type: ignore[arg-type]
         tie_scales(model, chosen)

@@ -1,8 +1,8 @@
 """Layers of a base in 8 bits, and which layers of a model become such.
 
-Each weight is kept once, int8 [out, in], with one vector of fp32 scales: for each output channel (for an embedding or a head:
-for each token), and for layers inside the model for each input channel too. Both are plain parameters that ask for no
-gradient, so that every way of spreading a model over processes carries them. Where a head shares its weight with the
+Each weight is kept once, int8 [out, in], with one vector of fp32 numbers: scales for each output channel (for an embedding or
+a head: for each token), and for layers inside the model for each input channel too; and a few columns that are not rounded.
+Both are plain parameters that ask for no gradient, so that every way of spreading a model over processes carries them. Where a head shares its weight with the
 embedding it shares the rounded weight and the scales too.
 """
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorakeet.kernels.decode import Factors
-from lorakeet.kernels.int8 import dequantise, int8_linear, quantise_rows, quantise_weight, split_scale
+from lorakeet.kernels.int8 import dequantise, int8_linear, quantise_rows, quantise_weight, rounding_steps
 
 
 class _Rounded(nn.Module):
@@ -48,7 +48,7 @@ class Int8Linear(_Rounded):
 
     Attributes:
         weight: int8 [out, in].
-        scale: fp32 [out + in], or [out]: see :mod:`lorakeet.kernels.int8`.
+        scale: fp32, what belongs to the weight's bytes: see :mod:`lorakeet.kernels.int8`.
         bias: [out] in the base's dtype, or None.
         transposed: whether the original stored its weight as [in, out].
     """
@@ -117,9 +117,9 @@ class Int8Embedding(_Rounded, nn.Embedding):
 
 
 def round_weight(weight: Tensor, transposed: bool = False, vocabulary: bool = False) -> tuple[Tensor, Tensor]:
-    """A weight as the base's files have it, [out, in] or [in, out] -> int8 [out, in] and its scales, fp32 [out + in].
+    """A weight as the base's files have it, [out, in] or [in, out] -> int8 [out, in] and what belongs to it, fp32.
 
-    Of an embedding or a head, whose rows are tokens and may be added to: fp32 [out].
+    Of an embedding or a head, whose rows are tokens and may be added to: one scale for each, fp32 [out].
     """
     weight = weight.T.contiguous() if transposed else weight
     return quantise_rows(weight) if vocabulary else quantise_weight(weight)
@@ -140,9 +140,10 @@ def weight_rows(layer: nn.Module, rows: Tensor) -> Tensor:
     weight: Tensor = layer.weight  # type: ignore[assignment]
     if not isinstance(layer, _Rounded):
         return weight.detach()[rows]
-    scale, columns = split_scale(weight, layer.scale.detach())
-    picked = scale[rows] if columns is None else torch.cat((scale[rows], columns))
-    return dequantise(weight.detach()[rows], picked, layer.dtype)
+    scale = layer.scale.detach()
+    if len(scale) == len(weight):
+        return dequantise(weight.detach()[rows], scale[rows], layer.dtype)
+    return dequantise(weight.detach(), scale, layer.dtype)[rows]
 
 
 def rounded_bytes(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
@@ -173,8 +174,7 @@ def holds(state: Mapping[str, Tensor], name: str, tensor: Tensor) -> bool:
     if mine.dtype != torch.int8:
         return torch.equal(mine, tensor.to(mine.dtype))
     scale = state[_scale_name(name)]
-    step = dequantise(torch.ones_like(mine), scale)
-    return bool(((dequantise(mine, scale) - tensor.float()).abs() <= 0.51 * step).all())
+    return bool(((dequantise(mine, scale) - tensor.float()).abs() <= 0.51 * rounding_steps(mine, scale)).all())
 
 
 def put(state: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
