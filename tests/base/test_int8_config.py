@@ -284,6 +284,13 @@ def test_rows_of_a_rounded_weight(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [False, True])
+def test_rows_of_a_rounded_layer(vocabulary: bool) -> None:
+    weight, scale = round_weight(torch.randn(9, 16), vocabulary=vocabulary)
+    picked = weight_rows(Int8Linear(weight, scale), torch.tensor([3, 0, 3]))
+    assert torch.equal(picked, dequantise(weight, scale)[[3, 0, 3]])
+
+
+@pytest.mark.parametrize("vocabulary", [False, True])
 def test_a_state_dict_takes_another_weight_with_its_scales(vocabulary: bool) -> None:
     torch.manual_seed(0)
     dense, other = torch.randn(9, 16), 7 * torch.randn(9, 16)

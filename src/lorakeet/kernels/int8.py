@@ -137,14 +137,16 @@ def kept_columns(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor] | None:
     return scale[-KEPT:], scale[out + inner : -KEPT].view(KEPT, out)
 
 
-def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The whole weight, [out, in], in ``dtype``: for checks and for merging, never for a product."""
+def dequantise(
+    weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32, at: Tensor | slice = slice(None)
+) -> Tensor:
+    """The weight, [out, in], or its rows ``at`` some places, in ``dtype``: for checks and merging, never for a product."""
     rows, columns = split_scale(weight, scale)
-    wide = weight.float() * rows.unsqueeze(1)
+    wide = weight[at].float() * rows[at].unsqueeze(1)
     if columns is not None:
         wide = wide.mul_(columns)
     if kept := kept_columns(weight, scale):
-        wide.index_copy_(1, kept[0].long(), kept[1].T)
+        wide.index_copy_(1, kept[0].long(), kept[1][:, at].T)
     return wide.to(dtype)
 
 

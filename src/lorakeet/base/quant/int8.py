@@ -2,8 +2,8 @@
 
 Each weight is kept once, int8 [out, in], with one vector of fp32 numbers: scales for each output channel (for an embedding or
 a head: for each token), and for layers inside the model for each input channel too; and a few columns that are not rounded.
-Both are plain parameters that ask for no gradient, so that every way of spreading a model over processes carries them. Where a head shares its weight with the
-embedding it shares the rounded weight and the scales too.
+Both are plain parameters that ask for no gradient, so that every way of spreading a model over processes carries them. Where
+a head shares its weight with the embedding it shares the rounded weight and the scales too.
 """
 
 from __future__ import annotations
@@ -140,10 +140,7 @@ def weight_rows(layer: nn.Module, rows: Tensor) -> Tensor:
     weight: Tensor = layer.weight  # type: ignore[assignment]
     if not isinstance(layer, _Rounded):
         return weight.detach()[rows]
-    scale = layer.scale.detach()
-    if len(scale) == len(weight):
-        return dequantise(weight.detach()[rows], scale[rows], layer.dtype)
-    return dequantise(weight.detach(), scale, layer.dtype)[rows]
+    return dequantise(weight.detach(), layer.scale.detach(), layer.dtype, rows)
 
 
 def rounded_bytes(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
