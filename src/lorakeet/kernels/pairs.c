@@ -33,8 +33,18 @@ ptrdiff_t strips_size(ptrdiff_t n, ptrdiff_t depth)
     return (n + STRIP - 1) / STRIP * STRIP * ((depth + size - 1) / size * size);
 }
 
-/* Eight values of a row times their factors; zeros from `left` on. */
-static inline __m256 eight(const float *row, const float *factor, ptrdiff_t left)
+/* Values of a row times their factors (or NULL: 1) in one vector, those from `left` on zeros. */
+#if WIDTH == 16
+typedef __m512 values;
+static inline values some(const float *row, const float *factor, ptrdiff_t left)
+{
+    const __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+    const __m512 v = _mm512_maskz_loadu_ps(mask, row);
+    return factor ? _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, factor)) : v;
+}
+#else
+typedef __m256 values;
+static inline values some(const float *row, const float *factor, ptrdiff_t left)
 {
     if (left >= 8)
         return factor ? _mm256_mul_ps(_mm256_loadu_ps(row), _mm256_loadu_ps(factor)) : _mm256_loadu_ps(row);
@@ -43,24 +53,43 @@ static inline __m256 eight(const float *row, const float *factor, ptrdiff_t left
         edge[e] = factor ? row[e] * factor[e] : row[e];
     return _mm256_loadu_ps(edge);
 }
+#endif
 
-/* The scale of a row: its largest absolute value over `most`; 1 for zeros, NaN where a value is not finite. */
+/* STEP values of a row times their factors and `times`, as int16; those from `left` on zeros. */
+static inline __m256i rounded(const float *row, const float *factor, ptrdiff_t left, float times)
+{
+#if WIDTH == 16
+    return _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(some(row, factor, left), _mm512_set1_ps(times))));
+#else
+    __m256i half[2];
+    for (int h = 0; h < 2; h++) {
+        const __m256 v = some(row + 8 * h, factor ? factor + 8 * h : NULL, left - 8 * h);
+        half[h] = _mm256_cvtps_epi32(_mm256_mul_ps(v, _mm256_set1_ps(times)));
+    }
+    return _mm256_permute4x64_epi64(_mm256_packs_epi32(half[0], half[1]), 0xD8);
+#endif
+}
+
+/* The scale of a row: its largest absolute value over `most`; 1 for zeros, NaN where a value is not finite. Magnitudes of fp32
+ * order as their bits do, what is not finite above all others. */
 static float row_scale_of(const float *row, const float *factor, ptrdiff_t depth, float most)
 {
-    const __m256 sign = _mm256_set1_ps(-0.0f), finite = _mm256_set1_ps(FLT_MAX);
-    __m256 largest = _mm256_setzero_ps(), broken = _mm256_setzero_ps();
-    float each[8], found = 0;
-    for (ptrdiff_t k = 0; k < depth; k += 8) {
-        const __m256 v = _mm256_andnot_ps(sign, eight(row + k, factor ? factor + k : NULL, depth - k));
-        largest = _mm256_max_ps(largest, v);
-        broken = _mm256_or_ps(broken, _mm256_cmp_ps(v, finite, _CMP_NLE_UQ));
-    }
-    if (_mm256_movemask_ps(broken))
-        return NAN;
-    _mm256_storeu_ps(each, largest);
-    for (int e = 0; e < 8; e++)
-        found = each[e] > found ? each[e] : found;
-    return found >= most * FLT_MIN ? found / most : 1.0f;
+    enum { CHAINS = 4 }; /* so that no maximum waits for the one before it */
+    int32_t each[CHAINS * WIDTH], bits = 0;
+    float largest;
+    sums_of m[CHAINS];
+    for (int c = 0; c < CHAINS; c++)
+        m[c] = EVERY(0);
+    for (ptrdiff_t k = 0; k < depth; k += CHAINS * WIDTH)
+        for (int c = 0; c < CHAINS; c++) {
+            const ptrdiff_t at = k + c * WIDTH;
+            m[c] = LARGER(m[c], MAGNITUDE(some(row + at, factor ? factor + at : NULL, depth - at)));
+        }
+    memcpy(each, m, sizeof each);
+    for (int e = 0; e < CHAINS * WIDTH; e++)
+        bits = each[e] > bits ? each[e] : bits;
+    memcpy(&largest, &bits, sizeof largest);
+    return !isfinite(largest) ? NAN : largest >= most * FLT_MIN ? largest / most : 1.0f;
 }
 
 /* x [n, depth] times factor [depth] (or NULL: 1) -> int16 in strips: [block][strip][pair][row of the strip][2], and one scale
@@ -85,14 +114,7 @@ void round_strips(const float *x, const float *factor, int16_t *strips, float *s
                     __m256i pairs[2];
                     for (ptrdiff_t two = 0; two < 2; two++) {
                         const float *row = x + (s * STRIP + (r + two < rows ? r + two : 0)) * depth;
-                        const __m256 times = _mm256_set1_ps(inverse[r + two]);
-                        __m256i half[2];
-                        for (int h = 0; h < 2; h++) {
-                            const ptrdiff_t at = k + 8 * h;
-                            const __m256 v = eight(row + at, factor ? factor + at : NULL, depth - at);
-                            half[h] = _mm256_cvtps_epi32(_mm256_mul_ps(v, times));
-                        }
-                        pairs[two] = _mm256_permute4x64_epi64(_mm256_packs_epi32(half[0], half[1]), 0xD8);
+                        pairs[two] = rounded(row + k, factor ? factor + k : NULL, depth - k, inverse[r + two]);
                     }
                     put_two(pairs[0], pairs[1], to + r);
                 }

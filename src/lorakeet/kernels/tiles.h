@@ -18,11 +18,15 @@ typedef __m512i sums_of;
 #define LOAD(p) _mm512_loadu_si512((const void *)(p))
 #define EVERY(v) _mm512_set1_epi32(v)
 #define IN_FP32(sums) (floats)_mm512_cvtepi32_ps(sums)
+#define LARGER(a, b) _mm512_max_epi32(a, b)
+#define MAGNITUDE(v) _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(INT32_MAX))
 #else
 typedef __m256i sums_of;
 #define LOAD(p) _mm256_loadu_si256((const __m256i *)(p))
 #define EVERY(v) _mm256_set1_epi32(v)
 #define IN_FP32(sums) (floats)_mm256_cvtepi32_ps(sums)
+#define LARGER(a, b) _mm256_max_epi32(a, b)
+#define MAGNITUDE(v) _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(INT32_MAX))
 #endif
 
 #if defined(__AVX512VNNI__)
