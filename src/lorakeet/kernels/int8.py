@@ -57,6 +57,8 @@ TILE = 128
 FEW = 16
 #: So many channels of a gradient share a scale in ``vnni``; ``vnni.c`` has the same number.
 GROUP = 64
+#: What rounding a gradient to a vocabulary takes from a value is given to the one so many further on (``tiles.h``).
+LANES = 16
 #: How often rows and columns are evened out in turn, and how far a column's scale may go, as a power of two.
 EVEN_ROUNDS, EVEN_MOST = 4, 12
 #: So many columns of a weight that narrows are kept as they are.
@@ -161,18 +163,29 @@ def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor
     return F.linear(x, dequantise(weight, scale, x.dtype), bias)
 
 
-def rounded_groups(x: Tensor) -> Tensor:
-    """x fp32 [n, columns] after each run of :data:`GROUP` columns of a row was rounded to int8 by its largest value."""
-    groups = F.pad(x, (0, -x.shape[1] % GROUP)).view(len(x), -1, GROUP)
-    largest = groups.abs().amax(2, keepdim=True)
-    scale = torch.where(largest == 0, torch.ones_like(largest), largest / 127)
-    return ((groups * (127 / largest)).nan_to_num(0).round() * scale).view(len(x), -1)[:, : x.shape[1]]
+def rounded_groups(x: Tensor, even: bool = False) -> Tensor:
+    """x fp32 [n, columns] after each run of :data:`GROUP` columns of a row was rounded to int8 by its largest value.
+
+    With ``even`` what rounding takes from a value is added to the one :data:`LANES` further on, before that one is rounded.
+    """
+    groups = F.pad(x, (0, -x.shape[1] % GROUP)).view(len(x), -1, GROUP // LANES, LANES).clone()
+    made, carry = torch.empty_like(groups), x.new_zeros(len(x), LANES)
+    for group, to in zip(groups.unbind(1), made.unbind(1), strict=True):
+        if even:
+            group[:, 0] += carry
+        largest = group.abs().amax((1, 2)).unsqueeze(1)
+        scale = torch.where(largest == 0, torch.ones_like(largest), largest / 127)
+        for at in range(GROUP // LANES):
+            value = group[:, at] + carry if even and at else group[:, at]
+            to[:, at] = (value * (127 / largest)).nan_to_num(0).round().clamp(-127, 127) * scale
+            carry = value - to[:, at]
+    return made.view(len(x), -1)[:, : x.shape[1]]
 
 
 def vnni_gradient_reference(g: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The slow truth of ``vnni``'s gradient to the input for g fp32 [n, out]: rounded by groups, then in fp64."""
     rows, columns = split_scale(weight, scale)
-    dx = rounded_groups(g * rows).double() @ weight.double()
+    dx = rounded_groups(g * rows, even=columns is None).double() @ weight.double()
     dx = (dx if columns is None else dx * columns).to(g.dtype)
     kept = kept_columns(weight, scale)
     return dx if kept is None else dx.index_copy(1, kept[0].long(), g @ kept[1].T)
@@ -249,13 +262,17 @@ def _product(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None, bi
 
 
 def input_gradient(g: Tensor, weight: Tensor, scale: Tensor, low: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """∂x = (g·diag(s))·W₈·diag(c) + u·vᵀ for g [n, out] and low = (u [n, r], v [in, r]) or None; [n, in] in g's dtype."""
+    """∂x = (g·diag(s))·W₈·diag(c) + u·vᵀ for g [n, out] and low = (u [n, r], v [in, r]) or None; [n, in] in g's dtype.
+
+    A weight without column scales is a vocabulary's, and g the softmax less its target: a few large values, and very many
+    small ones that make up for them, as the sum of all is 0. Rounded one by one most of the small ones would be lost, all
+    to the same side, and that side is the mean of all tokens' vectors, the same in each step. So there what rounding takes
+    from a value is given to a later one, or nothing is rounded.
+    """
     rows, columns = split_scale(weight, scale)
-    if backend_for(g) == "triton":
+    if backend_for(g) == "triton" and columns is not None:
         from lorakeet.kernels import int8_triton
 
-        if columns is None:
-            return int8_triton.input_gradient(g, weight, rows, low)
         dx = int8_triton.input_gradient(g, weight, rows).mul_(columns)
     else:
         dx = _input_gradient(g, weight, rows, columns)
@@ -279,15 +296,14 @@ def _times(x: Tensor, columns: Tensor | None) -> Tensor:
 
 def _input_gradient(g: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None) -> Tensor:
     backend = backend_for(g)
-    if backend != "blocked":
+    if backend in ("pairs", "vnni"):
         wide = g.float().contiguous()
         if native.has_pairs() and g.shape[1] == weight.shape[0] and _loops_take(wide, weight, rows, columns):
             multiply = native.pair_gradient if backend == "pairs" else native.group_gradient
-            return multiply(wide, weight, rows, columns).to(g.dtype)
-        if backend == "vnni":
+            return multiply(wide, weight, rows, columns, even=columns is None).to(g.dtype)
+        if backend == "vnni" and columns is not None:
             rounded, row_scale = quantise_rows(wide * rows)
-            dx = torch._int_mm(rounded, weight).float().mul_(row_scale.unsqueeze(1))
-            return (dx if columns is None else dx.mul_(columns)).to(g.dtype)
+            return torch._int_mm(rounded, weight).float().mul_(row_scale.unsqueeze(1)).mul_(columns).to(g.dtype)
     scaled = (g * rows).to(g.dtype)
     dx = g.new_zeros(len(g), weight.shape[1])
     for block in _blocks(weight):

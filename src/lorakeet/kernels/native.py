@@ -89,11 +89,11 @@ def _signed(loaded: Any) -> Any:
         getattr(loaded, name).restype = None
     if hasattr(loaded, "pair_product"):
         loaded.strips_size.argtypes, loaded.strips_size.restype = [size] * 2, size
-        loaded.round_strips.argtypes, loaded.round_strips.restype = [pointer] * 4 + [size] * 2, None
+        loaded.round_strips.argtypes, loaded.round_strips.restype = [pointer] * 4 + [size] * 2 + [ctypes.c_int], None
         loaded.pair_product.argtypes, loaded.pair_product.restype = [pointer] * 6 + [size] * 3 + [ctypes.c_int], None
         loaded.group_size.argtypes, loaded.group_size.restype = [], size
         loaded.groups_size.argtypes, loaded.groups_size.restype = [size] * 2, size
-        loaded.round_groups.argtypes, loaded.round_groups.restype = [pointer] * 5 + [size] * 2, None
+        loaded.round_groups.argtypes, loaded.round_groups.restype = [pointer] * 5 + [size] * 2 + [ctypes.c_int], None
         loaded.group_gradient.argtypes, loaded.group_gradient.restype = [pointer] * 6 + [size] * 3, None
     return loaded
 
@@ -140,39 +140,45 @@ def pair_product(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None
     return h
 
 
-def pair_gradient(g: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None) -> Tensor:
-    """∂x = (g·diag(s))·W₈·diag(c) for g fp32 [n, out], rounded to 16 bits by rows, W₈ int8 [out, in]; fp32 [n, in]."""
-    strips, row_scale = _strips(g, rows)
+def pair_gradient(g: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None, even: bool = False) -> Tensor:
+    """∂x = (g·diag(s))·W₈·diag(c) for g fp32 [n, out], rounded to 16 bits by rows, W₈ int8 [out, in]; fp32 [n, in].
+
+    With ``even`` what rounding takes from a value is given to a later one: sums over a row stay what they are.
+    """
+    strips, row_scale = _strips(g, rows, even)
     dx = passing(g, g.shape[0], weight.shape[1])
     at = (_at(strips), _at(row_scale), _at(weight), _at(columns), None, _at(dx))
     library().pair_product(*at, g.shape[0], *weight.shape, 1)
     return dx
 
 
-def _strips(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+def _strips(x: Tensor, factor: Tensor | None, even: bool = False) -> tuple[Tensor, Tensor]:
     """x·diag(factor) as ``round_strips`` lays it out, until the next ones are, and the scales of its rows."""
     strips = workspace(library().strips_size(*x.shape), torch.int16)
     row_scale = x.new_empty(x.shape[0])
-    library().round_strips(_at(x), _at(factor), _at(strips), _at(row_scale), *x.shape)
+    library().round_strips(_at(x), _at(factor), _at(strips), _at(row_scale), *x.shape, even)
     return strips, row_scale
 
 
-def group_gradient(g: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None) -> Tensor:
-    """∂x = (g·diag(s))·W₈·diag(c) for g fp32 [n, out], rounded to 8 bits by groups, W₈ int8 [out, in]; fp32 [n, in]."""
-    codes, row_scale, start = _groups(g, rows)
+def group_gradient(g: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None, even: bool = False) -> Tensor:
+    """∂x = (g·diag(s))·W₈·diag(c) for g fp32 [n, out], rounded to 8 bits by groups, W₈ int8 [out, in]; fp32 [n, in].
+
+    With ``even`` as in :func:`pair_gradient`.
+    """
+    codes, row_scale, start = _groups(g, rows, even)
     dx = passing(g, g.shape[0], weight.shape[1])
     at = (_at(codes), _at(row_scale), _at(start), _at(weight), _at(columns), _at(dx))
     library().group_gradient(*at, g.shape[0], *weight.shape)
     return dx
 
 
-def _groups(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _groups(x: Tensor, factor: Tensor, even: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """x·diag(factor) as ``round_groups`` lays it out, until the next one is: its bytes, scales, and where sums begin."""
     groups = library().groups_size(*x.shape)
     size = library().group_size() * groups
     memory = workspace(size + 8 * groups, torch.int8)
     codes, scale, start = memory[:size], memory[size : size + 4 * groups], memory[size + 4 * groups :]
-    library().round_groups(_at(x), _at(factor), _at(codes), _at(scale), _at(start), *x.shape)
+    library().round_groups(_at(x), _at(factor), _at(codes), _at(scale), _at(start), *x.shape, even)
     return codes, scale, start
 
 

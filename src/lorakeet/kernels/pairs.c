@@ -19,11 +19,11 @@ static ptrdiff_t block_size(ptrdiff_t depth)
     return (size + STEP - 1) / STEP * STEP;
 }
 
-/* What rounded values may reach: a block's sums, with weights of 127, stay below 2^31. */
+/* What values are rounded to, but for one that was carried on: a block's sums, with weights of 127, stay below 2^31. */
 static float limit(ptrdiff_t depth)
 {
     const ptrdiff_t most = INT32_MAX / (127 * block_size(depth));
-    return (float)(most < INT16_MAX ? most : INT16_MAX);
+    return (float)((most < INT16_MAX ? most : INT16_MAX) - 1);
 }
 
 /* How many int16 round_strips writes. */
@@ -55,16 +55,28 @@ static inline values some(const float *row, const float *factor, ptrdiff_t left)
 }
 #endif
 
-/* STEP values of a row times their factors and `times`, as int16; those from `left` on zeros. */
-static inline __m256i rounded(const float *row, const float *factor, ptrdiff_t left, float times)
+/* STEP values of a row times their factors and `times`, as int16; those from `left` on zeros. What was lost before, at `carry`,
+ * is added, and what is lost now left there; nothing if it is NULL. */
+static inline __m256i rounded(const float *row, const float *factor, ptrdiff_t left, float times, float *carry)
 {
 #if WIDTH == 16
-    return _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(some(row, factor, left), _mm512_set1_ps(times))));
+    __m512 v = _mm512_mul_ps(some(row, factor, left), _mm512_set1_ps(times));
+    if (carry)
+        v = _mm512_add_ps(v, _mm512_loadu_ps(carry));
+    const __m512i code = _mm512_cvtps_epi32(v);
+    if (carry)
+        _mm512_storeu_ps(carry, _mm512_sub_ps(v, _mm512_cvtepi32_ps(code)));
+    return _mm512_cvtsepi32_epi16(code);
 #else
     __m256i half[2];
     for (int h = 0; h < 2; h++) {
-        const __m256 v = some(row + 8 * h, factor ? factor + 8 * h : NULL, left - 8 * h);
-        half[h] = _mm256_cvtps_epi32(_mm256_mul_ps(v, _mm256_set1_ps(times)));
+        __m256 v = some(row + 8 * h, factor ? factor + 8 * h : NULL, left - 8 * h);
+        v = _mm256_mul_ps(v, _mm256_set1_ps(times));
+        if (carry)
+            v = _mm256_add_ps(v, _mm256_loadu_ps(carry + 8 * h));
+        half[h] = _mm256_cvtps_epi32(v);
+        if (carry)
+            _mm256_storeu_ps(carry + 8 * h, _mm256_sub_ps(v, _mm256_cvtepi32_ps(half[h])));
     }
     return _mm256_permute4x64_epi64(_mm256_packs_epi32(half[0], half[1]), 0xD8);
 #endif
@@ -93,15 +105,16 @@ static float row_scale_of(const float *row, const float *factor, ptrdiff_t depth
 }
 
 /* x [n, depth] times factor [depth] (or NULL: 1) -> int16 in strips: [block][strip][pair][row of the strip][2], and one scale
- * for each row. A row of zeros has the scale 1, one with a value that is not finite has the scale NaN. */
-void round_strips(const float *x, const float *factor, int16_t *strips, float *scale, ptrdiff_t n, ptrdiff_t depth)
+ * for each row. A row of zeros has the scale 1, one with a value that is not finite has the scale NaN. With `even` what rounding
+ * takes from a value is given to a later one of its row. */
+void round_strips(const float *x, const float *factor, int16_t *strips, float *scale, ptrdiff_t n, ptrdiff_t depth, int even)
 {
     const ptrdiff_t size = block_size(depth), count = (n + STRIP - 1) / STRIP;
     const float most = limit(depth);
     OF_ROWS(n, depth)
     for (ptrdiff_t s = 0; s < count; s++) {
         const ptrdiff_t rows = n - s * STRIP < STRIP ? n - s * STRIP : STRIP;
-        float inverse[STRIP] = {0};
+        float inverse[STRIP] = {0}, carry[STRIP][LANES] = {{0}};
         for (ptrdiff_t r = 0; r < rows; r++) {
             const float each = row_scale_of(x + (s * STRIP + r) * depth, factor, depth, most);
             scale[s * STRIP + r] = each;
@@ -114,7 +127,8 @@ void round_strips(const float *x, const float *factor, int16_t *strips, float *s
                     __m256i pairs[2];
                     for (ptrdiff_t two = 0; two < 2; two++) {
                         const float *row = x + (s * STRIP + (r + two < rows ? r + two : 0)) * depth;
-                        pairs[two] = rounded(row + k, factor ? factor + k : NULL, depth - k, inverse[r + two]);
+                        pairs[two] = rounded(row + k, factor ? factor + k : NULL, depth - k, inverse[r + two],
+                                             even ? carry[r + two] : NULL);
                     }
                     put_two(pairs[0], pairs[1], to + r);
                 }

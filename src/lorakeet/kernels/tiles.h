@@ -62,7 +62,8 @@ static inline sums_of fours(sums_of sums, sums_of a, sums_of b)
 
 enum {
     STRIP = WIDTH == 16 ? 12 : 6, /* rows of x in a tile: with these its sums fill most of the registers */
-    PANEL = 2 * WIDTH             /* columns of the result in a tile */
+    PANEL = 2 * WIDTH,            /* columns of the result in a tile */
+    LANES = 16                    /* what rounding takes from a value is given to the one so many further on */
 };
 
 /* Eight numbers of each of two neighbouring rows of a strip -> [number][row of the strip]. */

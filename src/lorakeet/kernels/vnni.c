@@ -53,14 +53,15 @@ static inline float scale_of(int32_t bits, float *inverse)
 }
 
 /* GROUP values of a row, `left` of them in memory, times their factors -> int8, zeros beyond them, their scale, and where their
- * sums begin. */
+ * sums begin. What is lost of each goes to the one LANES further on, and of the last LANES to `carry`, which what was lost
+ * before is taken from; nothing if it is NULL. */
 static inline void round_group(const float *row, const float *factor, ptrdiff_t left, int32_t *codes, float *scale,
-                               int32_t *start)
+                               int32_t *start, float *carry)
 {
     float inverse;
 #if WIDTH == 16
-    const __m512i magnitude = _mm512_set1_epi32(INT32_MAX);
-    __m512 v[GROUP / 16];
+    const __m512i magnitude = _mm512_set1_epi32(INT32_MAX), highest = _mm512_set1_epi32(127);
+    __m512 v[GROUP / 16], lost;
     __m512i most = _mm512_setzero_si512(), sum = most;
     for (int q = 0; q < GROUP / 16; q++) {
         const ptrdiff_t there = left - 16 * q;
@@ -68,45 +69,60 @@ static inline void round_group(const float *row, const float *factor, ptrdiff_t 
         v[q] = _mm512_maskz_loadu_ps(mask, row + 16 * q);
         if (factor)
             v[q] = _mm512_mul_ps(v[q], _mm512_maskz_loadu_ps(mask, factor + 16 * q));
+        if (carry && q == 0)
+            v[q] = _mm512_add_ps(v[q], _mm512_loadu_ps(carry));
         most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(v[q]), magnitude));
     }
     *scale = scale_of(_mm512_reduce_max_epi32(most), &inverse);
     for (int q = 0; q < GROUP / 16; q++) {
-        const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(v[q], _mm512_set1_ps(inverse)));
-        _mm_storeu_si128((__m128i *)codes + q, _mm512_cvtepi32_epi8(code));
+        if (carry && q > 0)
+            v[q] = _mm512_add_ps(v[q], lost);
+        const __m512i code = _mm512_min_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(v[q], _mm512_set1_ps(inverse))), highest);
+        lost = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(*scale), v[q]);
+        _mm_storeu_si128((__m128i *)codes + q, _mm512_cvtsepi32_epi8(code));
         sum = _mm512_add_epi32(sum, code);
     }
+    if (carry)
+        _mm512_storeu_ps(carry, lost);
     *start = -128 * _mm512_reduce_add_epi32(sum);
 #else
-    float v[GROUP];
+    float v[GROUP], lost[LANES];
     int32_t most = 0, sum = 0;
     int8_t made[GROUP];
     for (ptrdiff_t k = 0; k < GROUP; k++) {
         int32_t bits;
         v[k] = k >= left ? 0.0f : factor ? row[k] * factor[k] : row[k];
+        v[k] += carry && k < LANES ? carry[k] : 0.0f;
         memcpy(&bits, v + k, sizeof bits);
         bits &= INT32_MAX;
         most = bits > most ? bits : most;
     }
     *scale = scale_of(most, &inverse);
-    for (int k = 0; k < GROUP; k++) {
-        const int32_t code = inverse > 0 ? (int32_t)rintf(v[k] * inverse) : 0;
-        made[k] = (int8_t)code;
-        sum += code;
-    }
+    for (int q = 0; q < GROUP; q += LANES)
+        for (int k = q; k < q + LANES; k++) {
+            const float value = carry && q ? v[k] + lost[k - q] : v[k], wanted = inverse > 0 ? rintf(value * inverse) : 0.0f;
+            const int32_t code = (int32_t)(wanted > 127.0f ? 127.0f : wanted < -127.0f ? -127.0f : wanted);
+            lost[k - q] = fmaf((float)-code, *scale, value);
+            made[k] = (int8_t)code;
+            sum += code;
+        }
+    if (carry)
+        memcpy(carry, lost, sizeof lost);
     memcpy(codes, made, sizeof made);
     *start = -128 * sum;
 #endif
 }
 
 /* x [n, depth] times factor [depth] (or NULL: 1) -> int8 in strips, [strip][four values][row of the strip][4], and of each row
- * of a strip and group its scale and where its sums begin, [strip][group][row]. */
+ * of a strip and group its scale and where its sums begin, [strip][group][row]. With `even` what rounding takes from a value is
+ * given to a later one of its row. */
 void round_groups(const float *x, const float *factor, int8_t *codes, float *scale, int32_t *start, ptrdiff_t n,
-                  ptrdiff_t depth)
+                  ptrdiff_t depth, int even)
 {
     const ptrdiff_t count = (n + STRIP - 1) / STRIP, groups = groups_of(depth);
     OF_ROWS(n, depth)
-    for (ptrdiff_t s = 0; s < count; s++)
+    for (ptrdiff_t s = 0; s < count; s++) {
+        float carry[STRIP][LANES] = {{0}};
         for (ptrdiff_t g = 0; g < groups; g++) {
             const ptrdiff_t at = (s * groups + g) * STRIP;
             int32_t *to = (int32_t *)(codes + at * GROUP);
@@ -115,13 +131,14 @@ void round_groups(const float *x, const float *factor, int8_t *codes, float *sca
                 for (ptrdiff_t two = 0; two < 2; two++) {
                     const ptrdiff_t row = s * STRIP + r + two < n ? s * STRIP + r + two : n - 1;
                     round_group(x + row * depth + g * GROUP, factor ? factor + g * GROUP : NULL, depth - g * GROUP, fours[two],
-                                scale + at + r + two, start + at + r + two);
+                                scale + at + r + two, start + at + r + two, even ? carry[r + two] : NULL);
                 }
                 for (int k = 0; k < GROUP / 4; k += 8)
                     put_two(_mm256_loadu_si256((const __m256i *)(fours[0] + k)),
                             _mm256_loadu_si256((const __m256i *)(fours[1] + k)), to + k * STRIP + r);
             }
         }
+    }
 }
 
 /* weight [out, in], inputs from j on, channels from k0 on -> panel [four values][PANEL][4]. */
