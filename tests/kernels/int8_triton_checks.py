@@ -172,13 +172,12 @@ def test_product(rows: int, inner: int, out: int, dtype: torch.dtype, has_bias: 
     same(h, int8_triton.product_reference(x, weight, scale, bias, low), dtype)
 
 
-@pytest.mark.parametrize(("rows", "inner", "out", "dtype", "has_bias", "rank"), CASES)
-def test_input_gradient(rows: int, inner: int, out: int, dtype: torch.dtype, has_bias: bool, rank: int | None) -> None:
+@pytest.mark.parametrize(("rows", "inner", "out", "dtype"), [case[:4] for case in CASES])
+def test_input_gradient(rows: int, inner: int, out: int, dtype: torch.dtype) -> None:
     g, (weight, scale) = normal(rows, out, dtype=dtype), layer(inner, out)
     g[1:][-1:] = 0
-    low = None if rank is None else (normal(rows, rank, dtype=dtype), normal(rank, inner, dtype=dtype).T)
-    dx = int8_triton.input_gradient(g, weight, scale, low)
-    same(dx, int8_triton.input_gradient_reference(g, weight, scale, low), dtype)
+    dx = int8_triton.input_gradient(g, weight, scale)
+    same(dx, int8_triton.input_gradient_reference(g, weight, scale), dtype)
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (132, 200), (64, 8)])

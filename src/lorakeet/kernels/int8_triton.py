@@ -97,9 +97,9 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None
     return h
 
 
-def input_gradient(g: Tensor, weight: Tensor, scale: Tensor, low: Low | None = None) -> Tensor:
-    """∂x = (g·diag(s))·W₈ + u·vᵀ for g [n, out]; u [n, r], v [in, r]; [n, in] in g's dtype."""
-    dx = _place(g, weight.T, low)
+def input_gradient(g: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """∂x = (g·diag(s))·W₈ for g [n, out]; [n, in] in g's dtype."""
+    dx = _place(g, weight.T, None)
     if dx.numel():
         with torch.cuda.device_of(g):
             rounded, row_scale, _ = quantise(g, factor=scale)
@@ -107,7 +107,7 @@ def input_gradient(g: Tensor, weight: Tensor, scale: Tensor, low: Low | None = N
                 weight.shape[0] % 16 or weight.shape[1] % 4 or weight.storage_offset() % 4 or not weight.is_contiguous()
             )
             w = weight.T if odd or len(g) < TURN_FROM else turn(weight)
-            _launch(dx, rounded, row_scale, w, None, None, None, None, low)
+            _launch(dx, rounded, row_scale, w, None, None, None, None, None)
     return dx
 
 
@@ -248,8 +248,7 @@ def product_reference(
     return h if low is None else h + low[0].double() @ low[1].double().T
 
 
-def input_gradient_reference(g: Tensor, weight: Tensor, scale: Tensor, low: Low | None = None) -> Tensor:
+def input_gradient_reference(g: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """What :func:`input_gradient` computes, in fp64 after the rounding."""
     rounded, row_scale = int8.quantise_rows(g.float() * scale)
-    dx = (rounded.double() * row_scale.double()[:, None]) @ weight.double()
-    return dx if low is None else dx + low[0].double() @ low[1].double().T
+    return (rounded.double() * row_scale.double()[:, None]) @ weight.double()
