@@ -9,8 +9,14 @@
 
 enum {
     DEPTH = 640,  /* at most so many products are summed in int32, and are widened at once: a panel stays in the first cache */
+    SIDE = 2,     /* panels that a strip is multiplied with while it is in the first cache */
     STEP = 16     /* depths are filled up with zeros to a multiple of this */
 };
+
+static inline ptrdiff_t least(ptrdiff_t a, ptrdiff_t b)
+{
+    return a < b ? a : b;
+}
 
 /* How the depth is cut: blocks of nearly one size, each a multiple of STEP. */
 static ptrdiff_t block_size(ptrdiff_t depth)
@@ -232,28 +238,28 @@ void pair_product(const int16_t *strips, const float *row_scale, const int8_t *w
                   float *h, ptrdiff_t n, ptrdiff_t out, ptrdiff_t in, int transposed)
 {
     const ptrdiff_t columns = transposed ? in : out, depth = transposed ? out : in;
-    const ptrdiff_t size = block_size(depth), count = (n + STRIP - 1) / STRIP, panels = (columns + PANEL - 1) / PANEL;
-    const ptrdiff_t parts = row_parts(panels, n), each = (count + parts - 1) / parts;
+    const ptrdiff_t size = block_size(depth), count = (n + STRIP - 1) / STRIP, wide = SIDE * PANEL;
+    const ptrdiff_t sides = (columns + wide - 1) / wide, parts = row_parts(sides, n), each = (count + parts - 1) / parts;
 #pragma omp parallel for schedule(dynamic) collapse(2) if (n * columns > 4096)
-    for (ptrdiff_t p = 0; p < panels; p++)
+    for (ptrdiff_t p = 0; p < sides; p++)
         for (ptrdiff_t part = 0; part < parts; part++) {
-            const ptrdiff_t j = p * PANEL, width = columns - j < PANEL ? columns - j : PANEL;
-            const ptrdiff_t last = (part + 1) * each < count ? (part + 1) * each : count;
-            _Alignas(64) int16_t panel[DEPTH * PANEL];
-            float ones[PANEL], zeros[PANEL] = {0};
-            for (int c = 0; c < PANEL; c++)
+            const ptrdiff_t first = p * wide, width = least(columns - first, wide), last = least((part + 1) * each, count);
+            _Alignas(64) int16_t panels[SIDE][DEPTH * PANEL];
+            float ones[SIDE * PANEL], zeros[SIDE * PANEL] = {0};
+            for (int c = 0; c < wide; c++)
                 ones[c] = 1;
             if (scale)
-                memcpy(ones, scale + j, (size_t)width * sizeof(float));
+                memcpy(ones, scale + first, (size_t)width * sizeof(float));
             if (bias)
-                memcpy(zeros, bias + j, (size_t)width * sizeof(float));
+                memcpy(zeros, bias + first, (size_t)width * sizeof(float));
             for (ptrdiff_t from = 0; from < depth; from += size) {
-                (transposed ? panel_of_inputs : panel_of_channels)(weight, panel, out, in, j, from, size);
-                for (ptrdiff_t s = part * each; s < last; s++) {
-                    const ptrdiff_t rows = n - s * STRIP < STRIP ? n - s * STRIP : STRIP;
-                    tile(strips + (from * count + s * size) * STRIP, panel, size, row_scale + s * STRIP, ones, zeros,
-                         h + s * STRIP * columns + j, columns, rows, width, from == 0);
-                }
+                for (ptrdiff_t j = 0; j < width; j += PANEL)
+                    (transposed ? panel_of_inputs : panel_of_channels)(weight, panels[j / PANEL], out, in, first + j, from, size);
+                for (ptrdiff_t s = part * each; s < last; s++)
+                    for (ptrdiff_t j = 0; j < width; j += PANEL)
+                        tile(strips + (from * count + s * size) * STRIP, panels[j / PANEL], size, row_scale + s * STRIP, ones + j,
+                             zeros + j, h + s * STRIP * columns + first + j, columns, least(n - s * STRIP, STRIP),
+                             least(width - j, PANEL), from == 0);
             }
         }
 }

@@ -95,7 +95,7 @@ static inline __m128i sixteen_of(const int8_t *weight, ptrdiff_t out, ptrdiff_t 
 static inline ptrdiff_t row_parts(ptrdiff_t panels, ptrdiff_t n)
 {
 #if defined(_OPENMP)
-    const ptrdiff_t wanted = (4 * omp_get_max_threads() + panels - 1) / panels, most = 1 + n / (10 * STRIP);
+    const ptrdiff_t wanted = (6 * omp_get_max_threads() + panels - 1) / panels, most = 1 + n / (10 * STRIP);
     return wanted < most ? wanted : most;
 #else
     (void)panels, (void)n;
