@@ -321,6 +321,14 @@ def test_the_gradient_to_a_vocabulary_is_off_to_no_side(
     assert float(error.sum(0).norm()) < 0.01 * float(exact.sum(0).norm()) < 0.2 * float(alone.sum(0).norm())
 
 
+def test_on_a_gpu_the_gradient_to_a_vocabulary_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a token has one scale; of the small values nothing would be left."""
+    monkeypatch.setattr(int8, "backend_for", lambda x: "triton")
+    weight, scale = int8.quantise_rows(torch.randn(300, 48))
+    g = torch.randn(20, 300)
+    close(int8.input_gradient(g, weight, scale), g @ int8.dequantise(weight, scale), 1e-5)
+
+
 @needs_pairs
 def test_large_values_of_a_gradient_cost_no_more_than_their_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     """One in 640 channels is a thousand times the others: the other groups are rounded as finely as ever."""

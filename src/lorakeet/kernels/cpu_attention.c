@@ -43,11 +43,6 @@ static inline float *row_of(const struct heads *tensor, ptrdiff_t token, ptrdiff
     return tensor->at + token * tensor->token + head * tensor->head;
 }
 
-static inline ptrdiff_t least(ptrdiff_t a, ptrdiff_t b)
-{
-    return a < b ? a : b;
-}
-
 static inline struct place place_of(const int64_t *starts, const int64_t *lengths, const struct shape *shape, ptrdiff_t task)
 {
     const ptrdiff_t sample = task / shape->heads, head = task % shape->heads;

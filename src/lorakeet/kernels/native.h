@@ -20,6 +20,11 @@
 typedef float floats __attribute__((vector_size(4 * WIDTH)));
 typedef float anywhere __attribute__((vector_size(4 * WIDTH), aligned(4)));
 
+static inline ptrdiff_t least(ptrdiff_t a, ptrdiff_t b)
+{
+    return a < b ? a : b;
+}
+
 static inline floats load(const float *x)
 {
     return *(const anywhere *)x;

@@ -13,11 +13,6 @@ enum {
     STEP = 16     /* depths are filled up with zeros to a multiple of this */
 };
 
-static inline ptrdiff_t least(ptrdiff_t a, ptrdiff_t b)
-{
-    return a < b ? a : b;
-}
-
 /* How the depth is cut: blocks of nearly one size, each a multiple of STEP. */
 static ptrdiff_t block_size(ptrdiff_t depth)
 {
@@ -38,28 +33,6 @@ ptrdiff_t strips_size(ptrdiff_t n, ptrdiff_t depth)
     const ptrdiff_t size = depth ? block_size(depth) : 1;
     return (n + STRIP - 1) / STRIP * STRIP * ((depth + size - 1) / size * size);
 }
-
-/* Values of a row times their factors (or NULL: 1) in one vector, those from `left` on zeros. */
-#if WIDTH == 16
-typedef __m512 values;
-static inline values some(const float *row, const float *factor, ptrdiff_t left)
-{
-    const __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
-    const __m512 v = _mm512_maskz_loadu_ps(mask, row);
-    return factor ? _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, factor)) : v;
-}
-#else
-typedef __m256 values;
-static inline values some(const float *row, const float *factor, ptrdiff_t left)
-{
-    if (left >= 8)
-        return factor ? _mm256_mul_ps(_mm256_loadu_ps(row), _mm256_loadu_ps(factor)) : _mm256_loadu_ps(row);
-    float edge[8] = {0};
-    for (ptrdiff_t e = 0; e < left; e++)
-        edge[e] = factor ? row[e] * factor[e] : row[e];
-    return _mm256_loadu_ps(edge);
-}
-#endif
 
 /* STEP values of a row times their factors and `times`, as int16; those from `left` on zeros. What was lost before, at `carry`,
  * is added, and what is lost now left there; nothing if it is NULL. */

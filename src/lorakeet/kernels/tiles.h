@@ -66,6 +66,28 @@ enum {
     LANES = 16                    /* what rounding takes from a value is given to the one so many further on */
 };
 
+/* Values of a row times their factors (or NULL: 1) in one vector, those from `left` on zeros. */
+#if WIDTH == 16
+typedef __m512 values;
+static inline values some(const float *row, const float *factor, ptrdiff_t left)
+{
+    const __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+    const __m512 v = _mm512_maskz_loadu_ps(mask, row);
+    return factor ? _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, factor)) : v;
+}
+#else
+typedef __m256 values;
+static inline values some(const float *row, const float *factor, ptrdiff_t left)
+{
+    if (left >= 8)
+        return factor ? _mm256_mul_ps(_mm256_loadu_ps(row), _mm256_loadu_ps(factor)) : _mm256_loadu_ps(row);
+    float edge[8] = {0};
+    for (ptrdiff_t e = 0; e < left; e++)
+        edge[e] = factor ? row[e] * factor[e] : row[e];
+    return _mm256_loadu_ps(edge);
+}
+#endif
+
 /* Eight numbers of each of two neighbouring rows of a strip -> [number][row of the strip]. */
 static inline void put_two(__m256i one, __m256i other, int32_t *to)
 {

@@ -53,25 +53,21 @@ static inline float scale_of(int32_t bits, float *inverse)
 }
 
 /* GROUP values of a row, `left` of them in memory, times their factors -> int8, zeros beyond them, their scale, and where their
- * sums begin. What is lost of each goes to the one LANES further on, and of the last LANES to `carry`, which what was lost
- * before is taken from; nothing if it is NULL. */
+ * sums begin. Unless `carry` is NULL, what a value loses goes to the one LANES further on: the first LANES take what lies there
+ * from the group before, the last leave theirs. */
 static inline void round_group(const float *row, const float *factor, ptrdiff_t left, int32_t *codes, float *scale,
                                int32_t *start, float *carry)
 {
     float inverse;
 #if WIDTH == 16
-    const __m512i magnitude = _mm512_set1_epi32(INT32_MAX), highest = _mm512_set1_epi32(127);
+    const __m512i highest = _mm512_set1_epi32(127);
     __m512 v[GROUP / 16], lost;
     __m512i most = _mm512_setzero_si512(), sum = most;
     for (int q = 0; q < GROUP / 16; q++) {
-        const ptrdiff_t there = left - 16 * q;
-        const __mmask16 mask = there >= 16 ? 0xffff : there <= 0 ? 0 : (__mmask16)((1u << there) - 1);
-        v[q] = _mm512_maskz_loadu_ps(mask, row + 16 * q);
-        if (factor)
-            v[q] = _mm512_mul_ps(v[q], _mm512_maskz_loadu_ps(mask, factor + 16 * q));
+        v[q] = some(row + 16 * q, factor ? factor + 16 * q : NULL, left - 16 * q);
         if (carry && q == 0)
             v[q] = _mm512_add_ps(v[q], _mm512_loadu_ps(carry));
-        most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(v[q]), magnitude));
+        most = LARGER(most, MAGNITUDE(v[q]));
     }
     *scale = scale_of(_mm512_reduce_max_epi32(most), &inverse);
     for (int q = 0; q < GROUP / 16; q++) {
