@@ -91,7 +91,7 @@ class _LoraLinear(torch.autograd.Function):
             dx = int8.input_gradient(g, weight, scale, low=(gu, lora_A.T)).to(x.dtype).view(x.shape)
         elif need_x:
             if scale is None:
-                dx = g @ (weight.T if ctx.fan_in_fan_out else weight)  # [n, in]
+                dx = linear_out(g, weight.T if ctx.fan_in_fan_out else weight, None)  # [n, in]
             else:
                 dx = int8.input_gradient(g, weight, scale)
             if ctx.p == 0.0 and dx.dtype == lora_A.dtype:

@@ -24,7 +24,7 @@ from lorakeet.files import cache_home
 from lorakeet.kernels.room import passing, workspace
 from lorakeet.talk import say
 
-NAMES = ("native.h", "tiles.h", "native.c", "pairs.c", "vnni.c", "decode.c", "elementwise.c", "cpu_attention.c")
+NAMES = ("native.h", "tiles.h", "native.c", "pairs.c", "vnni.c", "fp32.c", "decode.c", "elementwise.c", "cpu_attention.c")
 SOURCES = [Path(__file__).with_name(name) for name in NAMES]
 #: What ``elementwise.c`` has.
 ELEMENTWISE = ("gated", "gated_backward", "rms_norm", "rms_norm_backward", "rotary", "dropout")
@@ -95,6 +95,8 @@ def _signed(loaded: Any) -> Any:
         loaded.groups_size.argtypes, loaded.groups_size.restype = [size] * 2, size
         loaded.round_groups.argtypes, loaded.round_groups.restype = [pointer] * 5 + [size] * 2 + [ctypes.c_int], None
         loaded.group_gradient.argtypes, loaded.group_gradient.restype = [pointer] * 6 + [size] * 3, None
+        loaded.fp32_size.argtypes, loaded.fp32_size.restype = [size], size
+        loaded.fp32_product.argtypes, loaded.fp32_product.restype = [pointer] * 5 + [size] * 3 + [ctypes.c_int], None
     return loaded
 
 
@@ -180,6 +182,21 @@ def _groups(x: Tensor, factor: Tensor, even: bool = False) -> tuple[Tensor, Tens
     codes, scale, start = memory[:size], memory[size : size + 4 * groups], memory[size + 4 * groups :]
     library().round_groups(_at(x), _at(factor), _at(codes), _at(scale), _at(start), *x.shape, even)
     return codes, scale, start
+
+
+@cache
+def has_fp32() -> bool:
+    """Whether :func:`fp32_product` is faster than torch's own product on this processor."""
+    return has_pairs() and bool(library().fp32_is_fast())
+
+
+def fp32_product(x: Tensor, m: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x·m + b for x fp32 [n, k] and m fp32 [k, columns], of which m or mᵀ has no gaps; fp32 [n, columns]."""
+    h = passing(x, x.shape[0], m.shape[1])
+    strips = workspace(library().fp32_size(x.shape[0]), torch.float32)
+    at = [_at(t) for t in (x, m, bias, strips, h)]
+    library().fp32_product(*at, *x.shape, m.shape[1], not m.is_contiguous())
+    return h
 
 
 def takes(*tensors: Tensor) -> bool:
