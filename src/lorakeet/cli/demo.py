@@ -15,8 +15,9 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import LorakeetError
 from lorakeet.talk import say
 
-#: The article's job: r=16 on query and value projections, 200 steps of 4 × 4 quotations.
+#: The article's job: r=16 on query and value projections, 200 steps of 4 × 4 quotations; the base in 8 bits.
 JOB: dict[str, Any] = {
+    "base.bits": 8,
     "lora.r": 16,
     "lora.lora_alpha": 32,
     "lora.lora_dropout": 0.05,
@@ -37,19 +38,30 @@ WRITE: dict[str, Any] = {"max_new_tokens": 32, "greedy": True}
 SAME, SAME_IN_HALF = 1e-4, 5e-3
 
 
-@with_settings({"--steps": "train.steps", "--warmup": "train.warmup", "--out": "out", "--seed": "train.seed"}, JOB)
+FLAGS = {
+    "--steps": "train.steps",
+    "--warmup": "train.warmup",
+    "--bits": "base.bits",
+    "--out": "out",
+    "--seed": "train.seed",
+}
+
+
+@with_settings(FLAGS, JOB)
 def demo(
     settings: dict[str, Any],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier demo in --out")] = False,
 ) -> None:
     """The whole job on embedded data: SmolLM2-135M-Instruct learns to write quotations.
 
-    Completes a few openings, trains (200 steps, 100 of them warm-up, unless told otherwise), shows the held-out loss
-    before and after, loads the adapter again in a new process, verifies it, merges it, and says what to type next.
+    Completes a few openings, trains (200 steps, 100 of them warm-up, unless told otherwise; the base is in 8 bits), shows
+    the held-out loss before and after, loads the adapter again in a new process, verifies it, merges it into the base as it
+    was before rounding, and says what to type next.
 
     \b
     examples:
       lorakeet demo
+      lorakeet demo --bits 32
       lorakeet demo --steps 30 --warmup 10 --out short-demo
     """
     config = read_run(None, values={**JOB, **settings})
@@ -63,10 +75,11 @@ def demo(
     say("2/5 training")
     summary = run_training(config, overwrite=overwrite)
     say("3/5 the adapter, loaded again in a new process")
-    after = _complete_anew(out / "adapter")
+    after = _complete_anew(config, out / "adapter")
     _verify_anew(config, summary, out / "adapter")
     say("4/5 merging")
-    merged = verbs.merge(config.base, str(out / "adapter"), out / "merged", overwrite=overwrite)
+    whole = config.base.model_copy(update={"bits": None if config.base.bits == 8 else config.base.bits})
+    merged = verbs.merge(whole, str(out / "adapter"), out / "merged", overwrite=overwrite)
     say("5/5 done")
     print(_report(config, summary, before, after, merged))
 
@@ -79,9 +92,13 @@ def _anew(*words: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def _complete_anew(adapter: Path) -> list[str]:
+def _bits(config: RunConfig) -> list[str]:
+    return [] if config.base.bits is None else ["--bits", str(config.base.bits)]
+
+
+def _complete_anew(config: RunConfig, adapter: Path) -> list[str]:
     prompts = [word for opening in OPENINGS for word in ("--prompt", opening)]
-    how = ["--greedy", "--max-new-tokens", str(WRITE["max_new_tokens"])]
+    how = [*_bits(config), "--greedy", "--max-new-tokens", str(WRITE["max_new_tokens"])]
     return [line["text"] for line in _anew("generate", "--adapter", str(adapter), *prompts, *how, "--json")]
 
 
@@ -91,7 +108,7 @@ def _verify_anew(config: RunConfig, summary: dict[str, Any], adapter: Path) -> N
     Raises:
         LorakeetError: it does not.
     """
-    held_out = ["--eval-fraction", str(config.data.eval_fraction), "--seed", str(config.train.seed)]
+    held_out = ["--eval-fraction", str(config.data.eval_fraction), "--seed", str(config.train.seed), *_bits(config)]
     again = _anew("eval", "--adapter", str(adapter), "--data", str(config.data.path), *held_out, "--json")[0]["loss"]
     near = SAME if summary["dtype"] == "float32" else SAME_IN_HALF
     if abs(again - summary["eval_loss_after"]) > near:
