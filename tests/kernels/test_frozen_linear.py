@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lorakeet.kernels import frozen_linear as module
-from lorakeet.kernels.frozen_linear import frozen_linear, frozen_linear_reference
+from lorakeet.kernels import native
+from lorakeet.kernels.frozen_linear import frozen_linear, frozen_linear_reference, linear_out
 from lorakeet.kernels.room import passing, workspace
 
 NEAR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -36,10 +37,19 @@ def outcome(function, x: Tensor, *rest) -> list[Tensor]:
     return [h.detach(), dx]
 
 
+@pytest.fixture(params=["torch", "tiles"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who multiplies in fp32: torch's library, or the compiled tiles, whatever this processor is best at."""
+    if request.param == "tiles" and not native.has_pairs():
+        pytest.skip("nothing is compiled for this processor")
+    monkeypatch.setattr(native, "has_fp32", lambda: request.param == "tiles")
+    return str(request.param)
+
+
 @pytest.mark.parametrize("shape", [(5,), (1, 7), (3, 5), (2, 3, 33), (0, 4), (2, 0, 4), (300, 129)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", NEAR)
-def test_forward_and_backward_equal_plain_torch(shape, bias, dtype) -> None:
+def test_forward_and_backward_equal_plain_torch(shape, bias, dtype, way) -> None:
     given = operands(shape, 131, bias, dtype)
     found, expected = outcome(frozen_linear, *given), outcome(frozen_linear_reference, *given)
     for mine, true in zip(found, expected, strict=True):
@@ -47,7 +57,48 @@ def test_forward_and_backward_equal_plain_torch(shape, bias, dtype) -> None:
         torch.testing.assert_close(mine, true, rtol=NEAR[dtype], atol=NEAR[dtype])
 
 
-def test_rows_and_gradients_that_do_not_lie_side_by_side() -> None:
+@pytest.mark.skipif(not native.has_pairs(), reason="nothing is compiled for this processor")
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("n", "depth", "columns"),
+    [(1, 1, 1), (17, 1, 40), (12, 640, 32), (25, 641, 65), (100, 1290, 63), (40, 2000, 131), (64, 7, 1)],
+)
+def test_tiles_of_any_shape(n: int, depth: int, columns: int, turned: bool) -> None:
+    """Blocks of the depth, strips, panels and what is left over of each, against fp64; the error is that of sums in fp32."""
+    draw = torch.Generator().manual_seed(n)
+    x, m, bias = (torch.randn(size, generator=draw) for size in ((n, depth), (depth, columns), (columns,)))
+    right = torch.addmm(bias.double(), x.double(), m.double())
+    given = m.T.contiguous().T if turned else m
+    for b, expected in ((bias, right), (None, right - bias)):
+        found = native.fp32_product(x, given, b)
+        assert found.shape == (n, columns) and found.dtype == torch.float32
+        assert float((found - expected).abs().max()) < 1e-7 * depth + 1e-6
+
+
+@pytest.mark.skipif(not native.has_pairs(), reason="nothing is compiled for this processor")
+def test_tiles_pass_on_what_is_not_finite() -> None:
+    x, m = torch.ones(20, 9), torch.ones(9, 70)
+    x[3, 4], x[5, 0] = torch.nan, torch.inf
+    found = native.fp32_product(x, m)
+    assert found[3].isnan().all() and found[5].isinf().all() and found.isfinite().all(1).sum() == 18
+
+
+@pytest.mark.skipif(not native.has_pairs(), reason="nothing is compiled for this processor")
+def test_what_the_tiles_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tokens in fp32, in memory without gaps; all else is torch's."""
+    taken: list[tuple[int, ...]] = []
+    monkeypatch.setattr(native, "has_fp32", lambda: True)
+    monkeypatch.setattr(native, "fp32_product", lambda x, m, bias: taken.append(tuple(x.shape)) or x @ m)
+    x, weight = torch.randn(40, 6), torch.randn(5, 6)
+    for rows, m in ((x, weight.T), (x, weight.T.contiguous()), (x[:16], weight.T), (x.double(), weight.T.double())):
+        torch.testing.assert_close(linear_out(rows, m, None), rows @ m)
+    torch.testing.assert_close(linear_out(x[:, :4], weight[:, :4].T, None), x[:, :4] @ weight[:, :4].T)
+    assert taken == [(40, 6), (40, 6)]
+    with pytest.raises(RuntimeError):
+        linear_out(x, torch.randn(5, 7), None)
+
+
+def test_rows_and_gradients_that_do_not_lie_side_by_side(way) -> None:
     x, weight, bias = operands((64, 40), 48, True, torch.float32)
     found, expected = (outcome(f, x.T[:, :40], weight[:, :40], bias) for f in (frozen_linear, frozen_linear_reference))
     torch.testing.assert_close(found, expected)

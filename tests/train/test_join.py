@@ -160,6 +160,30 @@ def test_the_loss_of_a_step_is_the_mean_over_its_targets(kind, make_args, collat
         assert learn(small(kind), args, data, collator, budget)[0] == [pytest.approx(expected, rel=1e-5)]
 
 
+@pytest.mark.parametrize("rows", [1, 27, 30])
+def test_an_evaluation_joins_its_batches_and_finds_the_same(rows, make_args, collator):
+    """The last batch may be smaller than the others; no row is lost or counted twice."""
+    data = tiny_data(rows)
+    args = make_args(max_steps=1, per_device_eval_batch_size=4)
+    found = []
+    for budget in (None, SCARCE, PLENTY):
+        model = small("llama")
+        sizes: list[int] = []
+        model.register_forward_pre_hook(
+            lambda _m, _a, given, to=sizes: to.append(len(given["input_ids"])), with_kwargs=True
+        )
+        trainer = Trainer(
+            model, args, train_dataset=data, eval_dataset=data, data_collator=collator, token_budget=budget
+        )
+        with padding_free(model), fused_loss(model):
+            sizes.clear()
+            figures = trainer.evaluate()
+        found.append((figures["eval_loss"], figures["eval_perplexity"]))
+        assert sum(sizes) == rows
+        assert len(sizes) == (1 if budget == PLENTY else -(-rows // 4)) or (budget == SCARCE and 1 <= len(sizes) < 8)
+    assert found[1] == pytest.approx(found[0], rel=1e-6) and found[2] == pytest.approx(found[0], rel=1e-6)
+
+
 def test_half_precision(make_args, collator):
     args = make_args(bf16=True, max_steps=3)
     apart, _, _, _ = learn(tiny_peft(0.0), args, tiny_data(), collator, None)

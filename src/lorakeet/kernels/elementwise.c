@@ -29,6 +29,16 @@ static inline float wide_of(uint16_t narrow)
     return wide.value;
 }
 
+/* The nearest bfloat16, of two the even one; NaN stays NaN. */
+static inline uint16_t narrow_of(float x)
+{
+    union {
+        float value;
+        uint32_t bits;
+    } wide = {x};
+    return (uint16_t)(x != x ? 0x7fc0 : (wide.bits + 0x7fff + (wide.bits >> 16 & 1)) >> 16);
+}
+
 static inline float itself(float x)
 {
     return x;
@@ -42,6 +52,16 @@ static inline float itself(float x)
         for (ptrdiff_t i = 0; i < size; i++)                                                                              \
             h[i] = gate[i] * logistic(gate[i], KIND) * up[i];                                                             \
     }
+#define GATED_KEEPING(NAME, KIND)                                                                                         \
+    static void NAME(const float *gate, const float *up, float *h, uint16_t *kept_gate, uint16_t *kept_up, ptrdiff_t size) \
+    {                                                                                                                     \
+        SHARED                                                                                                            \
+        for (ptrdiff_t i = 0; i < size; i++) {                                                                            \
+            h[i] = gate[i] * logistic(gate[i], KIND) * up[i];                                                             \
+            kept_gate[i] = narrow_of(gate[i]);                                                                            \
+            kept_up[i] = narrow_of(up[i]);                                                                                \
+        }                                                                                                                 \
+    }
 #define GATED_BACKWARD(NAME, KIND, TYPE, WIDE)                                                                            \
     static void NAME(const float *grad, const TYPE *gate, const TYPE *up, float *dgate, float *dup, ptrdiff_t size)       \
     {                                                                                                                     \
@@ -54,15 +74,20 @@ static inline float itself(float x)
     }
 GATED(silu, SILU)
 GATED(gelu_tanh, GELU_TANH)
+GATED_KEEPING(silu_keeping, SILU)
+GATED_KEEPING(gelu_tanh_keeping, GELU_TANH)
 GATED_BACKWARD(silu_backward, SILU, float, itself)
 GATED_BACKWARD(gelu_tanh_backward, GELU_TANH, float, itself)
 GATED_BACKWARD(silu_backward_narrow, SILU, uint16_t, wide_of)
 GATED_BACKWARD(gelu_tanh_backward_narrow, GELU_TANH, uint16_t, wide_of)
 
-/* h = f(gate) up, all [size]. */
-void gated(const float *gate, const float *up, float *h, ptrdiff_t size, int kind)
+/* h = f(gate) up, all [size]; gate and up as bfloat16 besides, unless kept_gate and kept_up are NULL. */
+void gated(const float *gate, const float *up, float *h, uint16_t *kept_gate, uint16_t *kept_up, ptrdiff_t size, int kind)
 {
-    (kind == SILU ? silu : gelu_tanh)(gate, up, h, size);
+    if (kept_gate)
+        (kind == SILU ? silu_keeping : gelu_tanh_keeping)(gate, up, h, kept_gate, kept_up, size);
+    else
+        (kind == SILU ? silu : gelu_tanh)(gate, up, h, size);
 }
 
 /* dgate = f'(gate) up grad, dup = f(gate) grad, all [size]; gate and up are bfloat16 if `narrow`, else fp32. */
@@ -138,5 +163,38 @@ void dropout(const float *x, float *y, ptrdiff_t size, uint32_t low, uint32_t hi
         hash = (hash ^ hash >> 15) * 0x846ca68bu;
         const float kept = (hash ^ hash >> 16) >> 16 < levels ? 0.0f : x[i] * scale;
         y[i] = add ? y[i] + kept : kept;
+    }
+}
+
+/* losses [n] of rows z [n, width] at their targets: log sum exp(scale z) - scale z_target, scale > 0; and with `gradient`, in the
+ * place of z, scale (softmax(scale z) - onehot(target)). A row stays in the second cache from one pass to the next. */
+void cross_entropy(float *z, const int64_t *targets, float *losses, ptrdiff_t n, ptrdiff_t width, float scale, int gradient)
+{
+    OF_ROWS(n, width)
+    for (ptrdiff_t i = 0; i < n; i++) {
+        enum { RUN = 1024 }; /* so few small terms are added in fp32 */
+        float *row = z + i * width, largest = row[0];
+        const float right = row[targets[i]];
+        double total = 0;
+        for (ptrdiff_t k = 0; k < width; k++)
+            largest = row[k] > largest ? row[k] : largest;
+        for (ptrdiff_t from = 0; from < width; from += RUN) {
+            const ptrdiff_t to = least(from + RUN, width);
+            float sum = 0;
+            for (ptrdiff_t k = from; k < to; k++) {
+                const float each = exponential(scale * (row[k] - largest));
+                sum += each;
+                if (gradient)
+                    row[k] = each;
+            }
+            total += (double)sum;
+        }
+        losses[i] = (float)log(total) - scale * (right - largest);
+        if (!gradient)
+            continue;
+        const float share = (float)((double)scale / total);
+        for (ptrdiff_t k = 0; k < width; k++)
+            row[k] *= share;
+        row[targets[i]] -= scale;
     }
 }

@@ -1,4 +1,5 @@
-"""A frozen linear layer on a CPU, whose results are given back without leaving holes in memory (:mod:`lorakeet.kernels.room`).
+"""A frozen linear layer on a CPU that leaves no holes in memory when its results are given back
+(:mod:`lorakeet.kernels.room`).
 
 h = x·Wᵀ + b          ∂x = g·W
 

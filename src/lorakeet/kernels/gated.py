@@ -53,11 +53,13 @@ class _Gated(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, gate: Tensor, up: Tensor, activation: Activation, keep: torch.dtype
     ) -> Tensor:
-        ctx.save_for_backward(gate.to(keep), up.to(keep))
         ctx.activation = activation
         if activation in _LOOPS and native.takes(gate, up):
-            return native.gated(gate, up, _LOOPS[activation])
-        return _activate(gate, activation).mul_(up)
+            h, gate, up = native.gated(gate, up, _LOOPS[activation], narrow=keep == torch.bfloat16)
+        else:
+            h = _activate(gate, activation).mul_(up)
+        ctx.save_for_backward(*(t if t.dtype == keep else t.to(keep) for t in (gate, up)))
+        return h
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

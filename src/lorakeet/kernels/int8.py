@@ -230,28 +230,42 @@ def product(
     What x makes of the columns that are kept is in it too.
     """
     rows, columns = split_scale(weight, scale)
+    kept = kept_columns(weight, scale)
+    from_kept = None if kept is None else (x.index_select(1, kept[0].long()).to(kept[1].dtype), kept[1].T)
     if backend_for(x) == "triton":
         from lorakeet.kernels import int8_triton
 
         h = int8_triton.product(_times(x, columns), weight, rows, bias, low)
-    else:
-        h = _product(x, weight, rows, columns, bias)
-        h = h if low is None else _plus(h, low)
-    if kept := kept_columns(weight, scale):
-        h = _plus(h, (x.index_select(1, kept[0].long()).to(kept[1].dtype), kept[1].T))
-    return h
+        return h if from_kept is None else _plus(h, from_kept)
+    if low is not None and from_kept is not None:
+        low = torch.cat((low[0], from_kept[0]), 1), torch.cat((low[1], from_kept[1]), 1)
+    return _product(x, weight, rows, columns, bias, low or from_kept)
 
 
-def _product(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
-    few = x.shape[0] <= FEW and x.dtype == torch.float32  # len() of a tensor costs as much as a small product
-    if few and x.shape[1] == weight.shape[1] and _loops_take(x, weight, rows, columns, bias):
-        return native.few_rows(x, weight, rows, columns, bias)
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    columns: Tensor | None,
+    bias: Tensor | None,
+    low: tuple[Tensor, Tensor] | None,
+) -> Tensor:
     if backend_for(x) != "blocked" and native.has_pairs():
         wide, wide_bias = x.float().contiguous(), None if bias is None else bias.float()
         if x.shape[1] == weight.shape[1] and _loops_take(wide, weight, rows, columns, wide_bias):
-            return native.pair_product(wide, weight, rows, columns, wide_bias).to(x.dtype)
+            inside = low is not None and native.adds(*low)
+            h = native.pair_product(wide, weight, rows, columns, wide_bias, low if inside else None).to(x.dtype)
+            return h if low is None or inside else _plus(h, low)
+    h = _blocked_product(x, weight, rows, columns, bias)
+    return h if low is None else _plus(h, low)
+
+
+def _blocked_product(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
+    few = x.shape[0] <= FEW and x.dtype == torch.float32  # len() of a tensor costs as much as a small product
+    if few and x.shape[1] == weight.shape[1] and _loops_take(x, weight, rows, columns, bias):
+        return native.few_rows(x, weight, rows, columns, bias)
     if x.dtype == torch.float16:  # before the scales the sums may be beyond its range
-        return _product(x.float(), weight, rows, columns, None if bias is None else bias.float()).half()
+        return _blocked_product(x.float(), weight, rows, columns, None if bias is None else bias.float()).half()
     x = _times(x, columns)
     h = passing(x, len(x), len(weight))
     for block in _blocks(weight):
@@ -277,7 +291,10 @@ def input_gradient(g: Tensor, weight: Tensor, scale: Tensor, low: tuple[Tensor, 
     else:
         dx = _input_gradient(g, weight, rows, columns)
     if kept := kept_columns(weight, scale):
-        dx.index_copy_(1, kept[0].long(), (g.to(kept[1].dtype) @ kept[1].T).to(dx.dtype))
+        if native.has_pairs() and native.takes(g, dx, *kept):
+            native.kept_gradient(g, *kept, dx)
+        else:
+            dx.index_copy_(1, kept[0].long(), (g.to(kept[1].dtype) @ kept[1].T).to(dx.dtype))
     return dx if low is None else _plus(dx, low)
 
 

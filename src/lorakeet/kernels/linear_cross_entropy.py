@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakeet.kernels import native
+
 #: Logits held in fp32 at once (32 MiB), unless that is fewer than :data:`MIN_ROWS` rows.
 CHUNK_LOGITS = 1 << 23
 MIN_ROWS = 64
@@ -93,6 +95,8 @@ def _loss_and_gradient(
     z = logits.detach().float()
     if z.data_ptr() == logits.data_ptr() and logits._is_view():  # autograd guards views against being overwritten
         z = z.clone()
+    if logit_map.softcap is None and logit_map.scale > 0 and _loop_takes(z, targets):
+        return native.cross_entropy(z, targets, logit_map.scale, gradient), z
     if logit_map.scale != 1.0:
         z.mul_(logit_map.scale)
     slope = None
@@ -111,6 +115,12 @@ def _loss_and_gradient(
         if slope is not None:
             z.mul_(slope)
     return losses, z
+
+
+def _loop_takes(z: Tensor, targets: Tensor) -> bool:
+    """Whether the compiled loop can take these; a target that is none is for torch to refuse."""
+    fit = targets.dtype == torch.int64 and targets.shape == z.shape[:1] and native.takes(z) and native.usable(targets)
+    return fit and int(targets.min()) >= 0 and int(targets.max()) < z.shape[1]
 
 
 def _loss_of_some(

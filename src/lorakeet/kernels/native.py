@@ -24,10 +24,20 @@ from lorakeet.files import cache_home
 from lorakeet.kernels.room import passing, workspace
 from lorakeet.talk import say
 
-NAMES = ("native.h", "tiles.h", "native.c", "pairs.c", "vnni.c", "fp32.c", "decode.c", "elementwise.c", "cpu_attention.c")
+NAMES = (
+    "native.h",
+    "tiles.h",
+    "native.c",
+    "pairs.c",
+    "vnni.c",
+    "fp32.c",
+    "decode.c",
+    "elementwise.c",
+    "cpu_attention.c",
+)
 SOURCES = [Path(__file__).with_name(name) for name in NAMES]
 #: What ``elementwise.c`` has.
-ELEMENTWISE = ("gated", "gated_backward", "rms_norm", "rms_norm_backward", "rotary", "dropout")
+ELEMENTWISE = ("gated", "gated_backward", "rms_norm", "rms_norm_backward", "rotary", "dropout", "cross_entropy")
 #: Tensors whose memory is what it seems.
 PLAIN = (Tensor, torch.nn.Parameter)
 #: Sums may be reordered, as vectors need it; nothing is assumed about NaN and infinity.
@@ -78,19 +88,23 @@ def _processor() -> str:
 def _signed(loaded: Any) -> Any:
     pointer, size = ctypes.c_void_p, ctypes.c_ssize_t
     loaded.few_rows.argtypes = [pointer] * 6 + [size] * 3
-    loaded.gated.argtypes = [pointer] * 3 + [size, ctypes.c_int]
+    loaded.gated.argtypes = [pointer] * 5 + [size, ctypes.c_int]
     loaded.gated_backward.argtypes = [pointer] * 5 + [size, ctypes.c_int, ctypes.c_int]
     loaded.rms_norm.argtypes = [pointer] * 4 + [size] * 2 + [ctypes.c_float] * 2
     loaded.rms_norm_backward.argtypes = [pointer] * 5 + [size] * 2 + [ctypes.c_float]
     loaded.rotary.argtypes = [pointer] * 4 + [size] * 3 + [ctypes.c_int]
     bits = [ctypes.c_uint32] * 3
     loaded.dropout.argtypes = [pointer] * 2 + [size, *bits, ctypes.c_float, ctypes.c_int]
+    loaded.cross_entropy.argtypes = [pointer] * 3 + [size] * 2 + [ctypes.c_float, ctypes.c_int]
     for name in ("few_rows", *ELEMENTWISE):
         getattr(loaded, name).restype = None
     if hasattr(loaded, "pair_product"):
         loaded.strips_size.argtypes, loaded.strips_size.restype = [size] * 2, size
         loaded.round_strips.argtypes, loaded.round_strips.restype = [pointer] * 4 + [size] * 2 + [ctypes.c_int], None
-        loaded.pair_product.argtypes, loaded.pair_product.restype = [pointer] * 6 + [size] * 3 + [ctypes.c_int], None
+        loaded.most_low.argtypes, loaded.most_low.restype = [], size
+        loaded.pair_product.argtypes = [pointer] * 7 + [size, pointer] + [size] * 3 + [ctypes.c_int]
+        loaded.pair_product.restype = None
+        loaded.kept_gradient.argtypes, loaded.kept_gradient.restype = [pointer] * 4 + [size] * 4, None
         loaded.group_size.argtypes, loaded.group_size.restype = [], size
         loaded.groups_size.argtypes, loaded.groups_size.restype = [size] * 2, size
         loaded.round_groups.argtypes, loaded.round_groups.restype = [pointer] * 5 + [size] * 2 + [ctypes.c_int], None
@@ -133,12 +147,28 @@ def has_dots() -> bool:
     return has_pairs() and bool(library().vnni_is_fast())
 
 
-def pair_product(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
-    """h = (x·diag(c))·W₈ᵀ·diag(s) + b for x fp32 [n, in], rounded to 16 bits by rows, W₈ int8 [out, in]; fp32 [n, out]."""
+def adds(u: Tensor, v: Tensor) -> bool:
+    """Whether :func:`pair_product` can add u·vᵀ for u [n, r] and v [out, r]: fp32, and of a rank that fits into its tiles."""
+    return u.dtype == v.dtype == torch.float32 and 0 < u.shape[1] <= library().most_low() and usable(u)
+
+
+def pair_product(
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    columns: Tensor | None,
+    bias: Tensor | None,
+    low: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """h = (x·diag(c))·W₈ᵀ·diag(s) + b + u·vᵀ for x fp32 [n, in], rounded to 16 bits by rows, W₈ int8 [out, in].
+
+    fp32 [n, out]. low is (u [n, r], v [out, r]), of which :func:`adds` is true, or None.
+    """
     strips, row_scale = _strips(x, columns)
     h = passing(x, x.shape[0], weight.shape[0])
-    at = (_at(strips), _at(row_scale), _at(weight), _at(rows), _at(bias), _at(h))
-    library().pair_product(*at, x.shape[0], *weight.shape, 0)
+    u, v = (None, None) if low is None else (low[0], low[1].T.contiguous())
+    at = (_at(strips), _at(row_scale), _at(weight), _at(rows), _at(bias), _at(u), _at(v))
+    library().pair_product(*at, 0 if u is None else u.shape[1], _at(h), x.shape[0], *weight.shape, 0)
     return h
 
 
@@ -149,8 +179,8 @@ def pair_gradient(g: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | Non
     """
     strips, row_scale = _strips(g, rows, even)
     dx = passing(g, g.shape[0], weight.shape[1])
-    at = (_at(strips), _at(row_scale), _at(weight), _at(columns), None, _at(dx))
-    library().pair_product(*at, g.shape[0], *weight.shape, 1)
+    at = (_at(strips), _at(row_scale), _at(weight), _at(columns), None, None, None)
+    library().pair_product(*at, 0, _at(dx), g.shape[0], *weight.shape, 1)
     return dx
 
 
@@ -171,6 +201,12 @@ def group_gradient(g: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | No
     dx = passing(g, g.shape[0], weight.shape[1])
     at = (_at(codes), _at(row_scale), _at(start), _at(weight), _at(columns), _at(dx))
     library().group_gradient(*at, g.shape[0], *weight.shape)
+    return dx
+
+
+def kept_gradient(g: Tensor, places: Tensor, columns: Tensor, dx: Tensor) -> Tensor:
+    """dx [n, in] with g·columnsᵀ at places fp32 [kept], for g [n, out] and columns [kept, out], all fp32."""
+    library().kept_gradient(_at(g), _at(columns), _at(places), _at(dx), *g.shape, dx.shape[1], len(places))
     return dx
 
 
@@ -204,11 +240,12 @@ def takes(*tensors: Tensor) -> bool:
     return all(t.dtype == torch.float32 and t.numel() for t in tensors) and usable(*tensors)
 
 
-def gated(gate: Tensor, up: Tensor, kind: int) -> Tensor:
-    """f(gate)·up, fp32 of one shape; ``kind`` 0 for SiLU, 1 for GELU by tanh."""
+def gated(gate: Tensor, up: Tensor, kind: int, narrow: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """f(gate)·up, fp32 of one shape; ``kind`` 0 for SiLU, 1 for GELU by tanh. Then gate and up, if ``narrow`` in bf16."""
     h = passing(gate, *gate.shape)
-    library().gated(_at(gate), _at(up), _at(h), gate.numel(), kind)
-    return h
+    kept = [torch.empty_like(t, dtype=torch.bfloat16) for t in (gate, up)] if narrow else [None, None]
+    library().gated(_at(gate), _at(up), _at(h), _at(kept[0]), _at(kept[1]), gate.numel(), kind)
+    return h, *(own if made is None else made for own, made in zip((gate, up), kept, strict=True))  # type: ignore[return-value]
 
 
 def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, kind: int) -> tuple[Tensor, Tensor]:
@@ -246,6 +283,13 @@ def dropout(x: Tensor, y: Tensor | None, levels: int, scale: float, low: int, hi
     to = passing(x, *x.shape) if y is None else y
     library().dropout(_at(x), _at(to), x.numel(), low, high, levels, scale, y is not None)
     return to
+
+
+def cross_entropy(z: Tensor, targets: Tensor, scale: float, gradient: bool) -> Tensor:
+    """Losses [n] of logits scale·z, z fp32 [n, v], at targets int64 [n] in 0…v − 1; on demand their gradient, over z."""
+    losses = z.new_empty(len(z))
+    library().cross_entropy(_at(z), _at(targets), _at(losses), *z.shape, scale, gradient)
+    return losses
 
 
 def _at(tensor: Tensor | None) -> int | None:

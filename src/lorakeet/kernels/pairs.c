@@ -10,7 +10,8 @@
 enum {
     DEPTH = 640,  /* at most so many products are summed in int32, and are widened at once: a panel stays in the first cache */
     SIDE = 2,     /* panels that a strip is multiplied with while it is in the first cache */
-    STEP = 16     /* depths are filled up with zeros to a multiple of this */
+    STEP = 16,    /* depths are filled up with zeros to a multiple of this */
+    LOW = 64      /* at most this rank has a low-rank product that is added while a tile is written */
 };
 
 /* How the depth is cut: blocks of nearly one size, each a multiple of STEP. */
@@ -172,10 +173,11 @@ static void panel_of_inputs(const int8_t *weight, int16_t *panel, ptrdiff_t out,
         }
 }
 
-/* A tile of h: the first block's sums are written, what follows is added. */
+/* A tile of h: the first block's sums are written, with the bias and u v of u [rows, rank] and v [rank][SIDE * PANEL]; what
+ * follows is added. */
 static inline void tile(const int16_t *strip, const int16_t *panel, ptrdiff_t size, const float *row_scale,
-                        const float *scale, const float *bias, float *h, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t columns,
-                        int first)
+                        const float *scale, const float *bias, const float *u, const float *v, ptrdiff_t rank, float *h,
+                        ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t columns, int first)
 {
     sums_of s[STRIP][2];
     for (int r = 0; r < STRIP; r++)
@@ -197,18 +199,26 @@ static inline void tile(const int16_t *strip, const int16_t *panel, ptrdiff_t si
         if (columns < PANEL && !first)
             memcpy(edge, h + r * stride, (size_t)columns * sizeof(float));
         for (int half = 0; half < 2; half++) {
-            const floats v = IN_FP32(made[r][half]) * row_scale[r] * load(scale + WIDTH * half);
-            store(to + WIDTH * half, v + (first ? load(bias + WIDTH * half) : load(to + WIDTH * half)));
+            floats sum = first ? load(bias + WIDTH * half) : load(to + WIDTH * half);
+            for (ptrdiff_t k = 0; first && k < rank; k++)
+                sum += u[r * rank + k] * load(v + k * SIDE * PANEL + WIDTH * half);
+            store(to + WIDTH * half, sum + IN_FP32(made[r][half]) * row_scale[r] * load(scale + WIDTH * half));
         }
         if (columns < PANEL)
             memcpy(h + r * stride, edge, (size_t)columns * sizeof(float));
     }
 }
 
-/* h = (x W8^T) diag(scale) + bias [n, out] of strips of x [n, in]; with transposed: h = (g W8) [n, in] of strips of g [n, out],
- * whose factor had the weight's scales. scale and bias may be NULL. */
+ptrdiff_t most_low(void)
+{
+    return LOW;
+}
+
+/* h = (x W8^T) diag(scale) + bias + u v [n, out] of strips of x [n, in], u [n, rank] and v [rank, out], rank <= LOW; with
+ * transposed: h = (g W8) [n, in] of strips of g [n, out], whose factor had the weight's scales. scale and bias may be NULL. */
 void pair_product(const int16_t *strips, const float *row_scale, const int8_t *weight, const float *scale, const float *bias,
-                  float *h, ptrdiff_t n, ptrdiff_t out, ptrdiff_t in, int transposed)
+                  const float *u, const float *v, ptrdiff_t rank, float *h, ptrdiff_t n, ptrdiff_t out, ptrdiff_t in,
+                  int transposed)
 {
     const ptrdiff_t columns = transposed ? in : out, depth = transposed ? out : in;
     const ptrdiff_t size = block_size(depth), count = (n + STRIP - 1) / STRIP, wide = SIDE * PANEL;
@@ -218,22 +228,40 @@ void pair_product(const int16_t *strips, const float *row_scale, const int8_t *w
         for (ptrdiff_t part = 0; part < parts; part++) {
             const ptrdiff_t first = p * wide, width = least(columns - first, wide), last = least((part + 1) * each, count);
             _Alignas(64) int16_t panels[SIDE][DEPTH * PANEL];
-            float ones[SIDE * PANEL], zeros[SIDE * PANEL] = {0};
+            float ones[SIDE * PANEL], zeros[SIDE * PANEL] = {0}, low[LOW][SIDE * PANEL];
             for (int c = 0; c < wide; c++)
                 ones[c] = 1;
             if (scale)
                 memcpy(ones, scale + first, (size_t)width * sizeof(float));
             if (bias)
                 memcpy(zeros, bias + first, (size_t)width * sizeof(float));
+            for (ptrdiff_t k = 0; k < rank; k++) {
+                memcpy(low[k], v + k * columns + first, (size_t)width * sizeof(float));
+                memset(low[k] + width, 0, (size_t)(wide - width) * sizeof(float));
+            }
             for (ptrdiff_t from = 0; from < depth; from += size) {
                 for (ptrdiff_t j = 0; j < width; j += PANEL)
                     (transposed ? panel_of_inputs : panel_of_channels)(weight, panels[j / PANEL], out, in, first + j, from, size);
                 for (ptrdiff_t s = part * each; s < last; s++)
                     for (ptrdiff_t j = 0; j < width; j += PANEL)
                         tile(strips + (from * count + s * size) * STRIP, panels[j / PANEL], size, row_scale + s * STRIP, ones + j,
-                             zeros + j, h + s * STRIP * columns + first + j, columns, least(n - s * STRIP, STRIP),
-                             least(width - j, PANEL), from == 0);
+                             zeros + j, u + s * STRIP * rank, low[0] + j, rank, h + s * STRIP * columns + first + j, columns,
+                             least(n - s * STRIP, STRIP), least(width - j, PANEL), from == 0);
             }
+        }
+}
+
+/* dx [n, in] at `kept` places: g [n, out] times the columns [kept, out] that are kept there. */
+void kept_gradient(const float *g, const float *column, const float *place, float *dx, ptrdiff_t n, ptrdiff_t out, ptrdiff_t in,
+                   ptrdiff_t kept)
+{
+    OF_ROWS(n, out)
+    for (ptrdiff_t i = 0; i < n; i++)
+        for (ptrdiff_t k = 0; k < kept; k++) {
+            float sum = 0;
+            for (ptrdiff_t j = 0; j < out; j++)
+                sum += g[i * out + j] * column[k * out + j];
+            dx[i * in + (ptrdiff_t)place[k]] = sum;
         }
 }
 #endif

@@ -11,7 +11,7 @@ are planned when they are fetched; one that is held back has the loss 0, and the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -181,6 +181,22 @@ class Passes:
         """One batch of several; a single one is left as it is."""
         return batches[0] if len(batches) == 1 else joined(batches, self._padding_token()[0])
 
+    def of_an_evaluation(self, batches: Iterable[Batch]) -> Iterator[list[Batch]]:
+        """The batches of an evaluation whose rows have losses of their own, neighbours that share a pass together.
+
+        Several processes, which would have to agree, have a pass for each batch.
+        """
+        joins = self.budget and self.trainer.accelerator.num_processes == 1 and self.trainer.why_separate() is None
+        together: list[Batch] = []
+        for batch in batches:
+            some = [*together, batch]
+            if together and not (joins and len(share_out(self._own_sizes(some), self.budget)) == 1):
+                yield together
+                some = [batch]
+            together = some
+        if together:
+            yield together
+
     def _decide(self, batches: Sequence[Batch]) -> None:
         reason = self.trainer.why_separate()
         if reason is None and not self._everywhere(all(map(self._fits, batches))):
@@ -227,12 +243,18 @@ class Passes:
     def _sizes(self, batches: Sequence[Batch]) -> list[list[int]]:
         """Real tokens, rows and columns of each micro-batch, the largest of all processes."""
         sizes = torch.zeros(self.trainer.args.gradient_accumulation_steps, 3, dtype=torch.int64)
-        for i, batch in enumerate(batches):
-            alike = self._fits(batch) and set(batch) == set(batches[0])
-            tokens = int(batch["attention_mask"].sum()) if alike else self.budget + 1
-            sizes[i] = torch.tensor([tokens, *(batch["input_ids"].shape if alike else (1, 1))])
+        sizes[: len(batches)] = torch.tensor(self._own_sizes(batches))
         everywhere = self.trainer.accelerator.gather(sizes[None].to(self.trainer.args.device)).amax(0)
         return everywhere[: len(batches)].tolist()
+
+    def _own_sizes(self, batches: Sequence[Batch]) -> list[tuple[int, int, int]]:
+        """Real tokens, rows and columns of each batch; of one that cannot be joined more tokens than any pass may have."""
+        sizes = []
+        for batch in batches:
+            alike = self._fits(batch) and set(batch) == set(batches[0])
+            tokens = int(batch["attention_mask"].sum()) if alike else self.budget + 1
+            sizes.append((tokens, *(batch["input_ids"].shape if alike else (1, 1))))
+        return sizes
 
     def _padding_token(self) -> tuple[int, bool]:
         """What fills up token ids, and whether the model itself names it."""

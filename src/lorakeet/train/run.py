@@ -216,8 +216,9 @@ def _loraplus(config: RunConfig) -> LoraPlus | None:
     return None if train.loraplus_ratio is None else LoraPlus(train.loraplus_ratio, train.loraplus_lr_embedding)
 
 
-#: Tokens of a pass with which a CPU is busy: products of more rows are hardly faster, and their activations take memory.
-ENOUGH_FOR_A_CPU = 768
+#: Tokens of a pass with which a CPU is busy: products of more rows are hardly faster, and their activations take memory. In 8
+#: bits what a pass costs beside its tokens is a larger share, and there is more memory left.
+ENOUGH_FOR_A_CPU, ENOUGH_IN_8_BITS = 768, 1024
 
 
 @dataclass
@@ -275,7 +276,8 @@ class Run:
         if train.token_budget is not None:
             return train.token_budget
         full = train.batch_size * self.config.data.max_length
-        return min(full, ENOUGH_FOR_A_CPU) if self.args.device.type == "cpu" else full
+        enough = ENOUGH_IN_8_BITS if any(p.dtype == torch.int8 for p in self.model.parameters()) else ENOUGH_FOR_A_CPU
+        return min(full, enough) if self.args.device.type == "cpu" else full
 
     def _learn(self, trainer: Trainer, report: Report, stop: StopAfterStep, resume: bool, any_checkpoint: bool) -> None:
         start = latest_checkpoint(self.args.output_dir) if resume else None

@@ -229,14 +229,16 @@ class Trainer(transformers.Trainer):
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
         total, tokens, samples = 0.0, 0, 0
-        for inputs in dataloader:
+        for batches in self._passes.of_an_evaluation(dataloader):
             with self.accelerator.autocast():
-                found = sample_losses(model, self._prepare_inputs(inputs))
-            losses, targets = self.accelerator.gather_for_metrics(found)  # without the rows that even out processes
+                losses, targets = sample_losses(model, self._prepare_inputs(self._passes.join(batches)))
+            if self.accelerator.num_processes > 1:  # without the rows that even out processes
+                losses, targets = self.accelerator.gather_for_metrics((losses, targets))
             total += float(losses.cpu().double().sum())
             tokens += int(targets.sum())
             samples += len(targets)
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            for _ in batches:
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         figures = {f"{prefix}_{name}": value for name, value in loss_and_perplexity(total, tokens).items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=figures, num_samples=samples)
 
