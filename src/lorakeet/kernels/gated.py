@@ -55,7 +55,7 @@ class _Gated(torch.autograd.Function):
     ) -> Tensor:
         ctx.activation = activation
         if activation in _LOOPS and native.takes(gate, up):
-            h, gate, up = native.gated(gate, up, _LOOPS[activation], narrow=keep == torch.bfloat16)
+            h, gate, up = native.gated(gate, up, _LOOPS[activation], keep == torch.bfloat16)
         else:
             h = _activate(gate, activation).mul_(up)
         ctx.save_for_backward(*(t if t.dtype == keep else t.to(keep) for t in (gate, up)))
