@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,6 +22,21 @@ def test_the_adapter_loaded_again_must_have_the_loss_of_its_training(
     dtype: str, off: float, same: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Up to what another order of the same sums makes of it, in the base's number format."""
-    monkeypatch.setattr(module, "_anew", lambda *words: [{"loss": 4.0 + off}])
+    started: list[str] = []
+
+    def anew(*words: str) -> subprocess.Popen[str]:
+        started.append(words[0])
+        line = {"eval": {"loss": 4.0 + off}, "generate": {"text": "so it goes"}}[words[0]]
+        assert words[words.index("--bits") + 1] == "8"
+        return subprocess.Popen(["echo", json.dumps(line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    monkeypatch.setattr(module, "_anew", anew)
+    summary = {"eval_loss_after": 4.0, "dtype": dtype}
     with nullcontext() if same else pytest.raises(LorakeetError, match="loaded again has a held-out loss of"):
-        module._verify_anew(read_run(None, values=module.JOB), {"eval_loss_after": 4.0, "dtype": dtype}, Path("a"))
+        assert module._loaded_again(read_run(None, values=module.JOB), summary, Path("a")) == ["so it goes"]
+    assert started == ["generate", "eval"]
+
+
+def test_a_new_process_that_fails_is_named_with_what_it_said() -> None:
+    with pytest.raises(LorakeetError, match=r"(?s)`lorakeet inspect` failed in a new process: .*nowhere"):
+        module._printed(module._anew("inspect", "nowhere"), "inspect")

@@ -74,9 +74,8 @@ def demo(
     before = verbs.generate(verbs.open_model(config.base), None, OPENINGS, **WRITE)
     say("2/5 training")
     summary = run_training(config, overwrite=overwrite)
-    say("3/5 the adapter, loaded again in a new process")
-    after = _complete_anew(config, out / "adapter")
-    _verify_anew(config, summary, out / "adapter")
+    say("3/5 the adapter, loaded again in new processes")
+    after = _loaded_again(config, summary, out / "adapter")
     say("4/5 merging")
     whole = config.base.model_copy(update={"bits": None if config.base.bits == 8 else config.base.bits})
     merged = verbs.merge(whole, str(out / "adapter"), out / "merged", overwrite=overwrite)
@@ -84,38 +83,43 @@ def demo(
     print(_report(config, summary, before, after, merged))
 
 
-def _anew(*words: str) -> list[dict[str, Any]]:
-    """Run ``lorakeet`` in a new process; the JSON objects that it prints, one a line."""
-    done = subprocess.run([sys.executable, "-m", "lorakeet", *words], capture_output=True, text=True)
-    if done.returncode:
-        raise LorakeetError(f"`lorakeet {words[0]}` failed in a new process: {done.stderr.strip()[-500:]}")
-    return [json.loads(line) for line in done.stdout.splitlines()]
+def _anew(*words: str) -> subprocess.Popen[str]:
+    """``lorakeet`` in a new process, which runs beside this one."""
+    command = [sys.executable, "-m", "lorakeet", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def _bits(config: RunConfig) -> list[str]:
-    return [] if config.base.bits is None else ["--bits", str(config.base.bits)]
+def _printed(process: subprocess.Popen[str], name: str) -> list[dict[str, Any]]:
+    """The JSON objects that a process prints, one a line, when it has ended."""
+    out, err = process.communicate()
+    if process.returncode:
+        raise LorakeetError(f"`lorakeet {name}` failed in a new process: {err.strip()[-500:]}")
+    return [json.loads(line) for line in out.splitlines()]
 
 
-def _complete_anew(config: RunConfig, adapter: Path) -> list[str]:
-    prompts = [word for opening in OPENINGS for word in ("--prompt", opening)]
-    how = [*_bits(config), "--greedy", "--max-new-tokens", str(WRITE["max_new_tokens"])]
-    return [line["text"] for line in _anew("generate", "--adapter", str(adapter), *prompts, *how, "--json")]
-
-
-def _verify_anew(config: RunConfig, summary: dict[str, Any], adapter: Path) -> None:
-    """The saved adapter must give the held-out loss that the trained one had.
+def _loaded_again(config: RunConfig, summary: dict[str, Any], adapter: Path) -> list[str]:
+    """What the saved adapter writes, and that its held-out loss is that of the trained one: two new processes.
 
     Raises:
-        LorakeetError: it does not.
+        LorakeetError: it is not.
     """
-    held_out = ["--eval-fraction", str(config.data.eval_fraction), "--seed", str(config.train.seed), *_bits(config)]
-    again = _anew("eval", "--adapter", str(adapter), "--data", str(config.data.path), *held_out, "--json")[0]["loss"]
+    base = ["--adapter", str(adapter), *([] if config.base.bits is None else ["--bits", str(config.base.bits)])]
+    held_out = ["--eval-fraction", str(config.data.eval_fraction), "--seed", str(config.train.seed)]
+    prompts = [word for opening in OPENINGS for word in ("--prompt", opening)]
+    writing = _anew("generate", *base, *prompts, "--greedy", "--max-new-tokens", str(WRITE["max_new_tokens"]), "--json")
+    try:
+        measuring = _anew("eval", *base, "--data", str(config.data.path), *held_out, "--json")
+        again = _printed(measuring, "eval")[0]["loss"]
+        written = _printed(writing, "generate")
+    finally:
+        writing.kill()
     near = SAME if summary["dtype"] == "float32" else SAME_IN_HALF
     if abs(again - summary["eval_loss_after"]) > near:
         raise LorakeetError(
             f"the adapter loaded again has a held-out loss of {again:.6f}, expected {summary['eval_loss_after']:.6f}"
         )
     say(f"held-out loss of the adapter loaded again: {again:.4f}, as after training")
+    return [line["text"] for line in written]
 
 
 def _report(
