@@ -6,15 +6,17 @@ architectures and dequantises; the conversion is fp32, so nothing is rounded: fo
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import re
 import struct
 import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO
 
 import torch
@@ -64,7 +66,7 @@ def converted(path: Path, name: str) -> Path:
 
 
 def _convert_aside(path: Path, folder: Path) -> None:
-    say(f"converting {path.name} to safetensors, once; this takes about half a minute for a small model")
+    say(f"converting {path.name} to safetensors, once; this takes ten seconds or more")
     begin = time.perf_counter()
     with write_folder(folder) as aside:
         _convert(path, aside)
@@ -77,13 +79,17 @@ def _whole(folder: Path) -> bool:
 
 def _convert(path: Path, folder: Path) -> None:
     """Write the GGUF file ``path`` into ``folder`` by save_pretrained."""
+    import gguf
+
     header = read_header(path)
     options: dict[str, Any] = {"gguf_file": "model.gguf"}
     weights: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
     if hasattr(transformers, "GgufConfig"):  # else blocks may stay packed, and the model marked as quantised
         weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # Read once: transformers parses the file for config and weights anew, and names all tensors for each module.
     # Alone in a folder, since a tokenizer.json beside the file would be taken instead; the reader's bars go to stderr.
-    with quiet(), redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as alone:
+    once = _remembering(gguf, "GGUFReader", "get_tensor_name_map")
+    with quiet(), redirect_stderr(io.StringIO()), once, tempfile.TemporaryDirectory() as alone:
         Path(alone, "model.gguf").symlink_to(path.resolve())
         try:
             tokenizer = AutoTokenizer.from_pretrained(alone, **options)
@@ -99,6 +105,19 @@ def _convert(path: Path, folder: Path) -> None:
         vars(model.config).pop("_model_name_or_path", None)  # general.name, misspelt
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _remembering(module: ModuleType, *names: str) -> Iterator[None]:
+    """While this holds, functions of a module give for the same arguments what they gave before."""
+    own = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    try:
+        for name, function in own.items():
+            setattr(module, name, functools.cache(function))
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(module, name, function)
 
 
 def _as_the_file_says(tokenizer: PreTrainedTokenizerBase, header: Mapping[str, str | int]) -> None:
