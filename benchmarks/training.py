@@ -59,6 +59,7 @@ def job_settings(job: str, steps: int | None, checkpointing: bool) -> dict[str, 
     settings = {name: value for name, value in DEMO.items() if name != "train.eval_every"} | JOBS[job]
     steps = steps or settings["train.steps"]
     return settings | {
+        "base.bits": None,
         "data.eval_fraction": 0,
         "train.steps": steps,
         "train.warmup": steps // 2,  # the demo's share
