@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -258,3 +259,13 @@ def test_the_embedded_base(smollm2: Path, real_home: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(source.path.parent, gguf_file=source.path.name, dtype=torch.float32)
     for (name, weight), (_, expected) in zip(base.model.named_parameters(), plain.named_parameters(), strict=True):
         assert torch.equal(weight, expected), name
+
+
+def test_functions_are_remembered_for_a_while_and_are_themselves_again() -> None:
+    module, asked = types.ModuleType("m"), []
+    module.read = own = lambda path: asked.append(path) or object()  # type: ignore[attr-defined]
+    with pytest.raises(ZeroDivisionError), gguf._remembering(module, "read", "gone"):
+        assert module.read("a") is module.read("a") and module.read("a") is not module.read("b")
+        assert asked == ["a", "b"]
+        raise ZeroDivisionError
+    assert module.read is own and not hasattr(module, "gone")
