@@ -1,7 +1,7 @@
 /* The fp32 product of many tokens with a frozen weight (AVX2, AVX-512).
  *
  * The matrix library that torch has on x86 is Intel's, and reaches about two thirds of what AMD's processors can do. This one
- * comes to nine tenths there. Its slow truth is in frozen_linear.py.
+ * comes to eight or nine tenths there. Its slow truth is in frozen_linear.py.
  */
 #include "tiles.h"
 #if defined(__AVX2__)
