@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import Hub, serving
 from huggingface_hub import close_session, constants, hf_api
+
+from helpers.hub_server import Hub, serving
 
 
 @pytest.fixture

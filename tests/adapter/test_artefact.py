@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.tiny import make, shake, token_ids
 from lorakeet import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from lorakeet.errors import AdapterError, ConfigError, LorakeetError, OutputError
 from lorakeet.lora.layer import LoraLayer
-from tiny import make, shake, token_ids
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 

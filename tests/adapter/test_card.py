@@ -11,10 +11,10 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
+from helpers.tiny import make, shake, token_ids
 from lorakeet import LoraConfig, get_peft_model
 from lorakeet.adapter.card import MARKER, PLACE, card, public_name, write_card
 from lorakeet.errors import OutputError
-from tiny import make, shake, token_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"

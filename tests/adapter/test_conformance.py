@@ -26,11 +26,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from helpers.tiny import shake, token_ids
+from helpers.tiny_architectures import SIZES, build, tiny_config
 from lorakeet import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from lorakeet.lora.defaults import default_targets
 from lorakeet.lora.layer import LoraLayer
-from tiny import shake, token_ids
-from tiny_architectures import SIZES, build, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -14,10 +14,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from hub_server import READ_ONLY, TOKEN, Hub, environment, serving
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
 
+from helpers.hub_server import READ_ONLY, TOKEN, Hub, environment, serving
+from helpers.tiny import make, shake, token_ids
+from helpers.tiny_training import tiny_tokenizer
 from lorakeet import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from lorakeet.adapter.card import PLACE
 from lorakeet.adapter.inspect import inspect_adapter
@@ -25,8 +27,6 @@ from lorakeet.adapter.push import push_folder
 from lorakeet.config import BaseSettings
 from lorakeet.errors import AdapterError
 from lorakeet.verbs import open_model
-from tiny import make, shake, token_ids
-from tiny_training import tiny_tokenizer
 
 TINY = "ana/tiny-base"
 FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md", "lorakeet.json"}
@@ -228,7 +228,7 @@ def test_a_process_of_its_own_reads_the_environment(folder: Path, tmp_path: Path
     script = (
         "import sys, torch\n"
         "sys.path.insert(0, sys.argv[1])\n"
-        "from tiny import make, token_ids\n"
+        "from helpers.tiny import make, token_ids\n"
         "from lorakeet import PeftModel\n"
         "from lorakeet.adapter.push import push_folder\n"
         "print(push_folder(sys.argv[2], 'quotes'))\n"

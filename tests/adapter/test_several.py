@@ -9,9 +9,9 @@ import peft
 import pytest
 import torch
 
+from helpers.tiny import EMBEDDING, LINEARS, TASK, make, shake, token_ids
 from lorakeet import LoraConfig, PeftModel, get_peft_model
 from lorakeet.errors import AdapterError
-from tiny import EMBEDDING, LINEARS, TASK, make, shake, token_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROWS = ["b", "__base__", "a", "c", "a"]

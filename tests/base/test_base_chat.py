@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from bytewise import byte_tokenizer
-from chat_templates import CHATML, STYLES, THINKING, Messages, chat_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from helpers.bytewise import byte_tokenizer
+from helpers.chat_templates import CHATML, STYLES, THINKING, Messages, chat_tokenizer
 from lorakeet.base.chat import ROLES, assistant_turns, encode_chat, learned_tokens, render_chat
 from lorakeet.errors import BaseModelError, DataError
 

@@ -14,13 +14,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from helpers.tiny import shake
 from lorakeet.adapter.model import get_peft_model
 from lorakeet.base.decode import quick_decoding
 from lorakeet.base.quant.config import quantise
 from lorakeet.kernels import decode, native
 from lorakeet.lora.config import LoraConfig
 from lorakeet.lora.layer import LoraLinear
-from tiny import shake
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
 SHAPE = {

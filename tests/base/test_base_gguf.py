@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from bytewise import TEMPLATE, VOCABULARY, byte_tokenizer, llama_config
 from gguf import GGUFWriter, TokenType
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
+from helpers.bytewise import TEMPLATE, VOCABULARY, byte_tokenizer, llama_config
 from lorakeet.base import gguf
 from lorakeet.base.find import find_source, local_folder
 from lorakeet.base.gguf import converted, gguf_name

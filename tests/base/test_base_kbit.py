@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.tiny import ARCHITECTURES, LINEARS, make, token_ids
 from lorakeet.base.kbit import prepare_model_for_kbit_training
 from lorakeet.errors import BaseModelError
-from tiny import ARCHITECTURES, LINEARS, make, token_ids
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 

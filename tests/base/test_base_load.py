@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from bytewise import byte_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from helpers.bytewise import byte_tokenizer
 from lorakeet.base.load import Base, load_base
 from lorakeet.base.precision import bytes_by_dtype, check_dtypes, choose_device, choose_dtype
 from lorakeet.config import BaseSettings

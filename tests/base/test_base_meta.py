@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from bytewise import llama_config
 
+from helpers.bytewise import llama_config
 from lorakeet.base.meta import meta_model
 from lorakeet.errors import BaseModelError
 

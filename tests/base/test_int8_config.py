@@ -13,6 +13,8 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
+from helpers.tiny_architectures import SIZES, build
+from helpers.tiny_tasks import save_tiny
 from lorakeet import Int8Config, LoraConfig, PeftModel, get_peft_model, load_base
 from lorakeet.base.quant.config import quantise
 from lorakeet.base.quant.int8 import (
@@ -30,8 +32,6 @@ from lorakeet.base.task import AUTO_CLASSES
 from lorakeet.cli import main
 from lorakeet.errors import BaseModelError, ConfigError
 from lorakeet.kernels.int8 import dequantise, rounding_steps, scales_of
-from tiny_architectures import SIZES, build
-from tiny_tasks import save_tiny
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [3, 2, 5, 9, 9, 4]])
 

@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from helpers.tiny_tasks import save_tiny
 from lorakeet.base.load import load_base
 from lorakeet.base.quant import pages
 from lorakeet.base.quant.config import quantise
-from tiny_tasks import save_tiny
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 

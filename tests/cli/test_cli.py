@@ -15,8 +15,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from helpers.tiny import make
 from lorakeet.cli import COMMANDS, main
-from tiny import make
 
 WORDS = [
     "two",

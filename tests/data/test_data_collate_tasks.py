@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from task_tokenizers import bpe_tokenizer, wordpiece_tokenizer
 from transformers import BartConfig, BartForConditionalGeneration, BatchEncoding
 
+from helpers.task_tokenizers import bpe_tokenizer, wordpiece_tokenizer
 from lorakeet.config import TaskSettings
 from lorakeet.data.collate import MaskingCollator, PaddingCollator, PairsCollator, make_collator
 from lorakeet.errors import BaseModelError, DataError

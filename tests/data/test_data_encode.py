@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from task_tokenizers import bpe_tokenizer, layout, piece_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from helpers.task_tokenizers import bpe_tokenizer, layout, piece_tokenizer
 from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data.encode import complaint, make_encoder
 from lorakeet.data.encode_chat import ChatEncoder, InstructionEncoder

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from task_tokenizers import LETTERS, bpe_tokenizer, piece_tokenizer, wordpiece_tokenizer
 
+from helpers.task_tokenizers import LETTERS, bpe_tokenizer, piece_tokenizer, wordpiece_tokenizer
 from lorakeet.data.encode_task import (
     ClassEncoder,
     MaskedEncoder,

@@ -6,8 +6,8 @@ from typing import Any
 
 import datasets
 import pytest
-from task_tokenizers import canonical_rows
 
+from helpers.task_tokenizers import canonical_rows
 from lorakeet.config import TaskSettings
 from lorakeet.data.label_set import LabelSet, find_labels, given_labels
 from lorakeet.errors import DataError

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from task_tokenizers import wordpiece_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from helpers.task_tokenizers import wordpiece_tokenizer
 from lorakeet.data import PaddingCollator, show_sample
 from lorakeet.data.show import describe_sample
 

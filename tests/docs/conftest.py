@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny_base import finish_a_run, furnish
+from helpers.tiny_base import finish_a_run, furnish
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 
 import pytest
-from markdown_pages import (
+
+from helpers.markdown_pages import (
     PAGES,
     ROOT,
     anchors,
@@ -22,7 +23,6 @@ from markdown_pages import (
     read,
     sentences_with_commands,
 )
-
 from lorakeet.cli import COMMANDS, main, reference
 from lorakeet.cli.options import typer_command
 from lorakeet.config import RunConfig, read_run, setting_names

@@ -10,10 +10,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from markdown_pages import PAGES, ROOT, blocks, name, read
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from helpers.markdown_pages import PAGES, ROOT, blocks, name, read
 from lorakeet.config import DEFAULT_MODEL
 
 TOURS = [page for page in PAGES if page.name == "tour.md"]

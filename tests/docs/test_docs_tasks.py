@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from markdown_pages import ROOT, blocks, command_lines, name
 
+from helpers.markdown_pages import ROOT, blocks, command_lines, name
+from helpers.tiny_base import save_base
+from helpers.tiny_tasks import NOUNS, rows_for, save_tiny, write_rows
 from lorakeet.cli import main
 from lorakeet.config import DEFAULT_MODEL
-from tiny_base import save_base
-from tiny_tasks import NOUNS, rows_for, save_tiny, write_rows
 
 TASK_PAGES = sorted((ROOT / "docs" / "tasks").glob("*.md"))
 DATA = {

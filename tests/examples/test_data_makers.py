@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from example_scripts import made
 
+from helpers.example_scripts import made
 from lorakeet.errors import DataError
 
 # ---- five_sources.py --------------------------------------------------------------------------------------------

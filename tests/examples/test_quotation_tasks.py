@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from example_scripts import EXAMPLES, made
 from tokenizers import Tokenizer
 
+from helpers.example_scripts import EXAMPLES, made
 from lorakeet import verbs
 from lorakeet.base.load import look_at
 from lorakeet.config import BaseSettings, DataSettings, TaskSettings, make_run

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.tiny_base import furnish
 from lorakeet.config import DEFAULT_MODEL
-from tiny_base import furnish
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "ten_steps.py"
 

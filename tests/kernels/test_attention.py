@@ -9,19 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.attention_patterns import PATTERNS
 from lorakeet.kernels import cpu_attention
 from lorakeet.kernels.attention import Pattern, segment_attention, segment_attention_reference
 
 LENGTHS = (1, 1, 3, 4, 4, 11)
-PATTERNS = [
-    Pattern(causal=True),
-    Pattern(causal=False),
-    Pattern(causal=True, window=1),
-    Pattern(causal=True, window=3),
-    Pattern(causal=False, window=2),
-    Pattern(causal=True, softcap=0.7),
-    Pattern(causal=False, window=3, softcap=0.7),
-]
 
 
 def heads(count: int = 4, shared: int = 4, width: int = 8, value: int = 8, total: int = sum(LENGTHS)) -> list[Tensor]:

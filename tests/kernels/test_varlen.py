@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_attention import PATTERNS
 from torch import Tensor
 
+from helpers.attention_patterns import PATTERNS
 from lorakeet.kernels.attention import Pattern, segment_attention, segment_attention_reference
 from lorakeet.kernels.varlen import Kernels, choose_path, kernels_on, varlen_attention, window
 

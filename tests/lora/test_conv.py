@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from helpers.tiny import shake
 from lorakeet import LoraConfig, PeftModel, get_peft_model
 from lorakeet.adapter.inspect import inspect_adapter
 from lorakeet.errors import MergeError, TargetError
 from lorakeet.lora.conv import LoraConv
 from lorakeet.lora.layer import Switch
-from tiny import shake
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -10,11 +10,11 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from safetensors import safe_open
 from torch import nn
 
+from helpers.tiny import token_ids
+from helpers.tiny_architectures import SIZES, build, tiny_config
 from lorakeet import LoraConfig, PeftModel, get_peft_model
 from lorakeet.lora.defaults import TASK_HEADS, default_targets, task_heads
 from lorakeet.lora.inject import plan
-from tiny import token_ids
-from tiny_architectures import SIZES, build, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.tiny import EMBEDDING, LINEARS, make
 from lorakeet import LoraConfig, get_peft_model
 from lorakeet.errors import ConfigError, TargetError
 from lorakeet.lora.inject import plan
 from lorakeet.lora.layer import LoraLayer
-from tiny import EMBEDDING, LINEARS, make
 
 
 def names(model, **settings):

@@ -9,10 +9,10 @@ import torch
 import transformers
 from torch import nn
 
+from helpers.tiny import EMBEDDING, LINEARS, make, shake, token_ids
 from lorakeet import LoraConfig, PeftModel, get_peft_model
 from lorakeet.errors import AdapterError, ConfigError, MergeError
 from lorakeet.lora.layer import LoraLinear
-from tiny import EMBEDDING, LINEARS, make, shake, token_ids
 
 
 def adapted(architecture="llama", **settings):

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.tiny import shake, token_ids
+from helpers.tiny_architectures import build
 from lorakeet import LoraConfig, PeftModel, get_peft_model
 from lorakeet.adapter.inspect import inspect_adapter
 from lorakeet.errors import ConfigError, MergeError, TargetError
 from lorakeet.lora.inject import plan
 from lorakeet.lora.parameter import LoraParameter
-from tiny import shake, token_ids
-from tiny_architectures import build
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -16,9 +16,8 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from test_fused_layers import KINDS
-from test_padding_free import small
 
+from helpers.small_models import KINDS, small
 from lorakeet import LoraConfig, PeftModel, Trainer, get_peft_model
 from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data.collate import PaddingCollator

@@ -18,11 +18,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from helpers.tiny_training import END, PAD, tiny_data, tiny_llama, tiny_peft
 from lorakeet.data.collate import PaddingCollator
 from lorakeet.errors import DataError
 from lorakeet.train import evaluate as module
 from lorakeet.train.evaluate import count_targets, evaluate, sample_losses, shifts_labels
-from tiny_training import END, PAD, tiny_data, tiny_llama, tiny_peft
 
 
 def one_at_a_time(model, dataset):

@@ -10,6 +10,7 @@ import datasets
 import pytest
 import torch
 
+from helpers.tiny_training import tiny_data, tiny_llama, tiny_peft
 from lorakeet.train import guard
 from lorakeet.train.fit import SHARE, _kept, _two_samples, every_that_fits, largest_pass
 from lorakeet.train.free_memory import _left_of_limits, free_memory
@@ -18,7 +19,6 @@ from lorakeet.train.fused_loss import fused_loss
 from lorakeet.train.padding_free import padding_free
 from lorakeet.train.recompute import repeatable_layers
 from lorakeet.train.trainer import Trainer
-from tiny_training import tiny_data, tiny_llama, tiny_peft
 
 
 def with_lengths(data: datasets.Dataset) -> datasets.Dataset:

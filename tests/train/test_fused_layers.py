@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from test_padding_free import adapted, assert_same, outcome, ragged, small
 from torch import Tensor, nn
 
+from helpers.small_models import KINDS, adapted, assert_same, outcome, ragged, small
+from helpers.tiny_training import tiny_peft
 from lorakeet.adapter.model import get_peft_model
 from lorakeet.base.quant.config import quantise
 from lorakeet.lora.config import LoraConfig
@@ -18,12 +19,7 @@ from lorakeet.train import fused_layers as module
 from lorakeet.train.fused_layers import fused_layers
 from lorakeet.train.fused_loss import fused_loss
 from lorakeet.train.padding_free import padding_free
-from tiny_training import tiny_peft
 
-KINDS = [
-    "gemma", "gemma2", "gemma3_text", "granite", "llama", "ministral", "mistral", "mixtral", "olmo", "olmo2", "olmo3",
-    "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3",
-]  # fmt: skip
 GATELESS = {"mixtral", "phi3", "qwen2_moe", "qwen3_moe"}  # stacked experts, or gate and up in one
 NORMLESS = {"olmo", "olmo2", "olmo3"}  # none that learns, or one that rounds another way
 TURNLESS = {"olmo", "olmo2", "olmo3", "phi3"}  # in fp32, or only a part of each head

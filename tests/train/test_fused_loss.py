@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from test_padding_free import adapted, assert_same, ragged, small
 from torch import Tensor, nn
 
+from helpers.small_models import adapted, assert_same, ragged, small
 from lorakeet.adapter.model import get_peft_model
 from lorakeet.kernels import linear_cross_entropy as kernel
 from lorakeet.lora.config import LoraConfig

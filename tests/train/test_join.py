@@ -16,11 +16,12 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_padding_free import small
-from test_task_runs import run_of
-from test_trainer import bert, classes, masked, poisoned, train, with_poison
 from torch import Tensor, nn
 
+from helpers.small_models import small
+from helpers.task_runs import run_of
+from helpers.tiny_training import PAD, tiny_data, tiny_llama, tiny_peft, tiny_tokenizer
+from helpers.training_loop import bert, classes, learn, masked, poisoned, train, with_poison
 from lorakeet.data.collate import PairsCollator
 from lorakeet.errors import TrainingError
 from lorakeet.train.evaluate import evaluate
@@ -32,7 +33,6 @@ from lorakeet.train.run import run_training
 from lorakeet.train.task_trainer import TaskTrainer
 from lorakeet.train.tasks import Task
 from lorakeet.train.trainer import Trainer
-from tiny_training import PAD, tiny_data, tiny_llama, tiny_peft, tiny_tokenizer
 
 PLENTY = 10_000
 SCARCE = 60  # tokens: two to four of the micro-batches below
@@ -87,21 +87,6 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "bert tags": (lambda: bert(tf.BertForTokenClassification, num_labels=3), tags),
     "llama classes": (llama_classifier, classes),
 }
-
-
-def learn(model: nn.Module, args: Any, data: Any, collate: Any, budget: int | None, **more: Any) -> Any:
-    """Losses, gradients of each step, rows and real tokens of each pass, and the Trainer."""
-    passes: list[tuple[int, int]] = []
-
-    def note(module: nn.Module, _: Any, given: dict[str, Any]) -> None:
-        if module.training:
-            passes.append((len(given["input_ids"]), int(given["attention_mask"].sum())))
-
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
-    with padding_free(model), fused_loss(model):
-        losses, gradients, trainer = train(model, args, data, collate, token_budget=budget, **more)
-    handle.remove()
-    return losses, gradients, passes, trainer
 
 
 def assert_same_gradients(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:

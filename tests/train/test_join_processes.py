@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_processes import RUN, launch, settings
 
+from helpers.processes import RUN, launch, settings
 from lorakeet.train.report import read_metrics
 
 pytestmark = pytest.mark.slow

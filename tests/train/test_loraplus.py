@@ -9,16 +9,16 @@ import pytest
 import torch
 import transformers
 from peft.optimizers import create_loraplus_optimizer
-from test_against_peft import collate, rows
 from torch import nn
 
+from helpers.random_rows import collate, rows
+from helpers.tiny import make
+from helpers.tiny_training import tiny_data, tiny_llama, tiny_peft
 from lorakeet import LoraConfig, PeftModel, Trainer, get_peft_model
 from lorakeet.config import make_run
 from lorakeet.errors import ConfigError, TrainingError
 from lorakeet.train.checkpoint import latest_checkpoint
 from lorakeet.train.loraplus import LoraPlus
-from tiny import make
-from tiny_training import tiny_data, tiny_llama, tiny_peft
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "pairs": {"base": "llama", "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"},

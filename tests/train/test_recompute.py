@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_join import learn
-from test_padding_free import adapted, ragged, small
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from helpers.small_models import adapted, ragged, small
+from helpers.tiny_training import tiny_data, tiny_peft
+from helpers.training_loop import learn
 from lorakeet.adapter.model import get_peft_model
 from lorakeet.base.quant.config import Int8Config
 from lorakeet.errors import TrainingError
@@ -23,7 +24,6 @@ from lorakeet.train.fused_layers import fused_layers
 from lorakeet.train.fused_loss import fused_loss
 from lorakeet.train.padding_free import padding_free
 from lorakeet.train.recompute import Kept, choose_every, kept_by, recomputed, repeatable_layers
-from tiny_training import tiny_data, tiny_peft
 
 LAYERS = 4
 

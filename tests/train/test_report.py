@@ -11,10 +11,10 @@ from io import StringIO
 import matplotlib.image
 import pytest
 
+from helpers.tiny_training import tiny_data, tiny_peft
 from lorakeet.train import report
 from lorakeet.train.report import Report, clock, draw_loss_curve, first_and_last, read_metrics, smoothed
 from lorakeet.train.trainer import Trainer
-from tiny_training import tiny_data, tiny_peft
 
 
 def train(args, path, collator, **more):

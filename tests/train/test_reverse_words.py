@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers as tf
 
+from helpers.tiny_tasks import FILLERS, NOUNS, save_tiny, write_rows
 from lorakeet import PeftModel
 from lorakeet.config import make_run
 from lorakeet.train.run import run_training
-from tiny_tasks import FILLERS, NOUNS, save_tiny, write_rows
 
 
 def reversed_words(count: int) -> list[dict[str, str]]:

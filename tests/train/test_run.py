@@ -14,6 +14,8 @@ import pytest
 import yaml
 from transformers import AutoTokenizer, TrainerCallback
 
+from helpers.tiny_tasks import rows_for, save_tiny, write_rows
+from helpers.tiny_training import WORDS, tiny_llama, tiny_tokenizer
 from lorakeet.adapter.model import PeftModel
 from lorakeet.base.load import load_base
 from lorakeet.config import RunConfig, TaskSettings, make_run, read_run
@@ -28,8 +30,6 @@ from lorakeet.train.folder import check_run_folder
 from lorakeet.train.report import read_metrics
 from lorakeet.train.run import InterruptedRunError, run_training
 from lorakeet.train.stop import StopAfterStep
-from tiny_tasks import rows_for, save_tiny, write_rows
-from tiny_training import WORDS, tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from helpers.tiny_tasks import FILLERS, save_tiny
 from lorakeet.config import make_run
 from lorakeet.errors import DataError
 from lorakeet.train.run import run_training
-from tiny_tasks import FILLERS, save_tiny
 
 SCRIPT = """
 import json, sys

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorakeet.config import BaseSettings, DataSettings, RunConfig, make_run
+from helpers.task_runs import run_of
+from helpers.tiny_tasks import NOUNS, THINGS, rows_for, save_tiny, write_rows
+from lorakeet.config import BaseSettings, DataSettings, RunConfig
 from lorakeet.errors import AdapterError, BaseModelError, ConfigError
 from lorakeet.train.run import run_training
 from lorakeet.train.tasks import pair_loss
 from lorakeet.verbs import evaluate_data, generate, open_model, plan_layers, predict
-from tiny_tasks import NOUNS, THINGS, rows_for, save_tiny, write_rows
 
 LEARNS = {  # task -> figure, the least that must be reached on the held-out part
     "SEQ_CLS": ("accuracy", 0.9),
@@ -21,22 +22,6 @@ LEARNS = {  # task -> figure, the least that must be reached on the held-out par
     "TOKEN_CLS": ("accuracy", 0.95),
     "QUESTION_ANS": ("exact_match", 0.8),
 }
-
-
-def run_of(tmp_path: Path, kind: str, rows: str, **changes: object) -> RunConfig:
-    base = save_tiny(tmp_path / kind, kind)
-    data = write_rows(tmp_path / f"{rows}.jsonl", rows_for(rows))
-    tree = {
-        "base": {"model": str(base), "device": "cpu", "dtype": "fp32"},
-        "lora": {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
-        "data": {"path": str(data), "eval_fraction": 0.2},
-        "train": {"steps": 90, "batch_size": 16, "grad_accum": 1, "lr": 0.01, "warmup": 3},
-        "out": str(tmp_path / "run"),
-    }
-    for name, value in changes.items():
-        section, key = name.split("__")
-        tree.setdefault(section, {})[key] = value
-    return make_run(tree)
 
 
 def opened_again(config: RunConfig):

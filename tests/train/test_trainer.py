@@ -10,77 +10,22 @@ import transformers
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     DataCollatorForLanguageModeling,
     T5Config,
     T5ForConditionalGeneration,
-    TrainerCallback,
     set_seed,
 )
 
+from helpers.tiny_training import PAD, tiny_data, tiny_llama, tiny_peft, tiny_tokenizer
+from helpers.training_loop import bert, classes, masked, poisoned, train, with_poison
 from lorakeet.errors import OutputError, TrainingError
 from lorakeet.train import evaluate, guard
 from lorakeet.train.trainer import Trainer
-from tiny_training import PAD, tiny_data, tiny_llama, tiny_peft, tiny_tokenizer
 
 SHAPES = [(1, 16), (4, 4), (16, 1)]
-
-
-class Gradients(TrainerCallback):
-    """Keeps the gradients of each step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        self.steps.append(grads)
-
-
-def train(model, args, data, collator, kind=Trainer, **more):
-    seen = Gradients()
-    trainer = kind(model, args, train_dataset=data, data_collator=collator, callbacks=[seen], **more)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return losses, seen.steps, trainer
-
-
-def bert(kind, **changes):
-    set_seed(0)
-    config = BertConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        pad_token_id=PAD,
-        initializer_range=0.5,
-        **changes,
-    )
-    return kind(config)
-
-
-def classes(samples):
-    """Batch of a classifier: one label a sample."""
-    longest = max(len(s["input_ids"]) for s in samples)
-    ids = torch.tensor([s["input_ids"] + [PAD] * (longest - len(s["input_ids"])) for s in samples])
-    return {
-        "input_ids": ids,
-        "attention_mask": ids.ne(PAD).long(),
-        "labels": torch.tensor([sum(s["input_ids"]) % 3 for s in samples]),
-    }
-
-
-def masked(samples):
-    """Batch of a masked language model: the even ids are targets, -100 elsewhere; some rows have no target at all."""
-    batch = classes(samples)
-    batch["labels"] = batch["input_ids"].where((batch["input_ids"] % 2 == 0) & (batch["input_ids"] > 20), -100)
-    return batch
 
 
 def seq2seq(samples):
@@ -272,22 +217,6 @@ def test_a_parameter_without_gradient_in_a_plain_model_is_said(make_args, collat
     model.register_parameter("lost", torch.nn.Parameter(torch.zeros(3)))
     Trainer(model, make_args(max_steps=1), train_dataset=tiny_data(), data_collator=collator).train()
     assert "got no gradient on the first step: lost" in caplog.text
-
-
-POISON = 39
-
-
-def poisoned(model):
-    """The token 39 makes the loss NaN."""
-    with torch.no_grad():
-        model.get_input_embeddings().weight[POISON] = float("nan")
-    return model
-
-
-def with_poison(at):
-    rows = [{"input_ids": [i % 38 for i in row["input_ids"]]} for row in tiny_data(48)]
-    rows[at]["input_ids"][1] = POISON
-    return Dataset.from_list(rows)
 
 
 def test_a_loss_that_is_not_finite_stops_the_step_and_keeps_the_last_good_state(make_args, collator, tmp_path):

@@ -12,9 +12,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from helpers.tiny_training import tiny_llama
 from lorakeet.cli import main
 from lorakeet.config import DEFAULT_MODEL
-from tiny_training import tiny_llama
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # as the real one: unknown, start, end and padding
 QUOTATIONS = [

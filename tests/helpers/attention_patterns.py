@@ -1,0 +1,15 @@
+"""Attention patterns that every back end is tested with."""
+
+from __future__ import annotations
+
+from lorakeet.kernels.attention import Pattern
+
+PATTERNS = [
+    Pattern(causal=True),
+    Pattern(causal=False),
+    Pattern(causal=True, window=1),
+    Pattern(causal=True, window=3),
+    Pattern(causal=False, window=2),
+    Pattern(causal=True, softcap=0.7),
+    Pattern(causal=False, window=3, softcap=0.7),
+]
