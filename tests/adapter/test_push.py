@@ -24,9 +24,9 @@ from lorakeet import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from lorakeet.adapter.card import PLACE
 from lorakeet.adapter.inspect import inspect_adapter
 from lorakeet.adapter.push import push_folder
+from lorakeet.api import open_model
 from lorakeet.config import BaseSettings
 from lorakeet.errors import AdapterError
-from lorakeet.verbs import open_model
 
 TINY = "ana/tiny-base"
 FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md", "lorakeet.json"}

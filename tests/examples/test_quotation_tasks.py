@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer
 
 from helpers.example_scripts import EXAMPLES, made
-from lorakeet import verbs
+from lorakeet import api
 from lorakeet.base.load import look_at
 from lorakeet.config import BaseSettings, DataSettings, TaskSettings, make_run
 from lorakeet.data.collate import make_collator
@@ -256,7 +256,7 @@ def test_what_is_cut_off_has_no_end(tokenizer: Any, tmp_path: Path, monkeypatch:
 # ---- the real model ---------------------------------------------------------------------------------------------
 
 
-def ended(opened: verbs.Opened, adapter: str | None, prompts: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def ended(opened: api.Opened, adapter: str | None, prompts: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is written after the user's turns, likeliest token by token: of the texts that end within 60 tokens."""
     write, written = opened.model.generate, []
 
@@ -267,7 +267,7 @@ def ended(opened: verbs.Opened, adapter: str | None, prompts: list[str], monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(opened.model, "generate", remember)
-        texts = verbs.generate(opened, adapter, prompts, chat=True, greedy=True, max_new_tokens=60)
+        texts = api.generate(opened, adapter, prompts, chat=True, greedy=True, max_new_tokens=60)
     end = opened.base.tokenizer.convert_tokens_to_ids(END)
     assert len(texts) == len(written) == len(prompts)
     return [text for text, ids in zip(texts, written, strict=True) if end in ids]
@@ -288,7 +288,7 @@ def test_a_real_model_learns_to_go_on_and_to_end(
         }
     )
     summary = run_training(config)
-    opened = verbs.open_model(config.base, [summary["adapter_path"]])
+    opened = api.open_model(config.base, [summary["adapter_path"]])
     kept = prepare(config.data, CAUSAL, opened.base.tokenizer, seed=config.train.seed).held_out_rows
     prompts = [json.loads(row["messages"])[0]["content"] for row in kept.select(range(8))]
     base, adapted = (ended(opened, name, prompts, monkeypatch) for name in (None, summary["adapter_path"]))

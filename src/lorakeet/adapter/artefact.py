@@ -23,11 +23,11 @@ from lorakeet.adapter.tensors import PREFIX, ROWS, mirrored_names, tensor_names,
 from lorakeet.base.quant.int8 import floating, holds, put
 from lorakeet.errors import AdapterError, OutputError
 from lorakeet.files import PICKLE_SUFFIXES, write_file, write_json
+from lorakeet.log import say, warn
 from lorakeet.lora.config import find_adapter_file
 from lorakeet.lora.model import LoraModel
 from lorakeet.lora.saved import SavedModule
 from lorakeet.lora.tokens import TiedLayer, TrainableTokens
-from lorakeet.talk import say, warn
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 OWN_NAME = "lorakeet.json"

@@ -16,8 +16,8 @@ from lorakeet._version import __version__
 from lorakeet.adapter.artefact import OWN_NAME, WEIGHTS_NAME, broken, never_learned, read_tensors
 from lorakeet.adapter.card import CARD_NAME, public_name
 from lorakeet.errors import AdapterError
+from lorakeet.log import say, warn
 from lorakeet.lora.config import CONFIG_NAME, PeftConfig
-from lorakeet.talk import say, warn
 
 #: What is uploaded of a folder, if it is there. Whatever else lies beside it (checkpoints, optimizer, .env) is not.
 FILES = (

@@ -20,7 +20,7 @@ from torch.nn.modules import module as all_modules
 from lorakeet.base.quant.int8 import rounded_layers, watched
 from lorakeet.kernels import decode, native
 from lorakeet.kernels.int8 import FEW
-from lorakeet.talk import warn
+from lorakeet.log import warn
 
 #: Architectures of transformers whose ``…DecoderLayer`` is the one that the loops know.
 KNOWN = ("Llama", "Mistral", "Qwen2", "Qwen3")

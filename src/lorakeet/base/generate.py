@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lorakeet.base.decode import quick_decoding
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.talk import warn
+from lorakeet.log import warn
 
 CONTEXT = 8  # tokens decoded before new ones, so that the first new word keeps its leading space
 
@@ -36,7 +36,7 @@ def complete(
     back as it was. Prompts of one batch are padded on the left.
 
     Args:
-        prompts: plain texts, or conversations rendered by :func:`lorakeet.base.chat.render_chat`.
+        prompts: plain texts, or conversations rendered by :func:`lorakeet.chat_template.render_chat`.
         max_new_tokens: at most so many tokens; fewer where the model's window ends, which is said.
         greedy: always the likeliest token; ``temperature``, ``top_p`` and ``seed`` then play no part.
         temperature: of sampling; below 1 is more sober.

@@ -29,7 +29,7 @@ from lorakeet.base.folder import folder_problems
 from lorakeet.base.quiet import quiet
 from lorakeet.errors import BaseModelError, LorakeetError, OutputError
 from lorakeet.files import cache_home, write_folder
-from lorakeet.talk import say
+from lorakeet.log import say
 
 #: Roles of a tokenizer's special tokens, and what GGUF calls them.
 SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}

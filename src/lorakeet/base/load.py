@@ -32,7 +32,7 @@ from lorakeet.base.task import WHOLE
 from lorakeet.config import BaseSettings, complaints
 from lorakeet.errors import BaseModelError
 from lorakeet.kernels.int8 import backend_on
-from lorakeet.talk import warn
+from lorakeet.log import warn
 
 
 @dataclass(frozen=True)

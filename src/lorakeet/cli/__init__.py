@@ -10,8 +10,8 @@ import importlib
 import os
 import sys
 
+from lorakeet._optional_imports import leave_out
 from lorakeet._version import __version__
-from lorakeet.spare import leave_out
 
 COMMANDS = {
     "demo": "the whole job on embedded data: train, compare before and after, save, reload, merge",

@@ -13,7 +13,7 @@ import typer
 from lorakeet.cli.options import with_settings
 from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import LorakeetError
-from lorakeet.talk import say
+from lorakeet.log import say
 
 #: The article's job: r=16 on query and value projections, 200 steps of 4 × 4 quotations; the base in 8 bits.
 JOB: dict[str, Any] = {
@@ -66,19 +66,19 @@ def demo(
     """
     config = read_run(None, values={**JOB, **settings})
     out = Path(config.out)
-    from lorakeet import verbs
+    from lorakeet import api
     from lorakeet.train.run import check_run_folder, run_training
 
     check_run_folder(out, overwrite=overwrite)
     say("1/5 what the base model writes")
-    before = verbs.generate(verbs.open_model(config.base), None, OPENINGS, **WRITE)
+    before = api.generate(api.open_model(config.base), None, OPENINGS, **WRITE)
     say("2/5 training")
     summary = run_training(config, overwrite=overwrite)
     say("3/5 the adapter, loaded again in new processes")
     after = _loaded_again(config, summary, out / "adapter")
     say("4/5 merging")
     whole = config.base.model_copy(update={"bits": None if config.base.bits == 8 else config.base.bits})
-    merged = verbs.merge(whole, str(out / "adapter"), out / "merged", overwrite=overwrite)
+    merged = api.merge(whole, str(out / "adapter"), out / "merged", overwrite=overwrite)
     say("5/5 done")
     print(_report(config, summary, before, after, merged))
 

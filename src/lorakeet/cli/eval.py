@@ -40,7 +40,7 @@ def eval(
     if not data.path:
         raise DataError("no data to evaluate on", "give --data FILE")
     base = base_settings(settings)
-    from lorakeet.verbs import evaluate_data, open_model
+    from lorakeet.api import evaluate_data, open_model
 
     opened = open_model(base, [adapter] if adapter else [], allow_other_base=allow_other_base)
     with progress_bar("evaluating") as progress:

@@ -41,9 +41,9 @@ def generate(
     if not wanted and not (chat and sys.stdin.isatty()):
         raise DataError("no prompt", 'give --prompt "..." or --prompts FILE, or --chat at a terminal')
     base, adapters = base_settings(settings), list(dict.fromkeys(adapter or []))
-    from lorakeet import verbs
+    from lorakeet import api
 
-    opened = verbs.open_model(base, adapters, allow_other_base=allow_other_base)
+    opened = api.open_model(base, adapters, allow_other_base=allow_other_base)
     how = {
         "max_new_tokens": max_new_tokens,
         "greedy": greedy,
@@ -54,7 +54,7 @@ def generate(
     if not wanted:
         _talk(opened, adapters[0] if adapters else None, how)
     elif as_json:
-        for answer in verbs.compare(opened, adapters, wanted, chat=chat, **how):
+        for answer in api.compare(opened, adapters, wanted, chat=chat, **how):
             print(json.dumps(answer, ensure_ascii=False), flush=True)
     else:
         _print_answers(opened, adapters, wanted, chat, how)
@@ -62,7 +62,7 @@ def generate(
 
 def _print_answers(opened: Any, adapters: list[str], wanted: list[str], chat: bool, how: dict[str, Any]) -> None:
     """Text on stdout; which adapter speaks, on stderr."""
-    from lorakeet import verbs
+    from lorakeet import api
 
     for one in adapters or [None]:  # type: ignore[list-item]
         if len(adapters) > 1:
@@ -70,23 +70,23 @@ def _print_answers(opened: Any, adapters: list[str], wanted: list[str], chat: bo
         if len(wanted) == 1:
             _stream(opened, one, wanted[0], chat, how)
             continue
-        for prompt, text in zip(wanted, verbs.generate(opened, one, wanted, chat=chat, **how), strict=True):
+        for prompt, text in zip(wanted, api.generate(opened, one, wanted, chat=chat, **how), strict=True):
             print(text if chat else prompt + text)
 
 
 def _stream(opened: Any, adapter: str | None, prompt: str, chat: bool, how: dict[str, Any]) -> None:
     """Write the completion as it comes, behind the prompt (which waits until there is something to add to it)."""
-    from lorakeet import verbs
+    from lorakeet import api
 
     before = iter([] if chat else [prompt])
-    verbs.generate(opened, adapter, [prompt], chat=chat, stream=lambda piece: _show(next(before, "") + piece), **how)
+    api.generate(opened, adapter, [prompt], chat=chat, stream=lambda piece: _show(next(before, "") + piece), **how)
     print(next(before, ""))
 
 
 def _talk(opened: Any, adapter: str | None, how: dict[str, Any]) -> None:
     """A conversation at the terminal, until an empty line or Ctrl-D; the model sees all of it each time."""
-    from lorakeet.base.chat import render_chat
     from lorakeet.base.generate import complete
+    from lorakeet.chat_template import render_chat
 
     turns: list[dict[str, str]] = []
     print("an empty line ends the conversation", file=sys.stderr)

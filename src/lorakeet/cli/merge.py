@@ -28,7 +28,7 @@ def merge(
       lorakeet merge --adapter my-run/adapter --out my-model
       lorakeet merge --model ./base --adapter user/adapter --out my-model --dtype bf16
     """
-    from lorakeet import verbs
+    from lorakeet import api
 
-    figures = verbs.merge(base_settings(settings), adapter, out, overwrite=overwrite, allow_other_base=allow_other_base)
+    figures = api.merge(base_settings(settings), adapter, out, overwrite=overwrite, allow_other_base=allow_other_base)
     print(json.dumps(figures) if as_json else figures["path"])

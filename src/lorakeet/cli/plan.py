@@ -32,7 +32,7 @@ def plan(
     if isinstance(names := settings.get("lora.target_modules"), str):
         settings["lora.target_modules"] = target_names(names)
     run = read_run(None, overrides or [], {**settings, "task.type": task})
-    from lorakeet.verbs import plan_layers
+    from lorakeet.api import plan_layers
 
     found = plan_layers(model, run.lora, run.task.type)
     if as_json:

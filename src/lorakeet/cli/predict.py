@@ -40,10 +40,10 @@ def predict(
     if not rows:
         raise DataError("no text", 'give --text "..." or --file FILE')
     base = base_settings(settings)
-    from lorakeet import verbs
+    from lorakeet import api
 
-    opened = verbs.open_model(base, [adapter] if adapter else [], allow_other_base=allow_other_base)
-    for row, found in zip(rows, verbs.predict(opened, adapter, rows, batch_size=batch_size), strict=True):
+    opened = api.open_model(base, [adapter] if adapter else [], allow_other_base=allow_other_base)
+    for row, found in zip(rows, api.predict(opened, adapter, rows, batch_size=batch_size), strict=True):
         given = {"text": row} if isinstance(row, str) else dict(row)
         print(json.dumps({**given, **found}, ensure_ascii=False) if as_json else _line(row, found))
 

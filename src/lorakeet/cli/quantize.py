@@ -27,7 +27,7 @@ def quantize(
       lorakeet quantize --out smollm2-int8
       lorakeet train --model smollm2-int8 --data quotes.jsonl --out my-run
     """
-    from lorakeet import verbs
+    from lorakeet import api
 
-    figures = verbs.quantize(base_settings(settings), out, overwrite=overwrite)
+    figures = api.quantize(base_settings(settings), out, overwrite=overwrite)
     print(json.dumps(figures) if as_json else figures["path"])

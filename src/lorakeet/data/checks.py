@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from lorakeet.base.chat import ROLES
+from lorakeet.chat_template import ROLES
 from lorakeet.data.canonical import RowError, canonical
 from lorakeet.data.columns import held
 from lorakeet.data.damage import damages

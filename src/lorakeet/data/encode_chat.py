@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lorakeet.base.chat import Message, assistant_turns, check_offsets, learned_tokens, render_chat
+from lorakeet.chat_template import Message, assistant_turns, check_offsets, learned_tokens, render_chat
 from lorakeet.data.encode_text import CompletionEncoder
 from lorakeet.data.layout import Layout
 from lorakeet.data.sample import Batch, CausalEncoder, Sample
@@ -23,7 +23,7 @@ def chat_encoder(layout: Layout, tokenizer: Any) -> type[CausalEncoder]:
 
 @dataclass(frozen=True)
 class ChatEncoder(CausalEncoder):
-    """A conversation as the chat template renders it, tokenised once; see :mod:`lorakeet.base.chat`."""
+    """A conversation as the chat template renders it, tokenised once; see :mod:`lorakeet.chat_template`."""
 
     def __post_init__(self) -> None:
         if not self.tokenizer.chat_template:

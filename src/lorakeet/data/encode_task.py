@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 
-from lorakeet.base.chat import check_offsets
+from lorakeet.chat_template import check_offsets
 from lorakeet.config import TaskName, TaskSettings
 from lorakeet.data.collate import IGNORED
 from lorakeet.data.encode_text import with_end

@@ -11,7 +11,7 @@ from pathlib import Path
 from lorakeet.data.formats import SUFFIXES, suffix
 from lorakeet.data.fortune import indexed_by, is_rotated
 from lorakeet.errors import DataError, did_you_mean
-from lorakeet.talk import say
+from lorakeet.log import say
 
 #: The name that stands for the quotations of the package below, where no file is called so.
 EMBEDDED = "fortunes"

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from lorakeet.base.chat import ROLES
+from lorakeet.chat_template import ROLES
 from lorakeet.data.checks import Problems, diagnose
 from lorakeet.data.columns import held, reads_as
 from lorakeet.data.conversation import SPEAKERS, to_json

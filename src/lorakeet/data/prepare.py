@@ -25,7 +25,7 @@ from lorakeet.data.sources import read_rows
 from lorakeet.data.split import Split, split_texts
 from lorakeet.data.tokens import tokenise
 from lorakeet.errors import DataError
-from lorakeet.talk import warn
+from lorakeet.log import warn
 
 _LABELLED = ("classes", "tags")
 _REPORTED = (

@@ -31,7 +31,7 @@ from lorakeet.data.report import Report
 from lorakeet.data.sample import Encoder
 from lorakeet.data.stream import held_out_rows, lay_out, stream_rows
 from lorakeet.errors import DataError
-from lorakeet.talk import warn
+from lorakeet.log import warn
 
 _HEAD = 256  # samples that are looked at before anything is learned
 _BATCH = 64  # rows that are tokenised together

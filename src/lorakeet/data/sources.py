@@ -16,7 +16,7 @@ from lorakeet.data.mix import draw, interleave, shares
 from lorakeet.data.read import Source, find_sources
 from lorakeet.data.row import Row, complaint
 from lorakeet.errors import DataError
-from lorakeet.talk import say
+from lorakeet.log import say
 
 
 @dataclass(frozen=True)

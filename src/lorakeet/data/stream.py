@@ -30,7 +30,7 @@ from lorakeet.data.mix import shares
 from lorakeet.data.read import Source, find_sources
 from lorakeet.data.sources import Rows, describe
 from lorakeet.data.split import normalised
-from lorakeet.talk import warn
+from lorakeet.log import warn
 
 _TOLD = 3  # faults of a source that are said in a pass
 _HEAD = 1000  # records, of all sources together, that tell the types of their columns

@@ -13,7 +13,7 @@ import tokenizers
 
 from lorakeet.data.sample import Encoder
 from lorakeet.files import cache_home, write_file
-from lorakeet.talk import say, warn
+from lorakeet.log import say, warn
 
 _FORMAT = 2  # raise it when the same rows and tokenizer give other columns than before
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorakeet.files import cache_home
 from lorakeet.kernels.room import passing, workspace
-from lorakeet.talk import say
+from lorakeet.log import say
 
 NAMES = (
     "native.h",

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lorakeet.errors import TargetError, nearest
+from lorakeet.log import warn
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.defaults import TASK_HEADS, resolve_targets
 from lorakeet.lora.kinds import ADAPTABLE, adaptable, inside_adapter, layer_class, unwrapped
@@ -24,7 +25,6 @@ from lorakeet.lora.parameter import LoraParameter
 from lorakeet.lora.saved import SavedModule, share_copy
 from lorakeet.lora.tie import tie, trained_tokens
 from lorakeet.lora.tokens import TiedLayer, TrainableTokens
-from lorakeet.talk import warn
 
 Part = LoraLayer | SavedModule
 L = TypeVar("L", bound=LoraLayer)

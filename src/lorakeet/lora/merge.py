@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.errors import MergeError
+from lorakeet.log import say, warn
 from lorakeet.lora.layer import LoraLayer
-from lorakeet.talk import say, warn
 
 #: Largest accepted difference as a share of the largest output, by the dtype of the merged weights.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}

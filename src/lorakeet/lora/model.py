@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lorakeet.errors import AdapterError, ConfigError, did_you_mean
+from lorakeet.log import warn
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.defaults import TASK_HEADS, resolve_targets, task_heads
 from lorakeet.lora.inject import Part, Plan, inject, plan, restore, set_trainable
@@ -22,7 +23,6 @@ from lorakeet.lora.match import ALL_LINEAR
 from lorakeet.lora.merge import MergeReport, checked_merge, untie
 from lorakeet.lora.saved import SavedModule
 from lorakeet.lora.weighted import combine
-from lorakeet.talk import warn
 
 #: In a mixed batch, the name of the base without an adapter; PEFT's.
 BARE = "__base__"

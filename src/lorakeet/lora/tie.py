@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from lorakeet.base.quant.int8 import Int8Linear
+from lorakeet.log import warn
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.kinds import unwrapped
 from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.match import matches
 from lorakeet.lora.saved import SavedModule
 from lorakeet.lora.tokens import TiedLayer, TrainableTokens
-from lorakeet.talk import warn
 
 
 def tied_names(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import torch
 
-from lorakeet.talk import say, warn
+from lorakeet.log import say, warn
 from lorakeet.train import checkpoint, guard
 from lorakeet.train.padding_free import is_padding_free
 from lorakeet.train.recompute import Kept, can_recompute, choose_every, kept_by

@@ -24,7 +24,7 @@ from lorakeet.kernels.frozen_linear import frozen_linear
 from lorakeet.kernels.gated import Activation, gated
 from lorakeet.kernels.rms_norm import rms_norm
 from lorakeet.kernels.rotary import rotary
-from lorakeet.talk import warn
+from lorakeet.log import warn
 from lorakeet.train.checkpoint import same_random_state
 
 # fmt: off

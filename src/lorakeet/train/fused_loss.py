@@ -22,7 +22,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 from lorakeet.data.collate import IGNORED
 from lorakeet.kernels.linear_cross_entropy import LogitMap, linear_cross_entropy, row_losses
-from lorakeet.talk import say
+from lorakeet.log import say
 from lorakeet.train import evaluate
 
 #: What stands in for the logits of one position. Exact in bf16; large enough to meet any cap.

@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 
 from lorakeet.adapter.model import PeftModel
 from lorakeet.errors import OutputError, TrainingError
-from lorakeet.talk import log, say, warn
+from lorakeet.log import log, say, warn
 
 #: Names shown of a longer list.
 SHOWN = 8

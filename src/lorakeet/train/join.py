@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from lorakeet.data.collate import IGNORED
-from lorakeet.talk import say
+from lorakeet.log import say
 from lorakeet.train import checkpoint
 from lorakeet.train.evaluate import count_targets
 from lorakeet.train.fused_loss import computes_logits

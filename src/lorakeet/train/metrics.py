@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import EvalPrediction
 
+from lorakeet._optional_imports import let_in
 from lorakeet.data.collate import IGNORED
-from lorakeet.spare import let_in
-from lorakeet.talk import warn
+from lorakeet.log import warn
 from lorakeet.train.evaluate import loss_and_perplexity
 from lorakeet.train.text_metrics import (
     Figures,

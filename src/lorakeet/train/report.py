@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from lorakeet.files import write_file
-from lorakeet.talk import say
+from lorakeet.log import say
 
 #: Figures of an evaluation that say how long it took: the parent of the Trainer adds them.
 TIMES = ("_runtime", "_per_second")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainingArguments
 
 from lorakeet.errors import TrainingError
-from lorakeet.talk import warn
+from lorakeet.log import warn
 from lorakeet.train import checkpoint, finite, guard
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from lorakeet.talk import say
+from lorakeet.log import say
 
 #: Seconds in which a second Ctrl-C is taken for the echo of the first: torchrun passes on what the terminal sent already.
 ECHO = 2.0

@@ -32,7 +32,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_check
 from lorakeet.adapter.model import PeftModel
 from lorakeet.errors import TrainingError
 from lorakeet.files import write_folder
-from lorakeet.talk import say
+from lorakeet.log import say
 from lorakeet.train import checkpoint, guard
 from lorakeet.train.evaluate import count_targets, loss_and_perplexity, shifts_labels
 from lorakeet.train.fused_loss import sample_losses

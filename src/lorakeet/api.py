@@ -13,7 +13,6 @@ from typing import Any
 
 from lorakeet.adapter.artefact import read_notes, read_tensors
 from lorakeet.adapter.model import PeftModel, get_peft_model
-from lorakeet.base.chat import render_chat
 from lorakeet.base.generate import complete
 from lorakeet.base.load import Base, load_base, look_at
 from lorakeet.base.meta import meta_model, read_config
@@ -21,15 +20,16 @@ from lorakeet.base.predict import predict as read
 from lorakeet.base.quant.int8 import rounded_bytes
 from lorakeet.base.quiet import quiet
 from lorakeet.base.task import AUTO_CLASSES, PLAIN, check_task, family, own_class
+from lorakeet.chat_template import render_chat
 from lorakeet.config import DEFAULT_MODEL, BaseSettings, DataSettings, LoraSettings, TaskName, TaskSettings
 from lorakeet.data.collate import make_collator
 from lorakeet.data.prepare import prepare
 from lorakeet.errors import AdapterError, BaseModelError, DataError, OutputError
 from lorakeet.files import write_folder, write_json
+from lorakeet.log import say
 from lorakeet.lora.config import LoraConfig, PeftConfig, find_adapter_file
 from lorakeet.lora.inject import plan
 from lorakeet.lora.model import LoraModel, completed
-from lorakeet.talk import say
 from lorakeet.train.evaluate import evaluate
 from lorakeet.train.task_trainer import measure
 from lorakeet.train.tasks import Task

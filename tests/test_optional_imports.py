@@ -5,7 +5,7 @@ import sys
 
 SEEN = """
 import sys
-from lorakeet.spare import leave_out, let_in
+from lorakeet._optional_imports import leave_out, let_in
 leave_out()
 import lorakeet
 lorakeet.Trainer

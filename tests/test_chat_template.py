@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.bytewise import byte_tokenizer
 from helpers.chat_templates import CHATML, STYLES, THINKING, Messages, chat_tokenizer
-from lorakeet.base.chat import ROLES, assistant_turns, encode_chat, learned_tokens, render_chat
+from lorakeet.chat_template import ROLES, assistant_turns, encode_chat, learned_tokens, render_chat
 from lorakeet.errors import BaseModelError, DataError
 
 ASK = {"role": "user", "content": "Why?"}
