@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gpu_training
-from lorakeet.kernels import int8, int8_triton
+from lorakeet.kernels.int8 import linear, triton
 from lorakeet.kernels.lora_linear import lora_linear
 
 #: Dense int8 TOP/s by the vendor's datasheet.
@@ -72,7 +72,7 @@ def contenders(weight: Tensor) -> Iterator[tuple[str, Callable[[], Layer]]]:
                 f"bitsandbytes, threshold {threshold:.0f}",
                 lambda t=threshold: with_lora(bitsandbytes_layer(weight, t)),
             )
-    quantised, scale = int8.quantise_rows(weight)
+    quantised, scale = linear.quantise_rows(weight)
     yield "lorakeet", lambda: lambda x, a, b: lora_linear(x, quantised, None, a, b, SCALING, scale=scale)
 
 
@@ -162,16 +162,16 @@ def print_parts(
     weight: Tensor, leaves: list[list[Tensor]], grads: list[Tensor], turns: int, peak: float | None
 ) -> None:
     """Where Lorakeet's time goes: each part by itself, from CUDA graphs."""
-    quantised, scale = int8.quantise_rows(weight)
+    quantised, scale = linear.quantise_rows(weight)
     xs = [x.detach() for x, _, _ in leaves]
-    splits = [int8_triton.split_columns(x) for x in xs]
+    splits = [triton.split_columns(x) for x in xs]
     parts: dict[str, tuple[Callable[[int], Any], int]] = {
-        "choice of columns": (lambda turn: int8_triton.split_columns(xs[turn % SETS]), 0),
-        "rounding x": (lambda turn: int8_triton.quantise(xs[turn % SETS], split=splits[turn % SETS]), 0),
-        "rounding g": (lambda turn: int8_triton.quantise(grads[turn % SETS], factor=scale), 0),
-        "product, all of it": (lambda turn: int8_triton.product(xs[turn % SETS], quantised, scale), 1),
-        "input gradient": (lambda turn: int8_triton.input_gradient(grads[turn % SETS], quantised, scale), 1),
-        "the weight turned for it": (lambda turn: int8_triton.turn(quantised), 0),
+        "choice of columns": (lambda turn: triton.split_columns(xs[turn % SETS]), 0),
+        "rounding x": (lambda turn: triton.quantise(xs[turn % SETS], split=splits[turn % SETS]), 0),
+        "rounding g": (lambda turn: triton.quantise(grads[turn % SETS], factor=scale), 0),
+        "product, all of it": (lambda turn: triton.product(xs[turn % SETS], quantised, scale), 1),
+        "input gradient": (lambda turn: triton.input_gradient(grads[turn % SETS], quantised, scale), 1),
+        "the weight turned for it": (lambda turn: triton.turn(quantised), 0),
     }
     for name, (work, products) in parts.items():
         work(0)  # compiles
@@ -196,8 +196,8 @@ def main() -> int:
     gpu_training.add_options(parser.add_argument_group("training"))
     options = parser.parse_args()
     if "layer" in options.parts or options.device == "cuda":
-        can, how = int8_triton.available(torch.device("cuda"))
-        if not can or int8_triton.kernels.INTERPRETED:
+        can, how = triton.available(torch.device("cuda"))
+        if not can or triton.kernels.INTERPRETED:
             print(f"this benchmark needs an NVIDIA GPU and Triton: {how}", file=sys.stderr)
             return 2
     if "layer" in options.parts:
@@ -216,7 +216,7 @@ def layers(options: argparse.Namespace, how: str) -> None:
     print(
         f"{how}; int8 peak " + (f"{peak:.0f} TOP/s" if peak else "not known: name it with --peak for the share of it")
     )
-    print(f"back end of the layer: {int8.backend_for(torch.empty(options.tokens, 1, device='cuda'))}")
+    print(f"back end of the layer: {linear.backend_for(torch.empty(options.tokens, 1, device='cuda'))}")
     for out in options.out:
         measure((options.tokens, options.inner, out), options, peak)
     torch.cuda.empty_cache()  # for the trainings, which are other processes

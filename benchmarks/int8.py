@@ -62,19 +62,19 @@ def largest_columns(x: Any) -> Any:
 
 
 def rounded_product(rule: Callable[[Any], Any]) -> Callable[..., Any]:
-    """:func:`lorakeet.kernels.int8.product` with activations in 8 bits, but for the rule's columns; any processor."""
-    from lorakeet.kernels import int8
+    """:func:`lorakeet.kernels.int8.linear.product` with activations in 8 bits, but for the rule's columns; any processor."""
+    from lorakeet.kernels.int8 import linear
 
     def product(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
-        rows, even = int8.split_scale(weight, scale)
-        kept, whole = int8.kept_columns(weight, scale), x
+        rows, even = linear.split_scale(weight, scale)
+        kept, whole = linear.kept_columns(weight, scale), x
         x = x if even is None else x * even
         columns = rule(x)
         inner = x.clone()
         inner[:, columns] = 0
-        rounded, row_scale = int8.quantise_rows(inner)
+        rounded, row_scale = linear.quantise_rows(inner)
         h = (rounded.float() @ weight.float().T).mul_(row_scale.unsqueeze(1)).mul_(rows)
-        h += x[:, columns].float() @ int8.dequantise(weight[:, columns], rows).T
+        h += x[:, columns].float() @ linear.dequantise(weight[:, columns], rows).T
         if kept:
             h += whole[:, kept[0].long()].float() @ kept[1]
         return (h if bias is None else h + bias).to(x.dtype)
@@ -85,13 +85,13 @@ def rounded_product(rule: Callable[[Any], Any]) -> Callable[..., Any]:
 @contextmanager
 def multiplied_by(product: Callable[..., Any]) -> Any:
     """Every 8-bit layer multiplies in this way."""
-    from lorakeet.kernels import int8
+    from lorakeet.kernels.int8 import linear
 
-    before, int8.product = int8.product, product
+    before, linear.product = linear.product, product
     try:
         yield
     finally:
-        int8.product = before
+        linear.product = before
 
 
 # ---- parts -------------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def accuracy(options: argparse.Namespace) -> list[dict]:
     from lorakeet.config import DataSettings, TaskSettings
     from lorakeet.data.collate import PaddingCollator
     from lorakeet.data.prepare import prepare
-    from lorakeet.kernels import int8
+    from lorakeet.kernels.int8 import linear
     from lorakeet.train.evaluate import evaluate
 
     full, tokenizer = lorakeet.load_base(dtype="fp32")
@@ -128,16 +128,16 @@ def accuracy(options: argparse.Namespace) -> list[dict]:
     for embeddings in (False, True):
         model = in_8_bits(embeddings)
         which = "layers, embedding, head" if embeddings else "layers"
-        with multiplied_by(blocked(int8)):
+        with multiplied_by(blocked(linear)):
             note(f"{which}: weights alone", model)
-        note(f"{which}: as this machine multiplies ({int8.choose_backend()})", model)
+        note(f"{which}: as this machine multiplies ({linear.choose_backend()})", model)
         for name, rule in rules().items():
             with multiplied_by(rounded_product(rule)):
                 note(f"{which}: {name}", model)
         del model
     with columns_left_uneven():
         plain = in_8_bits(False)
-    with multiplied_by(blocked(int8)):
+    with multiplied_by(blocked(linear)):
         note("plain absmax, layers: weights alone", plain)
     with multiplied_by(rounded_product(rules()["one scale for each token"])):
         note("plain absmax, layers: one scale for each token", plain)
@@ -151,14 +151,14 @@ def columns_left_uneven() -> Any:
     """Weights are rounded by their rows alone and whole, the plain way."""
     import torch
 
-    from lorakeet.kernels import int8
+    from lorakeet.kernels.int8 import linear
 
-    before = int8.even_columns, int8.KEPT
-    int8.even_columns, int8.KEPT = lambda weight: torch.ones(weight.shape[1]), 0
+    before = linear.even_columns, linear.KEPT
+    linear.even_columns, linear.KEPT = lambda weight: torch.ones(weight.shape[1]), 0
     try:
         yield
     finally:
-        int8.even_columns, int8.KEPT = before
+        linear.even_columns, linear.KEPT = before
 
 
 def in_8_bits(embeddings: bool) -> Any:
@@ -179,11 +179,11 @@ def bitsandbytes_model() -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype="float32")
 
 
-def blocked(int8: Any) -> Callable[..., Any]:
+def blocked(linear: Any) -> Callable[..., Any]:
     """The product with the weight alone rounded, whatever the processor."""
 
     def product(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
-        return int8.int8_linear_reference(x, weight, scale, bias)
+        return linear.int8_linear_reference(x, weight, scale, bias)
 
     return product
 
@@ -192,7 +192,7 @@ def stress(options: argparse.Namespace) -> list[dict]:
     """A layer some of whose input columns are a hundred times as large: the error of the product without their part."""
     import torch
 
-    from lorakeet.kernels import int8
+    from lorakeet.kernels.int8 import linear
 
     torch.manual_seed(0)
     found = []
@@ -200,13 +200,13 @@ def stress(options: argparse.Namespace) -> list[dict]:
         x, dense = torch.randn(512, 1024), torch.randn(1024, 1024) / 32
         large = torch.randperm(1024)[:columns]
         x[:, large] *= 100
-        weight, scale = int8.quantise_weight(dense)
+        weight, scale = linear.quantise_weight(dense)
         exact = x.double() @ dense.double().T
         ordinary = x.clone()
         ordinary[:, large] = 0
         size = (ordinary.double() @ dense.double().T).norm()
         for name, rule in {"weights alone": None, **rules()}.items():
-            multiply = blocked(int8) if rule is None else rounded_product(rule)
+            multiply = blocked(linear) if rule is None else rounded_product(rule)
             error = float((multiply(x, weight, scale).double() - exact).norm() / size)
             found.append({"columns of 100 x": columns, "": name, "error / ordinary part": error})
     return found
@@ -228,12 +228,12 @@ def layer_times(out: int, inner: int, options: argparse.Namespace) -> dict[str, 
     """Median milliseconds of one layer [out, inner], by how it is held and multiplied."""
     import torch
 
-    from lorakeet.kernels import int8
+    from lorakeet.kernels.int8 import linear
     from lorakeet.kernels.lora_linear import lora_linear
 
     torch.manual_seed(0)
     dense = torch.randn(out, inner) / inner**0.5
-    weight, scale = int8.quantise_weight(dense)
+    weight, scale = linear.quantise_weight(dense)
     x = torch.randn(512, inner, requires_grad=True)
     a = (torch.randn(16, inner) / inner**0.5).requires_grad_()
     b = torch.zeros(out, 16, requires_grad=True)
@@ -612,7 +612,7 @@ def table(options: argparse.Namespace) -> None:
     import transformers
 
     import lorakeet
-    from lorakeet.kernels.int8 import choose_backend
+    from lorakeet.kernels.int8.linear import choose_backend
 
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()

@@ -35,7 +35,7 @@ ELEMENTWISE = {
     "linalg_vector_norm", "lt", "mean", "mul", "native_dropout", "neg", "pow", "random", "reciprocal", "rsqrt",
     "rsub", "sigmoid", "silu", "silu_backward", "sin", "sqrt", "square", "sub", "sum", "uniform", "where", "zero",
 }  # fmt: skip
-#: Compiled loops around an int8 product; others of :mod:`lorakeet.kernels.native` are over activations, or products.
+#: Compiled loops around an int8 product; others of :mod:`lorakeet.kernels.cpu.bindings` are over activations, or products.
 ROUNDING = {"_strips", "_groups"}
 SHAPES = ((4096, 4096),)  # [out, in] whose rates are measured besides those of the model
 INT8, NATIVE = "int8 ", "native "
@@ -65,16 +65,16 @@ def recorded(module: ModuleType, prefix: str, names: list[str]) -> Iterator[None
             setattr(module, name, function)
 
 
-def loops(native: ModuleType) -> list[str]:
+def loops(bindings: ModuleType) -> list[str]:
     """The functions of the module that compute tensors."""
-    functions = inspect.getmembers(native, inspect.isfunction)
-    made = {name: str(f.__annotations__.get("return")) for name, f in functions if f.__module__ == native.__name__}
+    functions = inspect.getmembers(bindings, inspect.isfunction)
+    made = {name: str(f.__annotations__.get("return")) for name, f in functions if f.__module__ == bindings.__name__}
     return [name for name, returns in made.items() if "Tensor" in returns]
 
 
 def group_of(event: Any, rank: int) -> str:
     """The kind of work of one operation."""
-    from lorakeet.kernels.native import ELEMENTWISE as OVER_ACTIVATIONS
+    from lorakeet.kernels.cpu.bindings import ELEMENTWISE as OVER_ACTIVATIONS
 
     names, above = [event.name], event.cpu_parent
     while above is not None:
@@ -107,7 +107,8 @@ def profile(point: Point, options: argparse.Namespace) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as watch
 
-    from lorakeet.kernels import int8, native
+    from lorakeet.kernels.cpu import bindings
+    from lorakeet.kernels.int8 import linear
 
     model = make_model(point)
     step, batch = make_step(model), make_batch(point["samples"], point["length"], point["spread"])
@@ -115,8 +116,8 @@ def profile(point: Point, options: argparse.Namespace) -> dict[str, Any]:
     with as_a_run(model):
         times = [milliseconds(lambda: step(batch)) for _ in range(options.repeats + 1)][1:]
         with ExitStack() as records:
-            records.enter_context(recorded(int8, INT8, ["product", "input_gradient"]))
-            records.enter_context(recorded(native, NATIVE, loops(native)))
+            records.enter_context(recorded(linear, INT8, ["product", "input_gradient"]))
+            records.enter_context(recorded(bindings, NATIVE, loops(bindings)))
             step(batch)
             with watch(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
                 watched = statistics.mean(milliseconds(lambda: step(batch)) for _ in range(options.repeats))
@@ -153,21 +154,21 @@ def base_layers(model: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def multiply(x: Any, weight: Any, scale: Any) -> None:
-    from lorakeet.kernels import int8
+    from lorakeet.kernels.int8 import linear
 
     if scale is None:
         x @ weight.T
     else:
-        int8.product(x, weight, scale)
+        linear.product(x, weight, scale)
 
 
 def multiply_back(g: Any, weight: Any, scale: Any) -> None:
-    from lorakeet.kernels import int8
+    from lorakeet.kernels.int8 import linear
 
     if scale is None:
         g @ weight
     else:
-        int8.input_gradient(g, weight, scale)
+        linear.input_gradient(g, weight, scale)
 
 
 def alone(model: Any, tokens: int, repeats: int) -> dict[str, dict[str, float]]:
@@ -199,14 +200,14 @@ def rates(model: Any, tokens: int, repeats: int) -> dict[str, list[float]]:
     """Shape -> GFLOP/s of forward and backward products with one weight, again and again."""
     import torch
 
-    from lorakeet.kernels import int8
+    from lorakeet.kernels.int8 import linear
 
     rounded = any(scale is not None for _, scale in base_layers(model).values())
     shapes = sorted({tuple(weight.shape) for weight, _ in base_layers(model).values()} | set(SHAPES))
     found = {}
     for out, inner in shapes:
         dense = torch.randn(out, inner) / inner**0.5
-        weight, scale = int8.quantise_weight(dense) if rounded else (dense, None)
+        weight, scale = linear.quantise_weight(dense) if rounded else (dense, None)
         x, g = torch.randn(tokens, inner), torch.randn(tokens, out)
         ways = (lambda: multiply(x, weight, scale)), (lambda: multiply_back(g, weight, scale))  # noqa: B023
         times = [statistics.median([milliseconds(way) for _ in range(2 * repeats + 1)][1:]) for way in ways]

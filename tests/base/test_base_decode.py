@@ -18,7 +18,8 @@ from helpers.tiny import shake
 from lorakeet.adapter.model import get_peft_model
 from lorakeet.base.decode import quick_decoding
 from lorakeet.base.quant.config import quantise
-from lorakeet.kernels import decode, native
+from lorakeet.kernels import decoder_step
+from lorakeet.kernels.cpu import bindings
 from lorakeet.lora.config import LoraConfig
 from lorakeet.lora.layer import LoraLinear
 
@@ -57,13 +58,13 @@ def make(family: str, **options: Any) -> Any:
 def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many texts each step through a compiled layer had."""
     taken: list[int] = []
-    own = decode.before_attention
+    own = decoder_step.before_attention
 
     def counted(layer: Any, x: torch.Tensor, *rest: Any) -> Any:
         taken.append(x.shape[0])
         return own(layer, x, *rest)
 
-    monkeypatch.setattr(decode, "before_attention", counted)
+    monkeypatch.setattr(decoder_step, "before_attention", counted)
     yield taken
 
 
@@ -228,7 +229,7 @@ def test_nothing_stays_behind(monkeypatch: pytest.MonkeyPatch, steps: list[int])
         assert all("forward" in layer.__dict__ for layer in model.model.layers)
         raise KeyError
     assert not any("forward" in module.__dict__ for module in model.modules())
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(bindings, "library", lambda: None)
     same(model)
     assert not steps
 
@@ -238,40 +239,40 @@ def test_weights_that_do_not_fit_are_refused() -> None:
     linears = [getattr(model.self_attn, f"{name}_proj").factors() for name in "qkvo"]
     linears += [getattr(model.mlp, f"{name}_proj").factors() for name in ("gate", "up", "down")]
     norms = [
-        decode.Norm(model.input_layernorm.weight, 1e-6),
-        decode.Norm(model.input_layernorm.weight, 1e-6),
+        decoder_step.Norm(model.input_layernorm.weight, 1e-6),
+        decoder_step.Norm(model.input_layernorm.weight, 1e-6),
         None,
         None,
     ]
-    decode.Layer(linears, norms, 10, 0.3)
+    decoder_step.Layer(linears, norms, 10, 0.3)
     wrong = {
         "heads": (linears, norms, 7),
         "shapes": ([*linears[:6], linears[5]], norms, 10),
-        "a norm": (linears, [decode.Norm(torch.ones(7), 1e-6), *norms[1:]], 10),
+        "a norm": (linears, [decoder_step.Norm(torch.ones(7), 1e-6), *norms[1:]], 10),
         "a scale": ([linears[0]._replace(scale=linears[0].scale[:-1]), *linears[1:]], norms, 10),
         "half an update": ([linears[0]._replace(a=torch.ones(2, 36)), *linears[1:]], norms, 10),
         "an update": ([linears[0]._replace(a=torch.ones(2, 36), b=torch.ones(60, 3)), *linears[1:]], norms, 10),
     }
     for given in wrong.values():
         with pytest.raises(ValueError):
-            decode.Layer(*given, 0.3)
-    layer = decode.Layer(linears, norms, 10, 0.3)
+            decoder_step.Layer(*given, 0.3)
+    layer = decoder_step.Layer(linears, norms, 10, 0.3)
     x, q = torch.randn(2, 1, 36), torch.randn(2, 1, 6, 10)
     keys = torch.randn(2, 2, 5, 10)
     for odd in (keys[:1], keys[:, :1], keys.double(), keys[..., :9]):
         with pytest.raises(ValueError):
-            decode.after_attention(layer, x, q, odd, odd)
+            decoder_step.after_attention(layer, x, q, odd, odd)
     with pytest.raises(ValueError):
-        decode.after_attention(layer, x, q, keys, keys, torch.ones(2, 4, dtype=torch.bool))
+        decoder_step.after_attention(layer, x, q, keys, keys, torch.ones(2, 4, dtype=torch.bool))
 
 
 def test_attention_is_as_exact_as_fp32_allows() -> None:
     """An output that is the weights of attention alone: the rest of the layer passes them on, or adds nothing."""
     eye, none, scale = (127 * torch.eye(64)).to(torch.int8), torch.zeros(64, 64, dtype=torch.int8), torch.ones(64) / 127
-    linears = [decode.Factors(weight, scale) for weight in (eye, eye, eye, eye, none, none, none)]
-    layer = decode.Layer(linears, [decode.Norm(torch.ones(64), 1e-6)] * 2 + [None, None], 64, 0.5)
+    linears = [decoder_step.Factors(weight, scale) for weight in (eye, eye, eye, eye, none, none, none)]
+    layer = decoder_step.Layer(linears, [decoder_step.Norm(torch.ones(64), 1e-6)] * 2 + [None, None], 64, 0.5)
     scores = torch.linspace(-30, 0, 64)
     q, keys = torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 64, 64)
     q[..., 0], keys[..., 0] = 1, 2 * scores
-    got = decode.after_attention(layer, torch.zeros(1, 1, 64), q, keys, torch.eye(64).view(1, 1, 64, 64))
+    got = decoder_step.after_attention(layer, torch.zeros(1, 1, 64), q, keys, torch.eye(64).view(1, 1, 64, 64))
     assert torch.allclose(got.flatten().double(), scores.double().softmax(0), rtol=2e-6, atol=0)

@@ -31,7 +31,7 @@ from lorakeet.base.quant.int8 import (
 from lorakeet.base.task import AUTO_CLASSES
 from lorakeet.cli import main
 from lorakeet.errors import BaseModelError, ConfigError
-from lorakeet.kernels.int8 import dequantise, rounding_steps, scales_of
+from lorakeet.kernels.int8.linear import dequantise, rounding_steps, scales_of
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [3, 2, 5, 9, 9, 4]])
 

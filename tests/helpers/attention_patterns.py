@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorakeet.kernels.attention import Pattern
+from lorakeet.kernels.attention.segment import Pattern
 
 PATTERNS = [
     Pattern(causal=True),

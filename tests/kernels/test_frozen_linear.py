@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lorakeet.kernels import frozen_linear as module
-from lorakeet.kernels import native
+from lorakeet.kernels.cpu import bindings
+from lorakeet.kernels.cpu.memory import passing, workspace
 from lorakeet.kernels.frozen_linear import frozen_linear, frozen_linear_reference, linear_out
-from lorakeet.kernels.room import passing, workspace
 
 NEAR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -40,9 +40,9 @@ def outcome(function, x: Tensor, *rest) -> list[Tensor]:
 @pytest.fixture(params=["torch", "tiles"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Who multiplies in fp32: torch's library, or the compiled tiles, whatever this processor is best at."""
-    if request.param == "tiles" and not native.has_pairs():
+    if request.param == "tiles" and not bindings.has_pairs():
         pytest.skip("nothing is compiled for this processor")
-    monkeypatch.setattr(native, "has_fp32", lambda: request.param == "tiles")
+    monkeypatch.setattr(bindings, "has_fp32", lambda: request.param == "tiles")
     return str(request.param)
 
 
@@ -57,7 +57,7 @@ def test_forward_and_backward_equal_plain_torch(shape, bias, dtype, way) -> None
         torch.testing.assert_close(mine, true, rtol=NEAR[dtype], atol=NEAR[dtype])
 
 
-@pytest.mark.skipif(not native.has_pairs(), reason="nothing is compiled for this processor")
+@pytest.mark.skipif(not bindings.has_pairs(), reason="nothing is compiled for this processor")
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(
     ("n", "depth", "columns"),
@@ -70,25 +70,25 @@ def test_tiles_of_any_shape(n: int, depth: int, columns: int, turned: bool) -> N
     right = torch.addmm(bias.double(), x.double(), m.double())
     given = m.T.contiguous().T if turned else m
     for b, expected in ((bias, right), (None, right - bias)):
-        found = native.fp32_product(x, given, b)
+        found = bindings.fp32_product(x, given, b)
         assert found.shape == (n, columns) and found.dtype == torch.float32
         assert float((found - expected).abs().max()) < 1e-7 * depth + 1e-6
 
 
-@pytest.mark.skipif(not native.has_pairs(), reason="nothing is compiled for this processor")
+@pytest.mark.skipif(not bindings.has_pairs(), reason="nothing is compiled for this processor")
 def test_tiles_pass_on_what_is_not_finite() -> None:
     x, m = torch.ones(20, 9), torch.ones(9, 70)
     x[3, 4], x[5, 0] = torch.nan, torch.inf
-    found = native.fp32_product(x, m)
+    found = bindings.fp32_product(x, m)
     assert found[3].isnan().all() and found[5].isinf().all() and found.isfinite().all(1).sum() == 18
 
 
-@pytest.mark.skipif(not native.has_pairs(), reason="nothing is compiled for this processor")
+@pytest.mark.skipif(not bindings.has_pairs(), reason="nothing is compiled for this processor")
 def test_what_the_tiles_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tokens in fp32, in memory without gaps; all else is torch's."""
     taken: list[tuple[int, ...]] = []
-    monkeypatch.setattr(native, "has_fp32", lambda: True)
-    monkeypatch.setattr(native, "fp32_product", lambda x, m, bias: taken.append(tuple(x.shape)) or x @ m)
+    monkeypatch.setattr(bindings, "has_fp32", lambda: True)
+    monkeypatch.setattr(bindings, "fp32_product", lambda x, m, bias: taken.append(tuple(x.shape)) or x @ m)
     x, weight = torch.randn(40, 6), torch.randn(5, 6)
     for rows, m in ((x, weight.T), (x, weight.T.contiguous()), (x[:16], weight.T), (x.double(), weight.T.double())):
         torch.testing.assert_close(linear_out(rows, m, None), rows @ m)
@@ -151,7 +151,7 @@ def test_a_workspace_is_each_threads_own() -> None:
 
 HOLES = """
 import ctypes, sys, torch
-from lorakeet.kernels.room import passing
+from lorakeet.kernels.cpu.memory import passing
 
 class Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "arena o s h hblkhd u f uordblks fordblks keepcost".split()]

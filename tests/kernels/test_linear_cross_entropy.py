@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakeet.kernels import linear_cross_entropy as kernel
-from lorakeet.kernels import native
+from lorakeet.kernels.cpu import bindings
 from lorakeet.kernels.linear_cross_entropy import (
     LogitMap,
     linear_cross_entropy,
@@ -165,7 +165,7 @@ def test_the_logits_of_one_chunk_are_gone_before_the_next() -> None:
     assert len(seen) > 3
 
 
-@pytest.mark.skipif(native.library() is None, reason="nothing is compiled on this machine")
+@pytest.mark.skipif(bindings.library() is None, reason="nothing is compiled on this machine")
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 def test_the_loop_over_a_large_vocabulary(scale: float) -> None:
     """Tens of thousands of small terms, against fp64; the loss is off by less than what torch's own is."""
@@ -176,10 +176,10 @@ def test_the_loop_over_a_large_vocabulary(scale: float) -> None:
     (right,) = torch.autograd.grad(losses.sum(), exact)
     untouched = z.clone()
     torch.testing.assert_close(
-        native.cross_entropy(untouched, targets, scale, False).double(), losses, rtol=2e-7, atol=1e-6
+        bindings.cross_entropy(untouched, targets, scale, False).double(), losses, rtol=2e-7, atol=1e-6
     )
     assert torch.equal(untouched, z)
-    torch.testing.assert_close(native.cross_entropy(z, targets, scale, True).double(), losses, rtol=2e-7, atol=1e-6)
+    torch.testing.assert_close(bindings.cross_entropy(z, targets, scale, True).double(), losses, rtol=2e-7, atol=1e-6)
     torch.testing.assert_close(z.double(), right, rtol=2e-6, atol=1e-9)
     assert float(z.double().sum(1).abs().max()) < 1e-6
 

@@ -23,7 +23,7 @@ from helpers.small_models import (
     small,
 )
 from lorakeet.errors import TrainingError
-from lorakeet.kernels.attention import segment_attention
+from lorakeet.kernels.attention.segment import segment_attention
 from lorakeet.train.padding_free import PROVEN, padding_free, why_padded
 
 

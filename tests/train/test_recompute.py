@@ -18,7 +18,7 @@ from helpers.training_loop import learn
 from lorakeet.adapter.model import get_peft_model
 from lorakeet.base.quant.config import Int8Config
 from lorakeet.errors import TrainingError
-from lorakeet.kernels.room import workspace
+from lorakeet.kernels.cpu.memory import workspace
 from lorakeet.lora.config import LoraConfig
 from lorakeet.train.fused_layers import fused_layers
 from lorakeet.train.fused_loss import fused_loss

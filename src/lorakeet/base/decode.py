@@ -1,9 +1,11 @@
 """Quick writing: while a model of the Llama family in 8 bits writes, each new token passes a layer in two compiled calls.
 
 The modules of the model stay what and where they are, with `transformers` around them; while :func:`quick_decoding` holds,
-decoder layers of known classes hand what they can to :mod:`lorakeet.kernels.decode`. That is looked at anew for each token:
+decoder layers of known classes hand what they can to :mod:`~lorakeet.kernels.decoder_step`. That is looked at anew for each
+token:
 a layer in training, watched by a hook, not in 8 bits, or adapted by anything but one plain LoRA computes as ever, and so does
-all but the next token of a few texts (:data:`lorakeet.kernels.int8.FEW`). One layer of each kind is first held against its
+all but the next token of a few texts (:data:`~lorakeet.kernels.int8.linear.FEW`). One layer of each kind is first held
+against its
 own forward on random numbers; a kind that differs is left as it is, and that is said.
 """
 
@@ -18,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
 from lorakeet.base.quant.int8 import rounded_layers, watched
-from lorakeet.kernels import decode, native
-from lorakeet.kernels.int8 import FEW
+from lorakeet.kernels import decoder_step
+from lorakeet.kernels.cpu import bindings
+from lorakeet.kernels.int8.linear import FEW
 from lorakeet.log import warn
 
 #: Architectures of transformers whose ``…DecoderLayer`` is the one that the loops know.
@@ -41,7 +44,7 @@ def quick_decoding(model: nn.Module) -> Iterator[None]:
     replaced: list[nn.Module] = []
     rounded = next(rounded_layers(model), None) is not None
     try:
-        for module in model.modules() if rounded and native.library() is not None else ():
+        for module in model.modules() if rounded and bindings.library() is not None else ():
             if _known(module) and "forward" not in module.__dict__:
                 replaced.append(module)
                 module.forward = _Quick(module, agreed)
@@ -70,7 +73,7 @@ class _Quick:
         self.linears += [(in_mlp, f"{name}_proj") for name in ("gate", "up", "down")]
         self.norms = [(module._modules, name) for name in ("input_layernorm", "post_attention_layernorm")]
         self.norms += [(in_attention, name) for name in ("q_norm", "k_norm")]
-        self.layer: decode.Layer | None = None
+        self.layer: decoder_step.Layer | None = None
         self.where: list[float] = []  # that its weights lie, and the scalings of adapters
 
     def __call__(
@@ -100,10 +103,10 @@ class _Quick:
     def step(self, x: Tensor, mask: Tensor | None, places: tuple[Tensor, Tensor], past: Any) -> Tensor:
         """The layer, for x [n, 1, hidden] that fits."""
         assert self.layer is not None
-        q, k, v = decode.before_attention(self.layer, x, *places)
+        q, k, v = decoder_step.before_attention(self.layer, x, *places)
         keys, values = past.update(k, v, self.attention.layer_idx)
         seen = None if mask is None else mask.expand(x.shape[0], 1, 1, keys.shape[2])[:, 0, 0]
-        return decode.after_attention(self.layer, x, q, keys, values, seen)
+        return decoder_step.after_attention(self.layer, x, q, keys, values, seen)
 
     def fits(self, x: Tensor, mask: Tensor | None, cosine: Tensor, sine: Tensor) -> bool:
         """Whether this is the next token of a few texts, and nobody wants a gradient."""
@@ -116,7 +119,7 @@ class _Quick:
             and (mask is None or (mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1:3] == (1, 1)))
             and cosine.shape == sine.shape
             and cosine.shape in ((1, 1, dim), (x.shape[0], 1, dim))
-            and native.usable(x, cosine, sine)
+            and bindings.usable(x, cosine, sine)
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
         )
@@ -146,10 +149,10 @@ class _Quick:
                 self.layer = None
         return self.layer is not None
 
-    def _laid_out(self, factors: list[Any], norms: list[Any]) -> decode.Layer | None:
-        given = [None if norm is None else decode.Norm(norm.weight, norm.variance_epsilon) for norm in norms]
+    def _laid_out(self, factors: list[Any], norms: list[Any]) -> decoder_step.Layer | None:
+        given = [None if norm is None else decoder_step.Norm(norm.weight, norm.variance_epsilon) for norm in norms]
         try:
-            return decode.Layer(factors, given, self.attention.head_dim, self.attention.scaling)
+            return decoder_step.Layer(factors, given, self.attention.head_dim, self.attention.scaling)
         except ValueError:
             return None
 

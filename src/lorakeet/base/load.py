@@ -31,7 +31,7 @@ from lorakeet.base.quiet import quiet
 from lorakeet.base.task import WHOLE
 from lorakeet.config import BaseSettings, complaints
 from lorakeet.errors import BaseModelError
-from lorakeet.kernels.int8 import backend_on
+from lorakeet.kernels.int8.linear import backend_on
 from lorakeet.log import warn
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorakeet.kernels import native
+from lorakeet.kernels.cpu import bindings
 
 _LEVELS = 1 << 16
 _32_BITS, _64_BITS = (1 << 32) - 1, (1 << 64) - 1
@@ -79,15 +79,15 @@ def dropout_reference(x: Tensor, mask: Tensor, p: float) -> Tensor:
 
 def dropped(x: Tensor, p: float, seed: int) -> Tensor:
     """x · m / (1 - p) with the mask of ``seed``; x [...], floating. No gradient."""
-    if native.takes(x):
-        return native.dropout(x, None, dropped_levels(p), keep_scale(p), *_halves(seed))
+    if bindings.takes(x):
+        return bindings.dropout(x, None, dropped_levels(p), keep_scale(p), *_halves(seed))
     return dropout_reference(x, keep_mask(seed, x.shape, p, x.device), p)
 
 
 def plus_dropped(y: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
     """y + x · m / (1 - p) for y and x of one shape, in y's memory where the dtypes allow it. No gradient."""
-    if native.takes(x, y) and x.shape == y.shape:
-        return native.dropout(x, y, dropped_levels(p), keep_scale(p), *_halves(seed))
+    if bindings.takes(x, y) and x.shape == y.shape:
+        return bindings.dropout(x, y, dropped_levels(p), keep_scale(p), *_halves(seed))
     return y + dropped(x, p, seed)
 
 

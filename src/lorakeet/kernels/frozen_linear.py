@@ -1,10 +1,10 @@
 """A frozen linear layer on a CPU that leaves no holes in memory when its results are given back
-(:mod:`lorakeet.kernels.room`).
+(:mod:`lorakeet.kernels.cpu.memory`).
 
 h = x·Wᵀ + b          ∂x = g·W
 
 Torch multiplies by Intel's library on x86, which reaches about two thirds of what AMD's processors can do; there the product
-is that of ``fp32.c``.
+is that of ``gemm_f32.c``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakeet.kernels import native
-from lorakeet.kernels.room import passing
+from lorakeet.kernels.cpu import bindings
+from lorakeet.kernels.cpu.memory import passing
 
 #: Of so few tokens a product waits for the weight, whoever multiplies.
 FEW = 16
@@ -29,15 +29,15 @@ def frozen_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = Non
 
 def _plain(*tensors: Tensor) -> bool:
     """Whether tensors are what they seem: none that others trace, distribute or batch."""
-    return all(type(t) in native.PLAIN for t in tensors) and not torch.compiler.is_compiling()
+    return all(type(t) in bindings.PLAIN for t in tensors) and not torch.compiler.is_compiling()
 
 
 def linear_out(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """rows·weight + bias for rows [n, in], weight [in, out] and bias [out] of one dtype, without a gradient."""
     if not (rows.is_cpu and _plain(rows, weight)):
         return F.linear(rows, weight.T, bias)
-    if native.has_fp32() and _tiles_take(rows, weight, bias):
-        return native.fp32_product(rows, weight, bias)
+    if bindings.has_fp32() and _tiles_take(rows, weight, bias):
+        return bindings.fp32_product(rows, weight, bias)
     h = passing(rows, rows.shape[0], weight.shape[1])
     return torch.mm(rows, weight, out=h) if bias is None else torch.addmm(bias, rows, weight, out=h)
 
@@ -49,7 +49,7 @@ def _tiles_take(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     side = weight if weight.is_contiguous() else weight.T
     given = (rows, side) if bias is None else (rows, side, bias)
-    return weight.dtype == torch.float32 and native.takes(*given) and native.fit(columns, bias)
+    return weight.dtype == torch.float32 and bindings.takes(*given) and bindings.fit(columns, bias)
 
 
 class _FrozenLinear(torch.autograd.Function):

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakeet.kernels import native
+from lorakeet.kernels.cpu import bindings
 
 #: Logits held in fp32 at once (32 MiB), unless that is fewer than :data:`MIN_ROWS` rows.
 CHUNK_LOGITS = 1 << 23
@@ -96,7 +96,7 @@ def _loss_and_gradient(
     if z.data_ptr() == logits.data_ptr() and logits._is_view():  # autograd guards views against being overwritten
         z = z.clone()
     if logit_map.softcap is None and logit_map.scale > 0 and _loop_takes(z, targets):
-        return native.cross_entropy(z, targets, logit_map.scale, gradient), z
+        return bindings.cross_entropy(z, targets, logit_map.scale, gradient), z
     if logit_map.scale != 1.0:
         z.mul_(logit_map.scale)
     slope = None
@@ -119,7 +119,9 @@ def _loss_and_gradient(
 
 def _loop_takes(z: Tensor, targets: Tensor) -> bool:
     """Whether the compiled loop can take these; a target that is none is for torch to refuse."""
-    fit = targets.dtype == torch.int64 and targets.shape == z.shape[:1] and native.takes(z) and native.usable(targets)
+    fit = (
+        targets.dtype == torch.int64 and targets.shape == z.shape[:1] and bindings.takes(z) and bindings.usable(targets)
+    )
     return fit and int(targets.min()) >= 0 and int(targets.max()) < z.shape[1]
 
 

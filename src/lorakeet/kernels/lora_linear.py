@@ -9,7 +9,7 @@
 
 What is remembered between forward and backward: x itself (the caller holds it anyway), u, and a seed. Nothing is stored
 for the frozen weight, and the dropped-out copy of x is made again from the seed. The weight may be int8 with a scale for each
-output channel; :mod:`lorakeet.kernels.int8` then makes its two products.
+output channel; :mod:`lorakeet.kernels.int8.linear` then makes its two products.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakeet.kernels import int8
 from lorakeet.kernels.dropout import draw_seed, dropout_reference, dropped, plus_dropped
 from lorakeet.kernels.frozen_linear import linear_out
+from lorakeet.kernels.int8 import linear
 
 
 def lora_linear_reference(
@@ -38,7 +38,7 @@ def lora_linear_reference(
     scale: Tensor | None = None,
 ) -> Tensor:
     """The slow truth: the equation in plain torch, differentiated by autograd. ``mask`` as from ``keep_mask``."""
-    weight = weight if scale is None else int8.dequantise(weight, scale, x.dtype)
+    weight = weight if scale is None else linear.dequantise(weight, scale, x.dtype)
     h = F.linear(x, weight.T if fan_in_fan_out else weight, bias)
     low = x.to(lora_A.dtype)
     if mask is not None:
@@ -67,7 +67,7 @@ class _LoraLinear(torch.autograd.Function):
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # [n, in]
         u = _dropped(rows, lora_A.dtype, p, seed) @ lora_A.T  # [n, r]
         if scale is not None:
-            h = int8.product(rows, weight, scale, bias, low=(u * scaling, lora_B))
+            h = linear.product(rows, weight, scale, bias, low=(u * scaling, lora_B))
         else:
             h = linear_out(rows, weight if fan_in_fan_out else weight.T, bias)
             if h.dtype == lora_B.dtype:
@@ -88,12 +88,12 @@ class _LoraLinear(torch.autograd.Function):
         gu = (g_low @ lora_B) * ctx.scaling  # [n, r]
         dx = dA = dB = db = None
         if need_x and scale is not None and ctx.p == 0.0:
-            dx = int8.input_gradient(g, weight, scale, low=(gu, lora_A.T)).to(x.dtype).view(x.shape)
+            dx = linear.input_gradient(g, weight, scale, low=(gu, lora_A.T)).to(x.dtype).view(x.shape)
         elif need_x:
             if scale is None:
                 dx = linear_out(g, weight.T if ctx.fan_in_fan_out else weight, None)  # [n, in]
             else:
-                dx = int8.input_gradient(g, weight, scale)
+                dx = linear.input_gradient(g, weight, scale)
             if ctx.p == 0.0 and dx.dtype == lora_A.dtype:
                 dx.addmm_(gu, lora_A)
             else:

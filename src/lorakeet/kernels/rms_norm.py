@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.kernels import native
+from lorakeet.kernels.cpu import bindings
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, one_more: bool = False) -> Tensor:
@@ -37,8 +37,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, one_more: bool) -> Tensor:  # type: ignore[override]
         ctx.one_more = one_more
-        if native.takes(x, weight) and native.fit(x.shape[-1], weight):
-            y, s = native.rms_norm(x, weight, eps, float(one_more))
+        if bindings.takes(x, weight) and bindings.fit(x.shape[-1], weight):
+            y, s = bindings.rms_norm(x, weight, eps, float(one_more))
             ctx.save_for_backward(x, weight, s)
             return y
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -56,8 +56,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, s = ctx.saved_tensors
-        if not ctx.needs_input_grad[1] and native.takes(grad, x, weight, s) and native.fit(x.shape[-1], weight):
-            return native.rms_norm_backward(grad, x, weight, s, float(ctx.one_more)), None, None, None
+        if not ctx.needs_input_grad[1] and bindings.takes(grad, x, weight, s) and bindings.fit(x.shape[-1], weight):
+            return bindings.rms_norm_backward(grad, x, weight, s, float(ctx.one_more)), None, None, None
         grad, values = grad.to(s.dtype), x.to(s.dtype)
         dx = dw = None
         if ctx.needs_input_grad[1]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.kernels import native
+from lorakeet.kernels.cpu import bindings
 
 
 def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -39,9 +39,9 @@ def _in_loops(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor | N
     if x.dim() != 4 or x.shape[0] != 1 or any(t.shape != (1, 1, *x.shape[2:]) for t in (cos, sin)):
         return None
     rows, cos, sin = x[0].transpose(0, 1), cos[0, 0], sin[0, 0]  # [T, heads, d] and [T, d]
-    if not native.takes(rows, cos, sin):
+    if not bindings.takes(rows, cos, sin):
         return None
-    return native.rotary(rows, cos, sin, backward).transpose(0, 1)[None]
+    return bindings.rotary(rows, cos, sin, backward).transpose(0, 1)[None]
 
 
 class _Rotary(torch.autograd.Function):

@@ -5,7 +5,7 @@
 A and B of all experts lie side by side as PEFT stores them: A [r·experts, in], B [out, r·experts].
 
 Nothing is wrapped, and ΔW is not formed. While the module that owns the parameter runs, the parameter's name leads to a
-:class:`~lorakeet.kernels.low_rank_sum.LowRankSum`, with which transformers' expert implementations (the eager loop, the
+:class:`~lorakeet.kernels.low_rank_weight.LowRankSum`, with which transformers' expert implementations (the eager loop, the
 grouped and the batched product) run as they are. No weight of an expert's size is made, stored for backward, or given a
 gradient.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakeet.kernels.low_rank_sum import LowRankSum
+from lorakeet.kernels.low_rank_weight import LowRankSum
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.layer import LoraPair, Switch, noise
 

@@ -2,7 +2,7 @@
 often.
 
 The modules of a model stay what and where they are; while :func:`fused_layers` holds, those of known classes compute by
-:mod:`lorakeet.kernels.rms_norm`, :mod:`lorakeet.kernels.gated` and :mod:`lorakeet.kernels.rotary` when they are in training
+:mod:`lorakeet.kernels.rms_norm`, :mod:`lorakeet.kernels.glu` and :mod:`lorakeet.kernels.rotary` when they are in training
 mode. One of each kind is first held against its own forward on random numbers, output and gradient; a kind that differs is
 left as it is, and that is said. An attention runs the very code that it has, in which ``apply_rotary_pos_emb`` means another
 function.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.kernels.frozen_linear import frozen_linear
-from lorakeet.kernels.gated import Activation, gated
+from lorakeet.kernels.glu import Activation, gated
 from lorakeet.kernels.rms_norm import rms_norm
 from lorakeet.kernels.rotary import rotary
 from lorakeet.log import warn

@@ -3,7 +3,7 @@
 A batch stays what it is, padded ids [B, T] with an attention mask, so embeddings, heads, losses and metrics see what they
 always saw. Between the first layer and the last its real positions lie end to end in one row [1, total, H]: before the
 first layer they are gathered, after the last they are put back, with zeros where padding is. Attention runs within each
-sample (:mod:`lorakeet.kernels.attention`).
+sample (:mod:`lorakeet.kernels.attention.segment`).
 
 What the layers need to know travels where the attention mask travels: transformers asks a registered function for the
 mask, and gets a :class:`Packing`, which every layer hands on to its attention. Nothing else is remembered, so a layer that
@@ -27,7 +27,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorakeet.errors import TrainingError
-from lorakeet.kernels.attention import Pattern, segment_attention
+from lorakeet.kernels.attention.segment import Pattern, segment_attention
 
 # fmt: off
 #: Architectures (``config.model_type`` of what owns the layers) whose outputs and gradients are tested to be those of the

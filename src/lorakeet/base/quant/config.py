@@ -35,7 +35,7 @@ from lorakeet.base.quant.int8 import (
 from lorakeet.base.quant.pages import MappedFiles
 from lorakeet.base.quant.resize import resizable, round_in_place, tie_scales
 from lorakeet.errors import BaseModelError, ConfigError, did_you_mean
-from lorakeet.kernels.int8 import scales_of
+from lorakeet.kernels.int8.linear import scales_of
 
 METHOD = "lorakeet_int8"
 
@@ -43,7 +43,7 @@ METHOD = "lorakeet_int8"
 @register_quantization_config(METHOD)
 class Int8Config(QuantizationConfigMixin):
     """How a base is rounded: each output channel to int8 by its largest value, after the input channels of layers inside the
-    model are evened out; two columns of a weight that narrows are kept (see :mod:`lorakeet.kernels.int8`).
+    model are evened out; two columns of a weight that narrows are kept (see :mod:`lorakeet.kernels.int8.linear`).
 
     Args:
         embeddings: round the input embedding and the head of a language model too.

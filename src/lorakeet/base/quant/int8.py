@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorakeet.kernels.decode import Factors
-from lorakeet.kernels.int8 import dequantise, int8_linear, quantise_rows, quantise_weight, rounding_steps
+from lorakeet.kernels.decoder_step import Factors
+from lorakeet.kernels.int8.linear import dequantise, int8_linear, quantise_rows, quantise_weight, rounding_steps
 
 
 class _Rounded(nn.Module):
@@ -48,7 +48,7 @@ class Int8Linear(_Rounded):
 
     Attributes:
         weight: int8 [out, in].
-        scale: fp32, what belongs to the weight's bytes: see :mod:`lorakeet.kernels.int8`.
+        scale: fp32, what belongs to the weight's bytes: see :mod:`lorakeet.kernels.int8.linear`.
         bias: [out] in the base's dtype, or None.
         transposed: whether the original stored its weight as [in, out].
     """

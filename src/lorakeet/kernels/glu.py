@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakeet.kernels import native
+from lorakeet.kernels.cpu import bindings
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -54,8 +54,8 @@ class _Gated(torch.autograd.Function):
         ctx: Any, gate: Tensor, up: Tensor, activation: Activation, keep: torch.dtype
     ) -> Tensor:
         ctx.activation = activation
-        if activation in _LOOPS and native.takes(gate, up):
-            h, gate, up = native.gated(gate, up, _LOOPS[activation], keep == torch.bfloat16)
+        if activation in _LOOPS and bindings.takes(gate, up):
+            h, gate, up = bindings.gated(gate, up, _LOOPS[activation], keep == torch.bfloat16)
         else:
             h = _activate(gate, activation).mul_(up)
         ctx.save_for_backward(*(t if t.dtype == keep else t.to(keep) for t in (gate, up)))
@@ -65,8 +65,8 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
         known = ctx.activation in _LOOPS and gate.dtype in (torch.float32, torch.bfloat16)
-        if known and native.takes(grad) and native.usable(gate, up):
-            return *native.gated_backward(grad, gate, up, _LOOPS[ctx.activation]), None, None
+        if known and bindings.takes(grad) and bindings.usable(gate, up):
+            return *bindings.gated_backward(grad, gate, up, _LOOPS[ctx.activation]), None, None
         gate, up = gate.to(grad.dtype), up.to(grad.dtype)
         dgate = _backward_(grad * up, gate, ctx.activation) if ctx.needs_input_grad[0] else None
         dup = _activate(gate, ctx.activation).mul_(grad) if ctx.needs_input_grad[1] else None

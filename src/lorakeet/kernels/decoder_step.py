@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorakeet.kernels import native
-from lorakeet.kernels.int8 import kept_columns, split_scale
+from lorakeet.kernels.cpu import bindings
+from lorakeet.kernels.int8.linear import kept_columns, split_scale
 
 _POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float
 
@@ -26,7 +26,7 @@ _POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float
 class Factors(NamedTuple):
     """What a linear layer multiplies by: h = x·Wᵀ·diag(scale) + bias + scaling·x·Aᵀ·Bᵀ.
 
-    Weight int8 [out, in]; scale fp32, what belongs to its bytes (:mod:`lorakeet.kernels.int8`); bias fp32 [out];
+    Weight int8 [out, in]; scale fp32, what belongs to its bytes (:mod:`lorakeet.kernels.int8.linear`); bias fp32 [out];
     a fp32 [r, in] and b fp32 [out, r], or neither.
     """
 
@@ -119,17 +119,17 @@ def _readable(factors: Factors) -> bool:
         update = a.dtype == b.dtype == torch.float32 and a.shape == (len(a), width) and b.shape == (out, len(a))
     given = [tensor for tensor in factors[:5] if tensor is not None]
     rows, columns = split_scale(weight, scale)
-    fit = native.fit(out, rows, bias) and native.fit(width, columns)
-    return weight.dtype == torch.int8 and fit and update and native.usable(*given)
+    fit = bindings.fit(out, rows, bias) and bindings.fit(width, columns)
+    return weight.dtype == torch.int8 and fit and update and bindings.usable(*given)
 
 
 def _as_wide(norm: Norm | None, width: int) -> bool:
-    return norm is None or (native.fit(width, norm.weight) and native.usable(norm.weight))
+    return norm is None or (bindings.fit(width, norm.weight) and bindings.usable(norm.weight))
 
 
 @cache
 def _functions() -> tuple[Any, Any]:
-    loops = native.library()
+    loops = bindings.library()
     loops.before_attention.argtypes = [_POINTER] * 4 + [_SIZE] + [_POINTER] * 4 + [_SIZE]
     loops.after_attention.argtypes = [_POINTER] * 8 + [_SIZE] * 2
     loops.before_attention.restype = loops.after_attention.restype = None
@@ -182,7 +182,7 @@ def after_attention(
     if seen is not None and (seen.shape != (n, length) or seen.dtype != torch.bool):
         raise ValueError(f"a mask of {list(seen.shape)} for {n} texts of {length} tokens")
     keys, values = keys.contiguous(), values.contiguous()
-    if not (keys.dtype == values.dtype == torch.float32 and native.usable(keys, values)):
+    if not (keys.dtype == values.dtype == torch.float32 and bindings.usable(keys, values)):
         raise ValueError(f"keys are {keys.dtype} on {keys.device}, expected fp32 on the CPU")
     seen = None if seen is None else seen.contiguous()
     h, room = torch.empty_like(x), x.new_empty(n * (layer.room_after + layer.heads * length))

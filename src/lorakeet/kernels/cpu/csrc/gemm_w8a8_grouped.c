@@ -4,7 +4,7 @@
  * sums are scaled and added in fp32. vpdpbusd multiplies unsigned by signed bytes and adds four neighbours: the weight's bytes
  * are moved up by 128 on their way into a panel, and the sums begin at -128 times those of g. Its slow truth is in int8.py.
  */
-#include "tiles.h"
+#include "gemm_tiles.h"
 #if defined(__AVX2__)
 enum {
     GROUP = 64,   /* values of g that share a scale */

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from helpers.attention_patterns import PATTERNS
-from lorakeet.kernels.attention import Pattern, segment_attention, segment_attention_reference
-from lorakeet.kernels.varlen import Kernels, choose_path, kernels_on, varlen_attention, window
+from lorakeet.kernels.attention.backends import Kernels, choose_path, kernels_on, varlen_attention, window
+from lorakeet.kernels.attention.segment import Pattern, segment_attention, segment_attention_reference
 
 PLAIN = Pattern(causal=True)
 NEW = frozenset({"query", "scale", "window_size", "enable_gqa"})  # of torch 2.12

@@ -8,8 +8,8 @@ h/h_kv neighbouring ones (grouped-query attention, Ainslie et al. 2023, arXiv:23
 
 Neighbouring samples of equal length are one batch: a view of the row, nothing is gathered and nothing is padded. On a
 CPU forward and backward of all batches are one node of autograd, which keeps the output once and no slices; in fp32 they are
-one call of compiled loops each (:mod:`lorakeet.kernels.cpu_attention`). On an NVIDIA GPU a kernel takes the whole row, where
-there is one for the pattern (:mod:`lorakeet.kernels.varlen`).
+one call of compiled loops each (:mod:`lorakeet.kernels.attention.cpu`). On an NVIDIA GPU a kernel takes the whole row, where
+there is one for the pattern (:mod:`lorakeet.kernels.attention.backends`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakeet.kernels import cpu_attention
-from lorakeet.kernels.varlen import choose_path, kernels_on, varlen_attention
+from lorakeet.kernels.attention import cpu
+from lorakeet.kernels.attention.backends import choose_path, kernels_on, varlen_attention
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def segment_attention(
     if path == "cpu":
         output: Tensor
         queries, keys, values = (_beside(row) for row in rows)
-        if cpu_attention.takes(queries, keys, values, real):
+        if cpu.takes(queries, keys, values, real):
             output = _LoopAttention.apply(queries, keys, values, real, pattern, scale)
         else:
             output = _FlashAttention.apply(queries, keys, values, runs, pattern, scale)
@@ -162,13 +162,13 @@ class _LoopAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], pattern: Pattern, scale: float | None
     ) -> Tensor:
         ctx.settings = lengths, pattern.causal, pattern.window, q.shape[-1] ** -0.5 if scale is None else scale
-        output, sums = cpu_attention.forward(q, k, v, *ctx.settings)
+        output, sums = cpu.forward(q, k, v, *ctx.settings)
         ctx.save_for_backward(q, k, v, output, sums)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return *cpu_attention.backward(_beside(grad), *ctx.saved_tensors, *ctx.settings), None, None, None
+        return *cpu.backward(_beside(grad), *ctx.saved_tensors, *ctx.settings), None, None, None
 
 
 class _FlashAttention(torch.autograd.Function):

@@ -1,7 +1,7 @@
-"""Attention of the samples in a row on a CPU, in fp32: one call of compiled loops for all of them (``cpu_attention.c``).
+"""Attention of the samples in a row on a CPU, in fp32: one call of compiled loops for all of them (``attention.c``).
 
 torch's own kernel takes one batch of equal samples at a time, and of forty positions it spends more around the products than
-in them. The slow truth is in :mod:`lorakeet.kernels.attention`, which chooses.
+in them. The slow truth is in :mod:`lorakeet.kernels.attention.segment`, which chooses.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.kernels import native
+from lorakeet.kernels.cpu import bindings
 
 #: Values of a head that the loops have room for, and what they are a multiple of.
 WIDEST, STEP = 128, 16
@@ -36,7 +36,7 @@ def _loops() -> tuple[Any, Any]:
     """Forward and backward of the library."""
     heads, size = ctypes.POINTER(_Heads), ctypes.c_ssize_t
     rest = [ctypes.c_void_p] * 2 + [size, ctypes.POINTER(_Shape)]
-    forward, backward = native.library().cpu_attention, native.library().cpu_attention_backward
+    forward, backward = bindings.library().cpu_attention, bindings.library().cpu_attention_backward
     forward.argtypes = [*[heads] * 4, ctypes.c_void_p, *rest]
     backward.argtypes = [*[heads] * 5, ctypes.c_void_p, *[heads] * 3, *rest]
     forward.restype = backward.restype = None
@@ -52,9 +52,9 @@ def takes(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> bool:
     if sum(lengths) != total or width > WIDEST or width % STEP or torch.compiler.is_compiling():
         return False
     plain = all(
-        t.is_cpu and t.dtype == torch.float32 and t.stride(2) == 1 and type(t) in native.PLAIN for t in (q, k, v)
+        t.is_cpu and t.dtype == torch.float32 and t.stride(2) == 1 and type(t) in bindings.PLAIN for t in (q, k, v)
     )
-    return plain and native.library() is not None
+    return plain and bindings.library() is not None
 
 
 def forward(
@@ -66,7 +66,7 @@ def forward(
         q: fp32 [total, h, d].
         k, v: fp32 [total, h_kv, d].
         lengths: Positions of each sample; their sum is ``total``.
-        causal, window: As of :class:`lorakeet.kernels.attention.Pattern`.
+        causal, window: As of :class:`lorakeet.kernels.attention.segment.Pattern`.
         scale: What products of q and k are multiplied by.
 
     Returns:

@@ -21,21 +21,21 @@ import torch
 from torch import Tensor
 
 from lorakeet.files import cache_home
-from lorakeet.kernels.room import passing, workspace
+from lorakeet.kernels.cpu.memory import passing, workspace
 from lorakeet.log import say
 
 NAMES = (
-    "native.h",
-    "tiles.h",
-    "native.c",
-    "pairs.c",
-    "vnni.c",
-    "fp32.c",
-    "decode.c",
+    "common.h",
+    "gemm_tiles.h",
+    "gemv_w8.c",
+    "gemm_w8a16.c",
+    "gemm_w8a8_grouped.c",
+    "gemm_f32.c",
+    "decoder_layer.c",
     "elementwise.c",
-    "cpu_attention.c",
+    "attention.c",
 )
-SOURCES = [Path(__file__).with_name(name) for name in NAMES]
+SOURCES = [Path(__file__).parent / "csrc" / name for name in NAMES]
 #: What ``elementwise.c`` has.
 ELEMENTWISE = ("gated", "gated_backward", "rms_norm", "rms_norm_backward", "rotary", "dropout", "cross_entropy")
 #: Tensors whose memory is what it seems.
@@ -138,12 +138,12 @@ def few_rows(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None, bi
 
 
 def has_pairs() -> bool:
-    """Whether this processor has what ``pairs.c`` and ``vnni.c`` can be compiled for (AVX2), and the library is there."""
+    """Whether the library has ``gemm_w8a16.c`` and ``gemm_w8a8_grouped.c``, which need AVX2."""
     return hasattr(library(), "pair_product")
 
 
 def has_dots() -> bool:
-    """Whether this processor has the 8-bit dot products that ``vnni.c`` is written for, and the library is there."""
+    """Whether this processor has the 8-bit dot products that ``gemm_w8a8_grouped.c`` is written for."""
     return has_pairs() and bool(library().vnni_is_fast())
 
 

@@ -3,7 +3,7 @@
  * The matrix library that torch has on x86 is Intel's, and reaches about two thirds of what AMD's processors can do. This one
  * comes to eight or nine tenths there. Its slow truth is in frozen_linear.py.
  */
-#include "tiles.h"
+#include "gemm_tiles.h"
 #if defined(__AVX2__)
 
 enum {

@@ -3,7 +3,7 @@
  * Two calls, since between them the cache takes the new key and value: what is done before, and what after.
  * The products themselves are few_rows(); what lies between them are single passes over small vectors.
  */
-#include "native.h"
+#include "common.h"
 #include <math.h>
 
 /* A linear layer, and the low-rank update s B A x of an adapter where rank > 0. */

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorakeet.kernels import int8, native
+from lorakeet.kernels.cpu import bindings
+from lorakeet.kernels.int8 import linear
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
 SHAPES = [
@@ -40,27 +41,27 @@ def close(a: torch.Tensor, b: torch.Tensor, share: float = 1e-6) -> None:
 def test_few_rows(shape: tuple[int, int, int], biased: bool) -> None:
     n, out, inner = shape
     torch.manual_seed(n + out)
-    weight, scale = int8.quantise_rows(torch.randn(out, inner))
+    weight, scale = linear.quantise_rows(torch.randn(out, inner))
     x, bias = torch.randn(n, inner), torch.randn(out) if biased else None
     for columns in (None, torch.logspace(-3, 3, inner, 2)):
         scales = scale if columns is None else torch.cat((scale, columns))
-        truth = x.double() @ int8.dequantise(weight, scales, torch.float64).T + (bias.double() if biased else 0)
-        close(native.few_rows(x, weight, scale, columns, bias).double(), truth, 3e-6)
+        truth = x.double() @ linear.dequantise(weight, scales, torch.float64).T + (bias.double() if biased else 0)
+        close(bindings.few_rows(x, weight, scale, columns, bias).double(), truth, 3e-6)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_does_not_become_a_number(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the row that has it and in no other; by the compiled loops and without them."""
-    weight, scale = int8.quantise_rows(torch.randn(8, 40))
-    monkeypatch.setattr(int8, "choose_backend", lambda: "vnni")
+    weight, scale = linear.quantise_rows(torch.randn(8, 40))
+    monkeypatch.setattr(linear, "choose_backend", lambda: "vnni")
     for rows in (3, 20):
         for compiled in (True, False):
             x = torch.randn(rows, 40)
             x[1, 7] = value
             with monkeypatch.context() as patch:
                 if not compiled:
-                    patch.setattr(native, "usable", lambda *_: False)
-                h = int8.product(x, weight, scale)
+                    patch.setattr(bindings, "usable", lambda *_: False)
+                h = linear.product(x, weight, scale)
             assert not h[1].isfinite().any() and h[[i for i in range(rows) if i != 1]].isfinite().all()
 
 
@@ -69,8 +70,8 @@ def test_what_is_not_finite_does_not_become_a_number(value: float, monkeypatch: 
 def test_what_does_not_fit_is_an_error_and_not_other_memory(
     rows: int, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8, "choose_backend", lambda: backend)
-    weight, scale = int8.quantise_rows(torch.randn(8, 40))
+    monkeypatch.setattr(linear, "choose_backend", lambda: backend)
+    weight, scale = linear.quantise_rows(torch.randn(8, 40))
     x, bias = torch.randn(rows, 40), torch.randn(8)
     wrong = [
         (x[:, :39].clone(), weight, scale, bias),
@@ -79,11 +80,11 @@ def test_what_does_not_fit_is_an_error_and_not_other_memory(
     ]
     for given in wrong:
         with pytest.raises((RuntimeError, ValueError)):
-            int8.product(*given)
+            linear.product(*given)
     with pytest.raises((RuntimeError, ValueError)):
-        int8.input_gradient(torch.randn(20, 8), weight, scale[:7].clone())
-    half = int8.product(x, weight, scale.bfloat16(), bias)  # a scale that was cast is read as what it is
-    assert float((half - int8.product(x, weight, scale, bias)).abs().max()) < 0.1
+        linear.input_gradient(torch.randn(20, 8), weight, scale[:7].clone())
+    half = linear.product(x, weight, scale.bfloat16(), bias)  # a scale that was cast is read as what it is
+    assert float((half - linear.product(x, weight, scale, bias)).abs().max()) < 0.1
 
 
 def test_nothing_is_read_beyond_the_weight() -> None:
@@ -133,7 +134,7 @@ def test_without_a_compiler_all_goes_on(tmp_path: Path) -> None:
 
 
 def test_it_is_compiled_once(tmp_path: Path) -> None:
-    script = "from lorakeet.kernels import native; assert native.library() is not None"
+    script = "from lorakeet.kernels.cpu import bindings as native; assert native.library() is not None"
     env = {**os.environ, "LORAKEET_HOME": str(tmp_path)}
     both = [subprocess.Popen([sys.executable, "-c", script], env=env) for _ in range(2)]  # at the same time
     assert [process.wait() for process in both] == [0, 0]

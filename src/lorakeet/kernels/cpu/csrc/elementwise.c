@@ -2,7 +2,7 @@
  *
  * Plain C: the compiler makes vectors of these loops. Their slow truth is in gated.py, rms_norm.py and rotary.py.
  */
-#include "native.h"
+#include "common.h"
 
 enum { SILU, GELU_TANH };
 

@@ -4,7 +4,7 @@
  * vpmaddwd or vpdpwssd multiplies and adds neighbours in pairs: twice as many products an instruction as fp32 has, sums exact
  * in int32. Its slow truth is in int8.py.
  */
-#include "tiles.h"
+#include "gemm_tiles.h"
 #if defined(__AVX2__)
 
 enum {

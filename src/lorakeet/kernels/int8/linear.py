@@ -20,18 +20,18 @@ Both directions read the one stored weight, and neither ever makes the whole of 
 - ``blocked``: a few rows of W₈ at a time become x's dtype (which holds every int8 exactly), small enough to stay in the
   processor's cache, and are multiplied there; the scales are put on what comes out, or on g before it goes in. Exact but
   for the weight's own rounding. For processors without 8-bit dot products, and everywhere else.
-  One or few tokens are multiplied by the bytes as they are read (:mod:`lorakeet.kernels.native`).
+  One or few tokens are multiplied by the bytes as they are read (:mod:`lorakeet.kernels.cpu.bindings`).
 - ``pairs``: x is rounded to 16 bits with one scale for each token, the weight's bytes become 16 bits wide a few at a time,
   and neighbours are multiplied and summed in pairs, in int32. Rounding x to 16 bits costs less than bfloat16 would, so
-  nothing is split off, and an instruction does twice as many products as in fp32 (``pairs.c``). For processors with AVX2.
+  nothing is split off, and an instruction does twice as many products as in fp32 (``gemm_w8a16.c``). Needs AVX2.
 - ``vnni``: the same forward, and twice as fast backward: the gradient is rounded to int8 with one scale for each token and
   64 neighbouring channels, multiplied as int8, and 64 products at a time are summed in int32, then scaled and added in fp32
-  (``vnni.c``). What this loses is noise in the gradient, and far below that of a batch; forward it would be a share of the
-  loss. For x86 processors with VNNI.
+  (``gemm_w8a8_grouped.c``). What this loses is noise in the gradient, and far below that of a batch; forward it would
+  be a share of the loss. For x86 processors with VNNI.
 - ``triton``: x and the gradient are rounded to int8 with one scale for each token, all but the columns that int8 cannot
   carry; those are multiplied apart in x's dtype (the split of LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339, section
   3.2, with outliers known by the tensor's own size and not by a fixed threshold), in kernels for NVIDIA GPUs
-  (:mod:`lorakeet.kernels.int8_triton`).
+  (:mod:`lorakeet.kernels.int8.triton`).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakeet.kernels import native
-from lorakeet.kernels.room import passing
+from lorakeet.kernels.cpu import bindings
+from lorakeet.kernels.cpu.memory import passing
 
 Backend = Literal["blocked", "pairs", "vnni", "triton"]
 
@@ -55,9 +55,9 @@ BLOCK = 1 << 18
 TILE = 128
 #: So many tokens, or fewer, are multiplied while the weight is read.
 FEW = 16
-#: So many channels of a gradient share a scale in ``vnni``; ``vnni.c`` has the same number.
+#: So many channels of a gradient share a scale in ``vnni``; ``gemm_w8a8_grouped.c`` has the same number.
 GROUP = 64
-#: What rounding a gradient to a vocabulary takes from a value is given to the one so many further on (``tiles.h``).
+#: What rounding a gradient to a vocabulary takes from a value is given to the one so many further on (``gemm_tiles.h``).
 LANES = 16
 #: How often rows and columns are evened out in turn, and how far a column's scale may go, as a power of two.
 EVEN_ROUNDS, EVEN_MOST = 4, 12
@@ -194,10 +194,10 @@ def vnni_gradient_reference(g: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 @cache
 def choose_backend() -> Literal["blocked", "pairs", "vnni"]:
     """What this processor is best at; ``LORAKEET_INT8=blocked``, ``pairs`` or ``vnni`` overrules it."""
-    asked, pairs = os.environ.get("LORAKEET_INT8"), native.has_pairs()
+    asked, pairs = os.environ.get("LORAKEET_INT8"), bindings.has_pairs()
     if asked in ("blocked", "vnni") or (asked == "pairs" and pairs):
         return asked  # type: ignore[return-value]
-    if native.has_dots() or torch.cpu._is_vnni_supported():
+    if bindings.has_dots() or torch.cpu._is_vnni_supported():
         return "vnni"
     return "pairs" if pairs else "blocked"
 
@@ -214,9 +214,9 @@ def backend_on(device: torch.device) -> Backend:
     """What multiplies on a device; few tokens may be multiplied otherwise."""
     if device.type == "cpu":
         return choose_backend()
-    from lorakeet.kernels import int8_triton
+    from lorakeet.kernels.int8 import triton
 
-    return "triton" if os.environ.get("LORAKEET_INT8") != "blocked" and int8_triton.available(device)[0] else "blocked"
+    return "triton" if os.environ.get("LORAKEET_INT8") != "blocked" and triton.available(device)[0] else "blocked"
 
 
 # -- products, without autograd ---------------------------------------------------------------------------------------
@@ -233,9 +233,9 @@ def product(
     kept = kept_columns(weight, scale)
     from_kept = None if kept is None else (x.index_select(1, kept[0].long()).to(kept[1].dtype), kept[1].T)
     if backend_for(x) == "triton":
-        from lorakeet.kernels import int8_triton
+        from lorakeet.kernels.int8 import triton
 
-        h = int8_triton.product(_times(x, columns), weight, rows, bias, low)
+        h = triton.product(_times(x, columns), weight, rows, bias, low)
         return h if from_kept is None else _plus(h, from_kept)
     if low is not None and from_kept is not None:
         low = torch.cat((low[0], from_kept[0]), 1), torch.cat((low[1], from_kept[1]), 1)
@@ -250,11 +250,11 @@ def _product(
     bias: Tensor | None,
     low: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    if backend_for(x) != "blocked" and native.has_pairs():
+    if backend_for(x) != "blocked" and bindings.has_pairs():
         wide, wide_bias = x.float().contiguous(), None if bias is None else bias.float()
         if x.shape[1] == weight.shape[1] and _loops_take(wide, weight, rows, columns, wide_bias):
-            inside = low is not None and native.adds(*low)
-            h = native.pair_product(wide, weight, rows, columns, wide_bias, low if inside else None).to(x.dtype)
+            inside = low is not None and bindings.adds(*low)
+            h = bindings.pair_product(wide, weight, rows, columns, wide_bias, low if inside else None).to(x.dtype)
             return h if low is None or inside else _plus(h, low)
     h = _blocked_product(x, weight, rows, columns, bias)
     return h if low is None else _plus(h, low)
@@ -263,7 +263,7 @@ def _product(
 def _blocked_product(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None, bias: Tensor | None) -> Tensor:
     few = x.shape[0] <= FEW and x.dtype == torch.float32  # len() of a tensor costs as much as a small product
     if few and x.shape[1] == weight.shape[1] and _loops_take(x, weight, rows, columns, bias):
-        return native.few_rows(x, weight, rows, columns, bias)
+        return bindings.few_rows(x, weight, rows, columns, bias)
     if x.dtype == torch.float16:  # before the scales the sums may be beyond its range
         return _blocked_product(x.float(), weight, rows, columns, None if bias is None else bias.float()).half()
     x = _times(x, columns)
@@ -285,14 +285,14 @@ def input_gradient(g: Tensor, weight: Tensor, scale: Tensor, low: tuple[Tensor, 
     """
     rows, columns = split_scale(weight, scale)
     if backend_for(g) == "triton" and columns is not None:
-        from lorakeet.kernels import int8_triton
+        from lorakeet.kernels.int8 import triton
 
-        dx = int8_triton.input_gradient(g, weight, rows).mul_(columns)
+        dx = triton.input_gradient(g, weight, rows).mul_(columns)
     else:
         dx = _input_gradient(g, weight, rows, columns)
     if kept := kept_columns(weight, scale):
-        if native.has_pairs() and native.takes(g, dx, *kept):
-            native.kept_gradient(g, *kept, dx)
+        if bindings.has_pairs() and bindings.takes(g, dx, *kept):
+            bindings.kept_gradient(g, *kept, dx)
         else:
             dx.index_copy_(1, kept[0].long(), (g.to(kept[1].dtype) @ kept[1].T).to(dx.dtype))
     return dx if low is None else _plus(dx, low)
@@ -315,8 +315,8 @@ def _input_gradient(g: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | N
     backend = backend_for(g)
     if backend in ("pairs", "vnni"):
         wide = g.float().contiguous()
-        if native.has_pairs() and g.shape[1] == weight.shape[0] and _loops_take(wide, weight, rows, columns):
-            multiply = native.pair_gradient if backend == "pairs" else native.group_gradient
+        if bindings.has_pairs() and g.shape[1] == weight.shape[0] and _loops_take(wide, weight, rows, columns):
+            multiply = bindings.pair_gradient if backend == "pairs" else bindings.group_gradient
             return multiply(wide, weight, rows, columns, even=columns is None).to(g.dtype)
         if backend == "vnni" and columns is not None:
             rounded, row_scale = quantise_rows(wide * rows)
@@ -333,8 +333,8 @@ def _loops_take(x: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | None,
     out, inner = weight.shape
     if not (x.shape[0] and out and inner and weight.dtype == torch.int8):
         return False
-    fit = native.fit(out, rows, bias) and native.fit(inner, columns)
-    return fit and native.usable(*[t for t in (x, weight, rows, columns, bias) if t is not None])
+    fit = bindings.fit(out, rows, bias) and bindings.fit(inner, columns)
+    return fit and bindings.usable(*[t for t in (x, weight, rows, columns, bias) if t is not None])
 
 
 def _blocks(weight: Tensor) -> list[slice]:

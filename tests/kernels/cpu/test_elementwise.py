@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lorakeet.kernels import dropout as drop
-from lorakeet.kernels import native
-from lorakeet.kernels.gated import gated
+from lorakeet.kernels.cpu import bindings
+from lorakeet.kernels.glu import gated
 from lorakeet.kernels.rms_norm import rms_norm
 from lorakeet.kernels.rotary import rotary
 
@@ -35,7 +35,7 @@ def in_loops_and_in_torch(monkeypatch: Any, names: set[str], function: Callable[
     ran = set()
 
     def named(name: str) -> Callable[..., Any]:
-        loop = getattr(native, name)
+        loop = getattr(bindings, name)
 
         def call(*args: Any) -> Any:
             ran.add(name)
@@ -44,12 +44,12 @@ def in_loops_and_in_torch(monkeypatch: Any, names: set[str], function: Callable[
         return call
 
     with monkeypatch.context() as patch:
-        for name in native.ELEMENTWISE:
-            patch.setattr(native, name, named(name))
+        for name in bindings.ELEMENTWISE:
+            patch.setattr(bindings, name, named(name))
         fast = outcome(function, *given)
     assert ran == names
     with monkeypatch.context() as patch:
-        patch.setattr(native, "takes", lambda *_: False)
+        patch.setattr(bindings, "takes", lambda *_: False)
         slow = outcome(function, *given)
         exact = outcome(function, *(t.double() for t in given))
     for mine, plain, true in zip(fast, slow, exact, strict=True):
@@ -115,7 +115,7 @@ def test_dropout_is_that_of_its_mask(monkeypatch: Any, seed: int, p: float, size
     added = y.clone()
     assert drop.plus_dropped(added, x, p, seed) is added
     torch.testing.assert_close(added, y + drop.dropout_reference(x, mask, p), rtol=1e-6, atol=1e-6 * drop.keep_scale(p))
-    monkeypatch.setattr(native, "takes", lambda *_: False)
+    monkeypatch.setattr(bindings, "takes", lambda *_: False)
     assert torch.equal(drop.dropped(x, p, seed), drop.dropout_reference(x, mask, p))
 
 
@@ -139,8 +139,8 @@ def test_what_the_loops_cannot_read_is_left_to_torch(monkeypatch: Any) -> None:
     def fail(*_: Any) -> None:
         raise AssertionError("read as if it lay in one piece, in fp32")
 
-    for name in native.ELEMENTWISE:
-        monkeypatch.setattr(native, name, fail)
+    for name in bindings.ELEMENTWISE:
+        monkeypatch.setattr(bindings, name, fail)
     wide = random(6, 40)
     gated(wide[:, ::2], wide[:, 1::2], "silu")
     gated(wide.double(), wide.double(), "silu")

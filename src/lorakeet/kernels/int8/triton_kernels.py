@@ -1,4 +1,4 @@
-"""The Triton kernels of :mod:`lorakeet.kernels.int8_triton`; importing this file needs Triton, and no GPU.
+"""The Triton kernels of :mod:`lorakeet.kernels.int8.triton`; importing this file needs Triton, and no GPU.
 
 Pointers come with their strides, in values; a pointer that is None leaves its part of a kernel out. Sizes that need not be
 multiples of a block are masked; row numbers are 64 bits wide before they are multiplied by a stride.

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakeet.kernels import native
-from lorakeet.kernels.gated import gated, gated_reference
+from lorakeet.kernels.cpu import bindings
+from lorakeet.kernels.glu import gated, gated_reference
 
 NEAR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 KINDS = ["silu", "gelu", "gelu_tanh"]
@@ -108,10 +108,10 @@ def test_inputs_kept_in_fewer_bits(kind, dtype, fewer):
     assert {t.dtype for t in leaf.grad_fn.saved_tensors} == {fewer}
 
 
-@pytest.mark.skipif(native.library() is None, reason="nothing is compiled on this machine")
+@pytest.mark.skipif(bindings.library() is None, reason="nothing is compiled on this machine")
 def test_bfloat16_is_rounded_as_torch_does() -> None:
     odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e-40, 3.3895314e38, 1.00390625, 1.01171875, -0.0])
     x = torch.cat((odd, torch.randn(3000) * torch.randn(3000).exp()))
     for kind in (0, 1):
-        _, gate, up = native.gated(x, -x, kind, narrow=True)
+        _, gate, up = bindings.gated(x, -x, kind, narrow=True)
         torch.testing.assert_close((gate, up), (x.bfloat16(), -x.bfloat16()), rtol=0, atol=0, equal_nan=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lorakeet.kernels.attention import Pattern
+    from lorakeet.kernels.attention.segment import Pattern
 
 #: cpu: torch's CPU kernel, batch by batch in one node of autograd; varlen, flash_attn: the whole row at once on a GPU;
 #: batches: torch's scaled_dot_product_attention for each run of equal lengths; capped: so in plain torch, scores capped.

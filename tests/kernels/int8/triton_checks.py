@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lorakeet.errors import LorakeetError
-from lorakeet.kernels import int8, int8_triton
-from lorakeet.kernels.int8_triton import SLOTS, kernels
+from lorakeet.kernels.int8 import linear, triton
+from lorakeet.kernels.int8.triton import SLOTS, kernels
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -39,7 +39,7 @@ def normal(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
 
 
 def layer(inner: int, out: int) -> tuple[torch.Tensor, torch.Tensor]:
-    weight, scale = int8.quantise_rows(normal(out, inner) / inner**0.5 * torch.rand(out, 1, device=DEVICE))
+    weight, scale = linear.quantise_rows(normal(out, inner) / inner**0.5 * torch.rand(out, 1, device=DEVICE))
     return weight, scale
 
 
@@ -65,33 +65,33 @@ def odd_views(x: torch.Tensor) -> list[torch.Tensor]:
 def test_rows_are_rounded_as_by_the_plain_function(
     dtype: torch.dtype, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8_triton, "HELD", held)  # 64: in several passes, one row a program
+    monkeypatch.setattr(triton, "HELD", held)  # 64: in several passes, one row a program
     for rows, width in ((1, 1), (5, 100), (4, 257)):
         x, factor = normal(rows, width, dtype=dtype), torch.rand(width, device=DEVICE) * 1e-3
         x[0] *= 100
         x[-1] = 0
         for view, multiplier in zip(odd_views(x), (None, factor, factor), strict=True):
-            rounded, scale, apart = int8_triton.quantise(view, multiplier)
-            right, right_scale = int8.quantise_rows(x if multiplier is None else x.float() * multiplier)
+            rounded, scale, apart = triton.quantise(view, multiplier)
+            right, right_scale = linear.quantise_rows(x if multiplier is None else x.float() * multiplier)
             assert apart is None and torch.equal(scale, right_scale) and torch.equal(rounded, right)
             assert float(scale[-1]) == 1.0
 
 
 def test_halves_are_rounded_to_even_and_tiny_rows_to_zeros() -> None:
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5], [1e-44] * 8], device=DEVICE)
-    rounded, scale, _ = int8_triton.quantise(x)
+    rounded, scale, _ = triton.quantise(x)
     assert rounded.tolist() == [[127, 0, 2, 2, 0, -2, -2, 126], [0] * 8] and scale.tolist() == [1.0, 1.0]
 
 
 def test_a_row_that_the_strides_repeat() -> None:
     x = normal(1, 40).expand(5, 40)
-    rounded, scale, _ = int8_triton.quantise(x)
-    right, right_scale = int8.quantise_rows(x)
+    rounded, scale, _ = triton.quantise(x)
+    right, right_scale = linear.quantise_rows(x)
     assert torch.equal(rounded, right) and torch.equal(scale, right_scale)
 
 
 def test_no_rows() -> None:
-    rounded, scale, _ = int8_triton.quantise(normal(0, 40))
+    rounded, scale, _ = triton.quantise(normal(0, 40))
     assert rounded.shape == (0, 40) and scale.shape == (0,)
 
 
@@ -116,12 +116,12 @@ def with_outliers(rows: int, width: int, columns: int, dtype: torch.dtype = FP32
 def test_columns_that_are_split_off(
     rows: int, width: int, columns: int, dtype: torch.dtype, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8_triton, "HELD", held)
+    monkeypatch.setattr(triton, "HELD", held)
     x = with_outliers(rows, width, columns, dtype)
-    right = int8_triton.split_columns_reference(x)
+    right = triton.split_columns_reference(x)
     assert len(right) == min(columns, SLOTS, width // 16)
     for view in odd_views(x):
-        split = int8_triton.split_columns(view)
+        split = triton.split_columns(view)
         if width < 16:
             assert split is None and not len(right)
             continue
@@ -132,10 +132,10 @@ def test_columns_that_are_split_off(
     if len(right):
         few = x[:, right].abs().amax(1).topk(9).indices  # rows, those with outliers among them
         x = x[few]
-        rounded, scale, apart = int8_triton.quantise(x, split=split)
+        rounded, scale, apart = triton.quantise(x, split=split)
         rest = x.clone()
         rest[:, right] = 0
-        plain, plain_scale = int8.quantise_rows(rest)
+        plain, plain_scale = linear.quantise_rows(rest)
         assert torch.equal(rounded, plain) and torch.equal(scale, plain_scale)
         assert torch.equal(apart[:, : len(right)], x[:, right]) and not apart[:, len(right) :].any()
 
@@ -144,17 +144,17 @@ def test_equal_columns_at_the_edge_stay_together() -> None:
     x = with_outliers(800, 64, 0)
     x[0, 10:13] = 500.0
     x[0, 20:24] = 400.0  # of these four, one would have been the fourth
-    numbers, _ = int8_triton.split_columns(x)
-    assert numbers[: numbers[SLOTS]].tolist() == [10, 11, 12] == int8_triton.split_columns_reference(x).tolist()
+    numbers, _ = triton.split_columns(x)
+    assert numbers[: numbers[SLOTS]].tolist() == [10, 11, 12] == triton.split_columns_reference(x).tolist()
 
 
 def test_the_bound_is_a_share_of_all_values(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(64, 64, device=DEVICE)
     for size, limit, found in ((9.0, 8.0, True), (7.0, 8.0, False), (7.0, 6.0, True)):
-        monkeypatch.setattr(int8_triton, "OUTLIER", limit)
+        monkeypatch.setattr(triton, "OUTLIER", limit)
         x[5, 17] = -size
-        assert int8_triton.split_columns_reference(x).tolist() == [17] * found
-        numbers, _ = int8_triton.split_columns(x)
+        assert triton.split_columns_reference(x).tolist() == [17] * found
+        numbers, _ = triton.split_columns(x)
         assert numbers[: numbers[SLOTS]].tolist() == [17] * found
 
 
@@ -168,36 +168,36 @@ def test_product(rows: int, inner: int, out: int, dtype: torch.dtype, has_bias: 
     x[1:][-1:] = 0
     bias = normal(out, dtype=dtype) if has_bias else None
     low = None if rank is None else (normal(rows, rank, dtype=dtype), normal(out, rank, dtype=dtype))
-    h = int8_triton.product(x, weight, scale, bias, low)
-    same(h, int8_triton.product_reference(x, weight, scale, bias, low), dtype)
+    h = triton.product(x, weight, scale, bias, low)
+    same(h, triton.product_reference(x, weight, scale, bias, low), dtype)
 
 
 @pytest.mark.parametrize(("rows", "inner", "out", "dtype"), [case[:4] for case in CASES])
 def test_input_gradient(rows: int, inner: int, out: int, dtype: torch.dtype) -> None:
     g, (weight, scale) = normal(rows, out, dtype=dtype), layer(inner, out)
     g[1:][-1:] = 0
-    dx = int8_triton.input_gradient(g, weight, scale)
-    same(dx, int8_triton.input_gradient_reference(g, weight, scale), dtype)
+    dx = triton.input_gradient(g, weight, scale)
+    same(dx, triton.input_gradient_reference(g, weight, scale), dtype)
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (132, 200), (64, 8)])
 def test_a_weight_is_turned(height: int, width: int) -> None:
     weight = torch.randint(-128, 128, (height, width), dtype=torch.int8, device=DEVICE)
-    assert torch.equal(int8_triton.turn(weight), weight.T)
+    assert torch.equal(triton.turn(weight), weight.T)
 
 
 @pytest.mark.parametrize("turn_from", [1, 10**9])
 def test_input_gradient_with_the_weight_as_it_is_and_turned(turn_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8_triton, "TURN_FROM", turn_from)
-    turned, turn = [], int8_triton.turn
-    monkeypatch.setattr(int8_triton, "turn", lambda w: turned.append(w) or turn(w))
+    monkeypatch.setattr(triton, "TURN_FROM", turn_from)
+    turned, turn = [], triton.turn
+    monkeypatch.setattr(triton, "turn", lambda w: turned.append(w) or turn(w))
     for inner, out in ((100, 48), (100, 50), (99, 48)):
         g, (weight, scale) = normal(30, out), layer(inner, out)
-        right = int8_triton.input_gradient_reference(g, weight, scale)
-        same(int8_triton.input_gradient(g, weight, scale), right, FP32)
+        right = triton.input_gradient_reference(g, weight, scale)
+        same(triton.input_gradient(g, weight, scale), right, FP32)
         stored = torch.zeros(1 + weight.numel(), dtype=torch.int8, device=DEVICE)
         stored[1:] = weight.flatten()  # bytes that are no whole words
-        same(int8_triton.input_gradient(g, stored[1:].view_as(weight), scale), right, FP32)
+        same(triton.input_gradient(g, stored[1:].view_as(weight), scale), right, FP32)
     assert [w.shape for w in turned] == [(48, 100)] * (turn_from == 1)
 
 
@@ -205,10 +205,10 @@ def test_input_gradient_with_the_weight_as_it_is_and_turned(turn_from: int, monk
 def test_product_with_outliers(columns: int, dtype: torch.dtype) -> None:
     x, (weight, scale) = with_outliers(70, 96, columns, dtype), layer(96, 33)
     bias, low = normal(33), (normal(70, 4), normal(33, 4))  # fp32 beside any dtype
-    assert len(int8_triton.split_columns_reference(x)) == min(columns, 6)
+    assert len(triton.split_columns_reference(x)) == min(columns, 6)
     same(
-        int8_triton.product(x, weight, scale, bias, low),
-        int8_triton.product_reference(x, weight, scale, bias, low),
+        triton.product(x, weight, scale, bias, low),
+        triton.product_reference(x, weight, scale, bias, low),
         dtype,
     )
 
@@ -222,7 +222,7 @@ def test_tiles_are_tried_once_for_each_kind_of_product(monkeypatch: pytest.Monke
     monkeypatch.setattr(kernels, "tuned_multiply", tuned)
     for rows, inner, count in ((20, 64, 2), (30, 64, 2), (20, 65, 4), (20, 64, 4)):
         x, (weight, scale) = normal(rows, inner), layer(inner, 48)
-        same(int8_triton.product(x, weight, scale), int8_triton.product_reference(x, weight, scale), FP32)
+        same(triton.product(x, weight, scale), triton.product_reference(x, weight, scale), FP32)
         assert len(tried) == count
     assert {config.kwargs["BLOCK_M"] for config in tuned.cache.values()} == {32}
 
@@ -239,29 +239,29 @@ def test_views_give_what_their_copies_give() -> None:
     x, (weight, scale) = with_outliers(40, 64, 2), layer(64, 48)
     stored = torch.zeros(48, 80, dtype=torch.int8, device=DEVICE)
     stored[:, 3:67] = weight
-    h = int8_triton.product_reference(x, weight, scale)
-    dx = int8_triton.input_gradient_reference(x[:, :48], weight, scale)
+    h = triton.product_reference(x, weight, scale)
+    dx = triton.input_gradient_reference(x[:, :48], weight, scale)
     for view, w in zip(odd_views(x), (stored[:, 3:67], weight, weight.T.contiguous().T), strict=True):
-        same(int8_triton.product(view, w, scale), h, FP32)
-        same(int8_triton.input_gradient(view[:, :48], w, scale), dx, FP32)
+        same(triton.product(view, w, scale), h, FP32)
+        same(triton.input_gradient(view[:, :48], w, scale), dx, FP32)
 
 
 def test_the_split_keeps_the_other_columns_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     x, (weight, scale) = normal(64, 256), layer(256, 64)
     x[:, [5, 17, 200]] *= 100
     weight[:, [5, 17, 200]] = 0  # what is left is the part that plain rounding loses
-    truth = int8.int8_linear_reference(x.double(), weight, scale)
+    truth = linear.int8_linear_reference(x.double(), weight, scale)
     errors = []
-    for limit in (int8_triton.OUTLIER, float("inf")):
-        monkeypatch.setattr(int8_triton, "OUTLIER", limit)
-        errors.append(float((int8_triton.product(x, weight, scale).double() - truth).norm() / truth.norm()))
+    for limit in (triton.OUTLIER, float("inf")):
+        monkeypatch.setattr(triton, "OUTLIER", limit)
+        errors.append(float((triton.product(x, weight, scale).double() - truth).norm() / truth.norm()))
     assert errors[0] < 0.01 and errors[1] > 0.3
 
 
 def test_extreme_sums_do_not_overflow() -> None:
     weight = torch.full((2, 2048), 127, dtype=torch.int8, device=DEVICE)
     x = torch.full((1, 2048), 3.0, device=DEVICE)
-    h = int8_triton.product(x, weight, torch.tensor([1.0, 0.5], device=DEVICE))
+    h = triton.product(x, weight, torch.tensor([1.0, 0.5], device=DEVICE))
     assert h.tolist() == [[pytest.approx(127 * 3 * 2048), pytest.approx(127 * 3 * 1024)]]
 
 
@@ -270,7 +270,7 @@ def test_what_is_not_finite_stays_so_in_its_row_alone(poison: float) -> None:
     x, (weight, scale) = normal(6, 64), layer(64, 48)
     weight[weight == 0] = 1
     x[2, 7] = poison
-    for out in (int8_triton.product(x, weight, scale), int8_triton.input_gradient(x[:, :48], weight, scale)):
+    for out in (triton.product(x, weight, scale), triton.input_gradient(x[:, :48], weight, scale)):
         finite = out.isfinite()
         assert not finite[2].any() and finite[[0, 1, 3, 4, 5]].all()
 
@@ -280,10 +280,8 @@ def test_empty(shape: tuple[int, int, int]) -> None:
     rows, inner, out = shape
     weight = torch.zeros(out, inner, dtype=torch.int8, device=DEVICE)
     scale, bias = torch.ones(out, device=DEVICE), normal(out)
-    assert torch.equal(int8_triton.product(normal(rows, inner), weight, scale, bias), bias.expand(rows, out))
-    assert torch.equal(
-        int8_triton.input_gradient(normal(rows, out), weight, scale), torch.zeros(rows, inner, device=DEVICE)
-    )
+    assert torch.equal(triton.product(normal(rows, inner), weight, scale, bias), bias.expand(rows, out))
+    assert torch.equal(triton.input_gradient(normal(rows, out), weight, scale), torch.zeros(rows, inner, device=DEVICE))
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -299,9 +297,9 @@ def test_what_does_not_fit_is_refused() -> None:
     ]
     for x, w, low in bad:
         with pytest.raises(LorakeetError, match="8-bit product of"):
-            int8_triton.product(x, w, scale, low=low)
+            triton.product(x, w, scale, low=low)
 
 
 def test_the_device_is_named() -> None:
-    can, how = int8_triton.available(torch.device(DEVICE))
+    can, how = triton.available(torch.device(DEVICE))
     assert can and "Triton" in how

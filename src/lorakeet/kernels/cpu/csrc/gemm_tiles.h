@@ -2,7 +2,7 @@
 #ifndef LORAKEET_TILES_H
 #define LORAKEET_TILES_H
 
-#include "native.h"
+#include "common.h"
 #if defined(__AVX2__)
 #include <float.h>
 #include <immintrin.h>

@@ -2,7 +2,7 @@
  *
  * Its slow truth is in int8.py.
  */
-#include "native.h"
+#include "common.h"
 #include <math.h>
 #if defined(__AVX2__)
 #include <immintrin.h>

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401 (registers the grouped product's fallback)
 
-from lorakeet.kernels.low_rank_sum import LowRankSum
+from lorakeet.kernels.low_rank_weight import LowRankSum
 
 
 def low_rank_sum(*shape: int, r: int = 3) -> LowRankSum:

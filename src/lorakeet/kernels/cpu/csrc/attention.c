@@ -4,7 +4,7 @@
  * while they are in the cache, and weights are put right when a later block has a larger score (Dao et al. 2022,
  * arXiv:2205.14135). The slow truth is in attention.py.
  */
-#include "native.h"
+#include "common.h"
 #include <string.h>
 
 enum {

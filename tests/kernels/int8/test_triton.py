@@ -17,14 +17,14 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installe
 
 
 def run_checks(**environment: str) -> None:
-    """int8_triton_checks.py in a process of its own: whether Triton interprets is settled when it is imported."""
+    """triton_checks.py in a process of its own: whether Triton interprets is settled when it is imported."""
     words = [
         sys.executable,
         "-m",
         "pytest",
         "-x",
         "--no-header",
-        str(Path(__file__).with_name("int8_triton_checks.py")),
+        str(Path(__file__).with_name("triton_checks.py")),
     ]
     keep = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -46,7 +46,7 @@ def test_compiled_kernels_equal_their_slow_truths() -> None:
 
 
 def test_without_triton_the_module_imports_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.find_spec("lorakeet.kernels.int8_triton")
+    spec = importlib.util.find_spec("lorakeet.kernels.int8.triton")
     copy = importlib.util.module_from_spec(spec)  # beside the one that others may have imported
     monkeypatch.setitem(sys.modules, "triton", None)
     spec.loader.exec_module(copy)
@@ -55,7 +55,7 @@ def test_without_triton_the_module_imports_and_says_so(monkeypatch: pytest.Monke
 
 @needs_triton
 def test_a_processor_is_no_gpu() -> None:
-    from lorakeet.kernels import int8_triton
+    from lorakeet.kernels.int8 import triton as int8_triton
 
     if not int8_triton.kernels.INTERPRETED:
         assert int8_triton.available(torch.device("cpu")) == (False, "cpu is not an NVIDIA GPU")
@@ -122,7 +122,7 @@ def test_a_kernel_compiles(arch: int, case: str, monkeypatch: pytest.MonkeyPatch
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lorakeet.kernels import int8_triton
+    from lorakeet.kernels.int8 import triton as int8_triton
 
     if int8_triton.kernels.INTERPRETED:
         pytest.skip("Triton interprets in this process")

@@ -1,0 +1,1 @@
+"""Attention within packed samples: ``segment`` (reference and choice), ``cpu``, ``backends`` (GPUs)."""
