@@ -99,7 +99,7 @@ def make_base(config: Any, options: argparse.Namespace, attention: str = "sdpa")
 
 def in_8_bits(model: Any) -> Any:
     """All layers of ``model`` that a base in 8 bits rounds, in place."""
-    from lorakeet.base.quant.config import quantise
+    from lorakeet.quant.hf_quantizer import quantise
 
     quantise(model)
     return model

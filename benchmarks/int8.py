@@ -290,7 +290,7 @@ def whole_model(name: str, full: Any, options: argparse.Namespace) -> list[dict]
     """Steps of one base in fp32, in 8 bits, and by PEFT on bitsandbytes, all with the same tokens."""
     import lorakeet
     from cost import as_a_run, make_batch, make_step
-    from lorakeet.base.quant.config import quantise
+    from lorakeet.quant.hf_quantizer import quantise
 
     settings: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
     batch = {key: value % full.config.vocab_size for key, value in make_batch(16, 32, 0.0).items()}
@@ -461,10 +461,10 @@ def opt(options: argparse.Namespace) -> list[dict]:
 
     import lorakeet
     from lorakeet.base.meta import read_config
-    from lorakeet.base.quant.int8 import layers_to_round, out_in, round_weight, rounded_like
     from lorakeet.config import DataSettings, TaskSettings
     from lorakeet.data.collate import PaddingCollator
     from lorakeet.data.prepare import prepare
+    from lorakeet.quant.int8 import layers_to_round, out_in, round_weight, rounded_like
     from lorakeet.train.report import peak_rss_bytes
 
     peak, began = Peak(), time.perf_counter()

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from lorakeet.adapter.model import PeftModel, get_peft_model
     from lorakeet.base.kbit import prepare_model_for_kbit_training
     from lorakeet.base.load import load_base
-    from lorakeet.base.quant.config import Int8Config
     from lorakeet.lora.config import LoraConfig, PeftConfig, TaskType
+    from lorakeet.quant.hf_quantizer import Int8Config
     from lorakeet.train.trainer import Trainer
 
 _HOMES = {
@@ -28,7 +28,7 @@ _HOMES = {
     "get_peft_model": "lorakeet.adapter.model",
     "prepare_model_for_kbit_training": "lorakeet.base.kbit",
     "load_base": "lorakeet.base.load",
-    "Int8Config": "lorakeet.base.quant.config",
+    "Int8Config": "lorakeet.quant.hf_quantizer",
     "Trainer": "lorakeet.train.trainer",
 }
 

@@ -17,7 +17,6 @@ from lorakeet.base.generate import complete
 from lorakeet.base.load import Base, load_base, look_at
 from lorakeet.base.meta import meta_model, read_config
 from lorakeet.base.predict import predict as read
-from lorakeet.base.quant.int8 import rounded_bytes
 from lorakeet.base.quiet import quiet
 from lorakeet.base.task import AUTO_CLASSES, PLAIN, check_task, family, own_class
 from lorakeet.chat_template import render_chat
@@ -30,6 +29,7 @@ from lorakeet.log import say
 from lorakeet.lora.config import LoraConfig, PeftConfig, find_adapter_file
 from lorakeet.lora.inject import plan
 from lorakeet.lora.model import LoraModel, completed
+from lorakeet.quant.int8 import rounded_bytes
 from lorakeet.train.evaluate import evaluate
 from lorakeet.train.task_trainer import measure
 from lorakeet.train.tasks import Task

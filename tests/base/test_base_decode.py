@@ -17,11 +17,11 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from helpers.tiny import shake
 from lorakeet.adapter.model import get_peft_model
 from lorakeet.base.decode import quick_decoding
-from lorakeet.base.quant.config import quantise
 from lorakeet.kernels import decoder_step
 from lorakeet.kernels.cpu import bindings
 from lorakeet.lora.config import LoraConfig
 from lorakeet.lora.layer import LoraLinear
+from lorakeet.quant.hf_quantizer import quantise
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
 SHAPE = {

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from helpers.small_models import KINDS, adapted, assert_same, outcome, ragged, small
 from helpers.tiny_training import tiny_peft
 from lorakeet.adapter.model import get_peft_model
-from lorakeet.base.quant.config import quantise
 from lorakeet.lora.config import LoraConfig
+from lorakeet.quant.hf_quantizer import quantise
 from lorakeet.train import fused_layers as module
 from lorakeet.train.fused_layers import fused_layers
 from lorakeet.train.fused_loss import fused_loss

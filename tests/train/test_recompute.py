@@ -16,10 +16,10 @@ from helpers.small_models import adapted, ragged, small
 from helpers.tiny_training import tiny_data, tiny_peft
 from helpers.training_loop import learn
 from lorakeet.adapter.model import get_peft_model
-from lorakeet.base.quant.config import Int8Config
 from lorakeet.errors import TrainingError
 from lorakeet.kernels.cpu.memory import workspace
 from lorakeet.lora.config import LoraConfig
+from lorakeet.quant.hf_quantizer import Int8Config
 from lorakeet.train.fused_layers import fused_layers
 from lorakeet.train.fused_loss import fused_loss
 from lorakeet.train.padding_free import padding_free

@@ -20,7 +20,6 @@ from torch import Tensor
 from lorakeet._version import __version__
 from lorakeet.adapter.fingerprint import fingerprint, mismatch
 from lorakeet.adapter.tensors import PREFIX, ROWS, mirrored_names, tensor_names, vocabulary_names
-from lorakeet.base.quant.int8 import floating, holds, put
 from lorakeet.errors import AdapterError, OutputError
 from lorakeet.files import PICKLE_SUFFIXES, write_file, write_json
 from lorakeet.log import say, warn
@@ -28,6 +27,7 @@ from lorakeet.lora.config import find_adapter_file
 from lorakeet.lora.model import LoraModel
 from lorakeet.lora.saved import SavedModule
 from lorakeet.lora.tokens import TiedLayer, TrainableTokens
+from lorakeet.quant.int8 import floating, holds, put
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 OWN_NAME = "lorakeet.json"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakeet.base.quant.int8 import rounded_layers, weight_rows
+from lorakeet.quant.int8 import rounded_layers, weight_rows
 
 #: Largest accepted relative difference (L2) of the sampled values: above rounding to bf16 (0.4 %) and int8 (1 %).
 TOLERANCE = 0.02

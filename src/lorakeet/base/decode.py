@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
-from lorakeet.base.quant.int8 import rounded_layers, watched
 from lorakeet.kernels import decoder_step
 from lorakeet.kernels.cpu import bindings
 from lorakeet.kernels.int8.linear import FEW
 from lorakeet.log import warn
+from lorakeet.quant.int8 import rounded_layers, watched
 
 #: Architectures of transformers whose ``…DecoderLayer`` is the one that the loops know.
 KNOWN = ("Llama", "Mistral", "Qwen2", "Qwen3")

@@ -25,14 +25,14 @@ from transformers import (
 from lorakeet.base.find import find_source, local_folder
 from lorakeet.base.folder import check_folder
 from lorakeet.base.precision import bytes_by_dtype, check_dtypes, choose_device, choose_dtype, dtype_name, some
-from lorakeet.base.quant.config import METHOD, Int8Config, other_method, quantised_otherwise
-from lorakeet.base.quant.int8 import rounded_layers
 from lorakeet.base.quiet import quiet
 from lorakeet.base.task import WHOLE
 from lorakeet.config import BaseSettings, complaints
 from lorakeet.errors import BaseModelError
 from lorakeet.kernels.int8.linear import backend_on
 from lorakeet.log import warn
+from lorakeet.quant.hf_quantizer import METHOD, Int8Config, other_method, quantised_otherwise
+from lorakeet.quant.int8 import rounded_layers
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from collections import Counter
 import torch
 from transformers import PreTrainedModel
 
-from lorakeet.base.quant.int8 import rounded_layers
 from lorakeet.config import BaseSettings
 from lorakeet.errors import BaseModelError
 from lorakeet.log import warn
+from lorakeet.quant.int8 import rounded_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakeet.base.quant.int8 import Int8Linear
 from lorakeet.lora.conv import LoraConv
 from lorakeet.lora.layer import LoraEmbedding, LoraLayer, LoraLinear
 from lorakeet.lora.parameter import LoraParameters
 from lorakeet.lora.saved import SavedModule
+from lorakeet.quant.int8 import Int8Linear
 
 #: What :func:`layer_class` knows, for messages.
 ADAPTABLE = "Linear, Conv1D, Conv1d, Conv2d, Conv3d, Embedding"

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakeet.base.quant.int8 import Int8Linear, watched
 from lorakeet.errors import AdapterError
 from lorakeet.kernels.decoder_step import Factors
 from lorakeet.kernels.dropout import dropout
 from lorakeet.kernels.lora_linear import lora_linear
 from lorakeet.lora.config import PeftConfig
+from lorakeet.quant.int8 import Int8Linear, watched
 
 
 @dataclass

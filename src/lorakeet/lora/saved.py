@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakeet.base.quant.int8 import unrounded
 from lorakeet.lora.layer import Switch, row_places
+from lorakeet.quant.int8 import unrounded
 
 
 class SavedModule(nn.Module):

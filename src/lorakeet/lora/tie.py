@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from lorakeet.base.quant.int8 import Int8Linear
 from lorakeet.log import warn
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.kinds import unwrapped
@@ -15,6 +14,7 @@ from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.match import matches
 from lorakeet.lora.saved import SavedModule
 from lorakeet.lora.tokens import TiedLayer, TrainableTokens
+from lorakeet.quant.int8 import Int8Linear
 
 
 def tied_names(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakeet.base.quant.int8 import weight_rows
 from lorakeet.lora.layer import LoraEmbedding, LoraLayer, Switch, scaled, vocabulary_probe
+from lorakeet.quant.int8 import weight_rows
 
 
 class TrainableTokens(LoraLayer):

@@ -91,7 +91,7 @@ def test_nothing_is_read_beyond_the_weight() -> None:
     """The weight's last byte is the last of a page, and the next page may not be read: to do so would end the process."""
     script = (
         "import ctypes, mmap, torch\n"
-        "from lorakeet.kernels import int8, native\n"
+        "from lorakeet.kernels.cpu import bindings as native\nfrom lorakeet.kernels.int8 import linear as int8\n"
         "libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE\n"
         "for out, inner in ((1, 1), (15, 17), (16, 16), (16, 17), (17, 40), (32, 41), (5, 700), (48, 1300)):\n"
         "    size = -(-out * inner // page) * page\n"
@@ -117,7 +117,7 @@ def test_nothing_is_read_beyond_the_weight() -> None:
 def test_without_a_compiler_all_goes_on(tmp_path: Path) -> None:
     script = (
         "import torch\n"
-        "from lorakeet.kernels import int8, native\n"
+        "from lorakeet.kernels.cpu import bindings as native\nfrom lorakeet.kernels.int8 import linear as int8\n"
         "w, s = int8.quantise_rows(torch.randn(20, 30))\n"
         "x = torch.randn(3, 30)\n"
         "assert native.library() is None\n"

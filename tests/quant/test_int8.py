@@ -11,11 +11,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from helpers.tiny_tasks import save_tiny
 from lorakeet.adapter.model import PeftModel, get_peft_model
 from lorakeet.base.load import load_base
-from lorakeet.base.quant.config import quantise
-from lorakeet.base.quant.int8 import Int8Embedding, Int8Linear
 from lorakeet.base.task import AUTO_CLASSES
 from lorakeet.errors import BaseModelError, MergeError
 from lorakeet.lora.config import LoraConfig
+from lorakeet.quant.hf_quantizer import quantise
+from lorakeet.quant.int8 import Int8Embedding, Int8Linear
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [3, 2, 5, 9, 9, 1]])
 

@@ -16,8 +16,12 @@ from transformers.pytorch_utils import Conv1D
 from helpers.tiny_architectures import SIZES, build
 from helpers.tiny_tasks import save_tiny
 from lorakeet import Int8Config, LoraConfig, PeftModel, get_peft_model, load_base
-from lorakeet.base.quant.config import quantise
-from lorakeet.base.quant.int8 import (
+from lorakeet.base.task import AUTO_CLASSES
+from lorakeet.cli import main
+from lorakeet.errors import BaseModelError, ConfigError
+from lorakeet.kernels.int8.linear import dequantise, rounding_steps, scales_of
+from lorakeet.quant.hf_quantizer import quantise
+from lorakeet.quant.int8 import (
     Int8Embedding,
     Int8Linear,
     floating,
@@ -28,10 +32,6 @@ from lorakeet.base.quant.int8 import (
     unrounded,
     weight_rows,
 )
-from lorakeet.base.task import AUTO_CLASSES
-from lorakeet.cli import main
-from lorakeet.errors import BaseModelError, ConfigError
-from lorakeet.kernels.int8.linear import dequantise, rounding_steps, scales_of
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [3, 2, 5, 9, 9, 4]])
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from helpers.tiny_tasks import save_tiny
 from lorakeet.base.load import load_base
-from lorakeet.base.quant import pages
-from lorakeet.base.quant.config import quantise
+from lorakeet.quant import mmap_release
+from lorakeet.quant.hf_quantizer import quantise
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -37,16 +37,16 @@ def test_read_pages_are_given_back_and_nobody_elses(tmp_path: Path) -> None:
     with safe_open(path, "pt") as other, safe_open(path, "pt") as mine:
         theirs = other.get_tensor("a")
         theirs.zero_()  # in memory alone: whoever learns does so
-        mapped = pages.MappedFiles([str(path)])
+        mapped = mmap_release.MappedFiles([str(path)])
         ours = mine.get_tensor("a")
         assert mapped.others and not mapped._mappings() - mapped.others  # both were mapped before
-        mapped.count(pages.EVERY)
+        mapped.count(mmap_release.EVERY)
         assert float(theirs.abs().max()) == 0
     with safe_open(path, "pt") as mine:
         ours = mine.get_tensor("a")
         assert float(ours.sum()) > 0
         held = resident(path)
-        mapped.count(pages.EVERY - 1)
+        mapped.count(mmap_release.EVERY - 1)
         assert resident(path) == held >= values.nbytes
     del ours, theirs
 
@@ -57,21 +57,21 @@ def test_a_mapping_made_since_is_given_back_and_read_again(tmp_path: Path) -> No
     save_file({"a": values}, path)
     link = tmp_path / "link.safetensors"
     link.symlink_to(path)  # as the hub's cache has them
-    mapped = pages.MappedFiles([str(link)])
+    mapped = mmap_release.MappedFiles([str(link)])
     with safe_open(link, "pt") as mine:
         ours = mine.get_tensor("a")
         assert torch.equal(ours, values)
-        mapped.count(pages.EVERY - 1)
+        mapped.count(mmap_release.EVERY - 1)
         assert resident(path) >= values.nbytes
         mapped.count(1)
         assert resident(path) == 0
         assert torch.equal(ours, values)
-    pages.MappedFiles(()).count(pages.EVERY)
+    mmap_release.MappedFiles(()).count(mmap_release.EVERY)
 
 
 def test_a_base_is_the_same_however_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny(tmp_path / "base", "llama")
-    monkeypatch.setattr(pages, "EVERY", 1)
+    monkeypatch.setattr(mmap_release, "EVERY", 1)
     base = load_base(str(folder), bits=8, dtype="fp32").model
     full = load_base(str(folder), dtype="fp32").model
     assert base.hf_quantizer.pages.own

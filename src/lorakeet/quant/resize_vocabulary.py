@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorakeet.base.quant.int8 import Int8Embedding, Int8Linear, round_weight, rounded_like, vocabulary_layers
 from lorakeet.errors import BaseModelError
+from lorakeet.quant.int8 import Int8Embedding, Int8Linear, round_weight, rounded_like, vocabulary_layers
 
 
 @torch.no_grad()

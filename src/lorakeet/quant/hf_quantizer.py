@@ -21,7 +21,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lorakeet.base.quant.int8 import (
+from lorakeet.errors import BaseModelError, ConfigError, did_you_mean
+from lorakeet.kernels.int8.linear import scales_of
+from lorakeet.quant.int8 import (
     Int8Embedding,
     Int8Linear,
     layers_to_round,
@@ -32,10 +34,8 @@ from lorakeet.base.quant.int8 import (
     rounded_like,
     vocabulary_layers,
 )
-from lorakeet.base.quant.pages import MappedFiles
-from lorakeet.base.quant.resize import resizable, round_in_place, tie_scales
-from lorakeet.errors import BaseModelError, ConfigError, did_you_mean
-from lorakeet.kernels.int8.linear import scales_of
+from lorakeet.quant.mmap_release import MappedFiles
+from lorakeet.quant.resize_vocabulary import resizable, round_in_place, tie_scales
 
 METHOD = "lorakeet_int8"
 

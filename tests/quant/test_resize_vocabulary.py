@@ -12,10 +12,10 @@ import transformers as tf
 
 from helpers.tiny import ARCHITECTURES, make
 from lorakeet.adapter.model import get_peft_model
-from lorakeet.base.quant.config import Int8Config, quantise
-from lorakeet.base.quant.int8 import Int8Embedding, Int8Linear
 from lorakeet.errors import BaseModelError
 from lorakeet.lora.config import LoraConfig
+from lorakeet.quant.hf_quantizer import Int8Config, quantise
+from lorakeet.quant.int8 import Int8Embedding, Int8Linear
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
