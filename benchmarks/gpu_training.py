@@ -76,7 +76,7 @@ def add_options(parser: Any) -> None:
 def make_config(shape: str, tiny: bool) -> Any:
     from transformers import LlamaConfig
 
-    from lorakeet.base.meta import read_config
+    from lorakeet.base.meta_device import read_config
 
     values = SHAPES[shape]
     config = read_config("facebook/opt-6.7b") if values is None else LlamaConfig(**values)

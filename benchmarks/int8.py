@@ -171,7 +171,7 @@ def in_8_bits(embeddings: bool) -> Any:
 def bitsandbytes_model() -> Any:
     import transformers
 
-    from lorakeet.base.find import find_source, local_folder
+    from lorakeet.base.source import find_source, local_folder
     from lorakeet.config import DEFAULT_MODEL
 
     settings = transformers.BitsAndBytesConfig(load_in_8bit=True)
@@ -460,7 +460,7 @@ def opt(options: argparse.Namespace) -> list[dict]:
     import transformers
 
     import lorakeet
-    from lorakeet.base.meta import read_config
+    from lorakeet.base.meta_device import read_config
     from lorakeet.config import DataSettings, TaskSettings
     from lorakeet.data.collate import PaddingCollator
     from lorakeet.data.prepare import prepare

@@ -56,7 +56,7 @@ def split_rows(folder: Path, job: dict[str, Any]) -> Any:
     """What Lorakeet makes of all.jsonl; both parts are written for the others to read."""
     from transformers import AutoTokenizer
 
-    from lorakeet.base.find import find_source, local_folder
+    from lorakeet.base.source import find_source, local_folder
     from lorakeet.config import DataSettings, TaskSettings
     from lorakeet.data.prepare import prepare
 
@@ -78,7 +78,7 @@ def run_peft(bits: int, folder: Path, job: dict[str, Any]) -> dict[str, float]:
     import torch
     import transformers as tf
 
-    from lorakeet.base.find import find_source, local_folder
+    from lorakeet.base.source import find_source, local_folder
     from lorakeet.train.metrics import compute_metrics_for
 
     base = local_folder(find_source(MODEL))

@@ -38,8 +38,8 @@ def write_rows(kind: str, folder: Path, fraction: float, tokens: int) -> dict[st
     """Both files; what they hold, where the base is, and what torch has found."""
     import torch
 
-    from lorakeet.base.find import find_source, local_folder
     from lorakeet.base.load import look_at
+    from lorakeet.base.source import find_source, local_folder
     from lorakeet.config import BaseSettings, DataSettings, TaskSettings
     from lorakeet.data.prepare import prepare
 

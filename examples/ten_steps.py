@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from lorakeet import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from lorakeet.base.find import find_source, local_folder
+from lorakeet.base.source import find_source, local_folder
 from lorakeet.config import DEFAULT_MODEL, DataSettings
 from lorakeet.data import read_rows
 

@@ -33,7 +33,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Folder of the embedded base, converted once per machine into the user's real cache (about 30 s, then kept)."""
-    from lorakeet.base.find import find_source, local_folder
+    from lorakeet.base.source import find_source, local_folder
     from lorakeet.config import DEFAULT_MODEL
 
     with pytest.MonkeyPatch.context() as patch:

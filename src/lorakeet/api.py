@@ -13,12 +13,12 @@ from typing import Any
 
 from lorakeet.adapter.artefact import read_notes, read_tensors
 from lorakeet.adapter.model import PeftModel, get_peft_model
+from lorakeet.base.architectures import AUTO_CLASSES, PLAIN, check_task, family, own_class
 from lorakeet.base.generate import complete
 from lorakeet.base.load import Base, load_base, look_at
-from lorakeet.base.meta import meta_model, read_config
+from lorakeet.base.meta_device import meta_model, read_config
 from lorakeet.base.predict import predict as read
 from lorakeet.base.quiet import quiet
-from lorakeet.base.task import AUTO_CLASSES, PLAIN, check_task, family, own_class
 from lorakeet.chat_template import render_chat
 from lorakeet.config import DEFAULT_MODEL, BaseSettings, DataSettings, LoraSettings, TaskName, TaskSettings
 from lorakeet.data.collate import make_collator

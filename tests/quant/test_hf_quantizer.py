@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from helpers.tiny_architectures import SIZES, build
 from helpers.tiny_tasks import save_tiny
 from lorakeet import Int8Config, LoraConfig, PeftModel, get_peft_model, load_base
-from lorakeet.base.task import AUTO_CLASSES
+from lorakeet.base.architectures import AUTO_CLASSES
 from lorakeet.cli import main
 from lorakeet.errors import BaseModelError, ConfigError
 from lorakeet.kernels.int8.linear import dequantise, rounding_steps, scales_of

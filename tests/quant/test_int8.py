@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from helpers.tiny_tasks import save_tiny
 from lorakeet.adapter.model import PeftModel, get_peft_model
+from lorakeet.base.architectures import AUTO_CLASSES
 from lorakeet.base.load import load_base
-from lorakeet.base.task import AUTO_CLASSES
 from lorakeet.errors import BaseModelError, MergeError
 from lorakeet.lora.config import LoraConfig
 from lorakeet.quant.hf_quantizer import quantise

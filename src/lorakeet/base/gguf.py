@@ -25,7 +25,7 @@ from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from lorakeet.base.folder import folder_problems
+from lorakeet.base.checkpoint_files import folder_problems
 from lorakeet.base.quiet import quiet
 from lorakeet.errors import BaseModelError, LorakeetError, OutputError
 from lorakeet.files import cache_home, write_folder

@@ -22,11 +22,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lorakeet.base.find import find_source, local_folder
-from lorakeet.base.folder import check_folder
-from lorakeet.base.precision import bytes_by_dtype, check_dtypes, choose_device, choose_dtype, dtype_name, some
+from lorakeet.base.architectures import WHOLE
+from lorakeet.base.checkpoint_files import check_folder
+from lorakeet.base.device_dtype import bytes_by_dtype, check_dtypes, choose_device, choose_dtype, dtype_name, some
 from lorakeet.base.quiet import quiet
-from lorakeet.base.task import WHOLE
+from lorakeet.base.source import find_source, local_folder
 from lorakeet.config import BaseSettings, complaints
 from lorakeet.errors import BaseModelError
 from lorakeet.kernels.int8.linear import backend_on

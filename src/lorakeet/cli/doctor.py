@@ -58,8 +58,8 @@ def doctor(
         check_out(run.data, fix, overwrite=overwrite)
     tokenizer = family = None
     if model is not None:
+        from lorakeet.base.architectures import family as family_of
         from lorakeet.base.load import look_at
-        from lorakeet.base.task import family as family_of
 
         prospect = look_at(run.base.model_copy(update={"model": model}))
         tokenizer, family = prospect.tokenizer, family_of(prospect.config)

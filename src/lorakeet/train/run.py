@@ -19,9 +19,9 @@ from accelerate import PartialState
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from lorakeet.adapter.model import PeftModel, get_peft_model
+from lorakeet.base.architectures import AUTO_CLASSES, check_task, family, fresh_modules
 from lorakeet.base.load import Base, Prospect, load_base, look_at
 from lorakeet.base.quiet import quiet
-from lorakeet.base.task import AUTO_CLASSES, check_task, family, fresh_modules
 from lorakeet.config import RunConfig, TaskSettings
 from lorakeet.data.collate import make_collator
 from lorakeet.data.layout import choose_task

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from lorakeet.base.find import find_source
+from lorakeet.base.source import find_source
 from lorakeet.errors import BaseModelError
 
 #: Public configurations that come with Lorakeet, so that these models can be planned without a network.

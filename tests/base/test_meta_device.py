@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpers.bytewise import llama_config
-from lorakeet.base.meta import meta_model
+from lorakeet.base.meta_device import meta_model
 from lorakeet.errors import BaseModelError
 
 COUNTS = {"facebook/opt-6.7b": (6_658_473_984, 32), "bigscience/bloomz-7b1": (7_069_016_064, 30)}
@@ -28,7 +28,7 @@ def test_shipped_configs_have_the_public_size(name: str) -> None:
 @pytest.mark.slow
 def test_seconds_and_little_memory() -> None:
     program = (
-        "import time, lorakeet.base.meta as meta;"
+        "import time, lorakeet.base.meta_device as meta;"
         "from lorakeet.train.report import peak_rss_bytes; begin = time.perf_counter();"
         f"[meta.meta_model(name) for name in {list(COUNTS)}];"
         "print(time.perf_counter() - begin, peak_rss_bytes())"

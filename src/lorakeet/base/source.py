@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from lorakeet.base.folder import INDEX, WEIGHTS, adapter_given, check_config, folder_problems
+from lorakeet.base.checkpoint_files import INDEX, WEIGHTS, adapter_given, check_config, folder_problems
 from lorakeet.base.gguf import converted, gguf_name
 from lorakeet.config import DEFAULT_MODEL
 from lorakeet.errors import BaseModelError, LorakeetError

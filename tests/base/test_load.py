@@ -18,8 +18,8 @@ from transformers import (
 from transformers.utils import logging
 
 from helpers.bytewise import byte_tokenizer
+from lorakeet.base.device_dtype import bytes_by_dtype, check_dtypes, choose_device, choose_dtype
 from lorakeet.base.load import Base, load_base
-from lorakeet.base.precision import bytes_by_dtype, check_dtypes, choose_device, choose_dtype
 from lorakeet.config import BaseSettings
 from lorakeet.errors import BaseModelError, ConfigError
 
@@ -175,7 +175,7 @@ def test_around_weights_in_8_bits_a_cpu_computes_in_fp32(monkeypatch: pytest.Mon
 
 def test_bf16_without_instructions_warns(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     for has, said in ((True, False), (False, True)):
-        monkeypatch.setattr("lorakeet.base.precision.has_bf16", lambda device, has=has: has)
+        monkeypatch.setattr("lorakeet.base.device_dtype.has_bf16", lambda device, has=has: has)
         caplog.clear()
         dtype_of(dtype="bf16")
         assert ("much slower" in caplog.text) == said
