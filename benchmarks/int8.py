@@ -345,7 +345,7 @@ def generation(options: argparse.Namespace) -> list[dict]:
     import torch
 
     import lorakeet
-    from lorakeet.base.decode import quick_decoding
+    from lorakeet.inference.fast_decode import quick_decoding
 
     full, tokenizer = lorakeet.load_base(dtype="fp32")
     models = {"transformers fp32": full, "lorakeet int8": in_8_bits(True)}

@@ -14,10 +14,8 @@ from typing import Any
 from lorakeet.adapter.artefact import read_notes, read_tensors
 from lorakeet.adapter.model import PeftModel, get_peft_model
 from lorakeet.base.architectures import AUTO_CLASSES, PLAIN, check_task, family, own_class
-from lorakeet.base.generate import complete
 from lorakeet.base.load import Base, load_base, look_at
 from lorakeet.base.meta_device import meta_model, read_config
-from lorakeet.base.predict import predict as read
 from lorakeet.base.quiet import quiet
 from lorakeet.chat_template import render_chat
 from lorakeet.config import DEFAULT_MODEL, BaseSettings, DataSettings, LoraSettings, TaskName, TaskSettings
@@ -25,6 +23,8 @@ from lorakeet.data.collate import make_collator
 from lorakeet.data.prepare import prepare
 from lorakeet.errors import AdapterError, BaseModelError, DataError, OutputError
 from lorakeet.files import write_folder, write_json
+from lorakeet.inference.generate import complete
+from lorakeet.inference.predict import predict as read
 from lorakeet.log import say
 from lorakeet.lora.config import LoraConfig, PeftConfig, find_adapter_file
 from lorakeet.lora.inject import plan
@@ -149,7 +149,7 @@ def _window(model: Any) -> int | None:
 def generate(
     opened: Opened, adapter: str | None, prompts: Sequence[str], *, chat: bool = False, **settings: Any
 ) -> list[str]:
-    """What the model writes after each prompt (see :func:`lorakeet.base.generate.complete`).
+    """What the model writes after each prompt (see :func:`lorakeet.inference.generate.complete`).
 
     Args:
         chat: Each prompt is a user's turn, rendered by the model's chat template.
@@ -164,7 +164,7 @@ def generate(
 def predict(
     opened: Opened, adapter: str | None, rows: Sequence[str | Mapping[str, str]], *, batch_size: int = 8
 ) -> list[dict[str, Any]]:
-    """What the model says about each text (see :func:`lorakeet.base.predict.predict`).
+    """What the model says about each text (see :func:`lorakeet.inference.predict.predict`).
 
     Raises:
         AdapterError: the model writes and does not judge.

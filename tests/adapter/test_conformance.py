@@ -29,7 +29,7 @@ from torch import nn
 from helpers.tiny import shake, token_ids
 from helpers.tiny_architectures import SIZES, build, tiny_config
 from lorakeet import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from lorakeet.lora.defaults import default_targets
+from lorakeet.lora.default_targets import default_targets
 from lorakeet.lora.layer import LoraLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore")

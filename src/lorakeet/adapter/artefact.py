@@ -25,8 +25,8 @@ from lorakeet.files import PICKLE_SUFFIXES, write_file, write_json
 from lorakeet.log import say, warn
 from lorakeet.lora.config import find_adapter_file
 from lorakeet.lora.model import LoraModel
-from lorakeet.lora.saved import SavedModule
-from lorakeet.lora.tokens import TiedLayer, TrainableTokens
+from lorakeet.lora.modules_to_save import SavedModule
+from lorakeet.lora.trainable_tokens import TiedLayer, TrainableTokens
 from lorakeet.quant.int8 import floating, holds, put
 
 WEIGHTS_NAME = "adapter_model.safetensors"

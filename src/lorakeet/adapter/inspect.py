@@ -19,7 +19,7 @@ from lorakeet.adapter.artefact import broken, never_learned, read_notes, read_te
 from lorakeet.adapter.readers import readers
 from lorakeet.adapter.tensors import PREFIX
 from lorakeet.lora.config import PeftConfig
-from lorakeet.lora.match import Target, matches, planned
+from lorakeet.lora.targeting import Target, matches, planned
 
 _PART = re.compile(r"(?P<layer>.+)\.lora_(?P<part>A\.weight|B\.weight|B\.bias|embedding_A|embedding_B)")
 

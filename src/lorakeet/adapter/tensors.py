@@ -12,9 +12,9 @@ from torch import nn
 
 from lorakeet.lora.layer import LoraEmbedding, LoraLayer, LoraPair
 from lorakeet.lora.model import LoraModel
-from lorakeet.lora.parameter import LoraParameter, LoraParameters
-from lorakeet.lora.saved import SavedModule
-from lorakeet.lora.tokens import TiedLayer, TrainableTokens
+from lorakeet.lora.modules_to_save import SavedModule
+from lorakeet.lora.target_parameters import LoraParameter, LoraParameters
+from lorakeet.lora.trainable_tokens import TiedLayer, TrainableTokens
 
 PREFIX = "base_model.model."
 #: Embeddings that PEFT saves whole as soon as they are adapted.

@@ -85,8 +85,8 @@ def _stream(opened: Any, adapter: str | None, prompt: str, chat: bool, how: dict
 
 def _talk(opened: Any, adapter: str | None, how: dict[str, Any]) -> None:
     """A conversation at the terminal, until an empty line or Ctrl-D; the model sees all of it each time."""
-    from lorakeet.base.generate import complete
     from lorakeet.chat_template import render_chat
+    from lorakeet.inference.generate import complete
 
     turns: list[dict[str, str]] = []
     print("an empty line ends the conversation", file=sys.stderr)

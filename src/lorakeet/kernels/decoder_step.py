@@ -4,7 +4,7 @@
     h = a + W_down·(silu(W_gate·m) ∘ W_up·m)                      m  = norm(a)
 
 At batch one the products read a quarter of fp32's bytes, and what lies between them would cost more than they do if it were
-some twenty modules of plain torch. The slow truth is the layer's own forward: :mod:`lorakeet.base.decode` compares.
+some twenty modules of plain torch. The slow truth is the layer's own forward: :mod:`lorakeet.inference.fast_decode` compares.
 """
 
 from __future__ import annotations

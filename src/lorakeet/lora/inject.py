@@ -17,14 +17,23 @@ from torch import nn
 from lorakeet.errors import TargetError, nearest
 from lorakeet.log import warn
 from lorakeet.lora.config import PeftConfig
-from lorakeet.lora.defaults import TASK_HEADS, resolve_targets
-from lorakeet.lora.kinds import ADAPTABLE, adaptable, inside_adapter, layer_class, unwrapped
+from lorakeet.lora.default_targets import TASK_HEADS, resolve_targets
 from lorakeet.lora.layer import LoraLayer, Switch
-from lorakeet.lora.match import ALL_LINEAR, Target, excluded, layer_index, layer_indices, layer_wanted, matches, planned
-from lorakeet.lora.parameter import LoraParameter
-from lorakeet.lora.saved import SavedModule, share_copy
-from lorakeet.lora.tie import tie, trained_tokens
-from lorakeet.lora.tokens import TiedLayer, TrainableTokens
+from lorakeet.lora.layer_types import ADAPTABLE, adaptable, inside_adapter, layer_class, unwrapped
+from lorakeet.lora.modules_to_save import SavedModule, share_copy
+from lorakeet.lora.target_parameters import LoraParameter
+from lorakeet.lora.targeting import (
+    ALL_LINEAR,
+    Target,
+    excluded,
+    layer_index,
+    layer_indices,
+    layer_wanted,
+    matches,
+    planned,
+)
+from lorakeet.lora.trainable_tokens import TiedLayer, TrainableTokens
+from lorakeet.lora.weight_tying import tie, trained_tokens
 
 Part = LoraLayer | SavedModule
 L = TypeVar("L", bound=LoraLayer)

@@ -15,14 +15,14 @@ from torch import nn
 
 from lorakeet.errors import AdapterError, ConfigError, did_you_mean
 from lorakeet.log import warn
+from lorakeet.lora.combine import combine
 from lorakeet.lora.config import PeftConfig
-from lorakeet.lora.defaults import TASK_HEADS, resolve_targets, task_heads
+from lorakeet.lora.default_targets import TASK_HEADS, resolve_targets, task_heads
 from lorakeet.lora.inject import Part, Plan, inject, plan, restore, set_trainable
 from lorakeet.lora.layer import LoraLayer, Switch
-from lorakeet.lora.match import ALL_LINEAR
 from lorakeet.lora.merge import MergeReport, checked_merge, untie
-from lorakeet.lora.saved import SavedModule
-from lorakeet.lora.weighted import combine
+from lorakeet.lora.modules_to_save import SavedModule
+from lorakeet.lora.targeting import ALL_LINEAR
 
 #: In a mixed batch, the name of the base without an adapter; PEFT's.
 BARE = "__base__"

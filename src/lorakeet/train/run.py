@@ -32,7 +32,7 @@ from lorakeet.errors import ConfigError, TrainingError
 from lorakeet.files import write_folder, write_json
 from lorakeet.log import log, say, warn
 from lorakeet.lora.config import LoraConfig
-from lorakeet.lora.kinds import adaptable
+from lorakeet.lora.layer_types import adaptable
 from lorakeet.train.checkpoint import latest_checkpoint
 from lorakeet.train.fit import every_that_fits
 from lorakeet.train.folder import check_run_folder, claim_folder, refuse_other_settings

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakeet.base.predict import embed
 from lorakeet.config import TaskName
+from lorakeet.inference.predict import embed
 from lorakeet.lora.config import TaskType
 
 #: Cosine similarities are multiplied by this before the softmax, as in sentence-transformers.

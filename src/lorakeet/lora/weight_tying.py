@@ -9,11 +9,11 @@ from torch import nn
 
 from lorakeet.log import warn
 from lorakeet.lora.config import PeftConfig
-from lorakeet.lora.kinds import unwrapped
 from lorakeet.lora.layer import LoraLayer
-from lorakeet.lora.match import matches
-from lorakeet.lora.saved import SavedModule
-from lorakeet.lora.tokens import TiedLayer, TrainableTokens
+from lorakeet.lora.layer_types import unwrapped
+from lorakeet.lora.modules_to_save import SavedModule
+from lorakeet.lora.targeting import matches
+from lorakeet.lora.trainable_tokens import TiedLayer, TrainableTokens
 from lorakeet.quant.int8 import Int8Linear
 
 

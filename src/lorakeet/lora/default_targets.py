@@ -8,8 +8,8 @@ from torch import nn
 
 from lorakeet.errors import TargetError
 from lorakeet.lora.config import PeftConfig
-from lorakeet.lora.kinds import inside_adapter, layer_class, unwrapped
-from lorakeet.lora.match import ALL_LINEAR
+from lorakeet.lora.layer_types import inside_adapter, layer_class, unwrapped
+from lorakeet.lora.targeting import ALL_LINEAR
 
 #: Names of the query and value projections (section 4.2 of the paper); the first of these that a model has.
 PROJECTIONS: tuple[tuple[str, ...], ...] = (

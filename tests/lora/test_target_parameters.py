@@ -21,7 +21,7 @@ from lorakeet import LoraConfig, PeftModel, get_peft_model
 from lorakeet.adapter.inspect import inspect_adapter
 from lorakeet.errors import ConfigError, MergeError, TargetError
 from lorakeet.lora.inject import plan
-from lorakeet.lora.parameter import LoraParameter
+from lorakeet.lora.target_parameters import LoraParameter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

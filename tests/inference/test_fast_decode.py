@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from helpers.tiny import shake
 from lorakeet.adapter.model import get_peft_model
-from lorakeet.base.decode import quick_decoding
+from lorakeet.inference.fast_decode import quick_decoding
 from lorakeet.kernels import decoder_step
 from lorakeet.kernels.cpu import bindings
 from lorakeet.lora.config import LoraConfig

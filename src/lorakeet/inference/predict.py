@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, pipeline
 
-from lorakeet.base.generate import evaluating
 from lorakeet.base.quiet import quiet
 from lorakeet.errors import DataError
+from lorakeet.inference.generate import evaluating
 
 #: Tokens of the longest answer that is looked for in a text.
 LONGEST = 30

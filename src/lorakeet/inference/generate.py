@@ -10,8 +10,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from lorakeet.base.decode import quick_decoding
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.inference.fast_decode import quick_decoding
 from lorakeet.log import warn
 
 CONTEXT = 8  # tokens decoded before new ones, so that the first new word keeps its leading space
@@ -32,8 +32,8 @@ def complete(
 ) -> list[str]:
     """What the model writes after each prompt: only the new text, up to its end token.
 
-    The model computes in eval mode, quickly where it is in 8 bits (:func:`lorakeet.base.decode.quick_decoding`), and is put
-    back as it was. Prompts of one batch are padded on the left.
+    The model computes in eval mode, quickly where it is in 8 bits (:func:`~lorakeet.inference.fast_decode.quick_decoding`), and
+    is put back as it was. Prompts of one batch are padded on the left.
 
     Args:
         prompts: plain texts, or conversations rendered by :func:`lorakeet.chat_template.render_chat`.

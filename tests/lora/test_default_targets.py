@@ -13,7 +13,7 @@ from torch import nn
 from helpers.tiny import token_ids
 from helpers.tiny_architectures import SIZES, build, tiny_config
 from lorakeet import LoraConfig, PeftModel, get_peft_model
-from lorakeet.lora.defaults import TASK_HEADS, default_targets, task_heads
+from lorakeet.lora.default_targets import TASK_HEADS, default_targets, task_heads
 from lorakeet.lora.inject import plan
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -8,9 +8,9 @@ from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from helpers.bytewise import byte_tokenizer
 from helpers.tiny import ARCHITECTURES, make
-from lorakeet.base.generate import complete
 from lorakeet.base.load import Base
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.inference.generate import complete
 
 PROMPTS = ["Two things are infinite:", "Hi", "The fool doth think he is wise, but", "x", "naïve 🙂"]
 

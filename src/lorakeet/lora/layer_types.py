@@ -7,8 +7,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakeet.lora.conv import LoraConv
 from lorakeet.lora.layer import LoraEmbedding, LoraLayer, LoraLinear
-from lorakeet.lora.parameter import LoraParameters
-from lorakeet.lora.saved import SavedModule
+from lorakeet.lora.modules_to_save import SavedModule
+from lorakeet.lora.target_parameters import LoraParameters
 from lorakeet.quant.int8 import Int8Linear
 
 #: What :func:`layer_class` knows, for messages.
