@@ -13,7 +13,7 @@ from lorakeet._version import __version__
 from lorakeet.errors import LorakeetError
 
 if TYPE_CHECKING:
-    from lorakeet.adapter.model import PeftModel, get_peft_model
+    from lorakeet.adapter.peft_model import PeftModel, get_peft_model
     from lorakeet.base.kbit import prepare_model_for_kbit_training
     from lorakeet.base.load import load_base
     from lorakeet.lora.config import LoraConfig, PeftConfig, TaskType
@@ -24,8 +24,8 @@ _HOMES = {
     "LoraConfig": "lorakeet.lora.config",
     "PeftConfig": "lorakeet.lora.config",
     "TaskType": "lorakeet.lora.config",
-    "PeftModel": "lorakeet.adapter.model",
-    "get_peft_model": "lorakeet.adapter.model",
+    "PeftModel": "lorakeet.adapter.peft_model",
+    "get_peft_model": "lorakeet.adapter.peft_model",
     "prepare_model_for_kbit_training": "lorakeet.base.kbit",
     "load_base": "lorakeet.base.load",
     "Int8Config": "lorakeet.quant.hf_quantizer",

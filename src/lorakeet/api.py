@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorakeet.adapter.artefact import read_notes, read_tensors
-from lorakeet.adapter.model import PeftModel, get_peft_model
+from lorakeet.adapter.peft_model import PeftModel, get_peft_model
+from lorakeet.adapter.serialization import read_notes, read_tensors
 from lorakeet.base.architectures import AUTO_CLASSES, PLAIN, check_task, family, own_class
 from lorakeet.base.load import Base, load_base, look_at
 from lorakeet.base.meta_device import meta_model, read_config

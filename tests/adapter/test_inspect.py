@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from helpers.tiny import make, shake
 from lorakeet import LoraConfig, PeftModel, get_peft_model
+from lorakeet.adapter.compatibility import readers
 from lorakeet.adapter.inspect import describe, inspect_adapter, update_norm
-from lorakeet.adapter.readers import readers
 from lorakeet.errors import AdapterError, ConfigError
 
 BASE = "ana/tiny-base"

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from helpers.tiny import shake
-from lorakeet.adapter.model import get_peft_model
+from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.lora.config import LoraConfig
 
 LENGTHS = [9, 1, 4, 12, 4, 7]

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from lorakeet.adapter.model import PeftModel, get_peft_model
+from lorakeet.adapter.peft_model import PeftModel, get_peft_model
 from lorakeet.lora.config import LoraConfig
 
 WORDS = [

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from helpers.tiny import shake
-from lorakeet.adapter.model import get_peft_model
+from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.inference.fast_decode import quick_decoding
 from lorakeet.kernels import decoder_step
 from lorakeet.kernels.cpu import bindings

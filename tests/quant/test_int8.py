@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from helpers.tiny_tasks import save_tiny
-from lorakeet.adapter.model import PeftModel, get_peft_model
+from lorakeet.adapter.peft_model import PeftModel, get_peft_model
 from lorakeet.base.architectures import AUTO_CLASSES
 from lorakeet.base.load import load_base
 from lorakeet.errors import BaseModelError, MergeError

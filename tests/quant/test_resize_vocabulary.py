@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 
 from helpers.tiny import ARCHITECTURES, make
-from lorakeet.adapter.model import get_peft_model
+from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.errors import BaseModelError
 from lorakeet.lora.config import LoraConfig
 from lorakeet.quant.hf_quantizer import Int8Config, quantise

@@ -12,7 +12,7 @@ import torch
 from transformers import DataCollatorForLanguageModeling, TrainerCallback
 
 from helpers.tiny_training import tiny_data, tiny_llama, tiny_peft, tiny_tokenizer
-from lorakeet.adapter.model import PeftModel
+from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import TrainingError
 from lorakeet.train import checkpoint
 from lorakeet.train.trainer import Trainer

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from helpers.small_models import KINDS, adapted, assert_same, outcome, ragged, small
 from helpers.tiny_training import tiny_peft
-from lorakeet.adapter.model import get_peft_model
+from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.lora.config import LoraConfig
 from lorakeet.quant.hf_quantizer import quantise
 from lorakeet.train import fused_layers as module

@@ -12,7 +12,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 from helpers.small_models import adapted, assert_same, ragged, small
-from lorakeet.adapter.model import get_peft_model
+from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.kernels import linear_cross_entropy as kernel
 from lorakeet.lora.config import LoraConfig
 from lorakeet.train import evaluate

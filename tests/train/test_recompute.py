@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_iter
 from helpers.small_models import adapted, ragged, small
 from helpers.tiny_training import tiny_data, tiny_peft
 from helpers.training_loop import learn
-from lorakeet.adapter.model import get_peft_model
+from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.errors import TrainingError
 from lorakeet.kernels.cpu.memory import workspace
 from lorakeet.lora.config import LoraConfig

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from helpers.tiny_tasks import rows_for, save_tiny, write_rows
 from helpers.tiny_training import WORDS, tiny_llama, tiny_tokenizer
-from lorakeet.adapter.model import PeftModel
+from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.base.load import load_base
 from lorakeet.config import RunConfig, TaskSettings, make_run, read_run
 from lorakeet.data.collate import PaddingCollator

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lorakeet.adapter.artefact import broken, never_learned, read_notes, read_tensors
-from lorakeet.adapter.readers import readers
-from lorakeet.adapter.tensors import PREFIX
+from lorakeet.adapter.compatibility import readers
+from lorakeet.adapter.serialization import broken, never_learned, read_notes, read_tensors
+from lorakeet.adapter.tensor_names import PREFIX
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.targeting import Target, matches, planned
 

@@ -21,6 +21,6 @@ def push(
       lorakeet push my-run/adapter me/quotes-lora
       lorakeet push my-run/adapter me/quotes-lora --private
     """
-    from lorakeet.adapter.push import push_folder
+    from lorakeet.adapter.hub import push_folder
 
     print(push_folder(adapter, repo, private=private or None, message=message, revision=revision))

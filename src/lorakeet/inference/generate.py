@@ -32,7 +32,7 @@ def complete(
 ) -> list[str]:
     """What the model writes after each prompt: only the new text, up to its end token.
 
-    The model computes in eval mode, quickly where it is in 8 bits (:func:`~lorakeet.inference.fast_decode.quick_decoding`), and
+    The model computes in eval mode, quickly where it is in 8 bits (:mod:`~lorakeet.inference.fast_decode`), and
     is put back as it was. Prompts of one batch are padded on the left.
 
     Args:

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from lorakeet.adapter.model import PeftModel
+from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import TrainingError
 
 MANIFEST = "lorakeet_checkpoint.json"

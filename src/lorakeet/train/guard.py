@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from lorakeet.adapter.model import PeftModel
+from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import OutputError, TrainingError
 from lorakeet.log import log, say, warn
 

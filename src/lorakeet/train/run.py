@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from lorakeet.adapter.model import PeftModel, get_peft_model
+from lorakeet.adapter.peft_model import PeftModel, get_peft_model
 from lorakeet.base.architectures import AUTO_CLASSES, check_task, family, fresh_modules
 from lorakeet.base.load import Base, Prospect, load_base, look_at
 from lorakeet.base.quiet import quiet

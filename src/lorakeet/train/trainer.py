@@ -29,7 +29,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
-from lorakeet.adapter.model import PeftModel
+from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import TrainingError
 from lorakeet.files import write_folder
 from lorakeet.log import say

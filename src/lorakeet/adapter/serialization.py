@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorakeet._version import __version__
 from lorakeet.adapter.fingerprint import fingerprint, mismatch
-from lorakeet.adapter.tensors import PREFIX, ROWS, mirrored_names, tensor_names, vocabulary_names
+from lorakeet.adapter.tensor_names import PREFIX, ROWS, mirrored_names, tensor_names, vocabulary_names
 from lorakeet.errors import AdapterError, OutputError
 from lorakeet.files import PICKLE_SUFFIXES, write_file, write_json
 from lorakeet.log import say, warn

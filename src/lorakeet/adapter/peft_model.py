@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakeet.adapter.artefact import check_base, put_tensors, read_notes, read_tensors, write_adapter
-from lorakeet.adapter.card import write_card
+from lorakeet.adapter.model_card import write_card
+from lorakeet.adapter.serialization import check_base, put_tensors, read_notes, read_tensors, write_adapter
 from lorakeet.errors import AdapterError
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.inject import set_trainable
@@ -162,7 +162,7 @@ class PeftModel(LoraModel):
                 write_adapter(self, name, place, state_dict=state_dict, notes=notes)
                 write_card(place, self.peft_config[name], notes or {})
         if push_to_hub and is_main_process:
-            from lorakeet.adapter.push import push_folder
+            from lorakeet.adapter.hub import push_folder
 
             push_folder(folder, repo_id or folder.resolve().name)
 
@@ -182,7 +182,7 @@ class PeftModel(LoraModel):
         """
         import tempfile
 
-        from lorakeet.adapter.push import push_folder
+        from lorakeet.adapter.hub import push_folder
 
         refuse_unknown("push_to_hub", peft_only, {"safe_serialization", "max_shard_size"})
         with tempfile.TemporaryDirectory() as folder:

@@ -13,8 +13,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from lorakeet._version import __version__
-from lorakeet.adapter.artefact import OWN_NAME, WEIGHTS_NAME, broken, never_learned, read_tensors
-from lorakeet.adapter.card import CARD_NAME, public_name
+from lorakeet.adapter.model_card import CARD_NAME, public_name
+from lorakeet.adapter.serialization import OWN_NAME, WEIGHTS_NAME, broken, never_learned, read_tensors
 from lorakeet.errors import AdapterError
 from lorakeet.log import say, warn
 from lorakeet.lora.config import CONFIG_NAME, PeftConfig

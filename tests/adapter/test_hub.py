@@ -21,9 +21,9 @@ from helpers.hub_server import READ_ONLY, TOKEN, Hub, environment, serving
 from helpers.tiny import make, shake, token_ids
 from helpers.tiny_training import tiny_tokenizer
 from lorakeet import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from lorakeet.adapter.card import PLACE
+from lorakeet.adapter.hub import push_folder
 from lorakeet.adapter.inspect import inspect_adapter
-from lorakeet.adapter.push import push_folder
+from lorakeet.adapter.model_card import PLACE
 from lorakeet.api import open_model
 from lorakeet.config import BaseSettings
 from lorakeet.errors import AdapterError
@@ -230,7 +230,7 @@ def test_a_process_of_its_own_reads_the_environment(folder: Path, tmp_path: Path
         "sys.path.insert(0, sys.argv[1])\n"
         "from helpers.tiny import make, token_ids\n"
         "from lorakeet import PeftModel\n"
-        "from lorakeet.adapter.push import push_folder\n"
+        "from lorakeet.adapter.hub import push_folder\n"
         "print(push_folder(sys.argv[2], 'quotes'))\n"
         "loaded = PeftModel.from_pretrained(make('llama'), 'ana/quotes')\n"
         "torch.save(loaded(token_ids()).logits, sys.argv[3])\n"

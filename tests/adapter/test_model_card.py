@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from helpers.tiny import make, shake, token_ids
 from lorakeet import LoraConfig, get_peft_model
-from lorakeet.adapter.card import MARKER, PLACE, card, public_name, write_card
+from lorakeet.adapter.model_card import MARKER, PLACE, card, public_name, write_card
 from lorakeet.errors import OutputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")
