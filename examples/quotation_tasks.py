@@ -30,9 +30,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lorakeet.data.find import embedded_fortunes
-from lorakeet.data.fortune import parse_fortunes
-from lorakeet.data.split import normalised
+from lorakeet.data.read.fortune import parse_fortunes
+from lorakeet.data.read.locate import embedded_fortunes
+from lorakeet.data.rows.split import normalised
 from lorakeet.files import write_file
 
 QUESTION = "Who said this?"

@@ -69,7 +69,7 @@ def run_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_are_such(page: Path, tmp_path: Path) -> None:
     """Each row that a page shows is one that its task takes."""
     from lorakeet.config import DataSettings, TaskSettings
-    from lorakeet.data.doctor import examine
+    from lorakeet.data.doctor.examine import examine
 
     task = (
         next(words[words.index("--task") + 1] for words in command_lines(page) if "--task" in words)

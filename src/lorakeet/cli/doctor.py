@@ -53,7 +53,7 @@ def doctor(
     """
     run = read_run(None, overrides or [], {**settings, "data.path": data, "task.type": task})
     if fix is not None:
-        from lorakeet.data.repair import check_out
+        from lorakeet.data.doctor.fix import check_out
 
         check_out(run.data, fix, overwrite=overwrite)
     tokenizer = family = None
@@ -63,13 +63,13 @@ def doctor(
 
         prospect = look_at(run.base.model_copy(update={"model": model}))
         tokenizer, family = prospect.tokenizer, family_of(prospect.config)
-    from lorakeet.data.doctor import examine
+    from lorakeet.data.doctor.examine import examine
 
     with progress_bar("reading") as bar:
         progress = None if bar is None else lambda rows: bar(rows, None)
         found = examine(run.data, run.task, tokenizer, family=family, train=run.train, shown=shown, progress=progress)
     if plot is not None:
-        from lorakeet.data.lengths import draw_lengths
+        from lorakeet.data.doctor.length_histogram import draw_lengths
 
         draw_lengths(found.lengths, plot, run.data.max_length if tokenizer is not None else None, data)
     colour = sys.stdout.isatty()
@@ -77,7 +77,7 @@ def doctor(
         print("\n".join(found.lines(colour)), flush=True)
     told, stops = found.to_dict(), found.stops
     if fix is not None:
-        from lorakeet.data.repair import repair
+        from lorakeet.data.doctor.fix import repair
 
         with progress_bar("writing") as bar:
             progress = None if bar is None else lambda rows: bar(rows, None)

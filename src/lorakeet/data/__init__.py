@@ -2,22 +2,22 @@
 
 Read it in this order:
 
-- :mod:`~lorakeet.data.find`: where the data is;
-- :mod:`~lorakeet.data.formats` and :mod:`~lorakeet.data.fortune`: each file format to rows;
-- :mod:`~lorakeet.data.sources`: rows with one column of text (:func:`read_rows`);
-- :mod:`~lorakeet.data.split`: the held-out part, by content;
-- :mod:`~lorakeet.data.tokens`: token ids with an end token, kept for the next run;
+- :mod:`~lorakeet.data.read.locate`: where the data is;
+- :mod:`~lorakeet.data.read.formats` and :mod:`~lorakeet.data.read.fortune`: each file format to rows;
+- :mod:`~lorakeet.data.rows.load`: rows with one column of text (:func:`read_rows`);
+- :mod:`~lorakeet.data.rows.split`: the held-out part, by content;
+- :mod:`~lorakeet.data.encode.cache`: token ids with an end token, kept for the next run;
 - :mod:`~lorakeet.data.prepare`: all of it at once, with a report (:func:`prepare`);
 - :mod:`~lorakeet.data.collate`: batches, padding masked by position (:class:`PaddingCollator`);
-- :mod:`~lorakeet.data.show`: what of a sample is learned (:func:`show_sample`).
+- :mod:`~lorakeet.data.encode.render`: what of a sample is learned (:func:`show_sample`).
 """
 
 from __future__ import annotations
 
 from lorakeet.data.collate import PaddingCollator
+from lorakeet.data.encode.render import show_sample
 from lorakeet.data.prepare import Prepared, prepare
-from lorakeet.data.report import Report
-from lorakeet.data.show import show_sample
-from lorakeet.data.sources import read_rows
+from lorakeet.data.prepare_report import Report
+from lorakeet.data.rows.load import read_rows
 
 __all__ = ["PaddingCollator", "Prepared", "Report", "prepare", "read_rows", "show_sample"]

@@ -12,18 +12,18 @@ from typing import Any
 import datasets
 
 from lorakeet.config import DataSettings, TaskSettings
-from lorakeet.data.contents import contents, rows_hash, usable
-from lorakeet.data.doctor import check_rows
-from lorakeet.data.encode import complaint, make_encoder
-from lorakeet.data.findings import Finding
-from lorakeet.data.label_set import LabelSet, Problem, find_labels
-from lorakeet.data.layout import Layout
-from lorakeet.data.report import Report
-from lorakeet.data.sample import Encoder
-from lorakeet.data.show import describe_sample
-from lorakeet.data.sources import read_rows
-from lorakeet.data.split import Split, split_texts
-from lorakeet.data.tokens import tokenise
+from lorakeet.data.doctor.examine import check_rows
+from lorakeet.data.doctor.issues import Finding
+from lorakeet.data.encode.cache import tokenise
+from lorakeet.data.encode.encoder import Encoder
+from lorakeet.data.encode.make import complaint, make_encoder
+from lorakeet.data.encode.render import describe_sample
+from lorakeet.data.prepare_report import Report
+from lorakeet.data.rows.column_mapping import Layout
+from lorakeet.data.rows.content import contents, rows_hash, usable
+from lorakeet.data.rows.label_set import LabelSet, Problem, find_labels
+from lorakeet.data.rows.load import read_rows
+from lorakeet.data.rows.split import Split, split_texts
 from lorakeet.errors import DataError
 from lorakeet.log import warn
 

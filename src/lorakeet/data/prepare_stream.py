@@ -11,11 +11,9 @@ from typing import Any
 import datasets
 
 from lorakeet.config import DataSettings, TaskSettings
-from lorakeet.data.contents import is_usable, usable
-from lorakeet.data.doctor import check_heads
-from lorakeet.data.encode import complaint, make_encoder
-from lorakeet.data.label_set import given_labels
-from lorakeet.data.layout import Kind
+from lorakeet.data.doctor.examine import check_heads
+from lorakeet.data.encode.encoder import Encoder
+from lorakeet.data.encode.make import complaint, make_encoder
 from lorakeet.data.prepare import (
     Prepared,
     check_length,
@@ -27,9 +25,11 @@ from lorakeet.data.prepare import (
     shape,
     tell,
 )
-from lorakeet.data.report import Report
-from lorakeet.data.sample import Encoder
-from lorakeet.data.stream import held_out_rows, lay_out, stream_rows
+from lorakeet.data.prepare_report import Report
+from lorakeet.data.rows.column_mapping import Kind
+from lorakeet.data.rows.content import is_usable, usable
+from lorakeet.data.rows.label_set import given_labels
+from lorakeet.data.rows.stream import held_out_rows, lay_out, stream_rows
 from lorakeet.errors import DataError
 from lorakeet.log import warn
 
@@ -46,7 +46,7 @@ def prepare_stream(
 ) -> Prepared:
     """As :func:`lorakeet.data.prepare.prepare`; the training part is an ``IterableDataset``, the held-out part in memory.
 
-    The beginning is checked as by :mod:`lorakeet.data.doctor`. Rows that cannot be read or cannot be samples are left
+    The beginning is checked as by :mod:`lorakeet.data.doctor.examine`. Rows that cannot be read or cannot be samples are left
     out; the first of them are said, and how many there are at 10, 100, 1,000 and so on.
 
     Raises:

@@ -18,8 +18,8 @@ from transformers import EvalPrediction
 
 from lorakeet._optional_imports import let_in
 from lorakeet.data.collate import IGNORED
-from lorakeet.data.label_set import LabelSet
 from lorakeet.data.prepare import Prepared
+from lorakeet.data.rows.label_set import LabelSet
 from lorakeet.train.metrics import Array, compute_metrics_for
 from lorakeet.train.tasks import Task
 from lorakeet.train.text_metrics import Figures

@@ -24,10 +24,10 @@ from lorakeet.base.load import Base, Prospect, load_base, look_at
 from lorakeet.base.quiet import quiet
 from lorakeet.config import RunConfig, TaskSettings
 from lorakeet.data.collate import make_collator
-from lorakeet.data.layout import choose_task
+from lorakeet.data.encode.render import describe_sample
 from lorakeet.data.prepare import Prepared, prepare
-from lorakeet.data.show import describe_sample
-from lorakeet.data.sources import peek
+from lorakeet.data.rows.column_mapping import choose_task
+from lorakeet.data.rows.load import peek
 from lorakeet.errors import ConfigError, TrainingError
 from lorakeet.files import write_folder, write_json
 from lorakeet.log import log, say, warn

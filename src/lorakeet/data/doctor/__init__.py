@@ -1,0 +1,1 @@
+"""Problems in rows: found, counted, reported, fixed."""

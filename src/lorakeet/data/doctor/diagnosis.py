@@ -1,0 +1,154 @@
+"""What an examination of data has found: problems by kind, labels, lengths, samples; for a person and for a program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorakeet.config import TaskName, TrainSettings
+from lorakeet.data.doctor.issues import Finding
+from lorakeet.data.doctor.length_histogram import Lengths
+
+_BAR = 40  # characters of the longest bar of a histogram
+_RED, _YELLOW, _GREEN, _PLAIN = "\x1b[31m", "\x1b[33m", "\x1b[32m", "\x1b[0m"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A decoded sample: where it stands, and how it reads, plain and in colour."""
+
+    place: str
+    plain: str
+    coloured: str
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The result of :func:`lorakeet.data.doctor.examine.examine`.
+
+    Attributes:
+        sources: what was read.
+        task: what would be learned.
+        kind: of the rows, and which column of the source plays which part; None where no columns were recognised.
+        rows: records read, of which from ``usable`` something can be learned.
+        findings: problems by kind, what stops a run first.
+        labels: rows by label; empty where there are none.
+        lengths: of the samples, before they are cut.
+        tokens, targets: of all samples as they would be learned; None without a tokenizer.
+        unknown: tokens that stand for words the base does not know; None without a tokenizer.
+        steps: optimizer steps that the given settings would take.
+        samples: the first few, decoded.
+    """
+
+    sources: Sequence[str]
+    task: TaskName
+    kind: str | None
+    columns: Mapping[str, str]
+    rows: int
+    usable: int
+    findings: Sequence[Finding]
+    labels: Mapping[Any, int]
+    lengths: Lengths
+    tokens: int | None
+    targets: int | None
+    unknown: int | None
+    steps: int
+    samples: Sequence[Shown] = field(default_factory=tuple)
+
+    @property
+    def stops(self) -> bool:
+        """Whether something was found that would spoil a run."""
+        return any(finding.severity == "stops" for finding in self.findings)
+
+    def count(self, kind: str) -> int:
+        """Rows with a problem of this kind."""
+        return next((finding.count for finding in self.findings if finding.kind == kind), 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "sources": list(self.sources),
+            "task": self.task,
+            "kind": self.kind,
+            "columns": dict(self.columns),
+            "rows": self.rows,
+            "usable": self.usable,
+            "healthy": not self.findings,
+            "stops": self.stops,
+            "findings": [finding.to_dict() for finding in self.findings],
+            "labels": {str(label): count for label, count in self.labels.items()},
+            "lengths": self.lengths.figures(),
+            "tokens": self.tokens,
+            "targets": self.targets,
+            "unknown_tokens": self.unknown,
+            "steps": self.steps,
+            "samples": [{"place": sample.place, "text": sample.plain} for sample in self.samples],
+        }
+
+    def lines(self, colour: bool = False) -> list[str]:
+        """The report for a person."""
+        parts = ", ".join(f"{role} in {column!r}" for role, column in self.columns.items())
+        lines = [
+            f"data       {', '.join(self.sources)}",
+            f"rows       {self.rows:,}, of which {self.usable:,} can be used",
+        ]
+        lines.append(
+            f"task       {self.task}, rows of kind {self.kind} ({parts})" if self.kind else f"task       {self.task}"
+        )
+        lines += self._amounts()
+        if self.labels:
+            most = sorted(self.labels.items(), key=lambda item: -item[1])
+            more = f" and {len(most) - 8} more" if len(most) > 8 else ""
+            lines.append(f"labels     {', '.join(f'{label} {count:,}' for label, count in most[:8])}{more}")
+        lines += self._histogram()
+        for sample in self.samples:
+            lines += [f"sample     {sample.place}", sample.coloured if colour else sample.plain]
+        lines += [line for finding in self.findings for line in _told(finding, self.rows, colour)]
+        return [*lines, self.verdict(colour)]
+
+    def _amounts(self) -> list[str]:
+        if self.tokens is None:
+            return ["tokens     not counted: give --model to see lengths, truncation and unknown words"]
+        share = f", {self.unknown:,} of them unknown to the base" if self.unknown else ""
+        return [f"tokens     {self.tokens:,}{share}; {self.targets:,} learned; {self.steps:,} steps at these settings"]
+
+    def _histogram(self) -> list[str]:
+        bars = self.lengths.bars()
+        most = max((bar.count for bar in bars), default=0)
+        rows = [
+            f"  {bar.first:>6,} to {bar.last:>6,}  {'█' * math.ceil(_BAR * bar.count / most)} {bar.count:,}"
+            for bar in bars
+            if bar.count
+        ]
+        return [f"length     in {self.lengths.unit}", *rows] if rows else []
+
+    def verdict(self, colour: bool = False) -> str:
+        """Whether a run would stop, in one line."""
+        if not self.findings:
+            words, paint = "healthy: nothing was found", _GREEN
+        elif self.stops:
+            words, paint = "a run would stop: mend what is marked 'stops'", _RED
+        else:
+            words, paint = "a run would warn and go on", _YELLOW
+        return f"{paint}{words}{_PLAIN}" if colour else words
+
+
+def _told(finding: Finding, rows: int, colour: bool) -> list[str]:
+    paint = (_RED if finding.severity == "stops" else _YELLOW) if colour else ""
+    share = f" ({100 * finding.count / rows:.1f} %)" if rows else ""
+    head = f"{paint}{finding.severity:<10}{_PLAIN if colour else ''} {finding.count:,} {finding.what}{share}"
+    left = finding.count - len(finding.first)
+    return [
+        head,
+        *(f"           {spot}" for spot in finding.first),
+        *([f"           and {left:,} more"] if left > 0 else []),
+    ]
+
+
+def steps_of(samples: int, train: TrainSettings) -> int:
+    """Optimizer steps for so many samples."""
+    if train.steps is not None:
+        return train.steps
+    return math.ceil(samples * train.epochs / (train.batch_size * train.grad_accum))

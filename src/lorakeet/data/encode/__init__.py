@@ -1,0 +1,1 @@
+"""Canonical rows to token ids and labels."""

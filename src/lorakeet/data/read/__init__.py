@@ -1,0 +1,1 @@
+"""Bytes of files and hub data sets to records, each with its location."""

@@ -1,0 +1,104 @@
+"""File formats: which one a file has, and its records one at a time.
+
+| format  | suffix                 | records                                                                          |
+|---------|------------------------|----------------------------------------------------------------------------------|
+| json    | .json                  | a list of objects or strings, alone or under a key (the split, or the only list) |
+| jsonl   | .jsonl .ndjson         | one object or string a line                                                      |
+| csv     | .csv .tsv              | one a line below the header, which shows whether by comma, semicolon or tab      |
+| parquet | .parquet               | one a row; only the columns that are needed are read                             |
+| arrow   | .arrow                 | the same; a file or a stream, as ``datasets`` writes it                          |
+| text    | .txt .text .md         | paragraphs between blank lines; without any blank line, one a line               |
+| fortune | none, or any of text's | quotations between lines of a single ``%`` (:mod:`lorakeet.data.read.fortune`)        |
+
+The readers of text are in :mod:`lorakeet.data.read.text_formats`, those of tables in :mod:`lorakeet.data.read.table_formats`. A text file may
+be compressed (``.jsonl.gz``).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from lorakeet.data.read.fortune import DELIMITER
+from lorakeet.data.read.record import Fault, Row
+from lorakeet.data.read.table_formats import TABLE_READERS
+from lorakeet.data.read.text_formats import TEXT_READERS, is_json, open_plain
+
+SUFFIXES = {
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+}
+_MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}  # the last: an arrow stream
+_HEAD = 1 << 20  # bytes that are looked at to recognise a format
+
+
+def suffix(path: Path) -> str:
+    """What the name of ``path`` ends with, in small letters, without regard to compression."""
+    plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return plain.suffix.lower()
+
+
+def recognise(path: Path) -> str:
+    """The format of ``path``: by suffix, but ``%`` lines make any text a fortune file; without a suffix, by content.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    known = SUFFIXES.get(suffix(path))
+    if known not in (None, "text"):
+        return known
+    with open_plain(path) as file:
+        head = file.read(_HEAD)
+    for mark, format in _MAGIC.items():
+        if head.startswith(mark):
+            return format
+    text = head.decode("utf-8", errors="replace").removeprefix("\ufeff")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if DELIMITER.search(text):
+        return "fortune"
+    if known is None and text.lstrip()[:1] in ("{", "["):
+        return "jsonl" if is_json(text.lstrip().partition("\n")[0]) else "json"
+    return "text"
+
+
+def read_file(
+    path: Path, format: str = "auto", split: str = "train", columns: Collection[str] | None = None
+) -> Iterator[Row]:
+    """The records of ``path``, one at a time; what cannot be read is a row with a fault, and the reading goes on.
+
+    A file that cannot be read at all, or holds nothing, is one row with a fault, at place 0.
+
+    Args:
+        path: the file.
+        format: one of the formats above, or ``auto``.
+        split: the list to take from a JSON file of several.
+        columns: the only columns that are needed; formats that cannot leave out any give all of them.
+    """
+    source, unit, empty = str(path), "line", True
+    try:
+        format = recognise(path) if format == "auto" else format
+        unit = "row" if format in ("json", *TABLE_READERS) else "line"
+        read = TABLE_READERS[format](path, columns) if format in TABLE_READERS else TEXT_READERS[format](path, split)
+        for place, record in read:
+            empty = False
+            if isinstance(record, Fault):
+                yield Row(source, place, unit, None, record.phrase, record.hint)
+            else:
+                yield Row(source, place, unit, record)
+    except Fault as fault:
+        yield Row(source, 0, unit, None, fault.phrase, fault.hint)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        yield Row(source, 0, unit, None, f"cannot be read: {reason}")
+    else:
+        if empty:
+            yield Row(source, 0, unit, None, f"empty, no {'quotation' if format == 'fortune' else 'row'} in it")

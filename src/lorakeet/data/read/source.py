@@ -1,0 +1,157 @@
+"""Reading one record at a time, in constant memory, from whatever ``data.path`` names.
+
+Read it after :mod:`~lorakeet.data.read.locate` (where the data is) and :mod:`~lorakeet.data.read.formats` (what a file holds).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from lorakeet.config import DataSettings
+from lorakeet.data.read.column_types import TypeNames, class_names, outer, records, schema_types
+from lorakeet.data.read.formats import read_file, recognise
+from lorakeet.data.read.hub import hub_table
+from lorakeet.data.read.locate import data_files, locate
+from lorakeet.data.read.record import Fault, Row, complaint
+from lorakeet.data.read.table_formats import TABLE_READERS, table_schema
+from lorakeet.data.rows.normalize import RowError, canonical
+from lorakeet.errors import DataError
+
+__all__ = ["Row", "RowError", "Source", "canonical", "find_sources", "iter_rows"]
+
+_HEAD = 1000  # records whose values tell the types of a file without a schema, where it is not read whole
+_SHARE = 0.2  # of the values of a column that must be of a type for it to be one that the column holds
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, or one data set of the hub.
+
+    Attributes:
+        name: the file's path, or the name on the hub.
+        format: as in :mod:`lorakeet.data.read.formats`, or ``hub``.
+        part: number of the path in ``data.path`` that it belongs to, from 0.
+        split: which split of a hub data set, or which list of a JSON file.
+        subset: which configuration of a hub data set.
+    """
+
+    name: str
+    format: str
+    part: int = 0
+    split: str = "train"
+    subset: str | None = None
+
+    def rows(self, columns: Collection[str] | None = None) -> Iterator[Row]:
+        """The records one at a time; of a table, only the ``columns``, if given.
+
+        Raises:
+            DataError: the hub data set cannot be read. A file that cannot be read is a row with a fault.
+        """
+        if self.format != "hub":
+            return read_file(Path(self.name), self.format, self.split, columns)
+        return self._hub_rows(columns)
+
+    def _hub_rows(self, columns: Collection[str] | None) -> Iterator[Row]:
+        table = hub_table(self.name, self.subset, self.split)
+        table = table.select_columns(outer(columns, table.column_names))
+        named = class_names(table.features.arrow_schema)
+        batches = (batch for chunk in table.with_format("arrow").iter(1024) for batch in chunk.to_batches())
+        values = (record for batch in batches for record in records(batch, named))
+        for place, record in enumerate(values, start=1):
+            yield Row(self.name, place, "row", record)
+
+    def schema(self) -> dict[str, str] | None:
+        """Columns and their types, if the source knows them without being read; a fault shows when it is read."""
+        try:
+            if self.format == "hub":
+                features = hub_table(self.name, self.subset, self.split).features
+                return schema_types(features.arrow_schema)
+            if self.format in TABLE_READERS:
+                return schema_types(table_schema(Path(self.name), self.format))
+        except Fault:
+            pass
+        return None
+
+    def head_types(self, count: int = _HEAD) -> Mapping[str, str]:
+        """Columns and their types: by the schema, else by the first ``count`` records.
+
+        Raises:
+            DataError: none of these records can be read.
+        """
+        known = self.schema()
+        types = self.types_of(islice(self.rows(), count)) if known is None else known
+        if not types and (faults := [row for row in islice(self.rows(), count) if row.fault is not None]):
+            raise complaint(faults)
+        return types
+
+    def usual_types(self, head: Sequence[Row]) -> dict[str, str]:
+        """Columns and their types, by the schema or by what most rows of ``head`` hold: a stray value makes no type."""
+        known = self.schema()
+        if known is not None:
+            return known
+        counts: dict[str, dict[str, int]] = {}
+        for row in head:
+            if row.values is None:
+                continue
+            one = TypeNames(numbers=self.format == "csv")
+            one.add(row.values)
+            for name, kind in one.names().items():
+                held = counts.setdefault(name, {})
+                held[kind] = held.get(kind, 0) + 1
+        return {name: self._usual(held) for name, held in counts.items()}
+
+    def _usual(self, held: Mapping[str, int]) -> str:
+        values = {kind: count for kind, count in held.items() if kind != "null"}
+        kinds = {kind for kind, count in values.items() if count >= _SHARE * sum(values.values())}
+        if self.format == "csv" and len(kinds) > 1:
+            kinds = {"float"} if kinds == {"int", "float"} else {"str"}
+        if any(kind.startswith("list[") for kind in kinds):
+            kinds -= {"list"}
+        return " or ".join(sorted(kinds)) or "null"
+
+    def types_of(self, rows: Iterator[Row]) -> Mapping[str, str]:
+        """Columns and their types by the values of ``rows``, of which nothing is kept."""
+        names = TypeNames(numbers=self.format == "csv")
+        for row in rows:
+            if row.values is not None:
+                names.add(row.values)
+        return names.names()
+
+
+def find_sources(settings: DataSettings) -> list[Source]:
+    """Every file and hub data set that ``settings.path`` names, in its order; the files of a folder by name.
+
+    Raises:
+        DataError: one of the paths names nothing, or a folder holds no data.
+    """
+    paths = settings.path if isinstance(settings.path, list) else [settings.path or ""]
+    sources = []
+    for part, name in enumerate(paths or [""]):
+        found = locate(name)
+        if found is None:
+            sources.append(Source(name, "hub", part, settings.split, settings.subset))
+            continue
+        for path in found:
+            files = data_files(path, settings.split) if path.is_dir() else [path]
+            sources += [Source(str(file), _format(file, settings), part, settings.split) for file in files]
+    return sources
+
+
+def _format(path: Path, settings: DataSettings) -> str:
+    try:
+        return recognise(path) if settings.format == "auto" else settings.format
+    except (OSError, EOFError) as error:
+        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def iter_rows(settings: DataSettings) -> Iterator[Row]:
+    """Every record of ``settings.path``, the broken ones with their fault; the first ``settings.limit`` of them.
+
+    Raises:
+        DataError: a path names nothing (no file, no folder, no data set of the hub).
+    """
+    rows = (row for source in find_sources(settings) for row in source.rows())
+    return islice(rows, settings.limit)

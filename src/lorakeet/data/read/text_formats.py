@@ -1,0 +1,211 @@
+"""Readers of text files: each yields place and record of one file, or place and fault, in constant memory.
+
+Text is UTF-8, with or without a byte order mark; every other encoding is a fault, never a guess. Lines end as on any
+system. Only a ``.json`` file is read whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from io import TextIOWrapper
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+from lorakeet.data.read.fortune import is_rotated, parse_fortunes
+from lorakeet.data.read.record import Fault
+
+#: Place of a record, and what it holds by column or what is wrong with it.
+Read = tuple[int, Mapping[str, Any] | Fault]
+
+_LONGEST_FIELD = 1 << 26  # characters of a CSV field; a longer one comes of a quotation mark that is never closed
+_AS_JSON = 'each line must be one object, e.g. {"text": "…"}'
+
+
+def open_plain(path: Path) -> IO[bytes]:
+    """``path``, opened to read its bytes, unpacked if its name ends in ``.gz``."""
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of ``path``, each with its ``\\n``; a byte that is not UTF-8 becomes a half character (:func:`damage`).
+
+    Raises:
+        Fault: it is UTF-16.
+    """
+    with open_plain(path) as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise Fault("UTF-16, expected UTF-8", f"convert it: iconv -f UTF-16 -t UTF-8 {path}")
+        file.seek(0)
+        with TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape") as text:
+            yield from text
+
+
+def damage(text: str, path: Path) -> Fault | None:
+    """What shows that ``text``, read from ``path``, is not the UTF-8 text that it should be."""
+    if "\0" in text:
+        return Fault("a zero byte, expected UTF-8 text", "is this a text file at all?")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # "surrogateescape" writes byte 0x80 as U+DC80
+        byte = ord(text[error.start]) - 0xDC00
+        return Fault(f"byte 0x{byte:02x} is not UTF-8", f"convert it, e.g. iconv -f WINDOWS-1252 -t UTF-8 {path}")
+    return None
+
+
+def is_json(text: str) -> bool:
+    """Whether ``text`` is one JSON value."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _jsonl(path: Path, split: str) -> Iterator[Read]:
+    as_object = _Records()
+    for number, line in enumerate(read_lines(path), start=1):
+        if line.isspace():
+            continue
+        try:
+            yield number, damage(line, path) or as_object(json.loads(line))
+        except json.JSONDecodeError as error:
+            yield number, Fault(f"not JSON: {error.msg} at column {error.colno}", _AS_JSON)
+        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a thousand brackets
+            yield number, Fault(f"not JSON: {error}", _AS_JSON)
+
+
+def _json(path: Path, split: str) -> Iterator[Read]:
+    lines = []
+    for number, line in enumerate(read_lines(path), start=1):
+        if fault := damage(line, path):
+            raise Fault(f"line {number}: {fault.phrase}", fault.hint)
+        lines.append(line)
+    text = "".join(lines)
+    try:
+        value = json.loads(text) if text.strip() else []
+    except (ValueError, RecursionError) as error:
+        if not is_json(next(filter(str.strip, lines))):
+            raise Fault(f"not JSON: {error}") from None
+        yield from _jsonl(path, split)  # one value a line: .json by name only
+        return
+    yield from enumerate(map(_Records(), _only_list(value, split)), start=1)
+
+
+def _only_list(value: Any, split: str) -> list[Any]:
+    """The list of records in the value of a JSON file: the value itself, its member ``split`` or its only list."""
+    if isinstance(value, dict):
+        lists = {name: inner for name, inner in value.items() if isinstance(inner, list)}
+        if split not in lists and len(lists) != 1:
+            raise Fault(f"an object with {len(lists)} lists ({', '.join(lists)}), expected one list")
+        value = lists[split] if split in lists else next(iter(lists.values()))
+    if not isinstance(value, list):
+        raise Fault(f"holds {type(value).__name__}, expected a list of objects")
+    return value
+
+
+class _Records:
+    """Makes a record of each JSON value of a file: all of them objects, or all of them strings."""
+
+    def __init__(self) -> None:
+        self._texts: bool | None = None
+
+    def __call__(self, value: Any) -> Mapping[str, Any] | Fault:
+        if self._texts is None and isinstance(value, (str, dict)):
+            self._texts = isinstance(value, str)
+        if isinstance(value, str) and self._texts:
+            return {"text": value}
+        if isinstance(value, dict) and not self._texts:
+            return value
+        expected = "a string like the first" if self._texts else "an object"
+        return Fault(f"holds {type(value).__name__}, expected {expected}", _AS_JSON)
+
+
+def _csv(path: Path, split: str) -> Iterator[Read]:
+    lines = read_lines(path)
+    first = next(lines, "")
+    reader = csv.reader(chain([first], lines), delimiter=max(",;\t", key=first.count), strict=True)
+    names: list[str] = []
+    start = 1  # line that a record begins on; it ends on a later one where a field holds line breaks
+    while (fields := _next_fields(reader)) is not None:
+        if not names and fields:
+            if isinstance(fields, Fault):
+                raise Fault(f"line {start}: {fields.phrase}", fields.hint)
+            names = _header(fields, path)
+        elif fields:
+            yield start, fields if isinstance(fields, Fault) else _fields(fields, names, path)
+        start = reader.line_num + 1
+
+
+def _next_fields(reader: Any) -> list[str] | Fault | None:
+    """The next record of a CSV reader; None at the end. A text may well be longer than the 128 KiB that csv allows."""
+    limit = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        return next(reader, None)
+    except csv.Error as error:
+        return Fault(f"not CSV: {error}", "is a quotation mark open, or one inside of a text not doubled?")
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _header(names: list[str], path: Path) -> list[str]:
+    if fault := damage("".join(names), path):
+        raise fault
+    if len(set(names)) < len(names):
+        raise Fault(f"a header with the same name twice: {', '.join(names)}")
+    return names
+
+
+def _fields(fields: list[str], names: list[str], path: Path) -> Mapping[str, Any] | Fault:
+    if len(fields) != len(names):
+        hint = 'quote a text that holds the separator: "a, b"'
+        return Fault(f"{len(fields)} field{'s' * (len(fields) != 1)}, expected {len(names)} as in the header", hint)
+    return damage("".join(fields), path) or dict(zip(names, fields, strict=True))
+
+
+def _text(path: Path, split: str) -> Iterator[Read]:
+    by_line = not _has_paragraphs(read_lines(path))
+    start, paragraph = 0, ""
+    for number, line in enumerate(chain(read_lines(path), [""]), start=1):
+        line = line.rstrip()
+        if paragraph and line and not by_line:
+            paragraph += "\n" + line
+            continue
+        if paragraph:
+            yield start, damage(paragraph, path) or {"text": paragraph}
+        start, paragraph = number, line
+
+
+def _has_paragraphs(lines: Iterable[str]) -> bool:
+    """Whether a blank line stands between others."""
+    begun = blank = False
+    for line in lines:
+        if line.isspace():
+            blank = begun
+        elif blank:
+            return True
+        else:
+            begun = True
+    return False
+
+
+def _fortune(path: Path, split: str) -> Iterator[Read]:
+    lines = read_lines(path)
+    if is_rotated(path):
+        lines = (codecs.decode(line, "rot13") for line in lines)
+    for item in parse_fortunes(lines):
+        yield item.line, damage(item.text, path) or {"text": item.text, "author": item.author}
+
+
+#: Readers by format; each takes the file and the list to take from a JSON file of several.
+TEXT_READERS: dict[str, Callable[[Path, str], Iterator[Read]]] = {
+    "json": _json,
+    "jsonl": _jsonl,
+    "csv": _csv,
+    "text": _text,
+    "fortune": _fortune,
+}

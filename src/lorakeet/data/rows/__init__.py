@@ -1,0 +1,1 @@
+"""Records to canonical rows of one kind of data; mixing and splitting."""

@@ -1,0 +1,132 @@
+"""Conversations in the forms that people bring, made one: a list of ``{"role": …, "content": …}``.
+
+| form         | a row                                                                  |
+|--------------|------------------------------------------------------------------------|
+| messages     | a list of messages, or its JSON                                        |
+| sharegpt     | ``conversations``: a list of ``{"from": "human", "value": …}``         |
+| alpaca       | ``instruction``, perhaps ``input``, and ``output``: two turns          |
+| in two parts | ``prompt`` and ``completion``, each a list of messages, or one's text  |
+
+Roles and the order of turns are not judged here: what a chat template makes of them, it says itself.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorakeet.data.rows.normalize import Values
+
+Message = dict[str, Any]
+
+#: What sharegpt calls the speakers.
+SPEAKERS = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "function": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+}
+
+
+def to_json(value: Any) -> str:
+    """``value`` as JSON in which letters stay letters."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def as_messages(values: Values, role: str, speaker: str | None = None) -> list[Message] | None:
+    """The messages in the column of ``role``; None if it is empty. A plain string is one message of ``speaker``.
+
+    Raises:
+        Fault: it holds something else.
+    """
+    value = values.raw(role)
+    if isinstance(value, str):
+        if not value.strip():
+            return None
+        if speaker is not None:
+            return [{"role": speaker, "content": value}]
+        value = _parsed(values, role, value)
+    if value is not None and not isinstance(value, list):
+        raise values.fault(role, f"holds {type(value).__name__}, expected a list of messages")
+    return [_message(values, role, number, turn) for number, turn in enumerate(value or [], start=1)] or None
+
+
+def sharegpt(values: Values) -> list[Message] | None:
+    """``conversations``, and the ``system`` text in front of them, if there is one."""
+    turns = as_messages(values, "conversations")
+    return [*_system(values), *turns] if turns else None
+
+
+def alpaca(values: Values) -> list[Message] | None:
+    """The instruction, a blank line and the input as the user's turn, the output as the assistant's; None if one lacks."""
+    instruction, output = values.text("instruction"), values.text("output")
+    if instruction is None or output is None:
+        return None
+    asked = "\n\n".join(part for part in (instruction, values.text("input")) if part and not part.isspace())
+    return [*_system(values), {"role": "user", "content": asked}, {"role": "assistant", "content": output}]
+
+
+def in_two_parts(values: Values) -> tuple[list[Message] | None, int]:
+    """The messages of ``prompt`` and ``completion`` together, and how many are the prompt's; None if one is empty."""
+    prompt, completion = as_messages(values, "prompt", "user"), as_messages(values, "completion", "assistant")
+    return (prompt + completion, len(prompt)) if prompt and completion else (None, 0)
+
+
+def as_tools(values: Values) -> str | None:
+    """The tools that a conversation may call, as JSON; None if there are none."""
+    tools = values.raw("tools")
+    if isinstance(tools, str):
+        tools = _parsed(values, "tools", tools) if tools.strip() else None
+    if tools is not None and not isinstance(tools, list):
+        raise values.fault("tools", f"holds {type(tools).__name__}, expected a list of tools")
+    return to_json(_without_null(tools)) if tools else None
+
+
+def _system(values: Values) -> list[Message]:
+    text = values.text("system")
+    return [{"role": "system", "content": text}] if text and not text.isspace() else []
+
+
+def _parsed(values: Values, role: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise values.fault(role, f"holds a string that is not JSON: {error}") from None
+
+
+def _message(values: Values, role: str, number: int, turn: Any) -> Message:
+    """One message: sharegpt's names made ours, a content in parts made whole, members without a value left out."""
+    if not isinstance(turn, dict):
+        raise values.fault(role, f"holds {type(turn).__name__} as message {number}, expected an object")
+    message = _without_null(turn)
+    if "from" in message and "role" not in message:
+        speaker = str(message.pop("from")).lower()
+        message = {"role": SPEAKERS.get(speaker, speaker), "content": message.pop("value", None), **message}
+    if not isinstance(message.get("role"), str):
+        raise values.fault(role, f"has no role in message {number}", 'a message is {"role": "user", "content": "…"}')
+    content = message.setdefault("content", None)
+    if isinstance(content, list):
+        content = message["content"] = _joined(content)
+    if content is not None and not isinstance(content, str):
+        raise values.fault(role, f"has {type(content).__name__} as content of message {number}, expected text")
+    return message
+
+
+def _joined(parts: list[Any]) -> Any:
+    """The texts of a content in parts (``{"type": "text", "text": …}``) in one; as it is if a part is no text."""
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    whole = [text for text in texts if isinstance(text, str)]
+    return "".join(whole) if len(whole) == len(parts) else parts
+
+
+def _without_null(value: Any) -> Any:
+    """``value`` without the members that are null: a table gives every object the members of all."""
+    if isinstance(value, dict):
+        return {name: _without_null(inner) for name, inner in value.items() if inner is not None}
+    return [_without_null(inner) for inner in value] if isinstance(value, list) else value
