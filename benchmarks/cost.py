@@ -83,9 +83,9 @@ def make_batch(samples: int, length: int, spread: float) -> dict[str, Any]:
 @contextmanager
 def as_a_run(model: Any) -> Iterator[None]:
     """The model computes as :mod:`lorakeet.train.run` has it."""
-    from lorakeet.train.fused_layers import fused_layers
-    from lorakeet.train.fused_loss import fused_loss
-    from lorakeet.train.padding_free import padding_free
+    from lorakeet.patches.fused_layers import fused_layers
+    from lorakeet.patches.fused_loss import fused_loss
+    from lorakeet.patches.padding_free import padding_free
 
     with ExitStack() as ways:
         for way in (padding_free, fused_loss, fused_layers):

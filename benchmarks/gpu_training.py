@@ -231,10 +231,10 @@ def timed(trainer: Any, rows: list[list[int]], ours: bool, options: argparse.Nam
     import torch
     import transformers
 
-    from lorakeet.train.fused_layers import fused_layers
-    from lorakeet.train.fused_loss import fused_loss
-    from lorakeet.train.padding_free import padding_free
-    from lorakeet.train.report import peak_rss_bytes
+    from lorakeet.patches.fused_layers import fused_layers
+    from lorakeet.patches.fused_loss import fused_loss
+    from lorakeet.patches.padding_free import padding_free
+    from lorakeet.train.progress_callback import peak_rss_bytes
 
     cuda, marks = options.device == "cuda", []
 

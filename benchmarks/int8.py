@@ -465,7 +465,7 @@ def opt(options: argparse.Namespace) -> list[dict]:
     from lorakeet.data.collate import PaddingCollator
     from lorakeet.data.prepare import prepare
     from lorakeet.quant.int8 import layers_to_round, out_in, round_weight, rounded_like
-    from lorakeet.train.report import peak_rss_bytes
+    from lorakeet.train.progress_callback import peak_rss_bytes
 
     peak, began = Peak(), time.perf_counter()
     with torch.device("meta"):
@@ -501,9 +501,9 @@ def opt(options: argparse.Namespace) -> list[dict]:
             marks.append((time.perf_counter(), state.num_input_tokens_seen))
             print(f"step {len(marks)}", file=sys.stderr, flush=True)
 
-    from lorakeet.train.fused_loss import fused_loss
-    from lorakeet.train.padding_free import padding_free
-    from lorakeet.train.recompute import recomputed
+    from lorakeet.patches.fused_loss import fused_loss
+    from lorakeet.patches.gradient_checkpointing import recomputed
+    from lorakeet.patches.padding_free import padding_free
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(

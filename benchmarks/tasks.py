@@ -79,7 +79,7 @@ def run_peft(bits: int, folder: Path, job: dict[str, Any]) -> dict[str, float]:
     import transformers as tf
 
     from lorakeet.base.source import find_source, local_folder
-    from lorakeet.train.metrics import compute_metrics_for
+    from lorakeet.tasks.metrics import compute_metrics_for
 
     base = local_folder(find_source(MODEL))
     tokenizer = tf.AutoTokenizer.from_pretrained(base)
@@ -181,7 +181,7 @@ def run_lorakeet(bits: int, folder: Path, job: dict[str, Any]) -> dict[str, floa
 
 def one(name: str, job: dict[str, Any]) -> None:
     """What the process of one contender does: it prints its figures as JSON."""
-    from lorakeet.train.report import peak_rss_bytes
+    from lorakeet.train.progress_callback import peak_rss_bytes
 
     library, bits = name.split("-")
     run = {"peft": run_peft, "lorakeet": run_lorakeet}[library]
@@ -191,8 +191,8 @@ def one(name: str, job: dict[str, Any]) -> None:
 
 def measure(which: str, folder: Path, options: argparse.Namespace) -> None:
     """Alternate the contenders over the seeds and print the table of one task."""
-    from lorakeet.train.baselines import baselines_for
-    from lorakeet.train.tasks import Task
+    from lorakeet.tasks.baselines import baselines_for
+    from lorakeet.tasks.task import Task
 
     job = {**TASKS[which], "task": which, "folder": str(folder), "steps": options.steps}
     job |= {name: value for name in ("epochs", "lr") if (value := getattr(options, name)) is not None}

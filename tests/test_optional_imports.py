@@ -11,7 +11,7 @@ import lorakeet
 lorakeet.Trainer
 assert not any(name.split(".")[0] in ("peft", "bitsandbytes", "sklearn", "scipy") for name, m in sys.modules.items() if m)
 import numpy as np
-from lorakeet.train import metrics
+from lorakeet.tasks import metrics
 print(metrics._macro_f1(np.array([0, 1]), np.array([0, 1])))
 """
 

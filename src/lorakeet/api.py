@@ -30,9 +30,9 @@ from lorakeet.lora.config import LoraConfig, PeftConfig, find_adapter_file
 from lorakeet.lora.inject import plan
 from lorakeet.lora.model import LoraModel, completed
 from lorakeet.quant.int8 import rounded_bytes
+from lorakeet.tasks.task import Task
 from lorakeet.train.evaluate import evaluate
 from lorakeet.train.task_trainer import measure
-from lorakeet.train.tasks import Task
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from helpers.tiny import make, shake, token_ids
 from lorakeet import LoraConfig, PeftModel, get_peft_model
 from lorakeet.errors import AdapterError, ConfigError, TargetError
-from lorakeet.train.fused_loss import fused_loss
+from lorakeet.patches.fused_loss import fused_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SMALL = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}

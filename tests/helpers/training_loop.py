@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from helpers.tiny_training import PAD, tiny_data
-from lorakeet.train.fused_loss import fused_loss
-from lorakeet.train.padding_free import padding_free
+from lorakeet.patches.fused_loss import fused_loss
+from lorakeet.patches.padding_free import padding_free
 from lorakeet.train.trainer import Trainer
 
 

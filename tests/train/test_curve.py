@@ -22,9 +22,9 @@ from lorakeet import LoraConfig, PeftModel, Trainer, get_peft_model
 from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data.collate import PaddingCollator
 from lorakeet.data.prepare import prepare
-from lorakeet.train.fused_layers import fused_layers
-from lorakeet.train.fused_loss import fused_loss
-from lorakeet.train.padding_free import padding_free, why_padded
+from lorakeet.patches.fused_layers import fused_layers
+from lorakeet.patches.fused_loss import fused_loss
+from lorakeet.patches.padding_free import padding_free, why_padded
 
 STEPS, ROWS, PASSES = 50, 2, 2  # samples of a micro-batch, micro-batches of a step
 PAD = 1

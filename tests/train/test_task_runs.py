@@ -13,8 +13,8 @@ from helpers.tiny_tasks import NOUNS, THINGS, rows_for, save_tiny, write_rows
 from lorakeet.api import evaluate_data, generate, open_model, plan_layers, predict
 from lorakeet.config import BaseSettings, DataSettings, RunConfig
 from lorakeet.errors import AdapterError, BaseModelError, ConfigError
+from lorakeet.tasks.task import pair_loss
 from lorakeet.train.run import run_training
-from lorakeet.train.tasks import pair_loss
 
 LEARNS = {  # task -> figure, the least that must be reached on the held-out part
     "SEQ_CLS": ("accuracy", 0.9),

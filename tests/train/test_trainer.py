@@ -22,7 +22,7 @@ from transformers import (
 from helpers.tiny_training import PAD, tiny_data, tiny_llama, tiny_peft, tiny_tokenizer
 from helpers.training_loop import bert, classes, masked, poisoned, train, with_poison
 from lorakeet.errors import OutputError, TrainingError
-from lorakeet.train import evaluate, guard
+from lorakeet.train import evaluate, preflight
 from lorakeet.train.trainer import Trainer
 
 SHAPES = [(1, 16), (4, 4), (16, 1)]
@@ -273,7 +273,7 @@ def test_a_gradient_that_is_not_finite_stops_too(make_args, collator):
 
 
 def test_no_room_to_save_is_known_before_the_first_step(make_args, collator, monkeypatch):
-    monkeypatch.setattr(guard.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10_000})())
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10_000})())
     model = tiny_peft()
     args = make_args(save_strategy="steps", save_steps=2)
     with pytest.raises(OutputError, match="0 MB free, a checkpoint needs"):
@@ -298,10 +298,10 @@ def test_evaluation_is_rehearsed_with_the_longest_samples(make_args):
 
 def test_fsdp_that_is_not_there_is_an_error(make_args, collator, monkeypatch):
     args = make_args()
-    guard.check_sharded(tiny_llama(), args)
+    preflight.check_sharded(tiny_llama(), args)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(TrainingError, match="FSDP was asked for"):
-        guard.check_sharded(tiny_llama(), args)
+        preflight.check_sharded(tiny_llama(), args)
 
 
 def test_learning_rates_fall_in_a_line_after_the_warm_up(make_args, collator):

@@ -33,20 +33,20 @@ from lorakeet.files import write_folder, write_json
 from lorakeet.log import log, say, warn
 from lorakeet.lora.config import LoraConfig
 from lorakeet.lora.layer_types import adaptable
+from lorakeet.patches.fused_layers import fused_layers
+from lorakeet.patches.fused_loss import fused_loss
+from lorakeet.patches.gradient_checkpointing import recomputed
+from lorakeet.patches.padding_free import padding_free, why_padded
+from lorakeet.runs.run_folder import check_run_folder, claim_folder, refuse_other_settings
+from lorakeet.tasks.task import Task
 from lorakeet.train.checkpoint import latest_checkpoint
-from lorakeet.train.fit import every_that_fits
-from lorakeet.train.folder import check_run_folder, claim_folder, refuse_other_settings
-from lorakeet.train.free_memory import free_memory
-from lorakeet.train.fused_layers import fused_layers
-from lorakeet.train.fused_loss import fused_loss
+from lorakeet.train.interrupt import StopAfterStep
 from lorakeet.train.loraplus import LoraPlus
-from lorakeet.train.padding_free import padding_free, why_padded
-from lorakeet.train.recompute import recomputed
-from lorakeet.train.report import Report, draw_loss_curve, read_metrics
-from lorakeet.train.stop import StopAfterStep
+from lorakeet.train.memory_plan import every_that_fits
+from lorakeet.train.memory_probe import free_memory
+from lorakeet.train.progress_callback import Report, draw_loss_curve, read_metrics
 from lorakeet.train.summary import compared, summarise
 from lorakeet.train.task_trainer import TaskTrainer
-from lorakeet.train.tasks import Task
 from lorakeet.train.trainer import Trainer
 
 __all__ = ["InterruptedRunError", "Run", "check_run_folder", "run_training", "training_arguments"]
@@ -349,7 +349,7 @@ class Run:
         predictions = getattr(trainer, "predictions", None)
         if self.task.problem == "single_label" and predictions is not None and self.task.labels:
             guesses = predictions.predictions.argmax(-1)
-            from lorakeet.train.pictures import draw_confusion  # which loads matplotlib
+            from lorakeet.tasks.plots import draw_confusion  # which loads matplotlib
 
             draw_confusion(predictions.label_ids, guesses, self.task.labels, self.folder / "confusion.png")
         write_json(self.folder / "summary.json", summary)

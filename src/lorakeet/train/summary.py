@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from lorakeet._version import __version__
-from lorakeet.train.baselines import baseline
-from lorakeet.train.report import Report, first_and_last, peak_rss_bytes, read_metrics
+from lorakeet.tasks.baselines import baseline
+from lorakeet.train.progress_callback import Report, first_and_last, peak_rss_bytes, read_metrics
 from lorakeet.train.trainer import Trainer
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from transformers import EvalPrediction, PrinterCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from lorakeet.data.collate import IGNORED
+from lorakeet.tasks.metrics import compute_metrics_for
+from lorakeet.tasks.task import Task, embed_pairs, pair_loss, span_logits, span_loss
 from lorakeet.train import checkpoint
 from lorakeet.train.evaluate import count_targets, loss_and_perplexity
-from lorakeet.train.metrics import compute_metrics_for
-from lorakeet.train.report import TIMES
-from lorakeet.train.tasks import Task, embed_pairs, pair_loss, span_logits, span_loss
+from lorakeet.train.progress_callback import TIMES
 from lorakeet.train.trainer import Trainer
 
 #: Held-out texts that are really written by a sequence-to-sequence model when it is measured; all count for the loss.

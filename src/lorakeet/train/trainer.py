@@ -6,9 +6,9 @@ alone. What differs from the parent:
 - checkpoints are whole or absent, a resumed run equals an uninterrupted one bit for bit on the same machine, and a
   checkpoint of another run is refused (:mod:`lorakeet.train.checkpoint`);
 - the loss is per real target token over the whole optimizer step, for models that do not count tokens themselves too;
-- micro-batches of one step may run as one pass (:mod:`lorakeet.train.join`);
+- micro-batches of one step may run as one pass (:mod:`lorakeet.train.microbatch_packing`);
 - held-out loss is per target token, and evaluating never touches the random numbers of training;
-- saving, evaluating, gradients, synchronisation and finiteness are checked (:mod:`lorakeet.train.guard`).
+- saving, evaluating, gradients, synchronisation and finiteness are checked (:mod:`lorakeet.train.preflight`).
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import TrainingError
 from lorakeet.files import write_folder
 from lorakeet.log import say
-from lorakeet.train import checkpoint, guard
+from lorakeet.patches.fused_loss import sample_losses
+from lorakeet.train import checkpoint, preflight
 from lorakeet.train.evaluate import count_targets, loss_and_perplexity, shifts_labels
-from lorakeet.train.fused_loss import sample_losses
-from lorakeet.train.join import Batch, Passes, why_separate
+from lorakeet.train.length_sampler import LengthWindows
 from lorakeet.train.loraplus import LoraPlus
-from lorakeet.train.order import LengthWindows
-from lorakeet.train.steps import Steps
+from lorakeet.train.microbatch_packing import Batch, Passes, why_separate
+from lorakeet.train.step_callback import Steps
 
 
 class Trainer(transformers.Trainer):
@@ -51,8 +51,8 @@ class Trainer(transformers.Trainer):
             checkpoint and raises; ``"skip"`` drops the step, says so and goes on.
         any_checkpoint: Resume even from a checkpoint whose settings, data or number of processes differ.
         token_budget: Real tokens of a pass that several micro-batches of an optimizer step may share; None or 0: each
-            runs on its own. They are joined inside of :func:`lorakeet.train.padding_free.padding_free`, a language
-            model's inside of :func:`lorakeet.train.fused_loss.fused_loss` too; whether they are is said.
+            runs on its own. They are joined inside of :func:`lorakeet.patches.padding_free.padding_free`, a language
+            model's inside of :func:`lorakeet.patches.fused_loss.fused_loss` too; whether they are is said.
         loraplus: B learns faster than A (:mod:`lorakeet.train.loraplus`); a number is the ratio.
 
     Raises:
@@ -76,8 +76,8 @@ class Trainer(transformers.Trainer):
     ) -> None:
         args = TrainingArguments("tmp_trainer") if args is None else args
         if model is not None:
-            guard.check_precision(model, args)
-        guard.say_device(args)
+            preflight.check_precision(model, args)
+        preflight.say_device(args)
         super().__init__(model, args, *rest, **settings)
         self.non_finite, self.any_checkpoint = non_finite, any_checkpoint
         self.loraplus = LoraPlus(loraplus) if isinstance(loraplus, (int, float)) else loraplus
@@ -179,7 +179,7 @@ class Trainer(transformers.Trainer):
         if self.model_accepts_loss_kwargs and self._models_own_loss and not alone:
             batch = self._prepare_inputs(inputs)
             with checkpoint.same_random_state(), self.accelerator.autocast():
-                self.model_accepts_loss_kwargs = guard.divides_by_count(self.model, batch)
+                self.model_accepts_loss_kwargs = preflight.divides_by_count(self.model, batch)
         self._counts_known = True
 
     def compute_loss(
@@ -249,10 +249,10 @@ class Trainer(transformers.Trainer):
             OutputError: the output folder cannot be written, or has no room for a checkpoint.
         """
         if self.args.should_save and self.args.save_strategy != "no":
-            guard.check_output(self.args.output_dir, guard.checkpoint_bytes(self.model))
+            preflight.check_output(self.args.output_dir, preflight.checkpoint_bytes(self.model))
             checkpoint.clear_aside(Path(self.args.output_dir))
             if isinstance(self.model, PeftModel):
-                guard.rehearse_save(self.model, self.args.output_dir)
+                preflight.rehearse_save(self.model, self.args.output_dir)
         if self.args.eval_strategy != "no":
             sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
             with checkpoint.same_random_state():

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from lorakeet.data.collate import IGNORED
 from lorakeet.files import write_file
-from lorakeet.train.metrics import Array
+from lorakeet.tasks.metrics import Array
 
 #: Classes that a confusion matrix shows one by one, and labels that a count does.
 MOST = 30

@@ -14,11 +14,11 @@ from helpers.small_models import KINDS, adapted, assert_same, outcome, ragged, s
 from helpers.tiny_training import tiny_peft
 from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.lora.config import LoraConfig
+from lorakeet.patches import fused_layers as module
+from lorakeet.patches.fused_layers import fused_layers
+from lorakeet.patches.fused_loss import fused_loss
+from lorakeet.patches.padding_free import padding_free
 from lorakeet.quant.hf_quantizer import quantise
-from lorakeet.train import fused_layers as module
-from lorakeet.train.fused_layers import fused_layers
-from lorakeet.train.fused_loss import fused_loss
-from lorakeet.train.padding_free import padding_free
 
 GATELESS = {"mixtral", "phi3", "qwen2_moe", "qwen3_moe"}  # stacked experts, or gate and up in one
 NORMLESS = {"olmo", "olmo2", "olmo3"}  # none that learns, or one that rounds another way

@@ -12,8 +12,8 @@ import matplotlib.image
 import pytest
 
 from helpers.tiny_training import tiny_data, tiny_peft
-from lorakeet.train import report
-from lorakeet.train.report import Report, clock, draw_loss_curve, first_and_last, read_metrics, smoothed
+from lorakeet.train import progress_callback
+from lorakeet.train.progress_callback import Report, clock, draw_loss_curve, first_and_last, read_metrics, smoothed
 from lorakeet.train.trainer import Trainer
 
 
@@ -85,7 +85,7 @@ def test_without_a_terminal_a_line_now_and_then(make_args, collator, tmp_path, m
     train(make_args(include_num_input_tokens_seen="non_padding"), tmp_path / "m.jsonl", collator)
     spoken = [line for line in caplog.messages if line.startswith("step")]
     assert len(spoken) == 1 and spoken[0].startswith("step 6 of 6: loss ") and spoken[0].endswith("0:00 left")
-    monkeypatch.setattr(report, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(progress_callback, "QUIET_SECONDS", 0.0)
     caplog.clear()
     train(make_args(include_num_input_tokens_seen="non_padding"), tmp_path / "m.jsonl", collator)
     assert len([line for line in caplog.messages if line.startswith("step")]) == 6
@@ -143,14 +143,14 @@ def test_the_picture_shows_both_curves(tmp_path):
 def test_metrics_are_one_object_a_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path) == []
-    report.append_metrics(path, {"step": 1, "loss": 2.0})
-    report.append_metrics(path, {"step": 2, "loss": 1.0})
+    progress_callback.append_metrics(path, {"step": 1, "loss": 2.0})
+    progress_callback.append_metrics(path, {"step": 2, "loss": 1.0})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 
 
 def test_a_long_evaluation_says_how_far_it_is(make_args, collator, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="lorakeet")
-    monkeypatch.setattr(report, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(progress_callback, "QUIET_SECONDS", 0.0)
     args = make_args(max_steps=1, eval_strategy="steps", eval_steps=1)
     train(args, tmp_path / "m.jsonl", collator, eval_dataset=tiny_data(11, seed=1))
     spoken = [line for line in caplog.messages if line.startswith("measuring")]

@@ -1,7 +1,7 @@
 """What a task's figures are to be held against: predictions that need no model, or only a count of words.
 
 Each baseline learns from the training part and is measured on the held-out part with the figures of the task itself
-(:func:`lorakeet.train.metrics.compute_metrics_for`). :func:`baselines_for` is all that fit a task, :func:`baseline` the
+(:func:`lorakeet.tasks.metrics.compute_metrics_for`). :func:`baselines_for` is all that fit a task, :func:`baseline` the
 quick one that a run is shown beside.
 """
 
@@ -20,9 +20,9 @@ from lorakeet._optional_imports import let_in
 from lorakeet.data.collate import IGNORED
 from lorakeet.data.prepare import Prepared
 from lorakeet.data.rows.label_set import LabelSet
-from lorakeet.train.metrics import Array, compute_metrics_for
-from lorakeet.train.tasks import Task
-from lorakeet.train.text_metrics import Figures
+from lorakeet.tasks.metrics import Array, compute_metrics_for
+from lorakeet.tasks.task import Task
+from lorakeet.tasks.text_metrics import Figures
 
 #: Columns by name, as of a ``datasets.Dataset``.
 Rows: TypeAlias = Mapping[str, Sequence[Any]] | datasets.Dataset

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from helpers.tiny_training import tiny_data, tiny_llama, tiny_peft
-from lorakeet.train import guard
-from lorakeet.train.fit import SHARE, _kept, _two_samples, every_that_fits, largest_pass
-from lorakeet.train.free_memory import _left_of_limits, free_memory
-from lorakeet.train.fused_layers import fused_layers
-from lorakeet.train.fused_loss import fused_loss
-from lorakeet.train.padding_free import padding_free
-from lorakeet.train.recompute import repeatable_layers
+from lorakeet.patches.fused_layers import fused_layers
+from lorakeet.patches.fused_loss import fused_loss
+from lorakeet.patches.gradient_checkpointing import repeatable_layers
+from lorakeet.patches.padding_free import padding_free
+from lorakeet.train import preflight
+from lorakeet.train.memory_plan import SHARE, _kept, _two_samples, every_that_fits, largest_pass
+from lorakeet.train.memory_probe import _left_of_limits, free_memory
 from lorakeet.train.trainer import Trainer
 
 
@@ -77,8 +77,8 @@ def test_gradients_and_moments_need_room_too(make_trainer: Any) -> None:
     trainer = make_trainer(tiny_llama())  # all of it learns
     samples, longest = _two_samples(trainer.train_dataset, 64)
     need = _kept(trainer, samples).peak(None) * largest_pass(trainer, longest, False) / (2 * longest)
-    enough = (need + guard.checkpoint_bytes(trainer.model)) / SHARE
-    assert guard.checkpoint_bytes(trainer.model) > 12 * 20_000
+    enough = (need + preflight.checkpoint_bytes(trainer.model)) / SHARE
+    assert preflight.checkpoint_bytes(trainer.model) > 12 * 20_000
     assert every_that_fits(trainer, int(enough) + 2, 64) is None
     assert every_that_fits(trainer, int(enough) - 2, 64) == 2
 

@@ -12,7 +12,7 @@ import sklearn.metrics
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from lorakeet.train.pictures import confusion, draw_confusion, most_confused
+from lorakeet.tasks.plots import confusion, draw_confusion, most_confused
 
 
 @pytest.fixture

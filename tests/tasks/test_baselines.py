@@ -10,9 +10,9 @@ import pytest
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.metrics import f1_score
 
-from lorakeet.train import baselines
-from lorakeet.train.baselines import baseline, baselines_for, frequent_tag, majority, tfidf
-from lorakeet.train.tasks import Task
+from lorakeet.tasks import baselines
+from lorakeet.tasks.baselines import baseline, baselines_for, frequent_tag, majority, tfidf
+from lorakeet.tasks.task import Task
 
 TRAIN = {
     "text": ["a red bird", "the bird sings", "birds!", "hot soup", "soup of the day", "bread", "a bird again"],

@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from lorakeet.errors import TrainingError
 from lorakeet.log import warn
-from lorakeet.train import checkpoint, finite, guard
+from lorakeet.train import checkpoint, nonfinite, preflight
 
 if TYPE_CHECKING:
     from lorakeet.train.trainer import Trainer
@@ -26,7 +26,7 @@ class Steps(TrainerCallback):
         trainer = self.trainer
         self.first = True
         trainer._passes.restart()
-        guard.check_sharded(trainer.model_wrapped, args)
+        preflight.check_sharded(trainer.model_wrapped, args)
         trainer.rehearse()
         if resumed := trainer._resumed:
             trainer._tr_loss += resumed["unlogged"]
@@ -48,12 +48,12 @@ class Steps(TrainerCallback):
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         trainer, model = self.trainer, self.trainer.model
         if self.first:
-            guard.check_gradients(model)
-            guard.check_synchronised(model, trainer.accelerator)
+            preflight.check_gradients(model)
+            preflight.check_synchronised(model, trainer.accelerator)
             self.first = False
-        if finite.is_finite(trainer):
+        if nonfinite.is_finite(trainer):
             return
-        complaint = finite.complaint(trainer)
+        complaint = nonfinite.complaint(trainer)
         trainer.model_wrapped.zero_grad()  # no gradient, no change: the optimizer passes over it
         if trainer.non_finite == "skip":
             warn(f"step skipped: {complaint}")
@@ -61,4 +61,4 @@ class Steps(TrainerCallback):
         checkpoint.set_random_state(self.start["random"])
         trainer._tr_loss.copy_(self.start["loss"])
         state.num_input_tokens_seen = self.start["tokens"]
-        raise TrainingError(complaint, finite.keep_last_good_state(trainer))
+        raise TrainingError(complaint, nonfinite.keep_last_good_state(trainer))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from helpers.tiny_training import PAD, tiny_data, tiny_peft
 from lorakeet import Trainer
 from lorakeet.data.collate import PaddingCollator
-from lorakeet.train.order import LengthWindows
+from lorakeet.train.length_sampler import LengthWindows
 
 
 @given(lengths=st.lists(st.integers(1, 99), max_size=60), size=st.integers(1, 17))

@@ -19,11 +19,11 @@ from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.errors import TrainingError
 from lorakeet.kernels.cpu.memory import workspace
 from lorakeet.lora.config import LoraConfig
+from lorakeet.patches.fused_layers import fused_layers
+from lorakeet.patches.fused_loss import fused_loss
+from lorakeet.patches.gradient_checkpointing import Kept, choose_every, kept_by, recomputed, repeatable_layers
+from lorakeet.patches.padding_free import padding_free
 from lorakeet.quant.hf_quantizer import Int8Config
-from lorakeet.train.fused_layers import fused_layers
-from lorakeet.train.fused_loss import fused_loss
-from lorakeet.train.padding_free import padding_free
-from lorakeet.train.recompute import Kept, choose_every, kept_by, recomputed, repeatable_layers
 
 LAYERS = 4
 

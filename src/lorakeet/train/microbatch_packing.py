@@ -21,10 +21,10 @@ from torch import Tensor
 
 from lorakeet.data.collate import IGNORED
 from lorakeet.log import say
+from lorakeet.patches.fused_loss import computes_logits
+from lorakeet.patches.padding_free import is_padding_free
 from lorakeet.train import checkpoint
 from lorakeet.train.evaluate import count_targets
-from lorakeet.train.fused_loss import computes_logits
-from lorakeet.train.padding_free import is_padding_free
 
 if TYPE_CHECKING:
     from lorakeet.train.trainer import Trainer

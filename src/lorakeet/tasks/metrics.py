@@ -17,8 +17,7 @@ from transformers import EvalPrediction
 from lorakeet._optional_imports import let_in
 from lorakeet.data.collate import IGNORED
 from lorakeet.log import warn
-from lorakeet.train.evaluate import loss_and_perplexity
-from lorakeet.train.text_metrics import (
+from lorakeet.tasks.text_metrics import (
     Figures,
     MissingLibraryError,
     answering,
@@ -28,6 +27,7 @@ from lorakeet.train.text_metrics import (
     rouge,
     span_f1,
 )
+from lorakeet.train.evaluate import loss_and_perplexity
 
 Array = NDArray[Any]
 

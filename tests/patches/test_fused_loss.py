@@ -15,9 +15,9 @@ from helpers.small_models import adapted, assert_same, ragged, small
 from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.kernels import linear_cross_entropy as kernel
 from lorakeet.lora.config import LoraConfig
+from lorakeet.patches.fused_loss import fused_loss, sample_losses, why_not_fused
+from lorakeet.patches.padding_free import padding_free
 from lorakeet.train import evaluate
-from lorakeet.train.fused_loss import fused_loss, sample_losses, why_not_fused
-from lorakeet.train.padding_free import padding_free
 from lorakeet.train.trainer import Trainer
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lorakeet.train import checkpoint, guard
-from lorakeet.train.join import Batch
+from lorakeet.train import checkpoint, preflight
+from lorakeet.train.microbatch_packing import Batch
 
 if TYPE_CHECKING:
     from lorakeet.train.trainer import Trainer
@@ -32,7 +32,8 @@ def complaint(trainer: Trainer) -> str:
     found = losses_one_by_one(trainer)
     shown = [i for i, (loss, _) in enumerate(found) if not loss.isfinite()] or range(len(found))
     batches = [
-        f"micro-batch {i + 1} of {len(found)}, loss {float(found[i][0])}:\n" + guard.describe_batch(found[i][1], decode)
+        f"micro-batch {i + 1} of {len(found)}, loss {float(found[i][0])}:\n"
+        + preflight.describe_batch(found[i][1], decode)
         for i in shown
     ]
     return f"the {what} of step {trainer.state.global_step + 1} is not finite; nothing of it was applied\n" + "\n".join(

@@ -24,14 +24,14 @@ from helpers.tiny_training import PAD, tiny_data, tiny_llama, tiny_peft, tiny_to
 from helpers.training_loop import bert, classes, learn, masked, poisoned, train, with_poison
 from lorakeet.data.collate import PairsCollator
 from lorakeet.errors import TrainingError
+from lorakeet.patches.fused_loss import fused_loss
+from lorakeet.patches.padding_free import padding_free
+from lorakeet.tasks.task import Task
 from lorakeet.train.evaluate import evaluate
-from lorakeet.train.fused_loss import fused_loss
-from lorakeet.train.join import CELLS, beginning, joined, share_out
-from lorakeet.train.padding_free import padding_free
-from lorakeet.train.report import read_metrics
+from lorakeet.train.microbatch_packing import CELLS, beginning, joined, share_out
+from lorakeet.train.progress_callback import read_metrics
 from lorakeet.train.run import run_training
 from lorakeet.train.task_trainer import TaskTrainer
-from lorakeet.train.tasks import Task
 from lorakeet.train.trainer import Trainer
 
 PLENTY = 10_000

@@ -9,9 +9,9 @@ import datasets
 import torch
 
 from lorakeet.log import say, warn
-from lorakeet.train import checkpoint, guard
-from lorakeet.train.padding_free import is_padding_free
-from lorakeet.train.recompute import Kept, can_recompute, choose_every, kept_by
+from lorakeet.patches.gradient_checkpointing import Kept, can_recompute, choose_every, kept_by
+from lorakeet.patches.padding_free import is_padding_free
+from lorakeet.train import checkpoint, preflight
 
 if TYPE_CHECKING:
     from lorakeet.train.trainer import Trainer
@@ -42,7 +42,7 @@ def every_that_fits(trainer: Trainer, free: int | None, max_length: int) -> int 
     without_padding = is_padding_free(trainer.model)
     tokens = largest_pass(trainer, longest, without_padding)
     passes = tokens / (sum(lengths) if without_padding else len(lengths) * max(lengths))
-    room = SHARE * free - guard.checkpoint_bytes(trainer.model)  # gradients and moments are still to come
+    room = SHARE * free - preflight.checkpoint_bytes(trainer.model)  # gradients and moments are still to come
     wanted = choose_every(kept, passes, room)
     choices = trainer.accelerator.gather(torch.tensor([wanted or len(kept.layers) + 1], device=trainer.args.device))
     every = int(choices.min())

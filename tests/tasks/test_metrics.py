@@ -16,9 +16,9 @@ from scipy import stats
 from transformers.data.metrics import squad_metrics
 
 from lorakeet.errors import DataError
-from lorakeet.train import metrics
-from lorakeet.train.metrics import compute_metrics_for, preprocess_logits_for_metrics
-from lorakeet.train.text_metrics import MissingLibraryError, answering, has_spans, rouge, span_f1
+from lorakeet.tasks import metrics
+from lorakeet.tasks.metrics import compute_metrics_for, preprocess_logits_for_metrics
+from lorakeet.tasks.text_metrics import MissingLibraryError, answering, has_spans, rouge, span_f1
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from helpers.small_models import (
 )
 from lorakeet.errors import TrainingError
 from lorakeet.kernels.attention.segment import segment_attention
-from lorakeet.train.padding_free import PROVEN, padding_free, why_padded
+from lorakeet.patches.padding_free import PROVEN, padding_free, why_padded
 
 
 def rows_computed(model: nn.Module) -> tuple[list[int], Callable[[], None]]:
@@ -68,7 +68,7 @@ def test_attention_of_rows_without_padding_is_ours_on_a_cpu(monkeypatch: pytest.
         seen.append(lengths)
         return segment_attention(q, k, v, lengths, *rest)
 
-    monkeypatch.setattr("lorakeet.train.padding_free.segment_attention", attention)
+    monkeypatch.setattr("lorakeet.patches.padding_free.segment_attention", attention)
     with padding_free(model):
         model(**ragged(lengths=[5, 5]))
     assert seen == [(5, 5)] * model.config.num_hidden_layers

@@ -1,0 +1,1 @@
+"""Tasks: what each asks of a model, its metrics, baselines and plots."""
