@@ -465,7 +465,7 @@ def opt(options: argparse.Namespace) -> list[dict]:
     from lorakeet.data.collate import PaddingCollator
     from lorakeet.data.prepare import prepare
     from lorakeet.quant.int8 import layers_to_round, out_in, round_weight, rounded_like
-    from lorakeet.train.progress_callback import peak_rss_bytes
+    from lorakeet.runs.metrics_log import peak_rss_bytes
 
     peak, began = Peak(), time.perf_counter()
     with torch.device("meta"):

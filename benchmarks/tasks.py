@@ -181,7 +181,7 @@ def run_lorakeet(bits: int, folder: Path, job: dict[str, Any]) -> dict[str, floa
 
 def one(name: str, job: dict[str, Any]) -> None:
     """What the process of one contender does: it prints its figures as JSON."""
-    from lorakeet.train.progress_callback import peak_rss_bytes
+    from lorakeet.runs.metrics_log import peak_rss_bytes
 
     library, bits = name.split("-")
     run = {"peft": run_peft, "lorakeet": run_lorakeet}[library]

@@ -128,3 +128,27 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None, repo_type
             f"cannot get {filename} of {repo!r} from the hub: {reason}",
             "check the name, and `hf auth login` if private",
         ) from error
+
+
+def check_output(folder: str | Path, need: int = 0) -> None:
+    """See that ``folder`` can be written to and has room for ``need`` bytes.
+
+    Raises:
+        OutputError: it cannot, or has not.
+    """
+    folder = Path(folder)
+    probe = folder / ".lorakeet-probe.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"lorakeet")
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {folder}: {error.strerror or error}", "choose a folder you may write to"
+        ) from error
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise OutputError(
+            f"{folder} has {free / 1e6:,.0f} MB free, a checkpoint needs {need / 1e6:,.0f} MB",
+            "free some space or choose another folder",
+        )

@@ -11,7 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lorakeet.config import DataSettings, TaskName, TaskSettings
-from lorakeet.data.prepare import Prepared, prepare
+from lorakeet.data.prepare import prepare
+from lorakeet.data.prepared import Prepared
 from lorakeet.errors import DataError
 
 Put = Callable[..., Path]

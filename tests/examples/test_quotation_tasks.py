@@ -21,7 +21,8 @@ from lorakeet import api
 from lorakeet.base.load import look_at
 from lorakeet.config import BaseSettings, DataSettings, TaskSettings, make_run
 from lorakeet.data.collate import make_collator
-from lorakeet.data.prepare import Prepared, prepare
+from lorakeet.data.prepare import prepare
+from lorakeet.data.prepared import Prepared
 from lorakeet.train.run import run_training
 
 SCRIPT = "quotation_tasks.py"

@@ -15,9 +15,9 @@ from helpers.small_models import adapted, assert_same, ragged, small
 from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.kernels import linear_cross_entropy as kernel
 from lorakeet.lora.config import LoraConfig
-from lorakeet.patches.fused_loss import fused_loss, sample_losses, why_not_fused
+from lorakeet.patches.causal_loss import sample_losses
+from lorakeet.patches.fused_loss import fused_loss, fused_sample_losses, why_not_fused
 from lorakeet.patches.padding_free import padding_free
-from lorakeet.train import evaluate
 from lorakeet.train.trainer import Trainer
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -224,13 +224,13 @@ def test_models_that_compute_another_loss_answer_as_ever() -> None:
 def test_losses_of_samples_without_logits(kind: str) -> None:
     model = adapted(language_model(kind)).eval()
     batch = labelled()
-    expected, counts = evaluate.sample_losses(model, batch)
-    found, found_counts = sample_losses(model, batch)
+    expected, counts = sample_losses(model, batch)
+    found, found_counts = fused_sample_losses(model, batch)
     torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
     assert torch.equal(found_counts, counts)
     shifted = batch["labels"].roll(-1, 1)
     moved = {name: value for name, value in batch.items() if name != "labels"} | {"shift_labels": shifted}
-    torch.testing.assert_close(sample_losses(model, moved)[0], evaluate.sample_losses(model, moved)[0].detach())
+    torch.testing.assert_close(fused_sample_losses(model, moved)[0], sample_losses(model, moved)[0].detach())
 
 
 def test_an_error_leaves_the_model_whole() -> None:

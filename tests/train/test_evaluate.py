@@ -21,8 +21,9 @@ from transformers import (
 from helpers.tiny_training import END, PAD, tiny_data, tiny_llama, tiny_peft
 from lorakeet.data.collate import PaddingCollator
 from lorakeet.errors import DataError
+from lorakeet.patches.causal_loss import count_targets, sample_losses, shifts_labels
 from lorakeet.train import evaluate as module
-from lorakeet.train.evaluate import count_targets, evaluate, sample_losses, shifts_labels
+from lorakeet.train.evaluate import evaluate
 
 
 def one_at_a_time(model, dataset):

@@ -26,10 +26,10 @@ from lorakeet.data.collate import PairsCollator
 from lorakeet.errors import TrainingError
 from lorakeet.patches.fused_loss import fused_loss
 from lorakeet.patches.padding_free import padding_free
+from lorakeet.runs.metrics_log import read_metrics
 from lorakeet.tasks.task import Task
 from lorakeet.train.evaluate import evaluate
 from lorakeet.train.microbatch_packing import CELLS, beginning, joined, share_out
-from lorakeet.train.progress_callback import read_metrics
 from lorakeet.train.run import run_training
 from lorakeet.train.task_trainer import TaskTrainer
 from lorakeet.train.trainer import Trainer

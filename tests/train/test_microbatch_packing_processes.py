@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from helpers.processes import RUN, launch, settings
-from lorakeet.train.progress_callback import read_metrics
+from lorakeet.runs.metrics_log import read_metrics
 
 pytestmark = pytest.mark.slow
 

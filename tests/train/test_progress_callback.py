@@ -12,8 +12,9 @@ import matplotlib.image
 import pytest
 
 from helpers.tiny_training import tiny_data, tiny_peft
+from lorakeet.runs.metrics_log import append_metrics, first_and_last, read_metrics
 from lorakeet.train import progress_callback
-from lorakeet.train.progress_callback import Report, clock, draw_loss_curve, first_and_last, read_metrics, smoothed
+from lorakeet.train.progress_callback import Report, clock, draw_loss_curve, smoothed
 from lorakeet.train.trainer import Trainer
 
 
@@ -143,8 +144,8 @@ def test_the_picture_shows_both_curves(tmp_path):
 def test_metrics_are_one_object_a_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path) == []
-    progress_callback.append_metrics(path, {"step": 1, "loss": 2.0})
-    progress_callback.append_metrics(path, {"step": 2, "loss": 1.0})
+    append_metrics(path, {"step": 1, "loss": 2.0})
+    append_metrics(path, {"step": 2, "loss": 1.0})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 
 

@@ -22,13 +22,13 @@ from lorakeet.config import RunConfig, TaskSettings, make_run, read_run
 from lorakeet.data.collate import PaddingCollator
 from lorakeet.data.prepare import prepare
 from lorakeet.errors import BaseModelError, DataError, OutputError, TargetError, TrainingError
+from lorakeet.runs.metrics_log import read_metrics
 from lorakeet.runs.run_folder import check_run_folder
 from lorakeet.train import interrupt as stop_module
 from lorakeet.train import run
 from lorakeet.train import run as module
 from lorakeet.train.evaluate import evaluate
 from lorakeet.train.interrupt import StopAfterStep
-from lorakeet.train.progress_callback import read_metrics
 from lorakeet.train.run import InterruptedRunError, run_training
 
 

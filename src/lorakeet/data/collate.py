@@ -21,9 +21,7 @@ from transformers import (
 
 from lorakeet.config import TaskSettings
 from lorakeet.errors import BaseModelError, DataError
-
-#: The label of a position that is no target (torch's default ``ignore_index``).
-IGNORED = -100
+from lorakeet.ignore_index import IGNORE_INDEX
 
 Samples = Sequence[Mapping[str, Any]]
 Collator = Callable[[list[Any]], Any]
@@ -56,7 +54,7 @@ class PaddingCollator:
         return {
             "input_ids": padded([ids for ids, _ in rows], self.pad_token_id),
             "attention_mask": padded([torch.ones_like(ids) for ids, _ in rows], 0),
-            "labels": padded([labels for _, labels in rows], IGNORED),
+            "labels": padded([labels for _, labels in rows], IGNORE_INDEX),
         }
 
 
@@ -117,8 +115,8 @@ class MaskingCollator:
         choose = self._gaps_of_words if self.whole_word else self._gaps_of_tokens
         for _ in range(_DRAWS):
             ids, labels = choose(padded(texts, self.tokenizer.pad_token_id), samples)
-            labels = labels.where(mask.bool(), IGNORED)
-            if labels.ne(IGNORED).any():
+            labels = labels.where(mask.bool(), IGNORE_INDEX)
+            if labels.ne(IGNORE_INDEX).any():
                 return {"input_ids": ids, "attention_mask": mask, "labels": labels}
         raise DataError("a batch has no token that could be guessed", "leave out texts of special tokens only")
 
@@ -130,7 +128,7 @@ class MaskingCollator:
         words = padded([torch.as_tensor(sample["words"], dtype=torch.int64) for sample in samples], -1)
         chosen = torch.rand(len(words), max(int(words.max()), 0) + 1) < self.probability  # [batch, words]
         gaps = chosen.gather(1, words.clamp(min=0)) & words.ge(0)
-        labels = ids.where(gaps, IGNORED)
+        labels = ids.where(gaps, IGNORE_INDEX)
         dice = torch.rand(ids.shape)
         anything = torch.randint(len(self.tokenizer), ids.shape)
         ids = ids.where(~(gaps & dice.lt(0.8)), self.tokenizer.mask_token_id)

@@ -14,7 +14,8 @@ from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data.doctor.examine import check_heads
 from lorakeet.data.encode.encoder import Encoder
 from lorakeet.data.encode.make import complaint, make_encoder
-from lorakeet.data.prepare import (
+from lorakeet.data.prepare_report import Report
+from lorakeet.data.prepared import (
     Prepared,
     check_length,
     digest,
@@ -25,7 +26,6 @@ from lorakeet.data.prepare import (
     shape,
     tell,
 )
-from lorakeet.data.prepare_report import Report
 from lorakeet.data.rows.column_mapping import Kind
 from lorakeet.data.rows.content import is_usable, usable
 from lorakeet.data.rows.label_set import given_labels

@@ -25,7 +25,7 @@ from lorakeet.kernels.glu import Activation, gated
 from lorakeet.kernels.rms_norm import rms_norm
 from lorakeet.kernels.rotary import rotary
 from lorakeet.log import warn
-from lorakeet.train.checkpoint import same_random_state
+from lorakeet.rng import same_random_state
 
 # fmt: off
 #: Architectures of transformers whose ``…RMSNorm`` is a norm that the kernel knows, and whether its weight is added to 1.

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
-from lorakeet.data.collate import IGNORED
+from lorakeet.ignore_index import IGNORE_INDEX
 from lorakeet.kernels.linear_cross_entropy import LogitMap, linear_cross_entropy, row_losses
 from lorakeet.log import say
-from lorakeet.train import evaluate
+from lorakeet.patches.causal_loss import asks_loss_function, sample_losses
 
 #: What stands in for the logits of one position. Exact in bf16; large enough to meet any cap.
 _PROBE = (-96.0, -24.0, -5.0, -1.5, -0.25, 0.0, 0.5, 1.0, 3.0, 12.0, 40.0, 128.0)
@@ -44,7 +44,7 @@ def why_not_fused(model: nn.Module) -> str | None:
     kind = type(lm).__name__
     if hasattr(lm, "_loss_function"):
         return f"{kind} was given a loss function of its own"
-    if evaluate.asks_loss_function(lm):
+    if asks_loss_function(lm):
         if lm.loss_function not in (ForCausalLMLoss, ForMaskedLMLoss):
             return f"the loss of {kind} is not known"
     elif not kind.endswith("ForMaskedLM"):
@@ -114,14 +114,14 @@ def _without_logits(lm: PreTrainedModel, forward: Callable[..., Any], args: tupl
     """Runs a forward with labels; returns its output with ``loss`` and no ``logits``."""
     head = _head(lm)
     losses: list[Tensor] = []
-    shifted = evaluate.asks_loss_function(lm) and lm.loss_function is ForCausalLMLoss
+    shifted = asks_loss_function(lm) and lm.loss_function is ForCausalLMLoss
 
     def loss_function(
         logits: Tensor,
         labels: Tensor,
         vocab_size: int | None = None,
         num_items_in_batch: Any = None,
-        ignore_index: int = IGNORED,
+        ignore_index: int = IGNORE_INDEX,
         shift_labels: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
@@ -135,7 +135,7 @@ def _without_logits(lm: PreTrainedModel, forward: Callable[..., Any], args: tupl
         return losses[-1]
 
     with _stand_in(head) as seen:
-        if not evaluate.asks_loss_function(lm):
+        if not asks_loss_function(lm):
             output = forward(*args, **{**kwargs, "labels": None})
             output["loss"] = loss_function(output.logits, kwargs["labels"])
         else:
@@ -194,12 +194,12 @@ def _checked_map(lm: PreTrainedModel, logits: Tensor) -> LogitMap:
     return logit_map
 
 
-def _shift(labels: Tensor, ignore_index: int = IGNORED) -> Tensor:
+def _shift(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """[B, T] -> [B, T]: what each position has to predict."""
     return nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 
-def _targets(hidden: Tensor, labels: Tensor, ignore_index: int = IGNORED) -> tuple[Tensor, Tensor]:
+def _targets(hidden: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> tuple[Tensor, Tensor]:
     """[B, T, H] and [B, T] -> [n, H] and [n]: positions that have something to predict."""
     if hidden.shape[:-1] != labels.shape:
         raise _UnknownLossError(f"the head got {tuple(hidden.shape[:-1])} positions, the loss {tuple(labels.shape)}")
@@ -209,15 +209,15 @@ def _targets(hidden: Tensor, labels: Tensor, ignore_index: int = IGNORED) -> tup
 
 
 @torch.no_grad()
-def sample_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """As :func:`lorakeet.train.evaluate.sample_losses`, without ever holding all logits.
+def fused_sample_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """As :func:`lorakeet.patches.causal_loss.sample_losses`, without ever holding all logits.
 
     Returns:
         Summed loss and number of targets of each row of a causal language model's batch: [B] fp32 and [B] int64.
     """
     lm = _language_model(model)
     if lm is None or why_not_fused(model):
-        return evaluate.sample_losses(model, batch)
+        return sample_losses(model, batch)
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
     head, targets = _head(lm), batch.get("shift_labels")
     try:
@@ -227,8 +227,8 @@ def sample_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, T
         targets = _shift(batch["labels"]) if targets is None else targets
         rows, wanted = _targets(seen.only(), targets)
     except _UnknownLossError:
-        return evaluate.sample_losses(model, batch)
-    mask = targets.ne(IGNORED).to(rows.device)
+        return sample_losses(model, batch)
+    mask = targets.ne(IGNORE_INDEX).to(rows.device)
     losses = torch.zeros(mask.shape, dtype=torch.float32, device=rows.device)
     losses[mask] = row_losses(rows, wanted, head, logit_map)
     return losses.sum(1), mask.sum(1)

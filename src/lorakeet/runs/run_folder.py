@@ -10,8 +10,7 @@ from typing import Any
 
 from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import OutputError, TrainingError
-from lorakeet.files import write_file
-from lorakeet.train.preflight import check_output
+from lorakeet.files import check_output, write_file
 
 #: What a run writes.
 FILES = ("run.yaml", "metrics.jsonl", "summary.json", "loss_curve.png", "confusion.png", "adapter", "checkpoints")

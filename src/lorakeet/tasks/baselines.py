@@ -17,9 +17,9 @@ import numpy as np
 from transformers import EvalPrediction
 
 from lorakeet._optional_imports import let_in
-from lorakeet.data.collate import IGNORED
-from lorakeet.data.prepare import Prepared
+from lorakeet.data.prepared import Prepared
 from lorakeet.data.rows.label_set import LabelSet
+from lorakeet.ignore_index import IGNORE_INDEX
 from lorakeet.tasks.metrics import Array, compute_metrics_for
 from lorakeet.tasks.task import Task
 from lorakeet.tasks.text_metrics import Figures
@@ -177,7 +177,7 @@ def texts(rows: Rows) -> list[str]:
 
 def _filled(rows: Sequence[Sequence[int]]) -> Array:
     """[N, longest], short rows filled up with -100."""
-    filled = np.full((len(rows), max(map(len, rows), default=0)), IGNORED)
+    filled = np.full((len(rows), max(map(len, rows), default=0)), IGNORE_INDEX)
     for row, numbered in zip(filled, rows, strict=True):
         row[: len(numbered)] = numbered
     return filled

@@ -1,11 +1,12 @@
 """The figures that people expect of each task: functions of arrays, and :func:`compute_metrics_for` for a Trainer.
 
-Labels of -100 (:data:`lorakeet.data.collate.IGNORED`) count nowhere, but for regression, where -100 is a number as any.
+Labels of -100 (:data:`lorakeet.ignore_index.IGNORE_INDEX`) count nowhere, but for regression, where -100 is a number as any.
 All figures are shares between 0 and 1 unless said otherwise. What is standard is computed by scikit-learn and scipy.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from transformers import EvalPrediction
 
 from lorakeet._optional_imports import let_in
-from lorakeet.data.collate import IGNORED
+from lorakeet.ignore_index import IGNORE_INDEX
 from lorakeet.log import warn
 from lorakeet.tasks.text_metrics import (
     Figures,
@@ -27,7 +28,6 @@ from lorakeet.tasks.text_metrics import (
     rouge,
     span_f1,
 )
-from lorakeet.train.evaluate import loss_and_perplexity
 
 Array = NDArray[Any]
 
@@ -67,7 +67,7 @@ def multi_label(logits: Array, labels: Array) -> Figures:
     let_in()
     from sklearn.metrics import f1_score
 
-    counts = labels != IGNORED
+    counts = labels != IGNORE_INDEX
     if not counts.any():
         raise nothing_to_measure(labels)
     predicted, right = (logits > 0) & counts, (labels > 0.5) & counts
@@ -135,12 +135,12 @@ def token_prediction(scores: Array, labels: Array, losses: Array | None = None) 
     predicted, right = _kept(_best(scores, labels), labels)
     figures = {"accuracy": float((predicted == right).mean())}
     if losses is None and scores.ndim > labels.ndim:
-        some = scores[labels != IGNORED].astype(np.float64)
+        some = scores[labels != IGNORE_INDEX].astype(np.float64)
         highest = some.max(1)
         norms = highest + np.log(np.exp(some - highest[:, None]).sum(1))
         total = float((norms - some[np.arange(len(right)), right]).sum())
     elif losses is not None:
-        total = float(losses[labels != IGNORED].sum(dtype=np.float64))
+        total = float(losses[labels != IGNORE_INDEX].sum(dtype=np.float64))
     else:
         return figures
     both = loss_and_perplexity(total, len(right))
@@ -253,7 +253,9 @@ def preprocess_logits_for_metrics(task: str) -> Callable[[Any, Any], Any] | None
         from torch.nn.functional import cross_entropy
 
         scores = _first(logits)
-        flat = cross_entropy(scores.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        flat = cross_entropy(
+            scores.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+        )
         return scores.argmax(-1), flat.view_as(labels)
 
     return best_and_losses
@@ -269,7 +271,7 @@ def _best(scores: Array, labels: Array) -> Array:
 
 def _kept(predicted: Array, labels: Array) -> tuple[Array, Array]:
     """Both without what is labelled -100: [number of labels]."""
-    counts = labels != IGNORED
+    counts = labels != IGNORE_INDEX
     if not counts.any():
         raise nothing_to_measure(labels)
     return predicted[counts], labels[counts]
@@ -298,7 +300,7 @@ def _are_ids(predicted: Any) -> bool:
 def _texts(ids: Any, tokenizer: Any) -> list[str]:
     if _are_texts(ids):
         return list(ids)
-    return [tokenizer.decode(row[row != IGNORED], skip_special_tokens=True) for row in ids]
+    return [tokenizer.decode(row[row != IGNORE_INDEX], skip_special_tokens=True) for row in ids]
 
 
 def _spans(predicted: tuple[Array, Array]) -> list[Array]:
@@ -307,7 +309,7 @@ def _spans(predicted: tuple[Array, Array]) -> list[Array]:
 
 
 def _named(ids: Array, right: Array, names: Sequence[str]) -> list[list[str]]:
-    return [[names[number] for number in row[label != IGNORED]] for row, label in zip(ids, right, strict=True)]
+    return [[names[number] for number in row[label != IGNORE_INDEX]] for row, label in zip(ids, right, strict=True)]
 
 
 def _if_there(figures: Callable[..., Figures], *rest: Any) -> Figures:
@@ -322,3 +324,9 @@ def _if_there(figures: Callable[..., Figures], *rest: Any) -> Figures:
 def _left_out(what: str, why: str, hint: str) -> None:
     """Said once, however often it is measured."""
     warn(f"{what} is left out: {why} ({hint})")
+
+
+def loss_and_perplexity(total: float, tokens: int) -> dict[str, float | int]:
+    """``{"loss", "perplexity", "tokens"}`` from a sum of losses; perplexity is exp(loss)."""
+    loss = total / tokens if tokens else math.nan
+    return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": tokens}

@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from lorakeet.data.collate import IGNORED
 from lorakeet.files import write_file
+from lorakeet.ignore_index import IGNORE_INDEX
 from lorakeet.tasks.metrics import Array
 
 #: Classes that a confusion matrix shows one by one, and labels that a count does.
@@ -70,7 +70,7 @@ def draw_confusion(
 
 def confusion(labels: Array, predicted: Array, classes: int) -> Array:
     """Counts [true class, predicted class]."""
-    counts = labels != IGNORED
+    counts = labels != IGNORE_INDEX
     pairs = labels[counts].astype(np.int64) * classes + predicted[counts].astype(np.int64)
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 

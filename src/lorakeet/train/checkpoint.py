@@ -14,8 +14,7 @@ import random
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from transformers import TrainingArguments
 
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import TrainingError
+from lorakeet.rng import same_random_state
 
 MANIFEST = "lorakeet_checkpoint.json"
 
@@ -167,33 +167,6 @@ def refuse_other_run(folder: Path, now: Mapping[str, Any]) -> None:
             f"checkpoint {folder} comes from another run: {'; '.join(differences)}",
             "resume with the run's own settings and data, or say Trainer(..., any_checkpoint=True)",
         )
-
-
-def random_state() -> dict[str, Any]:
-    """The state of every generator that training draws from: Python, NumPy, torch on the CPU and on CUDA."""
-    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what :func:`random_state` took."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-@contextmanager
-def same_random_state() -> Iterator[None]:
-    """What happens inside draws no random number from the run outside."""
-    state = random_state()
-    try:
-        yield
-    finally:
-        set_random_state(state)
 
 
 class SteadyCollator:

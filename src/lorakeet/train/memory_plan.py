@@ -11,7 +11,8 @@ import torch
 from lorakeet.log import say, warn
 from lorakeet.patches.gradient_checkpointing import Kept, can_recompute, choose_every, kept_by
 from lorakeet.patches.padding_free import is_padding_free
-from lorakeet.train import checkpoint, preflight
+from lorakeet.rng import same_random_state
+from lorakeet.train import preflight
 
 if TYPE_CHECKING:
     from lorakeet.train.trainer import Trainer
@@ -77,7 +78,7 @@ def _kept(trainer: Trainer, samples: list[Any]) -> Kept:
     was_training = model.training
     model.train()
     try:
-        with checkpoint.same_random_state(), torch.enable_grad(), trainer.accelerator.autocast():
+        with same_random_state(), torch.enable_grad(), trainer.accelerator.autocast():
             batch = trainer._prepare_inputs(trainer.data_collator(samples))
             return kept_by(model, lambda: trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(1)))
     finally:

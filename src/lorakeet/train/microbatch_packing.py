@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from lorakeet.data.collate import IGNORED
+from lorakeet.ignore_index import IGNORE_INDEX
 from lorakeet.log import say
+from lorakeet.patches.causal_loss import count_targets
 from lorakeet.patches.fused_loss import computes_logits
 from lorakeet.patches.padding_free import is_padding_free
-from lorakeet.train import checkpoint
-from lorakeet.train.evaluate import count_targets
+from lorakeet.rng import same_random_state
 
 if TYPE_CHECKING:
     from lorakeet.train.trainer import Trainer
@@ -35,8 +35,8 @@ Batch = Mapping[str, Any]
 FILLINGS: dict[str, int | None] = {
     "input_ids": None,
     "attention_mask": 0,
-    "labels": IGNORED,
-    "shift_labels": IGNORED,
+    "labels": IGNORE_INDEX,
+    "shift_labels": IGNORE_INDEX,
     "token_type_ids": 0,
     "position_ids": 0,
 }
@@ -227,7 +227,7 @@ class Passes:
         was_training = model.training
         model.eval()
         try:
-            with checkpoint.same_random_state(), trainer.accelerator.autocast():
+            with same_random_state(), trainer.accelerator.autocast():
                 losses = [
                     float(trainer.compute_loss(model, trainer._prepare_inputs(batch)))
                     for batch in (*apart, joined(apart, self._padding_token()[0]))

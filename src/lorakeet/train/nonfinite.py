@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lorakeet.train import checkpoint, preflight
+from lorakeet.rng import same_random_state
+from lorakeet.train import preflight
 from lorakeet.train.microbatch_packing import Batch
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def losses_one_by_one(trainer: Trainer) -> list[tuple[Tensor, Batch]]:
     if len(batches) == len(trainer._losses):
         return [(loss, batch) for (loss, _), batch in zip(trainer._losses, batches, strict=True)]
     model = trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.model
-    with checkpoint.same_random_state(), trainer.accelerator.autocast():
+    with same_random_state(), trainer.accelerator.autocast():
         losses = [
             trainer.compute_loss(model, trainer._prepare_inputs(dict(batch)), num_items_in_batch=trainer._targets)
             for batch in batches

@@ -8,7 +8,6 @@ a loss or gradient that is not finite.
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from lorakeet.adapter.peft_model import PeftModel
-from lorakeet.errors import OutputError, TrainingError
+from lorakeet.errors import TrainingError
 from lorakeet.log import log, say, warn
 
 #: Names shown of a longer list.
@@ -99,30 +98,6 @@ def check_sharded(model: nn.Module, args: TrainingArguments) -> None:
         raise TrainingError(
             f"FSDP was asked for, but the model is wrapped as {type(model).__name__} on {args.device.type}",
             "leave FSDP out, or run on devices that support it",
-        )
-
-
-def check_output(folder: str | Path, need: int = 0) -> None:
-    """See that ``folder`` can be written to and has room for ``need`` bytes.
-
-    Raises:
-        OutputError: it cannot, or has not.
-    """
-    folder = Path(folder)
-    probe = folder / ".lorakeet-probe.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"lorakeet")
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(
-            f"cannot write to {folder}: {error.strerror or error}", "choose a folder you may write to"
-        ) from error
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise OutputError(
-            f"{folder} has {free / 1e6:,.0f} MB free, a checkpoint needs {need / 1e6:,.0f} MB",
-            "free some space or choose another folder",
         )
 
 

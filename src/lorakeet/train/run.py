@@ -25,7 +25,8 @@ from lorakeet.base.quiet import quiet
 from lorakeet.config import RunConfig, TaskSettings
 from lorakeet.data.collate import make_collator
 from lorakeet.data.encode.render import describe_sample
-from lorakeet.data.prepare import Prepared, prepare
+from lorakeet.data.prepare import prepare
+from lorakeet.data.prepared import Prepared
 from lorakeet.data.rows.column_mapping import choose_task
 from lorakeet.data.rows.load import peek
 from lorakeet.errors import ConfigError, TrainingError
@@ -37,6 +38,7 @@ from lorakeet.patches.fused_layers import fused_layers
 from lorakeet.patches.fused_loss import fused_loss
 from lorakeet.patches.gradient_checkpointing import recomputed
 from lorakeet.patches.padding_free import padding_free, why_padded
+from lorakeet.runs.metrics_log import read_metrics
 from lorakeet.runs.run_folder import check_run_folder, claim_folder, refuse_other_settings
 from lorakeet.tasks.task import Task
 from lorakeet.train.checkpoint import latest_checkpoint
@@ -44,7 +46,7 @@ from lorakeet.train.interrupt import StopAfterStep
 from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.memory_plan import every_that_fits
 from lorakeet.train.memory_probe import free_memory
-from lorakeet.train.progress_callback import Report, draw_loss_curve, read_metrics
+from lorakeet.train.progress_callback import Report, draw_loss_curve
 from lorakeet.train.summary import compared, summarise
 from lorakeet.train.task_trainer import TaskTrainer
 from lorakeet.train.trainer import Trainer

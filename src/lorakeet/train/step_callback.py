@@ -8,7 +8,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 from lorakeet.errors import TrainingError
 from lorakeet.log import warn
-from lorakeet.train import checkpoint, nonfinite, preflight
+from lorakeet.rng import random_state, set_random_state
+from lorakeet.train import nonfinite, preflight
 
 if TYPE_CHECKING:
     from lorakeet.train.trainer import Trainer
@@ -40,7 +41,7 @@ class Steps(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         self.trainer._losses.clear()
         self.start = {
-            "random": checkpoint.random_state(),
+            "random": random_state(),
             "loss": self.trainer._tr_loss.clone(),
             "tokens": state.num_input_tokens_seen,
         }
@@ -58,7 +59,7 @@ class Steps(TrainerCallback):
         if trainer.non_finite == "skip":
             warn(f"step skipped: {complaint}")
             return
-        checkpoint.set_random_state(self.start["random"])
+        set_random_state(self.start["random"])
         trainer._tr_loss.copy_(self.start["loss"])
         state.num_input_tokens_seen = self.start["tokens"]
         raise TrainingError(complaint, nonfinite.keep_last_good_state(trainer))

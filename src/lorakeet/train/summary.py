@@ -12,8 +12,9 @@ import torch
 import transformers
 
 from lorakeet._version import __version__
+from lorakeet.runs.metrics_log import first_and_last, peak_rss_bytes, read_metrics
 from lorakeet.tasks.baselines import baseline
-from lorakeet.train.progress_callback import Report, first_and_last, peak_rss_bytes, read_metrics
+from lorakeet.train.progress_callback import Report
 from lorakeet.train.trainer import Trainer
 
 if TYPE_CHECKING:

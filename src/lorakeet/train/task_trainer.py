@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PrinterCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from lorakeet.data.collate import IGNORED
-from lorakeet.tasks.metrics import compute_metrics_for
+from lorakeet.ignore_index import IGNORE_INDEX
+from lorakeet.patches.causal_loss import count_targets
+from lorakeet.rng import same_random_state
+from lorakeet.tasks.metrics import compute_metrics_for, loss_and_perplexity
 from lorakeet.tasks.task import Task, embed_pairs, pair_loss, span_logits, span_loss
-from lorakeet.train import checkpoint
-from lorakeet.train.evaluate import count_targets, loss_and_perplexity
 from lorakeet.train.progress_callback import TIMES
 from lorakeet.train.trainer import Trainer
 
@@ -81,7 +81,7 @@ class TaskTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Loss per target over all of them, and the task's figures."""
-        with checkpoint.same_random_state():
+        with same_random_state():
             torch.manual_seed(self.args.seed)  # the same tokens are masked in every measurement
             self.model.eval()
             self.callback_handler.eval_dataloader = dataloader
@@ -118,7 +118,7 @@ class TaskTrainer(Trainer):
             return list(zip(_rows(outputs.logits.float()), _rows(batch["labels"]), strict=True))
         if self.task.name in ("TOKEN_CLS", "MASKED_LM"):
             best, labels = outputs.logits.argmax(-1), batch["labels"]
-            real = labels.ne(IGNORED)
+            real = labels.ne(IGNORE_INDEX)
             return [(b[r].cpu().numpy(), y[r].cpu().numpy()) for b, y, r in zip(best, labels, real, strict=True)]
         if self.task.name == "QUESTION_ANS":
             spans = torch.stack([logits.argmax(-1) for logits in span_logits(outputs, batch)], dim=1)
@@ -139,7 +139,7 @@ class TaskTrainer(Trainer):
         labels = batch["labels"]
         given = {name: batch[name] for name in ("input_ids", "attention_mask")}
         texts = self.model.generate(**given, max_new_tokens=labels.shape[1] + 8, do_sample=False, num_beams=1)
-        right = (row[row.ne(IGNORED)] for row in labels)
+        right = (row[row.ne(IGNORE_INDEX)] for row in labels)
         return [(self._decode(text), self._decode(target)) for text, target in zip(texts, right, strict=True)]
 
     def _decode(self, ids: Tensor) -> str:
@@ -178,7 +178,7 @@ def _stacked(rows: list[Any]) -> Any:
     if rows[0].ndim == 0 or len({row.shape for row in rows}) == 1:
         return np.stack(rows)
     longest = max(len(row) for row in rows)
-    return np.stack([np.pad(row, (0, longest - len(row)), constant_values=IGNORED) for row in rows])
+    return np.stack([np.pad(row, (0, longest - len(row)), constant_values=IGNORE_INDEX) for row in rows])
 
 
 def measure(

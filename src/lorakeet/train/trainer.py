@@ -31,11 +31,13 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_check
 
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import TrainingError
-from lorakeet.files import write_folder
+from lorakeet.files import check_output, write_folder
 from lorakeet.log import say
-from lorakeet.patches.fused_loss import sample_losses
+from lorakeet.patches.causal_loss import count_targets, shifts_labels
+from lorakeet.patches.fused_loss import fused_sample_losses
+from lorakeet.rng import same_random_state
+from lorakeet.tasks.metrics import loss_and_perplexity
 from lorakeet.train import checkpoint, preflight
-from lorakeet.train.evaluate import count_targets, loss_and_perplexity, shifts_labels
 from lorakeet.train.length_sampler import LengthWindows
 from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.microbatch_packing import Batch, Passes, why_separate
@@ -178,7 +180,7 @@ class Trainer(transformers.Trainer):
         alone = self.args.gradient_accumulation_steps == 1 and self.args.world_size == 1
         if self.model_accepts_loss_kwargs and self._models_own_loss and not alone:
             batch = self._prepare_inputs(inputs)
-            with checkpoint.same_random_state(), self.accelerator.autocast():
+            with same_random_state(), self.accelerator.autocast():
                 self.model_accepts_loss_kwargs = preflight.divides_by_count(self.model, batch)
         self._counts_known = True
 
@@ -216,7 +218,7 @@ class Trainer(transformers.Trainer):
     ) -> EvalLoopOutput:
         """For causal language models without ``compute_metrics``: the mean over all target tokens, and perplexity."""
         only_loss = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
-        with checkpoint.same_random_state():
+        with same_random_state():
             if not (only_loss and self._shifts_labels and self._models_own_loss):
                 return super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -231,7 +233,7 @@ class Trainer(transformers.Trainer):
         total, tokens, samples = 0.0, 0, 0
         for batches in self._passes.of_an_evaluation(dataloader):
             with self.accelerator.autocast():
-                losses, targets = sample_losses(model, self._prepare_inputs(self._passes.join(batches)))
+                losses, targets = fused_sample_losses(model, self._prepare_inputs(self._passes.join(batches)))
             if self.accelerator.num_processes > 1:  # without the rows that even out processes
                 losses, targets = self.accelerator.gather_for_metrics((losses, targets))
             total += float(losses.cpu().double().sum())
@@ -249,13 +251,13 @@ class Trainer(transformers.Trainer):
             OutputError: the output folder cannot be written, or has no room for a checkpoint.
         """
         if self.args.should_save and self.args.save_strategy != "no":
-            preflight.check_output(self.args.output_dir, preflight.checkpoint_bytes(self.model))
+            check_output(self.args.output_dir, preflight.checkpoint_bytes(self.model))
             checkpoint.clear_aside(Path(self.args.output_dir))
             if isinstance(self.model, PeftModel):
                 preflight.rehearse_save(self.model, self.args.output_dir)
         if self.args.eval_strategy != "no":
             sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-            with checkpoint.same_random_state():
+            with same_random_state():
                 for dataset in sets:
                     self._rehearse_evaluation(dataset)
 
@@ -271,7 +273,7 @@ class Trainer(transformers.Trainer):
         self.model.eval()
         with self.accelerator.autocast():
             if self.compute_metrics is None and self._shifts_labels and self._models_own_loss:
-                sample_losses(self.model, self._prepare_inputs(batch))
+                fused_sample_losses(self.model, self._prepare_inputs(batch))
             else:
                 self.prediction_step(self.model, batch, prediction_loss_only=self.compute_metrics is None)
 

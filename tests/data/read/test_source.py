@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from lorakeet.config import DataSettings, TaskName
 from lorakeet.data.read.column_types import TypeNames
-from lorakeet.data.read.source import Row, RowError, canonical, iter_rows
+from lorakeet.data.read.record import Row
+from lorakeet.data.read.source import iter_rows
 from lorakeet.data.rows.column_mapping import TASKS, Layout, find_layout
-from lorakeet.data.rows.normalize import COLUMNS, features
+from lorakeet.data.rows.normalize import COLUMNS, RowError, canonical, features
 from lorakeet.errors import DataError
 
 Put = Callable[..., Path]

@@ -22,7 +22,8 @@ from lorakeet.data.doctor.issues import Findings
 from lorakeet.data.doctor.label_stats import Labels
 from lorakeet.data.doctor.leakage import other_rows
 from lorakeet.data.doctor.token_stats import Measure
-from lorakeet.data.read.source import Row, Source, find_sources
+from lorakeet.data.read.record import Row
+from lorakeet.data.read.source import Source, find_sources
 from lorakeet.data.rows.column_mapping import KINDS, Family, Kind, Layout, choose_task, find_layout, merge_layouts
 from lorakeet.errors import DataError
 

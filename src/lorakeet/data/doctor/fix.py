@@ -27,7 +27,8 @@ from lorakeet.data.doctor.leakage import other_rows
 from lorakeet.data.doctor.record_fixes import Mended, Mender, Values
 from lorakeet.data.read.column_types import TypeNames
 from lorakeet.data.read.locate import locate
-from lorakeet.data.read.source import Row, Source, find_sources
+from lorakeet.data.read.record import Row
+from lorakeet.data.read.source import Source, find_sources
 from lorakeet.data.rows.column_mapping import KINDS, Family, Layout, find_layout, merge_layouts
 from lorakeet.errors import DataError, OutputError
 from lorakeet.files import write_file

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lorakeet.config import DataSettings, TaskName, TaskSettings
-from lorakeet.data.collate import IGNORED
 from lorakeet.data.doctor.checks import special_tokens_in, spoken
 from lorakeet.data.doctor.diagnosis import Shown
 from lorakeet.data.doctor.issues import Findings
@@ -16,6 +15,7 @@ from lorakeet.data.encode.encoder import Encoder
 from lorakeet.data.encode.make import make_encoder
 from lorakeet.data.encode.render import describe_sample, show_sample
 from lorakeet.data.rows.column_mapping import Kind, Layout
+from lorakeet.ignore_index import IGNORE_INDEX
 
 _BATCH = 512  # rows encoded together
 _WHOLE = 1 << 30  # tokens: nothing is cut before it has been measured
@@ -105,7 +105,7 @@ class Measure:
                 first = [
                     word is not None and word != before for word, before in zip(words, [None, *words], strict=False)
                 ]
-                yield at, ids, [0 if is_first else IGNORED for is_first in first], None
+                yield at, ids, [0 if is_first else IGNORE_INDEX for is_first in first], None
             return
         pairs = {"question": ("question", "context"), "classes": ("text", "text_pair"), "pairs": ("anchor",)}
         names = [name for name in pairs.get(self._kind, ("text",)) if batch.get(name, [None])[0] is not None]
@@ -135,8 +135,8 @@ class Measure:
             self.targets += 1
             return
         first = 1 if self._kind in ("text", "completion", "messages") else 0  # nothing stands before the first token
-        wanted = sum(label != IGNORED for label in labels[first:])
-        targets = sum(label != IGNORED for label in labels[first:most])
+        wanted = sum(label != IGNORE_INDEX for label in labels[first:])
+        targets = sum(label != IGNORE_INDEX for label in labels[first:most])
         self.targets += targets
         if not targets:
             self._found.add("nothing_learned", source, place, f"none of {min(length, most):,} tokens is learned")

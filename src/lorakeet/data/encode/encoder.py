@@ -26,7 +26,7 @@ from typing import Any
 
 import datasets
 
-from lorakeet.data.collate import IGNORED
+from lorakeet.ignore_index import IGNORE_INDEX
 
 Batch = Mapping[str, list[Any]]
 Sample = dict[str, Any]
@@ -129,5 +129,5 @@ class CausalEncoder(Encoder):
         }
         if self.learn_all:
             return sample
-        labels = [token if flag else IGNORED for token, flag in zip(ids, learned, strict=True)]
+        labels = [token if flag else IGNORE_INDEX for token, flag in zip(ids, learned, strict=True)]
         return {**sample, "labels": labels[:most]}

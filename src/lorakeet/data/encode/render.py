@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from lorakeet.config import TaskName
-from lorakeet.data.collate import IGNORED
+from lorakeet.ignore_index import IGNORE_INDEX
 
 _LEARNED, _GIVEN, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # a text must not steer the terminal; tab and line feed may pass
@@ -27,7 +27,7 @@ def show_sample(
         labels: the targets [length], -100 where nothing is learned; left out: every token is one.
         colour: use ANSI colours (green: learned, dim: not) in place of the brackets.
     """
-    learned = [at > 0 and (labels is None or labels[at] != IGNORED) for at in range(len(input_ids))]
+    learned = [at > 0 and (labels is None or labels[at] != IGNORE_INDEX) for at in range(len(input_ids))]
     before, after = (_GIVEN, _PLAIN) if colour else ("⟦", "⟧")
     shown, end = "", 0
     for is_learned, group in groupby(learned):
@@ -89,9 +89,9 @@ def _tagged(
     shown = ""
     for at, label in enumerate(labels):
         shown += _decoded(tokenizer, ids[: at + 1])[len(_decoded(tokenizer, ids[:at])) :]
-        if label != IGNORED:
+        if label != IGNORE_INDEX:
             shown += _marked(names[label] if names else str(label), colour, "⟨⟩")
-    return f"{shown}\n({sum(label != IGNORED for label in labels)} words with a tag)"
+    return f"{shown}\n({sum(label != IGNORE_INDEX for label in labels)} words with a tag)"
 
 
 def _answered(tokenizer: Any, ids: Sequence[int], start: int, end: int, colour: bool) -> str:

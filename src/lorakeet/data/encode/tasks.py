@@ -12,12 +12,12 @@ import datasets
 
 from lorakeet.chat_template import check_offsets
 from lorakeet.config import TaskName, TaskSettings
-from lorakeet.data.collate import IGNORED
 from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample
 from lorakeet.data.encode.text import with_end
 from lorakeet.data.rows.column_mapping import Kind, Layout
 from lorakeet.data.rows.label_set import LabelSet
 from lorakeet.errors import DataError
+from lorakeet.ignore_index import IGNORE_INDEX
 
 _OVERLAP = 6  # this part of a window's tokens is in the next window too
 
@@ -120,7 +120,7 @@ class TagEncoder(Encoder):
                 yield number, {"fault": str(error)}
                 continue
             labels = word_labels(words, numbers, encoded["offset_mapping"][number])
-            targets = sum(label != IGNORED for label in labels)
+            targets = sum(label != IGNORE_INDEX for label in labels)
             yield (
                 number,
                 {
@@ -146,7 +146,7 @@ def word_labels(words: Sequence[str], tags: Sequence[int], offsets: Sequence[tup
                 word += 1
             elif start >= starts[word] + len(words[word]):
                 word = -1
-        labels.append(tags[word] if word > tagged else IGNORED)
+        labels.append(tags[word] if word > tagged else IGNORE_INDEX)
         tagged = max(tagged, word)
     return labels
 

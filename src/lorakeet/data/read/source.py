@@ -17,10 +17,7 @@ from lorakeet.data.read.hub import hub_table
 from lorakeet.data.read.locate import data_files, locate
 from lorakeet.data.read.record import Fault, Row, complaint
 from lorakeet.data.read.table_formats import TABLE_READERS, table_schema
-from lorakeet.data.rows.normalize import RowError, canonical
 from lorakeet.errors import DataError
-
-__all__ = ["Row", "RowError", "Source", "canonical", "find_sources", "iter_rows"]
 
 _HEAD = 1000  # records whose values tell the types of a file without a schema, where it is not read whole
 _SHARE = 0.2  # of the values of a column that must be of a type for it to be one that the column holds
