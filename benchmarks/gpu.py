@@ -72,7 +72,7 @@ def contenders(weight: Tensor) -> Iterator[tuple[str, Callable[[], Layer]]]:
                 f"bitsandbytes, threshold {threshold:.0f}",
                 lambda t=threshold: with_lora(bitsandbytes_layer(weight, t)),
             )
-    quantised, scale = linear.quantise_rows(weight)
+    quantised, scale = linear.quantize_rows(weight)
     yield "lorakeet", lambda: lambda x, a, b: lora_linear(x, quantised, None, a, b, SCALING, scale=scale)
 
 
@@ -162,13 +162,13 @@ def print_parts(
     weight: Tensor, leaves: list[list[Tensor]], grads: list[Tensor], turns: int, peak: float | None
 ) -> None:
     """Where Lorakeet's time goes: each part by itself, from CUDA graphs."""
-    quantised, scale = linear.quantise_rows(weight)
+    quantised, scale = linear.quantize_rows(weight)
     xs = [x.detach() for x, _, _ in leaves]
     splits = [triton.split_columns(x) for x in xs]
     parts: dict[str, tuple[Callable[[int], Any], int]] = {
         "choice of columns": (lambda turn: triton.split_columns(xs[turn % SETS]), 0),
-        "rounding x": (lambda turn: triton.quantise(xs[turn % SETS], split=splits[turn % SETS]), 0),
-        "rounding g": (lambda turn: triton.quantise(grads[turn % SETS], factor=scale), 0),
+        "rounding x": (lambda turn: triton.quantize_(xs[turn % SETS], split=splits[turn % SETS]), 0),
+        "rounding g": (lambda turn: triton.quantize_(grads[turn % SETS], factor=scale), 0),
         "product, all of it": (lambda turn: triton.product(xs[turn % SETS], quantised, scale), 1),
         "input gradient": (lambda turn: triton.input_gradient(grads[turn % SETS], quantised, scale), 1),
         "the weight turned for it": (lambda turn: triton.turn(quantised), 0),

@@ -72,9 +72,9 @@ def rounded_product(rule: Callable[[Any], Any]) -> Callable[..., Any]:
         columns = rule(x)
         inner = x.clone()
         inner[:, columns] = 0
-        rounded, row_scale = linear.quantise_rows(inner)
+        rounded, row_scale = linear.quantize_rows(inner)
         h = (rounded.float() @ weight.float().T).mul_(row_scale.unsqueeze(1)).mul_(rows)
-        h += x[:, columns].float() @ linear.dequantise(weight[:, columns], rows).T
+        h += x[:, columns].float() @ linear.dequantize(weight[:, columns], rows).T
         if kept:
             h += whole[:, kept[0].long()].float() @ kept[1]
         return (h if bias is None else h + bias).to(x.dtype)
@@ -200,7 +200,7 @@ def stress(options: argparse.Namespace) -> list[dict]:
         x, dense = torch.randn(512, 1024), torch.randn(1024, 1024) / 32
         large = torch.randperm(1024)[:columns]
         x[:, large] *= 100
-        weight, scale = linear.quantise_weight(dense)
+        weight, scale = linear.quantize_weight(dense)
         exact = x.double() @ dense.double().T
         ordinary = x.clone()
         ordinary[:, large] = 0
@@ -233,7 +233,7 @@ def layer_times(out: int, inner: int, options: argparse.Namespace) -> dict[str, 
 
     torch.manual_seed(0)
     dense = torch.randn(out, inner) / inner**0.5
-    weight, scale = linear.quantise_weight(dense)
+    weight, scale = linear.quantize_weight(dense)
     x = torch.randn(512, inner, requires_grad=True)
     a = (torch.randn(16, inner) / inner**0.5).requires_grad_()
     b = torch.zeros(out, 16, requires_grad=True)
@@ -290,12 +290,12 @@ def whole_model(name: str, full: Any, options: argparse.Namespace) -> list[dict]
     """Steps of one base in fp32, in 8 bits, and by PEFT on bitsandbytes, all with the same tokens."""
     import lorakeet
     from cost import as_a_run, make_batch, make_step
-    from lorakeet.quant.hf_quantizer import quantise
+    from lorakeet.quant.hf_quantizer import quantize_
 
     settings: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
     batch = {key: value % full.config.vocab_size for key, value in make_batch(16, 32, 0.0).items()}
     rounded = copy.deepcopy(full)
-    quantise(rounded)
+    quantize_(rounded)
     bases, peers = {"lorakeet int8": rounded}, {}
     if not options.without_peers:
         import peft
@@ -345,7 +345,7 @@ def generation(options: argparse.Namespace) -> list[dict]:
     import torch
 
     import lorakeet
-    from lorakeet.inference.fast_decode import quick_decoding
+    from lorakeet.inference.fast_decode import fast_decode
 
     full, tokenizer = lorakeet.load_base(dtype="fp32")
     models = {"transformers fp32": full, "lorakeet int8": in_8_bits(True)}
@@ -357,7 +357,7 @@ def generation(options: argparse.Namespace) -> list[dict]:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         for name, model in models.items():
             began = time.perf_counter()
-            with torch.inference_mode(), quick_decoding(model):  # as `lorakeet generate` does; others are left alone
+            with torch.inference_mode(), fast_decode(model):  # as `lorakeet generate` does; others are left alone
                 new = model.generate(ids, do_sample=False, max_new_tokens=options.tokens, min_new_tokens=options.tokens)
             took = time.perf_counter() - began
             if number:

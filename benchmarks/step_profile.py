@@ -207,7 +207,7 @@ def rates(model: Any, tokens: int, repeats: int) -> dict[str, list[float]]:
     found = {}
     for out, inner in shapes:
         dense = torch.randn(out, inner) / inner**0.5
-        weight, scale = linear.quantise_weight(dense) if rounded else (dense, None)
+        weight, scale = linear.quantize_weight(dense) if rounded else (dense, None)
         x, g = torch.randn(tokens, inner), torch.randn(tokens, out)
         ways = (lambda: multiply(x, weight, scale)), (lambda: multiply_back(g, weight, scale))  # noqa: B023
         times = [statistics.median([milliseconds(way) for _ in range(2 * repeats + 1)][1:]) for way in ways]

@@ -38,13 +38,13 @@ def write_rows(kind: str, folder: Path, fraction: float, tokens: int) -> dict[st
     """Both files; what they hold, where the base is, and what torch has found."""
     import torch
 
-    from lorakeet.base.load import look_at
+    from lorakeet.base.load import inspect_model
     from lorakeet.base.source import find_source, local_folder
     from lorakeet.config import BaseSettings, DataSettings, TaskSettings
     from lorakeet.data.prepare import prepare
 
     base = BaseSettings()
-    tokenizer = look_at(base).tokenizer
+    tokenizer = inspect_model(base).tokenizer
     settings = DataSettings(path="fortunes", eval_fraction=fraction)
     data = prepare(settings, TaskSettings(type="CAUSAL_LM"), tokenizer, seed=42)
     counts = {}

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from lorakeet.data.read.fortune import parse_fortunes
 from lorakeet.data.read.locate import embedded_fortunes
-from lorakeet.data.rows.split import normalised
+from lorakeet.data.rows.split import normalized
 from lorakeet.files import write_file
 
 SOURCES = ("fortunes", "limerick", "murphy", "startrek", "zippy")
@@ -47,7 +47,7 @@ def quotations(folder: Path) -> Iterator[tuple[str, str, bool]]:
         lines = (folder / source).read_text(encoding="utf-8").split("\n")
         for quotation in parse_fortunes(lines):
             bare = _AUTHOR.sub("", quotation.text).strip() if quotation.author else quotation.text.strip()
-            key = normalised(bare)
+            key = normalized(bare)
             if not key:
                 continue
             if key in found and found[key][1] != source:

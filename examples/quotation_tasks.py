@@ -32,7 +32,7 @@ from typing import Any
 
 from lorakeet.data.read.fortune import parse_fortunes
 from lorakeet.data.read.locate import embedded_fortunes
-from lorakeet.data.rows.split import normalised
+from lorakeet.data.rows.split import normalized
 from lorakeet.files import write_file
 
 QUESTION = "Who said this?"
@@ -53,7 +53,7 @@ def quotations(file: Path, longest: int) -> Iterator[tuple[str, str | None]]:
         bare = quotation.text.strip()
         if quotation.author:
             bare = bare.removesuffix(f"-- {quotation.author}").rstrip()
-        key = normalised(bare)
+        key = normalized(bare)
         if key and key not in found and len(bare) <= longest and not _AUTHOR.search(bare):
             found.add(key)
             yield bare, quotation.author

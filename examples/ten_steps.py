@@ -74,11 +74,11 @@ if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
 assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id), "give the tokenizer a padding token of its own"
 
 
-def tokenise(rows):
+def tokenize(rows):
     return tokenizer([text + tokenizer.eos_token for text in rows["text"]], truncation=True, max_length=256)
 
 
-samples = quotations.map(tokenise, batched=True, remove_columns=quotations.column_names)
+samples = quotations.map(tokenize, batched=True, remove_columns=quotations.column_names)
 
 # ---- 7. Train --------------------------------------------------------------------------------------------------------
 trainer = Trainer(

@@ -14,7 +14,7 @@ from typing import Any
 from lorakeet.adapter.peft_model import PeftModel, get_peft_model
 from lorakeet.adapter.serialization import read_notes, read_tensors
 from lorakeet.base.architectures import AUTO_CLASSES, PLAIN, check_task, family, own_class
-from lorakeet.base.load import Base, load_base, look_at
+from lorakeet.base.load import Base, inspect_model, load_base
 from lorakeet.base.meta_device import meta_model, read_config
 from lorakeet.base.quiet import quiet
 from lorakeet.chat_template import render_chat
@@ -25,7 +25,7 @@ from lorakeet.errors import AdapterError, BaseModelError, DataError, OutputError
 from lorakeet.files import write_folder, write_json
 from lorakeet.inference.generate import complete
 from lorakeet.inference.predict import predict as read
-from lorakeet.log import say
+from lorakeet.log import info
 from lorakeet.lora.config import LoraConfig, PeftConfig, find_adapter_file
 from lorakeet.lora.inject import plan
 from lorakeet.lora.model import LoraModel, completed
@@ -36,7 +36,7 @@ from lorakeet.train.task_trainer import measure
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedModel:
     """A base model with adapters on it, by the name each was asked for."""
 
     base: Base
@@ -57,7 +57,7 @@ class Opened:
 
 def open_model(
     settings: BaseSettings, adapters: Sequence[str] = (), *, allow_other_base: bool = False, task: Task | None = None
-) -> Opened:
+) -> LoadedModel:
     """Load the base with the head of its task, put every adapter on it, and use the tokenizer saved with the first, if any.
 
     Args:
@@ -78,12 +78,12 @@ def open_model(
         raise AdapterError(f"the adapters were trained for different tasks ({told})", "open one of them at a time")
     task = task or next(iter(tasks.values()), Task())
     base = load_base(settings, auto_class=AUTO_CLASSES[task.name], model_options=task.model_options())
-    say(base.describe())
+    info(base.describe())
     names: dict[str, str] = {}
     for number, adapter in enumerate(dict.fromkeys(map(str, adapters))):
         names[adapter] = f"adapter{number}"
         PeftModel.from_pretrained(base.model, adapter, names[adapter], allow_other_base=allow_other_base)
-    return Opened(_with_tokenizer(base, adapters), names, task)
+    return LoadedModel(_with_tokenizer(base, adapters), names, task)
 
 
 def adapter_task(adapter: str, config: PeftConfig) -> Task:
@@ -111,7 +111,7 @@ def _with_tokenizer(base: Base, adapters: Sequence[str]) -> Base:
 
 
 def evaluate_data(
-    opened: Opened,
+    opened: LoadedModel,
     adapter: str | None,
     data: DataSettings,
     *,
@@ -147,7 +147,7 @@ def _window(model: Any) -> int | None:
 
 
 def generate(
-    opened: Opened, adapter: str | None, prompts: Sequence[str], *, chat: bool = False, **settings: Any
+    opened: LoadedModel, adapter: str | None, prompts: Sequence[str], *, chat: bool = False, **settings: Any
 ) -> list[str]:
     """What the model writes after each prompt (see :func:`lorakeet.inference.generate.complete`).
 
@@ -162,7 +162,7 @@ def generate(
 
 
 def predict(
-    opened: Opened, adapter: str | None, rows: Sequence[str | Mapping[str, str]], *, batch_size: int = 8
+    opened: LoadedModel, adapter: str | None, rows: Sequence[str | Mapping[str, str]], *, batch_size: int = 8
 ) -> list[dict[str, Any]]:
     """What the model says about each text (see :func:`lorakeet.inference.predict.predict`).
 
@@ -175,7 +175,7 @@ def predict(
         return read(opened.model, opened.base.tokenizer, opened.task.name, rows, batch_size=batch_size)
 
 
-def compare(opened: Opened, adapters: Sequence[str], prompts: Sequence[str], **settings: Any) -> Iterator[dict]:
+def compare(opened: LoadedModel, adapters: Sequence[str], prompts: Sequence[str], **settings: Any) -> Iterator[dict]:
     """For each adapter in turn (the bare base, if there is none) and each prompt: ``{"adapter", "prompt", "text"}``."""
     for adapter in adapters or [None]:  # type: ignore[list-item]
         texts = generate(opened, adapter, prompts, **settings)
@@ -220,7 +220,7 @@ def quantize(settings: BaseSettings, out: str | Path, *, overwrite: bool = False
     """
     folder = Path(out)
     check_empty(folder, overwrite)
-    config = look_at(settings).config
+    config = inspect_model(settings).config
     if method := getattr(config, "quantization_config", None):
         name = method.get("quant_method", "") if isinstance(method, dict) else ""
         raise BaseModelError(f"{settings.model} is quantised already ({name})", "give the full-precision model")
@@ -228,7 +228,7 @@ def quantize(settings: BaseSettings, out: str | Path, *, overwrite: bool = False
         base = load_base(settings.model_copy(update={"bits": 8}), auto_class=own_class(config))
         if base.fresh:
             raise BaseModelError(f"weights are missing and would be random: {', '.join(base.fresh[:5])}")
-        say(base.describe())
+        info(base.describe())
         with quiet():
             base.model.save_pretrained(aside)
         base.tokenizer.save_pretrained(aside)

@@ -27,7 +27,7 @@ def _speak(level: int, message: str) -> None:
     log.log(level, message)
 
 
-def say(message: str) -> None:
+def info(message: str) -> None:
     """Tell the person something they would want to know."""
     _speak(logging.INFO, message)
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from helpers.example_scripts import EXAMPLES, made
 from lorakeet import api
-from lorakeet.base.load import look_at
+from lorakeet.base.load import inspect_model
 from lorakeet.config import BaseSettings, DataSettings, TaskSettings, make_run
 from lorakeet.data.collate import make_collator
 from lorakeet.data.prepare import prepare
@@ -161,7 +161,7 @@ def test_the_real_quotations_in_halves(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.fixture(scope="module")
 def tokenizer(smollm2: Path) -> Any:
     """The tokenizer as a run has it."""
-    return look_at(BaseSettings(model=str(smollm2))).tokenizer
+    return inspect_model(BaseSettings(model=str(smollm2))).tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +257,9 @@ def test_what_is_cut_off_has_no_end(tokenizer: Any, tmp_path: Path, monkeypatch:
 # ---- the real model ---------------------------------------------------------------------------------------------
 
 
-def ended(opened: api.Opened, adapter: str | None, prompts: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def ended(
+    opened: api.LoadedModel, adapter: str | None, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
     """What is written after the user's turns, likeliest token by token: of the texts that end within 60 tokens."""
     write, written = opened.model.generate, []
 

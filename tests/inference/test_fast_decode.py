@@ -16,12 +16,12 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from helpers.tiny import shake
 from lorakeet.adapter.peft_model import get_peft_model
-from lorakeet.inference.fast_decode import quick_decoding
+from lorakeet.inference.fast_decode import fast_decode
 from lorakeet.kernels import decoder_step
 from lorakeet.kernels.cpu import bindings
 from lorakeet.lora.config import LoraConfig
 from lorakeet.lora.layer import LoraLinear
-from lorakeet.quant.hf_quantizer import quantise
+from lorakeet.quant.hf_quantizer import quantize_
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
 SHAPE = {
@@ -50,7 +50,7 @@ def make(family: str, **options: Any) -> Any:
     model = FAMILIES[family](**options).eval().requires_grad_(False)
     for parameter in model.parameters():  # biases and norms start at 0 and 1 everywhere, small weights make all alike
         parameter.copy_(parameter * 5 if parameter.ndim > 1 else parameter + 0.3 * torch.randn_like(parameter))
-    quantise(model)
+    quantize_(model)
     return model
 
 
@@ -71,7 +71,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def write(model: Any, quick: bool, ids: torch.Tensor = PROMPTS[:1], **options: Any) -> tuple[torch.Tensor, Any]:
     """Greedy tokens, and the logits of each."""
     options = {"do_sample": False, "max_new_tokens": 14, **options}
-    with quick_decoding(model) if quick else nullcontext():
+    with fast_decode(model) if quick else nullcontext():
         out = model.generate(
             input_ids=ids, attention_mask=(ids != 1).long(), output_logits=True, return_dict_in_generate=True, **options
         )
@@ -125,7 +125,7 @@ def test_an_adapter_is_heard_and_can_be_switched_between_tokens(steps: list[int]
 
     def story(quick: bool) -> torch.Tensor:
         said, cache = [], tf.DynamicCache()
-        with torch.no_grad(), quick_decoding(model) if quick else nullcontext():
+        with torch.no_grad(), fast_decode(model) if quick else nullcontext():
             for turn, token in enumerate([5, 6, 7, 8, 9, 10]):
                 model.set_adapter("other" if turn % 3 == 1 else "default")
                 with model.disable_adapter() if turn % 3 == 2 else nullcontext():
@@ -138,7 +138,7 @@ def test_an_adapter_is_heard_and_can_be_switched_between_tokens(steps: list[int]
     assert len(steps) > before + 17
     model.set_adapter("default")
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLinear)]
-    with torch.no_grad(), quick_decoding(model):
+    with torch.no_grad(), fast_decode(model):
         one = model(torch.tensor([[5]]), past_key_values=tf.DynamicCache()).logits
         for layer in layers:
             if "default" in layer.scaling:
@@ -165,7 +165,7 @@ def test_what_the_loops_do_not_know_computes_as_ever(steps: list[int]) -> None:
     assert torch.equal(write(half, True)[0], write(half, False)[0])
     assert not steps
     full = tf.LlamaForCausalLM(tf.LlamaConfig(**SHAPE)).eval()
-    with quick_decoding(full):
+    with fast_decode(full):
         assert not any("forward" in module.__dict__ for module in full.modules())
 
 
@@ -192,7 +192,7 @@ def test_training_gradients_and_changed_weights(steps: list[int]) -> None:
         model(PROMPTS[:1], past_key_values=cache)
         return model(ids, past_key_values=cache).logits[0, -1]
 
-    with quick_decoding(model):
+    with fast_decode(model):
         once()
         assert not steps  # somebody may want a gradient
         with torch.no_grad():
@@ -225,7 +225,7 @@ def test_a_kind_of_layer_that_differs_is_found_and_said(caplog: pytest.LogCaptur
 
 def test_nothing_stays_behind(monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
     model = make("qwen3")
-    with pytest.raises(KeyError), quick_decoding(model):
+    with pytest.raises(KeyError), fast_decode(model):
         assert all("forward" in layer.__dict__ for layer in model.model.layers)
         raise KeyError
     assert not any("forward" in module.__dict__ for module in model.modules())
@@ -269,7 +269,7 @@ def test_weights_that_do_not_fit_are_refused() -> None:
 def test_attention_is_as_exact_as_fp32_allows() -> None:
     """An output that is the weights of attention alone: the rest of the layer passes them on, or adds nothing."""
     eye, none, scale = (127 * torch.eye(64)).to(torch.int8), torch.zeros(64, 64, dtype=torch.int8), torch.ones(64) / 127
-    linears = [decoder_step.Factors(weight, scale) for weight in (eye, eye, eye, eye, none, none, none)]
+    linears = [decoder_step.LinearWeights(weight, scale) for weight in (eye, eye, eye, eye, none, none, none)]
     layer = decoder_step.Layer(linears, [decoder_step.Norm(torch.ones(64), 1e-6)] * 2 + [None, None], 64, 0.5)
     scores = torch.linspace(-30, 0, 64)
     q, keys = torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 64, 64)

@@ -16,7 +16,7 @@ from lorakeet import LoraConfig, PeftModel, get_peft_model
 from lorakeet.adapter.inspect import inspect_adapter
 from lorakeet.errors import MergeError, TargetError
 from lorakeet.lora.conv import LoraConv
-from lorakeet.lora.layer import Switch
+from lorakeet.lora.layer import ActiveAdapters
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -53,7 +53,7 @@ def pixels(layer: nn.Module) -> torch.Tensor:
 
 
 def adapted(layer: nn.Module, r: int = 3, **settings) -> LoraConv:
-    wrapped = LoraConv(layer, Switch(("default",)))
+    wrapped = LoraConv(layer, ActiveAdapters(("default",)))
     wrapped.add_adapter("default", LoraConfig(r=r, init_lora_weights=False, **settings), r, 5)
     return wrapped.eval()
 

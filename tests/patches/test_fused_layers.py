@@ -18,7 +18,7 @@ from lorakeet.patches import fused_layers as module
 from lorakeet.patches.fused_layers import fused_layers
 from lorakeet.patches.fused_loss import fused_loss
 from lorakeet.patches.padding_free import padding_free
-from lorakeet.quant.hf_quantizer import quantise
+from lorakeet.quant.hf_quantizer import quantize_
 
 GATELESS = {"mixtral", "phi3", "qwen2_moe", "qwen3_moe"}  # stacked experts, or gate and up in one
 NORMLESS = {"olmo", "olmo2", "olmo3"}  # none that learns, or one that rounds another way
@@ -257,7 +257,7 @@ def test_frozen_layers_give_back_what_they_took() -> None:
 
 def test_on_weights_in_8_bits_gates_are_remembered_in_16() -> None:
     model = small("llama", hidden_size=64, intermediate_size=176, num_hidden_layers=2)
-    quantise(model.requires_grad_(False))
+    quantize_(model.requires_grad_(False))
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).train()
     ids = torch.randint(2, 61, (4, 32), generator=torch.Generator().manual_seed(2))
     learned = [p for p in model.parameters() if p.requires_grad]

@@ -19,8 +19,8 @@ from lorakeet import Int8Config, LoraConfig, PeftModel, get_peft_model, load_bas
 from lorakeet.base.architectures import AUTO_CLASSES
 from lorakeet.cli import main
 from lorakeet.errors import BaseModelError, ConfigError
-from lorakeet.kernels.int8.linear import dequantise, rounding_steps, scales_of
-from lorakeet.quant.hf_quantizer import quantise
+from lorakeet.kernels.int8.linear import dequantize, rounding_steps, scales_of
+from lorakeet.quant.hf_quantizer import quantize_
 from lorakeet.quant.int8 import (
     Int8Embedding,
     Int8Linear,
@@ -59,7 +59,7 @@ def test_read_written_and_read_again(kind: str, tmp_path: Path) -> None:
     full.save_pretrained(tmp_path / "full")
     read = auto.from_pretrained(tmp_path / "full", quantization_config=Int8Config())
     in_memory = auto.from_pretrained(tmp_path / "full").requires_grad_(False)
-    quantise(in_memory)
+    quantize_(in_memory)
     read.save_pretrained(tmp_path / "int8")
     again = auto.from_pretrained(tmp_path / "int8")
     layers = dict(rounded_layers(read))
@@ -73,7 +73,7 @@ def test_read_written_and_read_again(kind: str, tmp_path: Path) -> None:
         dense = full.get_submodule(name).weight.detach()
         dense = dense.T if layer.transposed else dense
         step = rounding_steps(layer.weight, layer.scale)
-        assert bool(((dequantise(layer.weight, layer.scale) - dense).abs() <= 0.501 * step).all()), name
+        assert bool(((dequantize(layer.weight, layer.scale) - dense).abs() <= 0.501 * step).all()), name
     answer, truth = logits(read), logits(unrounded(read))
     assert float((answer - truth).abs().max()) < 1e-5 * float(truth.abs().max())
     assert float((answer - logits(full)).norm() / answer.norm()) > 1e-5
@@ -84,7 +84,7 @@ def test_read_written_and_read_again(kind: str, tmp_path: Path) -> None:
 
 def test_an_embedding_that_scales_is_left_alone() -> None:
     model = build(tf.AutoModelForCausalLM, "gemma2").requires_grad_(False)
-    quantise(model)
+    quantize_(model)
     assert type(model.get_input_embeddings()) is not Int8Embedding
     assert isinstance(model.lm_head, torch.nn.Linear)
 
@@ -287,7 +287,7 @@ def test_rows_of_a_rounded_weight(tmp_path: Path) -> None:
 def test_rows_of_a_rounded_layer(vocabulary: bool) -> None:
     weight, scale = round_weight(torch.randn(9, 16), vocabulary=vocabulary)
     picked = weight_rows(Int8Linear(weight, scale), torch.tensor([3, 0, 3]))
-    assert torch.equal(picked, dequantise(weight, scale)[[3, 0, 3]])
+    assert torch.equal(picked, dequantize(weight, scale)[[3, 0, 3]])
 
 
 @pytest.mark.parametrize("vocabulary", [False, True])

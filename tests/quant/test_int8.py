@@ -14,7 +14,7 @@ from lorakeet.base.architectures import AUTO_CLASSES
 from lorakeet.base.load import load_base
 from lorakeet.errors import BaseModelError, MergeError
 from lorakeet.lora.config import LoraConfig
-from lorakeet.quant.hf_quantizer import quantise
+from lorakeet.quant.hf_quantizer import quantize_
 from lorakeet.quant.int8 import Int8Embedding, Int8Linear
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [3, 2, 5, 9, 9, 1]])
@@ -83,7 +83,7 @@ def test_gpt2_stores_its_weights_the_other_way_round(tmp_path: Path) -> None:
     full = GPT2LMHeadModel(config).eval()
     rounded = GPT2LMHeadModel(config).eval()
     rounded.load_state_dict(full.state_dict())
-    assert quantise(rounded.requires_grad_(False)) == 10
+    assert quantize_(rounded.requires_grad_(False)) == 10
     a, b = full(IDS).logits, rounded(IDS).logits
     assert 0 < float((a - b).abs().max()) < 0.05 * float(a.abs().max())
     settings = LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False, base_model_name_or_path="tiny")
@@ -97,16 +97,16 @@ def test_broken_weights_are_named(folder: Path) -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(BaseModelError, match=r"model\.layers\.1\.mlp\.up_proj"):
-        quantise(model)
+        quantize_(model)
     assert not int8_names(model)
 
 
 def test_twice_is_no_more_than_once_and_other_formats_are_refused(folder: Path) -> None:
     model = load_base(str(folder), bits=8).model
-    assert quantise(model) == 0
+    assert quantize_(model) == 0
     model.config.quantization_config = {"quant_method": "other"}
     with pytest.raises(BaseModelError, match="quantised already"):
-        quantise(model)
+        quantize_(model)
 
 
 def test_checkpointing_recomputes_the_same(folder: Path) -> None:

@@ -14,7 +14,7 @@ from helpers.tiny import ARCHITECTURES, make
 from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.errors import BaseModelError
 from lorakeet.lora.config import LoraConfig
-from lorakeet.quant.hf_quantizer import Int8Config, quantise
+from lorakeet.quant.hf_quantizer import Int8Config, quantize_
 from lorakeet.quant.int8 import Int8Embedding, Int8Linear
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -27,7 +27,7 @@ def rounded(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
     else:
         config = tf.T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=40, num_layers=2, num_heads=4)
         model, asked = tf.T5ForConditionalGeneration(config).eval(), {"input_ids": IDS, "decoder_input_ids": IDS}
-    quantise(model.requires_grad_(False))
+    quantize_(model.requires_grad_(False))
     return model, asked
 
 
@@ -61,7 +61,7 @@ def test_old_tokens_stay_bit_for_bit(name: str, tmp_path: Path) -> None:
 
 def test_a_base_in_half_precision() -> None:
     model = make("llama").bfloat16().requires_grad_(False)
-    quantise(model)
+    quantize_(model)
     old = model.get_input_embeddings()
     made = model.resize_token_embeddings(67)
     assert torch.equal(made.weight[:61], old.weight) and torch.equal(made.scale[:61], old.scale)
@@ -111,5 +111,5 @@ def test_what_cannot_be_resized_is_said_and_left_as_it_was() -> None:
     with pytest.raises(BaseModelError, match="device map"):
         model.resize_token_embeddings(70)
     plain = make("llama").requires_grad_(False)
-    quantise(plain, embeddings=False)
+    quantize_(plain, embeddings=False)
     assert "resize_token_embeddings" not in plain.__dict__

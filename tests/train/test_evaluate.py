@@ -21,8 +21,8 @@ from transformers import (
 from helpers.tiny_training import END, PAD, tiny_data, tiny_llama, tiny_peft
 from lorakeet.data.collate import PaddingCollator
 from lorakeet.errors import DataError
+from lorakeet.patches import causal_loss as module
 from lorakeet.patches.causal_loss import count_targets, sample_losses, shifts_labels
-from lorakeet.train import evaluate as module
 from lorakeet.train.evaluate import evaluate
 
 

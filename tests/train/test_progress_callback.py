@@ -14,13 +14,18 @@ import pytest
 from helpers.tiny_training import tiny_data, tiny_peft
 from lorakeet.runs.metrics_log import append_metrics, first_and_last, read_metrics
 from lorakeet.train import progress_callback
-from lorakeet.train.progress_callback import Report, clock, draw_loss_curve, smoothed
+from lorakeet.train.progress_callback import ProgressCallback, clock, draw_loss_curve, smoothed
 from lorakeet.train.trainer import Trainer
 
 
 def train(args, path, collator, **more):
     trainer = Trainer(
-        tiny_peft(0.0), args, train_dataset=tiny_data(), data_collator=collator, callbacks=[Report(path)], **more
+        tiny_peft(0.0),
+        args,
+        train_dataset=tiny_data(),
+        data_collator=collator,
+        callbacks=[ProgressCallback(path)],
+        **more,
     )
     trainer.train()
     return trainer
@@ -56,7 +61,7 @@ def test_padding_is_not_counted(make_args, collator, tmp_path):
 def test_evaluating_and_saving_do_not_count_as_training(slow, make_args, collator, tmp_path, monkeypatch):
     real = getattr(Trainer, slow)
     monkeypatch.setattr(Trainer, slow, lambda *args, **kwargs: (time.sleep(0.4), real(*args, **kwargs))[1])
-    told = Report(tmp_path / "metrics.jsonl")
+    told = ProgressCallback(tmp_path / "metrics.jsonl")
     strategy = {"evaluate": "eval", "_save": "save"}[slow]
     args = make_args(max_steps=3, **{f"{strategy}_strategy": "steps", f"{strategy}_steps": 1})
     data = {"train_dataset": tiny_data(), "eval_dataset": tiny_data(3)}
@@ -72,7 +77,7 @@ def test_a_resumed_run_drops_the_lines_after_its_checkpoint(make_args, collator,
     whole = read_metrics(path)
     with path.open("a") as file:
         file.write('{"step": 7, "los')  # the process was killed while it wrote
-    told = Report(path)
+    told = ProgressCallback(path)
     trainer = Trainer(tiny_peft(0.0), args, train_dataset=tiny_data(), data_collator=collator, callbacks=[told])
     trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
     lines = read_metrics(path)
@@ -101,7 +106,7 @@ def test_on_a_terminal_a_bar(make_args, collator, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "xterm")
-    told = Report(tmp_path / "m.jsonl")
+    told = ProgressCallback(tmp_path / "m.jsonl")
     args = make_args(include_num_input_tokens_seen="non_padding")
     Trainer(tiny_peft(), args, train_dataset=tiny_data(), data_collator=collator, callbacks=[told]).train()
     told.close()

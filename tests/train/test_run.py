@@ -192,7 +192,7 @@ def test_columns_named_by_hand_tell_the_task(tmp_path):
         tmp_path / "a.jsonl", [{"body": row["text"], "queue": row["label"]} for row in rows_for("SEQ_CLS")]
     )
     tree = {"base": {"model": str(base)}, "data": {"path": str(data), "columns": {"text": "body", "label": "queue"}}}
-    assert run.choose(make_run(tree), run.look_at(make_run(tree).base)).type == "SEQ_CLS"
+    assert run.choose(make_run(tree), run.inspect_model(make_run(tree).base)).type == "SEQ_CLS"
 
 
 # ---- refused, and nothing written -----------------------------------------------------------------------------------
@@ -273,9 +273,9 @@ class Interrupt(TrainerCallback):
 
 
 def interrupted(monkeypatch, config, step, **how):
-    real = module.Report
+    real = module.ProgressCallback
     with monkeypatch.context() as patch:
-        patch.setattr(module, "Report", lambda path: Both(real(path), Interrupt(step)))
+        patch.setattr(module, "ProgressCallback", lambda path: Both(real(path), Interrupt(step)))
         with pytest.raises(InterruptedRunError) as caught:
             run_training(config, **how)
     return str(caught.value)
@@ -382,8 +382,8 @@ def test_killed_before_the_first_checkpoint_starts_again(settings, monkeypatch):
 
 
 def test_a_signal_in_the_last_step_ends_the_run_as_planned(settings, monkeypatch):
-    real = module.Report
-    monkeypatch.setattr(module, "Report", lambda path: Both(real(path), Interrupt(5)))
+    real = module.ProgressCallback
+    monkeypatch.setattr(module, "ProgressCallback", lambda path: Both(real(path), Interrupt(5)))
     monkeypatch.setattr(Both, "seconds", property(lambda self: self.report.seconds), raising=False)
     assert run_training(settings())["steps"] == 6
 

@@ -21,6 +21,7 @@ from transformers import (
 
 from helpers.tiny_training import PAD, tiny_data, tiny_llama, tiny_peft, tiny_tokenizer
 from helpers.training_loop import bert, classes, masked, poisoned, train, with_poison
+from lorakeet import files
 from lorakeet.errors import OutputError, TrainingError
 from lorakeet.train import evaluate, preflight
 from lorakeet.train.trainer import Trainer
@@ -273,7 +274,7 @@ def test_a_gradient_that_is_not_finite_stops_too(make_args, collator):
 
 
 def test_no_room_to_save_is_known_before_the_first_step(make_args, collator, monkeypatch):
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10_000})())
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10_000})())
     model = tiny_peft()
     args = make_args(save_strategy="steps", save_steps=2)
     with pytest.raises(OutputError, match="0 MB free, a checkpoint needs"):

@@ -16,7 +16,7 @@ from lorakeet._version import __version__
 from lorakeet.adapter.model_card import CARD_NAME, public_name
 from lorakeet.adapter.serialization import OWN_NAME, WEIGHTS_NAME, broken, never_learned, read_tensors
 from lorakeet.errors import AdapterError
-from lorakeet.log import say, warn
+from lorakeet.log import info, warn
 from lorakeet.lora.config import CONFIG_NAME, PeftConfig
 
 #: What is uploaded of a folder, if it is there. Whatever else lies beside it (checkpoints, optimizer, .env) is not.
@@ -59,7 +59,7 @@ def push_folder(
     """
     files = _checked_files(Path(folder), repo_id)
     secret = _secret(token)
-    say(f"uploading to {repo_id}: {', '.join(files)}")
+    info(f"uploading to {repo_id}: {', '.join(files)}")
     api = HfApi(token=secret, library_name="lorakeet", library_version=__version__)
     try:
         url = api.create_repo(repo_id, private=private, exist_ok=True)

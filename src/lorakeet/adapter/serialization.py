@@ -22,7 +22,7 @@ from lorakeet.adapter.fingerprint import fingerprint, mismatch
 from lorakeet.adapter.tensor_names import PREFIX, ROWS, mirrored_names, tensor_names, vocabulary_names
 from lorakeet.errors import AdapterError, OutputError
 from lorakeet.files import PICKLE_SUFFIXES, write_file, write_json
-from lorakeet.log import say, warn
+from lorakeet.log import info, warn
 from lorakeet.lora.config import find_adapter_file
 from lorakeet.lora.model import LoraModel
 from lorakeet.lora.modules_to_save import SavedModule
@@ -56,7 +56,7 @@ def write_adapter(
     source = model.state_dict() if state_dict is None else state_dict
     wanted = tensor_names(model, adapter)
     if why := resized(model, adapter):
-        say(why)
+        info(why)
         wanted |= vocabulary_names(model)
     tensors = {key: floating(source, name).detach().cpu().contiguous() for key, name in wanted.items()}
     for key, (first, transposed) in mirrored_names(model, adapter).items():
@@ -222,7 +222,7 @@ def put_tensors(
             if of_base and holds(state, own, tensors[key]):
                 continue
             if of_base:
-                say(f"{key.removeprefix(PREFIX)} is taken from the adapter: it differs from the base's")
+                info(f"{key.removeprefix(PREFIX)} is taken from the adapter: it differs from the base's")
             put(state, own, tensors[key])
 
 

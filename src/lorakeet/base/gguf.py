@@ -29,7 +29,7 @@ from lorakeet.base.checkpoint_files import folder_problems
 from lorakeet.base.quiet import quiet
 from lorakeet.errors import BaseModelError, LorakeetError, OutputError
 from lorakeet.files import cache_home, write_folder
-from lorakeet.log import say
+from lorakeet.log import info
 
 #: Roles of a tokenizer's special tokens, and what GGUF calls them.
 SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -66,11 +66,11 @@ def converted(path: Path, name: str) -> Path:
 
 
 def _convert_aside(path: Path, folder: Path) -> None:
-    say(f"converting {path.name} to safetensors, once; this takes ten seconds or more")
+    info(f"converting {path.name} to safetensors, once; this takes ten seconds or more")
     begin = time.perf_counter()
     with write_folder(folder) as aside:
         _convert(path, aside)
-    say(f"converted in {time.perf_counter() - begin:.0f} s, kept in {folder}")
+    info(f"converted in {time.perf_counter() - begin:.0f} s, kept in {folder}")
 
 
 def _whole(folder: Path) -> bool:

@@ -73,7 +73,7 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Prospect:
+class ModelInfo:
     """What is known of a base model before its weights are read."""
 
     name: str
@@ -81,7 +81,7 @@ class Prospect:
     tokenizer: PreTrainedTokenizerBase
 
 
-def look_at(settings: BaseSettings) -> Prospect:
+def inspect_model(settings: BaseSettings) -> ModelInfo:
     """Name, configuration and tokenizer of a base model whose files are all there.
 
     Raises:
@@ -92,7 +92,7 @@ def look_at(settings: BaseSettings) -> Prospect:
     check_folder(folder, source.name)
     remote = {"trust_remote_code": settings.trust_remote_code}
     tokenizer = load_tokenizer(folder, source.name, remote)
-    return Prospect(source.name, _config(folder, source.name, remote), tokenizer)
+    return ModelInfo(source.name, _config(folder, source.name, remote), tokenizer)
 
 
 def load_base(

@@ -24,7 +24,7 @@ HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", WEIGHTS, "mo
 
 
 @dataclass(frozen=True)
-class Source:
+class BaseSource:
     """Where a base model is.
 
     Attributes:
@@ -39,7 +39,7 @@ class Source:
     path: Path
 
 
-def find_source(model: str, revision: str | None = None) -> Source:
+def find_source(model: str, revision: str | None = None) -> BaseSource:
     """Find ``model``: a hub id, a folder or a GGUF file. Reads no weights; of a hub model only the config is fetched.
 
     Raises:
@@ -48,20 +48,20 @@ def find_source(model: str, revision: str | None = None) -> Source:
     path = Path(model).expanduser()
     if path.is_dir():
         check_config(path)
-        source = Source("folder", _written_from(path) or model, path)
+        source = BaseSource("folder", _written_from(path) or model, path)
     elif path.suffix in (*PICKLE_SUFFIXES, ".safetensors") and path.is_file():
         refused = "a pickle can run code as it opens" if path.suffix in PICKLE_SUFFIXES else "it holds weights alone"
         raise BaseModelError(
             f"{model} refused as a model: {refused}", "give the folder that holds config.json and model.safetensors"
         )
     elif path.is_file():
-        source = Source("gguf", gguf_name(path), path)
+        source = BaseSource("gguf", gguf_name(path), path)
     elif model == DEFAULT_MODEL:
-        source = Source("gguf", DEFAULT_MODEL, embedded_gguf())
+        source = BaseSource("gguf", DEFAULT_MODEL, embedded_gguf())
     elif folder := embedded_folder(model):
-        source = Source("folder", model, folder)
+        source = BaseSource("folder", model, folder)
     elif HUB_ID.fullmatch(model) and path.suffix != ".gguf":
-        return Source("hub", model, _hub_config(model, revision).parent)
+        return BaseSource("hub", model, _hub_config(model, revision).parent)
     else:
         raise BaseModelError(
             f"no such model: {model!r} is neither a folder (config.json was sought in it) nor a file, nor a hub id",
@@ -75,7 +75,7 @@ def find_source(model: str, revision: str | None = None) -> Source:
     return source
 
 
-def local_folder(source: Source, trust_remote_code: bool = False) -> Path:
+def local_folder(source: BaseSource, trust_remote_code: bool = False) -> Path:
     """The folder with the model's whole files: as it is, downloaded (at its config's commit), or converted.
 
     Raises:

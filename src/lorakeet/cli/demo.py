@@ -13,7 +13,7 @@ import typer
 from lorakeet.cli.options import with_settings
 from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import LorakeetError
-from lorakeet.log import say
+from lorakeet.log import info
 
 #: The article's job: r=16 on query and value projections, 200 steps of 4 × 4 quotations; the base in 8 bits.
 JOB: dict[str, Any] = {
@@ -70,16 +70,16 @@ def demo(
     from lorakeet.train.run import check_run_folder, run_training
 
     check_run_folder(out, overwrite=overwrite)
-    say("1/5 what the base model writes")
+    info("1/5 what the base model writes")
     before = api.generate(api.open_model(config.base), None, OPENINGS, **WRITE)
-    say("2/5 training")
+    info("2/5 training")
     summary = run_training(config, overwrite=overwrite)
-    say("3/5 the adapter, loaded again in new processes")
+    info("3/5 the adapter, loaded again in new processes")
     after = _loaded_again(config, summary, out / "adapter")
-    say("4/5 merging")
+    info("4/5 merging")
     whole = config.base.model_copy(update={"bits": None if config.base.bits == 8 else config.base.bits})
     merged = api.merge(whole, str(out / "adapter"), out / "merged", overwrite=overwrite)
-    say("5/5 done")
+    info("5/5 done")
     print(_report(config, summary, before, after, merged))
 
 
@@ -118,7 +118,7 @@ def _loaded_again(config: RunConfig, summary: dict[str, Any], adapter: Path) -> 
         raise LorakeetError(
             f"the adapter loaded again has a held-out loss of {again:.6f}, expected {summary['eval_loss_after']:.6f}"
         )
-    say(f"held-out loss of the adapter loaded again: {again:.4f}, as after training")
+    info(f"held-out loss of the adapter loaded again: {again:.4f}, as after training")
     return [line["text"] for line in written]
 
 

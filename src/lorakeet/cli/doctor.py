@@ -59,9 +59,9 @@ def doctor(
     tokenizer = family = None
     if model is not None:
         from lorakeet.base.architectures import family as family_of
-        from lorakeet.base.load import look_at
+        from lorakeet.base.load import inspect_model
 
-        prospect = look_at(run.base.model_copy(update={"model": model}))
+        prospect = inspect_model(run.base.model_copy(update={"model": model}))
         tokenizer, family = prospect.tokenizer, family_of(prospect.config)
     from lorakeet.data.doctor.examine import examine
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 from lorakeet.data.collate import PaddingCollator
 from lorakeet.data.encode.render import show_sample
 from lorakeet.data.prepare import prepare
-from lorakeet.data.prepare_report import Report
+from lorakeet.data.prepare_report import PrepareReport
 from lorakeet.data.prepared import Prepared
 from lorakeet.data.rows.load import read_rows
 
-__all__ = ["PaddingCollator", "Prepared", "Report", "prepare", "read_rows", "show_sample"]
+__all__ = ["PaddingCollator", "PrepareReport", "Prepared", "prepare", "read_rows", "show_sample"]

@@ -9,10 +9,10 @@ import datasets
 
 from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data.doctor.examine import check_rows
-from lorakeet.data.encode.cache import tokenise
+from lorakeet.data.encode.cache import tokenize
 from lorakeet.data.encode.encoder import Encoder
 from lorakeet.data.encode.make import complaint, make_encoder
-from lorakeet.data.prepare_report import Report
+from lorakeet.data.prepare_report import PrepareReport
 from lorakeet.data.prepared import (
     Prepared,
     check_length,
@@ -73,7 +73,7 @@ def prepare(
     tell(finding for finding in found if finding.kind not in _REPORTED)
     encoder = make_encoder(read.layout, task, settings, tokenizer, labels)
     content_hash = rows_hash(rows, kind)
-    tokens = tokenise(rows, content_hash, encoder)
+    tokens = tokenize(rows, content_hash, encoder)
     tokens = tokens.select(_learnable(tokens, rows, source, encoder, task))
     check_length(max(tokens["length"][:]), max_positions)
     row_of = tokens["row"][:]  # for each sample its number in rows
@@ -86,7 +86,7 @@ def prepare(
     train_rows, held_out_rows = (
         rows.select(sorted({row_of[sample] for sample in part})) for part in (parts.train, parts.held_out)
     )
-    report = Report(
+    report = PrepareReport(
         source=source,
         kind=kind,
         task=task.type,

@@ -15,7 +15,7 @@ _WRITES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # tasks that must learn where to stop
 
 
 @dataclass(frozen=True)
-class Report:
+class PrepareReport:
     """What became of the data. Tokens are those of the samples, end tokens included; targets are those learned.
 
     Attributes:

@@ -14,7 +14,7 @@ from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data.doctor.examine import check_heads
 from lorakeet.data.encode.encoder import Encoder
 from lorakeet.data.encode.make import complaint, make_encoder
-from lorakeet.data.prepare_report import Report
+from lorakeet.data.prepare_report import PrepareReport
 from lorakeet.data.prepared import (
     Prepared,
     check_length,
@@ -68,7 +68,7 @@ def prepare_stream(
     if not head:
         raise _nothing(settings, task, encoder, seed, source, kind)
     check_length(max(sample["length"] for sample in [*head, *tokens]), max_positions)
-    report = Report(
+    report = PrepareReport(
         source=source,
         kind=kind,
         task=task.type,

@@ -15,7 +15,7 @@ from lorakeet.config import TaskSettings
 from lorakeet.data.doctor.issues import Finding
 from lorakeet.data.encode.encoder import Encoder
 from lorakeet.data.encode.render import describe_sample
-from lorakeet.data.prepare_report import Report
+from lorakeet.data.prepare_report import PrepareReport
 from lorakeet.data.rows.column_mapping import Layout
 from lorakeet.data.rows.label_set import LabelSet, Problem
 from lorakeet.errors import DataError
@@ -38,7 +38,7 @@ class Prepared:
 
     train: datasets.Dataset | datasets.IterableDataset
     held_out: datasets.Dataset | None
-    report: Report
+    report: PrepareReport
     labels: tuple[str, ...] | None
     problem: Problem | None
     layout: Layout
@@ -64,7 +64,7 @@ def tell(findings: Iterable[Finding], among: str = "") -> None:
 
 
 def finished(
-    report: Report,
+    report: PrepareReport,
     encoder: Encoder,
     labels: LabelSet | None,
     layout: Layout,

@@ -1,6 +1,6 @@
 """Quick writing: while a model of the Llama family in 8 bits writes, each new token passes a layer in two compiled calls.
 
-The modules of the model stay what and where they are, with `transformers` around them; while :func:`quick_decoding` holds,
+The modules of the model stay what and where they are, with `transformers` around them; while :func:`fast_decode` holds,
 decoder layers of known classes hand what they can to :mod:`~lorakeet.kernels.decoder_step`. That is looked at anew for each
 token:
 a layer in training, watched by a hook, not in 8 bits, or adapted by anything but one plain LoRA computes as ever, and so does
@@ -35,7 +35,7 @@ _NEAR = 2e-5
 
 
 @contextmanager
-def quick_decoding(model: nn.Module) -> Iterator[None]:
+def fast_decode(model: nn.Module) -> Iterator[None]:
     """While this holds, ``model.generate`` (or a loop of one's own over ``model``) takes a new token's layers at once.
 
     Same outputs, within the rounding of fp32; a model that is not in 8 bits, or of another family, is left alone.

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.inference.fast_decode import quick_decoding
+from lorakeet.inference.fast_decode import fast_decode
 from lorakeet.log import warn
 
 CONTEXT = 8  # tokens decoded before new ones, so that the first new word keeps its leading space
@@ -57,7 +57,7 @@ def complete(
         settings.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     texts: list[str] = []
     seeded = _seeded(None if greedy else seed, device)
-    with evaluating(model), quick_decoding(model), seeded, torch.inference_mode():
+    with evaluating(model), fast_decode(model), seeded, torch.inference_mode():
         for start in range(0, len(encoded), batch_size):
             batch = encoded[start : start + batch_size]
             ids, mask = _left_padded(batch, settings.pad_token_id, device)

@@ -23,7 +23,7 @@ from lorakeet.kernels.int8.linear import kept_columns, split_scale
 _POINTER, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_float
 
 
-class Factors(NamedTuple):
+class LinearWeights(NamedTuple):
     """What a linear layer multiplies by: h = x·Wᵀ·diag(scale) + bias + scaling·x·Aᵀ·Bᵀ.
 
     Weight int8 [out, in]; scale fp32, what belongs to its bytes (:mod:`lorakeet.kernels.int8.linear`); bias fp32 [out];
@@ -79,7 +79,9 @@ class Layer:
         ValueError: the tensors do not fit each other, or the loops cannot read them.
     """
 
-    def __init__(self, linears: Sequence[Factors], norms: Sequence[Norm | None], dim: int, scaling: float) -> None:
+    def __init__(
+        self, linears: Sequence[LinearWeights], norms: Sequence[Norm | None], dim: int, scaling: float
+    ) -> None:
         shapes = [tuple(linear.weight.shape) for linear in linears]
         (wide, hidden), (narrow, _), (inner, _) = shapes[0], shapes[1], shapes[4]
         wanted = [(wide, hidden), (narrow, hidden), (narrow, hidden), (hidden, wide), *[(inner, hidden)] * 2]
@@ -102,7 +104,7 @@ class Layer:
         self.at = ctypes.addressof(self.inner)
 
 
-def _linear(factors: Factors) -> _Linear:
+def _linear(factors: LinearWeights) -> _Linear:
     weight, scale, *others, _ = factors
     kept = kept_columns(weight, scale)
     given = (weight, *split_scale(weight, scale), *(kept or (None, None)), *others)
@@ -111,7 +113,7 @@ def _linear(factors: Factors) -> _Linear:
     return _Linear(*pointers, *factors.weight.shape, rank, columns, factors.scaling)
 
 
-def _readable(factors: Factors) -> bool:
+def _readable(factors: LinearWeights) -> bool:
     weight, scale, bias, a, b, _ = factors
     out, width = weight.shape
     update = (a is None) == (b is None)

@@ -38,7 +38,7 @@ def lora_linear_reference(
     scale: Tensor | None = None,
 ) -> Tensor:
     """The slow truth: the equation in plain torch, differentiated by autograd. ``mask`` as from ``keep_mask``."""
-    weight = weight if scale is None else linear.dequantise(weight, scale, x.dtype)
+    weight = weight if scale is None else linear.dequantize(weight, scale, x.dtype)
     h = F.linear(x, weight.T if fan_in_fan_out else weight, bias)
     low = x.to(lora_A.dtype)
     if mask is not None:

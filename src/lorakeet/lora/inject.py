@@ -18,7 +18,7 @@ from lorakeet.errors import TargetError, nearest
 from lorakeet.log import warn
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.default_targets import TASK_HEADS, resolve_targets
-from lorakeet.lora.layer import LoraLayer, Switch
+from lorakeet.lora.layer import ActiveAdapters, LoraLayer
 from lorakeet.lora.layer_types import ADAPTABLE, adaptable, inside_adapter, layer_class, unwrapped
 from lorakeet.lora.modules_to_save import SavedModule, share_copy
 from lorakeet.lora.target_parameters import LoraParameter
@@ -154,7 +154,7 @@ def _parameters(
     return list(found)
 
 
-def inject(model: nn.Module, what: Plan, config: PeftConfig, adapter: str, switch: Switch) -> list[Part]:
+def inject(model: nn.Module, what: Plan, config: PeftConfig, adapter: str, switch: ActiveAdapters) -> list[Part]:
     """Put the adapter on every layer of the plan, in place; returns the layers and modules it now has a part in.
 
     A layer that already is a LoRA layer gets a further pair; the base layer below is the same object in all cases.
@@ -195,7 +195,7 @@ def _wrapped(model: nn.Module, name: str, kind: type[L], *args: Any) -> L:
     return layer
 
 
-def _adapted(model: nn.Module, target: Target, switch: Switch) -> LoraLayer:
+def _adapted(model: nn.Module, target: Target, switch: ActiveAdapters) -> LoraLayer:
     """The LoRA layer of the target, made and put in its place if there is none yet."""
     if target.parameter:
         owner, _, name = target.name.rpartition(".")

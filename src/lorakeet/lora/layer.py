@@ -2,7 +2,7 @@
 
 W₀ is frozen and belongs to whatever layer is wrapped. A [r, in] starts Kaiming-uniform (a = √5) and B [out, r] at zero, so a
 new adapter changes nothing. For an embedding the input is one-hot: A is [r, vocabulary] and starts at zero, B is
-[dim, r] and starts normal. One layer holds any number of adapters by name; :class:`Switch` says which of them answer.
+[dim, r] and starts normal. One layer holds any number of adapters by name; :class:`ActiveAdapters` says which of them answer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakeet.errors import AdapterError
-from lorakeet.kernels.decoder_step import Factors
+from lorakeet.kernels.decoder_step import LinearWeights
 from lorakeet.kernels.dropout import dropout
 from lorakeet.kernels.lora_linear import lora_linear
 from lorakeet.lora.config import PeftConfig
@@ -26,7 +26,7 @@ from lorakeet.quant.int8 import Int8Linear, watched
 
 
 @dataclass
-class Switch:
+class ActiveAdapters:
     """Which adapters answer, shared by all layers of a model: switching is one assignment."""
 
     active: tuple[str, ...] = ()
@@ -43,7 +43,7 @@ class LoraLayer(nn.Module):
     linear = False
     base_layer: Any  # whatever module is adapted; it answers forward(), weight and bias
 
-    def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
+    def __init__(self, base_layer: nn.Module, switch: ActiveAdapters) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.switch = switch
@@ -192,7 +192,7 @@ class LoraLayer(nn.Module):
 class LoraPair(LoraLayer):
     """A base layer with the update s·B(A(dropout(x))), A and B being modules of the base's kind without anything else."""
 
-    def __init__(self, base_layer: Any, switch: Switch) -> None:
+    def __init__(self, base_layer: Any, switch: ActiveAdapters) -> None:
         super().__init__(base_layer, switch)
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
 
@@ -204,7 +204,7 @@ class LoraPair(LoraLayer):
         """Take (A, B) as the adapter's, and initialise them."""
         self.lora_A[adapter], self.lora_B[adapter] = a, b
         lora_A, lora_B = self.pair(adapter)
-        initialise(lora_A.weight, lora_B.weight, config.init_lora_weights, r)
+        initialize(lora_A.weight, lora_B.weight, config.init_lora_weights, r)
         if lora_B.bias is not None:
             nn.init.zeros_(lora_B.bias)
 
@@ -234,7 +234,7 @@ class LoraLinear(LoraPair):
 
     linear = True
 
-    def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
+    def __init__(self, base_layer: nn.Module, switch: ActiveAdapters) -> None:
         super().__init__(base_layer, switch)
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
 
@@ -256,7 +256,7 @@ class LoraLinear(LoraPair):
         scale = base.scale if isinstance(base, Int8Linear) else None
         return lora_linear(x, base.weight, base.bias, a.weight, b.weight, scaling, p, self.fan_in_fan_out, scale)
 
-    def factors(self) -> Factors | None:
+    def factors(self) -> LinearWeights | None:
         """What this layer multiplies by now, base in 8 bits and update; None where it does anything else."""
         base, adapters = self._modules["base_layer"], self.answering
         mixed = self.switch.enabled and self.switch.rows is not None
@@ -268,7 +268,7 @@ class LoraLinear(LoraPair):
         parts, p = self.parts(adapters[0]), self.lora_dropout[adapters[0]]
         if len(parts) > 2 or (self.training and p):  # B with a bias
             return None
-        return Factors(own.weight, own.scale, own.bias, parts[0], parts[1], self.scaling[adapters[0]])
+        return LinearWeights(own.weight, own.scale, own.bias, parts[0], parts[1], self.scaling[adapters[0]])
 
     def _plain(self, adapter: str) -> bool:
         """Whether base and update can run as one operation: a dense frozen weight that nothing else watches or moves."""
@@ -294,7 +294,7 @@ class LoraLinear(LoraPair):
 class LoraEmbedding(LoraLayer):
     """LoRA on ``nn.Embedding`` (weight [vocabulary, dim]): the input is one-hot, so A·x is a column of A."""
 
-    def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
+    def __init__(self, base_layer: nn.Module, switch: ActiveAdapters) -> None:
         super().__init__(base_layer, switch)
         self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
 
@@ -360,7 +360,7 @@ def row_places(rows: Sequence[str], x: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield adapter, torch.tensor(places, device=x.device)
 
 
-def initialise(lora_A: Tensor, lora_B: Tensor, how: bool | str, r: int) -> None:
+def initialize(lora_A: Tensor, lora_B: Tensor, how: bool | str, r: int) -> None:
     """A Kaiming-uniform (a = √5) or normal (std 1/r), B zero; ``False``: both random, so that a test sees a change."""
     if how == "gaussian":
         nn.init.normal_(lora_A, std=1 / r)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.errors import MergeError
-from lorakeet.log import say, warn
+from lorakeet.log import info, warn
 from lorakeet.lora.layer import LoraLayer
 
 #: Largest accepted difference as a share of the largest output, by the dtype of the merged weights.
@@ -80,7 +80,7 @@ def checked_merge(
             f"{accepted * report.scale:.3g}; nothing was merged",
             f"merge in a wider number format than {str(dtype).removeprefix('torch.')}",
         )
-    say(report.describe())
+    info(report.describe())
     if report.effect == 0.0:
         warn(f"adapter {', '.join(adapters)} changes nothing on the probe: has it been trained?")
     return report
@@ -172,4 +172,4 @@ def untie(model: nn.Module) -> None:
         config.tie_word_embeddings = False
         text = config.get_text_config()
         text.tie_word_embeddings = False
-        say("the head and the input embedding are no longer tied: the saved model holds both")
+        info("the head and the input embedding are no longer tied: the saved model holds both")

@@ -19,7 +19,7 @@ from lorakeet.lora.combine import combine
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.default_targets import TASK_HEADS, resolve_targets, task_heads
 from lorakeet.lora.inject import Part, Plan, inject, plan, restore, set_trainable
-from lorakeet.lora.layer import LoraLayer, Switch
+from lorakeet.lora.layer import ActiveAdapters, LoraLayer
 from lorakeet.lora.merge import MergeReport, checked_merge, untie
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.targeting import ALL_LINEAR
@@ -34,7 +34,7 @@ class LoraModel(nn.Module):
     """The verbs that a model gains with its first adapter. Never constructed: see :func:`adopt`."""
 
     peft_config: dict[str, PeftConfig]
-    switch: Switch
+    switch: ActiveAdapters
     _parts: list[Part]  # found once an injection, so that switching does not walk the whole model
 
     # -- which adapters there are, and which answer -----------------------------------------------------------------
@@ -364,7 +364,7 @@ def adopt(model: Any, own: type[LoraModel]) -> LoraModel:
         if not hasattr(module, "model"):  # PEFT's path model.base_model.model leads to the model
             module.__dict__["model"] = model
     model.peft_config, model._parts = {}, []
-    model.switch = Switch()
+    model.switch = ActiveAdapters()
     model.__class__ = _subclass(own, type(model))
     return model
 

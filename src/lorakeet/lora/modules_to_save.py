@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakeet.lora.layer import Switch, row_places
+from lorakeet.lora.layer import ActiveAdapters, row_places
 from lorakeet.quant.int8 import unrounded
 
 
 class SavedModule(nn.Module):
     """Holds the base's module and, for each adapter that asked for it, a trainable copy; the active one answers."""
 
-    def __init__(self, original_module: nn.Module, switch: Switch) -> None:
+    def __init__(self, original_module: nn.Module, switch: ActiveAdapters) -> None:
         super().__init__()
         self.original_module = original_module
         self.modules_to_save = nn.ModuleDict()

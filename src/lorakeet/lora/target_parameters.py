@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lorakeet.kernels.low_rank_weight import LowRankSum
 from lorakeet.lora.config import PeftConfig
-from lorakeet.lora.layer import LoraPair, Switch, noise
+from lorakeet.lora.layer import ActiveAdapters, LoraPair, noise
 
 
 @dataclass(eq=False)
@@ -49,7 +49,7 @@ class LoraParameters(nn.ModuleDict):
 class LoraParameter(LoraPair):
     """LoRA on one parameter of a module, which stays in its place and gets this as a child."""
 
-    def __init__(self, base_layer: Slot, switch: Switch) -> None:
+    def __init__(self, base_layer: Slot, switch: ActiveAdapters) -> None:
         super().__init__(base_layer, switch)
         module, weight = base_layer.module, base_layer.weight
         self.experts = weight.shape[0] if weight.ndim == 3 else 1
@@ -60,7 +60,7 @@ class LoraParameter(LoraPair):
         )
 
     @classmethod
-    def on(cls, module: nn.Module, name: str, switch: Switch) -> LoraParameter:
+    def on(cls, module: nn.Module, name: str, switch: ActiveAdapters) -> LoraParameter:
         """The layer of the parameter ``name`` of ``module``, made if there is none yet."""
         table = module._modules.get("lora_parameters")
         if table is None:

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakeet.lora.layer import LoraEmbedding, LoraLayer, Switch, scaled, vocabulary_probe
+from lorakeet.lora.layer import ActiveAdapters, LoraEmbedding, LoraLayer, scaled, vocabulary_probe
 from lorakeet.quant.int8 import weight_rows
 
 
 class TrainableTokens(LoraLayer):
     """An embedding (or head; weight [vocabulary, dim]) some of whose rows are replaced by ones that learn."""
 
-    def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
+    def __init__(self, base_layer: nn.Module, switch: ActiveAdapters) -> None:
         super().__init__(base_layer, switch)
         self.trainable_tokens_delta = nn.ParameterDict()  # PEFT's name; the rows themselves, no difference
 
@@ -95,7 +95,7 @@ class TiedLayer(LoraLayer):
     Adapters have no parameters here; those of ``source`` answer, looked up (another embedding) or transposed (a head).
     """
 
-    def __init__(self, base_layer: nn.Module, switch: Switch, source: LoraEmbedding | TrainableTokens) -> None:
+    def __init__(self, base_layer: nn.Module, switch: ActiveAdapters, source: LoraEmbedding | TrainableTokens) -> None:
         super().__init__(base_layer, switch)
         self._source = (source,)  # no child: its parameters are the source's alone
 

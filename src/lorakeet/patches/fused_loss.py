@@ -22,7 +22,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 from lorakeet.ignore_index import IGNORE_INDEX
 from lorakeet.kernels.linear_cross_entropy import LogitMap, linear_cross_entropy, row_losses
-from lorakeet.log import say
+from lorakeet.log import info
 from lorakeet.patches.causal_loss import asks_loss_function, sample_losses
 
 #: What stands in for the logits of one position. Exact in bf16; large enough to meet any cap.
@@ -89,7 +89,7 @@ def fused_loss(model: nn.Module) -> Iterator[None]:
             try:
                 return _without_logits(lm, before, args, kwargs)
             except _UnknownLossError as reason:
-                say(f"logits     are computed whole: {reason}")
+                info(f"logits     are computed whole: {reason}")
                 _WITHOUT_LOGITS.discard(lm)
         return before(*args, **kwargs)
 

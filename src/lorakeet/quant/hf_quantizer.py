@@ -269,7 +269,7 @@ def not_finite(names: list[str]) -> BaseModelError:
 
 
 @torch.no_grad()
-def quantise(model: PreTrainedModel, keep: Iterable[str] = (), embeddings: bool = True) -> int:
+def quantize_(model: PreTrainedModel, keep: Iterable[str] = (), embeddings: bool = True) -> int:
     """Put a model that is in memory into 8 bits, in place, one layer after the other; returns how many layers.
 
     Left as they are: what learns, what lies outside of the base model (a task's head), and the modules inside of it that

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorakeet.kernels.decoder_step import Factors
-from lorakeet.kernels.int8.linear import dequantise, int8_linear, quantise_rows, quantise_weight, rounding_steps
+from lorakeet.kernels.decoder_step import LinearWeights
+from lorakeet.kernels.int8.linear import dequantize, int8_linear, quantize_rows, quantize_weight, rounding_steps
 
 
 class _Rounded(nn.Module):
@@ -71,13 +71,13 @@ class Int8Linear(_Rounded):
     def forward(self, x: Tensor) -> Tensor:
         return int8_linear(x, self.weight, self.scale, self.bias)
 
-    def factors(self) -> Factors:
+    def factors(self) -> LinearWeights:
         """What this layer multiplies by."""
         own = self._parameters  # nn.Module's attribute look-up is slow, and this is asked for every layer and token
-        return Factors(own["weight"], own["scale"], own.get("bias"))  # type: ignore[arg-type]
+        return LinearWeights(own["weight"], own["scale"], own.get("bias"))  # type: ignore[arg-type]
 
     def unrounded(self) -> nn.Module:
-        weight = dequantise(self.weight, self.scale, self.dtype)
+        weight = dequantize(self.weight, self.scale, self.dtype)
         made: Any = plain_layer(self)
         made.weight = nn.Parameter(weight.T.contiguous() if self.transposed else weight)
         if self.bias is not None:
@@ -113,7 +113,7 @@ class Int8Embedding(_Rounded, nn.Embedding):
         return rows.mul_(F.embedding(ids, self.scale.unsqueeze(1))).to(self.dtype)
 
     def unrounded(self) -> nn.Module:
-        return nn.Embedding.from_pretrained(dequantise(self.weight, self.scale, self.dtype), freeze=False)
+        return nn.Embedding.from_pretrained(dequantize(self.weight, self.scale, self.dtype), freeze=False)
 
 
 def round_weight(weight: Tensor, transposed: bool = False, vocabulary: bool = False) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ def round_weight(weight: Tensor, transposed: bool = False, vocabulary: bool = Fa
     Of an embedding or a head, whose rows are tokens and may be added to: one scale for each, fp32 [out].
     """
     weight = weight.T.contiguous() if transposed else weight
-    return quantise_rows(weight) if vocabulary else quantise_weight(weight)
+    return quantize_rows(weight) if vocabulary else quantize_weight(weight)
 
 
 def plain_layer(layer: Int8Linear | Int8Embedding) -> nn.Module:
@@ -140,7 +140,7 @@ def weight_rows(layer: nn.Module, rows: Tensor) -> Tensor:
     weight: Tensor = layer.weight  # type: ignore[assignment]
     if not isinstance(layer, _Rounded):
         return weight.detach()[rows]
-    return dequantise(weight.detach(), layer.scale.detach(), layer.dtype, rows)
+    return dequantize(weight.detach(), layer.scale.detach(), layer.dtype, rows)
 
 
 def rounded_bytes(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
@@ -162,7 +162,7 @@ def rounded_bytes(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
 def floating(state: Mapping[str, Tensor], name: str) -> Tensor:
     """A tensor of a state dict; the floating values of a rounded one."""
     tensor = state[name]
-    return tensor if tensor.dtype != torch.int8 else dequantise(tensor, state[_scale_name(name)])
+    return tensor if tensor.dtype != torch.int8 else dequantize(tensor, state[_scale_name(name)])
 
 
 def holds(state: Mapping[str, Tensor], name: str, tensor: Tensor) -> bool:
@@ -171,7 +171,7 @@ def holds(state: Mapping[str, Tensor], name: str, tensor: Tensor) -> bool:
     if mine.dtype != torch.int8:
         return torch.equal(mine, tensor.to(mine.dtype))
     scale = state[_scale_name(name)]
-    return bool(((dequantise(mine, scale) - tensor.float()).abs() <= 0.51 * rounding_steps(mine, scale)).all())
+    return bool(((dequantize(mine, scale) - tensor.float()).abs() <= 0.51 * rounding_steps(mine, scale)).all())
 
 
 def put(state: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:

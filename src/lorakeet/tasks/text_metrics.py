@@ -75,7 +75,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
-def normalised_answer(text: str) -> str:
+def normalized_answer(text: str) -> str:
     """``text`` without case, ASCII punctuation, English articles and runs of white space."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
@@ -98,9 +98,9 @@ def answering(predicted: Sequence[str], right: Sequence[str | Sequence[str]]) ->
     exact, overlap = 0.0, 0.0
     for guess, answers in zip(predicted, right, strict=True):
         several = [answers] if isinstance(answers, str) else answers
-        words = [normalised_answer(answer).split() for answer in several]
+        words = [normalized_answer(answer).split() for answer in several]
         wanted = [one for one in words if one] or [[]]
-        guessed = normalised_answer(guess).split()
+        guessed = normalized_answer(guess).split()
         exact += max(guessed == one for one in wanted)
         overlap += max(_bag_f1(guessed, one) for one in wanted)
     return {"exact_match": exact / len(right), "f1": overlap / len(right)}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from lorakeet.log import say
+from lorakeet.log import info
 
 #: Seconds in which a second Ctrl-C is taken for the echo of the first: torchrun passes on what the terminal sent already.
 ECHO = 2.0
@@ -49,7 +49,7 @@ class StopAfterStep(TrainerCallback):
             raise KeyboardInterrupt
         if not self.asked:
             self.asked, self._heard = True, now
-            say("finishing this step, then saving; Ctrl-C once more to stop at once")
+            info("finishing this step, then saving; Ctrl-C once more to stop at once")
         elif number == signal.SIGINT and now - self._heard > ECHO:
             raise KeyboardInterrupt
 

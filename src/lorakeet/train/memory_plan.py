@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import torch
 
-from lorakeet.log import say, warn
+from lorakeet.log import info, warn
 from lorakeet.patches.gradient_checkpointing import Kept, can_recompute, choose_every, kept_by
 from lorakeet.patches.padding_free import is_padding_free
 from lorakeet.rng import same_random_state
@@ -90,7 +90,7 @@ def _say(every: int, kept: Kept, passes: float, tokens: int, free: int, room: fl
     some = ", ".join([*numbers[:3], *["…"] * (len(numbers) > 3)])
     which = "all layers are" if every == 1 else f"layers {some} are" if len(numbers) > 1 else "layer 0 is"
     need = kept.peak(None) * passes
-    say(
+    info(
         f"memory     {which} run again in the backward pass: a pass of {tokens:,} tokens would need {need / 1e9:.2f} GB, "
         f"{free / 1e9:.2f} GB are free"
     )

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from lorakeet.ignore_index import IGNORE_INDEX
-from lorakeet.log import say
+from lorakeet.log import info
 from lorakeet.patches.causal_loss import count_targets
 from lorakeet.patches.fused_loss import computes_logits
 from lorakeet.patches.padding_free import is_padding_free
@@ -207,7 +207,7 @@ class Passes:
         if self.trainer.is_world_process_zero():
             number = self.trainer.args.gradient_accumulation_steps
             many = f"the {number} micro-batches of a step run as one, up to {self.budget:,} tokens"
-            say(f"passes     {many if reason is None else f'each micro-batch is one: {reason}'}")
+            info(f"passes     {many if reason is None else f'each micro-batch is one: {reason}'}")
 
     def _everywhere(self, holds: bool) -> bool:
         """Whether something holds in all processes."""

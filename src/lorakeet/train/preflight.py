@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import TrainingError
-from lorakeet.log import log, say, warn
+from lorakeet.log import info, log, warn
 
 #: Names shown of a longer list.
 SHOWN = 8
@@ -69,7 +69,7 @@ def check_gradients(model: nn.Module) -> None:
     )
 
 
-def check_synchronised(model: nn.Module, accelerator: Accelerator) -> None:
+def check_synchronized(model: nn.Module, accelerator: Accelerator) -> None:
     """Under several processes the gradients must be the same in all of them after backward.
 
     Raises:
@@ -171,5 +171,5 @@ def _some(names: list[str]) -> str:
 def say_device(args: TrainingArguments) -> None:
     """Train on one GPU of several unless started as several processes: copies in one process are slow and silent."""
     if args.n_gpu > 1:
-        say(f"{args.n_gpu} GPUs are visible, one is used; start with torchrun or accelerate to use all")
+        info(f"{args.n_gpu} GPUs are visible, one is used; start with torchrun or accelerate to use all")
         args._n_gpu = 1

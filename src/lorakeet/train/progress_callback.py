@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from lorakeet.files import write_file
-from lorakeet.log import say
+from lorakeet.log import info
 from lorakeet.runs.metrics_log import append_metrics, read_metrics
 
 #: Figures of an evaluation that say how long it took: the parent of the Trainer adds them.
@@ -30,7 +30,7 @@ TIMES = ("_runtime", "_per_second")
 QUIET_SECONDS = 10.0
 
 
-class Report(TrainerCallback):
+class ProgressCallback(TrainerCallback):
     """Writes ``metrics.jsonl`` and shows how far the run is, in the main process only.
 
     Needs ``include_num_input_tokens_seen="non_padding"`` in the TrainingArguments, which counts the real tokens.
@@ -104,7 +104,7 @@ class Report(TrainerCallback):
             }
             append_metrics(self.path, {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **figures})
             if "eval_loss" in figures:
-                say(f"step {state.global_step}: held-out loss {figures['eval_loss']:.4f}")
+                info(f"step {state.global_step}: held-out loss {figures['eval_loss']:.4f}")
         self._mark, self._measured = time.perf_counter(), 0
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -146,14 +146,14 @@ class Shown:
         elif time.monotonic() - self.spoke >= QUIET_SECONDS or self.last == self.steps:
             self.spoke = time.monotonic()
             left = (self.spoke - self.began) / max(self.last - self.first, 1) * (self.steps - self.last)
-            say(f"step {self.last} of {self.steps}: loss {loss:.4f}, {rate:,.0f} tokens/s, {clock(left)} left")
+            info(f"step {self.last} of {self.steps}: loss {loss:.4f}, {rate:,.0f} tokens/s, {clock(left)} left")
 
     def measuring(self, done: int, batches: int) -> None:
         now = time.monotonic()
         self.spoke = self.spoke or now
         if now - self.spoke >= QUIET_SECONDS:
             self.spoke = now
-            say(f"measuring the held-out loss: {done} of {batches} batches")
+            info(f"measuring the held-out loss: {done} of {batches} batches")
 
     def step(self, step: int) -> None:
         self.last = step

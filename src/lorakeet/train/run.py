@@ -20,7 +20,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from lorakeet.adapter.peft_model import PeftModel, get_peft_model
 from lorakeet.base.architectures import AUTO_CLASSES, check_task, family, fresh_modules
-from lorakeet.base.load import Base, Prospect, load_base, look_at
+from lorakeet.base.load import Base, ModelInfo, inspect_model, load_base
 from lorakeet.base.quiet import quiet
 from lorakeet.config import RunConfig, TaskSettings
 from lorakeet.data.collate import make_collator
@@ -31,7 +31,7 @@ from lorakeet.data.rows.column_mapping import choose_task
 from lorakeet.data.rows.load import peek
 from lorakeet.errors import ConfigError, TrainingError
 from lorakeet.files import write_folder, write_json
-from lorakeet.log import log, say, warn
+from lorakeet.log import info, log, warn
 from lorakeet.lora.config import LoraConfig
 from lorakeet.lora.layer_types import adaptable
 from lorakeet.patches.fused_layers import fused_layers
@@ -46,8 +46,8 @@ from lorakeet.train.interrupt import StopAfterStep
 from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.memory_plan import every_that_fits
 from lorakeet.train.memory_probe import free_memory
-from lorakeet.train.progress_callback import Report, draw_loss_curve
-from lorakeet.train.summary import compared, summarise
+from lorakeet.train.progress_callback import ProgressCallback, draw_loss_curve
+from lorakeet.train.summary import compared, summarize
 from lorakeet.train.task_trainer import TaskTrainer
 from lorakeet.train.trainer import Trainer
 
@@ -86,7 +86,7 @@ def run_training(
     check_run_folder(folder, resume=resume, overwrite=overwrite)
     if resume and not any_checkpoint:
         refuse_other_settings(config, folder)
-    prospect = look_at(config.base)
+    prospect = inspect_model(config.base)
     chosen = choose(config, prospect)
     state = PartialState()
     state.wait_for_everyone()  # until every process has checked the folder, none writes to it
@@ -97,7 +97,7 @@ def run_training(
     base = load_base(
         config.base, auto_class=AUTO_CLASSES[task.name], model_options=task.model_options(), for_training=True
     )
-    say(f"base       {base.describe()}")
+    info(f"base       {base.describe()}")
     args = training_arguments(config, base)
     args.eval_strategy = "no" if data.held_out is None else args.eval_strategy
     set_seed(config.train.seed)
@@ -110,7 +110,7 @@ def run_training(
         return run.train(stop, resume, any_checkpoint)
 
 
-def choose(config: RunConfig, prospect: Prospect) -> TaskSettings:
+def choose(config: RunConfig, prospect: ModelInfo) -> TaskSettings:
     """The task's settings with a concrete type, one that model and data allow.
 
     Raises:
@@ -199,16 +199,16 @@ def _say_plan(
     steps = train.steps or -(-rows * train.epochs // per_step)
     length = f"{steps:.0f} steps of {per_step} samples ({train.batch_size} x {train.grad_accum}"
     length += f" x {args.world_size} processes)" if args.world_size > 1 else ")"
-    say(f"adapter    r={config.lora.r}, alpha={config.lora.lora_alpha:g}: {trainable:,} of {every:,} parameters learn")
+    info(f"adapter    r={config.lora.r}, alpha={config.lora.lora_alpha:g}: {trainable:,} of {every:,} parameters learn")
     for line in data.report.lines():
-        say(line)
+        info(line)
     passes = f", {steps * per_step / rows:.2g} epochs" if rows else ""
-    say(f"training   {length}{passes}, peak learning rate {train.lr:g}")
+    info(f"training   {length}{passes}, peak learning rate {train.lr:g}")
     if plus := _loraplus(config):
         _, embeddings, faster = plus.rates(train.lr)
-        say(f"LoRA+      peak learning rate of B {faster:g}, of pairs on embeddings {embeddings:g}")
+        info(f"LoRA+      peak learning rate of B {faster:g}, of pairs on embeddings {embeddings:g}")
     first = next(iter(data.train))
-    say(f"a sample   {describe_sample(base.tokenizer, first, task.name, task.labels, colour=sys.stderr.isatty())}")
+    info(f"a sample   {describe_sample(base.tokenizer, first, task.name, task.labels, colour=sys.stderr.isatty())}")
     if train.warmup >= steps:
         warn(f"the warm-up takes {train.warmup} of {steps:.0f} steps: the learning rate never reaches its peak")
 
@@ -239,7 +239,7 @@ class Run:
 
     def train(self, stop: StopAfterStep, resume: bool, any_checkpoint: bool) -> dict[str, Any]:
         """Held-out loss, training, adapter, held-out loss, summary."""
-        report = Report(self.folder / "metrics.jsonl")
+        report = ProgressCallback(self.folder / "metrics.jsonl")
         trainer = self._trainer([report, stop], any_checkpoint)
         with ExitStack() as fast:
             fast.enter_context(self._unpadded())
@@ -249,7 +249,7 @@ class Run:
                 fast.enter_context(fused_layers(self.model))
             fast.enter_context(self._thrifty(trainer))
             self._learn(trainer, report, stop, resume, any_checkpoint)
-            summary = summarise(self, trainer, report)
+            summary = summarize(self, trainer, report)
         self._save(trainer, summary)
         if self.args.process_index == 0:
             self._finish(trainer, summary)
@@ -261,7 +261,7 @@ class Run:
         if not self.config.train.padding_free:
             return nullcontext()
         if reason := why_padded(self.model):
-            say(f"padding    is computed: {reason}")
+            info(f"padding    is computed: {reason}")
             return nullcontext()
         return padding_free(self.model)
 
@@ -281,10 +281,12 @@ class Run:
         enough = ENOUGH_IN_8_BITS if any(p.dtype == torch.int8 for p in self.model.parameters()) else ENOUGH_FOR_A_CPU
         return min(full, enough) if self.args.device.type == "cpu" else full
 
-    def _learn(self, trainer: Trainer, report: Report, stop: StopAfterStep, resume: bool, any_checkpoint: bool) -> None:
+    def _learn(
+        self, trainer: Trainer, report: ProgressCallback, stop: StopAfterStep, resume: bool, any_checkpoint: bool
+    ) -> None:
         start = latest_checkpoint(self.args.output_dir) if resume else None
         if resume:
-            say(f"going on from {start}" if start else "no whole checkpoint yet: starting from the beginning")
+            info(f"going on from {start}" if start else "no whole checkpoint yet: starting from the beginning")
         try:
             if start is None:
                 self._measure(trainer, 0)
@@ -297,7 +299,7 @@ class Run:
                 f"go on with: lorakeet train {self.folder / 'run.yaml'} --resume",
             )
         self._save(trainer, {})
-        say(f"adapter    {self.folder / 'adapter'}")
+        info(f"adapter    {self.folder / 'adapter'}")
         self._measure(trainer, trainer.state.global_step)
 
     def _trainer(self, callbacks: list[Any], any_checkpoint: bool) -> Trainer:
@@ -356,4 +358,4 @@ class Run:
             draw_confusion(predictions.label_ids, guesses, self.task.labels, self.folder / "confusion.png")
         write_json(self.folder / "summary.json", summary)
         for line in compared(summary):
-            say(line)
+            info(line)

@@ -50,7 +50,7 @@ class Steps(TrainerCallback):
         trainer, model = self.trainer, self.trainer.model
         if self.first:
             preflight.check_gradients(model)
-            preflight.check_synchronised(model, trainer.accelerator)
+            preflight.check_synchronized(model, trainer.accelerator)
             self.first = False
         if nonfinite.is_finite(trainer):
             return

@@ -14,7 +14,7 @@ import transformers
 from lorakeet._version import __version__
 from lorakeet.runs.metrics_log import first_and_last, peak_rss_bytes, read_metrics
 from lorakeet.tasks.baselines import baseline
-from lorakeet.train.progress_callback import Report
+from lorakeet.train.progress_callback import ProgressCallback
 from lorakeet.train.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _COUNTS = ("loss", "perplexity", "tokens", "targets")
 
 
-def summarise(run: Run, trainer: Trainer, report: Report) -> dict[str, Any]:
+def summarize(run: Run, trainer: Trainer, report: ProgressCallback) -> dict[str, Any]:
     """Everything that ``summary.json`` holds."""
     lines = read_metrics(run.folder / "metrics.jsonl")
     measured = [held_out_figures(line) for line in lines if "eval_loss" in line]

@@ -32,7 +32,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_check
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import TrainingError
 from lorakeet.files import check_output, write_folder
-from lorakeet.log import say
+from lorakeet.log import info
 from lorakeet.patches.causal_loss import count_targets, shifts_labels
 from lorakeet.patches.fused_loss import fused_sample_losses
 from lorakeet.rng import same_random_state
@@ -376,7 +376,7 @@ class Trainer(transformers.Trainer):
 
     def _load_best_model(self) -> None:
         if isinstance(self.model, PeftModel):
-            say(f"taking the best adapter, of {self.state.best_model_checkpoint}")
+            info(f"taking the best adapter, of {self.state.best_model_checkpoint}")
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()

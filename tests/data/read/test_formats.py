@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lorakeet.data.read.formats import read_file, recognise
+from lorakeet.data.read.formats import read_file, recognize
 from lorakeet.data.read.record import Row
 
 Put = Callable[..., Path]
@@ -61,7 +61,7 @@ def told(path: Path) -> list[tuple[int, str | None]]:
     ],
 )
 def test_recognised_by_suffix_or_content(put: Put, name: str, content: str | bytes, format: str) -> None:
-    assert recognise(put(name, content)) == format
+    assert recognize(put(name, content)) == format
 
 
 TEXTS = ["plain", "two\nlines", 'with "quotes", commas; and\ttabs', "naïve \u2028 ☃ 𝄞", " indented"]

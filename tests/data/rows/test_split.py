@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakeet.data.rows.split import normalised, split_texts
+from lorakeet.data.rows.split import normalized, split_texts
 from lorakeet.errors import DataError
 
 WORDS = st.sampled_from(
@@ -25,14 +25,14 @@ def held_out_texts(texts: list[str], fraction: float, seed: int) -> list[str]:
 @settings(deadline=None)
 @given(TEXTS, FRACTIONS, st.integers(0, 3))
 def test_no_text_on_both_sides_and_no_row_lost(texts: list[str], fraction: float, seed: int) -> None:
-    distinct = {normalised(text) for text in texts}
+    distinct = {normalized(text) for text in texts}
     if len(distinct) < 2:
         with pytest.raises(DataError):
             split_texts(texts, fraction, seed)
         return
     split = split_texts(texts, fraction, seed)
-    learned = {normalised(texts[number]) for number in split.train}
-    measured = {normalised(texts[number]) for number in split.held_out}
+    learned = {normalized(texts[number]) for number in split.train}
+    measured = {normalized(texts[number]) for number in split.held_out}
     assert learned and measured and not learned & measured
     assert sorted(split.train + split.held_out) == list(range(len(texts)))
     assert split.train == sorted(split.train) and split.held_out == sorted(split.held_out)
@@ -43,7 +43,7 @@ def test_no_text_on_both_sides_and_no_row_lost(texts: list[str], fraction: float
 @settings(deadline=None)
 @given(st.data(), TEXTS, FRACTIONS)
 def test_the_order_of_the_rows_changes_nothing(data: st.DataObject, texts: list[str], fraction: float) -> None:
-    if len({normalised(text) for text in texts}) > 1:
+    if len({normalized(text) for text in texts}) > 1:
         shuffled = data.draw(st.permutations(texts))
         assert Counter(held_out_texts(texts, fraction, 1)) == Counter(held_out_texts(shuffled, fraction, 1))
 
@@ -77,16 +77,16 @@ def test_a_class_of_two_texts_is_never_only_held_out(
     rows: list[tuple[str, set[str]]], fraction: float, seed: int
 ) -> None:
     texts, classes = [text for text, _ in rows], [names for _, names in rows]
-    if len({normalised(text) for text in texts}) < 2:
+    if len({normalized(text) for text in texts}) < 2:
         return
     plain, split = split_texts(texts, fraction, seed), split_texts(texts, fraction, seed, classes)
     assert set(plain.train) <= set(split.train) and split.held_out
     assert sorted(split.train + split.held_out) == list(range(len(texts)))
-    assert not {normalised(texts[n]) for n in split.train} & {normalised(texts[n]) for n in split.held_out}
+    assert not {normalized(texts[n]) for n in split.train} & {normalized(texts[n]) for n in split.held_out}
     known = {name for number in split.train for name in classes[number]}
     for name in "abc":
-        having = {normalised(text) for text, names in rows if name in names}
-        held_out = {normalised(texts[number]) for number in split.held_out}
+        having = {normalized(text) for text, names in rows if name in names}
+        held_out = {normalized(texts[number]) for number in split.held_out}
         if len(having) > 1 or (having and held_out != having):
             assert name in known
     if all(known >= names for names in classes) and known == {n for i in plain.train for n in classes[i]}:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from lorakeet.config import DataSettings
 from lorakeet.data.rows.load import read_rows
-from lorakeet.data.rows.split import normalised
+from lorakeet.data.rows.split import normalized
 from lorakeet.data.rows.stream import held_out_rows, rest_of, stream_rows
 from lorakeet.errors import DataError
 
@@ -103,12 +103,12 @@ def test_workers_share_the_rows(folder: Path) -> None:
 def test_what_is_held_out_is_never_learned(folder: Path) -> None:
     settings = settings_of(folder, eval_fraction=0.1, shuffle_buffer=100_000)
     held_out, stream = held_out_rows(settings, "CAUSAL_LM", 0), stream_rows(settings, "CAUSAL_LM", 0)
-    measured = {normalised(text) for text in held_out.data["text"][:]}
+    measured = {normalized(text) for text in held_out.data["text"][:]}
     learned = texts_of(stream)
-    assert len(measured) == len(held_out.data) and measured.isdisjoint(map(normalised, learned))
+    assert len(measured) == len(held_out.data) and measured.isdisjoint(map(normalized, learned))
     assert 50 < len(measured) < 110  # a tenth of 800 different texts
-    everything = Counter(map(normalised, read_rows(settings).data["text"][:]))
-    assert Counter(map(normalised, learned)) == Counter(
+    everything = Counter(map(normalized, read_rows(settings).data["text"][:]))
+    assert Counter(map(normalized, learned)) == Counter(
         {text: count for text, count in everything.items() if text not in measured}
     )
     assert held_out.layout.kind == "text" and held_out.data.features == stream.features
@@ -122,7 +122,7 @@ def test_at_most_a_tenth_of_the_buffer_is_held_out_and_of_every_file_some(folder
     files = Counter(place.rpartition("/")[2][0] for place in held_out["place"][:])
     assert files == {"0": 10, "1": 10, "2": 10}
     learned = texts_of(stream_rows(settings, "CAUSAL_LM", 0))
-    assert {normalised(text) for text in held_out["text"][:]}.isdisjoint(map(normalised, learned))
+    assert {normalized(text) for text in held_out["text"][:]}.isdisjoint(map(normalized, learned))
     assert len(learned) > 1200 - 2 * 30 - 1  # nothing more is lost than the texts that are measured, and their repeats
 
 

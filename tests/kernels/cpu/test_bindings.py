@@ -41,18 +41,18 @@ def close(a: torch.Tensor, b: torch.Tensor, share: float = 1e-6) -> None:
 def test_few_rows(shape: tuple[int, int, int], biased: bool) -> None:
     n, out, inner = shape
     torch.manual_seed(n + out)
-    weight, scale = linear.quantise_rows(torch.randn(out, inner))
+    weight, scale = linear.quantize_rows(torch.randn(out, inner))
     x, bias = torch.randn(n, inner), torch.randn(out) if biased else None
     for columns in (None, torch.logspace(-3, 3, inner, 2)):
         scales = scale if columns is None else torch.cat((scale, columns))
-        truth = x.double() @ linear.dequantise(weight, scales, torch.float64).T + (bias.double() if biased else 0)
+        truth = x.double() @ linear.dequantize(weight, scales, torch.float64).T + (bias.double() if biased else 0)
         close(bindings.few_rows(x, weight, scale, columns, bias).double(), truth, 3e-6)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_does_not_become_a_number(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the row that has it and in no other; by the compiled loops and without them."""
-    weight, scale = linear.quantise_rows(torch.randn(8, 40))
+    weight, scale = linear.quantize_rows(torch.randn(8, 40))
     monkeypatch.setattr(linear, "choose_backend", lambda: "vnni")
     for rows in (3, 20):
         for compiled in (True, False):
@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_an_error_and_not_other_memory(
     rows: int, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear, "choose_backend", lambda: backend)
-    weight, scale = linear.quantise_rows(torch.randn(8, 40))
+    weight, scale = linear.quantize_rows(torch.randn(8, 40))
     x, bias = torch.randn(rows, 40), torch.randn(8)
     wrong = [
         (x[:, :39].clone(), weight, scale, bias),
@@ -118,7 +118,7 @@ def test_without_a_compiler_all_goes_on(tmp_path: Path) -> None:
     script = (
         "import torch\n"
         "from lorakeet.kernels.cpu import bindings as native\nfrom lorakeet.kernels.int8 import linear as int8\n"
-        "w, s = int8.quantise_rows(torch.randn(20, 30))\n"
+        "w, s = int8.quantize_rows(torch.randn(20, 30))\n"
         "x = torch.randn(3, 30)\n"
         "assert native.library() is None\n"
         "assert torch.allclose(int8.product(x, w, s), int8.int8_linear_reference(x, w, s), atol=1e-5)\n"

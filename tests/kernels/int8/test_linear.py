@@ -23,7 +23,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def layer(rows: int, inner: int, out: int, dtype: torch.dtype = torch.float32):
     torch.manual_seed(rows + inner + out)
-    weight, scale = linear.quantise_rows(torch.randn(out, inner) / inner**0.5)
+    weight, scale = linear.quantize_rows(torch.randn(out, inner) / inner**0.5)
     return torch.randn(rows, inner, dtype=dtype), weight, scale, torch.randn(out, dtype=dtype)
 
 
@@ -37,15 +37,15 @@ def close(a: torch.Tensor, b: torch.Tensor, share: float) -> None:
 @settings(max_examples=40, deadline=None)
 def test_rounding_is_within_half_a_step(rows: int, columns: int, size: float) -> None:
     x = torch.randn(rows, columns) * size
-    rounded, scale = linear.quantise_rows(x)
+    rounded, scale = linear.quantize_rows(x)
     assert rounded.dtype == torch.int8 and scale.shape == (rows,) and bool((scale > 0).all())
     assert rounded.numel() == 0 or int(rounded.abs().max()) <= 127
-    error = (linear.dequantise(rounded, scale) - x).abs()
+    error = (linear.dequantize(rounded, scale) - x).abs()
     assert bool((error <= scale.unsqueeze(1) * 0.5001 + 1e-30).all())
 
 
 def test_a_row_of_zeros_has_a_scale() -> None:
-    rounded, scale = linear.quantise_rows(torch.tensor([[0.0, 0.0], [1.0, -2.0]]))
+    rounded, scale = linear.quantize_rows(torch.tensor([[0.0, 0.0], [1.0, -2.0]]))
     assert rounded.tolist() == [[0, 0], [64, -127]] and scale.tolist() == pytest.approx([1.0, 2 / 127])
 
 
@@ -58,16 +58,16 @@ def uneven(out: int, inner: int) -> torch.Tensor:
 def test_even_columns_are_rounded_finely() -> None:
     """Columns of small values meet large activations: there the step of the large ones would cost the product dearly."""
     weight = uneven(96, 96)
-    rounded, scale = linear.quantise_weight(weight)
+    rounded, scale = linear.quantize_weight(weight)
     assert rounded.dtype == torch.int8 and scale.shape == (96 + 96,)
     columns = scale[96:]
     assert torch.equal(columns, columns.log2().round().exp2()) and float(columns.max() / columns.min()) > 100
     assert bool(
-        ((linear.dequantise(rounded, scale) - weight).abs() <= 0.501 * linear.rounding_steps(rounded, scale)).all()
+        ((linear.dequantize(rounded, scale) - weight).abs() <= 0.501 * linear.rounding_steps(rounded, scale)).all()
     )
     x = torch.randn(200, 96) / torch.logspace(-1.5, 1.5, 96)
     errors = [
-        float((x @ (linear.dequantise(*r) - weight).T).norm()) for r in ((rounded, scale), linear.quantise_rows(weight))
+        float((x @ (linear.dequantize(*r) - weight).T).norm()) for r in ((rounded, scale), linear.quantize_rows(weight))
     ]
     assert errors[0] < errors[1] / 5
 
@@ -88,12 +88,12 @@ def test_even_columns_of_odd_weights(shape: tuple[int, int]) -> None:
         if min(shape) > 1:
             weight[:, 0] = 0  # a column of nothing
             weight[1] = 0  # and a row
-        rounded, scale = linear.quantise_weight(weight)
+        rounded, scale = linear.quantize_weight(weight)
         rows, columns = linear.split_scale(rounded, scale)
         kept = linear.kept_columns(rounded, scale)
         assert scale.isfinite().all() and bool((rows > 0).all()) and columns is not None
         assert (columns == 0).nonzero()[:, 0].tolist() == ([] if kept is None else kept[0].tolist())
-        assert bool(((linear.dequantise(rounded, scale) - weight).abs() <= 0.501 * rows.unsqueeze(1) * columns).all())
+        assert bool(((linear.dequantize(rounded, scale) - weight).abs() <= 0.501 * rows.unsqueeze(1) * columns).all())
 
 
 @pytest.mark.parametrize("shape", [(4, 9), (40, 41), (1, 3)])
@@ -101,15 +101,15 @@ def test_columns_of_the_largest_values_are_kept_where_a_weight_narrows(shape: tu
     torch.manual_seed(0)
     weight = torch.randn(shape).clamp_(-2, 2)
     weight[0, 1], weight[-1, 2] = 5, -4
-    rounded, scale = linear.quantise_weight(weight)
+    rounded, scale = linear.quantize_weight(weight)
     kept = linear.kept_columns(rounded, scale)
     assert kept is not None and kept[0].tolist() == [1, 2] and torch.equal(kept[1], weight[:, 1:3].T)
-    assert torch.equal(linear.dequantise(rounded, scale)[:, 1:3], weight[:, 1:3]) and not rounded[:, 1:3].any()
+    assert torch.equal(linear.dequantize(rounded, scale)[:, 1:3], weight[:, 1:3]) and not rounded[:, 1:3].any()
     rest = weight.abs()
     rest[:, 1:3] = 0
     assert float(linear.rounding_steps(rounded, scale).max()) <= 2 * float(rest.max()) / 127  # theirs, and not of 5
     for other in ((9, 4), (4, 4), (1, 2), (0, 5)):
-        assert linear.kept_columns(*linear.quantise_weight(torch.randn(other))) is None
+        assert linear.kept_columns(*linear.quantize_weight(torch.randn(other))) is None
 
 
 def test_an_activation_a_thousand_times_larger_meets_columns_that_are_kept(backend: str) -> None:
@@ -119,10 +119,10 @@ def test_an_activation_a_thousand_times_larger_meets_columns_that_are_kept(backe
     weight[7, 90] = 3.0
     x = torch.randn(20, 200)
     x[0, 90] = 3000.0
-    h, truth = linear.int8_linear(x, *linear.quantise_weight(weight)), x.double() @ weight.double().T
+    h, truth = linear.int8_linear(x, *linear.quantize_weight(weight)), x.double() @ weight.double().T
     error = (h - truth).norm(dim=1) / truth[1:].norm(dim=1).mean()
     assert float(error.max()) < 0.02
-    plain = linear.int8_linear(x, *linear.quantise_rows(weight)) - truth
+    plain = linear.int8_linear(x, *linear.quantize_rows(weight)) - truth
     assert float(plain[0].norm() / truth[1:].norm(dim=1).mean()) > 1
 
 
@@ -130,7 +130,7 @@ def test_an_activation_a_thousand_times_larger_meets_columns_that_are_kept(backe
 @pytest.mark.parametrize("rows", [0, 3, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_products_with_scales_of_input_channels(rows: int, dtype: torch.dtype, out: int, backend: str) -> None:
-    weight, scale = linear.quantise_weight(uneven(out, 64))
+    weight, scale = linear.quantize_weight(uneven(out, 64))
     assert (linear.kept_columns(weight, scale) is None) == (out == 64)
     x = torch.randn(rows, 64) / torch.logspace(-1.5, 1.5, 64)
     x[:, [2, 60]] *= 50  # outliers, where the scales are small and where they are large
@@ -139,7 +139,7 @@ def test_products_with_scales_of_input_channels(rows: int, dtype: torch.dtype, o
     a, b = torch.randn(4, 64) / 8, torch.randn(out, 4)
     for low in (False, True):
         h = lora_linear(x, weight, bias, a, b, 0.5, scale=scale) if low else linear.int8_linear(x, weight, scale, bias)
-        wide, exact = linear.dequantise(weight, scale, torch.float64), x.double()
+        wide, exact = linear.dequantize(weight, scale, torch.float64), x.double()
         update = 0.5 * (exact @ a.double().T) @ b.double().T if low else 0
         truth = exact @ wide.T + bias.double() + update
         g = torch.randn(rows, out)
@@ -188,7 +188,7 @@ def test_pairs_is_near_the_exact_product(
     x, weight, scale, bias = layer(*shape)
     x *= torch.logspace(-12, 12, len(x)).unsqueeze(1)
     bias = bias * 1e-3 if biased else None
-    wide = linear.dequantise(weight, scale, torch.float64)
+    wide = linear.dequantize(weight, scale, torch.float64)
     h, dx = linear.product(x, weight, scale, bias), linear.input_gradient(h_like(x, weight), weight, scale)
     exact = x.double() @ wide.T + (0 if bias is None else bias)
     for mine, right in ((h, exact), (dx, h_like(x, weight).double() @ wide)):
@@ -243,7 +243,7 @@ def test_pairs_keep_what_is_not_finite_in_its_row(value: float, monkeypatch: pyt
 def gradient_of(rows: int, inner: int, out: int) -> tuple[torch.Tensor, ...]:
     """A gradient of rows of unlike size, a weight and all of its scales."""
     torch.manual_seed(rows * inner + out)
-    weight, scale = linear.quantise_weight(uneven(out, inner))
+    weight, scale = linear.quantize_weight(uneven(out, inner))
     return torch.randn(rows, out) * torch.logspace(-12, 12, rows).unsqueeze(1), weight, scale
 
 
@@ -280,7 +280,7 @@ def test_vnni_gradient_is_near_the_exact_one(
     if not compiled:
         monkeypatch.setattr(bindings, "library", lambda: None)
     g, weight, scale = gradient_of(*shape)
-    exact = g.double() @ linear.dequantise(weight, scale, torch.float64)
+    exact = g.double() @ linear.dequantize(weight, scale, torch.float64)
     error = (linear.input_gradient(g, weight, scale) - exact).norm(dim=1) / exact.norm(dim=1)
     assert float(error.mean()) < (0.015 if compiled else 0.03) and float(error.max()) < 0.08
 
@@ -316,10 +316,10 @@ def test_the_gradient_to_a_vocabulary_is_off_to_no_side(
         monkeypatch.setattr(bindings, "library", lambda: None)
     torch.manual_seed(0)
     vocabulary, tokens = 4000, 60
-    weight, scale = linear.quantise_rows(torch.randn(vocabulary, 48) + 2)
+    weight, scale = linear.quantize_rows(torch.randn(vocabulary, 48) + 2)
     p = (3 * torch.randn(tokens, vocabulary)).softmax(1)
     g = p - torch.nn.functional.one_hot(p.multinomial(1)[:, 0], vocabulary)
-    exact = g.double() @ linear.dequantise(weight, scale, torch.float64)
+    exact = g.double() @ linear.dequantize(weight, scale, torch.float64)
     error = linear.input_gradient(g, weight, scale).double() - exact
     alone = (linear.rounded_groups(g * scale) @ weight.float()).double() - exact
     assert float(error.norm()) < 0.02 * float(exact.norm())
@@ -329,9 +329,9 @@ def test_the_gradient_to_a_vocabulary_is_off_to_no_side(
 def test_on_a_gpu_the_gradient_to_a_vocabulary_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """There a token has one scale; of the small values nothing would be left."""
     monkeypatch.setattr(linear, "backend_for", lambda x: "triton")
-    weight, scale = linear.quantise_rows(torch.randn(300, 48))
+    weight, scale = linear.quantize_rows(torch.randn(300, 48))
     g = torch.randn(20, 300)
-    close(linear.input_gradient(g, weight, scale), g @ linear.dequantise(weight, scale), 1e-5)
+    close(linear.input_gradient(g, weight, scale), g @ linear.dequantize(weight, scale), 1e-5)
 
 
 @needs_pairs
@@ -341,7 +341,7 @@ def test_large_values_of_a_gradient_cost_no_more_than_their_neighbours(monkeypat
     g, weight, scale = gradient_of(40, 70, 640)
     g /= g.norm(dim=1, keepdim=True)
     weight[320] = 0  # what is left is what rounding loses
-    exact = g.double() @ linear.dequantise(weight, scale, torch.float64)
+    exact = g.double() @ linear.dequantize(weight, scale, torch.float64)
     g[:, 320] *= 1000
     error = float((linear.input_gradient(g, weight, scale) - exact).norm() / exact.norm())
     assert 0.1 < error < 0.35  # the 63 neighbours are lost, a tenth of all channels
@@ -386,7 +386,7 @@ def test_with_a_low_rank_update(shape: tuple[int, int, int], p: float, monkeypat
     monkeypatch.setattr(linear, "choose_backend", lambda: "blocked")
     x, weight, scale, bias = layer(*shape)
     a, b = torch.randn(4, shape[1]), torch.randn(shape[2], 4)
-    dense = linear.dequantise(weight, scale)
+    dense = linear.dequantize(weight, scale)
     grads = []
     for w, s in ((weight, scale), (dense, None)):
         torch.manual_seed(7)  # the same dropout

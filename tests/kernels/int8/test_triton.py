@@ -95,11 +95,11 @@ CASES: dict[str, tuple[str, dict[str, Any], int, int, tuple[str, ...]]] = {
     "choice of columns": ("choose_columns", CHOICE, 32, 3, ()),
     "turning": ("turn", {"w": INT32, "turned": INT32, "height": "i32:16", "width": "i32:16", "BLOCK": 32}, 4, 3, ()),
     "rounding, split": (
-        *("quantise_rows", {**ROUND, **SPLIT, "x": BF16, "apart": BF16, "BLOCK": 4096, "WHOLE": True}, 4, 3),
+        *("quantize_rows", {**ROUND, **SPLIT, "x": BF16, "apart": BF16, "BLOCK": 4096, "WHOLE": True}, 4, 3),
         ("ld.global.v4",),
     ),
     "rounding, folded": (
-        *("quantise_rows", {**ROUND, **FOLD, "x": FP32, "BLOCK": 16384, "WHOLE": False}, 16, 3),
+        *("quantize_rows", {**ROUND, **FOLD, "x": FP32, "BLOCK": 16384, "WHOLE": False}, 16, 3),
         ("ld.global.v4",),
     ),
     "product, descriptors": (

@@ -39,7 +39,7 @@ def normal(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
 
 
 def layer(inner: int, out: int) -> tuple[torch.Tensor, torch.Tensor]:
-    weight, scale = linear.quantise_rows(normal(out, inner) / inner**0.5 * torch.rand(out, 1, device=DEVICE))
+    weight, scale = linear.quantize_rows(normal(out, inner) / inner**0.5 * torch.rand(out, 1, device=DEVICE))
     return weight, scale
 
 
@@ -71,27 +71,27 @@ def test_rows_are_rounded_as_by_the_plain_function(
         x[0] *= 100
         x[-1] = 0
         for view, multiplier in zip(odd_views(x), (None, factor, factor), strict=True):
-            rounded, scale, apart = triton.quantise(view, multiplier)
-            right, right_scale = linear.quantise_rows(x if multiplier is None else x.float() * multiplier)
+            rounded, scale, apart = triton.quantize_activations(view, multiplier)
+            right, right_scale = linear.quantize_rows(x if multiplier is None else x.float() * multiplier)
             assert apart is None and torch.equal(scale, right_scale) and torch.equal(rounded, right)
             assert float(scale[-1]) == 1.0
 
 
 def test_halves_are_rounded_to_even_and_tiny_rows_to_zeros() -> None:
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5], [1e-44] * 8], device=DEVICE)
-    rounded, scale, _ = triton.quantise(x)
+    rounded, scale, _ = triton.quantize_activations(x)
     assert rounded.tolist() == [[127, 0, 2, 2, 0, -2, -2, 126], [0] * 8] and scale.tolist() == [1.0, 1.0]
 
 
 def test_a_row_that_the_strides_repeat() -> None:
     x = normal(1, 40).expand(5, 40)
-    rounded, scale, _ = triton.quantise(x)
-    right, right_scale = linear.quantise_rows(x)
+    rounded, scale, _ = triton.quantize_activations(x)
+    right, right_scale = linear.quantize_rows(x)
     assert torch.equal(rounded, right) and torch.equal(scale, right_scale)
 
 
 def test_no_rows() -> None:
-    rounded, scale, _ = triton.quantise(normal(0, 40))
+    rounded, scale, _ = triton.quantize_activations(normal(0, 40))
     assert rounded.shape == (0, 40) and scale.shape == (0,)
 
 
@@ -132,10 +132,10 @@ def test_columns_that_are_split_off(
     if len(right):
         few = x[:, right].abs().amax(1).topk(9).indices  # rows, those with outliers among them
         x = x[few]
-        rounded, scale, apart = triton.quantise(x, split=split)
+        rounded, scale, apart = triton.quantize_activations(x, split=split)
         rest = x.clone()
         rest[:, right] = 0
-        plain, plain_scale = linear.quantise_rows(rest)
+        plain, plain_scale = linear.quantize_rows(rest)
         assert torch.equal(rounded, plain) and torch.equal(scale, plain_scale)
         assert torch.equal(apart[:, : len(right)], x[:, right]) and not apart[:, len(right) :].any()
 

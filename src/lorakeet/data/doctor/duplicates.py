@@ -13,7 +13,7 @@ import numpy as np
 
 from lorakeet.data.doctor.checks import texts_of
 from lorakeet.data.rows.column_mapping import Kind
-from lorakeet.data.rows.split import normalised
+from lorakeet.data.rows.split import normalized
 
 _PLACE_BITS = 40  # a source's number above, a line's below
 
@@ -38,11 +38,11 @@ class Repeats:
         """Take a canonical row into account."""
         number = self._sources.setdefault(source, len(self._sources))
         given, answer = _halves(values, kind)
-        same = hash_of(normalised(given))
+        same = hash_of(normalized(given))
         self._places.append(number << _PLACE_BITS | place)
         self._exact.append(_joined(given, answer))
         self._inputs.append(same)
-        self._near.append(hash_of(f"{same}\0{normalised(answer)}"))
+        self._near.append(hash_of(f"{same}\0{normalized(answer)}"))
 
     def __len__(self) -> int:
         return len(self._places)
@@ -75,7 +75,7 @@ class Seen:
 
     def find(self, values: Mapping[str, Any], kind: Kind) -> int | None:
         """The number of the first row with the inputs of ``values``, but for case and white space; None if there is none."""
-        wanted = np.uint64(hash_of(normalised(_halves(values, kind)[0])))
+        wanted = np.uint64(hash_of(normalized(_halves(values, kind)[0])))
         at = int(np.searchsorted(self._sorted, wanted))
         return int(self._order[at]) if at < len(self._sorted) and self._sorted[at] == wanted else None
 

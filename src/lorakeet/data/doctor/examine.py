@@ -23,7 +23,7 @@ from lorakeet.data.doctor.label_stats import Labels
 from lorakeet.data.doctor.leakage import other_rows
 from lorakeet.data.doctor.token_stats import Measure
 from lorakeet.data.read.record import Row
-from lorakeet.data.read.source import Source, find_sources
+from lorakeet.data.read.source import DataSource, find_sources
 from lorakeet.data.rows.column_mapping import KINDS, Family, Kind, Layout, choose_task, find_layout, merge_layouts
 from lorakeet.errors import DataError
 
@@ -117,7 +117,7 @@ def check_rows(
 
 
 def check_heads(
-    laid: Sequence[tuple[Source, Layout]],
+    laid: Sequence[tuple[DataSource, Layout]],
     task: TaskSettings,
     *,
     settings: DataSettings,
@@ -259,7 +259,7 @@ def task_of(given: TaskName, family: Family | None, types: Mapping[str, str], se
 
 
 def _layout(
-    types: Mapping[str, str], settings: DataSettings, task: TaskName, source: Source, found: Findings
+    types: Mapping[str, str], settings: DataSettings, task: TaskName, source: DataSource, found: Findings
 ) -> Layout | None:
     try:
         return find_layout(types, settings, task, source.name)
@@ -268,7 +268,7 @@ def _layout(
         return None
 
 
-def _misspelt_optional(source: Source, types: Mapping[str, str], layout: Layout, found: Findings) -> None:
+def _misspelt_optional(source: DataSource, types: Mapping[str, str], layout: Layout, found: Findings) -> None:
     """Columns that nobody uses and whose name is close to a part that such rows may have."""
     free = [name for name in types if name not in layout.columns.values() and "." not in name]
     for roles in KINDS[layout.kind]:
@@ -289,7 +289,7 @@ def _merge(layouts: Mapping[str, Layout], found: Findings) -> None:
         found.add("columns", next(iter(layouts)), 0, error.message)
 
 
-def _compare_sides(sources: list[Source], settings: DataSettings, task: TaskName, examiner: Examiner) -> None:
+def _compare_sides(sources: list[DataSource], settings: DataSettings, task: TaskName, examiner: Examiner) -> None:
     """Rows of a test or validation file that are learned too: what is measured on them is worth nothing."""
     seen = examiner.repeats.seen()
     for source, place, values, kind in other_rows(sources, settings, task):

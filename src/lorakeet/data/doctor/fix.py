@@ -28,7 +28,7 @@ from lorakeet.data.doctor.record_fixes import Mended, Mender, Values
 from lorakeet.data.read.column_types import TypeNames
 from lorakeet.data.read.locate import locate
 from lorakeet.data.read.record import Row
-from lorakeet.data.read.source import Source, find_sources
+from lorakeet.data.read.source import DataSource, find_sources
 from lorakeet.data.rows.column_mapping import KINDS, Family, Layout, find_layout, merge_layouts
 from lorakeet.errors import DataError, OutputError
 from lorakeet.files import write_file
@@ -204,7 +204,7 @@ class _Copy:
 
 
 def _menders(
-    sources: Sequence[Source], settings: DataSettings, task: TaskSettings, family: Family | None
+    sources: Sequence[DataSource], settings: DataSettings, task: TaskSettings, family: Family | None
 ) -> tuple[TaskName, dict[str, Mender]]:
     """What is learned, and what mends each source by its name."""
     name: TaskName = task.type
@@ -245,7 +245,7 @@ def _check_alike(*named: tuple[str, Layout]) -> None:
 
 
 def _survey(
-    sources: Sequence[Source], menders: Mapping[str, Mender], settings: DataSettings, task: TaskSettings
+    sources: Sequence[DataSource], menders: Mapping[str, Mender], settings: DataSettings, task: TaskSettings
 ) -> None:
     """The first pass: what only all rows together can tell is given to the ``menders``."""
     labels = Labels(task.labels)
@@ -268,7 +268,7 @@ def _survey(
             mender.numbers = [column for column, kind in numbers[name].names().items() if kind in ("int", "float")]
 
 
-def _other_inputs(sources: list[Source], settings: DataSettings, task: TaskName, out: Path) -> Repeats:
+def _other_inputs(sources: list[DataSource], settings: DataSettings, task: TaskName, out: Path) -> Repeats:
     """Rows of test and validation files beside the data; an earlier copy is none of them."""
     measured = Repeats()
     for source, place, values, kind in other_rows(sources, settings, task):
@@ -277,7 +277,7 @@ def _other_inputs(sources: list[Source], settings: DataSettings, task: TaskName,
     return measured
 
 
-def _rows(sources: Sequence[Source], limit: int | None) -> Iterator[tuple[Source, Row]]:
+def _rows(sources: Sequence[DataSource], limit: int | None) -> Iterator[tuple[DataSource, Row]]:
     return islice(((source, row) for source in sources for row in source.rows()), limit)
 
 

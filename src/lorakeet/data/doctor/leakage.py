@@ -11,7 +11,7 @@ from typing import Any
 from lorakeet.config import DataSettings, TaskName
 from lorakeet.data.doctor.checks import check_row
 from lorakeet.data.read.formats import SUFFIXES
-from lorakeet.data.read.source import Source, find_sources
+from lorakeet.data.read.source import DataSource, find_sources
 from lorakeet.data.rows.column_mapping import Kind, find_layout
 from lorakeet.data.rows.normalize import RowError, canonical
 from lorakeet.errors import DataError
@@ -20,11 +20,11 @@ _HEAD = 1000  # rows that tell the columns of a file and their types
 _OTHERS = ("test", "validation", "valid", "val", "dev", "eval", "evaluation")
 
 
-def other_side(sources: list[Source], settings: DataSettings) -> list[Source]:
+def other_side(sources: list[DataSource], settings: DataSettings) -> list[DataSource]:
     """Files named for another split than ``settings.split``, in the folders of ``sources``; none for data of the hub."""
     mine = {Path(source.name).resolve() for source in sources if source.format != "hub"}
     names = [name for name in _OTHERS if name != settings.split]
-    found: list[Source] = []
+    found: list[DataSource] = []
     for folder in sorted({path.parent for path in mine}):
         for path in sorted(folder.iterdir()):
             words = set(re.split(r"[^a-z]+", path.stem.lower()))
@@ -37,7 +37,7 @@ def other_side(sources: list[Source], settings: DataSettings) -> list[Source]:
 
 
 def other_rows(
-    sources: list[Source], settings: DataSettings, task: TaskName
+    sources: list[DataSource], settings: DataSettings, task: TaskName
 ) -> Iterator[tuple[str, int, Mapping[str, Any], Kind]]:
     """Source, place, canonical columns and kind of each row on the other side that something could be learned from."""
     for source in other_side(sources, settings):

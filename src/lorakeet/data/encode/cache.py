@@ -13,12 +13,12 @@ import tokenizers
 
 from lorakeet.data.encode.encoder import Encoder
 from lorakeet.files import cache_home, write_file
-from lorakeet.log import say, warn
+from lorakeet.log import info, warn
 
 _FORMAT = 2  # raise it when the same rows and tokenizer give other columns than before
 
 
-def tokenise(rows: datasets.Dataset, content: str, encoder: Encoder) -> datasets.Dataset:
+def tokenize(rows: datasets.Dataset, content: str, encoder: Encoder) -> datasets.Dataset:
     """The samples that ``encoder`` makes of ``rows``, in their order (:mod:`lorakeet.data.encode.encoder` says which columns).
 
     The result is kept below :func:`lorakeet.files.cache_home`, and used again for the same ``content`` (a hash of the
@@ -29,7 +29,7 @@ def tokenise(rows: datasets.Dataset, content: str, encoder: Encoder) -> datasets
         return _encode(rows, encoder)
     kept = cache_home() / "datasets" / "tokens" / f"{name}.arrow"
     if tokens := _read_again(kept, len(rows)):
-        say(f"data: tokens read again from {kept}")
+        info(f"data: tokens read again from {kept}")
         return tokens
     try:
         with write_file(kept) as aside:

@@ -47,7 +47,7 @@ def suffix(path: Path) -> str:
     return plain.suffix.lower()
 
 
-def recognise(path: Path) -> str:
+def recognize(path: Path) -> str:
     """The format of ``path``: by suffix, but ``%`` lines make any text a fortune file; without a suffix, by content.
 
     Raises:
@@ -85,7 +85,7 @@ def read_file(
     """
     source, unit, empty = str(path), "line", True
     try:
-        format = recognise(path) if format == "auto" else format
+        format = recognize(path) if format == "auto" else format
         unit = "row" if format in ("json", *TABLE_READERS) else "line"
         read = TABLE_READERS[format](path, columns) if format in TABLE_READERS else TEXT_READERS[format](path, split)
         for place, record in read:

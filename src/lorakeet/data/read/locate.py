@@ -11,7 +11,7 @@ from pathlib import Path
 from lorakeet.data.read.formats import SUFFIXES, suffix
 from lorakeet.data.read.fortune import indexed_by, is_rotated
 from lorakeet.errors import DataError, did_you_mean
-from lorakeet.log import say
+from lorakeet.log import info
 
 #: The name that stands for the quotations of the package below, where no file is called so.
 EMBEDDED = "fortunes"
@@ -107,7 +107,7 @@ def data_files(folder: Path, split: str) -> list[Path]:
         else:
             kept.setdefault(path.resolve(), path)
     if left:
-        say(f"data: left out {', '.join(left)}")
+        info(f"data: left out {', '.join(left)}")
     if not kept:
         raise DataError(f"folder {folder} holds no data" + (f" of split {split!r}" if left else ""))
     return list(kept.values())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lorakeet.config import DataSettings
 from lorakeet.data.read.column_types import TypeNames, class_names, outer, records, schema_types
-from lorakeet.data.read.formats import read_file, recognise
+from lorakeet.data.read.formats import read_file, recognize
 from lorakeet.data.read.hub import hub_table
 from lorakeet.data.read.locate import data_files, locate
 from lorakeet.data.read.record import Fault, Row, complaint
@@ -24,7 +24,7 @@ _SHARE = 0.2  # of the values of a column that must be of a type for it to be on
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """One file, or one data set of the hub.
 
     Attributes:
@@ -118,7 +118,7 @@ class Source:
         return names.names()
 
 
-def find_sources(settings: DataSettings) -> list[Source]:
+def find_sources(settings: DataSettings) -> list[DataSource]:
     """Every file and hub data set that ``settings.path`` names, in its order; the files of a folder by name.
 
     Raises:
@@ -129,17 +129,17 @@ def find_sources(settings: DataSettings) -> list[Source]:
     for part, name in enumerate(paths or [""]):
         found = locate(name)
         if found is None:
-            sources.append(Source(name, "hub", part, settings.split, settings.subset))
+            sources.append(DataSource(name, "hub", part, settings.split, settings.subset))
             continue
         for path in found:
             files = data_files(path, settings.split) if path.is_dir() else [path]
-            sources += [Source(str(file), _format(file, settings), part, settings.split) for file in files]
+            sources += [DataSource(str(file), _format(file, settings), part, settings.split) for file in files]
     return sources
 
 
 def _format(path: Path, settings: DataSettings) -> str:
     try:
-        return recognise(path) if settings.format == "auto" else settings.format
+        return recognize(path) if settings.format == "auto" else settings.format
     except (OSError, EOFError) as error:
         raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 

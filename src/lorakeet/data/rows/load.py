@@ -11,12 +11,12 @@ import datasets
 
 from lorakeet.config import DataSettings, TaskName
 from lorakeet.data.read.record import Row, complaint
-from lorakeet.data.read.source import Source, find_sources
+from lorakeet.data.read.source import DataSource, find_sources
 from lorakeet.data.rows.column_mapping import Layout, find_layout, label_columns, merge_layouts
 from lorakeet.data.rows.mixing import draw, interleave, shares
 from lorakeet.data.rows.normalize import RowError, canonical, features
 from lorakeet.errors import DataError
-from lorakeet.log import say
+from lorakeet.log import info
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Rows:
 class _Part:
     """What one source holds."""
 
-    source: Source
+    source: DataSource
     layout: Layout | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     faults: list[Row] = field(default_factory=list)
@@ -88,7 +88,7 @@ def peek(settings: DataSettings) -> Mapping[str, str]:
     return find_sources(settings)[0].head_types()
 
 
-def describe(settings: DataSettings, found: Sequence[tuple[Source, Layout]]) -> str:
+def describe(settings: DataSettings, found: Sequence[tuple[DataSource, Layout]]) -> str:
     """What was read and how it was understood, e.g. ``quotes.csv (csv), text in column 'quote'``."""
     formats = " and ".join(sorted({source.format for source, _ in found}))
     files = f"{len(found)} files, {formats}" if len(found) > 1 else formats
@@ -101,7 +101,7 @@ def describe(settings: DataSettings, found: Sequence[tuple[Source, Layout]]) -> 
     return f"{', '.join(names)} ({files}), {', '.join(roles)}"
 
 
-def _read(source: Source, settings: DataSettings, task: TaskName, limit: int | None) -> _Part:
+def _read(source: DataSource, settings: DataSettings, task: TaskName, limit: int | None) -> _Part:
     part, needed = _Part(source), None
     types: Mapping[str, str] | None = source.schema()
     if types is not None:
@@ -136,5 +136,5 @@ def _mixed(
     if not sum(taken):
         raise DataError(f"nothing is left of {mixture}", "give weights that are less far apart, or more rows")
     if taken != counts:
-        say(f"data: {mixture}; the rest is left out to keep the shares of data.weights")
+        info(f"data: {mixture}; the rest is left out to keep the shares of data.weights")
     return data.select(interleave(drawn, counts, seed)), mixture

@@ -19,7 +19,7 @@ class Split:
     distinct: int
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """``text`` as far as duplicates go: without regard to white space, case and ways to encode a letter (NFKC)."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
@@ -44,7 +44,7 @@ def split_texts(
     """
     rows: dict[bytes, list[int]] = {}  # by content; the texts themselves need not stay in memory
     for number, text in enumerate(texts):
-        rows.setdefault(hashlib.sha256(normalised(text).encode()).digest(), []).append(number)
+        rows.setdefault(hashlib.sha256(normalized(text).encode()).digest(), []).append(number)
     count = max(1, round(fraction * len(rows))) if fraction > 0 else 0
     if count and len(rows) < 2:
         raise DataError(

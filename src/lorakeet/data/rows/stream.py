@@ -23,13 +23,13 @@ from typing import Any
 import datasets
 
 from lorakeet.config import DataSettings, TaskName
-from lorakeet.data.read.source import Source, find_sources
+from lorakeet.data.read.source import DataSource, find_sources
 from lorakeet.data.rows.column_mapping import Kind, Layout, find_layout, merge_layouts
 from lorakeet.data.rows.content import CONTENT, content
 from lorakeet.data.rows.load import Rows, describe
 from lorakeet.data.rows.mixing import shares
 from lorakeet.data.rows.normalize import RowError, canonical, features
-from lorakeet.data.rows.split import normalised
+from lorakeet.data.rows.split import normalized
 from lorakeet.log import warn
 
 _TOLD = 3  # faults of a source that are said in a pass
@@ -40,7 +40,7 @@ _HEAD = 1000  # records, of all sources together, that tell the types of their c
 class Laid:
     """A source and which of its columns plays which part."""
 
-    source: Source
+    source: DataSource
     layout: Layout
 
     def rows(self, *, told: int = _TOLD) -> Iterator[dict[str, Any]]:
@@ -177,5 +177,5 @@ def ticket(row: Mapping[str, Any], kind: Kind, seed: int) -> int | None:
     """The number from 0 to 2^64 that decides whether a canonical row is held out; None where it has no content."""
     if row.get(CONTENT[kind][0]) is None:
         return None
-    inner = hashlib.sha256(normalised(content(row, kind)).encode()).digest()
+    inner = hashlib.sha256(normalized(content(row, kind)).encode()).digest()
     return int.from_bytes(hashlib.sha256(b"%d:" % seed + inner).digest()[:8], "big")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorakeet.files import cache_home
 from lorakeet.kernels.cpu.memory import passing, workspace
-from lorakeet.log import say
+from lorakeet.log import info
 
 NAMES = (
     "common.h",
@@ -60,7 +60,7 @@ def library() -> Any:
         return _signed(ctypes.CDLL(str(path)))
     except (OSError, subprocess.SubprocessError) as error:
         told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        say(f"no compiled loops on this machine ({told[0] if told else error}); plain torch is used instead")
+        info(f"no compiled loops on this machine ({told[0] if told else error}); plain torch is used instead")
         return None
 
 

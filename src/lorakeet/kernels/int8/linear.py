@@ -65,7 +65,7 @@ EVEN_ROUNDS, EVEN_MOST = 4, 12
 KEPT = 2
 
 
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Round each row to int8 by its largest value.
 
     Args:
@@ -81,7 +81,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     ]
 
 
-def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round a weight after its columns are made even (SINQ, Müller et al. 2025, arXiv:2509.22944, with one pair of scales
     for the whole weight and powers of two for its columns), all but the columns that are kept.
 
@@ -95,12 +95,12 @@ def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.float()
     if scales_of(*weight.shape) == sum(weight.shape):
         columns = even_columns(weight)
-        rounded, rows = quantise_rows(weight / columns)
+        rounded, rows = quantize_rows(weight / columns)
         return rounded, torch.cat((rows, columns))
     at = weight.abs().amax(0).topk(KEPT).indices.sort().values
     rest = weight.index_fill(1, at, 0)
     columns = even_columns(rest)
-    rounded, rows = quantise_rows(rest / columns)
+    rounded, rows = quantize_rows(rest / columns)
     return rounded, torch.cat((rows, columns.index_fill(0, at, 0), weight[:, at].T.flatten(), at))
 
 
@@ -139,7 +139,7 @@ def kept_columns(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor] | None:
     return scale[-KEPT:], scale[out + inner : -KEPT].view(KEPT, out)
 
 
-def dequantise(
+def dequantize(
     weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32, at: Tensor | slice = slice(None)
 ) -> Tensor:
     """The weight, [out, in], or its rows ``at`` some places, in ``dtype``: for checks and merging, never for a product."""
@@ -160,7 +160,7 @@ def rounding_steps(weight: Tensor, scale: Tensor) -> Tensor:
 
 def int8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """The slow truth of ``blocked``: multiply by the dequantised weight."""
-    return F.linear(x, dequantise(weight, scale, x.dtype), bias)
+    return F.linear(x, dequantize(weight, scale, x.dtype), bias)
 
 
 def rounded_groups(x: Tensor, even: bool = False) -> Tensor:
@@ -319,7 +319,7 @@ def _input_gradient(g: Tensor, weight: Tensor, rows: Tensor, columns: Tensor | N
             multiply = bindings.pair_gradient if backend == "pairs" else bindings.group_gradient
             return multiply(wide, weight, rows, columns, even=columns is None).to(g.dtype)
         if backend == "vnni" and columns is not None:
-            rounded, row_scale = quantise_rows(wide * rows)
+            rounded, row_scale = quantize_rows(wide * rows)
             return torch._int_mm(rounded, weight).float().mul_(row_scale.unsqueeze(1)).mul_(columns).to(g.dtype)
     scaled = (g * rows).to(g.dtype)
     dx = g.new_zeros(len(g), weight.shape[1])

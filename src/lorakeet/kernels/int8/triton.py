@@ -91,7 +91,7 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None
     if h.numel():
         with torch.cuda.device_of(x):
             split = split_columns(x)
-            rounded, row_scale, apart = quantise(x, split=split)
+            rounded, row_scale, apart = quantize_activations(x, split=split)
             picked = None if split is None else weight.index_select(1, split[0][:SLOTS])  # [out, SLOTS]
             _launch(h, rounded, row_scale, weight, scale, bias, apart, picked, low)
     return h
@@ -102,7 +102,7 @@ def input_gradient(g: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     dx = _place(g, weight.T, None)
     if dx.numel():
         with torch.cuda.device_of(g):
-            rounded, row_scale, _ = quantise(g, factor=scale)
+            rounded, row_scale, _ = quantize_activations(g, factor=scale)
             odd = (
                 weight.shape[0] % 16 or weight.shape[1] % 4 or weight.storage_offset() % 4 or not weight.is_contiguous()
             )
@@ -147,7 +147,7 @@ def split_columns(x: Tensor) -> Split | None:
     return columns, inside
 
 
-def quantise(
+def quantize_activations(
     x: Tensor, factor: Tensor | None = None, split: Split | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Round x·diag(factor), x [n, in], to int8 by the largest value of each row, halves to even.
@@ -163,7 +163,7 @@ def quantise(
     block = min(max(triton.next_power_of_2(width), 16), HELD)
     rows = max(HELD // 4 // block, 1)  # short ones share a program
     if n:
-        kernels.quantise_rows[(triton.cdiv(n, rows),)](
+        kernels.quantize_rows[(triton.cdiv(n, rows),)](
             *(x, *x.stride(), n, width, factor, inside, columns, rounded, scales, apart),
             ROWS=rows,
             BLOCK=block,
@@ -240,9 +240,9 @@ def product_reference(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, low: Low | None = None
 ) -> Tensor:
     """What :func:`product` computes, in fp64 after the rounding, n > 0."""
-    columns, inner, wide = split_columns_reference(x), x.clone(), linear.dequantise(weight, scale, torch.float64)
+    columns, inner, wide = split_columns_reference(x), x.clone(), linear.dequantize(weight, scale, torch.float64)
     inner[:, columns] = 0
-    rounded, row_scale = linear.quantise_rows(inner)
+    rounded, row_scale = linear.quantize_rows(inner)
     h = (rounded.double() * row_scale.double()[:, None]) @ wide.T + x[:, columns].double() @ wide[:, columns].T
     h = h if bias is None else h + bias.double()
     return h if low is None else h + low[0].double() @ low[1].double().T
@@ -250,5 +250,5 @@ def product_reference(
 
 def input_gradient_reference(g: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """What :func:`input_gradient` computes, in fp64 after the rounding."""
-    rounded, row_scale = linear.quantise_rows(g.float() * scale)
+    rounded, row_scale = linear.quantize_rows(g.float() * scale)
     return (rounded.double() * row_scale.double()[:, None]) @ weight.double()

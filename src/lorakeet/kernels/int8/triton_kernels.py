@@ -98,7 +98,7 @@ def _round(v, scale):
 
 
 @triton.jit(do_not_specialize=["n"])
-def quantise_rows(
+def quantize_rows(
     x, x_row, x_column, n, width, factor, inside, columns, rounded, scales, apart,
     ROWS: constexpr, BLOCK: constexpr, WHOLE: constexpr, S: constexpr,
 ):  # fmt: skip
