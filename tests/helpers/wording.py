@@ -128,13 +128,16 @@ def python_offences(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((line, one) for one in docstring_offences(node, text, public))
     for node in ast.walk(tree):  # messages and help texts
         if (
-            isinstance(node, ast.Constant)
-            and isinstance(node.value, str)
-            and id(node) not in docstrings
-            and not is_test
+            (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and id(node) not in docstrings
+                and not is_test
+            )
+            and len(node.value.split()) >= 3
+            and (found := BANNED_PHRASES.search(node.value))
         ):
-            if len(node.value.split()) >= 3 and (found := BANNED_PHRASES.search(node.value)):
-                yield node.lineno, f"{found.group(0)!r} is not plain: {node.value[:90]!r}"
+            yield node.lineno, f"{found.group(0)!r} is not plain: {node.value[:90]!r}"
     yield from comment_offences(source)
 
 
