@@ -11,7 +11,7 @@ from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data.doctor.examine import check_rows
 from lorakeet.data.encode.cache import tokenize
 from lorakeet.data.encode.encoder import Encoder
-from lorakeet.data.encode.make import complaint, make_encoder
+from lorakeet.data.encode.make import make_encoder
 from lorakeet.data.prepare_report import PrepareReport
 from lorakeet.data.prepared import (
     Prepared,
@@ -73,8 +73,8 @@ def prepare(
     tell(finding for finding in found if finding.kind not in _REPORTED)
     encoder = make_encoder(read.layout, task, settings, tokenizer, labels)
     content_hash = rows_hash(rows, kind)
-    tokens = tokenize(rows, content_hash, encoder)
-    tokens = tokens.select(_learnable(tokens, rows, source, encoder, task))
+    tokens = tokenize(rows, content_hash, encoder, source)
+    tokens = tokens.select(_learnable(tokens, source, encoder, task))
     check_length(max(tokens["length"][:]), max_positions)
     row_of = tokens["row"][:]  # for each sample its number in rows
     numbers = sorted(set(row_of))
@@ -117,14 +117,8 @@ def prepare(
     )
 
 
-def _learnable(
-    tokens: datasets.Dataset, rows: datasets.Dataset, source: str, encoder: Encoder, task: TaskSettings
-) -> list[int]:
-    """Numbers of the samples that have a target; all rows that cannot be samples are complained of."""
-    if any(tokens["fault"][:]):
-        pairs = zip(tokens["row"][:], tokens["fault"][:], strict=True)
-        places = rows["place"][:]
-        raise complaint(((places[row], fault) for row, fault in pairs if fault), source)
+def _learnable(tokens: datasets.Dataset, source: str, encoder: Encoder, task: TaskSettings) -> list[int]:
+    """Return the numbers of the samples that have a target."""
     kept = [number for number, targets in enumerate(tokens["targets"][:]) if targets]
     if not kept:
         raise nothing_learnable(tokens[0], source, encoder, task)

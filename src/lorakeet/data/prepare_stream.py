@@ -12,8 +12,8 @@ import datasets
 
 from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data.doctor.examine import check_heads
-from lorakeet.data.encode.encoder import Encoder
-from lorakeet.data.encode.make import complaint, make_encoder
+from lorakeet.data.encode.encoder import Encoder, Fault
+from lorakeet.data.encode.make import cannot_encode, make_encoder
 from lorakeet.data.prepare_report import PrepareReport
 from lorakeet.data.prepared import (
     Prepared,
@@ -117,12 +117,15 @@ def _check(settings: DataSettings, task: TaskSettings) -> tuple[int, int]:
 
 def _held_out(rows: datasets.Dataset, encoder: Encoder, source: str) -> datasets.Dataset:
     """The held-out samples that have a target."""
-    starts = range(0, len(rows), _BATCH)
-    made = [encoder(rows[start : start + _BATCH], range(start, start + _BATCH)) for start in starts]
-    columns = {name: [value for batch in made for value in batch[name]] for name in encoder.features()}
-    faults = [(rows[row]["place"], fault) for row, fault in zip(columns["row"], columns["fault"], strict=True) if fault]
+    columns: dict[str, list[Any]] = {name: [] for name in encoder.features()}
+    faults: list[tuple[int, Fault]] = []
+    for start in range(0, len(rows), _BATCH):
+        encoded = encoder(rows[start : start + _BATCH], range(start, start + _BATCH))
+        faults += encoded.faults
+        for name, values in encoded.columns.items():
+            columns[name] += values
     if faults:
-        raise complaint(faults, source)
+        raise cannot_encode([(rows[row]["place"], fault) for row, fault in faults], source)
     tokens = datasets.Dataset.from_dict(columns, features=encoder.features())
     return tokens.select([number for number, targets in enumerate(columns["targets"]) if targets])
 
@@ -143,14 +146,15 @@ def _samples(
         if not good:
             _count(before, left)
             return {name: [] for name in encoder.features()}
-        made = encoder({name: [row[name] for row in good] for name in names}, range(len(good)))
-        left += len({row for row, fault in zip(made["row"], made["fault"], strict=True) if fault is not None})
+        encoded = encoder({name: [row[name] for row in good] for name in names}, range(len(good)))
+        faults = dict(encoded.faults)
+        left += len(faults)
         _count(before, left)
-        for row, fault in zip(made["row"], made["fault"], strict=True):
-            if fault is not None and told < _TOLD:
+        for row, fault in faults.items():
+            if told < _TOLD:
                 told += 1
-                warn(f"{good[row]['place']}: {fault.partition(chr(10))[0]}; left out")
-        return made
+                warn(f"{good[row]['place']}: {fault.message.partition(chr(10))[0]}; left out")
+        return encoded.columns
 
     def learnable(sample: Mapping[str, Any]) -> bool:
         if not sample["targets"]:
@@ -175,10 +179,10 @@ def _nothing(
     """Why a stream gave no sample at all."""
     for row in stream_rows(settings, task.type, seed):
         if is_usable(row, kind):
-            made = encoder({name: [value] for name, value in row.items()}, [0])
-            sample = {name: values[0] for name, values in made.items()}
-            if sample["fault"] is not None:
-                return complaint([(row["place"], sample["fault"])], source)
+            encoded = encoder({name: [value] for name, value in row.items()}, [0])
+            if encoded.faults:
+                return cannot_encode([(row["place"], fault) for _, fault in encoded.faults], source)
+            sample = {name: values[0] for name, values in encoded.columns.items()}
             if sample["targets"]:
                 return DataError(
                     f"nothing to learn in {source}: cut to {settings.max_length} tokens, each sample equals a held-out one",

@@ -41,6 +41,8 @@ _FILLED: Mapping[Kind, tuple[str, ...]] = {
     "question": ("question", "context"),
 }
 _OTHER: Mapping[Kind, tuple[str, ...]] = {"completion": ("prompt",), "classes": ("text_pair",), "pairs": ("negative",)}
+#: Columns that a source may lack, but not a row of a source that has them.
+_WHERE_GIVEN = ("text_pair", "negative")
 #: Roles that follow each other in a conversation; None: its beginning.
 _FOLLOWS = {
     None: ("system", "user"),
@@ -58,16 +60,18 @@ Problems = dict[str, str]
 
 def check_row(values: Mapping[str, Any], kind: Kind) -> Problems:
     """What is wrong with a canonical row of ``kind``; ``null`` and ``empty`` mean that nothing can be learned from it."""
-    missing = [name for name in REQUIRED[kind] if _is_missing(values.get(name))]
+    required = (*REQUIRED[kind], *(name for name in _WHERE_GIVEN if name in values))
+    missing = [name for name in required if _is_missing(values.get(name))]
     if missing:
         return {"null": f"no {' and no '.join(missing)}"}
     if kind == "messages":
         messages = json.loads(values["messages"])
         return _checked_turns(messages) | _checked_texts(_contents(messages))
-    texts = values["tokens"] if kind == "tags" else texts_of(values, kind)
+    texts = texts_of(values, kind)
     if kind == "tags" and not texts:
         return {"empty": "no tokens"}
-    blank = [name for name in _FILLED.get(kind, ()) if not values[name] or values[name].isspace()]
+    filled = [name for name in (*_FILLED.get(kind, ()), "negative") if name in values]
+    blank = [name for name in filled if not values[name] or values[name].isspace()]
     if blank:
         return {"empty": f"{' and '.join(blank)} without text"}
     problems = _checked_texts(texts)
@@ -100,7 +104,11 @@ def diagnose(row: Row, layout: Layout, *, typed: bool = True) -> tuple[dict[str,
 
 
 def texts_of(values: Mapping[str, Any], kind: Kind) -> list[str]:
-    """The texts of a row that is neither a conversation nor tokens."""
+    """Return all texts of a canonical row."""
+    if kind == "messages":
+        return list(_contents(json.loads(values["messages"])))
+    if kind == "tags":
+        return list(values["tokens"])
     names = (*_FILLED[kind], *_OTHER.get(kind, ()))
     return [values[name] for name in names if values.get(name) is not None]
 
@@ -109,13 +117,6 @@ def special_tokens_in(texts: Sequence[str], special: Sequence[str]) -> str | Non
     """A complaint about a special token that a text spells out, if there is one."""
     found = next((token for token in special for text in texts if token in text), None)
     return f"{found} is in the text and will be read as the special token" if found else None
-
-
-def spoken(values: Mapping[str, Any], kind: Kind) -> list[str]:
-    """All texts of a canonical row, whatever its kind."""
-    if kind == "messages":
-        return list(_contents(json.loads(values["messages"])))
-    return list(values["tokens"]) if kind == "tags" else texts_of(values, kind)
 
 
 def _misspelt(row: Row, layout: Layout) -> str | None:

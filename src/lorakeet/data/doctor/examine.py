@@ -21,7 +21,7 @@ from lorakeet.data.doctor.duplicates import Repeats
 from lorakeet.data.doctor.issues import Findings
 from lorakeet.data.doctor.label_stats import Labels
 from lorakeet.data.doctor.leakage import other_rows
-from lorakeet.data.doctor.token_stats import Measure
+from lorakeet.data.doctor.token_stats import TokenStats
 from lorakeet.data.read.record import Row
 from lorakeet.data.read.source import DataSource, find_sources
 from lorakeet.data.rows.column_mapping import KINDS, Family, Kind, Layout, choose_task, find_layout, merge_layouts
@@ -168,7 +168,7 @@ class Examiner:
         self.labels = Labels(task.labels, shown=shown)
         self.kind: Kind = "text"
         self.typed = True
-        self.measure = Measure(settings, task, tokenizer, self.found, samples)
+        self.measure = TokenStats(settings, task, tokenizer, self.found, samples)
 
     def begin(self, layout: Layout, task: TaskName, *, typed: bool = True) -> None:
         """What follows is of this ``layout``; ``typed``: of a source that tells numbers from strings."""
@@ -204,7 +204,7 @@ class Examiner:
             problems.pop("null", None)  # the one comes of the other
         for kind, message in problems.items():
             self.found.add(kind, source, place, message)
-        if usable and not problems.keys() & {"role"}:
+        if usable and not problems.keys() & {"role", "answer_place"}:
             self.measure.add(source, place, values)
 
     def finish(self) -> None:
