@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lorakeet.config import TaskName
-from lorakeet.data.rows.column_mapping import Kind
 
 _MUCH = 0.2  # share of cut samples from which on it is a warning
-_UNEVEN = 10  # a class is rare where another has so many times more samples
 
 _WRITES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # tasks that must learn where to stop
 
@@ -37,7 +35,7 @@ class PrepareReport:
     """
 
     source: str
-    kind: Kind
+    kind: str
     task: TaskName
     rows: int
     empty: int
@@ -116,9 +114,7 @@ class PrepareReport:
             warnings.append(
                 f"{self.unlearnable:,} rows have nothing to learn and are left out; look at data.max_length"
             )
-        if self.damaged:
-            warnings.append(f"{self.damaged:,} texts hold U+FFFD: characters were lost when they were converted")
-        return warnings + ([] if self.streamed else self._uneven())
+        return warnings + ([] if self.streamed else self._missing_labels())
 
     def _rows(self) -> list[str]:
         dropped = [f"{self.empty:,} empty"] * bool(self.empty)
@@ -158,20 +154,8 @@ class PrepareReport:
         more = f", and {len(counts) - most} more" if len(counts) > most else ""
         return ", ".join(f"{name} {count:,}" for name, count in counts[:most]) + more
 
-    def _uneven(self) -> list[str]:
-        counts = self.labels or {}
-        missing = [name for name, count in counts.items() if not count]
-        warnings = []
-        if missing and self.train_samples:
-            warnings.append(
-                f"no training sample for the label {', '.join(map(repr, missing[:5]))}: it cannot be learned"
-            )
-        seen = {name: count for name, count in counts.items() if count}
-        if seen and self.kind == "classes":
-            most, least = max(seen, key=seen.__getitem__), min(seen, key=seen.__getitem__)
-            if seen[most] >= _UNEVEN * seen[least]:
-                warnings.append(
-                    f"the classes are uneven: {seen[most]:,} samples of {most!r}, {seen[least]:,} of {least!r}; "
-                    "look at macro F1, not at accuracy"
-                )
-        return warnings
+    def _missing_labels(self) -> list[str]:
+        missing = [name for name, count in (self.labels or {}).items() if not count]
+        if not missing or not self.train_samples:
+            return []
+        return [f"no training sample for the label {', '.join(map(repr, missing[:5]))}: it cannot be learned"]

@@ -9,27 +9,31 @@ from itertools import islice
 from typing import Any
 
 import datasets
+import numpy as np
 
 from lorakeet.config import DataSettings, TaskSettings
-from lorakeet.data.doctor.examine import check_heads
-from lorakeet.data.encode.encoder import Encoder, Fault
+from lorakeet.data.doctor.examine import examine_heads
+from lorakeet.data.encode.encoder import Encoder
 from lorakeet.data.encode.make import cannot_encode, make_encoder
 from lorakeet.data.prepare_report import PrepareReport
 from lorakeet.data.prepared import (
     Prepared,
     check_length,
+    count_columns,
     digest,
     figures,
-    finished,
+    finish,
     id_columns,
+    log_issues,
     nothing_learnable,
     shape,
-    tell,
 )
-from lorakeet.data.rows.column_mapping import Kind
-from lorakeet.data.rows.content import is_usable, usable
+from lorakeet.data.read.record import Fault
+from lorakeet.data.rows.content import usable
+from lorakeet.data.rows.kinds import find_kind
 from lorakeet.data.rows.label_set import given_labels
-from lorakeet.data.rows.stream import held_out_rows, lay_out, stream_rows
+from lorakeet.data.rows.load import Rows
+from lorakeet.data.rows.stream import LOCATION, held_out_rows, lay_out, stream_rows
 from lorakeet.errors import DataError
 from lorakeet.log import warn
 
@@ -54,13 +58,11 @@ def prepare_stream(
     """
     held = held_out_rows(settings, task.type, seed)
     layout, kind, source = held.layout, held.layout.kind, held.description
-    features = held.data.features
-    labels = (
-        given_labels(kind, features.get("label", features.get("tags")), task) if kind in ("classes", "tags") else None
-    )
+    label_column = find_kind(kind).labels
+    labels = given_labels(layout.types[label_column], task) if label_column else None
     checked, sound = _check(settings, task)
     encoder = make_encoder(layout, task, settings, tokenizer, labels)
-    rows = held.data.select(usable(held.data, kind))
+    rows = held.select(usable(held.data, kind))
     tokens = _held_out(rows, encoder, source)
     measured = {digest(sample) for sample in tokens.select_columns(id_columns(encoder.model_columns()))}
     train = _samples(stream_rows(settings, task.type, seed), encoder, kind, measured)
@@ -68,6 +70,7 @@ def prepare_stream(
     if not head:
         raise _nothing(settings, task, encoder, seed, source, kind)
     check_length(max(sample["length"] for sample in [*head, *tokens]), max_positions)
+    counts, everything = count_columns(tokens), np.arange(len(tokens))
     report = PrepareReport(
         source=source,
         kind=kind,
@@ -81,8 +84,8 @@ def prepare_stream(
         train_samples=0,
         train_tokens=0,
         train_targets=0,
-        **figures("held_out", tokens),
-        **shape(tokens),
+        **figures("held_out", counts, everything),
+        **shape(counts, everything),
         max_length=settings.max_length,
         end_token=tokenizer.eos_token,
         damaged=0,
@@ -92,7 +95,7 @@ def prepare_stream(
         sound=sound,
         content_hash=hashlib.sha256(json.dumps([source, settings.model_dump(), seed]).encode()).hexdigest(),
     )
-    return finished(report, encoder, labels, layout, (train, tokens if len(tokens) else None))
+    return finish(report, encoder, labels, layout, (train, tokens if len(tokens) else None))
 
 
 def _check(settings: DataSettings, task: TaskSettings) -> tuple[int, int]:
@@ -102,7 +105,7 @@ def _check(settings: DataSettings, task: TaskSettings) -> tuple[int, int]:
         DataError: something would spoil the run.
     """
     laid, _ = lay_out(settings, task.type)
-    found = check_heads([(item.source, item.layout) for item in laid], task, settings=settings, most=_CHECKED)
+    found = examine_heads([(item.source, item.layout) for item in laid], task, settings=settings, most=_CHECKED)
     among = f" among the first {found.rows:,} rows"
     unsaid: tuple[str, ...] = _SAID_LATER
     if found.count("one_label") and found.rows >= _CHECKED // len(laid):  # else no source has more
@@ -111,27 +114,27 @@ def _check(settings: DataSettings, task: TaskSettings) -> tuple[int, int]:
             f"the first {found.rows:,} rows all have the label {next(iter(found.labels))!r}: a stream is shuffled within "
             f"{settings.shuffle_buffer:,} rows (data.shuffle_buffer), so mix files that are sorted by label before"
         )
-    tell((finding for finding in found.findings if finding.kind not in unsaid), among)
+    log_issues((group for group in found.issues if group.code not in unsaid), among)
     return found.rows, found.usable
 
 
-def _held_out(rows: datasets.Dataset, encoder: Encoder, source: str) -> datasets.Dataset:
+def _held_out(rows: Rows, encoder: Encoder, source: str) -> datasets.Dataset:
     """The held-out samples that have a target."""
     columns: dict[str, list[Any]] = {name: [] for name in encoder.features()}
     faults: list[tuple[int, Fault]] = []
     for start in range(0, len(rows), _BATCH):
-        encoded = encoder(rows[start : start + _BATCH], range(start, start + _BATCH))
+        encoded = encoder(rows.data[start : start + _BATCH], range(start, start + _BATCH))
         faults += encoded.faults
         for name, values in encoded.columns.items():
             columns[name] += values
     if faults:
-        raise cannot_encode([(rows[row]["place"], fault) for row, fault in faults], source)
+        raise cannot_encode([(rows.locations[row], fault) for row, fault in faults], source)
     tokens = datasets.Dataset.from_dict(columns, features=encoder.features())
     return tokens.select([number for number, targets in enumerate(columns["targets"]) if targets])
 
 
 def _samples(
-    stream: datasets.IterableDataset, encoder: Encoder, kind: Kind, measured: set[bytes]
+    stream: datasets.IterableDataset, encoder: Encoder, kind: str, measured: set[bytes]
 ) -> datasets.IterableDataset:
     """The samples of a stream that have a target and equal none of the ``measured`` ones."""
     texts = id_columns(encoder.model_columns())
@@ -141,7 +144,7 @@ def _samples(
         nonlocal told, left
         names = list(batch)
         rows = [dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        good = [row for row in rows if is_usable(row, kind)]
+        good = [row for row in rows if find_kind(kind).is_usable(row)]
         before, left = left, left + len(rows) - len(good)
         if not good:
             _count(before, left)
@@ -153,7 +156,7 @@ def _samples(
         for row, fault in faults.items():
             if told < _TOLD:
                 told += 1
-                warn(f"{good[row]['place']}: {fault.message.partition(chr(10))[0]}; left out")
+                warn(f"{good[row][LOCATION]}: {fault.message.partition(chr(10))[0]}; left out")
         return encoded.columns
 
     def learnable(sample: Mapping[str, Any]) -> bool:
@@ -174,14 +177,14 @@ def _count(before: int, now: int) -> None:
 
 
 def _nothing(
-    settings: DataSettings, task: TaskSettings, encoder: Encoder, seed: int, source: str, kind: Kind
+    settings: DataSettings, task: TaskSettings, encoder: Encoder, seed: int, source: str, kind: str
 ) -> DataError:
     """Why a stream gave no sample at all."""
     for row in stream_rows(settings, task.type, seed):
-        if is_usable(row, kind):
+        if find_kind(kind).is_usable(row):
             encoded = encoder({name: [value] for name, value in row.items()}, [0])
             if encoded.faults:
-                return cannot_encode([(row["place"], fault) for _, fault in encoded.faults], source)
+                return cannot_encode([(row[LOCATION], fault) for _, fault in encoded.faults], source)
             sample = {name: values[0] for name, values in encoded.columns.items()}
             if sample["targets"]:
                 return DataError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorakeet.config import TaskName, TrainSettings
-from lorakeet.data.doctor.issues import Finding
+from lorakeet.data.doctor.issues import IssueGroup
 from lorakeet.data.doctor.length_histogram import Lengths
 
 _BAR = 40  # characters of the longest bar of a histogram
@@ -33,7 +33,7 @@ class Examination:
         task: what would be learned.
         kind: of the rows, and which column of the source plays which part; None where no columns were recognised.
         rows: records read, of which from ``usable`` something can be learned.
-        findings: problems by kind, what stops a run first.
+        issues: by code; those that stop a run come first.
         labels: rows by label; empty where there are none.
         lengths: of the samples, before they are cut.
         tokens, targets: of all samples as they would be learned; None without a tokenizer.
@@ -48,7 +48,7 @@ class Examination:
     columns: Mapping[str, str]
     rows: int
     usable: int
-    findings: Sequence[Finding]
+    issues: Sequence[IssueGroup]
     labels: Mapping[Any, int]
     lengths: Lengths
     tokens: int | None
@@ -60,11 +60,11 @@ class Examination:
     @property
     def stops(self) -> bool:
         """Whether something was found that would spoil a run."""
-        return any(finding.severity == "stops" for finding in self.findings)
+        return any(group.severity == "stops" for group in self.issues)
 
-    def count(self, kind: str) -> int:
-        """Rows with a problem of this kind."""
-        return next((finding.count for finding in self.findings if finding.kind == kind), 0)
+    def count(self, code: str) -> int:
+        """Return the number of rows that have an issue of this code."""
+        return next((group.count for group in self.issues if group.code == code), 0)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -75,9 +75,9 @@ class Examination:
             "columns": dict(self.columns),
             "rows": self.rows,
             "usable": self.usable,
-            "healthy": not self.findings,
+            "healthy": not self.issues,
             "stops": self.stops,
-            "findings": [finding.to_dict() for finding in self.findings],
+            "findings": [group.to_dict() for group in self.issues],
             "labels": {str(label): count for label, count in self.labels.items()},
             "lengths": self.lengths.figures(),
             "tokens": self.tokens,
@@ -105,7 +105,7 @@ class Examination:
         lines += self._histogram()
         for sample in self.samples:
             lines += [f"sample     {sample.place}", sample.coloured if colour else sample.plain]
-        lines += [line for finding in self.findings for line in _told(finding, self.rows, colour)]
+        lines += [line for group in self.issues for line in _group_lines(group, self.rows, colour)]
         return [*lines, self.verdict(colour)]
 
     def _amounts(self) -> list[str]:
@@ -126,7 +126,7 @@ class Examination:
 
     def verdict(self, colour: bool = False) -> str:
         """Whether a run would stop, in one line."""
-        if not self.findings:
+        if not self.issues:
             words, paint = "healthy: nothing was found", _GREEN
         elif self.stops:
             words, paint = "a run would stop: mend what is marked 'stops'", _RED
@@ -135,14 +135,14 @@ class Examination:
         return f"{paint}{words}{_PLAIN}" if colour else words
 
 
-def _told(finding: Finding, rows: int, colour: bool) -> list[str]:
-    paint = (_RED if finding.severity == "stops" else _YELLOW) if colour else ""
-    share = f" ({100 * finding.count / rows:.1f} %)" if rows else ""
-    head = f"{paint}{finding.severity:<10}{_PLAIN if colour else ''} {finding.count:,} {finding.what}{share}"
-    left = finding.count - len(finding.first)
+def _group_lines(group: IssueGroup, rows: int, colour: bool) -> list[str]:
+    paint = (_RED if group.severity == "stops" else _YELLOW) if colour else ""
+    share = f" ({100 * group.count / rows:.1f} %)" if rows else ""
+    head = f"{paint}{group.severity:<10}{_PLAIN if colour else ''} {group.count:,} {group.description}{share}"
+    left = group.count - len(group.first)
     return [
         head,
-        *(f"           {spot}" for spot in finding.first),
+        *(f"           {issue}" for issue in group.first),
         *([f"           and {left:,} more"] if left > 0 else []),
     ]
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lorakeet.config import DataSettings, TaskName, TaskSettings
-from lorakeet.data.doctor.checks import special_tokens_in, texts_of
+from lorakeet.data.doctor.checks import special_tokens_in
 from lorakeet.data.doctor.diagnosis import Shown
-from lorakeet.data.doctor.issues import Findings
+from lorakeet.data.doctor.issues import Issues
 from lorakeet.data.doctor.length_histogram import Lengths
-from lorakeet.data.encode.encoder import Encoder, Fault, Sample
+from lorakeet.data.encode.encoder import Encoder, Sample
 from lorakeet.data.encode.make import make_encoder
 from lorakeet.data.encode.render import describe_sample
-from lorakeet.data.rows.column_mapping import Kind, Layout
+from lorakeet.data.read.column_types import FLOAT, STR
+from lorakeet.data.read.record import Fault, Location
+from lorakeet.data.rows.kinds import Layout, find_kind
 from lorakeet.data.rows.label_set import LabelSet, Problem
 
 #: Rows encoded together.
@@ -41,18 +43,15 @@ class TokenStats:
         samples: the first few, decoded.
     """
 
-    def __init__(
-        self, settings: DataSettings, task: TaskSettings, tokenizer: Any, found: Findings, samples: int
-    ) -> None:
+    def __init__(self, settings: DataSettings, task: TaskSettings, tokenizer: Any, found: Issues, samples: int) -> None:
         self._settings, self._task, self._tokenizer = settings, task, tokenizer
         self._found, self._wanted = found, samples
         self.lengths = Lengths("characters" if tokenizer is None else "tokens")
         self.tokens = self.targets = self.unknown = 0
         self.samples: list[Shown] = []
-        self._waiting: list[tuple[str, int, Mapping[str, Any]]] = []
+        self._waiting: list[tuple[Location, Mapping[str, Any]]] = []
         self._encoder: Encoder | None = None
         self._labels: OpenLabelSet | None = None
-        self._kind: Kind = "text"
         self._bytes = byte_tokens(tokenizer) if tokenizer is not None else frozenset()
         special = getattr(tokenizer, "all_special_tokens", None) or ()
         self._special = [token for token in special if token not in (getattr(tokenizer, "mask_token", None), "")]
@@ -60,21 +59,19 @@ class TokenStats:
     def begin(self, layout: Layout, task: TaskName) -> None:
         """Set the ``layout`` of the rows that follow, and their concrete ``task``."""
         self.finish()
-        self._kind = layout.kind
         if self._tokenizer is not None:
             self._task = self._task.model_copy(update={"type": task})
             self._labels = OpenLabelSet.of(layout, self._task)
             self._encoder = make_encoder(layout, self._task, self._settings, self._tokenizer, self._labels)
 
-    def add(self, source: str, place: int, values: Mapping[str, Any]) -> None:
-        """Count a usable canonical row."""
-        texts = texts_of(values, self._kind)
+    def add(self, location: Location, values: Mapping[str, Any], texts: Sequence[str]) -> None:
+        """Count a usable canonical row and its ``texts``."""
         if self._encoder is None:
             self.lengths.add(sum(map(len, texts)))
             return
         if special := special_tokens_in(texts, self._special):
-            self._found.add("special_token", source, place, special)
-        self._waiting.append((source, place, values))
+            self._found.add("special_token", location, special)
+        self._waiting.append((location, values))
         if len(self._waiting) >= _BATCH:
             self.finish()
 
@@ -83,41 +80,41 @@ class TokenStats:
         waiting, self._waiting = self._waiting, []
         if not waiting or self._encoder is None:
             return
-        batch = {name: [values[name] for _, _, values in waiting] for name in waiting[0][2]}
+        batch = {name: [values[name] for _, values in waiting] for name in waiting[0][1]}
         for at, sample in self._encoder.samples(batch):
-            source, place, _ = waiting[at]
+            location, _ = waiting[at]
             if isinstance(sample, Fault):
-                self._found.add(sample.code, source, place, sample.message.partition("\n")[0])
+                self._found.add(sample.code, location, sample.message.partition("\n")[0], sample.hint)
             else:
-                self._count(source, place, sample)
+                self._count(location, sample)
 
-    def _count(self, source: str, place: int, sample: Sample) -> None:
+    def _count(self, location: Location, sample: Sample) -> None:
         length, targets, lost = sample["length"], sample["targets"], sample.get("lost", 0)
         whole = int(sample.get("whole") or length)
         if not targets:
             why = f": all {lost:,} targets are cut away" if lost else ""
-            self._found.add("nothing_learned", source, place, f"no target in {length:,} tokens{why}")
+            self._found.add("nothing_learned", location, f"no target in {length:,} tokens{why}")
             return
         self.lengths.add(whole)
         self.tokens += length
         self.targets += targets
         if sample["cut"]:
             before = f"{whole:,} tokens, " if whole > length else ""  # of a question, only the first half is cut
-            self._found.add("long", source, place, f"{before}cut to {self._settings.max_length:,}")
+            self._found.add("long", location, f"{before}cut to {self._settings.max_length:,}")
         if lost:
-            self._found.add("truncated", source, place, f"{lost:,} of {lost + targets:,} targets are cut away")
-        self._count_unknown(source, place, sample)
+            self._found.add("truncated", location, f"{lost:,} of {lost + targets:,} targets are cut away")
+        self._count_unknown(location, sample)
         if len(self.samples) < self._wanted:
-            self.samples.append(self._shown(f"{source}:{place}", sample))
+            self.samples.append(self._shown(str(location), sample))
 
-    def _count_unknown(self, source: str, place: int, sample: Sample) -> None:
+    def _count_unknown(self, location: Location, sample: Sample) -> None:
         ids = [token for name in _TEXTS for token in sample.get(name, ())]
         unknown = ids.count(self._tokenizer.unk_token_id) if self._tokenizer.unk_token_id is not None else 0
         self.unknown += unknown
         if unknown:
-            self._found.add("unknown_token", source, place, f"{unknown:,} of {len(ids):,} tokens are unknown")
+            self._found.add("unknown_token", location, f"{unknown:,} of {len(ids):,} tokens are unknown")
         elif self._bytes and (spelt := sum(token in self._bytes for token in ids)):
-            self._found.add("byte_token", source, place, f"{spelt:,} of {len(ids):,} tokens are single bytes")
+            self._found.add("byte_token", location, f"{spelt:,} of {len(ids):,} tokens are single bytes")
 
     def _shown(self, place: str, sample: Sample) -> Shown:
         names = self._labels.found if self._labels is not None and self._labels.problem != "regression" else None
@@ -134,13 +131,12 @@ class OpenLabelSet(LabelSet):
     @classmethod
     def of(cls, layout: Layout, task: TaskSettings) -> OpenLabelSet | None:
         """Build the label set for rows of ``layout``; None for rows without labels."""
-        if layout.kind not in ("classes", "tags"):
+        column = find_kind(layout.kind).labels
+        if column is None:
             return None
-        kind = layout.types.get("label", "str")
-        found: Problem = (
-            "multi_label" if kind.startswith("list") else "regression" if kind == "float" else "single_label"
-        )
-        return cls((), None if layout.kind == "tags" else found if task.problem == "auto" else task.problem)
+        type = layout.types.get(column, STR)
+        found: Problem = "multi_label" if type.is_list else "regression" if type == FLOAT else "single_label"
+        return cls((), None if task.type == "TOKEN_CLS" else found if task.problem == "auto" else task.problem)
 
     @property
     def found(self) -> list[str]:

@@ -12,8 +12,10 @@ import datasets
 import pyarrow
 import tokenizers
 
-from lorakeet.data.encode.encoder import Encoder, Fault
+from lorakeet.data.encode.encoder import Encoder
 from lorakeet.data.encode.make import cannot_encode
+from lorakeet.data.read.record import Fault
+from lorakeet.data.rows.load import Rows
 from lorakeet.files import cache_home, write_file
 from lorakeet.log import info, warn
 
@@ -21,16 +23,15 @@ from lorakeet.log import info, warn
 _FORMAT = 3
 
 
-def tokenize(rows: datasets.Dataset, content: str, encoder: Encoder, source: str) -> datasets.Dataset:
+def tokenize(rows: Rows, content: str, encoder: Encoder) -> datasets.Dataset:
     """Encode ``rows``, or read their samples from the cache; :mod:`lorakeet.data.encode.encoder` lists the columns.
 
     The cache is below :func:`lorakeet.files.cache_home`. Its key is ``content``, the tokenizer and the encoder's settings.
 
     Args:
-        rows: canonical columns and ``place``.
+        rows: canonical columns and locations.
         content: hash of the rows.
         encoder: makes the samples.
-        source: name of the data, for messages.
 
     Returns:
         The samples in the order of their rows.
@@ -40,18 +41,18 @@ def tokenize(rows: datasets.Dataset, content: str, encoder: Encoder, source: str
     """
     key = _cache_key(content, encoder)
     if key is None:
-        return _encode(rows, encoder, source)
+        return _encode(rows, encoder)
     path = cache_home() / "datasets" / "tokens" / f"{key}.arrow"
     if tokens := _read_cached(path, len(rows)):
         info(f"data: tokens read again from {path}")
         return tokens
     try:
         with write_file(path) as aside:
-            _encode(rows, encoder, source, key, aside)
+            _encode(rows, encoder, key, aside)
         return datasets.Dataset.from_file(str(path))
     except OSError as error:  # a full disk, a cache that belongs to somebody else
         warn(f"the tokens are not kept for the next run: {str(error).partition(chr(10))[0]}")
-        return _encode(rows, encoder, source, key)
+        return _encode(rows, encoder, key)
 
 
 def _read_cached(path: Path, count: int) -> datasets.Dataset | None:
@@ -63,9 +64,7 @@ def _read_cached(path: Path, count: int) -> datasets.Dataset | None:
     return tokens if tokens is not None and len(tokens) and tokens[-1]["row"] == count - 1 else None
 
 
-def _encode(
-    rows: datasets.Dataset, encoder: Encoder, source: str, key: str | None = None, path: Path | None = None
-) -> datasets.Dataset:
+def _encode(rows: Rows, encoder: Encoder, key: str | None = None, path: Path | None = None) -> datasets.Dataset:
     """Encode ``rows``, into the file ``path`` where one is given; raises an error that lists the faults."""
     faults: list[tuple[int, Fault]] = []
 
@@ -74,11 +73,11 @@ def _encode(
         faults.extend(encoded.faults)
         return encoded.columns
 
-    tokens = rows.map(
+    tokens = rows.data.map(
         encode,
         batched=True,
         with_indices=True,
-        remove_columns=rows.column_names,
+        remove_columns=rows.data.column_names,
         features=encoder.features(),
         cache_file_name=str(path) if path else None,
         load_from_cache_file=False,
@@ -86,8 +85,7 @@ def _encode(
         desc="tokenizing",
     )
     if faults:
-        places = rows["place"]
-        raise cannot_encode([(places[row], fault) for row, fault in faults], source)
+        raise cannot_encode([(rows.locations[row], fault) for row, fault in faults], rows.description)
     return tokens
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import datasets
 
-from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Fault, Sample
+from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample
+from lorakeet.data.read.record import Fault
 from lorakeet.data.rows.label_set import LabelSet
 
 

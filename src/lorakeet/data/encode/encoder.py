@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import datasets
 
+from lorakeet.data.read.record import Fault
 from lorakeet.ignore_index import IGNORE_INDEX
 
 Batch = Mapping[str, list[Any]]
@@ -41,14 +42,6 @@ _COUNTS = {
 }
 _NUMBER = {"row": datasets.Value("int64")}
 _DEFAULTS: Sample = {"lost": 0, "cut": False, "ended": False}
-
-
-class Fault(NamedTuple):
-    """Reason why a row cannot be a sample."""
-
-    code: str
-    message: str
-    hint: str | None = None
 
 
 class Encoded(NamedTuple):

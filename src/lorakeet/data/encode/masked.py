@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakeet.chat_template import check_offsets
-from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Fault, Sample
+from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample
+from lorakeet.data.read.record import Fault
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Fault, Sample
+from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample
+from lorakeet.data.read.record import Fault
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import datasets
 
 from lorakeet.chat_template import check_offsets
 from lorakeet.data.encode.classification import type_id_columns
-from lorakeet.data.encode.encoder import Batch, Encoder, Fault, Sample
+from lorakeet.data.encode.encoder import Batch, Encoder, Sample
+from lorakeet.data.read.record import Fault
 
 #: One part in this many of a window's tokens is repeated in the next window.
 _OVERLAP = 6

@@ -9,7 +9,8 @@ from itertools import accumulate
 from typing import Any
 
 from lorakeet.chat_template import check_offsets
-from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Fault, Sample
+from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample
+from lorakeet.data.read.record import Fault
 from lorakeet.data.rows.label_set import LabelSet
 from lorakeet.ignore_index import IGNORE_INDEX
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorakeet.data.encode.encoder import Batch, CausalEncoder, Fault, Sample
+from lorakeet.data.encode.encoder import Batch, CausalEncoder, Sample
+from lorakeet.data.read.record import Fault
 
 
 @dataclass(frozen=True)
