@@ -18,7 +18,6 @@ from lorakeet.data.doctor.examine import examine
 from lorakeet.data.doctor.issues import PROBLEMS
 from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample
 from lorakeet.data.prepare import prepare
-from lorakeet.data.rows import normalize
 from lorakeet.data.rows.content import usable
 from lorakeet.data.rows.kinds import Column, Kind, Roles, all_kinds, find_kind, register, role, unregister
 from lorakeet.data.rows.load import read_rows
@@ -49,7 +48,7 @@ PREFERENCE = Kind(
     "preference",
     roles=(Roles({name: role(name) for name in ("prompt", "chosen", "rejected")}),),
     columns=(Column("prompt", may_be_empty=True), Column("chosen"), Column("rejected", in_content=False)),
-    normalize=normalize.texts,
+    normalize=None,
     encoders={
         "CAUSAL_LM": lambda layout, task, settings, tokenizer, labels: PreferenceEncoder(tokenizer, settings.max_length)
     },
@@ -176,4 +175,6 @@ def test_every_column_of_every_kind_is_made_and_every_code_is_known() -> None:
     for kind in all_kinds():
         names = [column.name for column in kind.columns]
         assert len(set(names)) == len(names) and kind.content_columns() and (kind.labels or names[0]) in names
-    assert {"unreadable", "broken", "encoding", "wrong_type", "half_character", "tag_count", "answer_place"} <= set(PROBLEMS)
+    assert {"unreadable", "broken", "encoding", "wrong_type", "half_character", "tag_count", "answer_place"} <= set(
+        PROBLEMS
+    )
