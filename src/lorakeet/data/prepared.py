@@ -27,9 +27,9 @@ class Prepared:
     """Samples with what the model takes and ``length``, unpadded, in the order of the data.
 
     Attributes:
-        train: samples; of a stream they are made while they are read.
-        held_out: samples, None where nothing is to be held out.
-        report: what became of the rows.
+        train: samples; of a stream they are made during training.
+        held_out: samples; None where no row is held out.
+        report: figures of the data.
         labels: names of the classes or tags by their number; None where there are none.
         problem: kind of a SEQ_CLS, else None.
         layout: kind of the rows, and which column of the source plays which part.

@@ -205,7 +205,7 @@ def test_what_is_whole_stays_as_it_is(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "planted", "problem", "whole"), MENDED, ids=[f"{row[0]}-{row[2]}" for row in MENDED])
 def test_what_is_certain_is_mended(kind: str, planted: Any, problem: str, whole: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", kind, planted)
-    assert found(path, kind) or "note" in planted  # the doctor does not look at columns that nobody uses
+    assert found(path, kind) or "note" in planted  # the doctor does not look at unused columns
     done, rows = fix(path, kind)
     assert rows == [*read(path)[:10], whole, *read(path)[11:]]
     assert told(done.mended)[problem] == 1

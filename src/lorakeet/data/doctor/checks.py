@@ -19,7 +19,7 @@ from lorakeet.data.rows.conversations import message_texts
 from lorakeet.data.rows.kinds import Kind, Layout, RowError, canonical, find_kind
 from lorakeet.errors import did_you_mean
 
-#: Roles that follow each other in a conversation; None: its beginning.
+#: Role -> roles that may follow it in a conversation; None: its beginning.
 _FOLLOWS = {
     None: ("system", "user"),
     "system": ("user",),
@@ -27,8 +27,10 @@ _FOLLOWS = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
-_LONG, _LOOKED_AT = 200, 20_000  # characters of a text that may be called repetitive, and of it that are looked at
-_REPETITIVE = 0.08  # size of such a text when compressed, as a share; English prose stays above 0.3
+#: Characters. Only longer texts can be repetitive, and only this many of them are compressed.
+_LONG, _COMPRESSED = 200, 20_000
+#: Ratio of compressed to original size below which a text is repetitive; English prose stays above 0.3.
+_REPETITIVE = 0.08
 
 Problems = dict[str, str]
 
@@ -148,7 +150,7 @@ def _check_texts(texts: Sequence[str]) -> Problems:
         for kind, message in damages(text).items():
             problems.setdefault(kind, message)
         if len(text) >= _LONG and "repetitive" not in problems:
-            begun = text[:_LOOKED_AT].encode(errors="replace")
+            begun = text[:_COMPRESSED].encode(errors="replace")
             if (left := len(zlib.compress(begun, 1)) / len(begun)) < _REPETITIVE:
                 problems["repetitive"] = f"compressed, {100 * left:.1f} % of its size is left: {text[:30]!r}..."
     return problems
@@ -164,7 +166,7 @@ def _check_turns(messages: Sequence[Mapping[str, Any]]) -> Problems:
     if "role" not in problems and before != "assistant":
         problems["last_turn"] = f"message {len(messages)}, the last, is of the {before}: nothing after it is learned"
     if "role" in problems:
-        problems.pop("turns", None)  # the one comes of the other
+        problems.pop("turns", None)  # it follows from the unknown role
     return problems
 
 

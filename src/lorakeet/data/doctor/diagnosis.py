@@ -1,4 +1,4 @@
-"""What an examination of data has found: problems by kind, labels, lengths, samples; for a person and for a program."""
+"""Result of an examination of data: issues, labels, lengths and samples, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from lorakeet.config import TaskName, TrainSettings
 from lorakeet.data.doctor.issues import IssueGroup
 from lorakeet.data.doctor.length_histogram import Lengths
 
-_BAR = 40  # characters of the longest bar of a histogram
+#: Characters of the longest bar of a histogram.
+_BAR = 40
 _RED, _YELLOW, _GREEN, _PLAIN = "\x1b[31m", "\x1b[33m", "\x1b[32m", "\x1b[0m"
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A decoded sample: where it stands, and how it reads, plain and in colour."""
+    """Decoded sample with its location, as plain text and in color."""
 
     place: str
     plain: str
@@ -30,15 +31,16 @@ class Examination:
 
     Attributes:
         sources: what was read.
-        task: what would be learned.
-        kind: of the rows, and which column of the source plays which part; None where no columns were recognised.
-        rows: records read, of which from ``usable`` something can be learned.
+        task: that was examined for.
+        kind: of the rows; None where no columns were recognized.
+        columns: role -> column of the source.
+        rows: records read; a sample can be made of ``usable`` of them.
         issues: by code; those that stop a run come first.
         labels: rows by label; empty where there are none.
         lengths: of the samples, before they are cut.
-        tokens, targets: of all samples as they would be learned; None without a tokenizer.
-        unknown: tokens that stand for words the base does not know; None without a tokenizer.
-        steps: optimizer steps that the given settings would take.
+        tokens, targets: of the samples that a run would make; None without a tokenizer.
+        unknown: unknown tokens in the samples; None without a tokenizer.
+        steps: optimizer steps with the given settings.
         samples: the first few, decoded.
     """
 
@@ -67,7 +69,7 @@ class Examination:
         return next((group.count for group in self.issues if group.code == code), 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the result for JSON."""
         return {
             "sources": list(self.sources),
             "task": self.task,
@@ -88,7 +90,7 @@ class Examination:
         }
 
     def lines(self, colour: bool = False) -> list[str]:
-        """The report for a person."""
+        """Return the lines of the report."""
         parts = ", ".join(f"{role} in {column!r}" for role, column in self.columns.items())
         lines = [
             f"data       {', '.join(self.sources)}",
@@ -125,7 +127,7 @@ class Examination:
         return [f"length     in {self.lengths.unit}", *rows] if rows else []
 
     def verdict(self, colour: bool = False) -> str:
-        """Whether a run would stop, in one line."""
+        """Return one line that says whether a run would stop."""
         if not self.issues:
             words, paint = "healthy: nothing was found", _GREEN
         elif self.stops:
@@ -148,7 +150,7 @@ def _group_lines(group: IssueGroup, rows: int, colour: bool) -> list[str]:
 
 
 def steps_of(samples: int, train: TrainSettings) -> int:
-    """Optimizer steps for so many samples."""
+    """Return the number of optimizer steps for this many samples."""
     if train.steps is not None:
         return train.steps
     return math.ceil(samples * train.epochs / (train.batch_size * train.grad_accum))

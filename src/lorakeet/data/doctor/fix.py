@@ -276,7 +276,7 @@ def _survey(
 
 
 def _measured_rows(sources: list[DataSource], settings: DataSettings, task: TaskName, out: Path) -> RepeatIndex:
-    """Index the rows of test and validation files beside the data; an earlier copy is none of them."""
+    """Gather the rows of test and validation files beside the data; an earlier copy is not among them."""
     measured = Repeats()
     for location, inputs in other_rows(sources, settings, task):
         if Path(location.source).resolve() != out.resolve():

@@ -57,7 +57,7 @@ COUNTED = frozenset({"null", "empty", "duplicate", "near_duplicate"})
 
 @dataclass(frozen=True)
 class Issue:
-    """One problem of a row or of a whole source.
+    """Problem of a row or of a whole source.
 
     Attributes:
         code: one of :data:`PROBLEMS`.
@@ -81,7 +81,7 @@ class Issue:
 
 @dataclass
 class IssueGroup:
-    """All issues with one code.
+    """Issues with the same code.
 
     Attributes:
         code: one of :data:`PROBLEMS`.
@@ -124,7 +124,14 @@ class Issues:
         self._groups: dict[str, IssueGroup] = {}
 
     def add(self, code: str, location: Location, message: str, hint: str | None = None) -> None:
-        """Count one issue."""
+        """Count an issue.
+
+        Args:
+            code: one of :data:`PROBLEMS`.
+            location: of the row.
+            message: a phrase without the location.
+            hint: how to correct it, if known.
+        """
         group = self._groups.setdefault(code, IssueGroup(code))
         group.count += 1
         if len(group.first) < self.shown:

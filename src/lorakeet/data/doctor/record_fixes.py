@@ -67,7 +67,7 @@ class RecordFixer:
     names: Collection[Any] = ()
 
     def __call__(self, row: Record) -> FixedRecord:
-        """Mend ``row``, which has no fault."""
+        """Fix ``row``, which has no fault."""
         values: Values = dict(row.values or {})
         canonical, problems = self._diagnosed(row, values)
         fixes: Problems = {}
@@ -90,7 +90,7 @@ class RecordFixer:
         return FixedRecord(values, canonical, problems, fixes)
 
     def may_be_misspelt(self, values: Mapping[str, Any]) -> set[str]:
-        """Columns of a whole record that would be taken for misspelt ones, did this record not show otherwise."""
+        """Return the columns of a complete record that look misspelt, which this record shows they are not."""
         used = [column for column in self.layout.columns.values() if "." not in column]
         free = values.keys() - used - self.beside
         if not free or not values.keys() >= set(used):
@@ -131,7 +131,7 @@ class RecordFixer:
         return after
 
     def _as_others(self, label: Any, kind: str) -> Any:
-        """A label as a number, where the others are, or as a string."""
+        """Convert a label to a number where the others are numbers, or to a string."""
         if isinstance(label, str):
             return _number(label) if kind in ("int", "float") and reads_as(label) in ("int", kind) else label
         is_number = isinstance(label, int) and not isinstance(label, bool)
@@ -211,7 +211,7 @@ class _Answers:
         return [self._start(contexts, was, now, start) for was, now, start in zip(old, new, starts, strict=True)]
 
     def _start(self, contexts: tuple[str, str], old: Any, new: Any, start: Any) -> Any:
-        """Where the answer ``new`` begins, which began at ``start`` as ``old``; the same if that is not certain."""
+        """Return the start of the answer ``new``, which was ``old`` at ``start``; ``start`` itself if that is uncertain."""
         before, after = contexts
         if not isinstance(new, str) or not new or not isinstance(start, int) or start < 0:
             return start
@@ -243,14 +243,14 @@ def _each(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _number(text: Any, exact: bool = False) -> Any:
-    """A field of a CSV file as a number, None where it is empty; ``exact``: only if nothing of the text is lost."""
+    """Convert a field of a CSV file to a number, None where it is empty; ``exact``: only if no character is lost."""
     kind = reads_as(text) if isinstance(text, str) else "str"
     made = None if not kind else int(text) if kind == "int" else float(text) if kind == "float" else text
     return text if exact and made is not None and str(made) != text else made
 
 
 def _whole(value: Any, fixes: Problems) -> Any:
-    """``value`` with every text in it mended."""
+    """Fix every text in ``value``."""
     if isinstance(value, str):
         after = mended(value)
         if after != value:
@@ -271,7 +271,7 @@ def _parsed(text: Any) -> Any:
 
 
 def _turn(turn: Values, fixes: Problems) -> Values:
-    """A message with the names of its members and its role put right."""
+    """Fix the names of the members of a message, and its role."""
     for name, other in (("role", "from"), ("content", "value")):
         if name in turn or other in turn or (name == "content" and turn.get("tool_calls")):
             continue
@@ -288,7 +288,7 @@ def _turn(turn: Values, fixes: Problems) -> Values:
 
 
 def _role_of(turn: Values) -> Any:
-    """The role of a message, as :mod:`~lorakeet.data.rows.conversations` reads it."""
+    """Return the role of a message, as :mod:`~lorakeet.data.rows.conversations` reads it."""
     if "role" in turn or not isinstance(turn.get("from"), str):
         return turn.get("role")
     speaker = turn["from"].lower()
@@ -302,7 +302,7 @@ def _meant_role(said: str) -> str | None:
 
 
 def _ended(turns: list[Values], fixes: Problems) -> list[Values]:
-    """``turns`` without those that follow the last of the assistant."""
+    """Drop the turns after the last one of the assistant."""
     roles = [_role_of(turn) for turn in turns]
     if "assistant" not in roles or not set(roles) <= set(ROLES):
         return turns

@@ -49,7 +49,7 @@ class Encoded(NamedTuple):
 
     Attributes:
         columns: the samples by column.
-        faults: number of the row and what is wrong.
+        faults: number of the row, and its fault.
     """
 
     columns: dict[str, list[Any]]
@@ -57,11 +57,11 @@ class Encoded(NamedTuple):
 
 
 class Shortened(NamedTuple):
-    """One encoded text, or pair of texts, of at most ``max_length`` tokens.
+    """Encoded text, or pair of texts, of at most ``max_length`` tokens.
 
     Attributes:
         batch: the output of the tokenizer in which it stands.
-        at: its number there.
+        at: its index there.
         whole: tokens before it was cut.
     """
 

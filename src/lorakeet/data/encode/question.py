@@ -13,7 +13,7 @@ from lorakeet.data.encode.classification import type_id_columns
 from lorakeet.data.encode.encoder import Batch, Encoder, Sample
 from lorakeet.data.read.record import Fault
 
-#: One part in this many of a window's tokens is repeated in the next window.
+#: Share of a window's tokens that the next window repeats: 1 / _OVERLAP.
 _OVERLAP = 6
 
 
