@@ -10,13 +10,13 @@ NEVER = ("peft", "bitsandbytes")
 LATE = ("sklearn", "scipy")
 
 
-def leave_out() -> None:
+def hide_optional_packages() -> None:
     """From here on this process does not find them; for a program of its own, before transformers is imported."""
     for name in (*NEVER, *LATE):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
-def let_in() -> None:
+def allow_sklearn() -> None:
     """Scikit-learn and scipy are found again: before they are imported."""
     for name in LATE:
         if name in sys.modules and sys.modules[name] is None:

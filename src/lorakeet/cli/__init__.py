@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 
-from lorakeet._optional_imports import leave_out
+from lorakeet._optional_imports import hide_optional_packages
 from lorakeet._version import __version__
 
 COMMANDS = {
@@ -107,5 +107,5 @@ def _complain(message: str, hint: str | None, code: int = 2) -> int:
 
 def script() -> None:
     """Entry point of the program ``lorakeet``."""
-    leave_out()
+    hide_optional_packages()
     sys.exit(main())
