@@ -27,7 +27,7 @@ from lorakeet.base.checkpoint_files import check_folder
 from lorakeet.base.device_dtype import bytes_by_dtype, check_dtypes, choose_device, choose_dtype, dtype_name, some
 from lorakeet.base.quiet import quiet
 from lorakeet.base.source import find_source, local_folder
-from lorakeet.config import BaseSettings, complaints
+from lorakeet.config import BaseSettings, settings_error
 from lorakeet.errors import BaseModelError
 from lorakeet.kernels.int8.linear import backend_on
 from lorakeet.log import warn
@@ -169,7 +169,7 @@ def _settings(settings: BaseSettings | str | None, overrides: Mapping[str, Any])
     try:
         return BaseSettings.model_validate({**values, **overrides})
     except ValidationError as error:
-        raise complaints(error, BaseSettings) from None
+        raise settings_error(error, BaseSettings) from None
 
 
 def load_tokenizer(folder: Path, name: str, remote: Mapping[str, Any]) -> PreTrainedTokenizerBase:

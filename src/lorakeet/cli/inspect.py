@@ -12,7 +12,7 @@ def inspect(
     adapter: Annotated[str, typer.Argument(help="folder or hub id of the adapter")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """What an adapter is, whether it learned anything, and which tools can load it. Needs no base model.
+    """Show what an adapter is, whether it was trained, and which tools load it. Needs no base model.
 
     \b
     examples:
