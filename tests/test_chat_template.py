@@ -1,4 +1,4 @@
-"""One renderer of conversations."""
+"""Conversations are rendered alike for training and inference, and assistant turns are found in the text."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_malformed_conversations(messages: Any, complaints: list[str]) -> None:
     assert all(complaint in caught.value.message for complaint in complaints)
 
 
-# ---- which tokens the assistant writes ------------------------------------------------------------------------------
+# ---- tokens of assistant turns --------------------------------------------------------------------------------------
 
 TOKENIZERS = {name: chat_tokenizer(style.template) for name, style in STYLES.items()}
 MARKUP = ["<|im_end|>", "\n<|im_start|>assistant\n", "[/INST]", "</s>", "<|eot_id|>", "assistant", " ", "\n", "<think>"]
@@ -65,7 +65,7 @@ def conversations(draw: st.DrawFn, system: bool) -> Messages:
 
 
 def expected(tokenizer: PreTrainedTokenizerFast, name: str, messages: Messages) -> tuple[list[int], list[bool]]:
-    """Ids and flags piece by piece: without merges, tokens never reach across two pieces."""
+    """Encode piece by piece: without merges no token spans two pieces."""
     ids: list[int] = []
     learned: list[bool] = []
     for piece, written in STYLES[name].pieces(messages):

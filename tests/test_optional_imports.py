@@ -1,4 +1,4 @@
-"""What transformers would import and the program does not need stays outside, and comes in when it is asked for."""
+"""Optional packages stay hidden from transformers until they are needed."""
 
 import subprocess
 import sys

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorakeet.adapter.peft_model import PeftModel, get_peft_model
 from lorakeet.adapter.serialization import read_notes, read_tensors
-from lorakeet.base.architectures import AUTO_CLASSES, PLAIN, check_task, family, own_class
+from lorakeet.base.architectures import AUTO_CLASSES, DEFAULT_TASKS, check_task, family, own_class
 from lorakeet.base.load import Base, inspect_model, load_base
 from lorakeet.base.meta_device import meta_model, read_config
 from lorakeet.base.quiet import quiet
@@ -252,7 +252,7 @@ def plan_layers(model: str, lora: LoraSettings, task: TaskName = "auto") -> dict
         task: auto: what the architecture was made for, without a new head.
     """
     config = read_config(model)
-    task = PLAIN[family(config)] if task == "auto" else task
+    task = DEFAULT_TASKS[family(config)] if task == "auto" else task
     check_task(task, config, model)
     ghost = meta_model(config, auto_class=AUTO_CLASSES[task])
     adapter = LoraConfig(**lora.model_dump(), task_type=Task(task).peft_type)

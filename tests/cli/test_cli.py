@@ -1,4 +1,4 @@
-"""The command line: a polite pipe, and for every mistake one line, a hint, exit code 2 and nothing half-written."""
+"""The command line: data on stdout; a user error is one line, a hint, exit code 2, and leaves no partial files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with a tiny base model, data, and a finished run in ``run``."""
+    """Create a folder with a tiny base model, data, and a finished run in ``run``."""
     folder = tmp_path_factory.mktemp("cli")
     save_base(folder / "base", 0)
     save_base(folder / "other", 1)
@@ -186,7 +186,7 @@ def mistake(here, capsys, words, *says):
 
 
 def spoiled(here, name, spoil):
-    """A copy of the run's adapter with something wrong."""
+    """Copy the run's adapter and damage the copy."""
     folder = here / name
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(here / "run" / "adapter", folder)

@@ -1,4 +1,4 @@
-"""What the demo sees to before it says that it is done."""
+"""The checks of the demo before it reports success."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lorakeet.errors import LorakeetError
 def test_the_adapter_loaded_again_must_have_the_loss_of_its_training(
     dtype: str, off: float, same: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Up to what another order of the same sums makes of it, in the base's number format."""
+    """The tolerance is the rounding error of another order of sums, in the number format of the base."""
     started: list[str] = []
 
     def start(*words: str) -> subprocess.Popen[str]:
