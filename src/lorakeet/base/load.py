@@ -32,7 +32,7 @@ from lorakeet.errors import BaseModelError
 from lorakeet.kernels.int8.linear import backend_on
 from lorakeet.log import warn
 from lorakeet.quant.hf_quantizer import METHOD, Int8Config, other_method, quantised_otherwise
-from lorakeet.quant.protocol import quantized_layers
+from lorakeet.quant.protocol import quantized_layers, weight_shape
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def _check_weights(info: Mapping[str, Any], name: str, must_be_whole: bool, pref
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Say which tokens the model has no embedding for: a text with one of them would break a run in the middle."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = weight_shape(model.get_input_embeddings())[0]
     beyond = [token for token, number in tokenizer.get_added_vocab().items() if number >= rows]
     if beyond:
         warn(f"{name} has embeddings for {rows} tokens, its tokenizer knows more: no text may hold {some(beyond)}")

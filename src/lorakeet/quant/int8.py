@@ -189,22 +189,6 @@ def int8_layers(model: nn.Module) -> Iterator[tuple[str, Int8Linear | Int8Embedd
             yield name, module
 
 
-def rounded_bytes(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
-    """``{"layers", "bytes", "full_bytes"}``: layers in 8 bits, bytes of all parameters, and what they were in ``dtype``."""
-    scales = {id(layer.scale) for _, layer in int8_layers(model)}
-    parameters = list(model.parameters())
-    full = [
-        p.numel() * (p.element_size() if p.element_size() > 1 else dtype.itemsize)
-        for p in parameters
-        if id(p) not in scales
-    ]
-    return {
-        "layers": sum(1 for _ in int8_layers(model)),
-        "bytes": sum(p.numel() * p.element_size() for p in parameters),
-        "full_bytes": sum(full),
-    }
-
-
 # -- which layers -----------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ shape of a stored tensor, which may be packed.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, Self, TypeGuard
 
@@ -130,6 +131,23 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
 def has_quantized(model: nn.Module) -> bool:
     """Whether any layer in ``model``, or ``model`` itself, is quantized."""
     return any(map(is_quantized, model.modules()))
+
+
+def quantized_bytes(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
+    """Count quantized layers, the bytes of all parameters, and the bytes of the model before it was quantized from ``dtype``.
+
+    Returns:
+        ``{"layers", "bytes", "full_bytes"}``; a weight that several layers share counts once among the bytes.
+    """
+    layers = [layer for _, layer in quantized_layers(model)]
+    stored = {id(tensor) for layer in layers for tensor in layer.quantized_weight().tensors().values()}
+    full = {id(layer.weight): math.prod(weight_shape(layer)) * dtype.itemsize for layer in layers}
+    parameters = list(model.parameters())
+    return {
+        "layers": len(layers),
+        "bytes": sum(p.nbytes for p in parameters),
+        "full_bytes": sum(p.nbytes for p in parameters if id(p) not in stored) + sum(full.values()),
+    }
 
 
 def weight_shape(layer: Any) -> tuple[int, ...]:
