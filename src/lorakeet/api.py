@@ -29,7 +29,7 @@ from lorakeet.log import info
 from lorakeet.lora.config import LoraConfig, PeftConfig, find_adapter_file
 from lorakeet.lora.inject import plan_injection
 from lorakeet.lora.model import LoraModel, completed
-from lorakeet.quant.int8 import rounded_bytes
+from lorakeet.quant.protocol import quantized_bytes
 from lorakeet.tasks.task import Task
 from lorakeet.train.evaluate import evaluate
 from lorakeet.train.task_trainer import measure
@@ -232,7 +232,7 @@ def quantize(settings: BaseSettings, out: str | Path, *, overwrite: bool = False
         with quiet():
             base.model.save_pretrained(aside)
         base.tokenizer.save_pretrained(aside)
-        sizes = rounded_bytes(base.model, base.dtype)
+        sizes = quantized_bytes(base.model, base.dtype)
         write_json(aside / "lorakeet.json", {"quantised": {"base": base.name, **sizes}})
     return {"path": str(folder), "base": base.name, **sizes}
 

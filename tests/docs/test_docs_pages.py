@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import json
 import re
@@ -165,27 +164,6 @@ def test_the_readme_tells_where_files_lie(furnished: Path) -> None:
         place.rstrip("/") for place in told if place.startswith("my-run")
     }
     assert cache_home.__doc__ and "LORAKEET_HOME" in cache_home.__doc__ and "LORAKEET_HOME" in read(ROOT / "README.md")
-
-
-def test_rooms_import_what_the_architecture_page_allows() -> None:
-    rows = re.findall(r"^\| ([\w, ]+) \| (.+) \|$", read(ROOT / "docs" / "architecture.md"), re.MULTILINE)
-    allowed = {room: set(re.findall(r"\w+", may)) for rooms, may in rows for room in rooms.split(", ")}
-    leaves = {"errors", "log", "files", "ignore_index", "rng", "_optional_imports", "_version"}
-    source = ROOT / "src" / "lorakeet"
-    for file in source.rglob("*.py"):
-        room = file.relative_to(source).parts[0].removesuffix(".py")
-        if room in ("_version", "__init__", "__main__", "cli"):
-            continue
-        for node in ast.walk(ast.parse(read(file))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lorakeet."):
-                other = (node.module or "").split(".")[1]
-                assert other in {room} | leaves | allowed[room], f"{file} imports {other}"
-    rooms = {
-        path.name.removesuffix(".py")
-        for path in source.iterdir()
-        if not path.name.startswith(("__", "_version", "py."))
-    }
-    assert rooms == {room for room in allowed if room != "room"}
 
 
 # -- Vietnamese -------------------------------------------------------------------------------------------------------

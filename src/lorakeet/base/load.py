@@ -32,7 +32,7 @@ from lorakeet.errors import BaseModelError
 from lorakeet.kernels.int8.linear import backend_on
 from lorakeet.log import warn
 from lorakeet.quant.hf_quantizer import METHOD, Int8Config, other_method, quantised_otherwise
-from lorakeet.quant.int8 import rounded_layers
+from lorakeet.quant.protocol import quantized_layers, weight_shape
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Base:
         sizes = bytes_by_dtype(self.model)
         parts = ", ".join(f"{dtype_name(dtype)} {_size(count)}" for dtype, count in sizes.items())
         count = sum(parameter.numel() for parameter in self.model.parameters())
-        rounded = sum(1 for _ in rounded_layers(self.model))
+        rounded = sum(1 for _ in quantized_layers(self.model))
         how = f", {rounded} layers in 8 bits ({backend_on(self.device)} products)" if rounded else ""
         return (
             f"{self.name}: {count:,} parameters, {dtype_name(self.dtype)} on {self.device}, "
@@ -256,7 +256,7 @@ def _check_weights(info: Mapping[str, Any], name: str, must_be_complete: bool, p
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Warn of tokens without an embedding: a text with one of them would end a run with an error."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = weight_shape(model.get_input_embeddings())[0]
     beyond = [token for token, number in tokenizer.get_added_vocab().items() if number >= vocabulary]
     if beyond:
         warn(
