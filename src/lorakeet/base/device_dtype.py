@@ -104,7 +104,10 @@ def check_dtypes(model: PreTrainedModel, dtype: torch.dtype, name: str) -> None:
         and not (weight.dtype == torch.float32 and any(part in key for part in kept))
     ]
     if wrong:
-        raise BaseModelError(f"{name} was not loaded in {dtype_name(dtype)}: {some(wrong)}")
+        raise BaseModelError(
+            f"{name} was not loaded in {dtype_name(dtype)}: {some(wrong)}",
+            "try another --dtype, or update transformers",
+        )
 
 
 def bytes_by_dtype(model: torch.nn.Module) -> dict[torch.dtype, int]:

@@ -220,7 +220,9 @@ def _load_model(
     except BaseModelError as error:
         raise BaseModelError(f"{name} cannot be loaded: {error.message}", error.hint) from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        raise BaseModelError(f"{name} cannot be loaded: {_reason(error)}") from error
+        raise BaseModelError(
+            f"{name} cannot be loaded: {_reason(error)}", "check its files, or update transformers"
+        ) from error
     complete = auto_class in NO_NEW_HEAD
     own = {key for key, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     info = {**info, "missing_keys": [key for key in info["missing_keys"] if key in own]}  # a fresh layer has no scales

@@ -46,6 +46,8 @@ def read_config(name: str) -> PreTrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, BaseModelError):
             raise
-        raise BaseModelError(f"the configuration of {name} cannot be read: {error}") from error
+        raise BaseModelError(
+            f"the configuration of {name} cannot be read: {error}", "check its config.json, or update transformers"
+        ) from error
     config._name_or_path = public_name
     return config

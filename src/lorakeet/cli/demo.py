@@ -93,7 +93,10 @@ def _read_output(process: subprocess.Popen[str], name: str) -> list[dict[str, An
     """Wait for a process and return the JSON objects that it printed, one per line."""
     out, err = process.communicate()
     if process.returncode:
-        raise LorakeetError(f"`lorakeet {name}` failed in a new process: {err.strip()[-500:]}")
+        raise LorakeetError(
+            f"`lorakeet {name}` failed in a new process: {err.strip()[-500:]}",
+            f"run `lorakeet {name}` on the saved adapter to see all of its messages",
+        )
     return [json.loads(line) for line in out.splitlines()]
 
 
