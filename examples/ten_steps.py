@@ -38,7 +38,7 @@ set_seed(42)
 def load(name):
     """The model and its tokenizer; local_folder finds the files: downloaded, or unpacked from the embedded package."""
     folder = local_folder(find_source(name))
-    # In full precision until the 8-bit base has landed; then this is the one line to change (quantization_config=...).
+    # In full precision; for an 8-bit base add quantization_config=Int8Config(), from lorakeet.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="auto")
     return model, AutoTokenizer.from_pretrained(folder)
 
