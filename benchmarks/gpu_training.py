@@ -99,7 +99,7 @@ def make_base(config: Any, options: argparse.Namespace, attention: str = "sdpa")
 
 def in_8_bits(model: Any) -> Any:
     """All layers of ``model`` that a base in 8 bits rounds, in place."""
-    from lorakeet.quant.hf_quantizer import quantize_
+    from lorakeet.quant.quantize import quantize_
 
     quantize_(model)
     return model

@@ -291,7 +291,7 @@ def whole_model(name: str, full: Any, options: argparse.Namespace) -> list[dict]
     """Steps of one base in fp32, in 8 bits, and by PEFT on bitsandbytes, all with the same tokens."""
     import lorakeet
     from cost import as_a_run, make_batch, make_step
-    from lorakeet.quant.hf_quantizer import quantize_
+    from lorakeet.quant.quantize import quantize_
 
     settings: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
     batch = {key: value % full.config.vocab_size for key, value in make_batch(16, 32, 0.0).items()}
@@ -465,19 +465,21 @@ def opt(options: argparse.Namespace) -> list[dict]:
     from lorakeet.config import DataSettings, TaskSettings
     from lorakeet.data.collate import PaddingCollator
     from lorakeet.data.prepare import prepare
-    from lorakeet.quant.int8 import layers_to_round, out_in, round_weight, rounded_like
+    from lorakeet.quant.int8 import int8_layer, quantize_dense
+    from lorakeet.quant.layer_selection import layers_to_quantize
+    from lorakeet.quant.replace import dense_shape
     from lorakeet.runs.metrics_log import peak_rss_bytes
 
     peak, began = Peak(), time.perf_counter()
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(read_config("facebook/opt-6.7b"), dtype=torch.float32)
     tied: dict[str, Any] = {}
-    for name, module in layers_to_round(model).items():
-        rows, columns = out_in(module)
+    for name, module in layers_to_quantize(model).items():
+        rows, columns = dense_shape(module)
         vocabulary = rows == model.config.vocab_size
         if not (vocabulary and tied):
-            weight, scale = round_weight(torch.randn(rows, columns).mul_(0.02), vocabulary=vocabulary)
-        made = rounded_like(module, weight, scale, torch.float32)
+            weight, scale = quantize_dense(torch.randn(rows, columns).mul_(0.02), vocabulary=vocabulary)
+        made = int8_layer(module, weight, scale, torch.float32)
         if vocabulary:  # embedding and head share them
             made.weight, made.scale = tied.setdefault("weight", made.weight), tied.setdefault("scale", made.scale)
         if getattr(made, "bias", None) is not None:

@@ -21,7 +21,7 @@ from lorakeet.kernels import decoder_step
 from lorakeet.kernels.cpu import bindings
 from lorakeet.lora.config import LoraConfig
 from lorakeet.lora.layer import LoraLinear
-from lorakeet.quant.hf_quantizer import quantize_
+from lorakeet.quant.quantize import quantize_
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
 SHAPE = {
