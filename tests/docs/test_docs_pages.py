@@ -1,4 +1,4 @@
-"""The documentation cannot rot: links resolve, commands parse, fields and rooms are the real ones, pages are complete."""
+"""Links of the documentation resolve, its commands parse, its fields are the real ones, and its pages are complete."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def check_lorakeet(words: list[str]) -> None:
         return
     assert command in COMMANDS, words
     function = getattr(importlib.import_module(f"lorakeet.cli.{command}"), command)
-    if not rest or "--help" in rest or rest == ["section.key=value"]:  # only named, not told how to call
+    if not rest or "--help" in rest or rest == ["section.key=value"]:  # named without arguments
         return
     context = typer_command(function).make_context(command, list(rest))
     overrides = [word for word in context.params.get("run") or [] if "=" in word]
