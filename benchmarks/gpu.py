@@ -38,6 +38,7 @@ from torch import Tensor
 import gpu_training
 from lorakeet.kernels.int8 import linear, triton
 from lorakeet.kernels.lora_linear import lora_linear
+from lorakeet.quant.int8 import Int8Weight
 
 #: Dense int8 TOP/s by the vendor's datasheet.
 PEAKS = {"NVIDIA H200": 1979.0}
@@ -88,7 +89,7 @@ def contenders(weight: Tensor) -> Iterator[tuple[str, Callable[[], Layer]]]:
                 lambda t=threshold: with_lora(bitsandbytes_layer(weight, t)),
             )
     quantised, scale = linear.quantize_rows(weight)
-    yield "lorakeet", lambda: lambda x, a, b: lora_linear(x, quantised, None, a, b, SCALING, scale=scale)
+    yield "lorakeet", lambda: lambda x, a, b: lora_linear(x, Int8Weight(quantised, scale), None, a, b, SCALING)
 
 
 def bitsandbytes_layer(weight: Tensor, threshold: float) -> Callable[[Tensor], Tensor]:

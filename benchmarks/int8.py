@@ -232,6 +232,7 @@ def layer_times(out: int, inner: int, options: argparse.Namespace) -> dict[str, 
 
     from lorakeet.kernels.int8 import linear
     from lorakeet.kernels.lora_linear import lora_linear
+    from lorakeet.quant.int8 import Int8Weight
 
     torch.manual_seed(0)
     dense = torch.randn(out, inner) / inner**0.5
@@ -242,7 +243,7 @@ def layer_times(out: int, inner: int, options: argparse.Namespace) -> dict[str, 
     g = torch.randn(512, out)
 
     def ours(weight: Any, scale: Any = None) -> None:
-        torch.autograd.grad(lora_linear(x, weight, None, a, b, 2.0, scale=scale), (x, a, b), g)
+        torch.autograd.grad(lora_linear(x, Int8Weight(weight, scale), None, a, b, 2.0), (x, a, b), g)
 
     def plain(base: Callable[[Any], Any]) -> None:
         torch.autograd.grad(base(x) + 2.0 * (x @ a.T) @ b.T, (x, a, b), g)

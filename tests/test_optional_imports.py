@@ -5,8 +5,8 @@ import sys
 
 SEEN = """
 import sys
-from lorakeet._optional_imports import leave_out, let_in
-leave_out()
+from lorakeet._optional_imports import hide_optional_packages, allow_sklearn
+hide_optional_packages()
 import lorakeet
 lorakeet.Trainer
 assert not any(name.split(".")[0] in ("peft", "bitsandbytes", "sklearn", "scipy") for name, m in sys.modules.items() if m)

@@ -27,9 +27,9 @@ from lorakeet.inference.generate import complete
 from lorakeet.inference.predict import predict as read
 from lorakeet.log import info
 from lorakeet.lora.config import LoraConfig, PeftConfig, find_adapter_file
-from lorakeet.lora.inject import plan
+from lorakeet.lora.inject import plan_injection
 from lorakeet.lora.model import LoraModel, completed
-from lorakeet.quant.int8 import rounded_bytes
+from lorakeet.quant.protocol import quantized_bytes
 from lorakeet.tasks.task import Task
 from lorakeet.train.evaluate import evaluate
 from lorakeet.train.task_trainer import measure
@@ -232,7 +232,7 @@ def quantize(settings: BaseSettings, out: str | Path, *, overwrite: bool = False
         with quiet():
             base.model.save_pretrained(aside)
         base.tokenizer.save_pretrained(aside)
-        sizes = rounded_bytes(base.model, base.dtype)
+        sizes = quantized_bytes(base.model, base.dtype)
         write_json(aside / "lorakeet.json", {"quantised": {"base": base.name, **sizes}})
     return {"path": str(folder), "base": base.name, **sizes}
 
@@ -256,7 +256,7 @@ def plan_layers(model: str, lora: LoraSettings, task: TaskName = "auto") -> dict
     check_task(task, config, model)
     ghost = meta_model(config, auto_class=AUTO_CLASSES[task])
     adapter = LoraConfig(**lora.model_dump(), task_type=Task(task).peft_type)
-    targets = plan(ghost, completed(ghost, adapter))
+    targets = plan_injection(ghost, completed(ghost, adapter))
     trainable, total = get_peft_model(ghost, adapter).get_nb_trainable_parameters()
     return {
         "base_model": model,

@@ -236,8 +236,8 @@ def test_nothing_stays_behind(monkeypatch: pytest.MonkeyPatch, steps: list[int])
 
 def test_weights_that_do_not_fit_are_refused() -> None:
     model = make("llama").model.layers[0]
-    linears = [getattr(model.self_attn, f"{name}_proj").factors() for name in "qkvo"]
-    linears += [getattr(model.mlp, f"{name}_proj").factors() for name in ("gate", "up", "down")]
+    linears = [getattr(model.self_attn, f"{name}_proj").decoder_weights() for name in "qkvo"]
+    linears += [getattr(model.mlp, f"{name}_proj").decoder_weights() for name in ("gate", "up", "down")]
     norms = [
         decoder_step.Norm(model.input_layernorm.weight, 1e-6),
         decoder_step.Norm(model.input_layernorm.weight, 1e-6),

@@ -20,7 +20,7 @@ from helpers.tiny_architectures import build
 from lorakeet import LoraConfig, PeftModel, get_peft_model
 from lorakeet.adapter.inspect import inspect_adapter
 from lorakeet.errors import ConfigError, MergeError, TargetError
-from lorakeet.lora.inject import plan
+from lorakeet.lora.inject import plan_injection
 from lorakeet.lora.target_parameters import LoraParameter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -429,13 +429,13 @@ def test_settings_that_act_on_inputs_and_outputs_are_refused(setting):
 
 
 def test_a_plan_names_parameters_and_speaks_of_what_it_leaves(caplog):
-    what = plan(moe(), LoraConfig(target_modules=["q_proj"], target_parameters={"gate_up_proj"}, r=2))
+    what = plan_injection(moe(), LoraConfig(target_modules=["q_proj"], target_parameters={"gate_up_proj"}, r=2))
     assert what.describe() == "2 layers (2 q_proj) and 2 parameters (2 gate_up_proj), rank 2"
     assert not caplog.text
-    plan(moe(), LoraConfig(target_modules="all-linear"))
+    plan_injection(moe(), LoraConfig(target_modules="all-linear"))
     assert "all-linear leaves them as they are: target_parameters=['down_proj', 'gate_up_proj']" in caplog.text
-    plan(moe(), LoraConfig(target_parameters=["down_proj"], layers_to_transform=[1]))
+    plan_injection(moe(), LoraConfig(target_parameters=["down_proj"], layers_to_transform=[1]))
     assert "layers_to_transform chooses among target_modules only" in caplog.text
     with torch.device("meta"):
         ghost = tf.MixtralForCausalLM(moe().config)
-    assert plan(ghost, LoraConfig(**EXPERTS)) == plan(moe(), LoraConfig(**EXPERTS))
+    assert plan_injection(ghost, LoraConfig(**EXPERTS)) == plan_injection(moe(), LoraConfig(**EXPERTS))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakeet.quant.int8 import rounded_layers, weight_rows
+from lorakeet.quant.protocol import quantized_layers, weight_rows
 
 #: Largest accepted relative difference (L2) of the sampled values: above rounding to bf16 (0.4 %) and int8 (1 %).
 TOLERANCE = 0.02
@@ -46,7 +46,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any] | None:
     )
     rounded = {
         f"{name}.weight".replace(".base_layer.", ".").replace(".original_module.", "."): layer
-        for name, layer in rounded_layers(model)
+        for name, layer in quantized_layers(model)
     }
     matrices = [
         name for name, p in sorted(own.items()) if p.ndim >= 2 and (p.is_floating_point() or p.shape[0] == rows)

@@ -202,7 +202,7 @@ SHOWN = 5
 OWN = ("format", "lorakeet", "base")
 
 
-def describe(info: Mapping[str, Any]) -> str:
+def inspection_text(info: Mapping[str, Any]) -> str:
     """What :func:`inspect_adapter` found, as a text of several lines."""
     settings, notes = info["settings"], info["lorakeet"]
     targets = settings["target_modules"]

@@ -27,7 +27,7 @@ from lorakeet.lora.config import find_adapter_file
 from lorakeet.lora.model import LoraModel
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.trainable_tokens import TiedLayer, TrainableTokens
-from lorakeet.quant.int8 import floating, holds, put
+from lorakeet.quant.state_dict import has_weight, read_weight, write_weight
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 OWN_NAME = "lorakeet.json"
@@ -58,7 +58,7 @@ def write_adapter(
     if why := resized(model, adapter):
         info(why)
         wanted |= vocabulary_names(model)
-    tensors = {key: floating(source, name).detach().cpu().contiguous() for key, name in wanted.items()}
+    tensors = {key: read_weight(model, source, name).detach().cpu().contiguous() for key, name in wanted.items()}
     for key, (first, transposed) in mirrored_names(model, adapter).items():
         if not key.endswith(ROWS):
             tensors[key] = (tensors[first].T if transposed else tensors[first]).contiguous()
@@ -219,11 +219,11 @@ def put_tensors(
     with torch.no_grad():
         for key, own in wanted.items():
             of_base = own.endswith(".base_layer.weight") or key in vocabulary
-            if of_base and holds(state, own, tensors[key]):
+            if of_base and has_weight(model, state, own, tensors[key]):
                 continue
             if of_base:
                 info(f"{key.removeprefix(PREFIX)} is taken from the adapter: it differs from the base's")
-            put(state, own, tensors[key])
+            write_weight(model, state, own, tensors[key])
 
 
 def _untied(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lorakeet.config import BaseSettings
 from lorakeet.errors import BaseModelError
 from lorakeet.log import warn
-from lorakeet.quant.int8 import rounded_layers
+from lorakeet.quant.protocol import quantized_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -89,13 +89,13 @@ def check_dtypes(model: PreTrainedModel, dtype: torch.dtype, name: str) -> None:
         BaseModelError: names weights of another number format.
     """
     kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
-    scales = {id(layer.scale) for _, layer in rounded_layers(model)}
+    stored = {id(t) for _, layer in quantized_layers(model) for t in layer.quantized_weight().tensors().values()}
     wrong = [
         f"{key} is {dtype_name(weight.dtype)}"
         for key, weight in model.named_parameters()
         if weight.is_floating_point()
         and weight.dtype != dtype
-        and id(weight) not in scales
+        and id(weight) not in stored
         and not (weight.dtype == torch.float32 and any(part in key for part in kept))
     ]
     if wrong:

@@ -27,12 +27,12 @@ from lorakeet.base.checkpoint_files import check_folder
 from lorakeet.base.device_dtype import bytes_by_dtype, check_dtypes, choose_device, choose_dtype, dtype_name, some
 from lorakeet.base.quiet import quiet
 from lorakeet.base.source import find_source, local_folder
-from lorakeet.config import BaseSettings, complaints
+from lorakeet.config import BaseSettings, settings_error
 from lorakeet.errors import BaseModelError
 from lorakeet.kernels.int8.linear import backend_on
 from lorakeet.log import warn
 from lorakeet.quant.hf_quantizer import METHOD, Int8Config, other_method, quantised_otherwise
-from lorakeet.quant.int8 import rounded_layers
+from lorakeet.quant.protocol import quantized_layers, weight_shape
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Base:
         sizes = bytes_by_dtype(self.model)
         parts = ", ".join(f"{dtype_name(dtype)} {_size(count)}" for dtype, count in sizes.items())
         count = sum(parameter.numel() for parameter in self.model.parameters())
-        rounded = sum(1 for _ in rounded_layers(self.model))
+        rounded = sum(1 for _ in quantized_layers(self.model))
         how = f", {rounded} layers in 8 bits ({backend_on(self.device)} products)" if rounded else ""
         return (
             f"{self.name}: {count:,} parameters, {dtype_name(self.dtype)} on {self.device}, "
@@ -169,7 +169,7 @@ def _settings(settings: BaseSettings | str | None, overrides: Mapping[str, Any])
     try:
         return BaseSettings.model_validate({**values, **overrides})
     except ValidationError as error:
-        raise complaints(error, BaseSettings) from None
+        raise settings_error(error, BaseSettings) from None
 
 
 def load_tokenizer(folder: Path, name: str, remote: Mapping[str, Any]) -> PreTrainedTokenizerBase:
@@ -239,7 +239,7 @@ def _check_weights(info: Mapping[str, Any], name: str, must_be_whole: bool, pref
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Say which tokens the model has no embedding for: a text with one of them would break a run in the middle."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = weight_shape(model.get_input_embeddings())[0]
     beyond = [token for token, number in tokenizer.get_added_vocab().items() if number >= rows]
     if beyond:
         warn(f"{name} has embeddings for {rows} tokens, its tokenizer knows more: no text may hold {some(beyond)}")

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
-from lorakeet.config import LoraSettings, complaints
+from lorakeet.config import LoraSettings, settings_error
 from lorakeet.errors import AdapterError, ConfigError, LorakeetError, did_you_mean
 from lorakeet.files import hub_file, write_json
 
@@ -98,7 +98,7 @@ class PeftConfig(LoraSettings):
         try:
             super().__init__(**own)
         except ValidationError as error:
-            raise complaints(error, type(self)) from None
+            raise settings_error(error, type(self)) from None
         self._foreign = foreign
         self._refuse_beside_parameters()
 

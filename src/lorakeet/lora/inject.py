@@ -1,6 +1,6 @@
 """Choosing layers is a plan; putting LoRA on them is an act.
 
-:func:`plan` reads names and shapes only, so it runs on the meta device, and it raises before anything is touched.
+:func:`plan_injection` reads names and shapes only, so it runs on the meta device, and it raises before anything is touched.
 :func:`inject` then replaces exactly what the plan names.
 """
 
@@ -64,7 +64,7 @@ class Plan:
         return text + (f"; tied: {', '.join(name for name, _ in self.tied)}" if self.tied else "")
 
 
-def plan(model: nn.Module, config: PeftConfig, *, strict: bool = True) -> Plan:
+def plan_injection(model: nn.Module, config: PeftConfig, *, strict: bool = True) -> Plan:
     """The layers that ``config`` means on ``model``; reads no weights and changes nothing.
 
     Args:

@@ -22,7 +22,7 @@ from lorakeet.kernels.decoder_step import LinearWeights
 from lorakeet.kernels.dropout import dropout
 from lorakeet.kernels.lora_linear import lora_linear
 from lorakeet.lora.config import PeftConfig
-from lorakeet.quant.int8 import Int8Linear, watched
+from lorakeet.quant.protocol import is_hooked, is_quantized
 
 
 @dataclass
@@ -230,7 +230,7 @@ class LoraPair(LoraLayer):
 
 
 class LoraLinear(LoraPair):
-    """LoRA on ``nn.Linear`` and ``Int8Linear`` (weight [out, in]) and on the ``Conv1D`` of GPT-2 (weight [in, out])."""
+    """LoRA on ``nn.Linear`` and its quantized kinds (weight [out, in]) and on the ``Conv1D`` of GPT-2 (weight [in, out])."""
 
     linear = True
 
@@ -253,17 +253,17 @@ class LoraLinear(LoraPair):
         (a, b), base = self.pair(adapters[0]), self.base_layer
         p = self.lora_dropout[adapters[0]] if self.training else 0.0
         scaling = self.scaling[adapters[0]]
-        scale = base.scale if isinstance(base, Int8Linear) else None
-        return lora_linear(x, base.weight, base.bias, a.weight, b.weight, scaling, p, self.fan_in_fan_out, scale)
+        weight = base.quantized_weight() if is_quantized(base) else base.weight
+        return lora_linear(x, weight, base.bias, a.weight, b.weight, scaling, p, self.fan_in_fan_out)
 
-    def factors(self) -> LinearWeights | None:
+    def decoder_weights(self) -> LinearWeights | None:
         """What this layer multiplies by now, base in 8 bits and update; None where it does anything else."""
         base, adapters = self._modules["base_layer"], self.answering
         mixed = self.switch.enabled and self.switch.rows is not None
-        if type(base) is not Int8Linear or watched(base) or mixed or len(adapters) > 1:
+        if not is_quantized(base) or is_hooked(base) or mixed or len(adapters) > 1:
             return None
-        own = base.factors()
-        if not adapters:
+        own = base.decoder_weights()
+        if own is None or not adapters:
             return own
         parts, p = self.parts(adapters[0]), self.lora_dropout[adapters[0]]
         if len(parts) > 2 or (self.training and p):  # B with a bias
@@ -274,9 +274,9 @@ class LoraLinear(LoraPair):
         """Whether base and update can run as one operation: a dense frozen weight that nothing else watches or moves."""
         base = self.base_layer
         return (
-            type(base) in (nn.Linear, Conv1D, Int8Linear)
+            (type(base) in (nn.Linear, Conv1D) or is_quantized(base))
             and not base.weight.requires_grad
-            and not watched(base)
+            and not is_hooked(base)
             and self.pair(adapter)[1].bias is None
             and not base.weight.is_meta
         )

@@ -9,7 +9,7 @@ from lorakeet.lora.conv import LoraConv
 from lorakeet.lora.layer import LoraEmbedding, LoraLayer, LoraLinear
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.target_parameters import LoraParameters
-from lorakeet.quant.int8 import Int8Linear
+from lorakeet.quant.protocol import is_quantized
 
 #: What :func:`layer_class` knows, for messages.
 ADAPTABLE = "Linear, Conv1D, Conv1d, Conv2d, Conv3d, Embedding"
@@ -17,11 +17,11 @@ ADAPTABLE = "Linear, Conv1D, Conv1d, Conv2d, Conv3d, Embedding"
 
 def layer_class(module: nn.Module) -> type[LoraLayer] | None:
     """The class that puts LoRA on ``module``; None if there is none."""
-    if isinstance(module, (nn.Linear, Conv1D, Int8Linear)):
+    if isinstance(module, nn.Embedding):
+        return LoraEmbedding
+    if isinstance(module, (nn.Linear, Conv1D)) or is_quantized(module):
         return LoraLinear
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return LoraConv
-    return LoraEmbedding if isinstance(module, nn.Embedding) else None
+    return LoraConv if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else None
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

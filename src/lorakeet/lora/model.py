@@ -18,7 +18,7 @@ from lorakeet.log import warn
 from lorakeet.lora.combine import combine
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.default_targets import TASK_HEADS, resolve_targets, task_heads
-from lorakeet.lora.inject import Part, Plan, inject, plan, restore, set_trainable
+from lorakeet.lora.inject import Part, Plan, inject, plan_injection, restore, set_trainable
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer
 from lorakeet.lora.merge import MergeReport, checked_merge, untie
 from lorakeet.lora.modules_to_save import SavedModule
@@ -62,13 +62,13 @@ class LoraModel(nn.Module):
 
         Raises:
             AdapterError: the name is taken or not usable as one.
-            TargetError: see :func:`lorakeet.lora.inject.plan`; nothing has been touched then.
+            TargetError: see :func:`lorakeet.lora.inject.plan_injection`; nothing has been touched then.
             ConfigError: a second adapter beside one that trains the base's own biases.
         """
         refuse_unknown("add_adapter", peft_only, {"low_cpu_mem_usage", "autocast_adapter_dtype"})
         self._check_new(adapter_name, peft_config)
         config = completed(self, peft_config, fresh=strict)
-        what = plan(self, config, strict=strict)
+        what = plan_injection(self, config, strict=strict)
         touched = inject(self, what, config, adapter_name, self.switch)
         for part in touched:
             part.set_trainable(adapter_name, False)
@@ -373,7 +373,7 @@ def start(model: nn.Module, config: PeftConfig, adapter_name: str, own: type[Lor
     """Plan, then inject the first adapter and make it the one that answers and learns."""
     if isinstance(model, LoraModel):
         raise AdapterError("this model has adapters already", "call add_adapter on it")
-    plan(model, completed(model, config))  # raises before anything is touched
+    plan_injection(model, completed(model, config))  # raises before anything is touched
     adopted = adopt(model, own)
     adopted.add_adapter(adapter_name, config)
     set_trainable(adopted, adopted.peft_config[adapter_name], adopted.lora_parts())

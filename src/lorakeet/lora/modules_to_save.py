@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakeet.lora.layer import ActiveAdapters, row_places
-from lorakeet.quant.int8 import unrounded
+from lorakeet.quant.protocol import dequantized_copy
 
 
 class SavedModule(nn.Module):
@@ -21,7 +21,7 @@ class SavedModule(nn.Module):
 
     def add_adapter(self, adapter: str) -> None:
         """Start the adapter's copy from the base's values, in a number format that can learn."""
-        clone = unrounded(self.original_module)
+        clone = dequantized_copy(self.original_module)
         for parameter in clone.parameters():
             if not parameter.is_floating_point():
                 raise TypeError(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakeet.lora.layer import ActiveAdapters, LoraEmbedding, LoraLayer, scaled, vocabulary_probe
-from lorakeet.quant.int8 import weight_rows
+from lorakeet.quant.protocol import weight_rows
 
 
 class TrainableTokens(LoraLayer):

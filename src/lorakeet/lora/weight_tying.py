@@ -14,7 +14,7 @@ from lorakeet.lora.layer_types import unwrapped
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.targeting import matches
 from lorakeet.lora.trainable_tokens import TiedLayer, TrainableTokens
-from lorakeet.quant.int8 import Int8Linear
+from lorakeet.quant.protocol import is_quantized, weight_shape
 
 
 def tied_names(model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -124,13 +124,13 @@ def _weight(module: nn.Module) -> Any:
 
 def _unfit(module: nn.Module, taken: bool, tokens: list[int]) -> str | None:
     base = unwrapped(module)
-    if not isinstance(base, (nn.Embedding, nn.Linear, Int8Linear)):
+    if not isinstance(base, (nn.Embedding, nn.Linear)) and not is_quantized(base):
         return f"is a {type(base).__name__}, expected an embedding or a head"
     if taken:
         return "is adapted or trained whole already, its rows with it"
     if isinstance(module, LoraLayer) and not isinstance(module, TrainableTokens):
         return "is adapted by another adapter in another way"
-    rows = base.weight.shape[0]
+    rows = weight_shape(base)[0]
     beyond = [token for token in tokens if token >= rows]
     return f"has {rows:,} rows, which leaves no token {beyond[0]} (resize_token_embeddings first?)" if beyond else None
 

@@ -25,6 +25,7 @@ from lorakeet.kernels.glu import Activation, gated
 from lorakeet.kernels.rms_norm import rms_norm
 from lorakeet.kernels.rotary import rotary
 from lorakeet.log import warn
+from lorakeet.quant.protocol import has_quantized
 from lorakeet.rng import same_random_state
 
 # fmt: off
@@ -138,8 +139,8 @@ def _feed_forward(module: Any, activation: Activation, x: Tensor, keep: torch.dt
 def _keeping_less(module: nn.Module, fused: Forward) -> Forward:
     """A feed-forward network on weights in 8 bits need not remember 32 of what they gave: bf16's rounding of a gradient is
     far below what the weights' own did to it."""
-    rounded = hasattr(module, "act_fn") and any(p.dtype == torch.int8 for p in module.parameters())
-    return functools.partial(fused, keep=torch.bfloat16) if rounded else fused
+    quantized = hasattr(module, "act_fn") and has_quantized(module)
+    return functools.partial(fused, keep=torch.bfloat16) if quantized else fused
 
 
 def _in_training(module: nn.Module, fused: Forward) -> Forward:

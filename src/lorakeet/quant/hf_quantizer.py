@@ -26,11 +26,11 @@ from lorakeet.kernels.int8.linear import scales_of
 from lorakeet.quant.int8 import (
     Int8Embedding,
     Int8Linear,
+    int8_layers,
     layers_to_round,
     out_in,
     plain_layer,
     round_weight,
-    rounded_layers,
     rounded_like,
     vocabulary_layers,
 )
@@ -149,7 +149,7 @@ class Int8Quantizer(HfQuantizer):
         if len(heads) < len(odd):
             told = [f"{key} is {list(f)}, its config says {list(w)}" for key, (f, w) in odd.items() if key not in heads]
             raise BaseModelError(f"the weights do not fit: {'; '.join(sorted(told)[:5])}", "get the base's files again")
-        for name, layer in list(rounded_layers(model)):
+        for name, layer in list(int8_layers(model)):
             if layer.weight.is_floating_point() and not layer.weight.is_meta:
                 model.set_submodule(name, _fresh(model, layer))  # the files have none: a new layer, which is to learn
             else:
@@ -158,8 +158,8 @@ class Int8Quantizer(HfQuantizer):
         resizable(model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
-        for name, layer in list(rounded_layers(model)):
-            model.set_submodule(name, layer.unrounded().to(dtype or layer.dtype))
+        for name, layer in list(int8_layers(model)):
+            model.set_submodule(name, layer.dequantized().to(dtype or layer.dtype))
         model.tie_weights()
         return model
 

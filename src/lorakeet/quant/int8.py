@@ -8,9 +8,8 @@ a head shares its weight with the embedding it shares the rounded weight and the
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,31 +18,80 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorakeet.kernels.decoder_step import LinearWeights
-from lorakeet.kernels.int8.linear import dequantize, int8_linear, quantize_rows, quantize_weight, rounding_steps
+from lorakeet.kernels.int8.linear import (
+    dequantize,
+    input_gradient,
+    int8_linear,
+    product,
+    quantize_rows,
+    quantize_weight,
+    rounding_steps,
+)
+from lorakeet.quant.protocol import QuantizedLayer
 
 
-class _Rounded(nn.Module):
-    """What both kinds of layers share. ``dtype`` is the number format that the layer was in, and that it computes in."""
+class Int8Weight(NamedTuple):
+    """A weight in 8 bits: int8 [out, in] and the scales that belong to it (:mod:`lorakeet.kernels.int8.linear`)."""
+
+    weight: Tensor
+    scale: Tensor
+
+    @property
+    def merge_tolerance(self) -> float | None:
+        """None: 8 bits would lose the update."""
+        return None
+
+    @property
+    def out_features(self) -> int:
+        """Output channels, or tokens."""
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Input channels, or the width of an embedding."""
+        return self.weight.shape[1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return ``weight`` and ``scale``."""
+        return self._asdict()
+
+    def product(self, x: Tensor, bias: Tensor | None = None, low_rank: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Compute x·Wᵀ + b + u·vᵀ; see :func:`lorakeet.kernels.int8.linear.product`."""
+        return product(x, self.weight, self.scale, bias, low_rank)
+
+    def input_gradient(self, g: Tensor, low_rank: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Compute g·W + u·vᵀ; see :func:`lorakeet.kernels.int8.linear.input_gradient`."""
+        return input_gradient(g, self.weight, self.scale, low_rank)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the values [out, in]."""
+        return dequantize(self.weight, self.scale, dtype)
+
+    def requantize(self, weight: Tensor) -> Int8Weight:
+        """Quantize another weight of this shape, with as many scales."""
+        return Int8Weight(*round_weight(weight, vocabulary=len(self.scale) == len(self.weight)))
+
+    def is_rounding_of(self, weight: Tensor) -> bool:
+        """Whether each value is at most half a rounding step away."""
+        error = (self.dequantize() - weight.float()).abs()
+        return bool((error <= 0.51 * rounding_steps(self.weight, self.scale)).all())
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return rows [..., in]."""
+        return dequantize(self.weight, self.scale, dtype, ids.flatten()).unflatten(0, ids.shape)
+
+
+class _Int8Layer(QuantizedLayer):
+    """The parameters ``weight`` and ``scale`` that both kinds of 8-bit layers have."""
 
     scale: nn.Parameter
-    dtype: torch.dtype
-    transposed = False
 
-    def unrounded(self) -> nn.Module:
-        """A plain layer of the same values, in the base's number format."""
-        raise NotImplementedError
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        """Moved to another device or number format: the scales stay in fp32, or every product would change."""
-        scale = self.scale.data
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        super()._apply(fn, recurse)
-        if self.scale.dtype != scale.dtype:
-            self.scale.data = scale.to(self.scale.device)
-        return self
+    def quantized_weight(self, tensors: Mapping[str, Tensor] | None = None) -> Int8Weight:
+        given: Any = self._parameters if tensors is None else tensors
+        return Int8Weight(given["weight"], given["scale"])
 
 
-class Int8Linear(_Rounded):
+class Int8Linear(_Int8Layer):
     """A frozen linear layer whose weight is int8 [out, in], also where the original stored it the other way round.
 
     Attributes:
@@ -71,12 +119,11 @@ class Int8Linear(_Rounded):
     def forward(self, x: Tensor) -> Tensor:
         return int8_linear(x, self.weight, self.scale, self.bias)
 
-    def factors(self) -> LinearWeights:
-        """What this layer multiplies by."""
+    def decoder_weights(self) -> LinearWeights | None:
         own = self._parameters  # nn.Module's attribute look-up is slow, and this is asked for every layer and token
         return LinearWeights(own["weight"], own["scale"], own.get("bias"))  # type: ignore[arg-type]
 
-    def unrounded(self) -> nn.Module:
+    def dequantized(self) -> nn.Module:
         weight = dequantize(self.weight, self.scale, self.dtype)
         made: Any = plain_layer(self)
         made.weight = nn.Parameter(weight.T.contiguous() if self.transposed else weight)
@@ -88,7 +135,7 @@ class Int8Linear(_Rounded):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class Int8Embedding(_Rounded, nn.Embedding):
+class Int8Embedding(_Int8Layer, nn.Embedding):
     """A frozen embedding whose weight is int8 [vocabulary, dim], with one scale for each token."""
 
     def __init__(self, weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> None:
@@ -112,7 +159,7 @@ class Int8Embedding(_Rounded, nn.Embedding):
         rows = F.embedding(ids, self.weight).float()
         return rows.mul_(F.embedding(ids, self.scale.unsqueeze(1))).to(self.dtype)
 
-    def unrounded(self) -> nn.Module:
+    def dequantized(self) -> nn.Module:
         return nn.Embedding.from_pretrained(dequantize(self.weight, self.scale, self.dtype), freeze=False)
 
 
@@ -135,68 +182,11 @@ def plain_layer(layer: Int8Linear | Int8Embedding) -> nn.Module:
     return nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, layer.bias is not None, **place)
 
 
-def weight_rows(layer: nn.Module, rows: Tensor) -> Tensor:
-    """Rows [n, ...] of a layer's weight [rows, columns], in a floating dtype, also where the weight is rounded."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    if not isinstance(layer, _Rounded):
-        return weight.detach()[rows]
-    return dequantize(weight.detach(), layer.scale.detach(), layer.dtype, rows)
-
-
-def rounded_bytes(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
-    """``{"layers", "bytes", "full_bytes"}``: layers in 8 bits, bytes of all parameters, and what they were in ``dtype``."""
-    scales = {id(layer.scale) for _, layer in rounded_layers(model)}
-    parameters = list(model.parameters())
-    full = [
-        p.numel() * (p.element_size() if p.element_size() > 1 else dtype.itemsize)
-        for p in parameters
-        if id(p) not in scales
-    ]
-    return {
-        "layers": sum(1 for _ in rounded_layers(model)),
-        "bytes": sum(p.numel() * p.element_size() for p in parameters),
-        "full_bytes": sum(full),
-    }
-
-
-def floating(state: Mapping[str, Tensor], name: str) -> Tensor:
-    """A tensor of a state dict; the floating values of a rounded one."""
-    tensor = state[name]
-    return tensor if tensor.dtype != torch.int8 else dequantize(tensor, state[_scale_name(name)])
-
-
-def holds(state: Mapping[str, Tensor], name: str, tensor: Tensor) -> bool:
-    """Whether a state dict has this tensor under ``name``, for a rounded one: up to its rounding."""
-    mine, tensor = state[name], tensor.to(state[name].device)
-    if mine.dtype != torch.int8:
-        return torch.equal(mine, tensor.to(mine.dtype))
-    scale = state[_scale_name(name)]
-    return bool(((dequantize(mine, scale) - tensor.float()).abs() <= 0.51 * rounding_steps(mine, scale)).all())
-
-
-def put(state: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
-    """Write a tensor into a state dict's, rounded where that is rounded."""
-    mine = state[name]
-    if mine.dtype == torch.int8:
-        scale = state[_scale_name(name)]
-        tensor, made = round_weight(tensor.to(mine.device), vocabulary=len(scale) == len(mine))
-        scale.copy_(made)
-    mine.copy_(tensor)
-
-
-def _scale_name(weight: str) -> str:
-    return f"{weight.removesuffix('weight')}scale"
-
-
-def unrounded(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` that can learn: rounded layers in it become plain ones of the same values."""
-    if isinstance(module, _Rounded):
-        return module.unrounded()
-    made = copy.deepcopy(module)
-    for name, inner in list(made.named_modules()):
-        if isinstance(inner, _Rounded):
-            made.set_submodule(name, inner.unrounded())
-    return made
+def int8_layers(model: nn.Module) -> Iterator[tuple[str, Int8Linear | Int8Embedding]]:
+    """Yield the name and the module of each 8-bit layer in ``model``."""
+    for name, module in model.named_modules():
+        if isinstance(module, (Int8Linear, Int8Embedding)):
+            yield name, module
 
 
 # -- which layers -----------------------------------------------------------------------------------------------------
@@ -269,15 +259,3 @@ def out_in(layer: Any) -> tuple[int, int]:
     """Output and input channels of a layer's weight; vocabulary and dim of an embedding's."""
     rows, columns = layer.weight.shape
     return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
-
-
-def watched(layer: nn.Module) -> bool:
-    """Whether ``layer`` must be called: a hook is there, or a device map's, which brings the weight only for forward."""
-    return "forward" in layer.__dict__ or bool(layer._forward_hooks or layer._forward_pre_hooks)
-
-
-def rounded_layers(model: nn.Module) -> Iterator[tuple[str, Int8Linear | Int8Embedding]]:
-    """All layers in 8 bits, by name."""
-    for name, module in model.named_modules():
-        if isinstance(module, (Int8Linear, Int8Embedding)):
-            yield name, module

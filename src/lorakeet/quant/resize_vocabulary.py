@@ -68,7 +68,7 @@ def resize(model: PreTrainedModel, *args: Any, **settings: Any) -> nn.Embedding:
         )
     ties = {name: getattr(model, name) for name in ("all_tied_weights_keys", "_tied_weights_keys")}
     for name, layer in rounded.items():
-        model.set_submodule(name, layer.unrounded())
+        model.set_submodule(name, layer.dequantized())
     for name, keys in ties.items():  # plain layers have no scales
         setattr(model, name, {key: source for key, source in (keys or {}).items() if not key.endswith(".scale")})
     try:
