@@ -27,8 +27,9 @@ from lorakeet.inference.generate import complete
 from lorakeet.inference.predict import predict as read
 from lorakeet.log import info
 from lorakeet.lora.config import LoraConfig, PeftConfig, find_adapter_file
+from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import plan_injection
-from lorakeet.lora.model import LoraModel, completed
+from lorakeet.lora.model import LoraModel
 from lorakeet.quant.protocol import quantized_bytes
 from lorakeet.tasks.task import Task
 from lorakeet.train.evaluate import evaluate
@@ -256,7 +257,7 @@ def plan_layers(model: str, lora: LoraSettings, task: TaskName = "auto") -> dict
     check_task(task, config, model)
     ghost = meta_model(config, auto_class=AUTO_CLASSES[task])
     adapter = LoraConfig(**lora.model_dump(), task_type=Task(task).peft_type)
-    targets = plan_injection(ghost, completed(ghost, adapter))
+    targets = plan_injection(ghost, resolve_config(ghost, adapter))
     trainable, total = get_peft_model(ghost, adapter).get_nb_trainable_parameters()
     return {
         "base_model": model,
