@@ -99,13 +99,8 @@ def make_base(config: Any, options: argparse.Namespace, attention: str = "sdpa")
 
 
 def in_8_bits(model: Any) -> Any:
-<<<<<<< HEAD
-    """All layers of ``model`` that a base in 8 bits rounds, in place."""
-    from lorakeet.quant.quantize import quantize_
-=======
     """Quantize the layers of ``model`` that a base in 8 bits quantizes, in place."""
-    from lorakeet.quant.hf_quantizer import quantize_
->>>>>>> docs
+    from lorakeet.quant.quantize import quantize_
 
     quantize_(model)
     return model

@@ -292,13 +292,8 @@ def random_llama() -> Any:
 def whole_model(name: str, full: Any, options: argparse.Namespace) -> list[dict]:
     """Time steps of one base in fp32, in 8 bits, and by PEFT on bitsandbytes, on the same tokens."""
     import lorakeet
-<<<<<<< HEAD
-    from cost import as_a_run, make_batch, make_step
     from lorakeet.quant.quantize import quantize_
-=======
-    from lorakeet.quant.hf_quantizer import quantize_
     from training_step import as_a_run, make_batch, make_step
->>>>>>> docs
 
     settings: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
     batch = {key: value % full.config.vocab_size for key, value in make_batch(16, 32, 0.0).items()}

@@ -210,7 +210,7 @@ def _agrees(module: nn.Module, fused: Forward) -> bool:
     parameters = sorted(module.parameters(), key=lambda p: (not p.is_floating_point(), p.requires_grad))
     like = parameters[0]  # what an adapter adds may be wider than what the module computes in
     if hasattr(module, "hidden_size"):
-        width = module.hidden_size
+        width: Any = module.hidden_size
     else:
         width = like.shape[1] if type(module) is nn.Linear else like.shape[0]
     dtype = like.dtype if like.is_floating_point() else torch.float32
