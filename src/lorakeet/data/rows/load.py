@@ -91,7 +91,7 @@ def read_rows(settings: DataSettings, task: TaskName = "CAUSAL_LM", *, seed: int
     layout = merge_layouts({part.source.name: part.layout for part in parts if part.layout is not None})
     schema = layout.features()
     columns = {name: [row.get(name) for part in parts for row in part.rows] for name in schema}
-    description = describe(settings, [(part.source, part.layout) for part in parts if part.layout is not None])
+    description = describe_sources(settings, [(part.source, part.layout) for part in parts if part.layout is not None])
     if unused := list(dict.fromkeys(label for part in parts for label in part.labels)):
         description += f"; {task} leaves {', '.join(map(repr, unused))} unused"
     locations = Locations(location for part in parts for location in part.locations)
@@ -112,7 +112,7 @@ def peek(settings: DataSettings) -> Mapping[str, ColumnTypes]:
     return find_sources(settings)[0].head_types()
 
 
-def describe(settings: DataSettings, found: Sequence[tuple[DataSource, Layout]]) -> str:
+def describe_sources(settings: DataSettings, found: Sequence[tuple[DataSource, Layout]]) -> str:
     """What was read and how it was understood, e.g. ``quotes.csv (csv), text in column 'quote'``."""
     formats = " and ".join(sorted({source.format for source, _ in found}))
     files = f"{len(found)} files, {formats}" if len(found) > 1 else formats
