@@ -1,4 +1,4 @@
-"""A hub of one's own for the tests of this folder."""
+"""A local hub for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from helpers.hub_server import Hub, serving
 
 @pytest.fixture
 def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """An empty hub that this process pushes to and downloads from; nobody is logged in."""
+    """An empty hub that this process pushes to and downloads from, without a login."""
     home = tmp_path_factory.mktemp("hf")
     with serving() as server:
         _point_at(server.url, home, monkeypatch)
@@ -22,7 +22,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
 
 
 def _point_at(url: str, home: Path, patch: pytest.MonkeyPatch) -> None:
-    """What ``hub_server.environment`` does, where ``huggingface_hub`` has read its environment already."""
+    """Set what ``hub_server.environment`` sets, for a ``huggingface_hub`` that has read its environment already."""
     patch.setenv("NO_PROXY", "127.0.0.1")
     patch.delenv("HF_TOKEN", raising=False)
     for name, value in {

@@ -1,11 +1,15 @@
-"""The table: options x architectures, each row held against ``peft`` and against a dense ΔW.
+"""Conformance: options x architectures, each compared with ``peft`` and with a dense ΔW.
 
-A row asks of one adapter: saved there it loads here, with the same answers and the same gradients of a step; saved again here
-it has the same keys, shapes and settings, and loads there; merged, every weight is W + s·B·A, and unmerged the old bits. The
-default run takes all options on five architectures and three on each other one; the full table is marked slow.
+Each case is one adapter.
 
-Layers that are no linear ones have tables of their own: test_conv.py, test_parameter.py (experts), test_vocabulary.py (rows
-of embeddings, tied weights, resized vocabularies), test_several.py (mixed batches, weighted sums).
+- Saved by peft, it loads here, with the same outputs and the same gradients of a step.
+- Saved again here, it has the same keys, shapes and settings, and peft loads it.
+- Merged, every weight is W + s·B·A; unmerged, it has the old bits.
+
+The default run takes all options on five architectures and three on each other one; the full table is marked slow.
+
+Other layers than linear ones have their own files: test_conv.py, test_target_parameters.py (experts), test_vocabulary.py
+(rows of embeddings, tied weights, resized vocabularies), test_several_adapters.py (mixed batches, weighted sums).
 """
 
 from __future__ import annotations
@@ -56,7 +60,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 ENCODERS = ["bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "albert", "deberta", "deberta-v2", "modernbert"]
 SEQ2SEQ = ["t5", "mt5", "bart", "mbart", "marian", "pegasus"]
-#: a linear layer of each that is no query or value projection
+#: architecture -> a linear layer that is neither a query nor a value projection
 THIRD = {
     **dict.fromkeys(["mixtral", "qwen2_moe", "qwen3_moe"], "o_proj"),
     **dict.fromkeys(["opt", "bart", "mbart", "marian", "pegasus"], "fc1"),
@@ -72,7 +76,7 @@ THIRD = {
     "modernbert": "Wi",
 }
 EVERY_OPTION = ("llama", "opt", "gpt2", "bert", "t5")
-#: rows that peft has otherwise or not at all (see the page on the differences)
+#: cases where peft differs (docs/differences-from-peft.md)
 ELSEWHERE = {
     *((kind, "all-linear") for kind in ("mixtral", "qwen2_moe", "qwen3_moe")),  # it adds the experts and the router
     *((kind, "all-linear") for kind in ENCODERS),  # it adapts the fresh head, then fails to train it whole
@@ -150,7 +154,7 @@ def logits(model: nn.Module, kind: str) -> torch.Tensor:
 
 
 def gradients(model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
-    """By the parameter's key in the file."""
+    """Return the gradients by the parameter's key in the file."""
     model.zero_grad()
     model(**sample(kind)).loss.backward()
     inner = re.compile(r"^base_model\.model\.|\.modules_to_save(?=\.default)|\.default")
@@ -170,7 +174,7 @@ def keys(folder: Path) -> dict[str, list[int]]:
 
 
 def comparable(folder: Path) -> dict[str, Any]:
-    """The saved settings, lists that mean sets as sets."""
+    """Read the saved settings; lists without an order become sets."""
     values = json.loads((folder / "adapter_config.json").read_text())
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(values[key], list):
@@ -180,7 +184,7 @@ def comparable(folder: Path) -> dict[str, Any]:
 
 
 def dense_update(folder: Path, path: str, layer: TheirLayer, config: dict[str, Any]) -> torch.Tensor:
-    """s·B·A of the file's tensors in the base weight's layout."""
+    """Compute s·B·A of the file's tensors, in the base weight's layout."""
     tensors = load_file(folder / "adapter_model.safetensors")
     prefix, embedding = f"base_model.model.{path}", layer.lora_embedding_A
     a, b = (
@@ -205,7 +209,7 @@ def test_row(kind: str, option: str, tmp_path: Path) -> None:
     near = 2e-5 * max(1.0, float(wanted.abs().max()))
     assert (wanted - logits(make(kind), kind)).abs().max() > 1e-3, "the adapter does nothing"
 
-    # from there to here: answers, gradients
+    # from peft to here: outputs, gradients
     loaded = PeftModel.from_pretrained(make(kind), tmp_path / "theirs", is_trainable=True).eval()
     torch.testing.assert_close(logits(loaded, kind), wanted, rtol=0, atol=near)
     mine, true = gradients(loaded, kind), gradients(theirs, kind)
@@ -213,7 +217,7 @@ def test_row(kind: str, option: str, tmp_path: Path) -> None:
     for name, gradient in true.items():
         torch.testing.assert_close(mine[name], gradient, rtol=1e-3, atol=2e-5, msg=name)
 
-    # and back: keys, shapes, settings, answers
+    # and back: keys, shapes, settings, outputs
     loaded.save_pretrained(tmp_path / "again")
     assert keys(tmp_path / "again") == keys(tmp_path / "theirs")
     assert {f"base_model.model.{name}" for name in mine} <= keys(tmp_path / "again").keys(), "trained, and not saved"

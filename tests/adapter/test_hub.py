@@ -1,4 +1,4 @@
-"""Pushing through the real ``huggingface_hub`` client to a small local hub, and loading from it again by hub id."""
+"""Pushing with the real ``huggingface_hub`` client to a local hub, and loading from it by hub id."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WRONG = "hf_SecretThatIsWrong"
 
 
 def trained(name: str = "default", **settings: object) -> PeftModel:
-    """An adapter that has learned, on a tiny base."""
+    """A trained adapter on a tiny base."""
     values = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **settings}
     model = get_peft_model(make("llama"), LoraConfig(base_model_name_or_path=TINY, **values), name).eval()
     shake(model, name)
@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refused(folder: Path | str, repo: str = "ana/quotes", **options: object) -> str:
-    """The error of a push that must fail: one sentence and a hint, with no token in it or in its traceback."""
+    """Return the error of a push that must fail: a sentence and a hint, with no token in it or in its traceback."""
     with pytest.raises(AdapterError) as caught:
         push_folder(folder, repo, **options)
     shown, error = "".join(traceback.format_exception(caught.value)), caught.value
@@ -127,13 +127,13 @@ def test_the_cards_snippets_run(hub: Hub, folder: Path, tmp_path: Path) -> None:
         assert torch.allclose(names["model"](token_ids()).logits, trained()(token_ids()).logits, atol=1e-5)
 
 
-# -- what cannot be pushed --------------------------------------------------------------------------------------------
+# -- refused adapters and tokens --------------------------------------------------------------------------------------------
 
 
 def test_a_wrong_token(hub: Hub, folder: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    said = refused(folder, token=WRONG)
-    assert "does not accept the token" in said and "hf auth login" in said and "***" in said
+    message = refused(folder, token=WRONG)
+    assert "does not accept the token" in message and "hf auth login" in message and "***" in message
     assert not hub.repos
     push_folder(folder, "ana/quotes", token=TOKEN)
     everything = caplog.text + "".join(capfd.readouterr())
@@ -142,13 +142,13 @@ def test_a_wrong_token(hub: Hub, folder: Path, caplog: pytest.LogCaptureFixture,
 
 def test_a_token_that_may_not_write(hub: Hub, folder: Path) -> None:
     assert "may not write to 'ana/quotes': this token may only read" in refused(folder, token=READ_ONLY)
-    assert "may not write to 'bob/quotes'" in (said := refused(folder, "bob/quotes", token=TOKEN))
-    assert "your user's or organization's name" in said
+    assert "may not write to 'bob/quotes'" in (message := refused(folder, "bob/quotes", token=TOKEN))
+    assert "your user's or organization's name" in message
 
 
 def test_no_token(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for token in (None, False, True, " "):
-        assert "no token" in (said := refused(folder, token=token)) and "HF_TOKEN" in said
+        assert "no token" in (message := refused(folder, token=token)) and "HF_TOKEN" in message
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert "no token" in refused(folder, token=False)
     assert not hub.requests
@@ -167,11 +167,11 @@ def test_a_token_that_is_none(hub: Hub, folder: Path, token: str) -> None:
 
 @pytest.mark.parametrize("repo", ["ana/a/b", "../adapter", "ana/quo tes", "", "ana/quotes.git"])
 def test_a_name_that_is_no_hub_id(hub: Hub, folder: Path, repo: str) -> None:
-    assert "cannot be a name on the hub" in (said := refused(folder, repo, token=TOKEN)) and "user/name" in said
+    assert "cannot be a name on the hub" in (message := refused(folder, repo, token=TOKEN)) and "user/name" in message
     assert not hub.requests
 
 
-def test_nobody_answers(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_does_not_answer(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "cannot reach the hub at http://127.0.0.1:9" in refused(folder, token=TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -183,12 +183,12 @@ def test_a_hub_that_is_broken(hub: Hub, folder: Path) -> None:
     assert "answers 503: the hub is being repaired" in refused(folder, token=TOKEN)
 
 
-def test_nothing_is_sent_of_an_adapter_that_is_none(hub: Hub, folder: Path, tmp_path: Path) -> None:
+def test_nothing_is_sent_of_a_folder_without_a_valid_adapter(hub: Hub, folder: Path, tmp_path: Path) -> None:
     assert "is not a folder" in refused(tmp_path / "nowhere", token=TOKEN)
     (tmp_path / "empty").mkdir()
     assert "has no adapter_config.json" in refused(tmp_path / "empty", token=TOKEN)
     (tmp_path / "run.yaml").write_text("")
-    assert "the folder of a run" in (said := refused(tmp_path, token=TOKEN)) and str(folder) in said
+    assert "the folder of a run" in (message := refused(tmp_path, token=TOKEN)) and str(folder) in message
 
     weights = folder / "adapter_model.safetensors"
     whole, tensors = weights.read_bytes(), load_file(weights)
@@ -210,7 +210,7 @@ def test_a_readme_the_hub_cannot_read(hub: Hub, folder: Path) -> None:
     assert hub.repos["ana/quotes"]["main"] == {}
 
 
-def test_a_local_path_as_the_base_is_said(
+def test_a_local_path_as_the_base_is_reported(
     hub: Hub,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -224,7 +224,7 @@ def test_a_local_path_as_the_base_is_said(
 
 @pytest.mark.slow
 def test_a_process_of_its_own_reads_the_environment(folder: Path, tmp_path: Path) -> None:
-    """As a person does it: HF_ENDPOINT and HF_TOKEN are set, and nothing else is told."""
+    """The user's way: HF_ENDPOINT and HF_TOKEN are set, and nothing else."""
     script = (
         "import sys, torch\n"
         "sys.path.insert(0, sys.argv[1])\n"

@@ -1,4 +1,4 @@
-"""``inspect``: figures against a model that holds the same adapter, spoiled files, and who can load what."""
+"""``inspect``: figures compared with a model that has the adapter, damaged files, and compatible tools."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lorakeet.errors import AdapterError, ConfigError
 BASE = "ana/tiny-base"
 
 
-def saved(folder: Path, base: str = "llama", learned: bool = True, **settings: object) -> PeftModel:
+def saved(folder: Path, base: str = "llama", trained: bool = True, **settings: object) -> PeftModel:
     values = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **settings}
     model = get_peft_model(make(base), LoraConfig(base_model_name_or_path=BASE, **values))
-    if learned:
+    if trained:
         shake(model)
     model.save_pretrained(folder, notes={"steps": 3, "eval_loss_after": 2.5})
     return model
@@ -37,7 +37,7 @@ def spoil(folder: Path, edit) -> dict:
 
 
 def strict(folder: Path | str) -> dict:
-    """The information, seen to be what strict JSON can hold."""
+    """Inspect the adapter and check that the result is strict JSON."""
     info = inspect_adapter(folder)
     assert json.loads(json.dumps(info, allow_nan=False)) == info
     return info
@@ -107,7 +107,7 @@ def test_one_dead_layer_and_all_dead(tmp_path: Path) -> None:
     other = "model.layers.2.self_attn.v_proj"
     info = spoil(tmp_path, lambda t: t[f"base_model.model.{other}.lora_A.weight"].zero_())
     assert info["dead_layers"] == [name, other] and [kind["dead"] for kind in info["kinds"]] == [1, 1]
-    saved(tmp_path, learned=False)
+    saved(tmp_path, trained=False)
     info = strict(tmp_path)
     assert not info["learned"] and len(info["dead_layers"]) == 6
     assert "trained     NO" in inspection_text(info) and info["readers"]["lorakeet"] == {
@@ -126,7 +126,7 @@ def test_values_that_are_not_finite(tmp_path: Path, value: float) -> None:
     assert (key in " ".join(info["problems"])) == (not info["finite"]) == (not info["readers"]["lorakeet"]["can"])
 
 
-def test_pairs_that_are_none(tmp_path: Path) -> None:
+def test_layers_that_cannot_be_loaded(tmp_path: Path) -> None:
     saved(tmp_path)
     q = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
 
@@ -144,7 +144,7 @@ def test_pairs_that_are_none(tmp_path: Path) -> None:
     assert len(info["layers"]) == 4 and info["readers"]["lorakeet"]["why"] == info["problems"]
 
 
-def test_what_another_tool_saved(tmp_path: Path) -> None:
+def test_an_adapter_that_another_tool_saved(tmp_path: Path) -> None:
     saved(tmp_path)
     (tmp_path / "lorakeet.json").unlink()
     info = strict(tmp_path)
@@ -191,7 +191,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         inspect_adapter(tmp_path)
 
 
-# -- who can load it --------------------------------------------------------------------------------------------------
+# -- compatible tools --------------------------------------------------------------------------------------------------
 
 PLAIN = ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",)
 
@@ -227,11 +227,11 @@ def refusing(**arguments: object) -> set[str]:
         ({"ranks": (513,)}, {"vLLM"}),
     ],
 )
-def test_who_refuses(arguments: dict, tools: set[str]) -> None:
+def test_tools_that_refuse(arguments: dict, tools: set[str]) -> None:
     assert refusing(**arguments) == tools
 
 
-def test_on_which_conditions() -> None:
+def test_conditions_of_tools() -> None:
     assert answers(ranks=(8, 16))["vLLM"] == {"can": True, "why": []}
     assert answers(ranks=(32,))["vLLM"]["why"] == answers(ranks=(8, 17))["vLLM"]["why"] == ["with --max-lora-rank 32"]
     assert "rank_pattern and alpha_pattern" in answers(rank_pattern={"q": 1}, alpha_pattern={"q": 1})["vLLM"]["why"][0]

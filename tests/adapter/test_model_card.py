@@ -1,4 +1,4 @@
-"""The model card: what the hub reads of it, whose it is, and that ``peft`` lives with it."""
+"""The model card: its metadata for the hub, its marker, and ``peft`` beside it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def config(**settings: object) -> LoraConfig:
 
 
 def table(text: str) -> dict[str, str]:
-    """The rows of all tables, as a Markdown reader sees them."""
+    """Return the rows of all tables of a Markdown text."""
     rows = [re.split(r"(?<!\\)\|", line.strip("|")) for line in text.splitlines() if line.startswith("| ")]
     return {key.strip(): value.strip().replace("\\|", "|") for key, value in rows if key.strip()}
 

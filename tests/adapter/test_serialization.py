@@ -1,4 +1,4 @@
-"""The files: what is refused, with one clear error each, and a model that is as before."""
+"""An adapter's files: those that are refused, with one clear error each, and an unchanged model."""
 
 import json
 
@@ -29,7 +29,7 @@ def change(folder, edit):
 
 
 def refuse(folder, kind=AdapterError, base="llama", seed=0, **options):
-    """Loading raises, on a fresh base and beside a working adapter, and leaves both as they were."""
+    """Check that loading raises on a fresh base and beside another adapter, and changes neither."""
     fresh = make(base, seed)
     wanted = fresh(token_ids()).logits
     trains = [p.requires_grad for p in fresh.parameters()]
@@ -44,13 +44,13 @@ def refuse(folder, kind=AdapterError, base="llama", seed=0, **options):
 
 def test_missing_tensors(saved):
     change(saved, lambda t: (t.pop(f"{Q}.lora_A.weight"), t.pop(f"{Q}.lora_B.weight")))
-    said = refuse(saved)
-    assert "missing tensors (2)" in said and f"{Q}.lora_A.weight" in said and f"{Q}.lora_B.weight" in said
+    message = refuse(saved)
+    assert "missing tensors (2)" in message and f"{Q}.lora_A.weight" in message and f"{Q}.lora_B.weight" in message
 
 
 def test_unexpected_tensors(saved):
     change(saved, lambda t: t.update({f"{Q.replace('q_proj', 'k_proj')}.lora_A.weight": torch.ones(4, 32)}))
-    assert "unexpected tensors (1)" in (said := refuse(saved)) and "k_proj" in said
+    assert "unexpected tensors (1)" in (message := refuse(saved)) and "k_proj" in message
 
 
 def test_wrong_shapes(saved):
@@ -64,7 +64,7 @@ def test_values_that_are_not_finite(saved, value):
     assert f"NaN or infinite values in 1 tensors: {Q}.lora_B.weight" in refuse(saved)
 
 
-def test_an_adapter_that_never_learned(tmp_path, caplog):
+def test_an_untrained_adapter(tmp_path, caplog):
     model = get_peft_model(make("llama"), LoraConfig())
     model.save_pretrained(tmp_path)
     assert "changes nothing" in caplog.text
@@ -73,20 +73,20 @@ def test_an_adapter_that_never_learned(tmp_path, caplog):
     PeftModel.from_pretrained(make("llama"), tmp_path, is_trainable=True)
 
 
-def test_all_complaints_at_once(saved):
+def test_all_errors_at_once(saved):
     def spoil(tensors):
         tensors.pop(f"{Q}.lora_A.weight")
         tensors["base_model.model.other"] = torch.ones(1)
         tensors[f"{Q}.lora_B.weight"] = torch.ones(3, 3)
 
     change(saved, spoil)
-    said = refuse(saved)
-    assert "missing tensors" in said and "unexpected tensors" in said and "wrong shapes" in said
+    message = refuse(saved)
+    assert "missing tensors" in message and "unexpected tensors" in message and "wrong shapes" in message
 
 
 def test_another_base_of_the_same_shape(saved):
-    said = refuse(saved, seed=1)
-    assert "was trained on" in said and "its weights differ" in said and "allow_other_base" in said
+    message = refuse(saved, seed=1)
+    assert "was trained on" in message and "its weights differ" in message and "allow_other_base" in message
     PeftModel.from_pretrained(make("llama", seed=1), saved, allow_other_base=True)
 
 
@@ -104,8 +104,8 @@ def test_the_same_base_in_bf16_is_the_same_base(saved):
 def test_a_pickle_is_refused_by_name(saved):
     (saved / "adapter_model.safetensors").unlink()
     torch.save({}, saved / "adapter_model.bin")
-    said = refuse(saved)
-    assert "adapter_model.bin" in said and "pickle" in said and "safetensors" in said
+    message = refuse(saved)
+    assert "adapter_model.bin" in message and "pickle" in message and "safetensors" in message
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, -10])
@@ -115,7 +115,7 @@ def test_a_truncated_file(saved, keep):
     assert "adapter_model.safetensors is damaged" in refuse(saved)
 
 
-def test_no_adapter_there(tmp_path, saved):
+def test_a_missing_adapter(tmp_path, saved):
     assert "has no adapter_config.json" in refuse(tmp_path)
     assert "does not exist" in refuse(tmp_path / "nowhere")
     assert "is a file" in refuse(saved / "adapter_config.json")
@@ -131,7 +131,7 @@ def test_a_broken_config(saved, text):
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
-def test_broken_notes_of_our_own(saved, text):
+def test_damaged_notes(saved, text):
     (saved / "lorakeet.json").write_text(text)
     assert "lorakeet.json" in refuse(saved)
 
@@ -170,7 +170,7 @@ def test_no_pickles_and_no_merged_saves(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_place_that_cannot_be_written(tmp_path, saved):
+def test_a_folder_that_cannot_be_written(tmp_path, saved):
     model = PeftModel.from_pretrained(make("llama"), saved)
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file"):
@@ -179,7 +179,7 @@ def test_a_place_that_cannot_be_written(tmp_path, saved):
         model.save_pretrained(tmp_path / "file" / "below")
 
 
-def test_an_argument_nobody_knows_is_an_error_and_peft_s_own_are_accepted(saved):
+def test_an_unknown_argument_is_an_error_and_those_of_peft_are_accepted(saved):
     with pytest.raises(TypeError, match="lora_alfa"):
         get_peft_model(make("llama"), LoraConfig(), lora_alfa=3)
     with pytest.raises(TypeError, match="path_initial_model"):
@@ -221,7 +221,7 @@ def test_weights_can_be_loaded_into_the_adapter_that_is_there(saved):
     assert all(p.requires_grad == (".lora_" in name) for name, p in model.named_parameters())
 
 
-def test_loaded_for_inference_nothing_learns(saved):
+def test_loaded_for_inference_nothing_is_trainable(saved):
     model = PeftModel.from_pretrained(make("llama"), saved)
     assert not any(p.requires_grad for p in model.parameters()) and not model.training
     assert PeftConfig.from_pretrained(saved).inference_mode is True

@@ -1,4 +1,4 @@
-"""Several adapters on one base: mixed batches and weighted sums, beside PEFT and beside each adapter on its own."""
+"""Several adapters on one base: mixed batches and weighted sums, compared with PEFT and with each adapter alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def chosen(architecture: str, **more: Any) -> dict[str, Any]:
 
 
 def both(architecture: str, folder: Path) -> tuple[PeftModel, peft.PeftModel]:
-    """The same three adapters on the same base, of different layers and ranks; in two libraries."""
+    """Build the same three adapters, of different layers and ranks, on the same base in two libraries."""
     variants = {
         "a": chosen(architecture),
         "b": chosen(architecture, r=2, target_modules=[LINEARS[architecture][0], EMBEDDING[architecture]]),

@@ -1,4 +1,4 @@
-"""Trained rows of an embedding, tied layers and resized vocabularies: beside PEFT, a dense update, and by their meaning."""
+"""Trained rows of an embedding, tied layers and resized vocabularies, compared with PEFT and with a dense update."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_trained_rows_both_ways(option: str, tied: bool, tmp_path: Path) -> None
     ids=["rows", "pair"],
 )
 def test_the_gradient_is_that_of_one_shared_weight(settings: dict) -> None:
-    """W = W₀ + ΔW put into a dense tied model: what flows to W there flows to the adapter here."""
+    """The gradient of W = W₀ + ΔW in a dense tied model gives the adapter's gradient by the chain rule."""
     model = get_peft_model(make("llama"), LoraConfig(**{**SMALL, **settings}))
     shake(model)
     layer = model.model.embed_tokens
@@ -277,7 +277,7 @@ def test_adapters_with_rows_of_their_own() -> None:
 
 
 def resized(folder: Path, rows: int = 64, tied: bool = True) -> tf.PreTrainedModel:
-    """The base with new tokens; their rows are random and differ each time."""
+    """Resize the base's vocabulary; the new rows are random and differ each time."""
     if not folder.exists():
         (make("llama") if tied else untied()).save_pretrained(folder)
     model = tf.LlamaForCausalLM.from_pretrained(folder)
@@ -310,7 +310,7 @@ def test_new_tokens_survive_the_reload(option: str, tmp_path: Path) -> None:
 
 
 def test_new_rows_of_a_head_of_its_own_survive_too(tmp_path: Path) -> None:
-    """Rows of the embedding are trained, and those of the head, which shares nothing with it, are random."""
+    """Rows of the embedding are trained; those of the head, which is not tied to it, are random."""
     settings = {**SMALL, "trainable_token_indices": [61, 62, 63]}
     model = get_peft_model(resized(tmp_path / "base", tied=False), LoraConfig(**settings))
     shake(model)

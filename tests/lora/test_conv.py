@@ -1,4 +1,4 @@
-"""LoRA on convolutions: against a dense ΔW, against ``peft``, and through every verb, on models that read no text."""
+"""LoRA on convolutions, compared with a dense ΔW and with ``peft``, from training to merging, on image models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SHAPES = {
     "2d same": (2, 3, 5, {"kernel_size": 3, "padding": "same"}),
     "3d": (3, 2, 3, {"kernel_size": (1, 3, 2), "stride": (1, 2, 1)}),
 }
-#: where peft's update ignores what the base's convolution does
+#: convolutions whose dilation or padding mode peft's update ignores
 BEYOND_PEFT = {
     "dilated": (2, 3, 6, {"kernel_size": 3, "dilation": 2}),
     "dilated same": (1, 3, 6, {"kernel_size": 3, "dilation": 3, "padding": "same"}),
@@ -59,7 +59,7 @@ def adapted(layer: nn.Module, r: int = 3, **settings) -> LoraConv:
 
 
 class Eye(nn.Module):
-    """A classifier of small pictures: convolutions, one of them in groups, and linear layers."""
+    """An image classifier: convolutions, one of them with groups, and linear layers."""
 
     def __init__(self, groups: int = 1) -> None:
         super().__init__()

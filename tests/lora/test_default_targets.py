@@ -1,4 +1,4 @@
-"""One row for each architecture and task: default layers, a fresh head, one step, saved and loaded again."""
+"""Default layers and fresh heads of each architecture and task: trained for a step, saved and loaded again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AUTO = {
 }
 ENCODERS = ["bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "albert", "deberta", "deberta-v2", "modernbert"]
 SEQ2SEQ = ["t5", "mt5", "bart", "mbart", "marian", "pegasus"]
-#: what each architecture's query and value projections are called
+#: architecture -> names of its query and value projections
 TARGETS = {
     **dict.fromkeys(SIZES, ["q_proj", "v_proj"]),
     "phi": ["q_proj", "v_proj", "fc1", "fc2"],
@@ -85,7 +85,7 @@ def make(kind: str, task: str) -> tf.PreTrainedModel:
 
 
 def fresh(kind: str, task: str) -> nn.Module:
-    """The base as it is loaded again: the same backbone, another random head."""
+    """Build the base as it is loaded again: the same backbone, another random head."""
     model = make(kind, task)
     torch.manual_seed(99)
     for name in task_heads(model, task):

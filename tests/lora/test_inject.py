@@ -1,4 +1,4 @@
-"""Choosing layers: a plan that runs without weights, and errors before anything is touched."""
+"""Injection: a plan that needs no weights, and errors before anything is changed."""
 
 import pytest
 import torch
@@ -94,7 +94,7 @@ def test_multihead_attention_would_pass_the_update_by():
         get_peft_model(model, LoraConfig(target_modules=["out_proj"]))
 
 
-def test_a_layer_that_only_some_blocks_have_is_said(caplog):
+def test_a_layer_that_only_some_blocks_have_is_reported(caplog):
     model = make("llama")
     model.model.layers[1].mlp.special = nn.Linear(3, 3)
     plan_injection(model, LoraConfig(target_modules=["q_proj", "special", "model.layers.0.mlp.up_proj"]))

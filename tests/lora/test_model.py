@@ -1,4 +1,4 @@
-"""The verbs: several adapters on one base, switching, disabling, deleting, merging, counting."""
+"""Methods of a model with adapters: adding, switching, disabling, deleting, merging, counting."""
 
 import copy
 import pickle

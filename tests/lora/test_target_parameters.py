@@ -1,4 +1,4 @@
-"""``target_parameters``: the stacked experts of Mixtral and Qwen-MoE, against a dense ΔW and against ``peft``."""
+"""``target_parameters``: the stacked experts of Mixtral and Qwen-MoE, compared with a dense ΔW and with ``peft``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def adapted(kind: str = "mixtral", **settings):
 
 
 def dense_twin(model, base):
-    """``base`` with every ΔW added, spelled out expert by expert from the file's tensors alone."""
+    """Add every ΔW to ``base``, computed expert by expert from A and B alone."""
     with torch.no_grad():
         for name, layer in model.named_modules():
             if isinstance(layer, LoraParameter):
@@ -163,7 +163,7 @@ def test_one_step_moves_the_experts_as_in_peft():
 
 
 def _place(named: tuple[str, nn.Parameter]) -> tuple[str, str]:
-    """Sorts by layer, then as peft nests: the first parameter of the experts is innermost."""
+    """Sort by layer, then in the order in which peft nests: the first parameter of the experts is innermost."""
     name = named[0].replace(".lora_parameters.gate_up_proj", ".base_layer").replace(".lora_parameters.down_proj", "")
     return name.partition(".lora_")[0], name
 
@@ -262,7 +262,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 class _Largest(TorchDispatchMode):
-    """Remembers the sizes of all tensors that operations return."""
+    """A record of the sizes of all tensors that operations return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -346,7 +346,7 @@ def test_experts_stored_the_other_way_round(tmp_path):
 
 
 class Outer(nn.Module):
-    """A module whose own parameter is adapted while layers within it are, too."""
+    """A module with an adapted parameter of its own and adapted layers inside."""
 
     class Inner(nn.Module):
         def __init__(self) -> None:
@@ -395,7 +395,7 @@ def test_layers_within_the_module_of_an_adapted_parameter(tmp_path):
         ({"target_modules": ["up_proj"]}, "'up_proj'"),
     ],
 )
-def test_what_cannot_be_meant_is_said_before_anything_is_touched(settings, says):
+def test_wrong_settings_are_reported_before_anything_is_changed(settings, says):
     model = moe()
     with pytest.raises(TargetError, match=says) as caught:
         get_peft_model(model, LoraConfig(**settings))
@@ -428,7 +428,7 @@ def test_settings_that_act_on_inputs_and_outputs_are_refused(setting):
         LoraConfig(target_parameters=["down_proj"], **setting)
 
 
-def test_a_plan_names_parameters_and_speaks_of_what_it_leaves(caplog):
+def test_a_plan_names_parameters_and_warns_of_experts_that_it_leaves_out(caplog):
     what = plan_injection(moe(), LoraConfig(target_modules=["q_proj"], target_parameters={"gate_up_proj"}, r=2))
     assert what.describe() == "2 layers (2 q_proj) and 2 parameters (2 gate_up_proj), rank 2"
     assert not caplog.text

@@ -59,7 +59,7 @@ class PeftConfig(LoraSettings):
     """Settings of one adapter and the other keys of its file; ``PeftConfig.from_pretrained`` reads any.
 
     Raises:
-        ConfigError: a key is unknown (with the nearest name), of the wrong type or out of range; or it is a key of PEFT's
+        ConfigError: a key is unknown (with the nearest name), of the wrong type or out of range. Or it is a key of PEFT's
             that Lorakeet does not implement, with a value that would change the result.
     """
 

@@ -1,6 +1,6 @@
 """LoRA on a convolution: h = W₀∗x + s·B∗(A∗dropout(x)).
 
-A convolves as the base does (kernel, stride, padding and its mode, dilation), into r channels; B is a convolution of kernel 1
+A convolves as the base does (kernel, stride, padding and its mode, dilation), into r channels. B is a convolution of kernel 1
 from r to the base's channels. Both are linear in x, so together they are one convolution with
 
     ΔW[o, i, k] = s·Σ_ρ B[o, ρ]·A[ρ, i, k]          (a matrix product with the kernel flattened into i)

@@ -98,8 +98,8 @@ def _linear_names(model: nn.Module) -> list[str]:
 def task_heads(model: nn.Module, task_type: str | None) -> list[str]:
     """List the fresh modules of a task's model, which are trained and saved whole.
 
-    These are the usual names, whether they exist or not (as PEFT lists them), and every other module with parameters outside
-    of the base model, like BART's classification_head.
+    These are the usual names, whether they exist or not, as PEFT lists them. Other modules with parameters outside of the
+    base model follow, like BART's classification_head.
     """
     usual = TASK_HEADS.get(task_type or "", [])
     base = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)

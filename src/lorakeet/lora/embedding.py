@@ -29,7 +29,7 @@ class LoraEmbedding(LoraLayer):
 
     def initialize(self, adapter: str, how: bool | str) -> None:
         nn.init.normal_(self.lora_embedding_B[adapter])
-        if how is False:  # both random, as in the linear layers of such a test
+        if how is False:  # both random, as in the linear layers
             nn.init.normal_(self.lora_embedding_A[adapter])
         else:
             nn.init.zeros_(self.lora_embedding_A[adapter])

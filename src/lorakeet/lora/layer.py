@@ -1,7 +1,7 @@
 """The contract of a layer with adapters: its output, its adapters, and its weight while they are merged.
 
-:class:`LoraLayer` wraps a frozen base layer and holds any number of adapters by name; :class:`ActiveAdapters`, shared by all
-layers of a model, says which of them act. Its subclasses are one for each layer type: :mod:`lorakeet.lora.linear` (with the
+:class:`LoraLayer` wraps a frozen base layer and holds any number of adapters by name. :class:`ActiveAdapters`, shared by all
+layers of a model, holds the names of those that act. Its subclasses are one for each layer type: :mod:`lorakeet.lora.linear` (with the
 equation), :mod:`~lorakeet.lora.embedding`, :mod:`~lorakeet.lora.conv`, :mod:`~lorakeet.lora.target_parameters` and
 :mod:`~lorakeet.lora.trainable_tokens`. An adapter's equation is its variant's (:mod:`lorakeet.lora.variants`).
 """
@@ -211,7 +211,7 @@ class LoraLayer(nn.Module):
     # -- merging ----------------------------------------------------------------------------------------------------
 
     def merge_(self, adapters: list[str]) -> None:
-        """W ← W + Σ ΔW (and b ← b + Σ s·b_B), rounded once; the old parameters are kept for :meth:`unmerge_`.
+        """Merge the adapters, W ← W + Σ ΔW and b ← b + Σ s·b_B, rounded once; :meth:`unmerge_` restores the old parameters.
 
         The merged weight is a new parameter, so a weight tied to another module's leaves that module alone.
         """

@@ -1,7 +1,7 @@
 """A model with adapters: the very object that was given, with LoRA layers inside and more methods.
 
-Nothing is wrapped. The model's class becomes a subclass of both :class:`LoraModel` and its own former class (as FSDP2
-does), so ``forward``, ``generate``, ``Trainer``, device maps and gradient checkpointing are the architecture's own.
+Nothing is wrapped. The model's class becomes a subclass of both :class:`LoraModel` and its own former class, as in FSDP2.
+So ``forward``, ``generate``, ``Trainer``, device maps and gradient checkpointing are the architecture's own.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ class LoraModel(MergeMethods):
             adapters: Names of the adapters; each has A and B alone, in linear layers and embeddings.
             weights: One for each, of any sign.
             adapter_name: Name of the new adapter.
-            combination_type: ``cat`` is exact, with the sum of the ranks; ``svd`` gives the nearest ΔW of rank ``svd_rank``
-                (Eckart and Young 1936); ``linear`` adds the A and the B, which is cheap but has cross terms.
+            combination_type: ``cat`` is exact, with the sum of the ranks. ``svd`` gives the nearest ΔW of rank ``svd_rank``
+                (Eckart and Young 1936). ``linear`` adds the A and the B, which is cheap but has cross terms.
             svd_rank: Left out: the largest rank of the adapters.
 
         Raises:

@@ -26,7 +26,7 @@ from lorakeet.lora.linear import LoraPair
 
 @dataclass(eq=False)
 class Slot:
-    """One parameter of a module, as a layer that has nothing but a weight.
+    """A parameter of a module, as a layer that has nothing but a weight.
 
     Attributes:
         module: The module that owns the parameter.

@@ -37,7 +37,7 @@ def register(variant: Variant) -> None:
 
 
 def unregister(name: str) -> None:
-    """Forget a registered variant."""
+    """Remove a registered variant."""
     del _registered[name]
 
 

@@ -39,7 +39,7 @@ class AdaptedLayer(Protocol):
 
 
 class Variant:
-    """One variant of LoRA. An instance has no state: what belongs to an adapter is in its layers.
+    """A variant of LoRA. An instance has no state: an adapter's parameters are in its layers.
 
     Attributes:
         name: The variant's name in messages.
