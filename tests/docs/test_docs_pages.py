@@ -30,12 +30,16 @@ from lorakeet.files import cache_home
 each_page = pytest.mark.parametrize("page", PAGES, ids=name)
 #: Files of recipes whose rooms are still being rewritten.
 NOT_YET: set[str] = {
-    "src/lorakeet/data/encode/kinds.py",
+    "src/lorakeet/kernels/cpu/abi.py",
     "src/lorakeet/kernels/cpu/csrc/README.md",
     "src/lorakeet/kernels/cpu/features.py",
+    "src/lorakeet/kernels/cpu/gemm.py",
     "src/lorakeet/kernels/int8/registry.py",
     "src/lorakeet/lora/variants/__init__.py",
-    "src/lorakeet/quant/protocol.py",
+    "src/lorakeet/quant/replace.py",
+    "tests/data/rows/test_kinds.py",
+    "tests/lora/test_variants.py",
+    "tests/quant/test_fake_quant.py",
 }
 VIETNAMESE = sorted((ROOT / "docs" / "vi").rglob("*.md"))
 
