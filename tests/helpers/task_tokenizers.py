@@ -100,7 +100,7 @@ def canonical_rows(features: Mapping[str, Any] | None = None, **columns: list[An
 
 
 def locations(count: int) -> Locations:
-    """The locations of so many lines of a file."""
+    """Return the locations of the first ``count`` lines of a file."""
     return Locations(Location("a.jsonl", number) for number in range(1, count + 1))
 
 
