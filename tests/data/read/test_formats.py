@@ -288,3 +288,5 @@ def test_many_locations_are_kept_in_little_memory_and_come_back_whole() -> None:
     more = locations.select([1])
     more.append(Location("c.csv", 7))
     assert list(more) == [known[1], Location("c.csv", 7)] and list(locations) == known
+    more.extend(locations)
+    assert list(more) == [known[1], Location("c.csv", 7), *known]

@@ -57,6 +57,16 @@ class Locations(Sequence[Location]):
         self._source_of.append(at)
         self._numbers.append(location.number)
 
+    def extend(self, others: Locations) -> None:
+        """Add ``others`` at the end."""
+        for key in others._known:
+            if key not in self._sources:
+                self._sources[key] = len(self._known)
+                self._known.append(key)
+        numbers = [self._sources[key] for key in others._known]
+        self._source_of.extend(numbers[at] for at in others._source_of)
+        self._numbers.extend(others._numbers)
+
     def select(self, indices: Iterable[int]) -> Locations:
         """Return the locations at ``indices``, in that order."""
         indices = list(indices)

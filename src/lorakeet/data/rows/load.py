@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
 
 from lorakeet.config import DataSettings, TaskName
-from lorakeet.data.read.column_types import ColumnTypes
-from lorakeet.data.read.record import Fault, Location, Locations, faults_error
+from lorakeet.data.read.column_types import ColumnTypes, TypeInference
+from lorakeet.data.read.record import Fault, Location, Locations, Record, faults_error
 from lorakeet.data.read.source import DataSource, find_sources
 from lorakeet.data.rows.column_mapping import find_layout, label_columns, merge_layouts
 from lorakeet.data.rows.kinds import Layout, RowError, canonical
 from lorakeet.data.rows.mixing import draw, interleave, shares
 from lorakeet.errors import DataError
 from lorakeet.log import info
+
+_FIRST = 1000  # records whose types decide how a source without a schema is read first
+_CHUNK = 10_000  # rows of a chunk of Arrow columns
 
 
 @dataclass(frozen=True)
@@ -56,46 +60,34 @@ def select(data: datasets.Dataset, numbers: Sequence[int] | np.ndarray) -> datas
     return data.select(chosen, new_fingerprint=name)
 
 
-@dataclass
-class _Part:
-    """Rows and faults of one source."""
-
-    source: DataSource
-    layout: Layout | None = None
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    locations: list[Location] = field(default_factory=list)
-    faults: list[tuple[Location, Fault]] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)  # columns of labels that the task has no use for
-
-
 def read_rows(settings: DataSettings, task: TaskName = "CAUSAL_LM", *, seed: int = 0) -> Rows:
-    """The rows of ``settings.path``, read into memory, in canonical columns (:mod:`lorakeet.data.rows.normalize`).
+    """Read the rows of ``settings.path`` into memory, in canonical columns (:mod:`lorakeet.data.rows.kinds`).
 
     Several paths, and the files of a folder, follow each other. With ``data.weights`` the rows of the paths are drawn
-    in these shares by ``seed``, none twice, until the first path is exhausted; what is left out is said.
+    in these shares by ``seed``, none twice, until the first path is exhausted; a message says what is left out.
 
     Raises:
-        DataError: there is no such data, it is empty or broken (the first places are named, the rest are counted), its
+        DataError: there is no such data, it is empty or broken (the first locations are named, the rest are counted), its
             columns are not what ``task`` needs, or its sources are not of one kind.
     """
-    wanted = shares(settings)
+    wanted = None if settings.weights is None else shares(settings)
     left = settings.limit if wanted is None else None
     parts = []
     for source in find_sources(settings):
         parts.append(_read(source, settings, task, left))
-        left = left if left is None else left - len(parts[-1].rows)
+        left = left if left is None else left - len(parts[-1])
         if left == 0:
             break
     if faults := [fault for part in parts for fault in part.faults]:
         raise faults_error(faults)
     layout = merge_layouts({part.source.name: part.layout for part in parts if part.layout is not None})
-    schema = layout.features()
-    columns = {name: [row.get(name) for part in parts for row in part.rows] for name in schema}
     description = describe_sources(settings, [(part.source, part.layout) for part in parts if part.layout is not None])
     if unused := list(dict.fromkeys(label for part in parts for label in part.labels)):
         description += f"; {task} leaves {', '.join(map(repr, unused))} unused"
-    locations = Locations(location for part in parts for location in part.locations)
-    rows = Rows(datasets.Dataset.from_dict(columns, features=schema), locations, layout, description)
+    locations = Locations()
+    for part in parts:
+        locations.extend(part.locations)
+    rows = Rows(_dataset(parts, layout.features()), locations, layout, description)
     if wanted is not None:
         numbers, mixture = _mixed(parts, wanted, settings, seed)
         rows = replace(rows.select(numbers), description=f"{description}; {mixture}")
@@ -125,32 +117,115 @@ def describe_sources(settings: DataSettings, found: Sequence[tuple[DataSource, L
     return f"{', '.join(names)} ({files}), {', '.join(roles)}"
 
 
+class _Part:
+    """Rows and faults of one source; the rows become Arrow chunks while they are read, so that few are Python objects.
+
+    Attributes:
+        layout: Of the rows; None: only faults are kept.
+        locations: Of the rows.
+        faults: Of records without a row.
+        labels: Columns of labels that the task does not use.
+    """
+
+    def __init__(self, source: DataSource, layout: Layout | None) -> None:
+        self.source, self.layout = source, layout
+        self.locations = Locations()
+        self.faults: list[tuple[Location, Fault]] = []
+        self.labels: list[str] = []
+        self._schema = pyarrow.schema([]) if layout is None else layout.features().arrow_schema
+        self._rows: dict[str, list[Any]] = {name: [] for name in self._schema.names}
+        self._chunks: list[pyarrow.RecordBatch] = []
+
+    def __len__(self) -> int:
+        return len(self.locations)
+
+    def add(self, record: Record) -> None:
+        """Take the row of a record, or its fault."""
+        if record.fault is not None:
+            self.faults.append((record.location, record.fault))
+        elif self.layout is not None:
+            try:
+                row = canonical(record, self.layout)
+            except RowError as error:
+                self.faults.append((error.location, error.fault))
+                return
+            self.locations.append(record.location)
+            for name, values in self._rows.items():
+                values.append(row[name])
+            if len(self.locations) % _CHUNK == 0:
+                self._flush()
+
+    def table(self, schema: pyarrow.Schema) -> pyarrow.Table:
+        """Return the rows with the columns and types of ``schema``; null in a column that this source lacks."""
+        self._flush()
+        table = pyarrow.Table.from_batches(self._chunks, self._schema)
+        for field in schema:
+            if field.name not in table.column_names:
+                table = table.append_column(field.name, pyarrow.nulls(len(table), field.type))
+        return table.select(schema.names).cast(schema)
+
+    def _flush(self) -> None:
+        if any(self._rows.values()):
+            self._chunks.append(pyarrow.RecordBatch.from_pydict(self._rows, self._schema))
+            self._rows = {name: [] for name in self._rows}
+
+
+def _dataset(parts: Sequence[_Part], features: datasets.Features) -> datasets.Dataset:
+    table = pyarrow.concat_tables([part.table(features.arrow_schema) for part in parts])
+    # Without a fingerprint, datasets would pickle the whole table to make one.
+    return datasets.Dataset(
+        datasets.table.InMemoryTable(table),
+        datasets.DatasetInfo(features=features),
+        fingerprint=datasets.fingerprint.generate_random_fingerprint(),
+    )
+
+
 def _read(source: DataSource, settings: DataSettings, task: TaskName, limit: int | None) -> _Part:
-    part, needed = _Part(source), None
+    """Read a source, whose types are those of its schema or of all of its values."""
     types: Mapping[str, ColumnTypes] | None = source.schema()
     if types is not None:
-        part.layout = find_layout(types, settings, task, source.name)
-        needed = set(part.layout.columns.values())
-    records = list(islice(source.rows(needed), limit))
-    part.faults = [(record.location, record.fault) for record in records if record.fault is not None]
-    if types is None and len(part.faults) < len(records):
-        types = source.types_of(iter(records))
-        part.layout = find_layout(types, settings, task, source.name)
-    for record in records:
-        if part.layout is not None and record.values is not None:
-            try:
-                part.rows.append(canonical(record, part.layout))
-                part.locations.append(record.location)
-            except RowError as error:
-                part.faults.append((error.location, error.fault))
+        layout = find_layout(types, settings, task, source.name)
+        part = _Part(source, layout)
+        for record in islice(source.rows(set(layout.columns.values())), limit):
+            part.add(record)
+    else:
+        part, types = _read_untyped(source, settings, task, limit)
     part.faults.sort(key=lambda found: found[0].number)
-    part.labels = label_columns(types or {}, part.layout)
+    part.labels = label_columns(types, part.layout)
     return part
+
+
+def _read_untyped(
+    source: DataSource, settings: DataSettings, task: TaskName, limit: int | None
+) -> tuple[_Part, Mapping[str, ColumnTypes]]:
+    """Read a source without a schema, by the layout of its first records; again, if all records have another layout."""
+    inferred = TypeInference(numbers=source.format == "csv")
+    records = islice(source.rows(), limit)
+    first = list(islice(records, _FIRST))
+    for record in first:
+        inferred.add(record.values or {})
+    try:
+        part = _Part(source, find_layout(inferred.types(), settings, task, source.name))
+    except DataError:  # the records behind them may tell more
+        part = _Part(source, None)
+    is_readable = any(record.values is not None for record in first)
+    for record in first:
+        part.add(record)
+    for record in records:
+        if record.values is not None:
+            inferred.add(record.values)
+            is_readable = True
+        part.add(record)
+    if is_readable and (layout := find_layout(inferred.types(), settings, task, source.name)) != part.layout:
+        part = _Part(source, layout)
+        for record in islice(source.rows(), limit):
+            part.add(record)
+    return part, inferred.types()
 
 
 def _mixed(parts: Sequence[_Part], wanted: Sequence[float], settings: DataSettings, seed: int) -> tuple[list[int], str]:
     """Draw rows in the shares ``wanted``; return their numbers, and a phrase that says how many are of each path."""
-    counts = [sum(len(part.rows) for part in parts if part.source.part == number) for number in range(len(wanted))]
+    counts = [sum(len(part) for part in parts if part.source.part == number) for number in range(len(wanted))]
     drawn = draw(counts, wanted, seed, settings.limit)
     taken = [len(rows) for rows in drawn]
     names = settings.path if isinstance(settings.path, list) else [settings.path]
