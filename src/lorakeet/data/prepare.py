@@ -1,166 +1,209 @@
-"""From settings to samples: read, check, split, tokenise, and say what will be learned before anything is learned."""
+"""Preparation of data for a run, in five steps: read, examine, encode, split, report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import datasets
+import numpy as np
 
 from lorakeet.config import DataSettings, TaskSettings
-from lorakeet.data.doctor.examine import check_rows
+from lorakeet.data.doctor.examine import ExaminedRows, examine_rows
+from lorakeet.data.doctor.issues import COUNTED
 from lorakeet.data.encode.cache import tokenize
 from lorakeet.data.encode.encoder import Encoder
-from lorakeet.data.encode.make import complaint, make_encoder
+from lorakeet.data.encode.make import make_encoder
 from lorakeet.data.prepare_report import PrepareReport
+from lorakeet.data.prepare_stream import prepare_stream
 from lorakeet.data.prepared import (
     Prepared,
     check_length,
+    count_columns,
     digest,
     figures,
-    finished,
+    finish,
     id_columns,
+    log_issues,
     nothing_learnable,
     shape,
-    tell,
 )
-from lorakeet.data.rows.content import contents, rows_hash, usable
 from lorakeet.data.rows.kinds import find_kind
 from lorakeet.data.rows.label_set import LabelSet, find_labels
-from lorakeet.data.rows.load import Rows, read_rows
-from lorakeet.data.rows.split import Split, split_texts
+from lorakeet.data.rows.load import Rows, read_rows, select
+from lorakeet.data.rows.split import split_digests
 from lorakeet.errors import DataError
-
-_REPORTED = (
-    "null",
-    "empty",
-    "duplicate",
-    "near_duplicate",
-    "lost_character",
-    "imbalance",
-)  # problems that the report counts; what stops a run is none of them
 
 
 def prepare(
     settings: DataSettings, task: TaskSettings, tokenizer: Any, *, seed: int, max_positions: int | None = None
 ) -> Prepared:
-    """Read ``settings.path`` and make samples of it with ``tokenizer`` (of ``transformers``).
+    """Read ``settings.path`` and make samples of it.
 
     Args:
-        settings: the data.
-        task: what is learned from it; its type is concrete.
-        tokenizer: its end token is put after every text that is not cut.
+        settings: of the data.
+        task: to be trained; its type is concrete.
+        tokenizer: of ``transformers``; its end token is put after every text that is not cut.
         seed: chooses the held-out rows.
-        max_positions: the longest sample that the model takes, if it has a limit.
+        max_positions: tokens of the longest sample that the model takes; None: no limit.
 
     Raises:
-        DataError: no such data, broken data, no columns for the task, unknown labels, rows that cannot be samples, nothing
-            to learn, or samples too long for the model.
+        DataError: data that is missing, broken, without columns for the task or samples, or too long for the model.
         BaseModelError: the tokenizer cannot do what the task needs, such as render a conversation.
     """
     if settings.stream:
-        from lorakeet.data.prepare_stream import prepare_stream
-
         return prepare_stream(settings, task, tokenizer, seed=seed, max_positions=max_positions)
-    read = read_rows(settings, task.type, seed=seed)
-    kind, source = read.layout.kind, read.description
-    filled = usable(read.data, kind)
-    if not filled:
-        raise DataError(f"nothing to learn in {source}: all {len(read.data):,} rows are empty")
-    used = read.select(filled)
-    rows, label_column = used.data, find_kind(kind).labels
-    labels = find_labels(rows[label_column][:], used.locations, task, source) if label_column else None
-    found = check_rows(used, task, settings=settings).findings
-    tell(finding for finding in found if finding.kind not in _REPORTED)
-    encoder = make_encoder(read.layout, task, settings, tokenizer, labels)
-    content_hash = rows_hash(rows)
-    tokens = tokenize(rows, content_hash, encoder)
-    tokens = tokens.select(_learnable(tokens, used, source, encoder, task))
-    check_length(max(tokens["length"][:]), max_positions)
-    row_of = tokens["row"][:]  # for each sample its number in rows
-    numbers = sorted(set(row_of))
-    some = rows.select(numbers)
-    texts = contents(some, kind)
-    parts = split_texts(texts, settings.eval_fraction, seed, _classes(some, labels, label_column))
-    parts, moved = _apart(tokens, _sides(parts, numbers, row_of), settings, source)
-    train, held_out = tokens.select(parts.train), tokens.select(parts.held_out)
-    train_rows, held_out_rows = (
-        rows.select(sorted({row_of[sample] for sample in part})) for part in (parts.train, parts.held_out)
-    )
-    report = PrepareReport(
-        source=source,
-        kind=kind,
-        task=task.type,
-        rows=len(read.data),
-        empty=len(read.data) - len(filled),
-        unlearnable=len(rows) - len(numbers),
-        distinct=parts.distinct,
-        duplicates=len(numbers) - parts.distinct,
-        moved=moved,
-        **figures("train", train),
-        **figures("held_out", held_out),
-        **shape(tokens),
-        max_length=settings.max_length,
-        end_token=tokenizer.eos_token,
-        damaged=sum("\ufffd" in text for text in texts),
-        labels=labels.count(train_rows[label_column][:]) if labels and labels.names else None,
-        streamed=False,
-        content_hash=content_hash,
-    )
-    some_held_out = bool(parts.held_out)
-    return finished(
-        report,
-        encoder,
-        labels,
-        read.layout,
-        (train, held_out if some_held_out else None),
-        (train_rows, held_out_rows if some_held_out else None),
-    )
+    rows = read_rows(settings, task.type, seed=seed)
+    examined = _examine(rows, task, settings)
+    samples = _encode(examined, task, settings, tokenizer, max_positions)
+    sides = _split(samples, examined, settings, seed)
+    return _report(rows, examined, samples, sides, settings, task)
 
 
-def _learnable(tokens: datasets.Dataset, rows: Rows, source: str, encoder: Encoder, task: TaskSettings) -> list[int]:
-    """Numbers of the samples that have a target; all rows that cannot be samples are complained of."""
-    if any(tokens["fault"][:]):
-        pairs = zip(tokens["row"][:], tokens["fault"][:], strict=True)
-        raise complaint(((rows.locations[row], fault) for row, fault in pairs if fault), source)
-    kept = [number for number, targets in enumerate(tokens["targets"][:]) if targets]
-    if not kept:
-        raise nothing_learnable(tokens[0], source, encoder, task)
-    return kept
+@dataclass(frozen=True)
+class _Examined:
+    """Usable rows, their labels, and the examination of all rows."""
+
+    rows: Rows
+    labels: LabelSet | None
+    found: ExaminedRows
+
+    @property
+    def label_column(self) -> str | None:
+        return find_kind(self.rows.layout.kind).labels
+
+    def labels_of(self, numbers: np.ndarray) -> list[Any]:
+        """Return the labels of the rows with these ``numbers``."""
+        column = self.rows.data.data.column(self.label_column)
+        return list(column.take(numbers).to_pylist())
 
 
-def _classes(rows: datasets.Dataset, labels: LabelSet | None, column: str | None) -> list[list[str]] | None:
-    if labels is None or not labels.names:
-        return None
-    return [labels.classes(label) for label in rows[column][:]]
+@dataclass(frozen=True)
+class _Samples:
+    """Samples of all usable rows.
 
-
-def _sides(split: Split, numbers: Sequence[int], row_of: Sequence[int]) -> Split:
-    """A split of the rows with these ``numbers`` as one of samples."""
-    held_out = {numbers[place] for place in split.held_out}
-    sides: tuple[list[int], list[int]] = [], []
-    for sample, row in enumerate(row_of):
-        sides[row in held_out].append(sample)
-    return Split(*sides, split.distinct)
-
-
-def _apart(tokens: datasets.Dataset, split: Split, settings: DataSettings, source: str) -> tuple[Split, int]:
-    """The split with each held-out sample that equals a training sample moved to it (two long texts that begin alike
-    and were cut), and how many were moved.
-
-    Raises:
-        DataError: no held-out sample is left.
+    Attributes:
+        encoder: made them.
+        tokens: all samples.
+        numbers: of the samples that have a target, int64 [samples with a target].
     """
-    cut = [number for number, is_cut in enumerate(tokens["cut"][:]) if is_cut]
-    some = tokens.select(cut).select_columns(id_columns(tokens.features))
-    digests = {number: digest(sample) for number, sample in zip(cut, some, strict=True)}
-    held_out = digests.keys() & set(split.held_out)
-    learned = {digests[number] for number in digests.keys() - held_out}
-    moved = {number for number in held_out if digests[number] in learned}
-    kept = [number for number in split.held_out if number not in moved]
-    if moved and not kept:
+
+    encoder: Encoder
+    tokens: datasets.Dataset
+    numbers: np.ndarray
+
+    @cached_property
+    def counts(self) -> dict[str, np.ndarray]:
+        """Columns of counts of all samples, each [samples]."""
+        return count_columns(self.tokens)
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Numbers of the samples of both sides, and of their rows; each int64, in the order of the data."""
+
+    train: np.ndarray
+    held_out: np.ndarray
+    train_rows: np.ndarray
+    held_out_rows: np.ndarray
+    distinct: int
+    moved: int
+
+
+def _examine(rows: Rows, task: TaskSettings, settings: DataSettings) -> _Examined:
+    """Examine all rows: keep the usable ones, gather their labels, and log the issues or refuse the data."""
+    found = examine_rows(rows, task, settings)
+    if not found.usable:
+        raise DataError(f"nothing to learn in {rows.description}: all {len(rows):,} rows are empty")
+    usable = rows if len(found.usable) == len(rows) else rows.select(found.usable)
+    column = find_kind(rows.layout.kind).labels
+    labels = None
+    if column is not None:
+        labels = find_labels(usable.data[column][:], usable.locations, task, rows.description)
+    log_issues(group for group in found.result.issues if group.code not in COUNTED)
+    return _Examined(usable, labels, found)
+
+
+def _encode(
+    examined: _Examined, task: TaskSettings, settings: DataSettings, tokenizer: Any, max_positions: int | None
+) -> _Samples:
+    """Tokenize the usable rows, or read their samples from the cache."""
+    rows = examined.rows
+    encoder = make_encoder(rows.layout, task, settings, tokenizer, examined.labels)
+    tokens = tokenize(rows, examined.found.content_hash, encoder)
+    counts = count_columns(tokens)
+    numbers = np.flatnonzero(counts["targets"])
+    if not len(numbers):
+        raise nothing_learnable(tokens[0], rows.description, encoder, task)
+    check_length(int(counts["length"][numbers].max()), max_positions)
+    return _Samples(encoder, tokens, numbers)
+
+
+def _split(samples: _Samples, examined: _Examined, settings: DataSettings, seed: int) -> _Sides:
+    """Choose the held-out rows by their content, and put each sample on the side of its row."""
+    row_of = samples.counts["row"][samples.numbers]
+    rows = np.unique(row_of)
+    classes = None
+    if examined.labels is not None and examined.labels.names:
+        classes = [examined.labels.classes(label) for label in examined.labels_of(rows)]
+    digests = examined.found.digests
+    split = split_digests((digests[row] for row in rows), settings.eval_fraction, seed, classes)
+    is_held_out = np.zeros(len(examined.rows), dtype=bool)
+    is_held_out[rows[split.held_out]] = True
+    side = is_held_out[row_of]
+    train, held_out = samples.numbers[~side], samples.numbers[side]
+    moved = _equal_when_cut(samples, train, held_out)
+    if len(moved) and len(moved) == len(held_out):
         raise DataError(
-            f"cut to {settings.max_length} tokens, each held-out sample of {source} equals a training sample",
+            f"cut to {settings.max_length} tokens, each held-out sample of {examined.rows.description} equals a "
+            "training sample",
             "raise data.max_length, or split the texts",
         )
-    return Split(sorted([*split.train, *moved]), kept, split.distinct), len(moved)
+    train, held_out = np.union1d(train, moved), np.setdiff1d(held_out, moved)
+    train_rows, held_out_rows = (np.unique(samples.counts["row"][part]) for part in (train, held_out))
+    return _Sides(train, held_out, train_rows, held_out_rows, split.distinct, len(moved))
+
+
+def _equal_when_cut(samples: _Samples, train: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """Return the held-out samples that equal a training sample: two long texts that begin alike, and were cut."""
+    cut = samples.counts["cut"].astype(bool)
+    some = held_out[cut[held_out]]
+    if not len(some):
+        return some
+    columns = samples.tokens.select_columns(id_columns(samples.tokens.features))
+    trained = {digest(columns[int(number)]) for number in train[cut[train]]}
+    return np.array([number for number in some if digest(columns[int(number)]) in trained], dtype=np.int64)
+
+
+def _report(
+    read: Rows, examined: _Examined, samples: _Samples, sides: _Sides, settings: DataSettings, task: TaskSettings
+) -> Prepared:
+    """Build the report and log its warnings; returns it with the samples of both sides."""
+    rows, found, labels = examined.rows, examined.found.result, examined.labels
+    learnable = len(np.union1d(sides.train_rows, sides.held_out_rows))
+    report = PrepareReport(
+        source=rows.description,
+        kind=rows.layout.kind,
+        task=task.type,
+        rows=len(read),
+        empty=len(read) - len(rows),
+        unlearnable=len(rows) - learnable,
+        distinct=sides.distinct,
+        duplicates=found.count("duplicate") + found.count("near_duplicate"),
+        moved=sides.moved,
+        **figures("train", samples.counts, sides.train),
+        **figures("held_out", samples.counts, sides.held_out),
+        **shape(samples.counts, samples.numbers),
+        max_length=settings.max_length,
+        end_token=samples.encoder.tokenizer.eos_token,
+        damaged=found.count("lost_character"),
+        labels=labels.count(examined.labels_of(sides.train_rows)) if labels and labels.names else None,
+        streamed=False,
+        content_hash=examined.found.content_hash,
+    )
+    tokens = select(samples.tokens, sides.train), select(samples.tokens, sides.held_out)
+    canonical = select(rows.data, sides.train_rows), select(rows.data, sides.held_out_rows)
+    if not len(sides.held_out):
+        tokens, canonical = (tokens[0], None), (canonical[0], None)
+    return finish(report, samples.encoder, labels, rows.layout, tokens, canonical)

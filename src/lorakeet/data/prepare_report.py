@@ -1,4 +1,4 @@
-"""What became of the data, in figures and for a person."""
+"""Report of prepared data, as figures and as text."""
 
 from __future__ import annotations
 
@@ -7,31 +7,33 @@ from dataclasses import dataclass
 
 from lorakeet.config import TaskName
 
-_MUCH = 0.2  # share of cut samples from which on it is a warning
-_UNEVEN = 10  # a class is rare where another has so many times more samples
+#: Share of cut samples, or of rows without target, that is a warning.
+_MUCH = 0.2
 
-_WRITES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # tasks that must learn where to stop
+#: Tasks that generate text, and must learn where to stop.
+_WRITES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What became of the data. Tokens are those of the samples, end tokens included; targets are those learned.
+    """Figures of prepared data. Tokens are those of the samples, end tokens included; targets are those in the loss.
 
     Attributes:
-        source: what was read.
-        kind, task: of the rows, and what is learned from them.
-        rows: rows read, of which ``empty`` lacked something; ``unlearnable`` had nothing to learn. Neither is a sample.
-        distinct: different texts; ``duplicates`` are the others, kept on the same side as the text they repeat.
+        source: what was read, and how it was understood.
+        kind, task: of the rows, and the task that they are for.
+        rows: rows read. ``empty`` ones lacked a value or text, ``unlearnable`` ones have no target; neither is a sample.
+        distinct: different texts, by which the rows were split.
+        duplicates: rows that repeat an earlier one, apart from case, white space or encoding; on the same side as that.
         moved: held-out samples that became equal to a training sample when both were cut, and so were moved to it.
-        train_samples, train_tokens, train_targets: the part that is learned; 0 of a stream, which nobody has counted.
-        held_out_samples, held_out_tokens, held_out_targets: the part that is only measured.
-        cut: samples cut to ``max_length`` tokens; ``lost``: learned tokens cut away with that.
+        train_samples, train_tokens, train_targets: of the training part; 0 for a stream, which is not counted.
+        held_out_samples, held_out_tokens, held_out_targets: of the held-out part.
+        cut: samples cut to ``max_length`` tokens; ``lost``: targets that were cut away.
         median_length, longest: tokens per sample.
-        end_token: the end token as text, None if the tokenizer has none; ``ended`` samples learn an end.
-        damaged: texts with U+FFFD, the sign for a character that was lost in an earlier conversion.
+        end_token: the end token as text, None if the tokenizer has none; ``ended`` samples have an end in the loss.
+        damaged: rows with U+FFFD, the sign for a character that was lost in an earlier conversion.
         labels: training samples (of tags: words) by label; None where there are no classes.
-        streamed: the training part is read while it is learned; of its rows the first ``checked`` were looked at before,
-            of which ``sound`` can be used.
+        streamed: the training part is read during training. Its first ``checked`` rows were examined before; ``sound``
+            of them are usable.
         content_hash: SHA-256 of the rows in their order; of a stream, of what describes it.
     """
 
@@ -74,11 +76,11 @@ class PrepareReport:
 
     @property
     def lost_percent(self) -> float:
-        """Share of the learned tokens that was cut away."""
+        """Percentage of the targets that was cut away."""
         return 100 * self.lost / max(self.lost + self.train_targets + self.held_out_targets, 1)
 
     def lines(self) -> list[str]:
-        """The report for a person."""
+        """Return the lines of the report."""
         lines = [f"data       {self.source}"]
         if self.streamed:
             lines.append("train      streamed: read while it is learned, rows that cannot be used are left out")
@@ -99,7 +101,7 @@ class PrepareReport:
         return lines
 
     def warnings(self) -> list[str]:
-        """What may spoil the result."""
+        """Return warnings of what may spoil the result."""
         warnings = []
         if self.task in _WRITES and self.end_token is None and not self.ended:
             warnings.append("the tokenizer has no end token: the model will not learn where a text ends")
@@ -115,9 +117,7 @@ class PrepareReport:
             warnings.append(
                 f"{self.unlearnable:,} rows have nothing to learn and are left out; look at data.max_length"
             )
-        if self.damaged:
-            warnings.append(f"{self.damaged:,} texts hold U+FFFD: characters were lost when they were converted")
-        return warnings + ([] if self.streamed else self._uneven())
+        return warnings + ([] if self.streamed else self._missing_labels())
 
     def _rows(self) -> list[str]:
         dropped = [f"{self.empty:,} empty"] * bool(self.empty)
@@ -157,20 +157,8 @@ class PrepareReport:
         more = f", and {len(counts) - most} more" if len(counts) > most else ""
         return ", ".join(f"{name} {count:,}" for name, count in counts[:most]) + more
 
-    def _uneven(self) -> list[str]:
-        counts = self.labels or {}
-        missing = [name for name, count in counts.items() if not count]
-        warnings = []
-        if missing and self.train_samples:
-            warnings.append(
-                f"no training sample for the label {', '.join(map(repr, missing[:5]))}: it cannot be learned"
-            )
-        seen = {name: count for name, count in counts.items() if count}
-        if seen and self.kind == "classes":
-            most, least = max(seen, key=seen.__getitem__), min(seen, key=seen.__getitem__)
-            if seen[most] >= _UNEVEN * seen[least]:
-                warnings.append(
-                    f"the classes are uneven: {seen[most]:,} samples of {most!r}, {seen[least]:,} of {least!r}; "
-                    "look at macro F1, not at accuracy"
-                )
-        return warnings
+    def _missing_labels(self) -> list[str]:
+        missing = [name for name, count in (self.labels or {}).items() if not count]
+        if not missing or not self.train_samples:
+            return []
+        return [f"no training sample for the label {', '.join(map(repr, missing[:5]))}: it cannot be learned"]

@@ -1,4 +1,4 @@
-"""Samples of data that is read while it is learned: encoded row by row, in constant memory."""
+"""Preparation of a stream: data that is read and encoded during training, in constant memory."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ from itertools import islice
 from typing import Any
 
 import datasets
+import numpy as np
 
 from lorakeet.config import DataSettings, TaskSettings
-from lorakeet.data.doctor.examine import check_heads
+from lorakeet.data.doctor.examine import examine_heads
 from lorakeet.data.encode.encoder import Encoder
-from lorakeet.data.encode.make import complaint, make_encoder
+from lorakeet.data.encode.make import cannot_encode, make_encoder
 from lorakeet.data.prepare_report import PrepareReport
 from lorakeet.data.prepared import (
     Prepared,
     check_length,
+    count_columns,
     digest,
     figures,
-    finished,
+    finish,
     id_columns,
+    log_issues,
     nothing_learnable,
     shape,
-    tell,
 )
+from lorakeet.data.read.record import Fault
 from lorakeet.data.rows.content import usable
 from lorakeet.data.rows.kinds import find_kind
 from lorakeet.data.rows.label_set import given_labels
@@ -34,24 +37,35 @@ from lorakeet.data.rows.stream import LOCATION, held_out_rows, lay_out, stream_r
 from lorakeet.errors import DataError
 from lorakeet.log import warn
 
-_HEAD = 256  # samples that are looked at before anything is learned
-_BATCH = 64  # rows that are tokenised together
-_TOLD = 3  # rows that cannot be samples and are said; of further ones only how many there are
-_CHECKED = 2000  # rows that are checked before anything is learned, of all sources together
-# Rows that are left out are said when they are read, and that no row is left, when all are.
-_SAID_LATER = ("broken", "encoding", "wrong_type", "half_character", "tag_count", "nothing")
+#: Samples that are encoded before training, to measure lengths.
+_HEAD = 256
+#: Rows that are tokenized together.
+_BATCH = 64
+#: Rows that cannot be samples and are logged; further ones are counted.
+_LOGGED = 3
+#: Rows that are examined before training, of all sources together.
+_CHECKED = 2000
+#: Codes that are logged later: when the row is read, or when no row is left.
+_LOGGED_LATER = ("broken", "encoding", "wrong_type", "half_character", "tag_count", "nothing")
 
 
 def prepare_stream(
     settings: DataSettings, task: TaskSettings, tokenizer: Any, *, seed: int, max_positions: int | None = None
 ) -> Prepared:
-    """As :func:`lorakeet.data.prepare.prepare`; the training part is an ``IterableDataset``, the held-out part in memory.
+    """Prepare a stream: the training part is an ``IterableDataset``, the held-out part is in memory.
 
-    The beginning is checked as by :mod:`lorakeet.data.doctor.examine`. Rows that cannot be read or cannot be samples are left
-    out; the first of them are said, and how many there are at 10, 100, 1,000 and so on.
+    The beginning is examined as by :mod:`lorakeet.data.doctor.examine`. Rows that cannot be read or encoded are left out.
+    The first few are logged, and their number at 10, 100, 1,000 and so on.
+
+    Args:
+        settings: of the data.
+        task: to be trained; its type is concrete.
+        tokenizer: of ``transformers``.
+        seed: chooses the held-out rows and the order.
+        max_positions: tokens of the longest sample that the model takes; None: no limit.
 
     Raises:
-        DataError: as :func:`~lorakeet.data.prepare.prepare`, as far as the beginning of the data tells.
+        DataError: as :func:`lorakeet.data.prepare.prepare`, as far as the beginning of the data shows.
     """
     held = held_out_rows(settings, task.type, seed)
     layout, kind, source = held.layout, held.layout.kind, held.description
@@ -67,6 +81,7 @@ def prepare_stream(
     if not head:
         raise _nothing(settings, task, encoder, seed, source, kind)
     check_length(max(sample["length"] for sample in [*head, *tokens]), max_positions)
+    counts, everything = count_columns(tokens), np.arange(len(tokens))
     report = PrepareReport(
         source=source,
         kind=kind,
@@ -80,8 +95,8 @@ def prepare_stream(
         train_samples=0,
         train_tokens=0,
         train_targets=0,
-        **figures("held_out", tokens),
-        **shape(tokens),
+        **figures("held_out", counts, everything),
+        **shape(counts, everything),
         max_length=settings.max_length,
         end_token=tokenizer.eos_token,
         damaged=0,
@@ -91,39 +106,40 @@ def prepare_stream(
         sound=sound,
         content_hash=hashlib.sha256(json.dumps([source, settings.model_dump(), seed]).encode()).hexdigest(),
     )
-    return finished(report, encoder, labels, layout, (train, tokens if len(tokens) else None))
+    return finish(report, encoder, labels, layout, (train, tokens if len(tokens) else None))
 
 
 def _check(settings: DataSettings, task: TaskSettings) -> tuple[int, int]:
-    """Say what is wrong with the beginning of each source; returns the rows looked at, and how many of them can be used.
+    """Log the issues of the beginning of each source; returns the rows examined, and how many of them are usable.
 
     Raises:
         DataError: something would spoil the run.
     """
     laid, _ = lay_out(settings, task.type)
-    found = check_heads([(item.source, item.layout) for item in laid], task, settings=settings, most=_CHECKED)
+    found = examine_heads([(item.source, item.layout) for item in laid], task, settings=settings, most=_CHECKED)
     among = f" among the first {found.rows:,} rows"
-    unsaid: tuple[str, ...] = _SAID_LATER
+    later: tuple[str, ...] = _LOGGED_LATER
     if found.count("one_label") and found.rows >= _CHECKED // len(laid):  # else no source has more
-        unsaid = (*unsaid, "one_label")
+        later = (*later, "one_label")
         warn(
             f"the first {found.rows:,} rows all have the label {next(iter(found.labels))!r}: a stream is shuffled within "
             f"{settings.shuffle_buffer:,} rows (data.shuffle_buffer), so mix files that are sorted by label before"
         )
-    tell((finding for finding in found.findings if finding.kind not in unsaid), among)
+    log_issues((group for group in found.issues if group.code not in later), among)
     return found.rows, found.usable
 
 
 def _held_out(rows: Rows, encoder: Encoder, source: str) -> datasets.Dataset:
-    """The held-out samples that have a target."""
-    starts = range(0, len(rows), _BATCH)
-    made = [encoder(rows.data[start : start + _BATCH], range(start, start + _BATCH)) for start in starts]
-    columns = {name: [value for batch in made for value in batch[name]] for name in encoder.features()}
-    faults = [
-        (rows.locations[row], fault) for row, fault in zip(columns["row"], columns["fault"], strict=True) if fault
-    ]
+    """Encode the held-out rows; returns the samples that have a target."""
+    columns: dict[str, list[Any]] = {name: [] for name in encoder.features()}
+    faults: list[tuple[int, Fault]] = []
+    for start in range(0, len(rows), _BATCH):
+        encoded = encoder(rows.data[start : start + _BATCH], range(start, start + _BATCH))
+        faults += encoded.faults
+        for name, values in encoded.columns.items():
+            columns[name] += values
     if faults:
-        raise complaint(faults, source)
+        raise cannot_encode([(rows.locations[row], fault) for row, fault in faults], source)
     tokens = datasets.Dataset.from_dict(columns, features=encoder.features())
     return tokens.select([number for number, targets in enumerate(columns["targets"]) if targets])
 
@@ -131,12 +147,12 @@ def _held_out(rows: Rows, encoder: Encoder, source: str) -> datasets.Dataset:
 def _samples(
     stream: datasets.IterableDataset, encoder: Encoder, kind: str, measured: set[bytes]
 ) -> datasets.IterableDataset:
-    """The samples of a stream that have a target and equal none of the ``measured`` ones."""
+    """Encode a stream; yields the samples that have a target and differ from all ``measured`` ones."""
     texts = id_columns(encoder.model_columns())
-    told = left = 0
+    logged = left = 0
 
     def encode(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        nonlocal told, left
+        nonlocal logged, left
         names = list(batch)
         rows = [dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         good = [row for row in rows if find_kind(kind).is_usable(row)]
@@ -144,14 +160,15 @@ def _samples(
         if not good:
             _count(before, left)
             return {name: [] for name in encoder.features()}
-        made = encoder({name: [row[name] for row in good] for name in names}, range(len(good)))
-        left += len({row for row, fault in zip(made["row"], made["fault"], strict=True) if fault is not None})
+        encoded = encoder({name: [row[name] for row in good] for name in names}, range(len(good)))
+        faults = dict(encoded.faults)
+        left += len(faults)
         _count(before, left)
-        for row, fault in zip(made["row"], made["fault"], strict=True):
-            if fault is not None and told < _TOLD:
-                told += 1
-                warn(f"{good[row][LOCATION]}: {fault.partition(chr(10))[0]}; left out")
-        return made
+        for row, fault in faults.items():
+            if logged < _LOGGED:
+                logged += 1
+                warn(f"{good[row][LOCATION]}: {fault.message.partition(chr(10))[0]}; left out")
+        return encoded.columns
 
     def learnable(sample: Mapping[str, Any]) -> bool:
         if not sample["targets"]:
@@ -165,7 +182,7 @@ def _samples(
 
 
 def _count(before: int, now: int) -> None:
-    """Say how many rows were left out, when there are ten times as many as when it was last said."""
+    """Log how many rows were left out, at every power of ten."""
     if now >= 10 and len(str(now)) > len(str(before)):
         warn(f"{now:,} rows left out so far: broken, empty, or none that can be samples")
 
@@ -173,13 +190,22 @@ def _count(before: int, now: int) -> None:
 def _nothing(
     settings: DataSettings, task: TaskSettings, encoder: Encoder, seed: int, source: str, kind: str
 ) -> DataError:
-    """Why a stream gave no sample at all."""
+    """Return the error for a stream that gave no sample at all.
+
+    Args:
+        settings: of the data.
+        task: to be trained.
+        encoder: of the rows.
+        seed: of the order.
+        source: name of the data.
+        kind: of the rows.
+    """
     for row in stream_rows(settings, task.type, seed):
         if find_kind(kind).is_usable(row):
-            made = encoder({name: [value] for name, value in row.items()}, [0])
-            sample = {name: values[0] for name, values in made.items()}
-            if sample["fault"] is not None:
-                return complaint([(row[LOCATION], sample["fault"])], source)
+            encoded = encoder({name: [value] for name, value in row.items()}, [0])
+            if encoded.faults:
+                return cannot_encode([(row[LOCATION], fault) for _, fault in encoded.faults], source)
+            sample = {name: values[0] for name, values in encoded.columns.items()}
             if sample["targets"]:
                 return DataError(
                     f"nothing to learn in {source}: cut to {settings.max_length} tokens, each sample equals a held-out one",

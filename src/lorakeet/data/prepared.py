@@ -6,13 +6,13 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import datasets
+import numpy as np
 
 from lorakeet.config import TaskSettings
-from lorakeet.data.doctor.issues import Finding
+from lorakeet.data.doctor.issues import IssueGroup
 from lorakeet.data.encode.encoder import Encoder
 from lorakeet.data.encode.render import describe_sample
 from lorakeet.data.prepare_report import PrepareReport
@@ -27,9 +27,9 @@ class Prepared:
     """Samples with what the model takes and ``length``, unpadded, in the order of the data.
 
     Attributes:
-        train: samples; of a stream they are made while they are read.
-        held_out: samples, None where nothing is to be held out.
-        report: what became of the rows.
+        train: samples; of a stream they are made during training.
+        held_out: samples; None where no row is held out.
+        report: figures of the data.
         labels: names of the classes or tags by their number; None where there are none.
         problem: kind of a SEQ_CLS, else None.
         layout: kind of the rows, and which column of the source plays which part.
@@ -46,24 +46,25 @@ class Prepared:
     held_out_rows: datasets.Dataset | None = None
 
 
-def tell(findings: Iterable[Finding], among: str = "") -> None:
-    """Say what the doctor has found ``among`` some rows.
+def log_issues(groups: Iterable[IssueGroup], among: str = "") -> None:
+    """Log the issues found ``among`` some rows.
 
     Raises:
-        DataError: some of it would spoil the run; all of that in one error.
+        DataError: some would spoil the run; all of these in one error.
     """
     stops = []
-    for finding in findings:
-        said = f"{finding.count:,} {finding.what}{among}, such as {finding.first[0]}"
-        if finding.severity == "stops":
-            stops.append(said)
+    for group in groups:
+        hint = f"; {group.first[0].hint}" if group.first[0].hint else ""
+        message = f"{group.count:,} {group.description}{among}, such as {group.first[0]}{hint}"
+        if group.severity == "stops":
+            stops.append(message)
         else:
-            warn(said)
+            warn(message)
     if stops:
         raise DataError("; ".join(stops), "`lorakeet doctor` shows more, and its --fix mends what is certain")
 
 
-def finished(
+def finish(
     report: PrepareReport,
     encoder: Encoder,
     labels: LabelSet | None,
@@ -71,9 +72,18 @@ def finished(
     samples: tuple[Any, datasets.Dataset | None],
     rows: tuple[datasets.Dataset | None, datasets.Dataset | None] = (None, None),
 ) -> Prepared:
-    """What is prepared, with only what a model takes; the report's warnings are said."""
-    for problem in report.warnings():
-        warn(problem)
+    """Build the result, with only the columns that a model takes, and log the warnings of the report.
+
+    Args:
+        report: of the data.
+        encoder: made the samples.
+        labels: of the rows, if they have any.
+        layout: of the rows.
+        samples: training and held-out samples.
+        rows: the rows of both.
+    """
+    for warning in report.warnings():
+        warn(warning)
     columns = [*encoder.model_columns(), "length"]
     train, held_out = (part if part is None else part.select_columns(columns) for part in samples)
     names = labels.names if labels is not None and labels.names else None
@@ -89,33 +99,50 @@ def check_length(longest: int, max_positions: int | None) -> None:
         )
 
 
-def figures(part: str, tokens: datasets.Dataset) -> dict[str, Any]:
-    """Samples, tokens and targets of a part, as the report names them."""
-    totals = {
-        f"{part}_{name}": sum(tokens[column][:]) for name, column in (("tokens", "length"), ("targets", "targets"))
-    }
-    return {f"{part}_samples": len(tokens), **totals}
+def count_columns(tokens: datasets.Dataset) -> dict[str, np.ndarray]:
+    """Return the columns of counts of samples, each [samples]."""
+    table = tokens.data if tokens._indices is None else tokens.flatten_indices().data
+    return {name: table.column(name).to_numpy() for name in ("length", "targets", "lost", "cut", "ended", "row")}
 
 
-def shape(tokens: datasets.Dataset) -> dict[str, Any]:
-    """Lengths of samples, and how many are cut and how many end, as the report names them."""
-    lengths = tokens["length"][:] or [0]
-    counts = {name: sum(tokens[name][:]) for name in ("cut", "ended", "lost")}
-    return {"median_length": float(median(lengths)), "longest": max(lengths), **counts}
+def figures(part: str, counts: Mapping[str, np.ndarray], numbers: np.ndarray) -> dict[str, Any]:
+    """Sum the figures of one part under the names of the report.
+
+    Args:
+        part: ``train`` or ``held_out``.
+        counts: columns of counts, each [samples].
+        numbers: of the samples of this part.
+    """
+    tokens, targets = (int(counts[name][numbers].sum()) for name in ("length", "targets"))
+    return {f"{part}_samples": len(numbers), f"{part}_tokens": tokens, f"{part}_targets": targets}
+
+
+def shape(counts: Mapping[str, np.ndarray], numbers: np.ndarray) -> dict[str, Any]:
+    """Return the lengths of the samples ``numbers``, and how many are cut or end, under the names of the report."""
+    lengths = counts["length"][numbers] if len(numbers) else np.zeros(1, np.int32)
+    sums = {name: int(counts[name][numbers].sum()) for name in ("cut", "ended", "lost")}
+    return {"median_length": float(np.median(lengths)), "longest": int(lengths.max()), **sums}
 
 
 def id_columns(features: Iterable[str]) -> list[str]:
-    """The columns that hold a sample's texts."""
+    """Return the columns that hold the texts of a sample."""
     return [name for name in features if name in ("input_ids", "positive_ids", "negative_ids")]
 
 
 def digest(sample: Mapping[str, Sequence[int]]) -> bytes:
-    """A hash of the texts of a sample, as ids by column."""
+    """Hash the texts of a sample, given as token ids by column."""
     return hashlib.sha256(b"".join(b"%d:" % len(ids) + array("i", ids).tobytes() for ids in sample.values())).digest()
 
 
 def nothing_learnable(sample: dict[str, Any], source: str, encoder: Encoder, task: TaskSettings) -> DataError:
-    """The error for data whose every sample has no target, with one of them decoded."""
-    lost, hint = ("; all that is learned was cut away", "raise data.max_length") if sample["lost"] else ("", None)
+    """Return the error for data none of whose samples has a target, with one sample decoded.
+
+    Args:
+        sample: one of them.
+        source: name of the data.
+        encoder: made it.
+        task: to be trained.
+    """
+    lost, hint = ("; all targets were cut away", "raise data.max_length") if sample["lost"] else ("", None)
     shown = describe_sample(encoder.tokenizer, sample, task.type)
     return DataError(f"nothing to learn in {source}: no sample has a target{lost}; the first one is\n{shown}", hint)

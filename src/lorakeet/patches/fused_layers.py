@@ -25,6 +25,7 @@ from lorakeet.kernels.glu import Activation, gated
 from lorakeet.kernels.rms_norm import rms_norm
 from lorakeet.kernels.rotary import rotary
 from lorakeet.log import warn
+from lorakeet.quant.protocol import has_quantized
 from lorakeet.rng import same_random_state
 
 # fmt: off
@@ -138,8 +139,8 @@ def _feed_forward(module: Any, activation: Activation, x: Tensor, keep: torch.dt
 def _keeping_less(module: nn.Module, fused: Forward) -> Forward:
     """A feed-forward network on weights in 8 bits need not remember 32 of what they gave: bf16's rounding of a gradient is
     far below what the weights' own did to it."""
-    rounded = hasattr(module, "act_fn") and any(p.dtype == torch.int8 for p in module.parameters())
-    return functools.partial(fused, keep=torch.bfloat16) if rounded else fused
+    quantized = hasattr(module, "act_fn") and has_quantized(module)
+    return functools.partial(fused, keep=torch.bfloat16) if quantized else fused
 
 
 def _in_training(module: nn.Module, fused: Forward) -> Forward:
@@ -208,7 +209,10 @@ def _agrees(module: nn.Module, fused: Forward) -> bool:
     """Whether output and gradient of a module are those of its own forward, on random rows."""
     parameters = sorted(module.parameters(), key=lambda p: (not p.is_floating_point(), p.requires_grad))
     like = parameters[0]  # what an adapter adds may be wider than what the module computes in
-    width = like.shape[1] if type(module) is nn.Linear else getattr(module, "hidden_size", like.shape[0])
+    if hasattr(module, "hidden_size"):
+        width: Any = module.hidden_size
+    else:
+        width = like.shape[1] if type(module) is nn.Linear else like.shape[0]
     dtype = like.dtype if like.is_floating_point() else torch.float32
     x = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(like.device, dtype)
     try:

@@ -81,7 +81,7 @@ class _Inputs:
     """
 
     def __init__(self, layers: int) -> None:
-        self.layers, self.free = layers, torch.empty(0, dtype=torch.int8)
+        self.layers, self.free = layers, torch.empty(0, dtype=torch.uint8)
 
     def run(self, checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any, **settings: Any) -> Any:
         """``checkpoint(layer, *args)``, the first of which is set aside."""
@@ -93,12 +93,12 @@ class _Inputs:
         """An empty tensor like x; the memory of a pass goes when all that lie in it have gone."""
         size = -(-x.nbytes // 64) * 64
         if self.free.numel() < size:
-            self.free = torch.empty(size * self.layers, dtype=torch.int8)
+            self.free = torch.empty(size * self.layers, dtype=torch.uint8)
         at = self.free.storage_offset() // x.element_size()
         made = x.new_empty(0).set_(self.free.untyped_storage(), at, x.shape, x.stride())  # type: ignore[call-overload]
         left = self.free[size:]
         # an empty slice would hold on to the memory
-        self.free = left if len(left) else torch.empty(0, dtype=torch.int8)
+        self.free = left if len(left) else torch.empty(0, dtype=torch.uint8)
         return made
 
 

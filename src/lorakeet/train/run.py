@@ -38,6 +38,7 @@ from lorakeet.patches.fused_layers import fused_layers
 from lorakeet.patches.fused_loss import fused_loss
 from lorakeet.patches.gradient_checkpointing import recomputed
 from lorakeet.patches.padding_free import padding_free, why_padded
+from lorakeet.quant.protocol import has_quantized
 from lorakeet.runs.metrics_log import read_metrics
 from lorakeet.runs.run_folder import check_run_folder, claim_folder, refuse_other_settings
 from lorakeet.tasks.task import Task
@@ -278,7 +279,7 @@ class Run:
         if train.token_budget is not None:
             return train.token_budget
         full = train.batch_size * self.config.data.max_length
-        enough = ENOUGH_IN_8_BITS if any(p.dtype == torch.int8 for p in self.model.parameters()) else ENOUGH_FOR_A_CPU
+        enough = ENOUGH_IN_8_BITS if has_quantized(self.model) else ENOUGH_FOR_A_CPU
         return min(full, enough) if self.args.device.type == "cpu" else full
 
     def _learn(

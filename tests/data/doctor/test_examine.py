@@ -105,14 +105,14 @@ def look(path: Path, kind: str, **more: Any) -> Examination:
 def test_healthy_data_is_said_to_be(kind: str, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", kind, HEALTHY[kind](99))
     found = look(path, kind)
-    assert not list(found.findings) and found.rows == found.usable == 41 and "healthy" in found.lines()[-1]
+    assert not list(found.issues) and found.rows == found.usable == 41 and "healthy" in found.lines()[-1]
 
 
 @pytest.mark.parametrize(("kind", "planted", "problem"), PLANTED, ids=[f"{row[0]}-{row[2]}" for row in PLANTED])
 def test_a_planted_defect_is_found_where_it_is(kind: str, planted: Any, problem: str, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", kind, planted)
     found = look(path, kind)
-    told = {finding.kind: finding for finding in found.findings}
+    told = {finding.code: finding for finding in found.issues}
     assert problem in told, told
     assert told[problem].count == 1
     assert str(told[problem].first[0]).startswith(f"{path}:11:"), str(told[problem].first[0])
@@ -132,8 +132,8 @@ def test_any_number_of_defects_at_any_lines(tmp_path_factory: pytest.TempPathFac
     path.write_text("\n".join(lines), encoding="utf-8")
     found = look(path, "text")
     assert found.count(problem) == len(places)
-    spots = next((finding.first for finding in found.findings if finding.kind == problem), [])
-    assert [spot.place for spot in spots] == sorted(place + 1 for place in places)[:3]
+    spots = next((finding.first for finding in found.issues if finding.code == problem), [])
+    assert [spot.location.number for spot in spots] == sorted(place + 1 for place in places)[:3]
 
 
 def test_the_same_in_csv_and_parquet(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_the_same_in_csv_and_parquet(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), parquet)
     for path, first in ((csv, 2), (parquet, 1)):  # lines below a header; rows
         found = look(path, "classes")
-        told = {finding.kind: [spot.place for spot in finding.first] for finding in found.findings}
+        told = {finding.code: [spot.location.number for spot in finding.first] for finding in found.issues}
         assert told == {"empty": [7 + first], "duplicate": [9 + first]}, path
 
 
@@ -171,7 +171,7 @@ def test_columns_that_make_no_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "one", "lable": 3}\n{"text": "two", "lable": 4}\n')
     found = examine(DataSettings(path=str(path)), TaskSettings(type="SEQ_CLS"))
-    assert found.stops and found.count("columns") == 1 and "lable" in found.findings[0].first[0].message
+    assert found.stops and found.count("columns") == 1 and "lable" in found.issues[0].first[0].message
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -187,11 +187,11 @@ def fix(path: Path, kind: str, **more: Any) -> tuple[Repaired, Rows]:
 
 
 def told(findings: Any) -> dict[str, int]:
-    return {finding.kind: finding.count for finding in findings if finding.kind != "imbalance"}
+    return {finding.code: finding.count for finding in findings if finding.code != "imbalance"}
 
 
 def found(path: Path, kind: str) -> dict[str, int]:
-    return told(examine(DataSettings(path=str(path)), TaskSettings(type=HEALTHY[kind][1])).findings)
+    return told(examine(DataSettings(path=str(path)), TaskSettings(type=HEALTHY[kind][1])).issues)
 
 
 @pytest.mark.parametrize("kind", HEALTHY)
@@ -205,14 +205,14 @@ def test_what_is_whole_stays_as_it_is(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "planted", "problem", "whole"), MENDED, ids=[f"{row[0]}-{row[2]}" for row in MENDED])
 def test_what_is_certain_is_mended(kind: str, planted: Any, problem: str, whole: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", kind, planted)
-    assert found(path, kind) or "note" in planted  # the doctor does not look at columns that nobody uses
+    assert found(path, kind) or "note" in planted  # the doctor does not look at unused columns
     done, rows = fix(path, kind)
     assert rows == [*read(path)[:10], whole, *read(path)[11:]]
     assert told(done.mended)[problem] == 1
-    spot = next(finding.first[0] for finding in done.mended if finding.kind == problem)
+    spot = next(finding.first[0] for finding in done.mended if finding.code == problem)
     assert str(spot).startswith(f"{path}:11: ")
-    assert not done.left_out and told(done.remains.findings).keys() <= {"lost_character"}
-    assert found(done.path, kind) == told(done.remains.findings)
+    assert not done.left_out and told(done.remains.issues).keys() <= {"lost_character"}
+    assert found(done.path, kind) == told(done.remains.issues)
 
 
 @pytest.mark.parametrize(("kind", "planted", "problem"), LEFT_OUT, ids=[f"{row[0]}-{row[2]}" for row in LEFT_OUT])
@@ -230,17 +230,17 @@ def test_what_is_not_certain_stays_and_is_told(kind: str, planted: Any, problem:
     path = write(tmp_path / "rows.jsonl", kind, planted)
     done, rows = fix(path, kind)
     assert rows == read(path) and not done.mended and not done.left_out
-    assert told(done.remains.findings) == {problem: 1} == found(path, kind)
-    assert str(done.remains.findings[0].first[0]).startswith(f"{done.path}:11:")
+    assert told(done.remains.issues) == {problem: 1} == found(path, kind)
+    assert str(done.remains.issues[0].first[0]).startswith(f"{done.path}:11:")
     assert done.stops == (problem in ("wrong_type", "role", "tag_count", "answer_place"))
 
 
 def test_labels_are_written_as_they_are_given(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", "classes", {"text": "new", "label": "WATER"})
     done, rows = fix(path, "classes", labels=["Tree", "Water", "stone"])
-    assert {row["label"] for row in rows} == {"Tree", "Water"} and not told(done.remains.findings)
+    assert {row["label"] for row in rows} == {"Tree", "Water"} and not told(done.remains.issues)
     done, rows = fix(path, "classes", labels=["tree", "water", "Water"])  # WATER may be either
-    assert rows == read(path) and told(done.remains.findings) == {"label_unknown": 1}
+    assert rows == read(path) and told(done.remains.issues) == {"label_unknown": 1}
 
 
 def test_a_letter_is_a_label_of_its_own(tmp_path: Path) -> None:
@@ -256,20 +256,20 @@ def test_a_column_that_whole_rows_have_is_not_misspelt(tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, [*rows, {"quote": " ", "qoute": "words"}, {"qoute": "others"}])))
     done = repair(DataSettings(path=str(path), columns={"text": "quote"}), TaskSettings(), tmp_path / "o.jsonl")
     assert read(done.path) == [*rows, {"quote": "others"}]  # a row that is left out does not count
-    assert told(done.remains.findings) == {"misspelt_column": 1}
+    assert told(done.remains.issues) == {"misspelt_column": 1}
 
 
 def test_nothing_is_cut_where_all_turns_are_learned(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", "chat", {"messages": turns("user:one?", "assistant:two.", "user:three")})
     done = repair(DataSettings(path=str(path), learn="all"), TaskSettings(), tmp_path / "o.jsonl")
-    assert read(done.path) == read(path) and told(done.remains.findings) == {"last_turn": 1}
+    assert read(done.path) == read(path) and told(done.remains.issues) == {"last_turn": 1}
 
 
 def test_rows_of_the_test_file_are_not_learned(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", "text", {"text": "  A row that is MEASURED"})
     (tmp_path / "test.jsonl").write_text('{"text": "a row that is measured"}\n')
     done = repair(DataSettings(path=str(path)), TaskSettings(), tmp_path / "fixed.jsonl")
-    assert told(done.left_out) == {"both_sides": 1} and not done.remains.findings and done.written == 40
+    assert told(done.left_out) == {"both_sides": 1} and not done.remains.issues and done.written == 40
     again = repair(DataSettings(path=str(tmp_path / "test.jsonl")), TaskSettings(), tmp_path / "test-fixed.jsonl")
     assert (
         repair(
@@ -299,7 +299,7 @@ def test_other_formats_become_json_lines_that_teach_the_same(format: str, tmp_pa
         path.write_text(("\n%\n" if format == "fortune" else "\n\n").join(row["words"] for row in rows))
     out, columns = tmp_path / "o.jsonl", {"text": "words"} if task == "SEQ_CLS" else {}
     given = DataSettings(path=str(path), columns=columns)
-    assert not repair(given, TaskSettings(type=task), out).remains.findings
+    assert not repair(given, TaskSettings(type=task), out).remains.issues
     before, after = (read_rows(given.model_copy(update={"path": str(p)}), task).data for p in (path, out))
     assert before.features == after.features and before.to_list() == after.to_list() and len(after) == 60
     if task == "SEQ_CLS":
@@ -475,5 +475,5 @@ def test_a_second_repair_changes_nothing(tmp_path_factory: pytest.TempPathFactor
     assert once.read_bytes() == twice.read_bytes(), (first.lines(), again.lines())
     assert not again.mended and not again.left_out
     gone = {"mojibake", "control", "half_character", "duplicate", "empty", "null", "last_turn", "broken"}
-    stays = {"role", "wrong_type", "misspelt_column"} & {finding.kind for finding in first.remains.findings}
-    assert stays or not gone & {finding.kind for finding in first.remains.findings}
+    stays = {"role", "wrong_type", "misspelt_column"} & {finding.code for finding in first.remains.issues}
+    assert stays or not gone & {finding.code for finding in first.remains.issues}

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from helpers.task_tokenizers import bpe_tokenizer, layout, piece_tokenizer
 from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data.encode.chat import ChatEncoder, InstructionEncoder
-from lorakeet.data.encode.encoder import Sample
-from lorakeet.data.encode.make import complaint, make_encoder
+from lorakeet.data.encode.encoder import Fault, Sample
+from lorakeet.data.encode.make import cannot_encode, make_encoder
 from lorakeet.data.encode.text import CompletionEncoder, TextEncoder
 from lorakeet.errors import BaseModelError, DataError
 
@@ -27,8 +27,8 @@ CHATML = (
 
 def samples(encoder: Any, **batch: list[Any]) -> list[Sample]:
     count = len(next(iter(batch.values())))
-    made = encoder(batch, list(range(10, 10 + count)))
-    assert set(made) == set(encoder.features()) and len({len(values) for values in made.values()}) == 1
+    made, faults = encoder(batch, list(range(10, 10 + count)))
+    assert not faults and set(made) == set(encoder.features()) and len({len(values) for values in made.values()}) == 1
     return [dict(zip(made, values, strict=True)) for values in zip(*made.values(), strict=True)]
 
 
@@ -181,16 +181,16 @@ def test_the_end_of_a_turn_need_not_be_the_end_token() -> None:
 
 def test_a_row_that_cannot_be_rendered_says_why() -> None:
     bad = json.dumps([{"role": "robot", "content": "Hi"}])
-    good, wrong = samples(
-        ChatEncoder(chat_tokenizer(), 99, False), messages=[turns("a", "b"), bad], tools=[None] * 2, given=[0, 0]
-    )
-    assert (
-        good["fault"] is None and "role 'robot'" in wrong["fault"] and wrong["input_ids"] == [] and not wrong["targets"]
-    )
-    error = complaint([(f"a.jsonl:{n}", wrong["fault"]) for n in range(5)], "a.jsonl")
+    rows = {"messages": [turns("a", "b"), bad], "tools": [None] * 2, "given": [0, 0]}
+    encoded = ChatEncoder(chat_tokenizer(), 99, False)(rows, [10, 11])
+    [(row, fault)] = encoded.faults
+    assert encoded.columns["row"] == [10] and row == 11 and fault.code == "template"
+    assert "role 'robot'" in fault.message
+    error = cannot_encode([(f"a.jsonl:{n}", fault) for n in range(5)], "a.jsonl")
     assert error.message.startswith("5 rows of a.jsonl cannot be learned: a.jsonl:0: malformed conversation")
     assert error.message.endswith("; and 2 more")
-    hinted = complaint([("a:1", "changed\nhint: try all"), ("a:2", "also")], "a")
+    changed, also = Fault("template", "changed", "try all"), Fault("template", "also")
+    hinted = cannot_encode([("a:1", changed), ("a:2", also)], "a")
     assert (hinted.message, hinted.hint) == ("2 rows of a cannot be learned: a:1: changed; a:2: also", "try all")
 
 

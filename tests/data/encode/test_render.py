@@ -1,4 +1,4 @@
-"""The decoded sample: what is learned, what is only given, and whether the end is learned."""
+"""The decoded sample: which tokens are in the loss, and whether the end is."""
 
 from __future__ import annotations
 

@@ -9,17 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.task_tokenizers import LETTERS, bpe_tokenizer, piece_tokenizer, wordpiece_tokenizer
-from lorakeet.data.encode.encoder import Sample
-from lorakeet.data.encode.tasks import (
-    ClassEncoder,
-    MaskedEncoder,
-    PairEncoder,
-    QuestionEncoder,
-    TagEncoder,
-    TranslationEncoder,
-    answer_span,
-    word_labels,
-)
+from lorakeet.data.encode.classification import ClassificationEncoder
+from lorakeet.data.encode.encoder import Fault, Sample
+from lorakeet.data.encode.masked import MaskedEncoder
+from lorakeet.data.encode.pairs import PairEncoder
+from lorakeet.data.encode.question import QuestionEncoder, answer_span
+from lorakeet.data.encode.seq2seq import Seq2SeqEncoder
+from lorakeet.data.encode.tagging import TaggingEncoder, word_labels
 from lorakeet.data.rows.label_set import LabelSet
 from lorakeet.errors import BaseModelError
 
@@ -29,9 +25,16 @@ TWO = LabelSet(("ham", "spam"), "single_label")
 
 def samples(encoder: Any, **batch: list[Any]) -> list[Sample]:
     count = len(next(iter(batch.values())))
-    made = encoder(batch, range(count))
-    assert set(made) == set(encoder.features())
+    made, found = encoder(batch, range(count))
+    assert not found and set(made) == set(encoder.features())
     return [dict(zip(made, values, strict=True)) for values in zip(*made.values(), strict=True)]
+
+
+def faults(encoder: Any, **batch: list[Any]) -> list[Fault]:
+    """Encode rows that cannot be samples."""
+    made, found = encoder(batch, range(len(next(iter(batch.values())))))
+    assert not made["row"]
+    return [fault for _, fault in found]
 
 
 def told(sample: Sample, column: str = "input_ids") -> str:
@@ -40,31 +43,33 @@ def told(sample: Sample, column: str = "input_ids") -> str:
 
 def test_texts_and_their_class() -> None:
     one, two = samples(
-        ClassEncoder(PIECES, 6, TWO, False), text=["The birds", "unbelievable world"], label=["spam", "ham"]
+        ClassificationEncoder(PIECES, 6, TWO, False), text=["The birds", "unbelievable world"], label=["spam", "ham"]
     )
     assert told(one) == "[CLS] the bird ##s [SEP]" and told(two) == "[CLS] un ##believ ##able world [SEP]"
     assert [(s["labels"], s["targets"], s["cut"]) for s in (one, two)] == [(1, 1, False), (0, 1, False)]
-    [cut] = samples(ClassEncoder(PIECES, 5, TWO, False), text=["unbelievable world"], label=["ham"])
+    [cut] = samples(ClassificationEncoder(PIECES, 5, TWO, False), text=["unbelievable world"], label=["ham"])
     assert told(cut) == "[CLS] un ##believ ##able [SEP]" and cut["cut"]  # the special tokens stay
     assert "token_type_ids" not in cut
 
 
 def test_pairs_of_texts_tell_which_is_which() -> None:
-    [pair] = samples(ClassEncoder(PIECES, 9, TWO, True), text=["the bird"], text_pair=["sing"], label=[1])
+    [pair] = samples(ClassificationEncoder(PIECES, 9, TWO, True), text=["the bird"], text_pair=["sing"], label=[1])
     assert told(pair) == "[CLS] the bird [SEP] sing [SEP]" and pair["token_type_ids"] == [0, 0, 0, 0, 1, 1]
-    [pair] = samples(ClassEncoder(PIECES, 6, TWO, True), text=["the bird s s s"], text_pair=["sing"], label=[1])
+    [pair] = samples(
+        ClassificationEncoder(PIECES, 6, TWO, True), text=["the bird s s s"], text_pair=["sing"], label=[1]
+    )
     assert told(pair) == "[CLS] the bird [SEP] sing [SEP]" and pair["cut"]  # the longer one is cut
-    assert "token_type_ids" not in ClassEncoder(bpe_tokenizer(), 9, TWO, True).model_columns()
+    assert "token_type_ids" not in ClassificationEncoder(bpe_tokenizer(), 9, TWO, True).model_columns()
 
 
 def test_the_kinds_of_labels() -> None:
-    several = ClassEncoder(PIECES, 9, LabelSet(("a", "b", "c"), "multi_label"), False)
+    several = ClassificationEncoder(PIECES, 9, LabelSet(("a", "b", "c"), "multi_label"), False)
     rows = samples(several, text=["the"] * 3, label=[["c", "a"], [], ["b"]])
     assert [row["labels"] for row in rows] == [[1.0, 0.0, 1.0], [0.0] * 3, [0.0, 1.0, 0.0]]
-    value = ClassEncoder(PIECES, 9, LabelSet((), "regression"), False)
+    value = ClassificationEncoder(PIECES, 9, LabelSet((), "regression"), False)
     assert [row["labels"] for row in samples(value, text=["the"] * 2, label=[2.5, 1])] == [2.5, 1.0]
-    [wrong] = samples(ClassEncoder(PIECES, 9, TWO, False), text=["the"], label=["sapm"])
-    assert "did you mean 'spam'" in wrong["fault"] and wrong["input_ids"] == []
+    [wrong] = faults(ClassificationEncoder(PIECES, 9, TWO, False), text=["the"], label=["sapm"])
+    assert wrong.code == "label_unknown" and "did you mean 'spam'" in wrong.message
 
 
 # ---- tags ---------------------------------------------------------------------------------------------------------------
@@ -76,7 +81,7 @@ WORDS = st.lists(st.text("birdsunave'.,-THE é", min_size=1).filter(str.strip), 
 @given(words=WORDS, most=st.integers(4, 30))
 def test_tags_as_the_library_aligns_them(words: list[str], most: int) -> None:
     names = LabelSet(tuple(str(number) for number in range(len(words))))
-    [sample] = samples(TagEncoder(PIECES, most, names), tokens=[words], tags=[list(range(len(words)))])
+    [sample] = samples(TaggingEncoder(PIECES, most, names), tokens=[words], tags=[list(range(len(words)))])
     truth = PIECES(words, is_split_into_words=True, truncation=True, max_length=most)
     expected, before = [], None
     for word in truth.word_ids():
@@ -89,12 +94,12 @@ def test_tags_as_the_library_aligns_them(words: list[str], most: int) -> None:
 def test_a_word_has_its_tag_on_its_first_token() -> None:
     names = LabelSet(("O", "B", "I"))
     rows = {"tokens": [["The", "unbelievable", "bird's", "don't"]], "tags": [["O", "B", "I", "O"]]}
-    [sample] = samples(TagEncoder(PIECES, 99, names), **rows)
+    [sample] = samples(TaggingEncoder(PIECES, 99, names), **rows)
     assert list(zip(told(sample).split(), sample["labels"], strict=True)) == [
         *(("[CLS]", -100), ("the", 0), ("un", 1), ("##believ", -100), ("##able", -100)),
         *(("bird", 2), ("'", -100), ("s", -100), ("don", 0), ("'", -100), ("t", -100), ("[SEP]", -100)),
     ]
-    [cut] = samples(TagEncoder(PIECES, 5, names), **rows)
+    [cut] = samples(TaggingEncoder(PIECES, 5, names), **rows)
     assert (cut["labels"], cut["targets"], cut["lost"], cut["cut"]) == ([-100, 0, 1, -100, -100], 2, 2, True)
 
 
@@ -103,7 +108,7 @@ def test_a_word_has_its_tag_on_its_first_token() -> None:
 )
 def test_the_space_before_a_word_belongs_to_it(tokenizer: Any) -> None:
     words = ["birds", "bird", "s", "the", "a", "sing"]
-    [sample] = samples(TagEncoder(tokenizer, 99, LabelSet(tuple("012345"))), tokens=[words], tags=[list(range(6))])
+    [sample] = samples(TaggingEncoder(tokenizer, 99, LabelSet(tuple("012345"))), tokens=[words], tags=[list(range(6))])
     first: dict[int, str] = {}
     for at, label in enumerate(sample["labels"]):
         if label != -100:
@@ -135,7 +140,7 @@ def test_texts_that_belong_together() -> None:
 
 def test_what_is_read_and_what_is_written() -> None:
     tokenizer = piece_tokenizer()
-    encoder = TranslationEncoder(tokenizer, 4)
+    encoder = Seq2SeqEncoder(tokenizer, 4)
     one, two = samples(encoder, source=["the bird", "the bird sing the"], target=["sing", "the bird sing the"])
     end = tokenizer.eos_token_id
     assert one["input_ids"] == tokenizer("the bird")["input_ids"]
@@ -200,17 +205,20 @@ def test_where_answers_stand() -> None:
     assert answer_span("a bird sings", [" bird "], [1]) == (2, 6)
     assert answer_span("a bird", [], []) is None and answer_span("a  b", [" "], [1]) is None
     for start in (-1, 1, 99):
-        with pytest.raises(ValueError, match="does not stand at character"):
+        with pytest.raises(ValueError, match="is not at character"):
             answer_span("a bird", ["bird"], [start])
-    [wrong] = samples(
-        QuestionEncoder(PIECES, 20), question=["who"], context=["the bird"], answers=[["bird"]], answer_start=[[3]]
-    )
-    assert "'bird' does not stand at character 3" in wrong["fault"]
+    rows = {"question": ["who"], "context": ["the bird"], "answers": [["bird"]], "answer_start": [[3]]}
+    [wrong] = faults(QuestionEncoder(PIECES, 20), **rows)
+    assert wrong.code == "answer_place" and "'bird' is not at character 3" in wrong.message
 
 
 def test_tokenizers_that_do_not_tell_where_their_tokens_stand() -> None:
     from transformers import ByT5Tokenizer
 
-    for make in (lambda t: TagEncoder(t, 9, TWO), lambda t: QuestionEncoder(t, 9), lambda t: MaskedEncoder(t, 9, True)):
-        with pytest.raises(BaseModelError, match="does not tell where"):
+    for make in (
+        lambda t: TaggingEncoder(t, 9, TWO),
+        lambda t: QuestionEncoder(t, 9),
+        lambda t: MaskedEncoder(t, 9, True),
+    ):
+        with pytest.raises(BaseModelError, match="has no token offsets"):
             make(ByT5Tokenizer())

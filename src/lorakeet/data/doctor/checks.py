@@ -1,25 +1,25 @@
-"""What can be wrong with one row, told from its canonical columns alone: kind of problem -> what it is in this row.
+"""Checks of one row, on its canonical columns alone.
 
-The kinds are those of :data:`lorakeet.data.doctor.issues.PROBLEMS`; each is told at most once a row.
+The result maps codes of :data:`lorakeet.data.doctor.issues.PROBLEMS` to messages: at most one of each code a row.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorakeet.chat_template import ROLES
 from lorakeet.data.doctor.text_damage import damages
 from lorakeet.data.read.column_types import value_of
 from lorakeet.data.read.record import Record
 from lorakeet.data.rows.conversations import message_texts
-from lorakeet.data.rows.kinds import Layout, RowError, canonical, find_kind
+from lorakeet.data.rows.kinds import Kind, Layout, RowError, canonical, find_kind
 from lorakeet.errors import did_you_mean
 
-#: Roles that follow each other in a conversation; None: its beginning.
+#: Role -> roles that may follow it in a conversation; None: its beginning.
 _FOLLOWS = {
     None: ("system", "user"),
     "system": ("user",),
@@ -27,60 +27,100 @@ _FOLLOWS = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
-_LONG, _LOOKED_AT = 200, 20_000  # characters of a text that may be called repetitive, and of it that are looked at
-_REPETITIVE = 0.08  # size of such a text when compressed, as a share; English prose stays above 0.3
+#: Characters. Only longer texts can be repetitive, and only this many of them are compressed.
+_LONG, _COMPRESSED = 200, 20_000
+#: Ratio of compressed to original size below which a text is repetitive; English prose stays above 0.3.
+_REPETITIVE = 0.08
 
 Problems = dict[str, str]
 
 
-def check_row(values: Mapping[str, Any], kind: str) -> Problems:
-    """What is wrong with a canonical row of ``kind``; ``null`` and ``empty`` mean that nothing can be learned from it."""
-    rules = find_kind(kind)
-    if missing := rules.missing(values):
-        return {"null": f"no {' and no '.join(missing)}"}
-    if kind == "messages":
+class Checked(NamedTuple):
+    """Result of :func:`check_row`.
+
+    Attributes:
+        problems: code -> message.
+        texts: all texts of a usable row.
+    """
+
+    problems: Problems
+    texts: Sequence[str] = ()
+
+
+class CheckedRecord(NamedTuple):
+    """Result of :func:`diagnose`.
+
+    Attributes:
+        row: the canonical columns; None where the record makes no row.
+        problems: code -> message.
+        texts: all texts of a usable row.
+    """
+
+    row: dict[str, Any] | None
+    problems: Problems
+    texts: Sequence[str] = ()
+
+
+def check_row(values: Mapping[str, Any], kind: Kind) -> Checked:
+    """Check a canonical row on its own; a row with the problem ``null`` or ``empty`` is not usable."""
+    if missing := kind.missing(values):
+        return Checked({"null": f"no {' and no '.join(missing)}"})
+    if blank := kind.blank(values):
+        return Checked({"empty": f"{' and '.join(blank)} without text"})
+    if kind.name == "messages":
         messages = json.loads(values["messages"])
-        return _checked_turns(messages) | _checked_texts(message_texts(messages))
-    if blank := rules.blank(values):
-        return {"empty": f"{' and '.join(blank)} without text"}
-    texts = rules.texts_of(values)
-    problems = _checked_texts(texts)
-    if kind == "tags" and "" in texts:
+        texts = list(message_texts(messages))
+        return Checked(_check_turns(messages) | _check_texts(texts), texts)
+    texts = kind.texts_of(values)
+    problems = _check_texts(texts)
+    if kind.name == "tags" and "" in texts:
         problems["empty_word"] = f"token {texts.index('') + 1} of {len(texts)} is empty"
-    elif kind == "question":
-        problems |= _checked_answers(values["context"], values["answers"], values["answer_start"])
-    return problems
+    elif kind.name == "question":
+        problems |= _check_answers(values["context"], values["answers"], values["answer_start"])
+    return Checked(problems, texts)
 
 
-def diagnose(row: Record, layout: Layout, *, typed: bool = True) -> tuple[dict[str, Any] | None, Problems]:
-    """The canonical columns of a record, None where it makes no row, and what is wrong with it.
+def is_sound(text: str | None) -> bool:
+    """Whether a text is certainly without any problem: short, printable ASCII, not blank. A cheap first test."""
+    return (
+        text is not None
+        and bool(text)
+        and len(text) < _LONG
+        and text.isascii()
+        and text.isprintable()
+        and not text.isspace()
+    )
+
+
+def diagnose(record: Record, layout: Layout, *, typed: bool = True) -> CheckedRecord:
+    """Normalize a record to a canonical row and check it.
 
     Args:
-        row: without a fault.
-        layout: which of its columns plays which part.
-        typed: it tells numbers from strings, as all formats but CSV do.
+        record: without a fault.
+        layout: which column plays which role.
+        typed: its source tells numbers from strings, as all formats but CSV do.
     """
     try:
-        values = canonical(row, layout)
+        values = canonical(record, layout)
     except RowError as error:
-        return None, {error.fault.code: error.fault.message}
-    problems = check_row(values, layout.kind)
-    if misspelt := _misspelt(row, layout):
+        return CheckedRecord(None, {error.fault.code: error.fault.message})
+    problems, texts = check_row(values, find_kind(layout.kind))
+    if misspelt := _misspelt_column(record, layout):
         problems["misspelt_column"] = misspelt
-    if typed and (number := _number_as_text(row, layout)):
+    if typed and (number := _number_as_text(record, layout)):
         problems["wrong_type"] = number
-    return values, problems
+    return CheckedRecord(values, problems, texts)
 
 
 def special_tokens_in(texts: Sequence[str], special: Sequence[str]) -> str | None:
-    """A complaint about a special token that a text spells out, if there is one."""
+    """Return a message about a special token that a text spells out, if there is one."""
     found = next((token for token in special for text in texts if token in text), None)
     return f"{found} is in the text and will be read as the special token" if found else None
 
 
-def _misspelt(row: Record, layout: Layout) -> str | None:
-    """A complaint about a row that lacks a column and has one of a similar name."""
-    values = row.values or {}
+def _misspelt_column(record: Record, layout: Layout) -> str | None:
+    """Return a message about a column that the record lacks, if it has one of a similar name."""
+    values = record.values or {}
     for role, column in layout.columns.items():
         if column in values or "." in column:
             continue
@@ -90,45 +130,47 @@ def _misspelt(row: Record, layout: Layout) -> str | None:
     return None
 
 
-def _number_as_text(row: Record, layout: Layout) -> str | None:
-    """A complaint about a label or tag that is a string where those of the other rows are numbers."""
+def _number_as_text(record: Record, layout: Layout) -> str | None:
+    """Return a message about a label or tag that is a string where those of the other rows are numbers."""
     role = find_kind(layout.kind).labels
     if role is None or role not in layout.types or layout.types[role].base not in ("int", "float"):
         return None
-    value = value_of(row.values or {}, layout.columns[role])
+    value = value_of(record.values or {}, layout.columns[role])
     text = next((one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str) and one), None)
     return (
         text and f"column {layout.columns[role]!r} holds {text!r:.40}, a string, expected a number as in the other rows"
     )
 
 
-def _checked_texts(texts: Sequence[str] | Iterator[str]) -> Problems:
+def _check_texts(texts: Sequence[str]) -> Problems:
     problems: Problems = {}
     for text in texts:
+        if is_sound(text):
+            continue
         for kind, message in damages(text).items():
             problems.setdefault(kind, message)
         if len(text) >= _LONG and "repetitive" not in problems:
-            begun = text[:_LOOKED_AT].encode(errors="replace")
+            begun = text[:_COMPRESSED].encode(errors="replace")
             if (left := len(zlib.compress(begun, 1)) / len(begun)) < _REPETITIVE:
                 problems["repetitive"] = f"compressed, {100 * left:.1f} % of its size is left: {text[:30]!r}..."
     return problems
 
 
-def _checked_turns(messages: Sequence[Mapping[str, Any]]) -> Problems:
+def _check_turns(messages: Sequence[Mapping[str, Any]]) -> Problems:
     problems: Problems = {}
     before = None
     for number, message in enumerate(messages, start=1):
-        for kind, text in _checked_turn(message, before).items():
+        for kind, text in _check_turn(message, before).items():
             problems.setdefault(kind, f"message {number} {text}")
         before = message.get("role")
     if "role" not in problems and before != "assistant":
         problems["last_turn"] = f"message {len(messages)}, the last, is of the {before}: nothing after it is learned"
     if "role" in problems:
-        problems.pop("turns", None)  # the one comes of the other
+        problems.pop("turns", None)  # it follows from the unknown role
     return problems
 
 
-def _checked_turn(message: Mapping[str, Any], before: str | None) -> Problems:
+def _check_turn(message: Mapping[str, Any], before: str | None) -> Problems:
     problems: Problems = {}
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
@@ -144,7 +186,7 @@ def _checked_turn(message: Mapping[str, Any], before: str | None) -> Problems:
     return problems
 
 
-def _checked_answers(context: str, answers: Sequence[str], starts: Sequence[int]) -> Problems:
+def _check_answers(context: str, answers: Sequence[str], starts: Sequence[int]) -> Problems:
     for answer, start in zip(answers, starts, strict=True):
         if not answer:
             return {"answer_place": "an answer without text; a question without an answer has no answers"}

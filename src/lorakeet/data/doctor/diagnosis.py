@@ -1,4 +1,4 @@
-"""What an examination of data has found: problems by kind, labels, lengths, samples; for a person and for a program."""
+"""Result of an examination of data: issues, labels, lengths and samples, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorakeet.config import TaskName, TrainSettings
-from lorakeet.data.doctor.issues import Finding
+from lorakeet.data.doctor.issues import IssueGroup
 from lorakeet.data.doctor.length_histogram import Lengths
 
-_BAR = 40  # characters of the longest bar of a histogram
+#: Characters of the longest bar of a histogram.
+_BAR = 40
 _RED, _YELLOW, _GREEN, _PLAIN = "\x1b[31m", "\x1b[33m", "\x1b[32m", "\x1b[0m"
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A decoded sample: where it stands, and how it reads, plain and in colour."""
+    """Decoded sample with its location, as plain text and in color."""
 
     place: str
     plain: str
@@ -30,15 +31,16 @@ class Examination:
 
     Attributes:
         sources: what was read.
-        task: what would be learned.
-        kind: of the rows, and which column of the source plays which part; None where no columns were recognised.
-        rows: records read, of which from ``usable`` something can be learned.
-        findings: problems by kind, what stops a run first.
+        task: that was examined for.
+        kind: of the rows; None where no columns were recognized.
+        columns: role -> column of the source.
+        rows: records read; a sample can be made of ``usable`` of them.
+        issues: by code; those that stop a run come first.
         labels: rows by label; empty where there are none.
         lengths: of the samples, before they are cut.
-        tokens, targets: of all samples as they would be learned; None without a tokenizer.
-        unknown: tokens that stand for words the base does not know; None without a tokenizer.
-        steps: optimizer steps that the given settings would take.
+        tokens, targets: of the samples that a run would make; None without a tokenizer.
+        unknown: unknown tokens in the samples; None without a tokenizer.
+        steps: optimizer steps with the given settings.
         samples: the first few, decoded.
     """
 
@@ -48,7 +50,7 @@ class Examination:
     columns: Mapping[str, str]
     rows: int
     usable: int
-    findings: Sequence[Finding]
+    issues: Sequence[IssueGroup]
     labels: Mapping[Any, int]
     lengths: Lengths
     tokens: int | None
@@ -60,14 +62,14 @@ class Examination:
     @property
     def stops(self) -> bool:
         """Whether something was found that would spoil a run."""
-        return any(finding.severity == "stops" for finding in self.findings)
+        return any(group.severity == "stops" for group in self.issues)
 
-    def count(self, kind: str) -> int:
-        """Rows with a problem of this kind."""
-        return next((finding.count for finding in self.findings if finding.kind == kind), 0)
+    def count(self, code: str) -> int:
+        """Return the number of rows that have an issue of this code."""
+        return next((group.count for group in self.issues if group.code == code), 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the result for JSON."""
         return {
             "sources": list(self.sources),
             "task": self.task,
@@ -75,9 +77,9 @@ class Examination:
             "columns": dict(self.columns),
             "rows": self.rows,
             "usable": self.usable,
-            "healthy": not self.findings,
+            "healthy": not self.issues,
             "stops": self.stops,
-            "findings": [finding.to_dict() for finding in self.findings],
+            "findings": [group.to_dict() for group in self.issues],
             "labels": {str(label): count for label, count in self.labels.items()},
             "lengths": self.lengths.figures(),
             "tokens": self.tokens,
@@ -88,7 +90,7 @@ class Examination:
         }
 
     def lines(self, colour: bool = False) -> list[str]:
-        """The report for a person."""
+        """Return the lines of the report."""
         parts = ", ".join(f"{role} in {column!r}" for role, column in self.columns.items())
         lines = [
             f"data       {', '.join(self.sources)}",
@@ -105,7 +107,7 @@ class Examination:
         lines += self._histogram()
         for sample in self.samples:
             lines += [f"sample     {sample.place}", sample.coloured if colour else sample.plain]
-        lines += [line for finding in self.findings for line in _told(finding, self.rows, colour)]
+        lines += [line for group in self.issues for line in _group_lines(group, self.rows, colour)]
         return [*lines, self.verdict(colour)]
 
     def _amounts(self) -> list[str]:
@@ -125,8 +127,8 @@ class Examination:
         return [f"length     in {self.lengths.unit}", *rows] if rows else []
 
     def verdict(self, colour: bool = False) -> str:
-        """Whether a run would stop, in one line."""
-        if not self.findings:
+        """Return one line that says whether a run would stop."""
+        if not self.issues:
             words, paint = "healthy: nothing was found", _GREEN
         elif self.stops:
             words, paint = "a run would stop: mend what is marked 'stops'", _RED
@@ -135,20 +137,20 @@ class Examination:
         return f"{paint}{words}{_PLAIN}" if colour else words
 
 
-def _told(finding: Finding, rows: int, colour: bool) -> list[str]:
-    paint = (_RED if finding.severity == "stops" else _YELLOW) if colour else ""
-    share = f" ({100 * finding.count / rows:.1f} %)" if rows else ""
-    head = f"{paint}{finding.severity:<10}{_PLAIN if colour else ''} {finding.count:,} {finding.what}{share}"
-    left = finding.count - len(finding.first)
+def _group_lines(group: IssueGroup, rows: int, colour: bool) -> list[str]:
+    paint = (_RED if group.severity == "stops" else _YELLOW) if colour else ""
+    share = f" ({100 * group.count / rows:.1f} %)" if rows else ""
+    head = f"{paint}{group.severity:<10}{_PLAIN if colour else ''} {group.count:,} {group.description}{share}"
+    left = group.count - len(group.first)
     return [
         head,
-        *(f"           {spot}" for spot in finding.first),
+        *(f"           {issue}" for issue in group.first),
         *([f"           and {left:,} more"] if left > 0 else []),
     ]
 
 
 def steps_of(samples: int, train: TrainSettings) -> int:
-    """Optimizer steps for so many samples."""
+    """Return the number of optimizer steps for this many samples."""
     if train.steps is not None:
         return train.steps
     return math.ceil(samples * train.epochs / (train.batch_size * train.grad_accum))

@@ -1,34 +1,44 @@
-"""What is wrong with data before anything is learned from it: one pass, in constant memory, every problem with its place.
+"""Examination of data before training: one pass, in constant memory, every issue with its location.
 
-Of each row only hashes, its place and its length are kept, some forty bytes; no text. :func:`examine` reads the data
-itself; :func:`check_rows` takes rows that a run has read already, :func:`check_heads` the beginnings of a stream.
+Of each row only hashes, its location and its length are kept, about forty bytes; no text. :func:`examine` reads the
+data itself. :func:`examine_rows` takes rows that a run has read, :func:`examine_heads` the beginnings of a stream.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
+import datasets
+
 from lorakeet.config import DataSettings, TaskName, TaskSettings, TrainSettings
-from lorakeet.data.doctor.checks import Problems, check_row, diagnose
+from lorakeet.data.doctor.checks import Problems, check_row, diagnose, is_sound
 from lorakeet.data.doctor.diagnosis import Examination, steps_of
-from lorakeet.data.doctor.duplicates import Repeats
-from lorakeet.data.doctor.issues import Findings
-from lorakeet.data.doctor.label_stats import Labels
+from lorakeet.data.doctor.duplicates import Inputs, Repeats, hash_inputs
+from lorakeet.data.doctor.issues import Issues
+from lorakeet.data.doctor.label_stats import LabelStats
 from lorakeet.data.doctor.leakage import other_rows
-from lorakeet.data.doctor.token_stats import Measure
+from lorakeet.data.doctor.token_stats import TokenStats
 from lorakeet.data.read.column_types import ColumnTypes
-from lorakeet.data.read.record import Record
+from lorakeet.data.read.record import Location, Record
 from lorakeet.data.read.source import DataSource, find_sources
 from lorakeet.data.rows.column_mapping import Family, choose_task, find_layout, merge_layouts
-from lorakeet.data.rows.kinds import Layout, find_kind
+from lorakeet.data.rows.content import ContentHash, content
+from lorakeet.data.rows.kinds import Kind, Layout, find_kind
 from lorakeet.data.rows.load import Rows
+from lorakeet.data.rows.split import normalized
 from lorakeet.errors import DataError
 
-_HEAD = 1000  # rows that tell the columns of a file and their types
+#: Rows of a file from which its columns and their types are inferred.
+_HEAD = 1000
+#: Rows converted from Arrow to Python together.
+_BATCH = 1000
 Progress = Callable[[int], None]
 
 
@@ -43,20 +53,20 @@ def examine(
     samples: int = 3,
     progress: Progress | None = None,
 ) -> Examination:
-    """Read all rows of ``settings.path`` once and tell what is wrong with them.
+    """Read all rows of ``settings.path`` once and collect their issues.
 
     Args:
-        settings: the data.
-        task: what is to be learned; ``auto`` is decided by ``family`` and the columns.
-        tokenizer: of the base model; without it nothing is told of tokens, and lengths are characters.
-        family: of the base model; without it an ``auto`` task is told by the columns alone.
+        settings: of the data.
+        task: to be trained; ``auto`` is decided by ``family`` and the columns.
+        tokenizer: of the base model; without it lengths are in characters, and there are no issues of tokens.
+        family: of the base model; without it the columns alone decide an ``auto`` task.
         train: batch size and epochs, for an estimate of the steps.
-        shown: problems of each kind that are kept with their place; all are counted.
+        shown: issues of each code that are kept; all are counted.
         samples: decoded samples to keep.
-        progress: told the rows read so far.
+        progress: called with the number of rows read so far.
 
     Raises:
-        DataError: there is no such data at all. What is wrong inside of it is told in the result.
+        DataError: there is no such data at all. Everything else is an issue in the result.
     """
     task = task or TaskSettings()
     sources = find_sources(settings)
@@ -82,40 +92,70 @@ def examine(
         left = None if left is None else left - (examiner.rows - before)
     _merge(layouts, examiner.found)
     examiner.finish()
-    _compare_sides(sources, settings, name, examiner)
+    _find_leakage(sources, settings, name, examiner)
     return examiner.examination(name, layouts, [source.name for source in sources], train or TrainSettings())
 
 
-def check_rows(
-    rows: Rows,
-    task: TaskSettings,
-    *,
-    settings: DataSettings,
-    train: TrainSettings | None = None,
-    shown: int = 3,
-) -> Examination:
-    """The same for canonical ``rows`` that were read already; nothing is tokenised again, so nothing is told of tokens.
+@dataclass(frozen=True)
+class ExaminedRows:
+    """Result of :func:`examine_rows`.
+
+    Attributes:
+        result: counts and issues, without those of tokens.
+        usable: numbers of the usable rows.
+        digests: SHA-256 of the normalized content of each usable row, for the split.
+        content_hash: hash of all usable rows in their order.
+    """
+
+    result: Examination
+    usable: list[int]
+    digests: list[bytes]
+    content_hash: str
+
+
+def examine_rows(rows: Rows, task: TaskSettings, settings: DataSettings) -> ExaminedRows:
+    """Examine canonical rows that a run has read. They are not tokenized, so there are no issues of tokens.
 
     Args:
         rows: canonical columns, their layout and locations.
         task: with a concrete ``type``.
-        settings: the data.
-        train: batch size and epochs, for an estimate of the steps.
-        shown: problems of each kind that are kept with their place.
+        settings: of the data.
     """
-    examiner = Examiner(settings, task, None, shown=shown, samples=0)
+    kind = find_kind(rows.layout.kind)
+    examiner = Examiner(settings, task)
     examiner.begin(rows.layout, task.type)
-    locations = iter(rows.locations)
-    for batch in rows.data.iter(1000):
-        for columns in zip(*batch.values(), strict=True):
-            values, location = dict(zip(batch, columns, strict=True)), next(locations)
-            examiner.rows += 1
-            examiner.take(location.source, location.number, values, check_row(values, rows.layout.kind))
+    usable, digests, whole = [], [], ContentHash(rows.data.column_names)
+    text_columns = [column.name for column in kind.columns if column.is_text and column.name in rows.data.features]
+    all_text = kind.texts is None and all(rows.data.features[name] == datasets.Value("string") for name in text_columns)
+    all_text &= set(rows.data.column_names) <= {kind.labels, *text_columns}
+    of_all_texts = [
+        name for name in kind.content_columns() if name in rows.data.features
+    ] == text_columns  # the texts of a row are what the split goes by
+    for number, values in enumerate(row for batch in rows.data.iter(_BATCH) for row in _rows_of(batch)):
+        texts: Sequence[str] = [values[name] for name in text_columns] if all_text else ()
+        problems: Problems = {}
+        if not (all_text and all(map(is_sound, texts)) and not kind.missing(values)):
+            problems, texts = check_row(values, kind)
+        inputs = examiner.take(partial(rows.locations.__getitem__, number), values, problems, texts)
+        if inputs is not None:
+            usable.append(number)
+            whole.add(values)
+            text = " ".join(filter(None, inputs.texts)) if of_all_texts else normalized(content(values, kind.name))
+            digests.append(hashlib.sha256(text.encode()).digest())
+    examiner.rows = len(rows)
+    examiner.repeats.locations = rows.locations if len(usable) == len(rows) else rows.locations.select(usable)
     examiner.finish()
-    return examiner.examination(task.type, {"": rows.layout}, [], train or TrainSettings())
+    result = examiner.examination(task.type, {"": rows.layout}, [], TrainSettings())
+    return ExaminedRows(result, usable, digests, whole.hexdigest())
 
 
-def check_heads(
+def _rows_of(batch: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    names = list(batch)
+    for values in zip(*batch.values(), strict=True):
+        yield dict(zip(names, values, strict=True))
+
+
+def examine_heads(
     laid: Sequence[tuple[DataSource, Layout]],
     task: TaskSettings,
     *,
@@ -123,16 +163,18 @@ def check_heads(
     most: int,
     shown: int = 3,
 ) -> Examination:
-    """The same for the beginnings of sources that will be streamed: ``most`` rows at all, equally many of each.
+    """Examine the beginnings of sources that will be streamed: equally many rows of each source.
 
-    A number written as a string is no fault there, since every row is read by the types that the beginnings show.
+    A number written as a string is not an issue here: every row is read by the types that the beginnings show.
 
     Args:
-        laid: each source and which of its columns plays which part.
-        task, settings, shown: as for :func:`check_rows`.
-        most: rows to look at; of each of very many sources twenty.
+        laid: each source, and which of its columns plays which role.
+        task: with a concrete ``type``.
+        settings: of the data.
+        most: rows of all sources together; at least twenty of each.
+        shown: issues of each code that are kept; all are counted.
     """
-    examiner = Examiner(settings, task, None, shown=shown, samples=0)
+    examiner = Examiner(settings, task, shown=shown)
     left = math.inf if settings.limit is None or settings.weights else settings.limit
     for source, layout in laid:
         examiner.begin(layout, task.type, typed=False)
@@ -146,83 +188,115 @@ def check_heads(
 class Examiner:
     """Takes rows one by one and keeps counts, hashes and lengths.
 
+    Args:
+        settings: of the data.
+        task: given labels and problem.
+        tokenizer: of the base model, or None.
+        shown: issues of each code that are kept.
+        samples: decoded samples to keep; None: no statistics of the samples.
+
     Attributes:
-        found: the problems so far.
+        found: the issues so far.
         rows: records so far, the broken ones included.
-        usable: rows that something can be learned from.
+        usable: rows that a sample can be made of.
     """
 
     def __init__(
         self,
         settings: DataSettings,
         task: TaskSettings,
-        tokenizer: Any,
+        tokenizer: Any = None,
         *,
         shown: int = 3,
-        samples: int = 3,
+        samples: int | None = None,
     ) -> None:
-        self.found = Findings(shown)
+        self.found = Issues(shown)
         self.rows = self.usable = 0
         self.repeats = Repeats()
-        self.labels = Labels(task.labels, shown=shown)
-        self.kind = "text"
+        self.labels = LabelStats(task, shown=shown)
+        self.kind: Kind | None = None
         self.typed = True
-        self.measure = Measure(settings, task, tokenizer, self.found, samples)
+        self.stats = TokenStats(settings, task, tokenizer, self.found, samples or 0)
+        self._measured = samples is not None
 
     def begin(self, layout: Layout, task: TaskName, *, typed: bool = True) -> None:
-        """What follows is of this ``layout``; ``typed``: of a source that tells numbers from strings."""
+        """Set the ``layout`` of the rows that follow; ``typed``: their source tells numbers from strings."""
         self.typed = typed
-        self.kind = layout.kind
-        self.labels.of_tags(layout.kind == "tags")
-        self.measure.begin(layout, task)
+        self.kind = find_kind(layout.kind)
+        self.labels.begin(self.kind)
+        if self._measured:
+            self.stats.begin(layout, task)
 
-    def read(self, row: Record, layout: Layout | None) -> None:
+    def read(self, record: Record, layout: Layout | None) -> None:
         """Take a record as it was found, perhaps with a fault."""
-        source, number = row.location.source, row.location.number
-        self.rows += number > 0
-        if row.fault is not None:
-            self.found.add(row.fault.code, source, number, row.fault.message)
+        location = record.location
+        self.rows += location.number > 0
+        if record.fault is not None:
+            self.found.add(record.fault.code, location, record.fault.message, record.fault.hint)
         elif layout is not None:
-            values, problems = diagnose(row, layout, typed=self.typed)
+            values, problems, texts = diagnose(record, layout, typed=self.typed)
             if values is None:
-                for kind, message in problems.items():
-                    self.found.add(kind, source, number, message)
-            else:
-                self.take(source, number, values, problems)
+                for code, message in problems.items():
+                    self.found.add(code, location, message)
+            elif self.take(lambda: location, values, problems, texts) is not None:
+                self.repeats.locations.append(location)
 
-    def take(self, source: str, place: int, values: Mapping[str, Any], problems: Problems) -> None:
-        """Take a canonical row and what is wrong with it alone."""
-        usable = not problems.keys() & {"null", "empty"}
-        if usable:
+    def take(
+        self, locate: Callable[[], Location], values: Mapping[str, Any], problems: Problems, texts: Sequence[str]
+    ) -> Inputs | None:
+        """Take a canonical row; the location of a usable one is the caller's to add to ``repeats``.
+
+        Args:
+            locate: returns the location of the row, where it is needed.
+            values: canonical columns.
+            problems: of the row alone, by code.
+            texts: all texts of a usable row.
+
+        Returns:
+            The hashes of a usable row, None for another one.
+        """
+        assert self.kind is not None
+        inputs = None
+        if not problems.keys() & {"null", "empty"}:
             self.usable += 1
-            self.repeats.add(source, place, values, self.kind)
-            label = find_kind(self.kind).labels
-            if label and (unknown := self.labels.add(source, place, values[label])):
+            inputs = hash_inputs(values, self.kind, texts)
+            self.repeats.add(inputs)
+            column = self.kind.labels
+            if column and (unknown := self.labels.add(locate(), values[column])):
                 problems["label_unknown"] = unknown
         elif "misspelt_column" in problems:
-            problems.pop("null", None)  # the one comes of the other
-        for kind, message in problems.items():
-            self.found.add(kind, source, place, message)
-        if usable and not problems.keys() & {"role"}:
-            self.measure.add(source, place, values)
+            problems.pop("null", None)  # it follows from the misspelt name
+        for code, message in problems.items():
+            self.found.add(code, locate(), message)
+        if self._measured and inputs is not None and not problems.keys() & {"role", "answer_place"}:
+            self.stats.add(locate(), values, texts)
+        return inputs
 
     def finish(self) -> None:
-        """Add what only all rows together can tell."""
-        self.measure.finish()
+        """Add the issues that only all rows together show."""
+        self.stats.finish()
         self.labels.find(self.found)
+        locations = self.repeats.locations
         for repeat in self.repeats.found():
-            first, at = self.repeats.place(repeat.first)
-            source, place = self.repeats.place(repeat.row)
-            self.found.add(repeat.kind, source, place, f"as {first}:{at}")
+            self.found.add(repeat.code, locations[repeat.row], f"as {locations[repeat.first]}")
 
     def examination(
         self, task: TaskName, layouts: Mapping[str, Layout], sources: list[str], train: TrainSettings
     ) -> Examination:
-        """What was found."""
+        """Return the result.
+
+        Args:
+            task: that was examined for.
+            layouts: of the sources, by name.
+            sources: names of the sources.
+            train: batch size and epochs, for an estimate of the steps.
+        """
         layout = next(iter(layouts.values()), None)
-        if self.rows and not self.usable and not any(finding.severity == "stops" for finding in self.found):
-            self.found.add("nothing", sources[0] if sources else "", 0, f"none of {self.rows:,} rows can be used")
-        counted = self.measure.lengths.unit == "tokens"
+        if self.rows and not self.usable and not any(group.severity == "stops" for group in self.found):
+            self.found.add(
+                "nothing", Location(sources[0] if sources else ""), f"none of {self.rows:,} rows can be used"
+            )
+        counted = self.stats.lengths.unit == "tokens"
         return Examination(
             sources=sources,
             task=task,
@@ -230,21 +304,28 @@ class Examiner:
             columns=layout.columns if layout else {},
             rows=self.rows,
             usable=self.usable,
-            findings=list(self.found),
+            issues=list(self.found),
             labels=dict(self.labels.counts),
-            lengths=self.measure.lengths,
-            tokens=self.measure.tokens if counted else None,
-            targets=self.measure.targets if counted else None,
-            unknown=self.measure.unknown if counted else None,
+            lengths=self.stats.lengths,
+            tokens=self.stats.tokens if counted else None,
+            targets=self.stats.targets if counted else None,
+            unknown=self.stats.unknown if counted else None,
             steps=steps_of(self.usable, train),
-            samples=self.measure.samples,
+            samples=self.stats.samples,
         )
 
 
 def task_of(
     given: TaskName, family: Family | None, types: Mapping[str, ColumnTypes], settings: DataSettings
 ) -> TaskName:
-    """The task that is meant: the ``given`` one, or what a base of ``family`` learns from columns of these ``types``."""
+    """Return the task: the ``given`` one, or the one for a base of ``family`` and columns of these ``types``.
+
+    Args:
+        given: the task of the settings.
+        family: of the base model; None: unknown.
+        types: columns of the source.
+        settings: of the data.
+    """
     if given != "auto":
         return given
     if family is not None:
@@ -260,17 +341,18 @@ def task_of(
 
 
 def _layout(
-    types: Mapping[str, ColumnTypes], settings: DataSettings, task: TaskName, source: DataSource, found: Findings
+    types: Mapping[str, ColumnTypes], settings: DataSettings, task: TaskName, source: DataSource, found: Issues
 ) -> Layout | None:
     try:
         return find_layout(types, settings, task, source.name)
     except DataError as error:
-        found.add("columns", source.name, 0, f"{error.message}; {error.hint}" if error.hint else error.message)
+        message = f"{error.message}; {error.hint}" if error.hint else error.message
+        found.add("columns", Location(source.name), message, error.hint)
         return None
 
 
-def _misspelt_optional(source: DataSource, types: Mapping[str, ColumnTypes], layout: Layout, found: Findings) -> None:
-    """Columns that nobody uses and whose name is close to a part that such rows may have."""
+def _misspelt_optional(source: DataSource, types: Mapping[str, ColumnTypes], layout: Layout, found: Issues) -> None:
+    """Find unused columns whose name is close to an optional role of such rows."""
     free = [name for name in types if name not in layout.columns.values() and "." not in name]
     for roles in find_kind(layout.kind).roles:
         for role, known in roles.optional.items():
@@ -278,22 +360,22 @@ def _misspelt_optional(source: DataSource, types: Mapping[str, ColumnTypes], lay
                 continue
             for name in free:
                 if name.lower() not in known.names and get_close_matches(name.lower(), known.names, 1, 0.8):
-                    found.add("misspelt_column", source.name, 0, f"column {name!r} is not used; is {role!r} meant?")
+                    message = f"column {name!r} is not used; is {role!r} meant?"
+                    found.add("misspelt_column", Location(source.name), message)
 
 
-def _merge(layouts: Mapping[str, Layout], found: Findings) -> None:
+def _merge(layouts: Mapping[str, Layout], found: Issues) -> None:
     if len(layouts) < 2:
         return
     try:
         merge_layouts(layouts)
     except DataError as error:
-        found.add("columns", next(iter(layouts)), 0, error.message)
+        found.add("columns", Location(next(iter(layouts))), error.message, error.hint)
 
 
-def _compare_sides(sources: list[DataSource], settings: DataSettings, task: TaskName, examiner: Examiner) -> None:
-    """Rows of a test or validation file that are learned too: what is measured on them is worth nothing."""
-    seen = examiner.repeats.seen()
-    for source, place, values, kind in other_rows(sources, settings, task):
-        if (first := seen.find(values, kind)) is not None:
-            where, line = examiner.repeats.place(first)
-            examiner.found.add("both_sides", source, place, f"as {where}:{line}, which is learned")
+def _find_leakage(sources: list[DataSource], settings: DataSettings, task: TaskName, examiner: Examiner) -> None:
+    """Find rows of a test or validation file that are trained on too, which makes their metrics meaningless."""
+    index = examiner.repeats.index()
+    for location, inputs in other_rows(sources, settings, task):
+        if (first := index.find(inputs)) is not None:
+            examiner.found.add("both_sides", location, f"as {first}, which is learned")

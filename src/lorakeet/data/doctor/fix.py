@@ -1,10 +1,15 @@
-"""A copy of data in which everything is mended that can be mended with certainty, and nothing else is changed.
+"""Repair of data: a copy with every certain fix made, and nothing else changed.
 
 Two passes, in constant memory but for a hash of each row: the first gathers labels and columns, the second writes. The
-copy is JSON lines with the columns of the source. Left out of it are records that cannot be read, rows without anything
-to learn, exact repetitions of an earlier row, and rows whose inputs stand in a test or validation file beside the data.
-What is not certain stays as it was. A copy that is repaired again stays as it is, unless the one row that showed a
-column not to be misspelt was left out as a repetition. See :mod:`lorakeet.data.doctor.record_fixes` for what is done to one record.
+copy is JSON lines with the columns of the source. Some records are left out:
+
+- records that cannot be read, and rows from which nothing can be learned;
+- exact duplicates of an earlier row;
+- rows whose texts are in a test or validation file beside the data.
+
+Whatever is uncertain stays as it was. A second repair of the copy changes nothing, with one exception: if the only row
+that showed a column not to be misspelt was left out as a duplicate. :mod:`lorakeet.data.doctor.record_fixes` describes
+the fixes of one record.
 """
 
 from __future__ import annotations
@@ -19,71 +24,73 @@ from typing import Any
 
 from lorakeet.config import DataSettings, TaskName, TaskSettings, TrainSettings
 from lorakeet.data.doctor.diagnosis import Examination
-from lorakeet.data.doctor.duplicates import Repeats, exact_hash
+from lorakeet.data.doctor.duplicates import RepeatIndex, Repeats, hash_inputs
 from lorakeet.data.doctor.examine import Progress, examine, task_of
-from lorakeet.data.doctor.issues import Finding, Findings
-from lorakeet.data.doctor.label_stats import Labels
+from lorakeet.data.doctor.issues import IssueGroup, Issues
+from lorakeet.data.doctor.label_stats import LabelStats
 from lorakeet.data.doctor.leakage import other_rows
-from lorakeet.data.doctor.record_fixes import Mended, Mender, Values
+from lorakeet.data.doctor.record_fixes import FixedRecord, RecordFixer, Values
 from lorakeet.data.read.column_types import FLOAT, INT, TypeInference
 from lorakeet.data.read.locate import locate
 from lorakeet.data.read.record import Record
 from lorakeet.data.read.source import DataSource, find_sources
 from lorakeet.data.rows.column_mapping import Family, find_layout, merge_layouts
-from lorakeet.data.rows.kinds import Layout, find_kind
+from lorakeet.data.rows.kinds import Kind, Layout, find_kind
 from lorakeet.errors import DataError, OutputError
 from lorakeet.files import write_file
 
-_HEAD = 1000  # rows that tell the columns of a file and their types
+#: Rows of a file from which its columns and their types are inferred.
+_HEAD = 1000
+#: Codes of rows from which nothing can be learned.
 _NOTHING = ("nothing_learned", "empty", "null")
 
 
 @dataclass(frozen=True)
 class Repaired:
-    """What :func:`repair` did.
+    """Result of :func:`repair`.
 
     Attributes:
         path: the copy, of ``written`` rows out of the ``read`` ones.
-        mended: rows of the copy in which something was mended, by the kind of problem, with their place in the source.
+        mended: fixed rows of the copy by the code of their issue, with their location in the source.
         left_out: records that are not in the copy, likewise.
-        remains: what the doctor finds in the copy.
+        remains: examination of the copy.
     """
 
     path: Path
     read: int
     written: int
-    mended: Sequence[Finding]
-    left_out: Sequence[Finding]
+    mended: Sequence[IssueGroup]
+    left_out: Sequence[IssueGroup]
     remains: Examination
 
     @property
     def stops(self) -> bool:
-        """Whether a run would still be spoilt: by the copy, or by a source of which no more could be read."""
-        return self.remains.stops or any(finding.kind == "unreadable" for finding in self.left_out)
+        """Whether a run would still be spoilt: by the copy, or by a source that could not be read to its end."""
+        return self.remains.stops or any(group.code == "unreadable" for group in self.left_out)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        told = {"mended": self.mended, "left_out": self.left_out, "remains": self.remains.findings}
+        """Return the result for JSON."""
+        told = {"mended": self.mended, "left_out": self.left_out, "remains": self.remains.issues}
         return {
             "path": str(self.path),
             "read": self.read,
             "written": self.written,
-            **{name: [finding.to_dict() for finding in findings] for name, findings in told.items()},
+            **{name: [group.to_dict() for group in groups] for name, groups in told.items()},
             "stops": self.stops,
         }
 
     def lines(self, colour: bool = False) -> list[str]:
-        """The report for a person."""
+        """Return the lines of the report."""
         lines = [f"repaired   {self.path}: {self.written:,} of {self.read:,} rows"]
-        for word, findings in (
+        for word, groups in (
             ("mended", self.mended),
             ("left out", self.left_out),
-            ("remains", self.remains.findings),
+            ("remains", self.remains.issues),
         ):
-            for finding in findings:
-                lines.append(f"{word:<10} {finding.count:,} {finding.what}")
-                lines += [f"           {spot}" for spot in finding.first]
-                lines += [f"           and {more:,} more"] if (more := finding.count - len(finding.first)) else []
+            for group in groups:
+                lines.append(f"{word:<10} {group.count:,} {group.description}")
+                lines += [f"           {issue}" for issue in group.first]
+                lines += [f"           and {more:,} more"] if (more := group.count - len(group.first)) else []
         if not self.mended and not self.left_out:
             lines.append("nothing was mended")
         return [*lines, f"{self.path}: {self.remains.verdict(colour)}"]
@@ -101,32 +108,32 @@ def repair(
     shown: int = 3,
     progress: Progress | None = None,
 ) -> Repaired:
-    """Write what ``settings.path`` names to ``out``, mended, and examine the copy.
+    """Write a fixed copy of ``settings.path`` to ``out``, and examine the copy.
 
     Args:
-        settings: the data.
-        task: what is to be learned; ``auto`` is decided by ``family`` and the columns.
+        settings: of the data.
+        task: to be trained; ``auto`` is decided by ``family`` and the columns.
         out: a new ``.jsonl`` file.
         tokenizer, family, train: as for :func:`lorakeet.data.doctor.examine.examine`, of the copy.
         overwrite: replace ``out`` if it exists.
-        shown: places of each kind that are kept; all are counted.
-        progress: told the rows written so far.
+        shown: issues of each code that are kept; all are counted.
+        progress: called with the number of records read so far.
 
     Raises:
-        DataError: there is no such data, its columns make no rows for the task, its sources cannot stand in one file, or
+        DataError: there is no such data, its columns make no rows for the task, its sources have different columns, or
             nothing would be left.
         OutputError: ``out`` is no ``.jsonl`` file, is a part of the data, or exists.
     """
     out = Path(out)
     check_out(settings, out, overwrite=overwrite)
     sources = find_sources(settings)
-    name, menders = _menders(sources, settings, task, family)
-    _survey(sources, menders, settings, task)
-    copy = _Copy(_other_inputs(sources, settings, name, out), shown)
+    name, fixers = _fixers(sources, settings, task, family)
+    _survey(sources, fixers, settings, task)
+    copy = _Copy(_measured_rows(sources, settings, name, out), shown)
     with write_file(out) as aside:
         with aside.open("wb") as file:
-            for source, row in _rows(sources, settings.limit):
-                if line := copy.line(row, menders[source.name]):
+            for source, record in _rows(sources, settings.limit):
+                if line := copy.line(record, fixers[source.name]):
                     file.write(line)
                 if progress and copy.read % 1000 == 0:
                     progress(copy.read)
@@ -143,7 +150,7 @@ def check_out(settings: DataSettings, out: Path, *, overwrite: bool = False) -> 
     """Refuse an ``out`` that is no new ``.jsonl`` file, or that would become a part of the data; reads nothing.
 
     Raises:
-        OutputError: as said.
+        OutputError: ``out`` is refused.
         DataError: there is no such data.
     """
     if out.suffix.lower() != ".jsonl":
@@ -163,50 +170,48 @@ def check_out(settings: DataSettings, out: Path, *, overwrite: bool = False) -> 
 
 
 class _Copy:
-    """Decides of each record whether it is written, and counts what was done."""
+    """Records of the copy: fixed or left out, and counted."""
 
-    def __init__(self, measured: Repeats, shown: int) -> None:
-        self.mended, self.left_out = Findings(shown), Findings(shown)
+    def __init__(self, measured: RepeatIndex, shown: int) -> None:
+        self.mended, self.left_out = Issues(shown), Issues(shown)
         self.read = self.written = 0
         self._measured = measured
-        self._test = measured.seen()
         self._written: set[int] = set()  # hashes
 
-    def line(self, row: Record, mender: Mender) -> bytes | None:
-        """What is written of ``row``: a line of JSON, or nothing."""
-        source, number = row.location.source, row.location.number
-        self.read += number > 0
-        if row.fault is not None:
-            self.left_out.add(row.fault.code, source, number, row.fault.message)
+    def line(self, record: Record, fixer: RecordFixer) -> bytes | None:
+        """Return the line of JSON to write for a record; None if it is left out."""
+        self.read += record.location.number > 0
+        if record.fault is not None:
+            self.left_out.add(record.fault.code, record.location, record.fault.message, record.fault.hint)
             return None
-        made = mender(row)
-        if reason := self._reason(made, mender.layout):
-            self.left_out.add(reason[0], source, number, reason[1])
+        made = fixer(record)
+        if reason := self._reason(made, find_kind(fixer.layout.kind)):
+            self.left_out.add(reason[0], record.location, reason[1])
             return None
-        for kind, words in made.told.items():
-            self.mended.add(kind, source, number, words)
+        for code, words in made.fixes.items():
+            self.mended.add(code, record.location, words)
         self.written += 1
         return _line(made.values)
 
-    def _reason(self, made: Mended, layout: Layout) -> tuple[str, str] | None:
-        """Why the record is left out, kind and words; None if it is not: what is not certain stays."""
+    def _reason(self, made: FixedRecord, kind: Kind) -> tuple[str, str] | None:
+        """Return code and message of the reason to leave a record out; None if it stays, as every uncertain one does."""
         if made.canonical is None or made.problems.keys() >= {"misspelt_column", "null"}:
             return None
-        if kind := next((kind for kind in _NOTHING if kind in made.problems), None):
-            return kind, made.problems[kind]
-        if (first := self._test.find(made.canonical, layout.kind)) is not None:
-            return "both_sides", "as {}:{}".format(*self._measured.place(first))
-        same = exact_hash(made.canonical, layout.kind)
-        if same in self._written:
+        if code := next((code for code in _NOTHING if code in made.problems), None):
+            return code, made.problems[code]
+        inputs = hash_inputs(made.canonical, kind)
+        if (first := self._measured.find(inputs)) is not None:
+            return "both_sides", f"as {first}"
+        if inputs.exact in self._written:
             return "duplicate", "is in the copy already"
-        self._written.add(same)
+        self._written.add(inputs.exact)
         return None
 
 
-def _menders(
+def _fixers(
     sources: Sequence[DataSource], settings: DataSettings, task: TaskSettings, family: Family | None
-) -> tuple[TaskName, dict[str, Mender]]:
-    """What is learned, and what mends each source by its name."""
+) -> tuple[TaskName, dict[str, RecordFixer]]:
+    """Return the task, and the fixer of each source by its name."""
     name: TaskName = task.type
     layouts: dict[str, Layout] = {}
     for source in sources:
@@ -221,13 +226,13 @@ def _menders(
         _check_alike(first, other)
     cut = settings.learn != "all"
     return name, {
-        source.name: Mender(layouts.get(source.name, first[1]), () if source.format == "csv" else None, cut)
+        source.name: RecordFixer(layouts.get(source.name, first[1]), () if source.format == "csv" else None, cut)
         for source in sources
     }
 
 
 def _check_alike(*named: tuple[str, Layout]) -> None:
-    """Two sources whose rows can stand in one file: each part of a row is in the same column of both."""
+    """Check that the rows of two sources can be in one file: each role is in the same column of both."""
     (first, one), (second, other) = named
     roles = one.columns.keys() | other.columns.keys()
     optional = {role for kind in find_kind(one.kind).roles for role in kind.optional}
@@ -245,46 +250,47 @@ def _check_alike(*named: tuple[str, Layout]) -> None:
 
 
 def _survey(
-    sources: Sequence[DataSource], menders: Mapping[str, Mender], settings: DataSettings, task: TaskSettings
+    sources: Sequence[DataSource], fixers: Mapping[str, RecordFixer], settings: DataSettings, task: TaskSettings
 ) -> None:
-    """The first pass: what only all rows together can tell is given to the ``menders``."""
-    labels = Labels(task.labels)
+    """Make the first pass: set in the ``fixers`` what only all rows together show."""
+    labels = LabelStats(task)
     numbers = {source.name: TypeInference(numbers=True) for source in sources if source.format == "csv"}
-    for source, row in _rows(sources, settings.limit):
-        if row.values is None:
+    for source, record in _rows(sources, settings.limit):
+        if record.values is None:
             continue
-        mender, label = menders[source.name], find_kind(menders[source.name].layout.kind).labels
+        fixer, label = fixers[source.name], find_kind(fixers[source.name].layout.kind).labels
         if source.name in numbers:
-            numbers[source.name].add(row.values)
-        beside = mender.may_be_misspelt(row.values)
-        made = mender(row) if label or beside else None
+            numbers[source.name].add(record.values)
+        beside = fixer.may_be_misspelt(record.values)
+        made = fixer(record) if label or beside else None
         if made and made.canonical and not made.problems.keys() & set(_NOTHING):
-            mender.beside |= beside
+            fixer.beside |= beside
             if label:
-                labels.add(source.name, row.location.number, made.canonical[label])
-    for name, mender in menders.items():
-        mender.labels, mender.names = labels.certain(), labels.counts
+                labels.add(record.location, made.canonical[label])
+    for name, fixer in fixers.items():
+        fixer.labels, fixer.names = labels.certain(), labels.counts
         if name in numbers:
-            mender.numbers = [
+            fixer.numbers = [
                 column for column, types in numbers[name].types().items() if types <= {INT, FLOAT} and types
             ]
 
 
-def _other_inputs(sources: list[DataSource], settings: DataSettings, task: TaskName, out: Path) -> Repeats:
-    """Rows of test and validation files beside the data; an earlier copy is none of them."""
+def _measured_rows(sources: list[DataSource], settings: DataSettings, task: TaskName, out: Path) -> RepeatIndex:
+    """Gather the rows of test and validation files beside the data; an earlier copy is not among them."""
     measured = Repeats()
-    for source, place, values, kind in other_rows(sources, settings, task):
-        if Path(source).resolve() != out.resolve():
-            measured.add(source, place, values, kind)
-    return measured
+    for location, inputs in other_rows(sources, settings, task):
+        if Path(location.source).resolve() != out.resolve():
+            measured.add(inputs)
+            measured.locations.append(location)
+    return measured.index()
 
 
 def _rows(sources: Sequence[DataSource], limit: int | None) -> Iterator[tuple[DataSource, Record]]:
-    return islice(((source, row) for source in sources for row in source.rows()), limit)
+    return islice(((source, record) for source in sources for record in source.rows()), limit)
 
 
 def _line(values: Values) -> bytes:
-    """One line of JSON in UTF-8; of what it cannot hold, no number (NaN) becomes null, and half a character an escape."""
+    """Return one line of JSON in UTF-8. NaN becomes null, and half a character an escape."""
     try:
         text = json.dumps(values, ensure_ascii=False, allow_nan=False, default=str)
     except ValueError:

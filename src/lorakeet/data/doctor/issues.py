@@ -1,4 +1,4 @@
-"""The kinds of problems that data can have, how grave each is, and a counter that keeps the first few of each."""
+"""Issues of data: their codes and severities, and a counter that keeps the first few of each."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lorakeet.data.read.record import Location
+
 Severity = Literal["stops", "warns"]
 
-#: Kind -> how grave it is (``stops``: it would spoil a run), and what it is in words. In the order of a report.
+#: Code -> severity (``stops``: it would spoil a run), and description of many such issues. In the order of a report.
 PROBLEMS: dict[str, tuple[Severity, str]] = {
     "unreadable": ("stops", "sources that cannot be read"),
     "broken": ("stops", "records that cannot be read"),
@@ -35,7 +37,7 @@ PROBLEMS: dict[str, tuple[Severity, str]] = {
     "last_turn": ("warns", "conversations whose last turn is not the assistant's"),
     "empty_turn": ("warns", "conversations with an empty turn"),
     "label_spelling": ("warns", "rows whose label looks like a misspelling of another"),
-    "imbalance": ("warns", "labels ten times rarer than the most frequent one"),
+    "imbalance": ("warns", "uneven labels, at least ten times rarer than the most frequent one"),
     "lost_character": ("warns", "texts that lost characters when they were converted (U+FFFD)"),
     "mojibake": ("warns", "texts that were read in a wrong encoding once"),
     "control": ("warns", "texts with control characters"),
@@ -49,64 +51,92 @@ PROBLEMS: dict[str, tuple[Severity, str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Spot:
-    """One problem: ``place`` counts lines or rows of ``source`` from 1; 0 means the source as a whole."""
+#: Codes that the report of a run shows as figures of its rows, and not as warnings.
+COUNTED = frozenset({"null", "empty", "duplicate", "near_duplicate"})
 
-    source: str
-    place: int
+
+@dataclass(frozen=True)
+class Issue:
+    """Problem of a row or of a whole source.
+
+    Attributes:
+        code: one of :data:`PROBLEMS`.
+        location: of the row.
+        message: a phrase without the location.
+        hint: how to correct it, if known.
+    """
+
+    code: str
+    location: Location
     message: str
+    hint: str | None = None
+
+    @property
+    def severity(self) -> Severity:
+        return PROBLEMS[self.code][0]
 
     def __str__(self) -> str:
-        return f"{self.source}:{self.place}: {self.message}" if self.place else f"{self.source}: {self.message}"
+        return f"{self.location}: {self.message}"
 
 
 @dataclass
-class Finding:
-    """All problems of one kind.
+class IssueGroup:
+    """Issues with the same code.
 
     Attributes:
-        kind: one of :data:`PROBLEMS`.
+        code: one of :data:`PROBLEMS`.
         count: rows that have it (of ``imbalance``: labels).
         first: the first few of them.
     """
 
-    kind: str
+    code: str
     count: int = 0
-    first: list[Spot] = field(default_factory=list)
+    first: list[Issue] = field(default_factory=list)
 
     @property
     def severity(self) -> Severity:
-        return PROBLEMS[self.kind][0]
+        return PROBLEMS[self.code][0]
 
     @property
-    def what(self) -> str:
-        return PROBLEMS[self.kind][1]
+    def description(self) -> str:
+        return PROBLEMS[self.code][1]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        first = [{"source": spot.source, "place": spot.place, "message": spot.message} for spot in self.first]
-        return {"kind": self.kind, "severity": self.severity, "what": self.what, "count": self.count, "first": first}
+        """Return the group for JSON."""
+        first = [
+            {"source": issue.location.source, "place": issue.location.number, "message": issue.message}
+            for issue in self.first
+        ]
+        return {
+            "kind": self.code,
+            "severity": self.severity,
+            "what": self.description,
+            "count": self.count,
+            "first": first,
+        }
 
 
-class Findings:
-    """Counts problems by kind and keeps the first ``shown`` of each kind, however many there are."""
+class Issues:
+    """Counts issues by code and keeps the first ``shown`` of each code."""
 
     def __init__(self, shown: int = 3) -> None:
         self.shown = shown
-        self._found: dict[str, Finding] = {}
+        self._groups: dict[str, IssueGroup] = {}
 
-    def add(self, kind: str, source: str, place: int, message: str) -> None:
-        """Count one problem."""
-        finding = self._found.setdefault(kind, Finding(kind))
-        finding.count += 1
-        if len(finding.first) < self.shown:
-            finding.first.append(Spot(source, place, message))
+    def add(self, code: str, location: Location, message: str, hint: str | None = None) -> None:
+        """Count an issue.
 
-    def count(self, kind: str) -> int:
-        """How many rows have a problem of this kind."""
-        return self._found[kind].count if kind in self._found else 0
+        Args:
+            code: one of :data:`PROBLEMS`.
+            location: of the row.
+            message: a phrase without the location.
+            hint: how to correct it, if known.
+        """
+        group = self._groups.setdefault(code, IssueGroup(code))
+        group.count += 1
+        if len(group.first) < self.shown:
+            group.first.append(Issue(code, location, message, hint))
 
-    def __iter__(self) -> Iterator[Finding]:
-        """What was found, in the order of :data:`PROBLEMS`: what stops a run comes first."""
-        return (self._found[kind] for kind in PROBLEMS if kind in self._found)
+    def __iter__(self) -> Iterator[IssueGroup]:
+        """Iterate over the groups in the order of :data:`PROBLEMS`: those that stop a run come first."""
+        return (self._groups[code] for code in PROBLEMS if code in self._groups)

@@ -1,77 +1,91 @@
-"""The labels of all rows: counted, compared with the given ones and with each other."""
+"""Statistics of the labels of all rows: counts, and comparisons with the given labels and with each other."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
-from lorakeet.data.doctor.issues import Findings, Spot
+from lorakeet.config import TaskSettings
+from lorakeet.data.doctor.issues import Issues
+from lorakeet.data.read.record import Location
+from lorakeet.data.rows.kinds import Kind
 from lorakeet.errors import did_you_mean
 
-_MOST = 1000  # different labels; more are no classes
-_RARE = 10  # a label is rare where another is so many times more frequent
+#: Different labels. More of them are no classes.
+_MOST = 1000
+#: A label is rare where another is this many times more frequent.
+_RARE = 10
 _SEPARATORS = re.compile(r"[\s_-]+")
 
 
-class Labels:
-    """Counts in how many rows each label stands, as they go by; keeps the first few places of each.
+class LabelStats:
+    """Counts of the rows of each label, with the first few locations of each.
 
     Args:
-        given: names of the labels in their order (``task.labels``), or None to find them.
-        tags: they are tags of tokens, of which one is as a rule by far the most frequent.
-        shown: how many places of each label are kept.
+        task: names of the labels in their order, or None to find them; and the problem, where it is given.
+        shown: locations of each label to keep.
     """
 
-    def __init__(self, given: Sequence[str] | None, *, tags: bool = False, shown: int = 3) -> None:
-        self._given = given
-        self._tags = tags
+    def __init__(self, task: TaskSettings, *, shown: int = 3) -> None:
+        self._given = task.labels
+        self._is_regression = task.problem == "regression"
+        self._tags = False  # tags of tokens, one of which is usually by far the most frequent
         self._shown = shown
         self._several = False  # rows with more than one label, or none
         self._too_many = False
         self.counts: dict[Any, int] = {}
-        self._spots: dict[Any, list[Spot]] = {}
+        self._locations: dict[Any, list[Location]] = {}
 
-    def of_tags(self, tags: bool) -> None:
-        """Whether what follows are tags of tokens."""
-        self._tags = tags
+    def begin(self, kind: Kind) -> None:
+        """Set the kind of the rows that follow."""
+        self._tags = kind.name == "tags"
 
-    def add(self, source: str, place: int, label: Any) -> str | None:
-        """Count the label or labels of one row; a complaint if one of them is none of the given ones."""
+    def add(self, location: Location, label: Any) -> str | None:
+        """Count the label or labels of one row; returns a message about one that is not among the given ones."""
         self._several |= isinstance(label, list) and not self._tags
         different = list(dict.fromkeys(label if isinstance(label, list) else [label]))
         for one in different if not self._too_many else ():
             self.counts[one] = self.counts.get(one, 0) + 1
-            spots = self._spots.setdefault(one, [])
-            if len(spots) < self._shown:
-                spots.append(Spot(source, place, ""))
+            locations = self._locations.setdefault(one, [])
+            if len(locations) < self._shown:
+                locations.append(location)
         if len(self.counts) > _MOST:
             self._too_many = True
             self.counts.clear()
-            self._spots.clear()
+            self._locations.clear()
         return next(filter(None, map(self._unknown, different)), None)
 
-    def find(self, found: Findings) -> None:
-        """Add what only all labels together can tell."""
+    def find(self, found: Issues) -> None:
+        """Add the issues that only all labels together show."""
         if self._too_many or len(self.counts) == 0 or any(isinstance(label, float) for label in self.counts):
             return
         if len(self.counts) == 1 and sum(self.counts.values()) > 1 and not self._several:
             [label] = self.counts
-            self._tell(found, "one_label", label, f"every row has the label {label!r}", 1)
+            found.add("one_label", self._locations[label][0], f"every row has the label {label!r}")
         if self._given is None:
             for label, usual in self.misspellings().items():
-                message = f"label {label!r} looks like {usual!r} ({self.counts[usual]:,} rows)"
-                self._tell(found, "label_spelling", label, message, self.counts[label])
+                self._find_misspelling(found, label, usual)
+        if not self._tags and not self._is_regression:
+            self._find_imbalance(found)
+
+    def _find_misspelling(self, found: Issues, label: Any, usual: str) -> None:
+        message = f"label {label!r} looks like {usual!r} ({self.counts[usual]:,} rows)"
+        locations = self._locations[label]
+        for at in range(self.counts[label]):
+            found.add("label_spelling", locations[min(at, len(locations) - 1)], message)
+
+    def _find_imbalance(self, found: Issues) -> None:
         most = max(self.counts, key=lambda label: self.counts[label])
-        for label, count in self.counts.items() if not self._tags else ():
+        for label, count in self.counts.items():
             if _RARE * count <= self.counts[most]:
                 message = f"label {label!r} has {count:,} rows, {most!r} has {self.counts[most]:,}"
-                self._tell(found, "imbalance", label, message, 1)
+                found.add("imbalance", self._locations[label][0], message, "look at macro F1, not at accuracy")
 
     def certain(self) -> dict[str, str]:
-        """Label -> the one that it certainly is, a given one or the most frequent: only case or separators differ.
+        """Return for each misspelt label the label that is certainly meant: only case or separators differ.
 
-        A label of a single letter stands for itself, and so does one that may be any of several given ones.
+        The meant label is a given one or the most frequent. A label of a single letter stands for itself, and so does
+        one that may be any of several given ones.
         """
         names = [label for label in self.counts if isinstance(label, str)]
         alike: dict[str, list[str]] = {}
@@ -86,7 +100,7 @@ class Labels:
         return found
 
     def misspellings(self) -> dict[str, str]:
-        """Label -> the more frequent one that it looks like: other case or separators, or one letter amiss."""
+        """Return for each label the more frequent one that it looks like: other case or separators, or one wrong letter."""
         names = [label for label in self.counts if isinstance(label, str)]
         usual: dict[str, str] = {}
         for label in sorted(names, key=lambda name: -self.counts[name]):
@@ -110,21 +124,16 @@ class Labels:
         hint = did_you_mean(str(label), self._given)
         return f"label {label!r} is none of the {len(self._given)} given" + (f"; {hint}" if hint else "")
 
-    def _tell(self, found: Findings, kind: str, label: Any, message: str, count: int) -> None:
-        for at in range(count):
-            spot = self._spots[label][min(at, len(self._spots[label]) - 1)]
-            found.add(kind, spot.source, spot.place, message)
-
 
 def plain(name: str) -> str:
-    """``name`` without regard to case and to what separates its words."""
+    """Return ``name`` in lower case, with one space between its words."""
     return _SEPARATORS.sub(" ", name.strip().casefold())
 
 
 def slip(one: str, other: str, shortest: int = 4) -> bool:
-    """Whether one letter was left out, added, exchanged, or swapped with its neighbour; digits tell names apart.
+    """Whether one letter was left out, added, exchanged, or swapped with its neighbor.
 
-    Of words with fewer than ``shortest`` letters that is never said.
+    False for words with fewer than ``shortest`` letters, and where a digit differs: digits distinguish names.
     """
     if min(len(one), len(other)) < shortest or abs(len(one) - len(other)) > 1:
         return False

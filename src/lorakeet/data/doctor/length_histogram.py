@@ -1,4 +1,4 @@
-"""How long samples are: four bytes a sample, a histogram for the terminal and one as a picture."""
+"""Lengths of samples, in four bytes a sample, and their histogram, for the terminal and as a picture."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import numpy as np
 
 from lorakeet.files import write_file
 
-_BARS = 12  # at most, in a histogram
-_MOST = 0.995  # share of the samples that a histogram spreads out; its last bar holds all longer ones
+#: Bars of a histogram, at most.
+_BARS = 12
+#: Quantile. The last bar of a histogram holds all longer samples.
+_MOST = 0.995
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar of a histogram: ``count`` samples with lengths from ``first`` up to ``last``, both included."""
+    """Bar of a histogram: ``count`` samples with lengths from ``first`` to ``last``, both included."""
 
     first: int
     last: int
@@ -43,7 +45,7 @@ class Lengths:
         return np.array(self._values, dtype=np.uint32)
 
     def figures(self) -> dict[str, Any]:
-        """Median, 95th percentile, longest, and the histogram; for JSON."""
+        """Return median, 95th percentile, longest and the histogram, for JSON."""
         values = self.values
         if not len(values):
             return {"unit": self.unit, "median": None, "p95": None, "longest": None, "histogram": []}
@@ -56,7 +58,7 @@ class Lengths:
         }
 
     def bars(self) -> list[Bar]:
-        """A histogram of at most a dozen bars of equal, round width; the last one holds all that is longer."""
+        """Return a histogram of at most a dozen bars of equal, round width; the last one includes all longer samples."""
         values = self.values
         if not len(values):
             return []
@@ -69,13 +71,19 @@ class Lengths:
 
 
 def _round_up(number: float) -> int:
-    """The next of 1, 2, 5, 10, 20, 50, ..."""
+    """Return the next of 1, 2, 5, 10, 20, 50, ..."""
     size = 10 ** int(np.floor(np.log10(number)))
     return next(int(step * size) for step in (1, 2, 5, 10) if step * size >= number)
 
 
 def draw_lengths(lengths: Lengths, path: str | Path, max_length: int | None = None, title: str = "") -> None:
-    """The histogram of ``lengths`` as a PNG, with a line where samples are cut, written whole or not at all.
+    """Draw the histogram of ``lengths`` as a PNG, with a line where samples are cut; the file is written atomically.
+
+    Args:
+        lengths: of the samples.
+        path: of the file.
+        max_length: where samples are cut; None: no line.
+        title: of the picture.
 
     Raises:
         OutputError: the folder cannot be written to.

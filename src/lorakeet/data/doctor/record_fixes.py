@@ -1,6 +1,6 @@
-"""What of one record can be mended with certainty, step by step; the rest stays as it was.
+"""Certain fixes of one record, step by step; the rest stays as it was.
 
-| step    | what is mended                                                                                         |
+| step    | fix                                                                                                    |
 |---------|--------------------------------------------------------------------------------------------------------|
 | columns | the name of a column that the record lacks, but for case or a letter, and that no whole record has     |
 | numbers | labels and tags written as strings where the others are numbers, or the other way round; CSV's numbers |
@@ -37,17 +37,17 @@ _WORSE = {kind for kind, (severity, _) in PROBLEMS.items() if severity == "stops
 
 
 @dataclass(frozen=True)
-class Mended:
+class FixedRecord:
     """A record, what it is as a canonical row (None: it is none), what is still wrong with it, and what was mended."""
 
     values: Values
     canonical: Mapping[str, Any] | None
     problems: Problems
-    told: Problems
+    fixes: Problems
 
 
 @dataclass
-class Mender:
+class RecordFixer:
     """Mends the records of one source.
 
     Attributes:
@@ -66,11 +66,11 @@ class Mender:
     labels: Mapping[Any, str] = field(default_factory=dict)
     names: Collection[Any] = ()
 
-    def __call__(self, row: Record) -> Mended:
-        """Mend ``row``, which has no fault."""
+    def __call__(self, row: Record) -> FixedRecord:
+        """Fix ``row``, which has no fault."""
         values: Values = dict(row.values or {})
         canonical, problems = self._diagnosed(row, values)
-        told: Problems = {}
+        fixes: Problems = {}
         for step in (self._columns, self._numbers, self._texts, self._turns, self._labels):
             words: Problems = {}
             after = step(values, words)
@@ -84,13 +84,13 @@ class Mender:
                 refused = canonical is not None and bool(_WORSE & worse)  # a record that made no row hides the others
             if not refused:
                 values, canonical, problems = after, made, left
-                told = {**words, **told}
+                fixes = {**words, **fixes}
         if self._teaches_nothing(canonical, problems):
             problems["nothing_learned"] = "no turn of the assistant"
-        return Mended(values, canonical, problems, told)
+        return FixedRecord(values, canonical, problems, fixes)
 
     def may_be_misspelt(self, values: Mapping[str, Any]) -> set[str]:
-        """Columns of a whole record that would be taken for misspelt ones, did this record not show otherwise."""
+        """Return the columns of a complete record that look misspelt, which this record shows they are not."""
         used = [column for column in self.layout.columns.values() if "." not in column]
         free = values.keys() - used - self.beside
         if not free or not values.keys() >= set(used):
@@ -98,24 +98,24 @@ class Mender:
         return {name for name in free if any(_is_misspelt(name, column) for column in used)}
 
     def _diagnosed(self, row: Record, values: Values) -> tuple[Mapping[str, Any] | None, Problems]:
-        return diagnose(replace(row, values=values), self.layout, typed=self.numbers is None)
+        return diagnose(replace(row, values=values), self.layout, typed=self.numbers is None)[:2]
 
     def _teaches_nothing(self, canonical: Mapping[str, Any] | None, problems: Problems) -> bool:
         if canonical is None or self.layout.kind != "messages" or not self.cut or problems.keys() & {"null", "role"}:
             return False
         return all(turn["role"] != "assistant" for turn in json.loads(canonical["messages"])[canonical["given"] :])
 
-    def _columns(self, values: Values, told: Problems) -> Values:
+    def _columns(self, values: Values, fixes: Problems) -> Values:
         free = values.keys() - set(self.layout.columns.values()) - self.beside
         named: dict[str, str] = {}
         for role, column in self.layout.columns.items():
             meant = [name for name in free if _is_misspelt(name, column)]
             if column not in values and "." not in column and len(meant) == 1:
                 named[meant[0]] = column
-                told["misspelt_column"] = f"column {meant[0]!r} is now {column!r}, the {role}"
+                fixes["misspelt_column"] = f"column {meant[0]!r} is now {column!r}, the {role}"
         return _renamed(values, named)
 
-    def _numbers(self, values: Values, told: Problems) -> Values:
+    def _numbers(self, values: Values, fixes: Problems) -> Values:
         columns, after = self.layout.columns, dict(values)
         counted = {columns.get("label"), columns.get("answer_start")}
         for name in self.numbers or ():
@@ -127,23 +127,23 @@ class Mender:
             kind = self.layout.types[role].base if role in self.layout.types else "str"
             after[column] = _each(values[column], lambda label: self._as_others(label, kind))
             if after[column] != values[column]:
-                told["wrong_type"] = f"column {column!r} holds {after[column]!r:.40} now, written as in the other rows"
+                fixes["wrong_type"] = f"column {column!r} holds {after[column]!r:.40} now, written as in the other rows"
         return after
 
     def _as_others(self, label: Any, kind: str) -> Any:
-        """A label as a number, where the others are, or as a string."""
+        """Convert a label to a number where the others are numbers, or to a string."""
         if isinstance(label, str):
             return _number(label) if kind in ("int", "float") and reads_as(label) in ("int", kind) else label
         is_number = isinstance(label, int) and not isinstance(label, bool)
         return str(label) if is_number and kind == "str" and str(label) in self.names else label
 
-    def _texts(self, values: Values, told: Problems) -> Values:
-        after = {name: _whole(value, told) for name, value in values.items()}
+    def _texts(self, values: Values, fixes: Problems) -> Values:
+        after = {name: _whole(value, fixes) for name, value in values.items()}
         if self.layout.kind == "question":
-            _Answers(self.layout, told).place(values, after)
+            _Answers(self.layout, fixes).place(values, after)
         return after
 
-    def _turns(self, values: Values, told: Problems) -> Values:
+    def _turns(self, values: Values, fixes: Problems) -> Values:
         after = dict(values)
         for role in ("messages", "conversations", "prompt", "completion") if self.layout.kind == "messages" else ():
             column = self.layout.columns.get(role, "")
@@ -152,14 +152,14 @@ class Mender:
             turns = _parsed(value) if is_json else value
             if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
                 continue
-            made = [_turn(_whole(turn, told), told) for turn in turns]
+            made = [_turn(_whole(turn, fixes), fixes) for turn in turns]
             if role != "prompt" and self.cut:
-                made = _ended(made, told)
+                made = _ended(made, fixes)
             if made != turns:
                 after[column] = to_json(made) if is_json else made
         return after
 
-    def _labels(self, values: Values, told: Problems) -> Values:
+    def _labels(self, values: Values, fixes: Problems) -> Values:
         column = self.layout.columns.get(find_kind(self.layout.kind).labels or "label", "")
         value = values.get(column)
         if not self.labels or value is None:
@@ -167,7 +167,7 @@ class Mender:
         words = self.layout.kind == "tags" and isinstance(value, str)  # tags between blanks
         made = _each(value.split() if words else value, self._spelt)
         if made != (value.split() if words else value):
-            told["label_spelling"] = f"label {value!r:.40} is now {made!r:.40}"
+            fixes["label_spelling"] = f"label {value!r:.40} is now {made!r:.40}"
             return {**values, column: " ".join(made) if words else made}
         return values
 
@@ -180,7 +180,7 @@ class _Answers:
     """Puts right where answers begin, in each form in which they are written."""
 
     layout: Layout
-    told: Problems
+    fixes: Problems
 
     def place(self, before: Values, after: Values) -> None:
         """Change ``after``, whose texts are those of ``before`` mended."""
@@ -211,7 +211,7 @@ class _Answers:
         return [self._start(contexts, was, now, start) for was, now, start in zip(old, new, starts, strict=True)]
 
     def _start(self, contexts: tuple[str, str], old: Any, new: Any, start: Any) -> Any:
-        """Where the answer ``new`` begins, which began at ``start`` as ``old``; the same if that is not certain."""
+        """Return the start of the answer ``new``, which was ``old`` at ``start``; ``start`` itself if that is uncertain."""
         before, after = contexts
         if not isinstance(new, str) or not new or not isinstance(start, int) or start < 0:
             return start
@@ -223,7 +223,7 @@ class _Answers:
         if first < 0 or after.find(new, first + 1) >= 0:
             return start
         if not right:
-            self.told["answer_place"] = f"{new!r:.40} stands at {first}, not at {start}"
+            self.fixes["answer_place"] = f"{new!r:.40} stands at {first}, not at {start}"
         return first
 
 
@@ -243,23 +243,23 @@ def _each(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _number(text: Any, exact: bool = False) -> Any:
-    """A field of a CSV file as a number, None where it is empty; ``exact``: only if nothing of the text is lost."""
+    """Convert a field of a CSV file to a number, None where it is empty; ``exact``: only if no character is lost."""
     kind = reads_as(text) if isinstance(text, str) else "str"
     made = None if not kind else int(text) if kind == "int" else float(text) if kind == "float" else text
     return text if exact and made is not None and str(made) != text else made
 
 
-def _whole(value: Any, told: Problems) -> Any:
-    """``value`` with every text in it mended."""
+def _whole(value: Any, fixes: Problems) -> Any:
+    """Fix every text in ``value``."""
     if isinstance(value, str):
         after = mended(value)
         if after != value:
-            told |= {kind: words for kind, words in damages(value).items() if kind not in ("lost_character", *told)}
+            fixes |= {kind: words for kind, words in damages(value).items() if kind not in ("lost_character", *fixes)}
         return after
     if isinstance(value, dict):
-        return {name: _whole(inner, told) for name, inner in value.items()}
+        return {name: _whole(inner, fixes) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_whole(inner, told) for inner in value]
+        return [_whole(inner, fixes) for inner in value]
     return value
 
 
@@ -270,25 +270,25 @@ def _parsed(text: Any) -> Any:
         return None
 
 
-def _turn(turn: Values, told: Problems) -> Values:
-    """A message with the names of its members and its role put right."""
+def _turn(turn: Values, fixes: Problems) -> Values:
+    """Fix the names of the members of a message, and its role."""
     for name, other in (("role", "from"), ("content", "value")):
         if name in turn or other in turn or (name == "content" and turn.get("tool_calls")):
             continue
         meant = {key: wanted for key in turn for wanted in (name, other) if _is_misspelt(key, wanted)}
         if len(meant) == 1:
             turn = _renamed(turn, meant)
-            told["misspelt_column"] = " is now ".join(map(repr, *meant.items()))
+            fixes["misspelt_column"] = " is now ".join(map(repr, *meant.items()))
     key = "role" if "role" in turn else "from"
     said = turn.get(key)
     if isinstance(said, str) and _role_of(turn) not in ROLES and (meant_role := _meant_role(said)):
-        told["role"] = f"role {said!r} is now {meant_role!r}"
+        fixes["role"] = f"role {said!r} is now {meant_role!r}"
         turn = {**turn, key: meant_role}
     return turn
 
 
 def _role_of(turn: Values) -> Any:
-    """The role of a message, as :mod:`~lorakeet.data.rows.conversations` reads it."""
+    """Return the role of a message, as :mod:`~lorakeet.data.rows.conversations` reads it."""
     if "role" in turn or not isinstance(turn.get("from"), str):
         return turn.get("role")
     speaker = turn["from"].lower()
@@ -301,12 +301,12 @@ def _meant_role(said: str) -> str | None:
     return SPEAKERS.get(word) or (near[0] if len(near) == 1 else None)
 
 
-def _ended(turns: list[Values], told: Problems) -> list[Values]:
-    """``turns`` without those that follow the last of the assistant."""
+def _ended(turns: list[Values], fixes: Problems) -> list[Values]:
+    """Drop the turns after the last one of the assistant."""
     roles = [_role_of(turn) for turn in turns]
     if "assistant" not in roles or not set(roles) <= set(ROLES):
         return turns
     end = len(roles) - roles[::-1].index("assistant")
     if end < len(turns):
-        told["last_turn"] = f"{len(turns) - end} after the assistant's last, of the {roles[-1]}"
+        fixes["last_turn"] = f"{len(turns) - end} after the assistant's last, of the {roles[-1]}"
     return turns[:end]

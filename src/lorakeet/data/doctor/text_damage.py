@@ -1,4 +1,4 @@
-"""What goes wrong with the letters of a text on its way through programs: found, and mended where that is certain.
+"""Damage of the characters of a text by conversions: found, and fixed where that is certain.
 
 | damage    | what it is                                                                  | mended by                      |
 |-----------|-----------------------------------------------------------------------------|--------------------------------|
@@ -18,7 +18,7 @@ _HALF = re.compile(r"[\ud800-\udfff]")
 
 
 def _as_byte() -> dict[str, int]:
-    """The characters that a byte from 0x80 on becomes when it is read as Latin-1 or as Windows-1252."""
+    """Map the characters that bytes from 0x80 on become when read as Latin-1 or Windows-1252 to the bytes."""
     table = {chr(byte): byte for byte in range(0x80, 0x100)}
     for byte in range(0x80, 0xA0):
         if sign := bytes([byte]).decode("cp1252", errors="ignore"):
@@ -30,12 +30,12 @@ _BYTE = _as_byte()
 
 
 def _signs(first: int, last: int, without: str = "") -> str:
-    """A character class of what the bytes ``first`` to ``last`` become."""
+    """Build the character class of the bytes ``first`` to ``last``, read as Latin-1 or Windows-1252."""
     return "[" + "".join(re.escape(s) for s, b in _BYTE.items() if first <= b <= last and s not in without) + "]"
 
 
-# UTF-8 is a lead byte and one to three more. Letters that end words in capitals (CAFÉ, SPAß) may well be followed by a
-# quotation mark or a French space; only after Â, Ã and â do these count, where they are far more often damage.
+# UTF-8 is a lead byte and one to three more. Letters that end words in capitals (CAFÉ, SPAß) are often followed by a
+# quotation mark or a French space. These count as damage only after Â, Ã and â, where they usually are.
 _MARKS = "“”‘’‚„‹›«»…–—\xa0\x85\x91\x92\x93\x94\x96\x97"
 _MORE, _SURE = _signs(0x80, 0xBF), _signs(0x80, 0xBF, without=_MARKS)
 _MOJIBAKE = re.compile(
@@ -45,7 +45,7 @@ _RUN = re.compile(_signs(0x80, 0xFF) + "{2,}")
 
 
 def damages(text: str) -> dict[str, str]:
-    """Kind of damage -> what of it is in ``text``, in words for a person. Empty for most texts."""
+    """Find damage in ``text``: code -> message. Empty for most texts."""
     if text.isascii() and text.isprintable():
         return {}
     found = {}
@@ -62,7 +62,7 @@ def damages(text: str) -> dict[str, str]:
 
 
 def mended(text: str) -> str:
-    """``text`` without the damage that can be mended with certainty, as the table above says."""
+    """Return ``text`` with every certain fix of the table above."""
     if text.isascii() and text.isprintable():
         return text
     after = _HALF.sub(LOST, _CONTROL.sub("", mended_mojibake(text)))
@@ -70,7 +70,7 @@ def mended(text: str) -> str:
 
 
 def mended_mojibake(text: str) -> str:
-    """``text`` with each garbled sequence as the letter that its bytes are in UTF-8, however often it was garbled."""
+    """Decode each garbled sequence of ``text`` to the letter that its bytes are in UTF-8, however often it was garbled."""
     while _garbled(text):
         text = _RUN.sub(lambda run: _letter(run[0]) or _MOJIBAKE.sub(_letter_or_same, run[0]), text)
     return text
@@ -86,7 +86,7 @@ def _garbled(text: str) -> tuple[str, str] | None:
 
 
 def _letter(garbled: str) -> str | None:
-    """What the bytes are in UTF-8; None where they are none, so that every repair can be taken back exactly."""
+    """Decode the bytes as UTF-8; None where they are not UTF-8, so that every fix can be undone exactly."""
     try:
         return bytes(_BYTE[sign] for sign in garbled).decode()
     except UnicodeDecodeError:

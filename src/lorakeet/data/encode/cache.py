@@ -1,9 +1,10 @@
-"""Rows to samples of token ids, kept for the next run."""
+"""Samples of rows, cached on disk for the next run."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,66 +13,89 @@ import pyarrow
 import tokenizers
 
 from lorakeet.data.encode.encoder import Encoder
+from lorakeet.data.encode.make import cannot_encode
+from lorakeet.data.read.record import Fault
+from lorakeet.data.rows.load import Rows
 from lorakeet.files import cache_home, write_file
 from lorakeet.log import info, warn
 
-_FORMAT = 2  # raise it when the same rows and tokenizer give other columns than before
+#: Number of the format of cached samples; raise it when the same rows and tokenizer give other columns than before.
+_FORMAT = 3
 
 
-def tokenize(rows: datasets.Dataset, content: str, encoder: Encoder) -> datasets.Dataset:
-    """The samples that ``encoder`` makes of ``rows``, in their order (:mod:`lorakeet.data.encode.encoder` says which columns).
+def tokenize(rows: Rows, content: str, encoder: Encoder) -> datasets.Dataset:
+    """Encode ``rows``, or read their samples from the cache; :mod:`lorakeet.data.encode.encoder` lists the columns.
 
-    The result is kept below :func:`lorakeet.files.cache_home`, and used again for the same ``content`` (a hash of the
-    rows), tokenizer and settings of the encoder.
+    The cache is below :func:`lorakeet.files.cache_home`. Its key is ``content``, the tokenizer and the encoder's settings.
+
+    Args:
+        rows: canonical columns and locations.
+        content: hash of the rows.
+        encoder: makes the samples.
+
+    Returns:
+        The samples in the order of their rows.
+
+    Raises:
+        DataError: rows that cannot be samples.
     """
-    name = _cache_name(content, encoder)
-    if name is None:
+    key = _cache_key(content, encoder)
+    if key is None:
         return _encode(rows, encoder)
-    kept = cache_home() / "datasets" / "tokens" / f"{name}.arrow"
-    if tokens := _read_again(kept, len(rows)):
-        info(f"data: tokens read again from {kept}")
+    path = cache_home() / "datasets" / "tokens" / f"{key}.arrow"
+    if tokens := _read_cached(path, len(rows)):
+        info(f"data: tokens read again from {path}")
         return tokens
     try:
-        with write_file(kept) as aside:
-            _encode(rows, encoder, name, aside)
-        return datasets.Dataset.from_file(str(kept))
+        with write_file(path) as aside:
+            _encode(rows, encoder, key, aside)
+        return datasets.Dataset.from_file(str(path))
     except OSError as error:  # a full disk, a cache that belongs to somebody else
         warn(f"the tokens are not kept for the next run: {str(error).partition(chr(10))[0]}")
-        return _encode(rows, encoder, name)
+        return _encode(rows, encoder, key)
 
 
-def _read_again(kept: Path, count: int) -> datasets.Dataset | None:
-    """The tokens kept in an earlier run, if they are there and whole."""
+def _read_cached(path: Path, count: int) -> datasets.Dataset | None:
+    """Read the samples of an earlier run; None if there are none, or not of all rows."""
     try:
-        tokens = datasets.Dataset.from_file(str(kept)) if kept.exists() else None
+        tokens = datasets.Dataset.from_file(str(path)) if path.exists() else None
     except (pyarrow.ArrowException, OSError):
         return None
     return tokens if tokens is not None and len(tokens) and tokens[-1]["row"] == count - 1 else None
 
 
-def _encode(
-    rows: datasets.Dataset, encoder: Encoder, name: str | None = None, path: Path | None = None
-) -> datasets.Dataset:
-    return rows.map(
-        encoder,
+def _encode(rows: Rows, encoder: Encoder, key: str | None = None, path: Path | None = None) -> datasets.Dataset:
+    """Encode ``rows``, into the file ``path`` where one is given; raises an error that lists the faults."""
+    faults: list[tuple[int, Fault]] = []
+
+    def encode(batch: Mapping[str, list[Any]], numbers: Sequence[int]) -> dict[str, list[Any]]:
+        encoded = encoder(batch, numbers)
+        faults.extend(encoded.faults)
+        return encoded.columns
+
+    tokens = rows.data.map(
+        encode,
         batched=True,
         with_indices=True,
-        remove_columns=rows.column_names,
+        remove_columns=rows.data.column_names,
         features=encoder.features(),
         cache_file_name=str(path) if path else None,
         load_from_cache_file=False,
-        new_fingerprint=name,  # left out, datasets would pickle the tokenizer to make one
-        desc="tokenising",
+        new_fingerprint=key,  # without it, datasets would pickle the tokenizer to compute one
+        desc="tokenizing",
     )
+    if faults:
+        raise cannot_encode([(rows.locations[row], fault) for row, fault in faults], rows.description)
+    return tokens
 
 
-def _cache_name(content: str, encoder: Encoder) -> str | None:
-    """What the tokens depend on, as a name; None for a tokenizer that cannot be written down (one in pure Python)."""
+def _cache_key(content: str, encoder: Encoder) -> str | None:
+    """Return a hash of everything that shapes the samples; None for a slow tokenizer, which cannot be serialized."""
     tokenizer: Any = encoder.tokenizer
     if not getattr(tokenizer, "is_fast", False):
         return None
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules.pop("truncation", None)  # whatever the last caller wanted: both are set anew for each call
+    rules.pop("truncation", None)  # left over from the last call: both are set anew for each
     rules.pop("padding", None)
     parts = [
         _FORMAT,

@@ -1,52 +1,87 @@
-"""What a sample is, and what all encoders of rows have in common.
+"""Samples and the base class of the encoders that make them from rows.
 
-Every sample has
+Columns of a sample:
 
-| column      | holds                                                                                          |
+| column      | contents                                                                                       |
 |-------------|------------------------------------------------------------------------------------------------|
 | `input_ids` | int32 [length]                                                                                 |
-| `labels`    | what is learned, where it is not `input_ids` itself: for a causal model int32 [length], -100    |
-|             | where nothing is learned; else as the task has it                                              |
+| `labels`    | targets, where they are not `input_ids` itself; for a causal model int32 [length], -100 outside |
+|             | the loss; otherwise as the task defines them                                                   |
 | `length`    | tokens, of the longest part where there are several                                            |
-| `targets`   | learned tokens (labels, where a task has no tokens to learn); 0: nothing can be learned        |
-| `lost`      | learned tokens that were cut away                                                              |
-| `cut`       | whether it was cut to ``max_length``                                                           |
-| `ended`     | whether its end token is learned                                                               |
-| `fault`     | why the row cannot be a sample at all; null as a rule                                          |
-| `row`       | number of the row that it was made of                                                          |
+| `targets`   | tokens in the loss (labels, for a task without target tokens); 0: the sample is left out       |
+| `lost`      | targets that were cut away                                                                     |
+| `cut`       | whether the sample was cut to ``max_length``                                                   |
+| `ended`     | whether its end token is in the loss                                                           |
+| `row`       | number of the row that the sample was made from                                                |
 
-and what the model takes besides, such as `token_type_ids`.
+Further inputs of the model, such as `token_type_ids`, have columns of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 
+from lorakeet.data.read.record import Fault
 from lorakeet.ignore_index import IGNORE_INDEX
 
 Batch = Mapping[str, list[Any]]
 Sample = dict[str, Any]
 
+#: Type of a column of token ids: int32 [length].
 IDS = datasets.List(datasets.Value("int32"))
-_FLAGS = {
+_COUNTS = {
     "length": datasets.Value("int32"),
     "targets": datasets.Value("int32"),
     "lost": datasets.Value("int32"),
     "cut": datasets.Value("bool"),
     "ended": datasets.Value("bool"),
-    "fault": datasets.Value("string"),
-    "row": datasets.Value("int64"),
 }
-_EMPTY: Sample = {"length": 0, "targets": 0, "lost": 0, "cut": False, "ended": False, "fault": None}
+_NUMBER = {"row": datasets.Value("int64")}
+_DEFAULTS: Sample = {"lost": 0, "cut": False, "ended": False}
+
+
+class Encoded(NamedTuple):
+    """Samples of a batch, and the rows of it that cannot be samples.
+
+    Attributes:
+        columns: the samples by column.
+        faults: number of the row, and its fault.
+    """
+
+    columns: dict[str, list[Any]]
+    faults: list[tuple[int, Fault]]
+
+
+class Shortened(NamedTuple):
+    """Encoded text, or pair of texts, of at most ``max_length`` tokens.
+
+    Attributes:
+        batch: the output of the tokenizer in which it stands.
+        at: its index there.
+        whole: tokens before it was cut.
+    """
+
+    batch: Any
+    at: int
+    whole: int
+
+    def column(self, name: str) -> list[Any]:
+        """Return one column of the tokenizer's output, such as ``input_ids`` [length]."""
+        return list(self.batch[name][self.at])
+
+    def counts(self) -> Sample:
+        """Return the columns ``length`` and ``cut``, and the length of the whole."""
+        length = len(self.batch["input_ids"][self.at])
+        return {"length": length, "whole": self.whole, "cut": length < self.whole}
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns a batch of canonical rows into samples. Subclasses say which columns these have, and make them.
+    """Makes samples from batches of canonical rows. Subclasses name the columns and fill them.
 
     Attributes:
         tokenizer: of ``transformers``.
@@ -56,55 +91,71 @@ class Encoder:
     tokenizer: Any
     max_length: int
 
-    def __call__(self, batch: Batch, rows: Sequence[int]) -> dict[str, list[Any]]:
-        """The samples of a batch by column; ``rows``: the number of each row."""
-        features = self.features()
-        blank: dict[str, Any] = {
-            name: [] if isinstance(kind, datasets.List) else 0 for name, kind in self.model_columns().items()
-        }
-        samples = [{**blank, **_EMPTY, **sample, "row": rows[at]} for at, sample in self.samples(batch)]
-        return {name: [sample[name] for sample in samples] for name in features}
+    def __call__(self, batch: Batch, rows: Sequence[int]) -> Encoded:
+        """Encode a batch of rows.
 
-    def samples(self, batch: Batch) -> Iterator[tuple[int, Sample]]:
-        """Number of the row within the batch, and a sample of it; a row may give several."""
+        Args:
+            batch: canonical columns, equally long.
+            rows: number of each row in the data set.
+        """
+        columns: dict[str, list[Any]] = {name: [] for name in self.features()}
+        faults = []
+        for at, sample in self.samples(batch):
+            if isinstance(sample, Fault):
+                faults.append((rows[at], sample))
+                continue
+            sample["row"] = rows[at]
+            for name, column in columns.items():
+                column.append(sample[name] if name in sample else _DEFAULTS[name])
+        return Encoded(columns, faults)
+
+    def samples(self, batch: Batch) -> Iterator[tuple[int, Sample | Fault]]:
+        """Yield the number of a row within the batch, and a sample of it or its fault; a row may give several samples.
+
+        Besides its columns, a sample may have ``whole``: the tokens before it was cut, where that is not ``length``.
+        """
         raise NotImplementedError
 
     def model_columns(self) -> dict[str, Any]:
-        """The columns that the model takes, with their types."""
+        """Return the columns that the model takes, with their types."""
         return {"input_ids": IDS}
 
     def features(self) -> datasets.Features:
-        """All columns of a sample with their types."""
-        return datasets.Features({**self.model_columns(), **_FLAGS})
+        """Return all columns of a sample with their types."""
+        return datasets.Features({**self.model_columns(), **_COUNTS, **_NUMBER})
 
     def settings(self) -> list[Any]:
-        """What the samples depend on besides the rows and the tokenizer's own rules, for the name of a cache."""
+        """Return the settings that shape the samples, besides the tokenizer's own: part of the name of a cache."""
         return [type(self).__name__, self.max_length]
 
     def tokens(self, texts: Sequence[str], **options: Any) -> Any:
-        """Ids of whole texts, never cut; the tokenizer's word on their length is not wanted."""
+        """Tokenize texts without cutting them, and without the tokenizer's warning about their length."""
+        options = {"return_attention_mask": False, "return_token_type_ids": False, **options}
         return self.tokenizer(list(texts), padding=False, truncation=False, verbose=False, **options)
 
-    def shortened(self, length: int, *texts: Sequence[Any], **options: Any) -> Any:
-        """Encoded texts (or pairs of them) of at most ``length`` tokens, special tokens kept; and which were cut."""
-        settings = {"padding": False, "verbose": False, **options}
-        encoded = self.tokenizer(*texts, truncation=True, max_length=length, **settings)
-        full = [number for number, ids in enumerate(encoded["input_ids"]) if len(ids) >= length]
-        cut = [False] * len(encoded["input_ids"])
-        if full:  # exactly as long, or cut?
-            some = [[text[number] for number in full] for text in texts]
-            whole = self.tokenizer(*some, truncation=False, **settings)["input_ids"]
-            for number, ids in zip(full, whole, strict=True):
-                cut[number] = len(ids) > length
-        return encoded, cut
+    def shortened(self, *texts: Sequence[Any], **options: Any) -> list[Shortened]:
+        """Tokenize texts, or pairs of them, and cut them to ``max_length`` tokens; special tokens are kept.
+
+        Only texts that are too long are tokenized twice.
+        """
+        options = {"padding": False, "verbose": False, "return_attention_mask": False, **options}
+        whole = self.tokenizer(*map(list, texts), truncation=False, **options)
+        made = [Shortened(whole, at, len(ids)) for at, ids in enumerate(whole["input_ids"])]
+        long = [at for at, encoding in enumerate(made) if encoding.whole > self.max_length]
+        if long:
+            some = [[text[at] for at in long] for text in texts]
+            cut = self.tokenizer(*some, truncation=True, max_length=self.max_length, **options)
+            for number, at in enumerate(long):
+                made[at] = Shortened(cut, number, made[at].whole)
+        return made
 
 
 @dataclass(frozen=True)
 class CausalEncoder(Encoder):
-    """Samples of a model that writes: ids, and which of them are learned.
+    """Samples of a causal model: token ids, and which of them are in the loss.
 
     Attributes:
-        learn_all: every token is learned, and there are no labels.
+        learn_all: every token is in the loss, and there are no labels.
     """
 
     learn_all: bool
@@ -115,19 +166,27 @@ class CausalEncoder(Encoder):
     def settings(self) -> list[Any]:
         return [*super().settings(), self.learn_all, self.tokenizer.eos_token_id]
 
-    def sample(self, ids: Sequence[int], learned: Sequence[bool]) -> Sample:
-        """A sample cut to ``max_length``; the first token is never a target, since nothing stands before it."""
-        most = self.max_length
-        learned = [True] * len(ids) if self.learn_all else learned
-        targets = sum(learned[1:most])
+    def sample(self, ids: list[int], in_loss: Sequence[bool] = ()) -> Sample:
+        """Build a sample, cut to ``max_length``. The first token is never a target: nothing precedes it.
+
+        Args:
+            ids: token ids, whole.
+            in_loss: whether each of them is in the loss; unused with ``learn_all``.
+        """
+        most, whole = self.max_length, len(ids)
+        kept = ids[:most] if whole > most else ids
+        wanted = max(whole - 1, 0) if self.learn_all else sum(in_loss[1:])
+        targets = max(len(kept) - 1, 0) if self.learn_all else sum(in_loss[1:most])
         sample = {
-            "input_ids": list(ids[:most]),
-            "length": len(ids[:most]),
+            "input_ids": kept,
+            "length": len(kept),
+            "whole": whole,
             "targets": targets,
-            "lost": sum(learned[1:]) - targets,
-            "cut": len(ids) > most,
+            "lost": wanted - targets,
+            "cut": whole > most,
         }
-        if self.learn_all:
-            return sample
-        labels = [token if flag else IGNORE_INDEX for token, flag in zip(ids, learned, strict=True)]
-        return {**sample, "labels": labels[:most]}
+        if not self.learn_all:
+            sample["labels"] = [
+                token if flag else IGNORE_INDEX for token, flag in zip(kept, in_loss[:most], strict=True)
+            ]
+        return sample

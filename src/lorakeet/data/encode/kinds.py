@@ -22,15 +22,13 @@ from typing import Any
 
 from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data.encode.chat import chat_encoder
+from lorakeet.data.encode.classification import ClassificationEncoder
 from lorakeet.data.encode.encoder import Encoder
-from lorakeet.data.encode.tasks import (
-    ClassEncoder,
-    MaskedEncoder,
-    PairEncoder,
-    QuestionEncoder,
-    TagEncoder,
-    TranslationEncoder,
-)
+from lorakeet.data.encode.masked import MaskedEncoder
+from lorakeet.data.encode.pairs import PairEncoder
+from lorakeet.data.encode.question import QuestionEncoder
+from lorakeet.data.encode.seq2seq import Seq2SeqEncoder
+from lorakeet.data.encode.tagging import TaggingEncoder
 from lorakeet.data.encode.text import CompletionEncoder, TextEncoder
 from lorakeet.data.read.column_types import INT, INT_LIST, STR_LIST, ColumnTypes
 from lorakeet.data.rows import normalize
@@ -63,15 +61,15 @@ def _masked(layout: Layout, task: TaskSettings, settings: DataSettings, tokenize
 
 
 def _classes(layout: Layout, task: TaskSettings, settings: DataSettings, tokenizer: Any, labels: Any) -> Encoder:
-    return ClassEncoder(tokenizer, settings.max_length, _known(labels), "text_pair" in layout.columns)
+    return ClassificationEncoder(tokenizer, settings.max_length, _known(labels), "text_pair" in layout.columns)
 
 
 def _tags(layout: Layout, task: TaskSettings, settings: DataSettings, tokenizer: Any, labels: Any) -> Encoder:
-    return TagEncoder(tokenizer, settings.max_length, _known(labels))
+    return TaggingEncoder(tokenizer, settings.max_length, _known(labels))
 
 
 def _translation(layout: Layout, task: TaskSettings, settings: DataSettings, tokenizer: Any, labels: Any) -> Encoder:
-    return TranslationEncoder(tokenizer, settings.max_length)
+    return Seq2SeqEncoder(tokenizer, settings.max_length)
 
 
 def _question(layout: Layout, task: TaskSettings, settings: DataSettings, tokenizer: Any, labels: Any) -> Encoder:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data.encode.encoder import Encoder
+from lorakeet.data.read.record import Fault, Location
 from lorakeet.data.rows.kinds import Layout, find_kind
 from lorakeet.data.rows.label_set import LabelSet
 from lorakeet.errors import DataError
+
+#: Rows that cannot be samples and are written out in an error; further ones are counted.
+_SHOWN = 3
 
 
 def make_encoder(
@@ -35,12 +39,9 @@ def make_encoder(
     return encoder
 
 
-def complaint(faults: Iterable[tuple[object, str]], source: str, shown: int = 3) -> DataError:
-    """One error for all rows that cannot be samples: ``faults`` are their places and what is wrong."""
-    told = [
-        (f"{place}: {sentence}", hint) for place, fault in faults for sentence, _, hint in [fault.partition("\nhint: ")]
-    ]
-    more = f"; and {len(told) - shown:,} more" if len(told) > shown else ""
-    sentences = "; ".join(sentence for sentence, _ in told[:shown])
-    hint = next((hint for _, hint in told if hint), None)
-    return DataError(f"{len(told):,} row{'s' * (len(told) > 1)} of {source} cannot be learned: {sentences}{more}", hint)
+def cannot_encode(faults: Sequence[tuple[Location | str, Fault]], source: str) -> DataError:
+    """Return one error for all rows that cannot be samples, given by location and fault."""
+    more = f"; and {len(faults) - _SHOWN:,} more" if len(faults) > _SHOWN else ""
+    shown = "; ".join(f"{location}: {fault.message}" for location, fault in faults[:_SHOWN])
+    hint = next((fault.hint for _, fault in faults if fault.hint), None)
+    return DataError(f"{len(faults):,} row{'s' * (len(faults) > 1)} of {source} cannot be learned: {shown}{more}", hint)

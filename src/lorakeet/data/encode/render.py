@@ -1,4 +1,4 @@
-"""One sample as a person can read it: what the model is given, and what it learns to write."""
+"""Rendering of a sample as text: the input of the model, and which parts of it are targets."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from lorakeet.config import TaskName
 from lorakeet.ignore_index import IGNORE_INDEX
 
 _LEARNED, _GIVEN, _PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # a text must not steer the terminal; tab and line feed may pass
+_CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f]"
+)  # a text must not control the terminal; tab and line feed are harmless
 
 
 def show_sample(
     tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int] | None = None, *, colour: bool = False
 ) -> str:
-    """The decoded sample, special tokens included, with ``⟦ ⟧`` around what is not learned, and a legend below.
+    """Decode a sample, special tokens included, with ``⟦ ⟧`` around tokens outside the loss, and a legend below.
 
-    The first token is never learned, whatever its label: nothing stands before it that it could be predicted from.
+    The first token is never a target, whatever its label: no token precedes it.
 
     Args:
         tokenizer: the one that made ``input_ids``.
         input_ids: token ids of one sample [length].
-        labels: the targets [length], -100 where nothing is learned; left out: every token is one.
-        colour: use ANSI colours (green: learned, dim: not) in place of the brackets.
+        labels: the targets [length], -100 outside the loss; None: every token is a target.
+        colour: use ANSI colors in place of the brackets: green in the loss, dim outside.
     """
     learned = [at > 0 and (labels is None or labels[at] != IGNORE_INDEX) for at in range(len(input_ids))]
     before, after = (_GIVEN, _PLAIN) if colour else ("⟦", "⟧")
@@ -51,14 +53,14 @@ def describe_sample(
     *,
     colour: bool = False,
 ) -> str:
-    """A sample of any task for a person: the decoded text, and what is to be learned from it.
+    """Render a sample of any task: the decoded text, and its targets.
 
     Args:
         tokenizer: the one that made the sample.
         sample: its columns, as the model gets them.
-        task: what is learned.
+        task: that the sample is for.
         names: of the classes or tags, by number.
-        colour: use ANSI colours in place of signs.
+        colour: use ANSI colors in place of signs.
     """
     ids = sample["input_ids"]
     if task == "CAUSAL_LM":
@@ -85,7 +87,7 @@ def _marked(text: str, colour: bool, signs: str = "  ") -> str:
 def _tagged(
     tokenizer: Any, ids: Sequence[int], labels: Sequence[int], names: Sequence[str] | None, colour: bool
 ) -> str:
-    """Each word with its tag behind its first token."""
+    """Render each word with its tag after its first token."""
     shown = ""
     for at, label in enumerate(labels):
         shown += _decoded(tokenizer, ids[: at + 1])[len(_decoded(tokenizer, ids[:at])) :]

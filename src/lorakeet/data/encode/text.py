@@ -1,4 +1,4 @@
-"""Plain texts, and prompts with their completions, to samples."""
+"""Encoders of plain texts, and of prompts with their completions."""
 
 from __future__ import annotations
 
@@ -7,43 +7,44 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakeet.data.encode.encoder import Batch, CausalEncoder, Sample
+from lorakeet.data.read.record import Fault
 
 
 @dataclass(frozen=True)
 class TextEncoder(CausalEncoder):
-    """A text with the special tokens of its tokenizer, and the end token after it; a text that is cut has no end."""
+    """A text with the special tokens of its tokenizer and the end token after it. A text that is cut has no end."""
 
-    def samples(self, batch: Batch) -> Iterator[tuple[int, Sample]]:
+    def samples(self, batch: Batch) -> Iterator[tuple[int, Sample | Fault]]:
         end = self.tokenizer.eos_token_id
         for number, ids in enumerate(self.tokens(batch["text"])["input_ids"]):
             ids = with_end(ids, end)
-            sample = self.sample(ids, [True] * len(ids))
-            yield number, {**sample, "ended": not sample["cut"] and end is not None and ids[-1:] == [end]}
+            sample = self.sample(ids, () if self.learn_all else [True] * len(ids))
+            sample["ended"] = not sample["cut"] and end is not None and ids[-1:] == [end]
+            yield number, sample
 
 
 @dataclass(frozen=True)
 class CompletionEncoder(CausalEncoder):
-    """A prompt, what is to be written after it, and the end token.
+    """A prompt, the completion to be written after it, and the end token.
 
-    The two are tokenised apart: so no token reaches across their border, and the prompt becomes the very tokens that
-    generation makes of it. A tokenizer that puts a space before every text must not put one into the middle of a sample:
-    there the completion is tokenised behind a line feed, whose tokens are dropped.
+    Both are tokenized apart. So no token crosses their border, and the prompt has the same tokens as in generation.
+    Some tokenizers put a space before every text, which must not appear in the middle of a sample. There the completion
+    is tokenized after a line feed, whose tokens are dropped.
     """
 
-    def samples(self, batch: Batch) -> Iterator[tuple[int, Sample]]:
+    def samples(self, batch: Batch) -> Iterator[tuple[int, Sample | Fault]]:
         end = self.tokenizer.eos_token_id
         prompts = self.prompts(batch["prompt"])
         for number, (prompt, completion) in enumerate(zip(prompts, self.completions(batch["completion"]), strict=True)):
             written = with_end(completion, end)
-            ids = [*prompt, *written]
-            sample = self.sample(ids, [False] * len(prompt) + [True] * len(written))
+            sample = self.sample([*prompt, *written], [False] * len(prompt) + [True] * len(written))
             yield number, {**sample, "ended": not sample["cut"] and end is not None}
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of the prompts, as generation has them.
+        """Return the ids of the prompts, as generation has them.
 
-        One that begins with a start token gets no second one; the end token that some tokenizers put after any text is
-        left out.
+        A prompt that begins with a start token gets no second one. An end token that the tokenizer puts after every
+        text is left out.
         """
         first, last = self.tokenizer.bos_token or "\0", self.tokenizer.eos_token or "\0"
         made = []
@@ -54,12 +55,12 @@ class CompletionEncoder(CausalEncoder):
         return made
 
     def completions(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts that go on another one."""
-        if not _puts_a_space(self.tokenizer):
+        """Return the ids of texts that continue another text."""
+        if not _adds_space(self.tokenizer):
             return list(self.tokens(texts, add_special_tokens=False)["input_ids"])
-        behind = self.tokens([f"\n{text}" for text in texts], add_special_tokens=False, return_offsets_mapping=True)
+        after_feed = self.tokens([f"\n{text}" for text in texts], add_special_tokens=False, return_offsets_mapping=True)
         made = []
-        for text, ids, offsets in zip(texts, behind["input_ids"], behind["offset_mapping"], strict=True):
+        for text, ids, offsets in zip(texts, after_feed["input_ids"], after_feed["offset_mapping"], strict=True):
             count = sum(end <= 1 for _, end in offsets)  # tokens of the line feed
             apart = all(start >= 1 for start, _ in offsets[count:])
             made.append(ids[count:] if apart else self.tokens([text], add_special_tokens=False)["input_ids"][0])
@@ -67,21 +68,21 @@ class CompletionEncoder(CausalEncoder):
 
 
 def with_end(ids: Sequence[int], end: int | None) -> list[int]:
-    """``ids`` and the end token, unless it stands there already, or there is none."""
-    return [*ids] if end is None or list(ids[-1:]) == [end] else [*ids, end]
+    """Append the end token to ``ids``, unless they end with it already or there is none."""
+    return [*ids] if end is None or (len(ids) and ids[-1] == end) else [*ids, end]
 
 
 def without_end(ids: Sequence[int], end: int | None) -> list[int]:
-    """``ids`` without the end tokens at their end."""
+    """Return ``ids`` without the end tokens at their end."""
     count = len(ids)
     while count and ids[count - 1] == end:
         count -= 1
     return list(ids[:count])
 
 
-def _puts_a_space(tokenizer: Any) -> bool:
-    """Whether a word at the beginning of a text becomes the token of a word behind a space."""
+def _adds_space(tokenizer: Any) -> bool:
+    """Whether a word at the beginning of a text becomes the token of a word after a space."""
     if not getattr(tokenizer, "is_fast", False):
         return False
-    alone, feed, behind = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "\n", "\na"))
-    return bool(behind != [*feed, *alone])
+    alone, feed, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", "\n", "\na"))
+    return bool(after != [*feed, *alone])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -24,29 +24,33 @@ def content(row: Mapping[str, Any], kind: str) -> str:
     return "\n".join(" ".join(value) if isinstance(value, list) else value or "" for value in values)
 
 
-def contents(rows: datasets.Dataset, kind: str) -> list[str]:
-    """Return the :func:`content` of each row."""
-    columns = find_kind(kind).content_columns()
-    if columns == ["text"]:
-        return list(rows["text"][:])
-    wanted = [name for name in columns if name in rows.column_names]
-    return [content(row, kind) for row in _rows(rows.select_columns(wanted).iter(1000))]
+class ContentHash:
+    """SHA-256 of rows in their order, labels included; of the texts themselves, where there is nothing else.
 
+    Args:
+        columns: of the rows.
+    """
 
-def rows_hash(rows: datasets.Dataset) -> str:
-    """Return a hash of the rows, labels included; of the texts themselves, where there is nothing else."""
-    if rows.column_names == ["text"]:
-        return content_hash(rows["text"][:])
-    batches = rows.iter(1000)
-    return content_hash(json.dumps(row, sort_keys=True, ensure_ascii=False) for row in _rows(batches))
+    def __init__(self, columns: Sequence[str]) -> None:
+        self._only_text = list(columns) == ["text"]
+        self._digest = hashlib.sha256()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add a row."""
+        text = row["text"] if self._only_text else json.dumps(row, sort_keys=True, ensure_ascii=False)
+        data = text.encode()
+        self._digest.update(b"%d:" % len(data) + data)
+
+    def hexdigest(self) -> str:
+        """Return the hash of the rows so far, in hexadecimal."""
+        return self._digest.hexdigest()
 
 
 def content_hash(texts: Iterable[str]) -> str:
-    """Return SHA-256 over ``texts`` in their order, each with its length, in hexadecimal."""
-    digest = hashlib.sha256()
+    """Return the :class:`ContentHash` of rows of text alone."""
+    digest = ContentHash(["text"])
     for text in texts:
-        data = text.encode()
-        digest.update(b"%d:" % len(data) + data)
+        digest.add({"text": text})
     return digest.hexdigest()
 
 

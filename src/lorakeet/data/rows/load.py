@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow
 
 from lorakeet.config import DataSettings, TaskName
@@ -46,7 +48,16 @@ class Rows:
     def select(self, numbers: Iterable[int]) -> Rows:
         """Return the rows with these ``numbers``, in that order."""
         numbers = list(numbers)
-        return replace(self, data=self.data.select(numbers), locations=self.locations.select(numbers))
+        return replace(self, data=select(self.data, numbers), locations=self.locations.select(numbers))
+
+
+def select(data: datasets.Dataset, numbers: Sequence[int] | np.ndarray) -> datasets.Dataset:
+    """Return the rows with these ``numbers``, in that order, without the pickling that ``data.select`` alone does."""
+    chosen = np.asarray(numbers, dtype=np.int64)
+    if len(chosen) == len(data) and np.array_equal(chosen, np.arange(len(data))):
+        return data
+    name = hashlib.sha256(data._fingerprint.encode() + chosen.tobytes()).hexdigest()[:32]
+    return data.select(chosen, new_fingerprint=name)
 
 
 def read_rows(settings: DataSettings, task: TaskName = "CAUSAL_LM", *, seed: int = 0) -> Rows:
@@ -70,7 +81,7 @@ def read_rows(settings: DataSettings, task: TaskName = "CAUSAL_LM", *, seed: int
     if faults := [fault for part in parts for fault in part.faults]:
         raise faults_error(faults)
     layout = merge_layouts({part.source.name: part.layout for part in parts if part.layout is not None})
-    description = describe(settings, [(part.source, part.layout) for part in parts if part.layout is not None])
+    description = describe_sources(settings, [(part.source, part.layout) for part in parts if part.layout is not None])
     if unused := list(dict.fromkeys(label for part in parts for label in part.labels)):
         description += f"; {task} leaves {', '.join(map(repr, unused))} unused"
     locations = Locations()
@@ -93,7 +104,7 @@ def peek(settings: DataSettings) -> Mapping[str, ColumnTypes]:
     return find_sources(settings)[0].head_types()
 
 
-def describe(settings: DataSettings, found: Sequence[tuple[DataSource, Layout]]) -> str:
+def describe_sources(settings: DataSettings, found: Sequence[tuple[DataSource, Layout]]) -> str:
     """What was read and how it was understood, e.g. ``quotes.csv (csv), text in column 'quote'``."""
     formats = " and ".join(sorted({source.format for source, _ in found}))
     files = f"{len(found)} files, {formats}" if len(found) > 1 else formats

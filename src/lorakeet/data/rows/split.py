@@ -42,9 +42,28 @@ def split_texts(
     Raises:
         DataError: a part is to be held out of fewer than two distinct texts.
     """
-    rows: dict[bytes, list[int]] = {}  # by content; the texts themselves need not stay in memory
-    for number, text in enumerate(texts):
-        rows.setdefault(hashlib.sha256(normalized(text).encode()).digest(), []).append(number)
+    return split_digests(
+        (hashlib.sha256(normalized(text).encode()).digest() for text in texts), fraction, seed, classes
+    )
+
+
+def split_digests(
+    digests: Iterable[bytes], fraction: float, seed: int, classes: Sequence[Iterable[str]] | None = None
+) -> Split:
+    """Split as :func:`split_texts` does, by the SHA-256 of each normalized text.
+
+    Args:
+        digests: of the texts, in the order of the rows.
+        fraction: share of the distinct texts to hold out.
+        seed: chooses them.
+        classes: names of the classes of each row.
+
+    Raises:
+        DataError: a part is to be held out of fewer than two distinct texts.
+    """
+    rows: dict[bytes, list[int]] = {}
+    for number, digest in enumerate(digests):
+        rows.setdefault(digest, []).append(number)
     count = max(1, round(fraction * len(rows))) if fraction > 0 else 0
     if count and len(rows) < 2:
         raise DataError(

@@ -28,7 +28,7 @@ from lorakeet.data.read.source import DataSource, find_sources
 from lorakeet.data.rows.column_mapping import find_layout, merge_layouts
 from lorakeet.data.rows.content import content
 from lorakeet.data.rows.kinds import Layout, RowError, canonical, find_kind
-from lorakeet.data.rows.load import Rows, describe
+from lorakeet.data.rows.load import Rows, describe_sources
 from lorakeet.data.rows.mixing import shares
 from lorakeet.data.rows.split import normalized
 from lorakeet.log import warn
@@ -115,7 +115,7 @@ def held_out_rows(settings: DataSettings, task: TaskName, seed: int) -> Rows:
 
 
 def _described(settings: DataSettings, laid: Sequence[Laid]) -> str:
-    return f"{describe(settings, [(item.source, item.layout) for item in laid])}, streamed"
+    return f"{describe_sources(settings, [(item.source, item.layout) for item in laid])}, streamed"
 
 
 def lay_out(settings: DataSettings, task: TaskName) -> tuple[list[Laid], Layout]:
