@@ -21,7 +21,9 @@ class Split:
 
 def normalized(text: str) -> str:
     """Return ``text`` without differences of white space, case and ways to encode a letter (NFKC)."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    if not text.isascii():  # of ASCII, NFKC is the text itself
+        text = unicodedata.normalize("NFKC", text)
+    return " ".join(text.casefold().split())
 
 
 def split_texts(
