@@ -81,4 +81,4 @@ def test_rows_are_such(page: Path, tmp_path: Path) -> None:
     for row in shown:
         path = write_rows(tmp_path / "row.jsonl", [row])
         found = examine(DataSettings(path=str(path)), TaskSettings(type=task))
-        assert not {finding.kind for finding in found.findings} - {"one_label"} and found.usable == 1, (row, found)
+        assert not {group.code for group in found.issues} - {"one_label"} and found.usable == 1, (row, found)

@@ -195,6 +195,15 @@ def test_columns_named_by_hand_tell_the_task(tmp_path):
     assert run.choose(make_run(tree), run.inspect_model(make_run(tree).base)).type == "SEQ_CLS"
 
 
+def test_data_is_not_opened_for_the_task_of_a_decoder(tmp_path):
+    """A decoder has one task, whatever the columns: the file that is not there would raise an error."""
+    tree = {
+        "base": {"model": str(save_tiny(tmp_path / "llama", "llama"))},
+        "data": {"path": str(tmp_path / "none.jsonl")},
+    }
+    assert run.choose(make_run(tree), run.inspect_model(make_run(tree).base)).type == "CAUSAL_LM"
+
+
 # ---- refused, and nothing written -----------------------------------------------------------------------------------
 
 

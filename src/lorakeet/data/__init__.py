@@ -1,15 +1,16 @@
-"""Data: from a file, a folder or a hub data set to checked, tokenised, collated batches.
+"""Data: from a file, a folder or a hub data set to checked, tokenized, collated batches.
 
-Read it in this order:
+Five steps, each with the modules of its room in reading order:
 
-- :mod:`~lorakeet.data.read.locate`: where the data is;
-- :mod:`~lorakeet.data.read.formats` and :mod:`~lorakeet.data.read.fortune`: each file format to rows;
-- :mod:`~lorakeet.data.rows.load`: rows with one column of text (:func:`read_rows`);
-- :mod:`~lorakeet.data.rows.split`: the held-out part, by content;
-- :mod:`~lorakeet.data.encode.cache`: token ids with an end token, kept for the next run;
-- :mod:`~lorakeet.data.prepare`: all of it at once, with a report (:func:`prepare`);
-- :mod:`~lorakeet.data.collate`: batches, padding masked by position (:class:`PaddingCollator`);
-- :mod:`~lorakeet.data.encode.render`: what of a sample is learned (:func:`show_sample`).
+1. ``read``, bytes to records with a location: ``locate``, ``formats``, ``text_formats``, ``fortune``, ``table_formats``,
+   ``hub``, ``source``; ``record`` and ``column_types`` are what they return.
+2. ``rows``, records to canonical rows of one kind: ``kinds``, ``column_mapping``, ``normalize``, ``values``,
+   ``conversations``, ``load``, ``stream``, ``mixing``, ``content``, ``split``, ``label_set``.
+3. ``encode``, rows to token ids and labels: ``encoder``, ``kinds``, ``make``, ``text``, ``chat``, ``classification``,
+   ``tagging``, ``seq2seq``, ``pairs``, ``masked``, ``question``, ``cache``, ``render``.
+4. ``doctor``, the issues of rows: ``issues``, ``checks``, ``text_damage``, ``duplicates``, ``leakage``, ``label_stats``,
+   ``token_stats``, ``length_histogram``, ``examine``, ``diagnosis``; ``record_fixes`` and ``fix`` correct them.
+5. Samples for a run: ``prepare``, ``prepare_stream``, ``prepared``, ``prepare_report``, and ``collate`` for batches.
 """
 
 from __future__ import annotations

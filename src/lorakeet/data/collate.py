@@ -1,7 +1,7 @@
-"""Samples of different lengths to one padded batch, for each task.
+"""Collators: samples of different lengths to one padded batch, for each task.
 
-What is padding is known by position, never by token id: where the padding token is also the end token, the end of each
-sample is still learned. Random numbers come from torch's own generator.
+Padding is known by position, never by token id: where the padding token is also the end token, the end of each sample
+is still in the loss. Random numbers come from torch's own generator.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from lorakeet.ignore_index import IGNORE_INDEX
 Samples = Sequence[Mapping[str, Any]]
 Collator = Callable[[list[Any]], Any]
 
-_DRAWS = 1000  # of gaps, until a batch has one
+_DRAWS = 1000  # attempts to choose masked positions, until a batch has one
 
 
 @dataclass(frozen=True)
 class PaddingCollator:
-    """Pads on the right to the longest sample of a batch.
+    """Collator that pads on the right to the longest sample of a batch.
 
     Args:
-        pad_token_id: any id of the vocabulary; nothing is learned from it and nothing attends to it.
+        pad_token_id: any id of the vocabulary; it is not in the loss and no token attends to it.
     """
 
     pad_token_id: int
 
     def __call__(self, samples: Samples) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask`` and ``labels``, each int64 [batch, longest].
+        """Return ``input_ids``, ``attention_mask`` and ``labels``, each int64 [batch, longest].
 
-        A sample has ``input_ids`` and may have ``labels`` of the same length (-100: not learned); without them, every
+        A sample has ``input_ids`` and may have ``labels`` of the same length (-100: not in the loss); without them, every
         token is its own label. Other columns are left out. A causal model shifts the labels itself.
 
         Raises:
@@ -60,7 +60,7 @@ class PaddingCollator:
 
 @dataclass(frozen=True)
 class PairsCollator:
-    """Texts that belong together as blocks of their own, each padded on the right to its own longest text.
+    """Collator of texts that belong together: one block for each part, padded on the right to its longest text.
 
     A batch has ``input_ids`` and ``attention_mask`` of the anchors, ``positive_input_ids`` and ``positive_attention_mask``,
     and, where the samples have ``negative_ids``, the same of these: each int64 [batch, longest].
@@ -83,7 +83,7 @@ class PairsCollator:
 
 @dataclass(frozen=True)
 class OnlyColumns:
-    """A collator of ``transformers``, given only the columns that its model takes."""
+    """Collator of ``transformers`` that gets only the columns that its model takes."""
 
     inner: Collator
     columns: tuple[str, ...]
@@ -95,8 +95,10 @@ class OnlyColumns:
 
 @dataclass(frozen=True)
 class MaskingCollator:
-    """Gaps to be filled: of the chosen tokens 80 % become the mask, 10 % a random token, and 10 % stay (Devlin et al. 2018,
-    arXiv:1810.04805, section 3.1). Choices are made anew until a batch has a gap: without one it has no loss.
+    """Collator of masked positions (Devlin et al. 2018, arXiv:1810.04805, section 3.1).
+
+    Of the chosen tokens 80 % become the mask, 10 % a random token, and 10 % stay. Choices are made anew until a batch has
+    a masked position: without one it has no loss.
 
     Args:
         tokenizer: has a mask token.
@@ -109,10 +111,10 @@ class MaskingCollator:
     whole_word: bool = False
 
     def __call__(self, samples: Samples) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask`` and ``labels`` (-100 where nothing is to be guessed): int64 [batch, longest]."""
+        """Return ``input_ids``, ``attention_mask`` and ``labels`` (-100 where not masked): int64 [batch, longest]."""
         texts = [torch.as_tensor(sample["input_ids"], dtype=torch.int64) for sample in samples]
         mask = padded([torch.ones_like(ids) for ids in texts], 0)
-        choose = self._gaps_of_words if self.whole_word else self._gaps_of_tokens
+        choose = self._mask_words if self.whole_word else self._mask_tokens
         for _ in range(_DRAWS):
             ids, labels = choose(padded(texts, self.tokenizer.pad_token_id), samples)
             labels = labels.where(mask.bool(), IGNORE_INDEX)
@@ -120,26 +122,26 @@ class MaskingCollator:
                 return {"input_ids": ids, "attention_mask": mask, "labels": labels}
         raise DataError("a batch has no token that could be guessed", "leave out texts of special tokens only")
 
-    def _gaps_of_tokens(self, ids: Tensor, _: Samples) -> tuple[Tensor, Tensor]:
+    def _mask_tokens(self, ids: Tensor, _: Samples) -> tuple[Tensor, Tensor]:
         inner = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=self.probability)
         return inner.torch_mask_tokens(ids)
 
-    def _gaps_of_words(self, ids: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
+    def _mask_words(self, ids: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
         words = padded([torch.as_tensor(sample["words"], dtype=torch.int64) for sample in samples], -1)
         chosen = torch.rand(len(words), max(int(words.max()), 0) + 1) < self.probability  # [batch, words]
-        gaps = chosen.gather(1, words.clamp(min=0)) & words.ge(0)
-        labels = ids.where(gaps, IGNORE_INDEX)
+        masked = chosen.gather(1, words.clamp(min=0)) & words.ge(0)
+        labels = ids.where(masked, IGNORE_INDEX)
         dice = torch.rand(ids.shape)
         anything = torch.randint(len(self.tokenizer), ids.shape)
-        ids = ids.where(~(gaps & dice.lt(0.8)), self.tokenizer.mask_token_id)
-        return ids.where(~(gaps & dice.ge(0.9)), anything), labels
+        ids = ids.where(~(masked & dice.lt(0.8)), self.tokenizer.mask_token_id)
+        return ids.where(~(masked & dice.ge(0.9)), anything), labels
 
 
 def make_collator(task: TaskSettings, tokenizer: Any, model: Any = None) -> Collator:
-    """The collator of a concrete task: samples to what its model takes, as tensors on the CPU.
+    """Make the collator of a concrete task: samples to the inputs of its model, as tensors on the CPU.
 
     Args:
-        task: what is learned.
+        task: with a concrete ``type``.
         tokenizer: knows the padding token; where nothing but our own collators is needed, any token may pad.
         model: of SEQ_2_SEQ_LM; makes the decoder's input of the labels.
 
@@ -151,7 +153,7 @@ def make_collator(task: TaskSettings, tokenizer: Any, model: Any = None) -> Coll
         raise BaseModelError(f"the tokenizer of {tokenizer.name_or_path} has no padding token and no end token")
     if task.type == "MASKED_LM" and tokenizer.mask_token_id is None:
         raise BaseModelError(
-            f"the tokenizer of {tokenizer.name_or_path} has no mask token, so no gaps can be filled",
+            f"the tokenizer of {tokenizer.name_or_path} has no mask token, so no token can be masked",
             "use an encoder such as BERT, or another task",
         )
     inputs = ("input_ids", "token_type_ids")
@@ -170,7 +172,7 @@ def make_collator(task: TaskSettings, tokenizer: Any, model: Any = None) -> Coll
 
 
 def padded(rows: Sequence[Tensor], filling: int) -> Tensor:
-    """One tensor [rows, longest] of ``rows`` [length], filled up on the right."""
+    """Return one tensor [rows, longest] of ``rows`` [length], padded on the right with ``filling``."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=filling)
 
 

@@ -33,7 +33,7 @@ from lorakeet.data.rows.content import usable
 from lorakeet.data.rows.kinds import find_kind
 from lorakeet.data.rows.label_set import given_labels
 from lorakeet.data.rows.load import Rows
-from lorakeet.data.rows.stream import LOCATION, held_out_rows, lay_out, stream_rows
+from lorakeet.data.rows.stream import LOCATION, held_out_rows, map_sources, stream_rows
 from lorakeet.errors import DataError
 from lorakeet.log import warn
 
@@ -115,11 +115,11 @@ def _check(settings: DataSettings, task: TaskSettings) -> tuple[int, int]:
     Raises:
         DataError: something would spoil the run.
     """
-    laid, _ = lay_out(settings, task.type)
-    found = examine_heads([(item.source, item.layout) for item in laid], task, settings=settings, most=_CHECKED)
+    mapped, _ = map_sources(settings, task.type)
+    found = examine_heads([(item.source, item.layout) for item in mapped], task, settings=settings, most=_CHECKED)
     among = f" among the first {found.rows:,} rows"
     later: tuple[str, ...] = _LOGGED_LATER
-    if found.count("one_label") and found.rows >= _CHECKED // len(laid):  # else no source has more
+    if found.count("one_label") and found.rows >= _CHECKED // len(mapped):  # else no source has more
         later = (*later, "one_label")
         warn(
             f"the first {found.rows:,} rows all have the label {next(iter(found.labels))!r}: a stream is shuffled within "

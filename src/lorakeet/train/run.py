@@ -122,7 +122,9 @@ def choose(config: RunConfig, prospect: ModelInfo) -> TaskSettings:
         raise ConfigError("data.stream reads without knowing the end, and train.steps is not set", "give --steps")
     name = config.task.type
     if name == "auto":
-        name = choose_task(family(prospect.config), peek(config.data), config.data.columns)
+        architecture = family(prospect.config)
+        types = peek(config.data) if architecture == "encoder" else {}  # only then do the columns decide
+        name = choose_task(architecture, types, config.data.columns)
     check_task(name, prospect.config, prospect.name)
     return config.task.model_copy(update={"type": name})
 

@@ -1,4 +1,4 @@
-"""Each file format recognised and read record by record; what is broken is told with its line, and the rest is read."""
+"""Each file format is recognised and read record by record; a broken record has a fault, and the rest is read."""
 
 from __future__ import annotations
 

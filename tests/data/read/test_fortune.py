@@ -1,4 +1,4 @@
-"""Fortune files: what is kept as written, what is cleaned, and the real file of some 12,000 quotations."""
+"""Fortune files: text kept as written, text that is cleaned, and the real file of some 12,000 quotations."""
 
 from __future__ import annotations
 

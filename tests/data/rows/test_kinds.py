@@ -74,7 +74,7 @@ def test_a_new_kind_needs_one_registration(put: Put, byte_tokenizer: PreTrainedT
     assert rows.layout.kind == "preference" and list(rows.data)[:20] == RECORDS
     found = examine(data, task)
     assert (found.kind, found.rows, found.usable) == ("preference", 22, 20)
-    assert {finding.kind for finding in found.findings} == {"empty", "null"}
+    assert {group.code for group in found.issues} == {"empty", "null"}
     prepared = prepare(data, task, byte_tokenizer, seed=0)
     held_out = prepared.held_out
     assert prepared.report.kind == "preference" and held_out is not None and len(held_out) >= 1
@@ -90,7 +90,7 @@ def test_a_new_kind_is_checked_like_the_others(put: Put) -> None:
     bad = [{**RECORDS[0], "rejected": "caf\u00c3\u00a9"}, {**RECORDS[1], "chosen": 7}, RECORDS[3]]
     path = put("a.jsonl", jsonl(*RECORDS, *bad))
     found = examine(DataSettings(path=str(path)), TaskSettings(type="CAUSAL_LM"))
-    assert {finding.kind: finding.count for finding in found.findings} == {
+    assert {group.code: group.count for group in found.issues} == {
         "mojibake": 1, "wrong_type": 1, "duplicate": 1,
     }  # fmt: skip
     with pytest.raises(DataError, match=r"line 22: column 'chosen' holds int"):

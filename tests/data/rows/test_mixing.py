@@ -1,4 +1,4 @@
-"""Several sources in given shares: which rows are drawn, and what is said about the rest."""
+"""Several sources in given shares: which rows are drawn, and the message about the rest."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def _rows_of(batch: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
 
 
 def examine_heads(
-    laid: Sequence[tuple[DataSource, Layout]],
+    mapped: Sequence[tuple[DataSource, Layout]],
     task: TaskSettings,
     *,
     settings: DataSettings,
@@ -168,7 +168,7 @@ def examine_heads(
     A number written as a string is not an issue here: every row is read by the types that the beginnings show.
 
     Args:
-        laid: each source, and which of its columns plays which role.
+        mapped: each source, and which of its columns plays which role.
         task: with a concrete ``type``.
         settings: of the data.
         most: rows of all sources together; at least twenty of each.
@@ -176,13 +176,13 @@ def examine_heads(
     """
     examiner = Examiner(settings, task, shown=shown)
     left = math.inf if settings.limit is None or settings.weights else settings.limit
-    for source, layout in laid:
+    for source, layout in mapped:
         examiner.begin(layout, task.type, typed=False)
-        count = int(min(max(most // len(laid), 20), left - examiner.rows))
+        count = int(min(max(most // len(mapped), 20), left - examiner.rows))
         for row in islice(source.rows(set(layout.columns.values())), count):
             examiner.read(row, layout)
     examiner.finish()
-    return examiner.examination(task.type, {"": laid[0][1]}, [], TrainSettings())
+    return examiner.examination(task.type, {"": mapped[0][1]}, [], TrainSettings())
 
 
 class Examiner:

@@ -1,4 +1,4 @@
-"""File formats: which one a file has, and its records one at a time.
+"""File formats: recognize the format of a file, and read its records one at a time.
 
 | format  | suffix                 | records                                                                          |
 |---------|------------------------|----------------------------------------------------------------------------------|
@@ -10,8 +10,8 @@
 | text    | .txt .text .md         | paragraphs between blank lines; without any blank line, one a line               |
 | fortune | none, or any of text's | quotations between lines of a single ``%`` (:mod:`lorakeet.data.read.fortune`)        |
 
-The readers of text are in :mod:`lorakeet.data.read.text_formats`, those of tables in :mod:`lorakeet.data.read.table_formats`. A text file may
-be compressed (``.jsonl.gz``).
+The readers of text are in :mod:`~lorakeet.data.read.text_formats`, those of tables in
+:mod:`~lorakeet.data.read.table_formats`. A text file may be compressed (``.jsonl.gz``).
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ SUFFIXES = {
     ".md": "text",
 }
 _MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}  # the last: an arrow stream
-_HEAD = 1 << 20  # bytes that are looked at to recognise a format
+_PREVIEW_BYTES = 1 << 20  # bytes that a format is recognised by
 
 
 def suffix(path: Path) -> str:
-    """What the name of ``path`` ends with, in small letters, without regard to compression."""
+    """Return the suffix of ``path`` in lower case, without that of compression."""
     plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path
     return plain.suffix.lower()
 
 
 def recognize(path: Path) -> str:
-    """The format of ``path``: by suffix, but ``%`` lines make any text a fortune file; without a suffix, by content.
+    """Return the format of ``path``: by suffix, else by content. ``%`` lines make any text a fortune file.
 
     Raises:
         OSError: the file cannot be read.
@@ -57,11 +57,11 @@ def recognize(path: Path) -> str:
     if known not in (None, "text"):
         return known
     with open_plain(path) as file:
-        head = file.read(_HEAD)
+        preview = file.read(_PREVIEW_BYTES)
     for mark, format in _MAGIC.items():
-        if head.startswith(mark):
+        if preview.startswith(mark):
             return format
-    text = head.decode("utf-8", errors="replace").removeprefix("\ufeff")
+    text = preview.decode("utf-8", errors="replace").removeprefix("\ufeff")
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if DELIMITER.search(text):
         return "fortune"
@@ -81,7 +81,7 @@ def read_file(
         path: the file.
         format: one of the formats above, or ``auto``.
         split: the list to take from a JSON file of several.
-        columns: the only columns that are needed; formats that cannot leave out any give all of them.
+        columns: the columns that are needed; formats that cannot skip a column give all of them.
     """
     source, empty = str(path), True
     unit: Unit = "line"

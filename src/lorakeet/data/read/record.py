@@ -1,4 +1,4 @@
-"""One record of a source as it was found: its location, its values, and its fault if it cannot be read."""
+"""Record of a source as it was found: its location, its values, and its fault if it cannot be read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Unit = Literal["line", "row"]
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a record is; as text, ``quotes.jsonl:12``.
+    """Location of a record; as text, ``quotes.jsonl:12``.
 
     Attributes:
         source: The file, or the data set of the hub.
@@ -97,7 +97,7 @@ class Locations(Sequence[Location]):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is wrong with a record, a row or a whole source.
+    """Fault of a record, a row or a whole source.
 
     Attributes:
         code: Name of the problem, one of the doctor's (:data:`lorakeet.data.doctor.issues.PROBLEMS`): ``unreadable`` (the
@@ -122,7 +122,7 @@ class FaultError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record of a source.
+    """Record of a source.
 
     Attributes:
         location: Where it is.

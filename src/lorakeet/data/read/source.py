@@ -1,6 +1,6 @@
-"""Reading one record at a time, in constant memory, from whatever ``data.path`` names.
+"""Sources of records: the files and hub data sets that ``data.path`` names, read one record at a time.
 
-Read it after :mod:`~lorakeet.data.read.locate` (where the data is) and :mod:`~lorakeet.data.read.formats` (what a file holds).
+Read it after :mod:`~lorakeet.data.read.locate` and :mod:`~lorakeet.data.read.formats`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from lorakeet.data.read.record import FaultError, Location, Record, faults_error
 from lorakeet.data.read.table_formats import TABLE_READERS, table_schema
 from lorakeet.errors import DataError
 
-_HEAD = 1000  # records whose values tell the types of a file without a schema, where it is not read whole
+_FIRST = 1000  # records whose values decide the types of a file without a schema, where it is not read whole
 _SHARE = 0.2  # of the values of a column that must be of a type for it to be one that the column holds
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """One file, or one data set of the hub.
+    """A file, or a data set of the hub.
 
     Attributes:
         name: the file's path, or the name on the hub.
@@ -52,7 +52,7 @@ class DataSource:
     subset: str | None = None
 
     def rows(self, columns: Collection[str] | None = None) -> Iterator[Record]:
-        """The records one at a time; of a table, only the ``columns``, if given.
+        """Yield the records; of a table, only the ``columns``, if given.
 
         Raises:
             DataError: the hub data set cannot be read. A file that cannot be read is a row with a fault.
@@ -71,7 +71,7 @@ class DataSource:
             yield Record(Location(self.name, number, "row"), record)
 
     def schema(self) -> dict[str, ColumnTypes] | None:
-        """Columns and their types, if the source knows them without being read; a fault shows when it is read."""
+        """Return columns and their types by the schema, if the source has one; a fault shows when it is read."""
         try:
             if self.format == "hub":
                 features = hub_table(self.name, self.subset, self.split).features
@@ -82,8 +82,8 @@ class DataSource:
             pass
         return None
 
-    def head_types(self, count: int = _HEAD) -> Mapping[str, ColumnTypes]:
-        """Columns and their types: by the schema, else by the first ``count`` records.
+    def head_types(self, count: int = _FIRST) -> Mapping[str, ColumnTypes]:
+        """Return columns and their types: by the schema, else by the first ``count`` records.
 
         Raises:
             DataError: none of these records can be read.
@@ -123,7 +123,7 @@ def _usual(counts: Mapping[ColumnType, int], numbers: bool) -> ColumnTypes:
 
 
 def find_sources(settings: DataSettings) -> list[DataSource]:
-    """Every file and hub data set that ``settings.path`` names, in its order; the files of a folder by name.
+    """Return every file and hub data set that ``settings.path`` names, in its order; the files of a folder by name.
 
     Raises:
         DataError: one of the paths names nothing, or a folder holds no data.
@@ -149,7 +149,7 @@ def _format(path: Path, settings: DataSettings) -> str:
 
 
 def iter_rows(settings: DataSettings) -> Iterator[Record]:
-    """Every record of ``settings.path``, the broken ones with their fault; the first ``settings.limit`` of them.
+    """Yield the first ``settings.limit`` records of ``settings.path``, the broken ones with their fault.
 
     Raises:
         DataError: a path names nothing (no file, no folder, no data set of the hub).

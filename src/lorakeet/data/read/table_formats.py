@@ -1,4 +1,4 @@
-"""Readers of tables, files that know the types of their columns: parquet and arrow, a batch of rows at a time."""
+"""Readers of tables with a schema, parquet and arrow, a batch of rows at a time."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _BUFFER = 1 << 20  # bytes of a column that are read at once; without it, all of
 
 
 def table_schema(path: Path, format: str) -> pyarrow.Schema:
-    """The schema of the file ``path``.
+    """Return the schema of the file ``path``.
 
     Raises:
         FaultError: it is not of that ``format``.
     """
-    with _said(format):
+    with _as_faults(format):
         if format == "parquet":
             with pyarrow.parquet.ParquetFile(path) as file:
                 return file.schema_arrow
@@ -32,15 +32,15 @@ def table_schema(path: Path, format: str) -> pyarrow.Schema:
 
 
 def read_parquet(path: Path, columns: Collection[str] | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Number and values of each row of a parquet file; only of ``columns``, if given."""
-    with _said("parquet"), pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+    """Yield number and values of each row of a parquet file; only of ``columns``, if given."""
+    with _as_faults("parquet"), pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
         batches = file.iter_batches(_BATCH, columns=outer_columns(columns, file.schema_arrow.names))
         yield from enumerate(_rows(batches, file.schema_arrow), start=1)
 
 
 def read_arrow(path: Path, columns: Collection[str] | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Number and values of each row of an arrow file or stream; only of ``columns``, if given."""
-    with _said("arrow"), pyarrow.OSFile(str(path)) as source:
+    """Yield number and values of each row of an arrow file or stream; only of ``columns``, if given."""
+    with _as_faults("arrow"), pyarrow.OSFile(str(path)) as source:
         reader = _open_arrow(source)
         kept = outer_columns(columns, reader.schema.names)
         batches = (batch.select(kept) for batch in _batches(reader))
@@ -68,14 +68,14 @@ def _rows(batches: Iterator[pyarrow.RecordBatch], schema: pyarrow.Schema) -> Ite
 
 
 @contextmanager
-def _said(format: str) -> Iterator[None]:
+def _as_faults(format: str) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:
         raise FaultError("broken", f"cannot be read as {format}: {str(error).strip().splitlines()[0]}") from None
 
 
-#: Readers by format; each takes the file and the columns that are needed, if not all.
+#: Reader of each format; it takes the file and the columns that are needed, if not all.
 TABLE_READERS: dict[str, Callable[[Path, Collection[str] | None], Iterator[tuple[int, Mapping[str, Any]]]]] = {
     "parquet": read_parquet,
     "arrow": read_arrow,

@@ -1,7 +1,7 @@
-"""Readers of text files: each yields place and record of one file, or place and fault, in constant memory.
+"""Readers of text files: each yields number and values, or number and fault, of the records of one file.
 
-Text is UTF-8, with or without a byte order mark; every other encoding is a fault, never a guess. Lines end as on any
-system. Only a ``.json`` file is read whole.
+They run in constant memory; only a ``.json`` file is read whole. Text is UTF-8, with or without a byte order mark; every
+other encoding is a fault, never a guess. Lines end as on any system.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import IO, Any
 from lorakeet.data.read.fortune import is_rotated, parse_fortunes
 from lorakeet.data.read.record import Fault, FaultError
 
-#: Place of a record, and what it holds by column or what is wrong with it.
+#: Number of a record, and its values by column or its fault.
 Read = tuple[int, Mapping[str, Any] | Fault]
 
 _LONGEST_FIELD = 1 << 26  # characters of a CSV field; a longer one comes of a quotation mark that is never closed
@@ -28,12 +28,12 @@ _AS_JSON = 'each line must be one object, e.g. {"text": "…"}'
 
 
 def open_plain(path: Path) -> IO[bytes]:
-    """``path``, opened to read its bytes, unpacked if its name ends in ``.gz``."""
+    """Open ``path`` to read its bytes, unpacked if its name ends in ``.gz``."""
     return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of ``path``, each with its ``\\n``; a byte that is not UTF-8 becomes a half character (:func:`encoding_fault`).
+    """Yield the lines of ``path`` with their ``\\n``; other bytes than UTF-8 become half characters (:func:`encoding_fault`).
 
     Raises:
         Fault: it is UTF-16.
@@ -47,7 +47,7 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def encoding_fault(text: str, path: Path) -> Fault | None:
-    """What shows that ``text``, read from ``path``, is not the UTF-8 text that it should be."""
+    """Return the fault of a ``text`` read from ``path`` that is not UTF-8 text; None if it is."""
     if "\0" in text:
         return Fault("encoding", "a zero byte, expected UTF-8 text", "is this a text file at all?")
     if text.isascii():
@@ -114,7 +114,7 @@ def _json(path: Path, split: str) -> Iterator[Read]:
 
 
 def _only_list(value: Any, split: str) -> list[Any]:
-    """The list of records in the value of a JSON file: the value itself, its member ``split`` or its only list."""
+    """Return the list of records in a JSON file: the whole value, its member ``split`` or its only list."""
     if isinstance(value, dict):
         lists = {name: inner for name, inner in value.items() if isinstance(inner, list)}
         if split not in lists and len(lists) != 1:
@@ -126,7 +126,7 @@ def _only_list(value: Any, split: str) -> list[Any]:
 
 
 class _Records:
-    """Makes a record of each JSON value of a file: all of them objects, or all of them strings."""
+    """Converter of the JSON values of a file to records: all of them objects, or all of them strings."""
 
     def __init__(self) -> None:
         self._texts: bool | None = None
@@ -159,7 +159,7 @@ def _csv(path: Path, split: str) -> Iterator[Read]:
 
 
 def _next_fields(reader: Any) -> list[str] | Fault | None:
-    """The next record of a CSV reader; None at the end. A text may well be longer than the 128 KiB that csv allows."""
+    """Return the next record of a CSV reader; None at the end. A text may be longer than the 128 KiB that csv allows."""
     limit = csv.field_size_limit(_LONGEST_FIELD)
     try:
         return next(reader, None)
@@ -220,7 +220,7 @@ def _fortune(path: Path, split: str) -> Iterator[Read]:
         yield item.line, encoding_fault(item.text, path) or {"text": item.text, "author": item.author}
 
 
-#: Readers by format; each takes the file and the list to take from a JSON file of several.
+#: Reader of each format; it takes the file, and which list to take from a JSON file of several.
 TEXT_READERS: dict[str, Callable[[Path, str], Iterator[Read]]] = {
     "json": _json,
     "jsonl": _jsonl,

@@ -32,8 +32,8 @@ def find_layout(types: Types, settings: DataSettings, task: TaskName, source: st
         source: Name of the source, for messages.
 
     Raises:
-        DataError: ``data.columns`` names a role or a column that does not exist, or one that the task has no use for;
-            no columns are recognised, or more than one may be meant.
+        DataError: ``data.columns`` names an unknown role or column, or a role that the task does not use. Or no columns
+            are recognised, or several may be meant for one role.
     """
     task = "CAUSAL_LM" if task == "auto" else task
     given = settings.columns

@@ -1,4 +1,4 @@
-"""Conversations in the forms that people bring, made one: a list of ``{"role": …, "content": …}``.
+"""Conversations in the usual forms, made one: a list of ``{"role": …, "content": …}``.
 
 | form         | a row                                                                  |
 |--------------|------------------------------------------------------------------------|
@@ -7,7 +7,7 @@
 | alpaca       | ``instruction``, perhaps ``input``, and ``output``: two turns          |
 | in two parts | ``prompt`` and ``completion``, each a list of messages, or one's text  |
 
-Roles and the order of turns are not judged here: what a chat template makes of them, it says itself.
+Roles and the order of turns are not checked here; the chat template raises an error if it does not accept them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lorakeet.data.rows.values import Values
 
 Message = dict[str, Any]
 
-#: What sharegpt calls the speakers.
+#: Role of each speaker of sharegpt.
 SPEAKERS = {
     "human": "user",
     "gpt": "assistant",
@@ -35,7 +35,7 @@ SPEAKERS = {
 
 
 def to_json(value: Any) -> str:
-    """``value`` as JSON in which letters stay letters."""
+    """Return ``value`` as JSON that keeps letters outside of ASCII."""
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
@@ -50,7 +50,7 @@ def message_texts(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def as_messages(values: Values, role: str, speaker: str | None = None) -> list[Message] | None:
-    """The messages in the column of ``role``; None if it is empty. A plain string is one message of ``speaker``.
+    """Return the messages in the column of ``role``; None if it is empty. A plain string is one message of ``speaker``.
 
     Raises:
         FaultError: it holds something else.
@@ -68,13 +68,13 @@ def as_messages(values: Values, role: str, speaker: str | None = None) -> list[M
 
 
 def sharegpt(values: Values) -> list[Message] | None:
-    """``conversations``, and the ``system`` text in front of them, if there is one."""
+    """Return the messages of ``conversations``, after the ``system`` text if there is one."""
     turns = as_messages(values, "conversations")
     return [*_system(values), *turns] if turns else None
 
 
 def alpaca(values: Values) -> list[Message] | None:
-    """The instruction, a blank line and the input as the user's turn, the output as the assistant's; None if one lacks."""
+    """Return two turns: instruction, blank line and input of the user, output of the assistant; None if one is missing."""
     instruction, output = values.text("instruction"), values.text("output")
     if instruction is None or output is None:
         return None
@@ -83,13 +83,13 @@ def alpaca(values: Values) -> list[Message] | None:
 
 
 def in_two_parts(values: Values) -> tuple[list[Message] | None, int]:
-    """The messages of ``prompt`` and ``completion`` together, and how many are the prompt's; None if one is empty."""
+    """Return the messages of ``prompt`` and ``completion``, and the number of the prompt's; None if one is empty."""
     prompt, completion = as_messages(values, "prompt", "user"), as_messages(values, "completion", "assistant")
     return (prompt + completion, len(prompt)) if prompt and completion else (None, 0)
 
 
 def as_tools(values: Values) -> str | None:
-    """The tools that a conversation may call, as JSON; None if there are none."""
+    """Return the tools that a conversation may call, as JSON; None if there are none."""
     tools = values.raw("tools")
     if isinstance(tools, str):
         tools = _parsed(values, "tools", tools) if tools.strip() else None
@@ -111,7 +111,7 @@ def _parsed(values: Values, role: str, text: str) -> Any:
 
 
 def _message(values: Values, role: str, number: int, turn: Any) -> Message:
-    """One message: sharegpt's names made ours, a content in parts made whole, members without a value left out."""
+    """Return one message with our member names, its content in one text, and without null members."""
     if not isinstance(turn, dict):
         raise values.fault(role, f"holds {type(turn).__name__} as message {number}, expected an object")
     message = _without_null(turn)
@@ -129,14 +129,14 @@ def _message(values: Values, role: str, number: int, turn: Any) -> Message:
 
 
 def _joined(parts: list[Any]) -> Any:
-    """The texts of a content in parts (``{"type": "text", "text": …}``) in one; as it is if a part is no text."""
+    """Join the texts of a content in parts (``{"type": "text", "text": …}``); return it as it is if a part is no text."""
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     whole = [text for text in texts if isinstance(text, str)]
     return "".join(whole) if len(whole) == len(parts) else parts
 
 
 def _without_null(value: Any) -> Any:
-    """``value`` without the members that are null: a table gives every object the members of all."""
+    """Return ``value`` without null members: a table gives every object the members of all."""
     if isinstance(value, dict):
         return {name: _without_null(inner) for name, inner in value.items() if inner is not None}
     return [_without_null(inner) for inner in value] if isinstance(value, list) else value

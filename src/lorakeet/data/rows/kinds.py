@@ -52,7 +52,7 @@ def role(*names: str, holds: tuple[str, ...] = ("str",), takes_rest: bool = Fals
 
 @dataclass(frozen=True)
 class Roles:
-    """One set of roles that makes a row of a kind.
+    """Set of roles that makes a row of a kind.
 
     Attributes:
         required: Role -> what is known of its column.
@@ -68,7 +68,7 @@ class Roles:
 
     @property
     def all(self) -> Mapping[str, Role]:
-        """All roles, the required ones first."""
+        """Roles, the required ones first."""
         return {**self.required, **self.optional}
 
 
@@ -84,7 +84,7 @@ class Column:
         optional: The column is there only where the source has one for its role.
         is_text: It holds text that the doctor checks.
         in_content: Part of the text that decides between training and held-out part.
-        is_answer: What is asked for; rows that differ in nothing else contradict each other.
+        is_answer: It holds the answer; rows that differ in nothing else contradict each other.
     """
 
     name: str
@@ -263,7 +263,7 @@ class RowError(DataError):
 
     Attributes:
         location: Where the record is.
-        fault: What is wrong with it.
+        fault: Its fault.
     """
 
     def __init__(self, location: Location, fault: Fault) -> None:

@@ -15,13 +15,13 @@ from lorakeet.errors import DataError, did_you_mean
 
 Problem = Literal["single_label", "multi_label", "regression"]
 
-_SHOWN = 3  # wrong labels that are written out; the rest are counted
-_MOST = 1000  # different names of classes; more are as a rule numbers or texts
+_SHOWN = 3  # wrong labels that an error spells out; it counts the rest
+_MOST = 1000  # different names of classes; a column with more usually holds numbers or texts
 
 
 @dataclass(frozen=True)
 class LabelSet:
-    """What the labels of a data set mean.
+    """Labels of a data set and their numbers.
 
     Attributes:
         names: of the classes or tags, in the order of their numbers; none for a regression.
@@ -36,10 +36,10 @@ class LabelSet:
         object.__setattr__(self, "_places", {name: number for number, name in enumerate(self.names)})
 
     def number(self, label: Any) -> int:
-        """The number of a label: that of its name; a whole number that is no name counts the names from 0.
+        """Return the number of a label: that of its name; a whole number that is no name counts the names from 0.
 
         Raises:
-            ValueError: there is no such label; tells what was expected.
+            ValueError: there is no such label; the message has the expected ones.
         """
         name = str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
         if name in self._places:
@@ -52,7 +52,7 @@ class LabelSet:
         raise ValueError(f"label {name!r} is none of the {len(self.names)} labels; {hint}")
 
     def target(self, label: Any) -> Any:
-        """A label as the model takes it: int, for multi_label a list of 0.0 and 1.0 [names], for regression float.
+        """Return a label as the model takes it: int; for multi_label a list of 0.0 and 1.0 [names]; for regression float.
 
         Raises:
             ValueError: there is no such label.
@@ -68,13 +68,13 @@ class LabelSet:
         return self.number(label)
 
     def classes(self, label: Any) -> list[str]:
-        """The names in a row's label or tags."""
+        """Return the names in a row's label or tags."""
         if self.problem == "regression":
             return []
         return [self.names[self.number(one)] for one in (label if isinstance(label, list) else [label])]
 
     def count(self, labels: Iterable[Any]) -> dict[str, int]:
-        """How often each name stands in ``labels``, with 0 for a name that does not."""
+        """Count each name in ``labels``, with 0 for a name that does not occur."""
         counts = Counter(name for label in labels for name in self.classes(label))
         return {name: counts[name] for name in self.names}
 
@@ -91,8 +91,8 @@ def find_labels(labels: Sequence[Any], locations: Sequence[Location], task: Task
         source: What was read, for messages.
 
     Raises:
-        DataError: labels that are not among the given names (the first locations, and how many), or that do not fit the
-            problem; names given twice; only one label in all rows; or far too many.
+        DataError: labels that are not among the given names (with the first locations, and their number), or that do not
+            fit the problem. Or names are given twice, all rows have one label, or there are more than 1,000 labels.
     """
     problem = None if task.type == "TOKEN_CLS" else _problem(labels, task, source)
     if problem == "regression":

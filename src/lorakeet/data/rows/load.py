@@ -1,4 +1,4 @@
-"""From settings to the rows of one kind, in memory: find, read, recognise the columns, mix."""
+"""Rows of one kind in memory, from settings: find, read, map the columns, mix."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Rows:
         data: Canonical columns.
         locations: Of each row.
         layout: The kind, and which column of the source plays which role (of the first source, if they differ).
-        description: What was read and how it was understood, in one phrase.
+        description: The sources and their columns, in one phrase.
     """
 
     data: datasets.Dataset
@@ -64,11 +64,11 @@ def read_rows(settings: DataSettings, task: TaskName = "CAUSAL_LM", *, seed: int
     """Read the rows of ``settings.path`` into memory, in canonical columns (:mod:`lorakeet.data.rows.kinds`).
 
     Several paths, and the files of a folder, follow each other. With ``data.weights`` the rows of the paths are drawn
-    in these shares by ``seed``, none twice, until the first path is exhausted; a message says what is left out.
+    in these shares by ``seed``, none twice, until the first path is exhausted. A message counts the rows that are not drawn.
 
     Raises:
-        DataError: there is no such data, it is empty or broken (the first locations are named, the rest are counted), its
-            columns are not what ``task`` needs, or its sources are not of one kind.
+        DataError: there is no such data, or it is empty or broken (with the first locations, and the number of the rest).
+            Or its columns are not what ``task`` needs, or its sources are not of one kind.
     """
     wanted = None if settings.weights is None else shares(settings)
     left = settings.limit if wanted is None else None
@@ -96,7 +96,7 @@ def read_rows(settings: DataSettings, task: TaskName = "CAUSAL_LM", *, seed: int
 
 
 def peek(settings: DataSettings) -> Mapping[str, ColumnTypes]:
-    """Columns and their types, from the first records of the first source; cheap.
+    """Return columns and their types, from the first records of the first source.
 
     Raises:
         DataError: there is no such data, or no record of its beginning can be read.
@@ -105,7 +105,7 @@ def peek(settings: DataSettings) -> Mapping[str, ColumnTypes]:
 
 
 def describe_sources(settings: DataSettings, found: Sequence[tuple[DataSource, Layout]]) -> str:
-    """What was read and how it was understood, e.g. ``quotes.csv (csv), text in column 'quote'``."""
+    """Return a phrase on the sources and their columns: ``quotes.csv (csv), text in column 'quote'``."""
     formats = " and ".join(sorted({source.format for source, _ in found}))
     files = f"{len(found)} files, {formats}" if len(found) > 1 else formats
     names = settings.path if isinstance(settings.path, list) else [settings.path or ""]

@@ -11,7 +11,7 @@ from lorakeet.errors import DataError
 
 
 def shares(settings: DataSettings) -> list[float] | None:
-    """``data.weights`` as shares that sum to one, one for each path; None where there are none.
+    """Return ``data.weights`` as shares that sum to one, one for each path; None where there are none.
 
     Raises:
         DataError: there is not one weight for each path.
@@ -29,7 +29,7 @@ def shares(settings: DataSettings) -> list[float] | None:
 
 
 def draw(counts: Sequence[int], parts: Sequence[float], seed: int, limit: int | None = None) -> list[np.ndarray]:
-    """Numbers of the rows to take of each source: as many as keep the shares, until the first source is exhausted.
+    """Draw the rows to take of each source, by number: as many as keep the shares, until the first is exhausted.
 
     Args:
         counts: rows of each source.
@@ -48,7 +48,7 @@ def draw(counts: Sequence[int], parts: Sequence[float], seed: int, limit: int | 
 
 
 def interleave(drawn: Sequence[np.ndarray], counts: Sequence[int], seed: int) -> list[int]:
-    """The rows of :func:`draw` in random order, numbered as if the sources stood behind each other."""
+    """Return the rows of :func:`draw` in random order, numbered as if the sources followed each other."""
     starts = np.cumsum([0, *counts[:-1]])
     rows = np.concatenate([start + numbers for start, numbers in zip(starts, drawn, strict=True)])
     return np.random.default_rng([seed, len(counts)]).permutation(rows).tolist()

@@ -1,4 +1,4 @@
-"""The held-out part: chosen by what a text says, so that no text is learned and measured at once."""
+"""Held-out part, chosen by content, so that no text is trained on and measured at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorakeet.errors import DataError
 
 @dataclass(frozen=True)
 class Split:
-    """Row numbers of the two parts, each in the order of the data, and how many different texts there are."""
+    """Row numbers of the two parts, each in the order of the data, and the number of distinct texts."""
 
     train: list[int]
     held_out: list[int]
@@ -20,8 +20,10 @@ class Split:
 
 
 def normalized(text: str) -> str:
-    """``text`` as far as duplicates go: without regard to white space, case and ways to encode a letter (NFKC)."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    """Return ``text`` without differences of white space, case and ways to encode a letter (NFKC)."""
+    if not text.isascii():  # of ASCII, NFKC is the text itself
+        text = unicodedata.normalize("NFKC", text)
+    return " ".join(text.casefold().split())
 
 
 def split_texts(
@@ -36,8 +38,8 @@ def split_texts(
         texts: what the rows are about.
         fraction: share of the distinct texts.
         seed: chooses them.
-        classes: names of the classes of each row. A class that would only be held out gets the text of it with the highest
-            number back, as long as another text remains held out.
+        classes: names of the classes of each row. A class that would only be held out gets back its text with the highest
+            number, as long as another text remains held out.
 
     Raises:
         DataError: a part is to be held out of fewer than two distinct texts.
@@ -84,7 +86,7 @@ def split_digests(
 
 
 def _give_back(held_out: list[bytes], train: list[bytes], names: dict[bytes, set[str]]) -> list[bytes]:
-    """``held_out`` without the texts that ``train`` needs to know each class."""
+    """Return ``held_out`` without the texts that ``train`` needs to have each class."""
     known = {name for content in train for name in names[content]}
     kept: list[bytes] = []
     for at in range(len(held_out) - 1, -1, -1):

@@ -1,14 +1,14 @@
-"""Rows that are read while they are learned, in constant memory: ``data.stream``.
+"""Rows that are read while the model is trained, in constant memory: ``data.stream``.
 
 A pass goes over the sources in random order and draws from a buffer of ``data.shuffle_buffer`` rows; ``set_epoch``
 gives the next pass another order. The same seed and epoch give the same order, so that a run goes on where it was left
 with :func:`rest_of`. Processes and workers share the rows without reading one twice (``split_dataset_by_node``, a
 ``DataLoader`` with workers).
 
-What is held out cannot be chosen from all rows, since nobody has seen them. Each text gets a number from a hash of the
-seed and its normalised content, as in :mod:`lorakeet.data.rows.split`; those below ``data.eval_fraction`` of all numbers are
-held out until there are a tenth of ``data.shuffle_buffer``, equally many from the beginning of each source. Every row
-with a text that is held out is left out of the training part, wherever it stands.
+A stream's length is unknown, so rows are held out by a hash of their text. Each text gets a number from a hash of the
+seed and its normalized content, as in :mod:`lorakeet.data.rows.split`. Texts with a number below ``data.eval_fraction`` of
+all numbers are held out: at most a tenth of ``data.shuffle_buffer``. Each source gives equally many, from its beginning.
+Every row with a held-out text is left out of the training part, wherever it is.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _TYPED = 1000  # records, of all sources together, that column types are inferre
 
 
 @dataclass(frozen=True)
-class Laid:
-    """A source and which of its columns plays which part."""
+class MappedSource:
+    """Source with its layout."""
 
     source: DataSource
     layout: Layout
@@ -63,31 +63,31 @@ class Laid:
 
 
 def stream_rows(settings: DataSettings, task: TaskName, seed: int) -> datasets.IterableDataset:
-    """The rows of ``settings.path`` that are learned, in canonical columns and ``location`` (text), in random order.
+    """Stream the training rows of ``settings.path``, in canonical columns and ``location`` (text), in random order.
 
     A row with a fault has null in every column but ``location``. With ``data.weights`` each row is drawn from a path with
-    that probability; the pass ends with the first path that ends. ``info.description`` says what is read.
+    that probability; the pass ends with the first path that ends. ``info.description`` names the sources.
 
     Raises:
         DataError: there is no such data, its columns are not what ``task`` needs, or its sources are not of one kind.
     """
-    laid, layout = lay_out(settings, task)
-    held_out = frozenset(_held_out(laid, settings, seed))
+    mapped, layout = map_sources(settings, task)
+    held_out = frozenset(_held_out(mapped, settings, seed))
     wanted = shares(settings)
     if wanted is None:
-        stream = _stream(laid, layout, held_out, settings, seed)
+        stream = _stream(mapped, layout, held_out, settings, seed)
     else:
-        parts = [[item for item in laid if item.source.part == number] for number in range(len(wanted))]
+        parts = [[item for item in mapped if item.source.part == number] for number in range(len(wanted))]
         streams = [_stream(part, layout, held_out, settings, seed) for part in parts]
         stream = datasets.interleave_datasets(streams, wanted, seed=seed, stopping_strategy="first_exhausted")
         stream = stream if settings.limit is None else stream.take(settings.limit)
     stream = stream.shuffle(seed=seed, buffer_size=settings.shuffle_buffer)
-    stream.info.description = _described(settings, laid)
+    stream.info.description = _described(settings, mapped)
     return stream
 
 
 def rest_of(stream: datasets.IterableDataset, count: int) -> datasets.IterableDataset:
-    """The same pass of ``stream`` without its first ``count`` rows.
+    """Return the same pass of ``stream`` without its first ``count`` rows.
 
     ``stream.skip(count)`` is another pass: ``datasets`` keeps the order of the sources then, whatever the epoch.
     """
@@ -101,25 +101,25 @@ def _is_after(row: dict[str, Any], index: int, count: int) -> bool:
 
 
 def held_out_rows(settings: DataSettings, task: TaskName, seed: int) -> Rows:
-    """The rows that :func:`stream_rows` leaves out, each text once; no rows where ``data.eval_fraction`` is 0.
+    """Return the rows that :func:`stream_rows` leaves out, each text once; none where ``data.eval_fraction`` is 0.
 
     Raises:
         DataError: as :func:`stream_rows`.
     """
-    laid, layout = lay_out(settings, task)
-    found = list(_held_out(laid, settings, seed).values())
+    mapped, layout = map_sources(settings, task)
+    found = list(_held_out(mapped, settings, seed).values())
     schema = layout.features()
     data = datasets.Dataset.from_dict({name: [row.get(name) for _, row in found] for name in schema}, features=schema)
-    data.info.description = _described(settings, laid)
+    data.info.description = _described(settings, mapped)
     return Rows(data, Locations(location for location, _ in found), layout, data.info.description)
 
 
-def _described(settings: DataSettings, laid: Sequence[Laid]) -> str:
-    return f"{describe_sources(settings, [(item.source, item.layout) for item in laid])}, streamed"
+def _described(settings: DataSettings, mapped: Sequence[MappedSource]) -> str:
+    return f"{describe_sources(settings, [(item.source, item.layout) for item in mapped])}, streamed"
 
 
-def lay_out(settings: DataSettings, task: TaskName) -> tuple[list[Laid], Layout]:
-    """The sources with their layouts, and one layout for all.
+def map_sources(settings: DataSettings, task: TaskName) -> tuple[list[MappedSource], Layout]:
+    """Return the sources with their layouts, and one layout for all.
 
     Raises:
         DataError: as :func:`stream_rows`.
@@ -129,23 +129,24 @@ def lay_out(settings: DataSettings, task: TaskName) -> tuple[list[Laid], Layout]
     layouts = [find_layout(source.head_types(count), settings, task, source.name) for source in sources]
     merged = merge_layouts(dict(zip((source.name for source in sources), layouts, strict=True)))
     return [
-        Laid(source, replace(layout, types=merged.types)) for source, layout in zip(sources, layouts, strict=True)
+        MappedSource(source, replace(layout, types=merged.types))
+        for source, layout in zip(sources, layouts, strict=True)
     ], merged
 
 
 def _stream(
-    laid: Sequence[Laid], layout: Layout, held_out: frozenset[int], settings: DataSettings, seed: int
+    mapped: Sequence[MappedSource], layout: Layout, held_out: frozenset[int], settings: DataSettings, seed: int
 ) -> datasets.IterableDataset:
     # Each source is a shard of its own; a limit counts over all of them, so they are one.
     limit = None if settings.weights else settings.limit
-    shards = [(item,) for item in laid] if limit is None else [tuple(laid)]
+    shards = [(item,) for item in mapped] if limit is None else [tuple(mapped)]
     arguments = {"shards": shards, "held_out": held_out, "limit": limit, "seed": seed}
     schema = datasets.Features({**layout.features(), LOCATION: datasets.Value("string")})
     return datasets.IterableDataset.from_generator(_learned, features=schema, gen_kwargs=arguments)
 
 
 def _learned(
-    shards: Sequence[Sequence[Laid]], held_out: frozenset[int], limit: int | None, seed: int
+    shards: Sequence[Sequence[MappedSource]], held_out: frozenset[int], limit: int | None, seed: int
 ) -> Iterator[dict[str, Any]]:
     for shard in shards:
         rows = ((row, location, item.layout.kind) for item in shard for location, row in item.rows())
@@ -154,16 +155,18 @@ def _learned(
                 yield {**row, LOCATION: str(location)}
 
 
-def _held_out(laid: Sequence[Laid], settings: DataSettings, seed: int) -> dict[int, tuple[Location, dict[str, Any]]]:
-    """The rows that are held out, by the number of their text; if none is below the bound, the one with the lowest."""
+def _held_out(
+    mapped: Sequence[MappedSource], settings: DataSettings, seed: int
+) -> dict[int, tuple[Location, dict[str, Any]]]:
+    """Return the held-out rows by the number of their text; if none is below the bound, the row with the lowest."""
     if not settings.eval_fraction:
         return {}
     most = max(settings.shuffle_buffer // 10, 1)
-    quota = max(most // len(laid), 1)
+    quota = max(most // len(mapped), 1)
     left = math.inf if settings.limit is None or settings.weights else settings.limit
     held_out: dict[int, tuple[Location, dict[str, Any]]] = {}
     lowest: tuple[int, tuple[Location, dict[str, Any]]] | None = None
-    for item in laid:
+    for item in mapped:
         until = min(len(held_out) + quota, most)
         for found in item.rows(warnings=0):
             if left == 0 or (len(held_out) == until and left == math.inf):

@@ -80,7 +80,7 @@ class Values:
 
         Args:
             role: A role that has a column.
-            phrase: What is wrong with the column: ``holds int, expected a string``.
+            phrase: The fault, as a predicate of the column: ``holds int, expected a string``.
             hint: How to correct it, if known.
             code: Code of the fault.
         """
