@@ -25,8 +25,8 @@ from lorakeet.inference.predict import predict as predict_rows
 from lorakeet.loaded_model import LoadedModel, open_model
 from lorakeet.log import info
 from lorakeet.lora.config import LoraConfig
+from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import plan_injection
-from lorakeet.lora.model import completed
 from lorakeet.quant.protocol import quantized_bytes
 from lorakeet.tasks.task import Task
 from lorakeet.train.evaluate import evaluate
@@ -245,7 +245,7 @@ def plan_layers(model: str, lora: LoraSettings, task: TaskName = "auto") -> dict
     check_task(task, config, model)
     ghost = meta_model(config, auto_class=AUTO_CLASSES[task])
     adapter = LoraConfig(**lora.model_dump(), task_type=Task(task).peft_type)
-    targets = plan_injection(ghost, completed(ghost, adapter))
+    targets = plan_injection(ghost, resolve_config(ghost, adapter))
     trainable, total = get_peft_model(ghost, adapter).get_nb_trainable_parameters()
     return {
         "base_model": model,

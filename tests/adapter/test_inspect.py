@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from helpers.tiny import make, shake
 from lorakeet import LoraConfig, PeftModel, get_peft_model
 from lorakeet.adapter.compatibility import readers
-from lorakeet.adapter.inspect import inspect_adapter, inspection_text, update_norm
+from lorakeet.adapter.inspect import inspect_adapter, update_norm
+from lorakeet.adapter.inspection_text import inspection_text
 from lorakeet.errors import AdapterError, ConfigError
 
 BASE = "ana/tiny-base"
@@ -109,9 +110,9 @@ def test_one_dead_layer_and_all_dead(tmp_path: Path) -> None:
     saved(tmp_path, learned=False)
     info = strict(tmp_path)
     assert not info["learned"] and len(info["dead_layers"]) == 6
-    assert "learned     NO" in inspection_text(info) and info["readers"]["lorakeet"] == {
+    assert "trained     NO" in inspection_text(info) and info["readers"]["lorakeet"] == {
         "can": False,
-        "why": ["it never learned"],
+        "why": ["it is untrained"],
     }
 
 
@@ -137,8 +138,8 @@ def test_pairs_that_are_none(tmp_path: Path) -> None:
     info = spoil(tmp_path, edit)
     assert info["problems"] == [
         "model.layers.0.self_attn.q_proj has no A",
-        "model.layers.1.self_attn.q_proj has A [4, 32] and B [32, 5], which do not multiply",
-        "model.layers.2.self_attn.q_proj has A [3, 32] and B [32, 3], but the settings say rank 4",
+        "model.layers.1.self_attn.q_proj has A [4, 32] and B [32, 5], which cannot be multiplied",
+        "model.layers.2.self_attn.q_proj has A [3, 32] and B [32, 3], but the settings have rank 4",
     ]
     assert len(info["layers"]) == 4 and info["readers"]["lorakeet"]["why"] == info["problems"]
 
@@ -173,7 +174,7 @@ def test_it_can_be_read_by_people(tmp_path: Path) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="does not exist"):
         inspect_adapter(tmp_path / "nowhere")
-    with pytest.raises(AdapterError, match=r"holds no adapter_config\.json"):
+    with pytest.raises(AdapterError, match=r"has no adapter_config\.json"):
         inspect_adapter(tmp_path)
     saved(tmp_path)
     weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"

@@ -13,10 +13,7 @@ from helpers.wording import offences, sentences, words
 SUFFIXES = (".py", ".c", ".h", ".md")
 #: Offences that are still being removed, by place; a number may only shrink. At the end: ``BASELINE = {}``.
 BASELINE: Mapping[str, int] = {
-    "benchmarks": 110,
-    "docs": 41,
-    "examples": 19,
-    "pages": 3,
+    "docs": 5,
     "src/lorakeet/_optional_imports.py": 2,
     "src/lorakeet/adapter": 52,
     "src/lorakeet/api.py": 12,
@@ -39,8 +36,6 @@ BASELINE: Mapping[str, int] = {
     "src/lorakeet/train": 122,
     "tests/adapter": 4,
     "tests/data": 5,
-    "tests/examples": 3,
-    "tests/helpers": 5,
     "tests/kernels": 10,
     "tests/patches": 2,
     "tests/quant": 1,

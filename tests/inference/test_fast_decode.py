@@ -20,8 +20,8 @@ from lorakeet.inference.fast_decode import fast_decode
 from lorakeet.kernels import decoder_step
 from lorakeet.kernels.cpu import bindings
 from lorakeet.lora.config import LoraConfig
-from lorakeet.lora.layer import LoraLinear
-from lorakeet.quant.hf_quantizer import quantize_
+from lorakeet.lora.linear import LoraLinear
+from lorakeet.quant.quantize import quantize_
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
 SHAPE = {

@@ -20,13 +20,13 @@ from lorakeet.base.architectures import AUTO_CLASSES
 from lorakeet.cli import main
 from lorakeet.errors import BaseModelError, ConfigError
 from lorakeet.kernels.int8.linear import dequantize, rounding_steps, scales_of
-from lorakeet.quant.hf_quantizer import quantize_
 from lorakeet.quant.int8 import (
     Int8Embedding,
     Int8Linear,
-    round_weight,
+    quantize_dense,
 )
 from lorakeet.quant.protocol import dequantized_copy, quantized_layers, weight_rows
+from lorakeet.quant.quantize import quantize_
 from lorakeet.quant.state_dict import has_weight, read_weight, write_weight
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [3, 2, 5, 9, 9, 4]])
@@ -86,8 +86,8 @@ def test_an_embedding_that_scales_is_left_alone() -> None:
 
 
 def test_an_embedding_takes_no_scales_of_columns() -> None:
-    weight, scale = round_weight(torch.randn(9, 16))
-    with pytest.raises(ValueError, match="9 tokens with 45 scales"):
+    weight, scale = quantize_dense(torch.randn(9, 16))
+    with pytest.raises(ValueError, match="45 scales for an embedding of 9 tokens"):
         Int8Embedding(weight, scale)
 
 
@@ -281,7 +281,7 @@ def test_rows_of_a_rounded_weight(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("vocabulary", [False, True])
 def test_rows_of_a_rounded_layer(vocabulary: bool) -> None:
-    weight, scale = round_weight(torch.randn(9, 16), vocabulary=vocabulary)
+    weight, scale = quantize_dense(torch.randn(9, 16), vocabulary=vocabulary)
     picked = weight_rows(Int8Linear(weight, scale), torch.tensor([3, 0, 3]))
     assert torch.equal(picked, dequantize(weight, scale)[[3, 0, 3]])
 
@@ -290,7 +290,7 @@ def test_rows_of_a_rounded_layer(vocabulary: bool) -> None:
 def test_a_state_dict_takes_another_weight_with_its_scales(vocabulary: bool) -> None:
     torch.manual_seed(0)
     dense, other = torch.randn(9, 16), 7 * torch.randn(9, 16)
-    weight, scale = round_weight(dense, vocabulary=vocabulary)
+    weight, scale = quantize_dense(dense, vocabulary=vocabulary)
     assert scale.shape == ((9,) if vocabulary else (scales_of(9, 16),))
     model = torch.nn.ModuleDict({"a": Int8Linear(weight, scale), "b": torch.nn.Linear(16, 9)})
     state = {"a.weight": weight, "a.scale": scale, "b.weight": dense.clone()}

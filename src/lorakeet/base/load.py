@@ -31,7 +31,7 @@ from lorakeet.config import BaseSettings, settings_error
 from lorakeet.errors import BaseModelError
 from lorakeet.kernels.int8.linear import backend_on
 from lorakeet.log import warn
-from lorakeet.quant.hf_quantizer import METHOD, Int8Config, other_method, quantised_otherwise
+from lorakeet.quant.hf_quantizer import METHOD, Int8Config, foreign_method, foreign_method_error
 from lorakeet.quant.protocol import quantized_layers, weight_shape
 
 
@@ -156,9 +156,9 @@ def _rounding(folder: Path, bits: int | None, name: str, remote: Mapping[str, An
         BaseModelError: The checkpoint is quantized in another format than ``bits``.
     """
     method = getattr(_config(folder, name, remote), "quantization_config", None)
-    if bits == 8 and (other := other_method(method)):
-        raise quantised_otherwise(name, other)
-    if bits in (16, 32) and method is not None and not other_method(method):
+    if bits == 8 and (other := foreign_method(method)):
+        raise foreign_method_error(name, other)
+    if bits in (16, 32) and method is not None and not foreign_method(method):
         raise BaseModelError(
             f"{name} is stored in 8 bits ({METHOD}), and bits={bits} is set",
             "remove --bits, or give the full-precision model",

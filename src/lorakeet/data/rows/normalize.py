@@ -15,16 +15,6 @@ from lorakeet.data.rows.values import Values
 Row = dict[str, Any]
 
 
-def texts(values: Values) -> Row:
-    """Normalize a row whose columns are all texts, each in the column of its role."""
-    return {role: values.text(role) for role in values.columns}
-
-
-def completion(values: Values) -> Row:
-    """Normalize a prompt and its completion."""
-    return {"prompt": values.text("prompt"), "completion": values.text("completion")}
-
-
 def conversation(values: Values) -> Row:
     """Normalize a conversation in any of its forms (:mod:`lorakeet.data.rows.conversations`)."""
     given = 0
