@@ -192,10 +192,18 @@ def _render(
         )
     except (TemplateError, TypeError, ValueError) as error:
         raise DataError(
-            f"the chat template of {tokenizer.name_or_path} refuses the conversation: {error}",
+            f"the chat template of {tokenizer.name_or_path} refuses the conversation: {_reason(error, messages)}",
             "check the roles, their order and empty contents; some templates take no system turn or no tool calls",
         ) from error
     return text, [(start, end) for start, end in spans[0]] if marks else None
+
+
+def _reason(error: Exception, messages: Sequence[Message]) -> str:
+    """Return the template's own reason, or that it cannot handle a message without content (a TypeError in it)."""
+    empty = [str(number) for number, message in enumerate(messages, start=1) if message.get("content") is None]
+    if isinstance(error, TypeError) and empty:
+        return f"it has no rule for a message without content (message {', '.join(empty)})"
+    return str(error)
 
 
 def _spans_by_marks(

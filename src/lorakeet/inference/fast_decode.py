@@ -1,12 +1,10 @@
-"""Quick writing: while a model of the Llama family in 8 bits writes, each new token passes a layer in two compiled calls.
+"""Fast decoding on the CPU: in an 8-bit model of the Llama family, a new token takes two compiled calls per layer.
 
-The modules of the model stay what and where they are, with `transformers` around them; while :func:`fast_decode` holds,
-decoder layers of known classes hand what they can to :mod:`~lorakeet.kernels.decoder_step`. That is looked at anew for each
-token:
-a layer in training, watched by a hook, not in 8 bits, or adapted by anything but one plain LoRA computes as ever, and so does
-all but the next token of a few texts (:data:`~lorakeet.kernels.int8.linear.FEW`). One layer of each kind is first held
-against its
-own forward on random numbers; a kind that differs is left as it is, and that is said.
+The model's modules stay in place, with `transformers` around them. Within :func:`fast_decode`, decoder layers of known
+classes hand the next token of a few texts to :mod:`~lorakeet.kernels.decoder_step`. Conditions are checked for each token.
+A layer falls back to its own forward in training mode, with hooks, in full precision, or with any adapter but one plain LoRA.
+A layer of each class is first compared with its own forward on random numbers. A class that differs is
+left alone, with a warning.
 """
 
 from __future__ import annotations
@@ -25,20 +23,20 @@ from lorakeet.kernels.int8.linear import FEW
 from lorakeet.log import warn
 from lorakeet.quant.protocol import has_quantized, is_hooked
 
-#: Architectures of transformers whose ``…DecoderLayer`` is the one that the loops know.
+#: Architectures of transformers whose ``…DecoderLayer`` the compiled loops implement.
 KNOWN = ("Llama", "Mistral", "Qwen2", "Qwen3")
 _SILU = ("SiLU", "SiLUActivation")
-#: Hooks that torch calls for every module.
+#: Hooks that torch calls for every module; with any of them layers are left alone.
 _FOR_ALL = (all_modules._global_forward_hooks, all_modules._global_forward_pre_hooks)
-#: Share of the largest output by which the two may differ: sums of thousands of products in another order.
+#: Share of the largest output by which compiled and own forward may differ: sums of thousands of products in another order.
 _NEAR = 2e-5
 
 
 @contextmanager
 def fast_decode(model: nn.Module) -> Iterator[None]:
-    """While this holds, ``model.generate`` (or a loop of one's own over ``model``) takes a new token's layers at once.
+    """Compute new tokens with compiled layers within the block, in ``model.generate`` or another loop over ``model``.
 
-    Same outputs, within the rounding of fp32; a model that is not in 8 bits, or of another family, is left alone.
+    Outputs are the same up to the rounding error of fp32. A full-precision model, or one of another family, is left alone.
     """
     agreed: dict[Any, bool] = {}
     replaced: list[nn.Module] = []
@@ -62,19 +60,19 @@ def _known(module: Any) -> bool:
 
 
 class _Quick:
-    """What a decoder layer computes by meanwhile."""
+    """Forward of a decoder layer that takes the compiled path for the next token, and its own forward otherwise."""
 
     def __init__(self, module: Any, agreed: dict[Any, bool]) -> None:
         self.module, self.own, self.agreed = module, module.forward, agreed
         self.attention, self.mlp = module.self_attn, module.mlp
         in_attention, in_mlp = self.attention._modules, self.mlp._modules
-        # nn.Module's attribute look-up is slow; these are read for every token
+        # nn.Module's attribute lookup is slow, and these are read for every token
         self.linears = [(in_attention, f"{name}_proj") for name in "qkvo"]
         self.linears += [(in_mlp, f"{name}_proj") for name in ("gate", "up", "down")]
         self.norms = [(module._modules, name) for name in ("input_layernorm", "post_attention_layernorm")]
         self.norms += [(in_attention, name) for name in ("q_norm", "k_norm")]
         self.layer: decoder_step.Layer | None = None
-        self.where: list[float] = []  # that its weights lie, and the scalings of adapters
+        self.where: list[float] = []  # addresses of the weights, and scalings of the adapters
 
     def __call__(
         self,
@@ -101,7 +99,14 @@ class _Quick:
         )
 
     def step(self, x: Tensor, mask: Tensor | None, places: tuple[Tensor, Tensor], past: Any) -> Tensor:
-        """The layer, for x [n, 1, hidden] that fits."""
+        """Compute the layer for x that fits.
+
+        Args:
+            x: Hidden states, fp32 [n, 1, hidden].
+            mask: Attention mask, bool [n or 1, 1, 1, length]; None: all tokens are visible.
+            places: Cosine and sine of the rotary embedding, [n or 1, 1, head_dim] each.
+            past: The key-value cache, which receives the new token.
+        """
         assert self.layer is not None
         q, k, v = decoder_step.before_attention(self.layer, x, *places)
         keys, values = past.update(k, v, self.attention.layer_idx)
@@ -109,7 +114,14 @@ class _Quick:
         return decoder_step.after_attention(self.layer, x, q, keys, values, seen)
 
     def fits(self, x: Tensor, mask: Tensor | None, cosine: Tensor, sine: Tensor) -> bool:
-        """Whether this is the next token of a few texts, and nobody wants a gradient."""
+        """Whether the input is the next token of a few texts, in fp32 on the CPU, without gradients.
+
+        Args:
+            x: Hidden states [n, T, hidden].
+            mask: Attention mask, or None.
+            cosine: Cosine of the rotary embedding.
+            sine: Sine of the rotary embedding.
+        """
         dim = self.attention.head_dim
         return (
             x.ndim == 3
@@ -125,7 +137,10 @@ class _Quick:
         )
 
     def look(self) -> bool:
-        """Whether the layer is plain, with its weights where the loops look for them."""
+        """Whether the layer is supported: in eval mode, without hooks, quantized, with at most one plain LoRA per linear layer.
+
+        Prepares the compiled layer again if a weight or a scaling has changed.
+        """
         linears = [table[name] for table, name in self.linears]
         norms = [table.get(name) for table, name in self.norms]
         given = [norm for norm in norms if norm is not None]
@@ -182,7 +197,7 @@ class _Quick:
 
 
 class _Past:
-    """A cache that remembers some tokens and learns no new ones."""
+    """Key-value cache of fixed tokens, for the comparison: ``update`` returns them with the new ones, and keeps none."""
 
     def __init__(self, tokens: Tensor) -> None:
         self.tokens = tokens  # [keys and values, n, heads, length, dim]
