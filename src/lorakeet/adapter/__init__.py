@@ -1,1 +1,1 @@
-"""The adapter's files: ``serialization`` (read, write), ``peft_model`` (its methods), ``model_card``, ``inspect``, ``hub``."""
+"""The adapter's files: ``serialization`` (read, write), ``peft_model`` (methods), ``model_card``, ``inspect``, ``hub``."""

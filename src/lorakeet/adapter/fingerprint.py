@@ -105,7 +105,8 @@ def _base_of(model: nn.Module) -> _Base:
 
 
 def _vocabulary_rows(model: nn.Module) -> int:
-    embedding: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    get_embedding: Any = getattr(model, "get_input_embeddings", lambda: None)
+    embedding = get_embedding()
     if embedding is None:
         return -1
     return weight_shape(getattr(embedding, "base_layer", getattr(embedding, "original_module", embedding)))[0]

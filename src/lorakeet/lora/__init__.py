@@ -1,1 +1,1 @@
-"""The method: ``config`` (settings), ``linear`` (the equation), ``layer`` (its contract), ``inject``, ``model``, ``merge``."""
+"""The method: ``config`` (settings), ``linear`` (the equation), ``layer`` (contract), ``inject``, ``model``, ``merge``."""

@@ -1,8 +1,8 @@
 """The contract of a layer with adapters: its output, its adapters, and its weight while they are merged.
 
 :class:`LoraLayer` wraps a frozen base layer and holds any number of adapters by name. :class:`ActiveAdapters`, shared by all
-layers of a model, holds the names of those that act. Its subclasses are one for each layer type: :mod:`lorakeet.lora.linear` (with the
-equation), :mod:`~lorakeet.lora.embedding`, :mod:`~lorakeet.lora.conv`, :mod:`~lorakeet.lora.target_parameters` and
+layers of a model, holds the names of those that act. There is a subclass for each layer type: :mod:`lorakeet.lora.linear`
+(with the equation), :mod:`~lorakeet.lora.embedding`, :mod:`~lorakeet.lora.conv`, :mod:`~lorakeet.lora.target_parameters` and
 :mod:`~lorakeet.lora.trainable_tokens`. An adapter's equation is its variant's (:mod:`lorakeet.lora.variants`).
 """
 

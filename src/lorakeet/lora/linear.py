@@ -16,8 +16,8 @@
                  ▼
             h [..., out]
 
-W₀ belongs to the layer that is wrapped. r is the rank, far below ``in`` and ``out``; s = α/r is the scaling. A and B are trained.
-Merged, W' = W₀ + s·B·A. Dropout acts in training only.
+W₀ belongs to the layer that is wrapped. r is the rank, far below ``in`` and ``out``; s = α/r is the scaling. A and B are
+trained. Merged, W' = W₀ + s·B·A. Dropout acts in training only.
 """
 
 from __future__ import annotations
@@ -66,8 +66,10 @@ class LoraPair(LoraLayer):
         return low_rank
 
     def parts(self, adapter: str) -> list[Tensor]:
-        own = [p for half in self.pair(adapter) for p in half._parameters.values() if p is not None]
-        own += (self.parameter(name, adapter) for name in self.variants[adapter].parameters)
+        a, b = self.pair(adapter)
+        own = [p for p in (*a._parameters.values(), *b._parameters.values()) if p is not None]
+        if names := self.variants[adapter].parameters:
+            own += [self.parameter(name, adapter) for name in names]
         return own
 
     def tensor_names(self, adapter: str) -> dict[str, str]:
@@ -154,10 +156,8 @@ class LoraLinear(LoraPair):
         if adapter not in self._fused or (self.training and self.lora_dropout[adapter]):
             return None
         a, b = self.pair(adapter)
-        return LinearWeights(
-            *(own.weight, own.scale, own.bias),
-            *(a._parameters["weight"], b._parameters["weight"], self.scaling[adapter]),
-        )
+        lora_A, lora_B = a._parameters["weight"], b._parameters["weight"]
+        return LinearWeights(own.weight, own.scale, own.bias, lora_A, lora_B, self.scaling[adapter])
 
     def probe(self) -> Tensor:
         return noise((32, weight_shape(self.base_layer)[0 if self.fan_in_fan_out else 1]), self.base_layer)

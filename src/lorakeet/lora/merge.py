@@ -218,8 +218,8 @@ class _Probe:
 def token_probe(model: Any) -> dict[str, Tensor] | None:
     """Build two rows of 16 fixed pseudo-random token ids, for a model that reads ``input_ids``; else None.
 
-    One row where no padding token is known: some classifiers refuse two rows without one. For an encoder-decoder each row ends
-    with the only end token in it, the position that BART's and T5's classifiers use.
+    One row where no padding token is known: some classifiers refuse two rows without one. For an encoder-decoder each row
+    ends with the only end token in it, the position that BART's and T5's classifiers use.
     """
     config = getattr(model, "config", None)
     vocabulary = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)

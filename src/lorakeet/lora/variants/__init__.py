@@ -1,7 +1,7 @@
 """The variants of LoRA: plain LoRA, and those that :func:`register` adds; each is a :class:`Variant`, chosen by its settings.
 
-A variant is one file and one call of :func:`register`. The settings, the layers, the file format, ``lorakeet inspect`` and the
-table of compatible tools ask the variant; none of them knows its name.
+A variant is one file and one call of :func:`register`. The settings, the layers, the file format, ``lorakeet inspect`` and
+the table of compatible tools ask the variant; none of them knows its name.
 """
 
 from __future__ import annotations
