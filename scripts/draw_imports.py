@@ -89,7 +89,7 @@ def draw(rooms: Graph, file: str) -> None:
     height = max(y for _, y in middle.values()) + FLOOR / 2
     figure, axes = pyplot.subplots(figsize=(width, height))
     for room, others in rooms.items():
-        for other in others:
+        for other in sorted(others):
             is_close = (room, other) in close
             axes.annotate(
                 "",

@@ -18,7 +18,7 @@ INDENT = 32
 def first_sentence(text: str) -> str:
     """Return the first sentence of a docstring or comment on one line, without marks of reST and the last stop."""
     paragraph = " ".join(text.strip().split("\n\n")[0].split())
-    sentence = re.split(r"(?<=[.])\s", paragraph, maxsplit=1)[0]
+    sentence = re.split(r"(?<!\bal\.)(?<!e\.g\.)(?<!i\.e\.)(?<=\.)\s", paragraph, maxsplit=1)[0]
     plain = re.sub(r":\w+:`~?([^`]+)`", r"\1", sentence).replace("``", "")
     return plain.rstrip(".:")
 

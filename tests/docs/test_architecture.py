@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from draw_imports import draw, edges, nearest, positions, table
-from file_tree import PAGE, tree, with_tree
+from file_tree import PAGE, first_sentence, tree, with_tree
 from helpers.markdown_pages import ROOT, read
 from import_graph import (
     Graph,
@@ -122,6 +122,11 @@ def test_the_tree_is_that_of_the_sources() -> None:
     assert with_tree(read(PAGE)) == read(PAGE), "run `make docs`"
     listed = re.findall(r"^ +(\w+\.(?:py|c|h)) ", tree(), re.MULTILINE)
     assert len(listed) == sum(file.stem not in ("__init__", "__main__", "_version") for file in source_files())
+
+
+def test_a_description_is_the_first_sentence() -> None:
+    text = "LoRA+: a rate for B (Hayou et al. 2024),\nof :func:`~a.b` and ``c``. More\nof it.\n\nElse."
+    assert first_sentence(text) == "LoRA+: a rate for B (Hayou et al. 2024), of a.b and c"
 
 
 def test_the_picture_shows_the_imports_of_now(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from helpers.wording import offences, sentences, words
 SUFFIXES = (".py", ".c", ".h", ".md")
 #: Offences that are still being removed, by place; a number may only shrink. At the end: ``BASELINE = {}``.
 BASELINE: Mapping[str, int] = {
-    "docs": 5,
     "src/lorakeet/_optional_imports.py": 2,
     "src/lorakeet/adapter": 52,
     "src/lorakeet/api.py": 12,
