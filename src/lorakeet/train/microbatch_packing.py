@@ -139,14 +139,16 @@ def evaluation_passes(batches: Iterable[Batch], budget: int, has_padding_token: 
 
     Args:
         batches: Batches whose rows have losses of their own.
-        budget: Real tokens of a pass; 0: each batch has its own.
+        budget: Real tokens of a pass; 0: each batch has its own, and none is fetched before the last one has run.
         has_padding_token: Whether the model itself names a padding token.
     """
+    if not budget:  # a loader of several processes knows only of its current batch which rows are duplicates
+        yield from ([batch] for batch in batches)
+        return
     together: list[Batch] = []
     for batch in batches:
         longer = [*together, batch]
-        sizes = batch_sizes(longer, budget, has_padding_token) if budget and together else []
-        if together and not (sizes and len(batches_per_pass(sizes, budget)) == 1):
+        if together and len(batches_per_pass(batch_sizes(longer, budget, has_padding_token), budget)) > 1:
             yield together
             longer = [batch]
         together = longer
