@@ -18,7 +18,7 @@ from lorakeet.patches import fused_layers as module
 from lorakeet.patches.fused_layers import fused_layers
 from lorakeet.patches.fused_loss import fused_loss
 from lorakeet.patches.padding_free import padding_free
-from lorakeet.quant.hf_quantizer import quantize_
+from lorakeet.quant.quantize import quantize_
 
 GATELESS = {"mixtral", "phi3", "qwen2_moe", "qwen3_moe"}  # stacked experts, or gate and up in one
 NORMLESS = {"olmo", "olmo2", "olmo3"}  # no trainable weight, or another rounding

@@ -20,18 +20,14 @@ from lorakeet.base.architectures import AUTO_CLASSES
 from lorakeet.cli import main
 from lorakeet.errors import BaseModelError, ConfigError
 from lorakeet.kernels.int8.linear import dequantize, rounding_steps, scales_of
-from lorakeet.quant.hf_quantizer import quantize_
 from lorakeet.quant.int8 import (
     Int8Embedding,
     Int8Linear,
-    floating,
-    holds,
-    put,
-    round_weight,
-    rounded_layers,
-    unrounded,
-    weight_rows,
+    quantize_dense,
 )
+from lorakeet.quant.protocol import dequantized_copy, quantized_layers, weight_rows
+from lorakeet.quant.quantize import quantize_
+from lorakeet.quant.state_dict import has_weight, read_weight, write_weight
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [3, 2, 5, 9, 9, 4]])
 
@@ -62,10 +58,10 @@ def test_read_written_and_read_again(kind: str, tmp_path: Path) -> None:
     quantize_(in_memory)
     read.save_pretrained(tmp_path / "int8")
     again = auto.from_pretrained(tmp_path / "int8")
-    layers = dict(rounded_layers(read))
-    assert layers and list(layers) == list(dict(rounded_layers(in_memory))) == list(dict(rounded_layers(again)))
+    layers = dict(quantized_layers(read))
+    assert layers and list(layers) == list(dict(quantized_layers(in_memory))) == list(dict(quantized_layers(again)))
     for other in (in_memory, again):
-        for name, layer in rounded_layers(other):
+        for name, layer in quantized_layers(other):
             assert torch.equal(layer.weight, layers[name].weight) and torch.equal(layer.scale, layers[name].scale), name
             assert layer.weight.dtype == torch.int8 and layer.scale.dtype == torch.float32
         assert torch.equal(logits(other), logits(read))
@@ -74,7 +70,7 @@ def test_read_written_and_read_again(kind: str, tmp_path: Path) -> None:
         dense = dense.T if layer.transposed else dense
         step = rounding_steps(layer.weight, layer.scale)
         assert bool(((dequantize(layer.weight, layer.scale) - dense).abs() <= 0.501 * step).all()), name
-    answer, truth = logits(read), logits(unrounded(read))
+    answer, truth = logits(read), logits(dequantized_copy(read))
     assert float((answer - truth).abs().max()) < 1e-5 * float(truth.abs().max())
     assert float((answer - logits(full)).norm() / answer.norm()) > 1e-5
     kinds = (torch.nn.Embedding, torch.nn.Linear, Conv1D, Int8Linear)
@@ -90,8 +86,8 @@ def test_an_embedding_that_scales_is_left_alone() -> None:
 
 
 def test_an_embedding_takes_no_scales_of_columns() -> None:
-    weight, scale = round_weight(torch.randn(9, 16))
-    with pytest.raises(ValueError, match="9 tokens with 45 scales"):
+    weight, scale = quantize_dense(torch.randn(9, 16))
+    with pytest.raises(ValueError, match="45 scales for an embedding of 9 tokens"):
         Int8Embedding(weight, scale)
 
 
@@ -117,7 +113,7 @@ def test_settings_travel_and_unknown_ones_are_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "int8")
     assert json.loads((tmp_path / "int8" / "config.json").read_text())["quantization_config"] == config.to_dict()
     for found in (model, tf.AutoModelForCausalLM.from_pretrained(tmp_path / "int8")):
-        names = set(dict(rounded_layers(found)))
+        names = set(dict(quantized_layers(found)))
         assert "model.layers.1.mlp.up_proj" in names and not any("layers.0.mlp" in name for name in names)
     with pytest.raises(ConfigError, match="embedings"):
         Int8Config(embedings=True)
@@ -285,7 +281,7 @@ def test_rows_of_a_rounded_weight(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("vocabulary", [False, True])
 def test_rows_of_a_rounded_layer(vocabulary: bool) -> None:
-    weight, scale = round_weight(torch.randn(9, 16), vocabulary=vocabulary)
+    weight, scale = quantize_dense(torch.randn(9, 16), vocabulary=vocabulary)
     picked = weight_rows(Int8Linear(weight, scale), torch.tensor([3, 0, 3]))
     assert torch.equal(picked, dequantize(weight, scale)[[3, 0, 3]])
 
@@ -294,22 +290,23 @@ def test_rows_of_a_rounded_layer(vocabulary: bool) -> None:
 def test_a_state_dict_takes_another_weight_with_its_scales(vocabulary: bool) -> None:
     torch.manual_seed(0)
     dense, other = torch.randn(9, 16), 7 * torch.randn(9, 16)
-    weight, scale = round_weight(dense, vocabulary=vocabulary)
+    weight, scale = quantize_dense(dense, vocabulary=vocabulary)
     assert scale.shape == ((9,) if vocabulary else (scales_of(9, 16),))
+    model = torch.nn.ModuleDict({"a": Int8Linear(weight, scale), "b": torch.nn.Linear(16, 9)})
     state = {"a.weight": weight, "a.scale": scale, "b.weight": dense.clone()}
-    assert holds(state, "a.weight", dense) and not holds(state, "a.weight", other)
-    assert holds(state, "b.weight", dense) and not holds(state, "b.weight", other)
+    assert has_weight(model, state, "a.weight", dense) and not has_weight(model, state, "a.weight", other)
+    assert has_weight(model, state, "b.weight", dense) and not has_weight(model, state, "b.weight", other)
     for name in ("a.weight", "b.weight"):
-        put(state, name, other)
-        assert holds(state, name, other) and not holds(state, name, dense)
+        write_weight(model, state, name, other)
+        assert has_weight(model, state, name, other) and not has_weight(model, state, name, dense)
     step = rounding_steps(weight, state["a.scale"])
-    assert bool(((floating(state, "a.weight") - other).abs() <= 0.51 * step).all())
+    assert bool(((read_weight(model, state, "a.weight") - other).abs() <= 0.51 * step).all())
 
 
 def test_scales_stay_in_fp32(tmp_path: Path) -> None:
     build(tf.AutoModelForCausalLM, "llama").save_pretrained(tmp_path)
     model = tf.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Int8Config(), dtype=torch.bfloat16)
-    layers = [layer for _, layer in rounded_layers(model)]
+    layers = [layer for _, layer in quantized_layers(model)]
     assert all(layer.scale.dtype == torch.float32 and layer.dtype == torch.bfloat16 for layer in layers)
     assert model(IDS).logits.dtype == torch.bfloat16
     exact = [layer.scale.clone() for layer in layers]
@@ -329,7 +326,7 @@ def test_quantize_writes_a_base_that_keeps_its_name(tmp_path: Path, capsys: pyte
     written, opened = load_base(str(folder), bits=8, dtype="fp32"), load_base(str(out), dtype="fp32")
     assert torch.equal(logits(opened.model), logits(written.model))
     assert opened.name == str(folder) == figures["base"] and figures["layers"] == len(
-        dict(rounded_layers(opened.model))
+        dict(quantized_layers(opened.model))
     )
     assert figures["bytes"] == sum(p.numel() * p.element_size() for p in opened.model.parameters())
     assert figures["full_bytes"] == sum(p.numel() * 4 for p in load_base(str(folder), dtype="fp32").model.parameters())

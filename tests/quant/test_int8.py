@@ -14,8 +14,8 @@ from lorakeet.base.architectures import AUTO_CLASSES
 from lorakeet.base.load import load_base
 from lorakeet.errors import BaseModelError, MergeError
 from lorakeet.lora.config import LoraConfig
-from lorakeet.quant.hf_quantizer import quantize_
 from lorakeet.quant.int8 import Int8Embedding, Int8Linear
+from lorakeet.quant.quantize import quantize_
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [3, 2, 5, 9, 9, 1]])
 

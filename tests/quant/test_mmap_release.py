@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from helpers.tiny_tasks import save_tiny
 from lorakeet.base.load import load_base
 from lorakeet.quant import mmap_release
-from lorakeet.quant.hf_quantizer import quantize_
+from lorakeet.quant.quantize import quantize_
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -74,7 +74,7 @@ def test_a_base_is_the_same_however_often(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(mmap_release, "EVERY", 1)
     base = load_base(str(folder), bits=8, dtype="fp32").model
     full = load_base(str(folder), dtype="fp32").model
-    assert base.hf_quantizer.pages.own
+    assert base.hf_quantizer.files.own
     quantize_(full)
     wanted = full.state_dict()
     assert base.state_dict().keys() == wanted.keys()

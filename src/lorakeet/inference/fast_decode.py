@@ -23,7 +23,7 @@ from lorakeet.kernels import decoder_step
 from lorakeet.kernels.cpu import bindings
 from lorakeet.kernels.int8.linear import FEW
 from lorakeet.patches.verify import Verifier, is_close
-from lorakeet.quant.int8 import rounded_layers, watched
+from lorakeet.quant.protocol import has_quantized, is_hooked
 
 #: Architectures of transformers whose ``…DecoderLayer`` is the one that the loops know.
 KNOWN = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -42,9 +42,9 @@ def fast_decode(model: nn.Module) -> Iterator[None]:
     """
     verifier = Verifier()
     replaced: list[nn.Module] = []
-    rounded = next(rounded_layers(model), None) is not None
+    quantized = has_quantized(model)
     try:
-        for module in model.modules() if rounded and bindings.library() is not None else ():
+        for module in model.modules() if quantized and bindings.library() is not None else ():
             if _known(module) and "forward" not in module.__dict__:
                 replaced.append(module)
                 module.forward = _Quick(module, verifier)
@@ -130,11 +130,13 @@ class _Quick:
         norms = [table.get(name) for table, name in self.norms]
         given = [norm for norm in norms if norm is not None]
         inside: tuple[Any, ...] = (self.attention, self.mlp, self.mlp._modules["act_fn"], *linears, *given)
-        if self.module.training or any(map(watched, inside)) or any(_FOR_ALL):
+        if self.module.training or any(map(is_hooked, inside)) or any(_FOR_ALL):
             return False
         if self.attention.config._attn_implementation != "sdpa":
             return False
-        factors: list[Any] = [linear.factors() if hasattr(linear, "factors") else None for linear in linears]
+        factors: list[Any] = [
+            linear.decoder_weights() if hasattr(linear, "decoder_weights") else None for linear in linears
+        ]
         if None in factors:
             return False
         tensors = [tensor for one in factors for tensor in one[:5] if tensor is not None]

@@ -8,13 +8,13 @@
     ∂B  = s·gᵀ·u                           [out, r]
 
 What is remembered between forward and backward: x itself (the caller holds it anyway), u, and a seed. Nothing is stored
-for the frozen weight, and the dropped-out copy of x is made again from the seed. The weight may be int8 with a scale for each
-output channel; :mod:`lorakeet.kernels.int8.linear` then makes its two products.
+for the frozen weight, and the dropped-out copy of x is made again from the seed. A quantized weight makes its two products
+itself (:class:`FrozenWeight`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,27 @@ from torch import Tensor
 
 from lorakeet.kernels.dropout import draw_seed, dropout_reference, dropped, plus_dropped
 from lorakeet.kernels.frozen_linear import linear_out
-from lorakeet.kernels.int8 import linear
+
+
+class FrozenWeight(Protocol):
+    """A weight [out, in] in a format of its own, as far as this module needs it (``lorakeet.quant`` has such formats)."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the stored tensors by name."""
+
+    def product(self, x: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Compute x·Wᵀ + b + u·vᵀ without autograd; x [n, in], u [n, r], v [out, r]."""
+
+    def input_gradient(self, g: Tensor, low_rank: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Compute g·W + u·vᵀ without autograd; g [n, out], u [n, r], v [in, r]."""
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return W in a floating dtype."""
 
 
 def lora_linear_reference(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | FrozenWeight,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -35,11 +50,10 @@ def lora_linear_reference(
     p: float = 0.0,
     mask: Tensor | None = None,
     fan_in_fan_out: bool = False,
-    scale: Tensor | None = None,
 ) -> Tensor:
     """The slow truth: the equation in plain torch, differentiated by autograd. ``mask`` as from ``keep_mask``."""
-    weight = weight if scale is None else linear.dequantize(weight, scale, x.dtype)
-    h = F.linear(x, weight.T if fan_in_fan_out else weight, bias)
+    dense = weight if isinstance(weight, Tensor) else weight.dequantize(x.dtype)
+    h = F.linear(x, dense.T if fan_in_fan_out else dense, bias)
     low = x.to(lora_A.dtype)
     if mask is not None:
         low = dropout_reference(low, mask, p)
@@ -54,7 +68,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | FrozenWeight,
         bias: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
@@ -62,38 +76,41 @@ class _LoraLinear(torch.autograd.Function):
         p: float,
         seed: int,
         fan_in_fan_out: bool,
-        scale: Tensor | None,
     ) -> Tensor:
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # [n, in]
         u = _dropped(rows, lora_A.dtype, p, seed) @ lora_A.T  # [n, r]
-        if scale is not None:
-            h = linear.product(rows, weight, scale, bias, low=(u * scaling, lora_B))
+        if not isinstance(weight, Tensor):
+            h = weight.product(rows, bias, (u * scaling, lora_B))
         else:
             h = linear_out(rows, weight if fan_in_fan_out else weight.T, bias)
             if h.dtype == lora_B.dtype:
                 h.addmm_(u, lora_B.T, alpha=scaling)
             else:  # half-precision base, fp32 adapter: the sum is rounded once
                 h = torch.addmm(h.to(lora_B.dtype), u, lora_B.T, alpha=scaling).to(h.dtype)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, u, scale)
+        # The stored tensors of a quantized weight are saved too, so that autograd sees when one is overwritten.
+        stored = (weight,) if isinstance(weight, Tensor) else weight.tensors().values()
+        ctx.save_for_backward(x, lora_A, lora_B, u, *stored)
+        ctx.quantized = None if isinstance(weight, Tensor) else weight
         ctx.scaling, ctx.p, ctx.seed, ctx.fan_in_fan_out = scaling, p, seed, fan_in_fan_out
         return h if x.dim() == 2 else h.view(*x.shape[:-1], h.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, lora_A, lora_B, u, scale = ctx.saved_tensors
+        x, lora_A, lora_B, u, weight, *_ = ctx.saved_tensors
+        quantized: FrozenWeight | None = ctx.quantized
         need_x, _, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # [n, in]
         g = grad.reshape(rows.shape[0], grad.shape[-1])  # [n, out]
         g_low = g.to(lora_B.dtype)
         gu = (g_low @ lora_B) * ctx.scaling  # [n, r]
         dx = dA = dB = db = None
-        if need_x and scale is not None and ctx.p == 0.0:
-            dx = linear.input_gradient(g, weight, scale, low=(gu, lora_A.T)).to(x.dtype).view(x.shape)
+        if need_x and quantized is not None and ctx.p == 0.0:
+            dx = quantized.input_gradient(g, (gu, lora_A.T)).to(x.dtype).view(x.shape)
         elif need_x:
-            if scale is None:
+            if quantized is None:
                 dx = linear_out(g, weight.T if ctx.fan_in_fan_out else weight, None)  # [n, in]
             else:
-                dx = linear.input_gradient(g, weight, scale)
+                dx = quantized.input_gradient(g, None)
             if ctx.p == 0.0 and dx.dtype == lora_A.dtype:
                 dx.addmm_(gu, lora_A)
             else:
@@ -106,7 +123,7 @@ class _LoraLinear(torch.autograd.Function):
             dB = (g_low.T @ u).mul_(ctx.scaling)
         if need_bias:
             db = g.sum(0)
-        return dx, None, db, dA, dB, None, None, None, None, None
+        return dx, None, db, dA, dB, None, None, None, None
 
 
 def _dropped(rows: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
@@ -117,52 +134,50 @@ def _dropped(rows: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | FrozenWeight,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
     p: float = 0.0,
     fan_in_fan_out: bool = False,
-    scale: Tensor | None = None,
 ) -> Tensor:
     """Frozen linear layer plus its low-rank update.
 
     Args:
         x: [..., in], the dtype of ``weight`` (under autocast: any floating dtype).
-        weight: [out, in], or [in, out] with ``fan_in_fan_out``; gets no gradient.
+        weight: [out, in], or [in, out] with ``fan_in_fan_out``; or a quantized weight, which is always [out, in]. It gets no
+            gradient.
         bias: [out] or None.
         lora_A: [r, in]; with ``lora_B`` in one dtype, which may be wider than the weight's.
         lora_B: [out, r].
         scaling: s in the equation above.
         p: Dropout probability on the low-rank path; 0 when not training.
         fan_in_fan_out: How ``weight`` is stored.
-        scale: fp32 [out] of an int8 ``weight`` [out, in]; None for a weight of floating dtype.
 
     Returns:
-        [..., out], the dtype of ``weight``; with an int8 one the dtype of ``x``.
+        [..., out] in the dtype of ``weight``; of a quantized one in the dtype of ``x``.
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
         x, lora_A, lora_B = (t.to(dtype) for t in (x, lora_A, lora_B))
-        weight = weight.to(dtype) if scale is None else weight
+        weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
         bias = None if bias is None else bias.to(dtype)
-        with torch.autocast(kind, enabled=False):
-            return _apply(x, weight, bias, lora_A, lora_B, scaling, p, fan_in_fan_out, scale)
-    return _apply(x, weight, bias, lora_A, lora_B, scaling, p, fan_in_fan_out, scale)
+        with torch.autocast(device_type, enabled=False):
+            return _apply(x, weight, bias, lora_A, lora_B, scaling, p, fan_in_fan_out)
+    return _apply(x, weight, bias, lora_A, lora_B, scaling, p, fan_in_fan_out)
 
 
 def _apply(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | FrozenWeight,
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
     p: float,
     fan_in_fan_out: bool,
-    scale: Tensor | None,
 ) -> Tensor:
     seed = draw_seed() if p > 0.0 else 0
-    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, p, seed, fan_in_fan_out, scale)
+    return _LoraLinear.apply(x, weight, bias, lora_A, lora_B, scaling, p, seed, fan_in_fan_out)

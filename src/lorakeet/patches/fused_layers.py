@@ -22,6 +22,7 @@ from lorakeet.kernels.glu import Activation, gated
 from lorakeet.kernels.rms_norm import rms_norm
 from lorakeet.kernels.rotary import rotary
 from lorakeet.patches.verify import Verifier, same_output_and_gradient
+from lorakeet.quant.protocol import has_quantized
 
 # fmt: off
 #: Architectures of transformers whose ``…RMSNorm`` the kernel computes, and whether 1 is added to the weight.
@@ -128,12 +129,12 @@ def _feed_forward(module: Any, activation: Activation, x: Tensor, keep: torch.dt
 
 
 def _keep_bf16(module: nn.Module, fused: Forward) -> Forward:
-    """Let a feed-forward network on 8-bit weights keep its gates in bf16 for the backward pass.
+    """Let a feed-forward network on quantized weights keep its gates in bf16 for the backward pass.
 
     The rounding error of bf16 is far below the error that the weights' rounding causes in the gradient.
     """
-    is_int8 = hasattr(module, "act_fn") and any(p.dtype == torch.int8 for p in module.parameters())
-    return functools.partial(fused, keep=torch.bfloat16) if is_int8 else fused
+    is_quantized = hasattr(module, "act_fn") and has_quantized(module)
+    return functools.partial(fused, keep=torch.bfloat16) if is_quantized else fused
 
 
 def _in_training(module: nn.Module, fused: Forward) -> Forward:
@@ -215,7 +216,10 @@ def _same(module: nn.Module, fused: Forward) -> bool:
     """Whether output and gradient of a fused forward are those of the module's own, on random rows."""
     parameters = sorted(module.parameters(), key=lambda p: (not p.is_floating_point(), p.requires_grad))
     like = parameters[0]  # not an adapter's, which may be wider than the dtype that the module computes in
-    width = like.shape[1] if type(module) is nn.Linear else getattr(module, "hidden_size", like.shape[0])
+    if hasattr(module, "hidden_size"):
+        width: Any = module.hidden_size
+    else:
+        width = like.shape[1] if type(module) is nn.Linear else like.shape[0]
     dtype = like.dtype if like.is_floating_point() else torch.float32
     x = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(like.device, dtype)
     try:

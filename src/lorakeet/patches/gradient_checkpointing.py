@@ -81,7 +81,7 @@ class _InputBuffer:
     """
 
     def __init__(self, layers: int) -> None:
-        self.layers, self.free = layers, torch.empty(0, dtype=torch.int8)
+        self.layers, self.free = layers, torch.empty(0, dtype=torch.uint8)
 
     def run(self, checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any, **settings: Any) -> Any:
         """Call ``checkpoint(layer, *args)`` with the first argument copied into the buffer."""
@@ -93,13 +93,13 @@ class _InputBuffer:
         """Return an empty tensor like x; the buffer of a pass is freed with the last tensor in it."""
         size = -(-x.nbytes // 64) * 64
         if self.free.numel() < size:
-            self.free = torch.empty(size * self.layers, dtype=torch.int8)
+            self.free = torch.empty(size * self.layers, dtype=torch.uint8)
         offset = self.free.storage_offset() // x.element_size()
         storage: Any = self.free.untyped_storage()
         allocated = x.new_empty(0).set_(storage, offset, x.shape, x.stride())
         left = self.free[size:]
         # an empty slice would keep the buffer alive
-        self.free = left if len(left) else torch.empty(0, dtype=torch.int8)
+        self.free = left if len(left) else torch.empty(0, dtype=torch.uint8)
         return allocated
 
 

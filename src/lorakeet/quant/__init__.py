@@ -1,1 +1,1 @@
-"""Bases held in fewer bits."""
+"""Quantized weights: their contract, the 8-bit format, and how models are loaded in it."""

@@ -24,6 +24,7 @@ from lorakeet.log import info
 from lorakeet.patches.causal_loss import count_targets, shifts_labels
 from lorakeet.patches.fused_loss import computes_logits
 from lorakeet.patches.padding_free import is_padding_free
+from lorakeet.quant.protocol import has_quantized
 from lorakeet.rng import same_random_state
 from lorakeet.train.step_state import Batch, StepHost
 
@@ -42,8 +43,8 @@ POSITIONS_PER_TOKEN = 4
 TEST_LENGTHS = (16, 7)
 #: Tokens. A pass of this size keeps a CPU busy: larger products are hardly faster, and activations take memory.
 CPU_BUDGET = 768
-#: Tokens. The same for an 8-bit base, where the fixed cost of a pass is a larger share and more memory is free.
-CPU_BUDGET_INT8 = 1024
+#: Tokens. The same for a quantized base, where the fixed cost of a pass is a larger share and more memory is free.
+CPU_BUDGET_QUANTIZED = 1024
 
 
 def default_token_budget(model: nn.Module, device: torch.device, micro_batch_tokens: int) -> int:
@@ -56,8 +57,7 @@ def default_token_budget(model: nn.Module, device: torch.device, micro_batch_tok
     """
     if device.type != "cpu":
         return micro_batch_tokens
-    is_int8 = any(p.dtype == torch.int8 for p in model.parameters())
-    return min(micro_batch_tokens, CPU_BUDGET_INT8 if is_int8 else CPU_BUDGET)
+    return min(micro_batch_tokens, CPU_BUDGET_QUANTIZED if has_quantized(model) else CPU_BUDGET)
 
 
 def can_join(batch: Batch, has_padding_token: bool = True) -> bool:
@@ -208,7 +208,7 @@ class ForwardGroups:
         """Reset the decision to join: another training begins, perhaps with other settings."""
         self._joins, self._waiting, self._planned = None, [], []
 
-    def plan(self, batches: Sequence[Batch]) -> None:
+    def plan_groups(self, batches: Sequence[Batch]) -> None:
         """Plan the passes of a step from all of its micro-batches."""
         self._waiting, self._planned = [], []
         if not self.budget or len(batches) < 2 or self._joins is False:

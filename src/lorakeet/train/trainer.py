@@ -143,7 +143,7 @@ class Trainer(ResumableTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Return the micro-batches of a step and its targets, and plan which of them share a pass."""
         batches, self.step.targets = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._groups.plan(batches)
+        self._groups.plan_groups(batches)
         return batches, self.step.targets
 
     @property

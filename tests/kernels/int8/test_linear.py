@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorakeet.kernels.cpu import bindings
 from lorakeet.kernels.int8 import linear
 from lorakeet.kernels.lora_linear import lora_linear, lora_linear_reference
+from lorakeet.quant.int8 import Int8Weight
 
 SHAPES = [(1, 5, 3), (0, 5, 3), (7, 1, 1), (33, 384, 700), (40, 257, 129), (3, 64, 1)]
 
@@ -138,7 +139,11 @@ def test_products_with_scales_of_input_channels(rows: int, dtype: torch.dtype, o
     bias = torch.randn(out, dtype=dtype)
     a, b = torch.randn(4, 64) / 8, torch.randn(out, 4)
     for low in (False, True):
-        h = lora_linear(x, weight, bias, a, b, 0.5, scale=scale) if low else linear.int8_linear(x, weight, scale, bias)
+        h = (
+            lora_linear(x, Int8Weight(weight, scale), bias, a, b, 0.5)
+            if low
+            else linear.int8_linear(x, weight, scale, bias)
+        )
         wide, exact = linear.dequantize(weight, scale, torch.float64), x.double()
         update = 0.5 * (exact @ a.double().T) @ b.double().T if low else 0
         truth = exact @ wide.T + bias.double() + update
@@ -388,16 +393,16 @@ def test_with_a_low_rank_update(shape: tuple[int, int, int], p: float, monkeypat
     a, b = torch.randn(4, shape[1]), torch.randn(shape[2], 4)
     dense = linear.dequantize(weight, scale)
     grads = []
-    for w, s in ((weight, scale), (dense, None)):
+    for w in (Int8Weight(weight, scale), dense):
         torch.manual_seed(7)  # the same dropout
         leaves = [t.clone().requires_grad_() for t in (x, a, b)]
-        h = lora_linear(leaves[0], w, bias, *leaves[1:], 2.0, p, scale=s)
+        h = lora_linear(leaves[0], w, bias, *leaves[1:], 2.0, p)
         h.sum().mul(0.1).add((h**2).sum()).backward()
         grads.append([h.detach(), *(t.grad for t in leaves)])
     for mine, right in zip(*grads, strict=True):
         close(mine, right, 1e-4)
     if p == 0.0:
-        close(grads[0][0], lora_linear_reference(x, weight, bias, a, b, 2.0, scale=scale), 1e-5)
+        close(grads[0][0], lora_linear_reference(x, Int8Weight(weight, scale), bias, a, b, 2.0), 1e-5)
 
 
 def test_the_weight_is_never_wide_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,4 +447,4 @@ def test_rows_come_out_as_no_view_so_that_a_loss_may_overwrite_them() -> None:
     x, weight, scale, _ = layer(5, 7, 9)
     assert not linear.int8_linear(x.requires_grad_(), weight, scale)._is_view()
     a, b = torch.ones(2, x.shape[1], requires_grad=True), torch.ones(len(weight), 2, requires_grad=True)
-    assert not lora_linear(x, weight, None, a, b, 0.5, scale=scale)._is_view()
+    assert not lora_linear(x, Int8Weight(weight, scale), None, a, b, 0.5)._is_view()
