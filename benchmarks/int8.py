@@ -507,7 +507,7 @@ def opt(options: argparse.Namespace) -> list[dict]:
             print(f"step {len(marks)}", file=sys.stderr, flush=True)
 
     from lorakeet.patches.fused_loss import fused_loss
-    from lorakeet.patches.gradient_checkpointing import recomputed
+    from lorakeet.patches.gradient_checkpointing import gradient_checkpointing
     from lorakeet.patches.padding_free import padding_free
 
     with tempfile.TemporaryDirectory() as folder:
@@ -519,7 +519,7 @@ def opt(options: argparse.Namespace) -> list[dict]:
         collator = PaddingCollator(tokenizer.pad_token_id)
         trainer = lorakeet.Trainer(model, arguments, train_dataset=data, data_collator=collator, callbacks=[Clock()])
         started = time.perf_counter()
-        with padding_free(model), fused_loss(model), recomputed(model):  # stored activations would exceed the weights
+        with padding_free(model), fused_loss(model), gradient_checkpointing(model):  # else activations exceed weights
             trainer.train()
     steps = [marks[0][0] - started, *(b[0] - a[0] for a, b in itertools.pairwise(marks))]
     figures = peak.stop()

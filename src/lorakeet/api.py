@@ -30,7 +30,7 @@ from lorakeet.lora.inject import plan_injection
 from lorakeet.quant.protocol import quantized_bytes
 from lorakeet.tasks.task import Task
 from lorakeet.train.evaluate import evaluate
-from lorakeet.train.task_trainer import measure
+from lorakeet.train.microbatch_packing import default_token_budget
 
 __all__ = [
     "LoadedModel",
@@ -72,9 +72,17 @@ def evaluate_data(
         raise DataError("nothing is held out: eval_fraction is 0", "give --eval-fraction as in the run")
     collator = make_collator(chosen, tokenizer, opened.model)
     with opened.answering(adapter):
-        if task.name == "CAUSAL_LM":
-            return evaluate(opened.model, rows, collator, batch_size, progress=progress)
-        return measure(opened.model, rows, collator, task, tokenizer, batch_size=batch_size, seed=seed)
+        return evaluate(
+            opened.model,
+            rows,
+            collator,
+            batch_size,
+            task=task,
+            tokenizer=tokenizer,
+            token_budget=default_token_budget(opened.model, opened.base.device, batch_size * data.max_length),
+            seed=seed,
+            progress=progress,
+        )
 
 
 def _window(model: Any) -> int | None:

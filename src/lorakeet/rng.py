@@ -12,7 +12,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every generator that training draws from: Python, NumPy, torch on the CPU and on CUDA."""
+    """Capture the state of every generator that training draws from: Python, NumPy, torch on the CPU and on CUDA."""
     state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -20,7 +20,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what :func:`random_state` took."""
+    """Restore a state that :func:`random_state` captured."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["cpu"])
@@ -30,7 +30,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def same_random_state() -> Iterator[None]:
-    """What happens inside draws no random number from the run outside."""
+    """Restore the random state at the end, so that nothing inside draws a random number from the caller."""
     state = random_state()
     try:
         yield

@@ -219,7 +219,7 @@ def test_a_kind_of_layer_that_differs_is_found_and_said(caplog: pytest.LogCaptur
     model = make("llama")
     model.model.layers[1].mlp.__class__ = OtherMLP
     same(model)
-    assert "LlamaDecoderLayer computes otherwise than expected" in caplog.text
+    assert "LlamaDecoderLayer does not match its patch" in caplog.text
     assert len(steps) == 2 * 13 + 2  # two layers, and one try for each kind
 
 

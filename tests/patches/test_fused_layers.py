@@ -1,4 +1,4 @@
-"""Fused norms and gated networks compute what a model's own modules compute, and keep less."""
+"""Fused norms, gated networks and rotary embeddings equal the model's own modules and keep fewer bytes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from lorakeet.patches.padding_free import padding_free
 from lorakeet.quant.quantize import quantize_
 
 GATELESS = {"mixtral", "phi3", "qwen2_moe", "qwen3_moe"}  # stacked experts, or gate and up in one
-NORMLESS = {"olmo", "olmo2", "olmo3"}  # none that learns, or one that rounds another way
-TURNLESS = {"olmo", "olmo2", "olmo3", "phi3"}  # in fp32, or only a part of each head
+NORMLESS = {"olmo", "olmo2", "olmo3"}  # no trainable weight, or another rounding
+UNROTATED = {"olmo", "olmo2", "olmo3", "phi3"}  # in fp32, or only a part of each head
 
 
 def replaced(model: nn.Module) -> list[nn.Module]:
@@ -34,15 +34,15 @@ def test_outputs_and_gradients_are_those_of_the_modules(kind: str, caplog: pytes
     model = adapted(small(kind)).train()
     for name, parameter in model.named_parameters():
         if "norm" in name and "lora" not in name:
-            parameter.requires_grad_("layers.0" in name)  # some norms learn, others do not
+            parameter.requires_grad_("layers.0" in name)  # some norms are trainable
     expected = outcome(model, ragged())
     with fused_layers(model):
         changed = {type(m).__name__ for m in replaced(model)}
         assert any("RMSNorm" in name for name in changed) != (kind in NORMLESS)
         assert any("MLP" in name for name in changed) != (kind in GATELESS)
-        assert any("Attention" in name for name in changed) != (kind in TURNLESS)
+        assert any("Attention" in name for name in changed) != (kind in UNROTATED)
         found = outcome(model, ragged())
-    assert "stays as it is" not in caplog.text
+    assert "stays unpatched" not in caplog.text
     assert_same(found, expected)
     assert not replaced(model)
     assert_same(outcome(model, ragged()), expected, 0.0)
@@ -81,7 +81,7 @@ def test_autocast() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_together_with_everything_else(reentrant: bool) -> None:
+def test_together_with_the_other_patches(reentrant: bool) -> None:
     model: Any = adapted(small("llama")).train()
     expected = outcome(model, ragged())
     model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -108,7 +108,7 @@ def test_dropout_of_an_adapter_inside_is_drawn_as_before() -> None:
     assert torch.equal(torch.rand(1), drawn)
 
 
-def test_in_evaluation_the_modules_compute_by_themselves() -> None:
+def test_evaluation_runs_the_own_forwards() -> None:
     model = small("llama")
     expected = model(**ragged()).logits
     with fused_layers(model):
@@ -117,10 +117,10 @@ def test_in_evaluation_the_modules_compute_by_themselves() -> None:
 
 
 class LouderMLP(tf.models.llama.modeling_llama.LlamaMLP):
-    """Of another package: nobody knows what it does."""
+    """MLP of another package, whose forward is unknown."""
 
 
-def test_what_is_not_known_stays(caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_modules_are_not_patched(caplog: pytest.LogCaptureFixture) -> None:
     model = adapted(small("gpt2")).train()
     with fused_layers(model):
         assert not replaced(model)
@@ -129,10 +129,10 @@ def test_what_is_not_known_stays(caplog: pytest.LogCaptureFixture) -> None:
     llama.model.layers[1].mlp.act_fn = nn.ReLU()
     with fused_layers(llama):
         assert not any("MLP" in type(m).__name__ for m in replaced(llama))
-    assert "stays as it is" not in caplog.text
+    assert "stays unpatched" not in caplog.text
 
 
-def test_a_module_that_computes_otherwise_stays_and_that_is_said(
+def test_a_module_that_differs_is_not_patched_with_a_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapted(small("llama")).train()
@@ -144,20 +144,20 @@ def test_a_module_that_computes_otherwise_stays_and_that_is_said(
     with fused_layers(model):
         assert {type(m).__name__ for m in replaced(model)} == {"LlamaAttention", "LlamaMLP", "Linear"}
         assert_same(outcome(model, ragged()), expected)
-    assert caplog.text.count("LlamaRMSNorm computes otherwise than expected and stays as it is") == 1
+    assert caplog.text.count("LlamaRMSNorm does not match its patch and stays unpatched") == 1
 
 
 def interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """Turns neighbouring columns instead of halves."""
+    """Rotate neighboring columns instead of halves."""
 
-    def turned(x: Tensor) -> Tensor:
+    def rotated(x: Tensor) -> Tensor:
         pairs = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
         return x * cos.unsqueeze(unsqueeze_dim) + pairs * sin.unsqueeze(unsqueeze_dim)
 
-    return turned(q), turned(k)
+    return rotated(q), rotated(k)
 
 
-def test_an_attention_that_turns_otherwise_stays_and_that_is_said(
+def test_an_attention_whose_rotation_differs_is_not_patched_with_a_warning(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapted(small("llama")).train()
@@ -171,10 +171,10 @@ def test_an_attention_that_turns_otherwise_stays_and_that_is_said(
             with fused_layers(model):
                 assert not any("Attention" in type(m).__name__ for m in replaced(model))
                 assert_same(outcome(model, ragged()), expected)
-        assert caplog.text.count("LlamaAttention computes otherwise than expected and stays as it is") == 1
+        assert caplog.text.count("LlamaAttention does not match its patch and stays unpatched") == 1
 
 
-def test_an_attention_that_somebody_has_given_another_forward_keeps_it() -> None:
+def test_an_attention_with_a_replaced_forward_keeps_it() -> None:
     model: Any = adapted(small("llama")).train()
     attention = model.model.layers[0].self_attn
     own = attention.forward
@@ -186,7 +186,7 @@ def test_an_attention_that_somebody_has_given_another_forward_keeps_it() -> None
         assert_same(outcome(model, ragged()), expected)
 
 
-def test_the_fused_turn_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fused_rotation_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     turned: list[torch.Size] = []
     real = module.rotary
     monkeypatch.setattr(module, "rotary", lambda x, cos, sin: turned.append(x.shape) or real(x, cos, sin))
@@ -200,7 +200,7 @@ def test_the_fused_turn_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(turned) == 2 * len(model.model.layers)
 
 
-def test_everything_is_put_back_after_an_error() -> None:
+def test_forwards_are_restored_after_an_error() -> None:
     model = small("llama").train()
     with pytest.raises(IndexError), fused_layers(model):
         model(input_ids=torch.tensor([[99]]))
@@ -208,7 +208,7 @@ def test_everything_is_put_back_after_an_error() -> None:
     copy.deepcopy(model)
 
 
-def test_a_forward_that_was_replaced_before_comes_back() -> None:
+def test_a_replaced_forward_is_restored() -> None:
     model = small("llama").train()
     with fused_layers(model):
         before = {m: m.forward for m in replaced(model)}
@@ -219,7 +219,7 @@ def test_a_forward_that_was_replaced_before_comes_back() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_less_is_kept_for_the_backward_pass(dtype: torch.dtype) -> None:
+def test_fewer_bytes_are_kept_for_the_backward_pass(dtype: torch.dtype) -> None:
     model = small("llama", hidden_size=64, intermediate_size=176, num_hidden_layers=4)
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).to(dtype).train()
     ids = torch.randint(2, 61, (4, 32), generator=torch.Generator().manual_seed(2))
@@ -237,12 +237,12 @@ def test_less_is_kept_for_the_backward_pass(dtype: torch.dtype) -> None:
         after = kept()
     hidden, inner = ids.numel() * 64 * dtype.itemsize, ids.numel() * 176 * dtype.itemsize
     norms = 2 * 4  # without the first, whose input needs no gradient
-    room = 0.04 * 4 * inner  # gates are products, which get a little more room than they need
-    assert before - after >= 4 * inner - room + (norms * hidden if dtype == torch.bfloat16 else 0)
+    slack = 0.04 * 4 * inner  # gates are products, whose buffers are slightly larger
+    assert before - after >= 4 * inner - slack + (norms * hidden if dtype == torch.bfloat16 else 0)
 
 
-def test_frozen_layers_give_back_what_they_took() -> None:
-    """Plain linear layers that nothing adapts have a forward of their own; those inside adapters keep theirs."""
+def test_frozen_layers_free_their_buffers() -> None:
+    """Linear layers without an adapter get a fused forward; those inside of adapters keep their own."""
     model = get_peft_model(small("llama"), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).train()
     down = model.get_submodule("model.layers.0.mlp.down_proj")
     with fused_layers(model):
@@ -255,7 +255,7 @@ def test_frozen_layers_give_back_what_they_took() -> None:
     assert not replaced(model)
 
 
-def test_on_weights_in_8_bits_gates_are_remembered_in_16() -> None:
+def test_gates_on_8_bit_weights_are_kept_in_bf16() -> None:
     model = small("llama", hidden_size=64, intermediate_size=176, num_hidden_layers=2)
     quantize_(model.requires_grad_(False))
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).train()
@@ -270,8 +270,8 @@ def test_on_weights_in_8_bits_gates_are_remembered_in_16() -> None:
     plain, exact = logits_and_gradients()
     with fused_layers(model), torch.autograd.graph.saved_tensors_hooks(lambda t: wide.append(t) or t, lambda t: t):
         fused, gradients = logits_and_gradients()
-    assert_same({"logits": fused}, {"logits": plain}, 1e-4)  # rounded activations round other noise
+    assert_same({"logits": fused}, {"logits": plain}, 1e-4)  # the rounding error of activations differs
     inner = [t.dtype for t in wide if t.shape[-1] == 176 and t.dtype != torch.int8]
     assert inner == [torch.bfloat16] * 4
     off = [float((mine - true).norm() / true.norm()) for mine, true in zip(gradients, exact, strict=True)]
-    assert 1e-6 < max(off) < 2e-2  # gradients are rounded to 8 bits on their way, each in its own manner
+    assert 1e-6 < max(off) < 2e-2  # both round gradients to 8 bits, in different places

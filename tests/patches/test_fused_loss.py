@@ -1,4 +1,4 @@
-"""A loss without logits is the model's own loss, with its gradients, for every kind of head."""
+"""The loss without logits equals the model's own loss and gradients, for every type of head."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def language_model(kind: str, **changes: Any) -> tf.PreTrainedModel:
 
 
 def labelled() -> dict[str, Tensor]:
-    """A ragged batch; padding, a prompt and a whole row have nothing to predict."""
+    """Return a ragged batch; padding, a prompt and a whole row have no targets."""
     batch = ragged()
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     labels[0, :4] = labels[4] = -100
@@ -104,7 +104,7 @@ def test_masked_language_models(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "phi", "gpt2"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("learns", ["adapter", "whole"])
-def test_heads_that_learn(kind: str, tied: bool, learns: str) -> None:
+def test_trainable_heads(kind: str, tied: bool, learns: str) -> None:
     model: Any = language_model(kind, tie_word_embeddings=tied)
     if learns == "adapter":
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], lora_dropout=0.0))
@@ -129,7 +129,7 @@ def test_together_with_layers_that_compute_no_padding_and_checkpointing() -> Non
             assert_same(outcome(model, labelled()), expected)
 
 
-def test_nothing_to_predict_is_a_zero_that_is_part_of_the_graph() -> None:
+def test_without_targets_the_loss_is_a_zero_that_is_part_of_the_graph() -> None:
     model = adapted(language_model("llama")).train()
     batch = labelled()
     batch["labels"] = torch.full_like(batch["labels"], -100)
@@ -142,7 +142,7 @@ def test_nothing_to_predict_is_a_zero_that_is_part_of_the_graph() -> None:
 
 
 def test_the_trainer_takes_a_micro_batch_without_targets(tmp_path: Path) -> None:
-    """A model that takes its own mean gives 0/0 there, and without logits nothing else hangs on what learns."""
+    """A mean over no targets is 0/0; without logits no other output depends on the trainable parameters."""
     model = adapted(language_model("modernbert")).train()
     trainer = Trainer(model, tf.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
     trainer.model_accepts_loss_kwargs = False
@@ -168,7 +168,7 @@ def test_labels_that_are_shifted_already() -> None:
         assert_same(outcome(model, batch), expected)
 
 
-def test_who_wants_logits_gets_them() -> None:
+def test_callers_that_need_logits_get_them() -> None:
     model = language_model("llama")
     with fused_loss(model):
         assert model(**labelled()).logits is not None  # evaluation mode
@@ -181,7 +181,7 @@ def test_who_wants_logits_gets_them() -> None:
 
 
 class Shouting(tf.LlamaForCausalLM):
-    """Does to its logits what no configuration tells."""
+    """Changes its logits in a way that no configuration describes."""
 
     def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
         output = tf.LlamaForCausalLM.forward(self, *args, **kwargs)
@@ -200,7 +200,7 @@ def test_unknown_changes_of_the_logits_are_noticed(caplog: pytest.LogCaptureFixt
     assert caplog.text.count("changes them in a way") == 1
 
 
-def test_models_that_compute_another_loss_answer_as_ever() -> None:
+def test_models_with_another_loss_are_unchanged() -> None:
     t5 = tf.T5ForConditionalGeneration(
         tf.T5Config(vocab_size=61, d_model=32, num_layers=1, d_ff=8, decoder_start_token_id=0)
     )
@@ -233,7 +233,7 @@ def test_losses_of_samples_without_logits(kind: str) -> None:
     torch.testing.assert_close(fused_sample_losses(model, moved)[0], sample_losses(model, moved)[0].detach())
 
 
-def test_an_error_leaves_the_model_whole() -> None:
+def test_an_error_restores_the_model() -> None:
     model = language_model("llama").train()
     with pytest.raises(IndexError), fused_loss(model):
         model(input_ids=torch.tensor([[99]]), labels=torch.tensor([[1]]))

@@ -1,4 +1,4 @@
-"""Layers that are run again in the backward pass: same bits, fewer bytes, and only where they have to be."""
+"""Gradient checkpointing: the same bits, fewer bytes, and as few layers as needed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ from lorakeet.kernels.cpu.memory import workspace
 from lorakeet.lora.config import LoraConfig
 from lorakeet.patches.fused_layers import fused_layers
 from lorakeet.patches.fused_loss import fused_loss
-from lorakeet.patches.gradient_checkpointing import Kept, choose_every, kept_by, recomputed, repeatable_layers
+from lorakeet.patches.gradient_checkpointing import (
+    KeptBytes,
+    checkpointable_layers,
+    choose_every,
+    gradient_checkpointing,
+    kept_by,
+)
 from lorakeet.patches.padding_free import padding_free
 from lorakeet.quant.hf_quantizer import Int8Config
 
@@ -29,7 +35,7 @@ LAYERS = 4
 
 
 def model_with_dropout(kind: str, **changes: Any) -> nn.Module:
-    """Dropout in the adapter and wherever the architecture has one."""
+    """Return settings with dropout in the adapter and wherever the architecture has it."""
     drops = {
         "attention_dropout": 0.2,
         "dropout": 0.2,
@@ -41,7 +47,7 @@ def model_with_dropout(kind: str, **changes: Any) -> nn.Module:
 
 
 def layered(kind: str, layers: int, **changes: Any) -> Any:
-    """A small model of so many layers, without a cache, as the Trainer has it."""
+    """Return a small model with this number of layers, without a cache, as in a training."""
     if kind == "gemma2":
         changes["layer_types"] = ["sliding_attention", "full_attention"] * (layers // 2)
     return small(kind, num_hidden_layers=layers, use_cache=False, **changes)
@@ -53,7 +59,7 @@ def loss_and_gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, 
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     loss = model(**batch, labels=labels).loss
     loss.backward()
-    drawn = torch.rand(1)  # what comes after draws what it would have drawn
+    drawn = torch.rand(1)  # later draws do not change
     learned = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert len(learned) > 2 * LAYERS
     return {"loss": loss.detach(), "drawn": drawn, **learned}
@@ -66,7 +72,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def times_run(model: nn.Module) -> tuple[list[int], list[Any]]:
-    layers = repeatable_layers(model)
+    layers = checkpointable_layers(model)
     times = [0] * len(layers)
 
     def count(index: int) -> Any:
@@ -89,7 +95,7 @@ def test_loss_gradients_and_random_numbers_are_the_same_bits(kind: str, fast: bo
                 around.enter_context(context(model))
         expected = loss_and_gradients(model, ragged())
         times, handles = times_run(model)
-        with recomputed(model, every):
+        with gradient_checkpointing(model, every):
             found = loss_and_gradients(model, ragged())
             assert times == [2 if index % every == 0 else 1 for index in range(LAYERS)]
         times[:] = [0] * LAYERS
@@ -109,29 +115,29 @@ def test_on_a_base_in_8_bits(every: int, tmp_path: Any) -> None:
     model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.2)).train()
     with padding_free(model), fused_loss(model), fused_layers(model):
         expected = loss_and_gradients(model, ragged())
-        with recomputed(model, every):
+        with gradient_checkpointing(model, every):
             assert_equal(loss_and_gradients(model, ragged()), expected)
 
 
 @pytest.mark.parametrize("every", [1, 2])
-def test_training_with_joined_micro_batches_learns_the_same_bits(every: int, make_args: Any, collator: Any) -> None:
+def test_training_with_joined_micro_batches_gives_the_same_bits(every: int, make_args: Any, collator: Any) -> None:
     def trained(every: int | None) -> dict[str, Tensor]:
         model = tiny_peft(0.2)
         with ExitStack() as around:
             if every is not None:
-                around.enter_context(recomputed(model, every))
+                around.enter_context(gradient_checkpointing(model, every))
             learn(model, make_args(gradient_accumulation_steps=4), tiny_data(), collator, 1000)
         return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     assert_equal(trained(every), trained(None))
 
 
-def test_below_the_lowest_adapter_nothing_is_run_again() -> None:
+def test_layers_below_the_lowest_adapter_do_not_run_again() -> None:
     model = get_peft_model(
         small("llama", num_hidden_layers=LAYERS), LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[2])
     ).train()
     times, _ = times_run(model)
-    with recomputed(model):
+    with gradient_checkpointing(model):
         embedded: list[Tensor] = []
         model.get_input_embeddings().register_forward_hook(lambda _, __, output: embedded.append(output))
         model(**ragged()).logits.sum().backward()
@@ -140,8 +146,11 @@ def test_below_the_lowest_adapter_nothing_is_run_again() -> None:
     assert not model.is_gradient_checkpointing
 
 
-def test_what_cannot_be_run_again_is_told() -> None:
-    with pytest.raises(TrainingError, match=r"Linear has no layers that can be run again"), recomputed(nn.Linear(2, 2)):
+def test_models_without_checkpointable_layers_are_refused() -> None:
+    with (
+        pytest.raises(TrainingError, match=r"Linear has no layers that can be checkpointed"),
+        gradient_checkpointing(nn.Linear(2, 2)),
+    ):
         pass
 
 
@@ -149,7 +158,7 @@ def test_what_cannot_be_run_again_is_told() -> None:
 
 
 class Live(TorchDispatchMode):
-    """The most bytes that were alive at once, of storages that came into being meanwhile; a thread's workspace stays."""
+    """Peak of the bytes in storages allocated inside the context; the workspace of a thread is reused."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -176,7 +185,7 @@ def wide(kind: str, layers: int = 6) -> nn.Module:
 
 @pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
 @pytest.mark.parametrize("kind", ["llama", "opt", "gemma2"])
-def test_the_most_that_is_held_is_near_what_was_measured(kind: str, fast: bool) -> None:
+def test_the_peak_is_near_the_measurement(kind: str, fast: bool) -> None:
     model = wide(kind)
     measured, learned = ragged(lengths=[40, 3]), ragged(lengths=[40] * 7 + [3])
 
@@ -189,14 +198,14 @@ def test_the_most_that_is_held_is_near_what_was_measured(kind: str, fast: bool) 
         if fast:
             for context in (padding_free, fused_loss, fused_layers):
                 around.enter_context(context(model))
-        loss(learned).backward()  # the workspace has its size
+        loss(learned).backward()  # allocates the workspace
         kept = kept_by(model, lambda: loss(measured))
         passes = 283 / 43 if fast else 8 * 40 / (2 * 40)
         found, expected = [], []
         for every in (None, 6, 3, 2, 1):
             with ExitStack() as inner:
                 if every is not None:
-                    inner.enter_context(recomputed(model, every))
+                    inner.enter_context(gradient_checkpointing(model, every))
                 live = inner.enter_context(Live(model))
                 loss(learned).backward()
             found.append(live.peak)
@@ -221,7 +230,7 @@ def test_every_storage_counts_once_and_weights_do_not() -> None:
 
     def gradient_right_away() -> (
         Tensor
-    ):  # as a loss may make it: what it kept is gone again, and it needs what it keeps
+    ):  # a loss may compute its gradient in the forward pass: its tensors are freed again
         x = torch.ones(10_000, requires_grad=True)
         (gradient,) = torch.autograd.grad(x.exp().sum(), x)
         assert torch.equal(gradient, x.exp())
@@ -230,11 +239,11 @@ def test_every_storage_counts_once_and_weights_do_not() -> None:
 
     assert kept_by(model, gradient_right_away) == kept
     assert kept.inputs == (ragged()["input_ids"].numel() * 64 * 4,) * 2
-    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in repeatable_layers(model))
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in checkpointable_layers(model))
 
 
-def test_as_few_layers_as_fit_are_run_again() -> None:
-    kept = Kept(layers=(100,) * 12, inputs=(10,) * 12, rest=50)
+def test_as_few_layers_as_fit_are_checkpointed() -> None:
+    kept = KeptBytes(layers=(100,) * 12, inputs=(10,) * 12, rest=50)
     assert kept.peak(None) == 50 + 11 * 100 + 200
     assert kept.peak(12) == 50 + 10 + 10 * 100 + 200
     assert kept.peak(5) == 50 + 3 * 10 + 8 * 100 + 200
@@ -245,16 +254,16 @@ def test_as_few_layers_as_fit_are_run_again() -> None:
     assert choose_every(kept, 2.0, 2 * kept.peak(5) - 1) == 3  # 4 would be as many layers as 5
     assert choose_every(kept, 1.0, kept.peak(1)) == 1
     assert choose_every(kept, 1.0, 1) == 1
-    assert choose_every(Kept((), (), 50), 1.0, 1) is None
+    assert choose_every(KeptBytes((), (), 50), 1.0, 1) is None
 
 
-def test_inputs_of_layers_lie_side_by_side_and_layers_are_as_they_were_afterwards() -> None:
+def test_inputs_of_layers_share_a_buffer_and_layers_are_restored() -> None:
     model = adapted(layered("llama", LAYERS)).train()
-    layers = repeatable_layers(model)
+    layers = checkpointable_layers(model)
     given: list[Tensor] = []
     for layer in layers:
         layer.input_layernorm.register_forward_pre_hook(lambda _, args: given.append(args[0]))
-    with recomputed(model, 2):
+    with gradient_checkpointing(model, 2):
         for _ in range(2):
             model(**ragged())  # without a backward pass, whose layers would be seen again
             inside = {t.untyped_storage().data_ptr() for t in given[::2]}
@@ -265,14 +274,14 @@ def test_inputs_of_layers_lie_side_by_side_and_layers_are_as_they_were_afterward
             given.clear()
             assert memory.expired()
         short = {name: rows[:, :3] for name, rows in ragged().items()}
-        model(**short), model(**ragged())  # passes of other sizes find other room
+        model(**short), model(**ragged())  # passes of other sizes get other buffers
         functions = [layer._gradient_checkpointing_func for layer in layers]
     assert [f is layer._gradient_checkpointing_func for f, layer in zip(functions, layers, strict=True)] == [
         False,
         True,
     ] * 2
     plain = loss_and_gradients(model, ragged())
-    with recomputed(model):
+    with gradient_checkpointing(model):
         again = loss_and_gradients(model, ragged())
     for name, value in plain.items():
         assert torch.equal(value, again[name]), name

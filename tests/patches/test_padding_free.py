@@ -1,4 +1,4 @@
-"""Layers without padding compute what the padded model computes, for every architecture they are proven for."""
+"""Layers without padding equal the padded model, for every architecture in the list."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lorakeet.patches.padding_free import PROVEN, padding_free, why_padded
 
 
 def rows_computed(model: nn.Module) -> tuple[list[int], Callable[[], None]]:
-    """Rows that each linear layer inside the layers gets, and how to stop counting."""
+    """Count the rows of each linear layer; return the counts and a function that stops counting."""
     seen: list[int] = []
     inside = [m for layers in model.modules() if isinstance(layers, nn.ModuleList) for m in layers.modules()]
     leaves = {m for m in inside if type(m).__name__ in ("Linear", "Conv1D") and m.weight.shape.numel() > 256}
@@ -44,7 +44,7 @@ def test_outputs_and_gradients_are_those_of_the_padded_model(kind: str) -> None:
         with padding_free(model):
             found = outcome(model, batch)
         assert_same(found, expected)
-        assert_same(outcome(model, batch), expected, 0.0)  # afterwards everything is as it was
+        assert_same(outcome(model, batch), expected, 0.0)  # restored afterwards
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "gpt2", "gemma3_text", "llama", "modernbert", "opt"])
@@ -61,7 +61,7 @@ def test_layers_get_the_real_positions_and_nothing_else(kind: str) -> None:
     assert set(seen) == {TOTAL} and len(seen) == padded
 
 
-def test_attention_of_rows_without_padding_is_ours_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_without_padding_are_packed_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = small("llama"), []
 
     def attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *rest: Any) -> Tensor:
@@ -76,7 +76,7 @@ def test_attention_of_rows_without_padding_is_ours_on_a_cpu(monkeypatch: pytest.
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("kind", ["bert", "gemma2", "gemma3_text", "gpt2", "llama", "opt"])
-def test_layers_may_be_run_again_for_gradient_checkpointing(kind: str, reentrant: bool) -> None:
+def test_gradient_checkpointing_inside_the_context(kind: str, reentrant: bool) -> None:
     model = adapted(small(kind))
     expected = outcome(model, ragged())
     model.train()
@@ -89,7 +89,7 @@ def test_layers_may_be_run_again_for_gradient_checkpointing(kind: str, reentrant
     assert set(seen) == {TOTAL}
 
 
-def test_other_batches_may_come_before_backward() -> None:
+def test_further_forward_passes_before_the_backward_pass() -> None:
     model = adapted(small("llama")).train()
     model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
     batches = [ragged(), ragged(left=True, lengths=[3, 8], seed=2), ragged(lengths=[5, 5, 5], seed=3)]
@@ -146,7 +146,7 @@ def test_classifiers_with_their_loss(kind: str) -> None:
 
 
 def outcome_outside(model: nn.Module) -> dict[str, Tensor]:
-    """As if no context held: a mask of four dimensions would do, but asking for hidden states is the usual way."""
+    """Return the outcome of a pass that is not packed, because it returns hidden states."""
     return outcome(model, ragged(), output_hidden_states=True)
 
 
@@ -158,7 +158,7 @@ def test_empty_rows_and_rows_of_one(kind: str) -> None:
         expected = outcome(model, batch)
         with padding_free(model):
             assert_same(outcome(model, batch), expected)
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"] * 0)  # nothing real at all
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"] * 0)  # no real position
 
 
 def test_gaps_between_real_positions_are_computed() -> None:
@@ -170,7 +170,7 @@ def test_gaps_between_real_positions_are_computed() -> None:
         assert_same(outcome(model, holes), expected, 0.0)
 
 
-def test_what_a_packed_row_cannot_give_comes_from_the_padded_model() -> None:
+def test_outputs_that_a_packed_row_does_not_have_come_from_the_padded_model() -> None:
     model = small("llama", attention="eager")
     batch, full = ragged(), {"input_ids": ragged()["input_ids"]}
     wanted: list[dict[str, Any]] = [
@@ -202,7 +202,7 @@ def test_generating_inside_the_context() -> None:
         assert torch.equal(model.generate(**batch, **settings), expected)
 
 
-def test_everything_is_put_back_also_after_an_error() -> None:
+def test_the_model_is_restored_also_after_an_error() -> None:
     model = small("llama")
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     with pytest.raises(IndexError), padding_free(model):
@@ -239,13 +239,11 @@ def test_under_autocast() -> None:
         (lambda: small("bert", position_embedding_type="relative_key"), "relative_key"),
         (lambda: small("gemma3_text", use_bidirectional_attention=True), "both ways"),
         (lambda: small("gpt2", reorder_and_upcast_attn=True), "its own order"),
-        (lambda: small("gemma2", attention="sdpa"), "soft-capping"),
+        (lambda: small("gemma2", attention="sdpa"), "soft-cap"),
         (lambda: nn.Linear(2, 2), "no stack"),
     ],
 )
-def test_models_that_need_their_padding_are_refused_with_the_reason(
-    model: Callable[[], nn.Module], reason: str
-) -> None:
+def test_models_that_need_padding_are_refused_with_the_reason(model: Callable[[], nn.Module], reason: str) -> None:
     made = model()
     assert reason in str(why_padded(made))
     with pytest.raises(TrainingError, match=reason), padding_free(made):

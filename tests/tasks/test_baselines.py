@@ -1,4 +1,4 @@
-"""The baselines by hand and against scikit-learn's own; what they say of samples is what they say of texts."""
+"""Baselines computed by hand and compared with those of scikit-learn."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_mean_as_scikit_learns_dummy() -> None:
     assert majority("regression", learned, labels) == {"mse": ((guess - labels) ** 2).mean(), "mae": 1.5}
 
 
-def test_words_tell_classes_apart() -> None:
+def test_tfidf_of_classes() -> None:
     found = baselines_for(SOURCES, TRAIN, HELD_OUT)
     assert found["tfidf"] == {"accuracy": 1, "macro_f1": 1} and found["majority"]["accuracy"] < 0.4
     swapped = [
@@ -57,7 +57,7 @@ def test_words_tell_classes_apart() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_words_tell_sets_of_labels_and_numbers() -> None:
+def test_tfidf_of_label_sets_and_numbers() -> None:
     texts = ["red", "blue", "red blue", "green", "red green"] * 4
     sets = np.array([[("red" in text), ("blue" in text), False, True] for text in texts]).astype(int)
     found = tfidf("multi_label", texts, sets, ["blue red", "green"], np.array([[1, 1, 0, 1], [0, 0, 0, 1]]))
@@ -66,16 +66,18 @@ def test_words_tell_sets_of_labels_and_numbers() -> None:
     assert tfidf("regression", texts, length, ["red blue", "red"], np.array([1.0, 0]))["mae"] < 0.3
 
 
-def test_words_of_a_single_class_say_nothing() -> None:
+def test_tfidf_of_a_single_class_is_the_majority() -> None:
     found = tfidf("single_label", ["a", "b"], np.array([1, 1]), ["a", "c"], np.array([1, 0]))
     assert found == majority("single_label", np.array([1, 1]), np.array([1, 0]))
 
 
-def test_no_more_texts_than_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tfidf_uses_a_limited_number_of_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     texts, labels = ["bird", "owl", "soup", "rice", "saw"], np.array([0, 1, 1, 0, 2])
     held_out = ["owl", "rice", "saw"], np.array([1, 0, 2])
     assert tfidf("single_label", texts, labels, *held_out)["accuracy"] == 1
-    monkeypatch.setattr(baselines, "MOST", 3)  # the first, the middle and the last text: owl and rice are never seen
+    monkeypatch.setattr(
+        baselines, "MAX_TEXTS", 3
+    )  # the first, the middle and the last text: owl and rice are never seen
     assert tfidf("single_label", texts, labels, *held_out)["accuracy"] < 1
 
 

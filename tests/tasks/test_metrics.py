@@ -1,4 +1,4 @@
-"""The figures against the libraries that define them, by hand where there is none, and through a real Trainer."""
+"""Metrics compared with the libraries that define them, computed by hand where none does, and from a Trainer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rng() -> np.random.Generator:
 
 
 def conll(right: list[list[str]], guess: list[list[str]]) -> dict[str, float]:
-    """Precision, recall and F1 of spans, by the rules of the CoNLL evaluation for where one begins and ends."""
+    """Return precision, recall and F1 of spans by the rules of the CoNLL evaluation."""
     counted = []
     for sentences in (right, guess):
         found = set()
@@ -58,7 +58,7 @@ def prediction(predictions: Any, labels: Any) -> tf.EvalPrediction:
 # ---- SEQ_CLS ----------------------------------------------------------------------------------------------------
 
 
-def test_one_label_a_text(rng: np.random.Generator) -> None:
+def test_single_label(rng: np.random.Generator) -> None:
     logits, labels = rng.normal(size=(57, 4)), rng.choice(4, 57, p=[0.6, 0.3, 0.1, 0])
     labels[[3, 50]] = -100
     kept = labels != -100
@@ -73,7 +73,7 @@ def test_one_label_a_text(rng: np.random.Generator) -> None:
     assert metrics.single_label(logits.argmax(1), labels) == pytest.approx(expected, abs=1e-12)
 
 
-def test_several_labels_a_text(rng: np.random.Generator) -> None:
+def test_multi_label(rng: np.random.Generator) -> None:
     logits, labels = rng.normal(size=(40, 5)), (rng.random((40, 5)) < 0.3).astype(np.float32)
     guess = torch.from_numpy(logits).sigmoid().numpy() > 0.5
     expected = {
@@ -84,16 +84,16 @@ def test_several_labels_a_text(rng: np.random.Generator) -> None:
     compute = compute_metrics_for("SEQ_CLS", "multi_label", list("vwxyz"))
     assert compute(prediction(logits, labels)) == pytest.approx(expected, abs=1e-12)
     unknown = labels.copy()
-    unknown[:, 2] = -100  # nobody said whether the third label holds
+    unknown[:, 2] = -100  # the third label is unknown
     without = np.delete(labels, 2, 1), np.delete(guess, 2, 1)
     found = compute(prediction(logits, unknown))
     assert found["micro_f1"] == pytest.approx(sklearn.metrics.f1_score(*without, average="micro"), abs=1e-12)
     assert found["exact_match"] == pytest.approx(sklearn.metrics.accuracy_score(*without), abs=1e-12)
-    unlabelled = np.vstack([unknown, np.full((9, 5), -100)])  # texts of which nobody said anything
+    unlabelled = np.vstack([unknown, np.full((9, 5), -100)])  # texts without any label
     assert compute(prediction(np.vstack([logits, np.ones((9, 5))]), unlabelled)) == pytest.approx(found)
 
 
-def test_a_number_a_text(rng: np.random.Generator) -> None:
+def test_regression(rng: np.random.Generator) -> None:
     labels = rng.normal(size=33)
     values = (labels + rng.normal(size=33)).astype(np.float32)
     compute = compute_metrics_for("SEQ_CLS", "regression")
@@ -105,7 +105,7 @@ def test_a_number_a_text(rng: np.random.Generator) -> None:
     }
     assert compute(prediction(values[:, None], labels)) == pytest.approx(expected, rel=1e-6)
     assert compute(prediction(np.zeros(33), labels)).keys() == {"mse", "mae"}  # a constant has no correlation
-    assert compute(prediction(np.array([-99.0]), np.array([-100.0]))) == {"mse": 1, "mae": 1}  # a number as any
+    assert compute(prediction(np.array([-99.0]), np.array([-100.0]))) == {"mse": 1, "mae": 1}  # a number like any other
 
 
 # ---- TOKEN_CLS --------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_tags_of_words(rng: np.random.Generator) -> None:
     ]
     assert found["span_f1"] == pytest.approx(conll(*as_names)["span_f1"])
     ids = preprocess_logits_for_metrics("TOKEN_CLS")(torch.from_numpy(logits), None).numpy()  # type: ignore[misc]
-    ids[0, -1] = -100  # as a Trainer fills up what is shorter
+    ids[0, -1] = -100  # as a Trainer pads shorter rows
     assert compute_metrics_for("TOKEN_CLS", labels=TAGS[:4])(prediction(ids, labels)) == found
     plain = compute_metrics_for("TOKEN_CLS", labels=["DET", "NOUN", "S-LIKE", "VERB"])(prediction(logits, labels))
     assert plain.keys() == {"accuracy", "macro_f1"}
@@ -137,7 +137,7 @@ def test_tags_of_words(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_spans_as_the_conll_evaluation_counts_them(seed: int) -> None:
-    """Wild tags too: spans that begin with I, end without E, change their type half-way."""
+    """Includes invalid tags: spans that begin with I, end without E, or change their type."""
     chance = random.Random(seed)
     right = [chance.choices(TAGS, weights=[4, 2, 2, 2, 2, 1, 1], k=chance.randrange(1, 12)) for _ in range(40)]
     guess = [[tag if chance.random() < 0.7 else chance.choice(TAGS) for tag in tags] for tags in right]
@@ -157,7 +157,7 @@ def test_which_tags_mark_spans() -> None:
 ANSWERS = [
     ("the Denver Broncos", ["Denver Broncos", "The Denver Broncos!"]),
     ("in  1066", ["1066", "In 1066,"]),
-    ("a an the", ["the"]),  # nothing is left of both
+    ("a an the", ["the"]),  # both are empty after normalization
     ("", []),
     ("", [""]),
     ("something", []),
@@ -211,7 +211,7 @@ def test_rouge_is_the_librarys() -> None:
 
 
 class Letters:
-    """Ids are letters; 0 is padding and no text."""
+    """Tokenizer whose ids are letters; 0 is padding."""
 
     def decode(self, ids: Any, skip_special_tokens: bool) -> str:
         assert skip_special_tokens
@@ -226,7 +226,7 @@ def test_generated_ids_become_texts() -> None:
 
 
 @pytest.mark.parametrize("task", ["MASKED_LM", "SEQ_2_SEQ_LM"])
-def test_loss_and_accuracy_of_the_guessed_tokens(task: str) -> None:
+def test_loss_and_accuracy_of_predicted_tokens(task: str) -> None:
     logits, labels = torch.randn(3, 7, 11) * 3, torch.randint(0, 11, (3, 7))
     labels[torch.rand(3, 7) < 0.5] = -100
     kept = labels != -100
@@ -242,7 +242,7 @@ def test_loss_and_accuracy_of_the_guessed_tokens(task: str) -> None:
     assert compute(prediction(small[0].numpy(), labels.numpy())) == pytest.approx({"accuracy": accuracy})
 
 
-def test_what_is_small_is_kept_as_it_is() -> None:
+def test_small_logits_are_kept_unchanged() -> None:
     assert preprocess_logits_for_metrics("SEQ_CLS") is None and preprocess_logits_for_metrics("QUESTION_ANS") is None
 
 
@@ -262,7 +262,7 @@ def test_each_anchor_finds_its_positive(rng: np.random.Generator, monkeypatch: p
     assert compute(prediction((3 * anchors, positives), None)) == pytest.approx(expected)
 
 
-def test_vectors_that_are_all_alike_find_nothing() -> None:
+def test_equal_vectors_find_nothing() -> None:
     same = np.ones((4, 3), np.float32)
     assert metrics.retrieval(same, same) == pytest.approx(
         {"accuracy_at_1": 1 / 4, "mrr": (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4}
@@ -283,7 +283,7 @@ EMPTY = {
 
 
 @pytest.mark.parametrize("task", EMPTY)
-def test_nothing_to_measure_is_said(task: str) -> None:
+def test_rows_without_labels_are_an_error(task: str) -> None:
     with pytest.raises(DataError, match="nothing to measure"):
         compute_metrics_for(task)(prediction(*EMPTY[task]))
 
@@ -301,7 +301,7 @@ def test_a_library_that_is_not_installed(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, package, None)
     monkeypatch.setitem(__import__("sys").modules, "rouge_score.rouge_scorer", None)
-    metrics._left_out.cache_clear()
+    metrics._warn_skipped.cache_clear()
     name = package.replace("_", "-")
     with pytest.raises(MissingLibraryError, match=f"{name} is not installed") as caught:
         call(["x"], ["x"])
@@ -310,7 +310,7 @@ def test_a_library_that_is_not_installed(
     given = prediction(["x"], ["x"]) if task == "SEQ_2_SEQ_LM" else prediction(np.array([[0]]), np.array([[1]]))
     for _ in range(2):
         assert compute_metrics_for(task, labels=TAGS)(given).keys() == figures
-    assert [record.getMessage().split(" is")[0] for record in caplog.records] == [call.__name__]  # said once
+    assert [record.getMessage().split(" is")[0] for record in caplog.records] == [call.__name__]  # warned once
 
 
 # ---- through transformers' own Trainer --------------------------------------------------------------------------
@@ -321,7 +321,7 @@ TINY = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidde
 def test_figures_of_a_trainer_are_those_of_all_its_logits(
     rng: np.random.Generator, make_args: Callable[..., tf.TrainingArguments]
 ) -> None:
-    """Ragged batches and logits that were made small on the way give the loss of every masked token, counted once."""
+    """Ragged batches and reduced logits give the loss of every masked token, counted once."""
     model = tf.BertForMaskedLM(tf.BertConfig(**TINY))
     rows = [{"input_ids": rng.integers(1, 20, size).tolist()} for size in (3, 9, 4, 7, 5, 8, 6)]
     for row in rows:

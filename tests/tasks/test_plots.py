@@ -1,4 +1,4 @@
-"""What the pictures show: right numbers in the right cells, and nothing written over anything else."""
+"""Plots: the right numbers in the right cells, and no overlapping texts."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
 import numpy as np
 import pytest
 import sklearn.metrics
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from lorakeet.tasks.plots import confusion, draw_confusion, most_confused
+from lorakeet.tasks.plots import confusion, draw_confusion, draw_loss_curve, most_confused, smoothed
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were saved."""
+    """Figures that were saved."""
     figures: list[Figure] = []
     save = Figure.savefig
 
@@ -41,7 +42,7 @@ def texts_of(figure: Figure) -> list[Any]:
 
 
 def assert_readable(figure: Figure) -> None:
-    """No two texts overlap and none reaches over the edge."""
+    """Assert that no two texts overlap and none exceeds the edge."""
     canvas = figure.canvas
     canvas.draw()  # type: ignore[no-untyped-call]
     boxes = [(text.get_text(), text.get_window_extent()) for text in texts_of(figure)]
@@ -97,7 +98,31 @@ def test_a_confusion_matrix(tmp_path: Path, drawn: list[Figure], classes: int) -
 
 def test_many_classes_stay_readable(tmp_path: Path, drawn: list[Figure]) -> None:
     labels, guesses = labels_and_guesses(90, 4000)
-    draw_confusion(labels, guesses, [f"c{n}" for n in range(90)], tmp_path / "c.png", most=20)
+    draw_confusion(labels, guesses, [f"c{n}" for n in range(90)], tmp_path / "c.png", max_classes=20)
     assert_readable(drawn[0])
     assert len(drawn[0].axes[0].get_yticklabels()) == 21
     assert drawn[0].axes[0].get_yticklabels()[-1].get_text() == "70 others"
+
+
+# ---- loss curve -----------------------------------------------------------------------------------------------------
+
+
+def test_the_moving_average_has_no_bias_at_its_start():
+    assert smoothed([2.0] * 5, 0.9) == pytest.approx([2.0] * 5)
+    assert smoothed([1.0, 3.0], 0.5) == pytest.approx([1.0, (0.5 * 0.5 * 1 + 0.5 * 3) / 0.75])
+
+
+@pytest.mark.parametrize("lines", [[], [{"step": 1, "loss": 2.0}], [{"step": 0, "eval_loss": 3.0}]])
+def test_the_loss_curve_is_drawn_from_any_lines(lines, tmp_path):
+    path = tmp_path / "curve.png"
+    draw_loss_curve(lines, path, "title")
+    assert matplotlib.image.imread(path).shape == (540, 960, 4)
+
+
+def test_the_loss_curve_shows_both_curves(tmp_path):
+    lines = [{"step": i, "loss": 4 - i / 50} for i in range(1, 101)]
+    draw_loss_curve([*lines, {"step": 0, "eval_loss": 4.0}, {"step": 100, "eval_loss": 2.1}], tmp_path / "curve.png")
+    pixels = matplotlib.image.imread(tmp_path / "curve.png")[..., :3]
+    for color in ("#08519c", "#d94801"):
+        wanted = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        assert (abs(pixels - wanted).max(-1) < 0.02).sum() > 100, color

@@ -1,4 +1,4 @@
-"""The loss curve beside that of ``peft`` with ``transformers.Trainer``: same adapter to start from, same batches."""
+"""Loss curve compared with ``peft`` and ``transformers.Trainer``, from the same initial adapter on the same batches."""
 
 from __future__ import annotations
 

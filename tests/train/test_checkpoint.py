@@ -1,4 +1,4 @@
-"""Resumed = uninterrupted, bit for bit; whole or absent; never with another run."""
+"""Checkpoints: a resumed run equals the uninterrupted one bit for bit; complete or absent; refused by other runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorakeet.train.trainer import Trainer
 
 
 class Killed(BaseException):
-    """The process is gone: nothing tidies up after it."""
+    """Stands for a killed process: no handler may clean up after it."""
 
 
 class KillAfter(TrainerCallback):
@@ -59,7 +59,7 @@ def adapter_bytes(trainer, folder):
     [
         (lambda: tiny_peft(dropout=0.3), 1, 5, 5),
         (lambda: tiny_peft(dropout=0.3), 3, 5, 2),  # the checkpoint of step 4 is between two lines of the log
-        (lambda: tiny_peft(dropout=0.3), 4, 4, 4),  # an epoch has 4 steps: exactly between two
+        (lambda: tiny_peft(dropout=0.3), 4, 4, 4),  # an epoch has 4 steps: exactly at its end
         (lambda: tiny_llama(attention_dropout=0.3), 1, 5, 5),  # all weights, no adapter
     ],
     ids=["mid epoch", "between logs", "epoch boundary", "whole model"],
@@ -86,7 +86,7 @@ def test_resumed_equals_uninterrupted(make, logging, kill, save, make_args, coll
     assert adapter_bytes(resumed, tmp_path / "b") == adapter_bytes(whole, tmp_path / "a")
 
 
-def test_a_collator_that_masks_at_random_does_so_alike_when_resumed(make_args, tmp_path):
+def test_a_random_collator_draws_the_same_masks_when_resumed(make_args, tmp_path):
     def parts(name, **changes):
         args = make_args(output_dir=str(tmp_path / name), max_steps=8, save_strategy="steps", save_steps=3)
         tokenizer = tiny_tokenizer()
@@ -99,7 +99,7 @@ def test_a_collator_that_masks_at_random_does_so_alike_when_resumed(make_args, t
     assert len({entry["loss"] for entry in whole.state.log_history if "loss" in entry}) == 8
 
 
-def test_a_random_collator_masks_anew_in_each_epoch():
+def test_a_random_collator_draws_new_masks_in_each_epoch():
     steady = checkpoint.SteadyCollator(lambda samples: torch.rand(3).tolist(), seed=1)
     first, other = steady([1]), steady([2])
     assert steady([1]) == first != other
@@ -113,7 +113,7 @@ def test_a_random_collator_masks_anew_in_each_epoch():
     assert torch.equal(torch.rand(1), expected) and before is not None
 
 
-def test_the_trainer_tells_its_collator_the_epoch(make_args, collator):
+def test_the_trainer_sets_the_epoch_of_its_collator(make_args, collator):
     drawn = []
 
     def at_random(samples):
@@ -141,7 +141,7 @@ def test_checkpoints_hold_the_adapter_alone(make_args, collator, tmp_path):
     assert any(p.any() for name, p in again.named_parameters() if "lora_B" in name)
 
 
-def test_old_checkpoints_go_and_the_best_stays(make_args, collator, tmp_path):
+def test_old_checkpoints_are_deleted_and_the_best_is_kept(make_args, collator, tmp_path):
     args = make_args(
         save_strategy="steps",
         save_steps=2,
@@ -150,7 +150,7 @@ def test_old_checkpoints_go_and_the_best_stays(make_args, collator, tmp_path):
         max_steps=8,
         save_total_limit=1,
         load_best_model_at_end=True,
-        learning_rate=0.5,  # so high that the first is the best
+        learning_rate=0.5,  # high enough that the first checkpoint is the best
     )
     trainer = run(args, collator=collator, eval_dataset=tiny_data(6, seed=9))
     best = trainer.state.best_model_checkpoint
@@ -195,7 +195,7 @@ def test_killed_while_writing_leaves_no_checkpoint(at, make_args, collator, tmp_
     assert history(run(args, collator=collator, resume=True)) == history(whole)
 
 
-def test_what_a_power_cut_left_is_cleared_away(make_args, collator, tmp_path):
+def test_partial_checkpoints_are_removed(make_args, collator, tmp_path):
     torn = tmp_path / "out" / ".checkpoint-2.abc.tmp"
     torn.mkdir(parents=True)
     (torn / "adapter_model.safetensors").write_bytes(b"half")
@@ -203,7 +203,7 @@ def test_what_a_power_cut_left_is_cleared_away(make_args, collator, tmp_path):
     assert not torn.exists()
 
 
-def test_an_incomplete_checkpoint_is_passed_over_and_refused_by_name(make_args, collator, tmp_path):
+def test_an_incomplete_checkpoint_is_skipped_and_refused_by_name(make_args, collator, tmp_path):
     args = saved(make_args, collator)
     out = tmp_path / "out"
     assert checkpoint.latest_checkpoint(out) == out / "checkpoint-4"
@@ -214,10 +214,10 @@ def test_an_incomplete_checkpoint_is_passed_over_and_refused_by_name(make_args, 
         run(args, collator=collator, resume=str(out / "checkpoint-4"))
     (out / "checkpoint-2" / checkpoint.MANIFEST).unlink()
     assert checkpoint.latest_checkpoint(out) is None
-    with pytest.raises(TrainingError, match="no whole checkpoint"):
+    with pytest.raises(TrainingError, match="no complete checkpoint"):
         run(args, collator=collator, resume=True)
     shutil.rmtree(out)
-    with pytest.raises(TrainingError, match="no whole checkpoint"):
+    with pytest.raises(TrainingError, match="no complete checkpoint"):
         run(args, collator=collator, resume=True)
 
 
@@ -240,7 +240,7 @@ def test_other_settings_are_refused(changes, named, make_args, collator):
     assert named in str(caught.value) and "any_checkpoint=True" in str(caught.value)
 
 
-def test_other_data_and_another_adapter_are_refused_unless_told_otherwise(make_args, collator):
+def test_other_data_and_another_adapter_are_refused_without_any_checkpoint(make_args, collator):
     args = saved(make_args, collator)
     changed = [dict(row) for row in tiny_data(27)]
     changed[13]["input_ids"][0] = 38 if changed[13]["input_ids"][0] != 38 else 37
@@ -253,7 +253,7 @@ def test_other_data_and_another_adapter_are_refused_unless_told_otherwise(make_a
     assert run(longer, data=other, collator=collator, resume=True, any_checkpoint=True).state.global_step == 6
 
 
-def test_what_only_looks_may_change(make_args, collator):
+def test_settings_that_do_not_change_the_result_may_differ(make_args, collator):
     saved(make_args, collator)
     args = make_args(max_steps=4, logging_steps=2, save_strategy="no", eval_strategy="steps", eval_steps=1)
     assert run(args, collator=collator, resume=True, eval_dataset=tiny_data(3)).state.global_step == 4
@@ -266,7 +266,7 @@ def test_number_of_processes_is_part_of_the_fingerprint(make_args):
     assert json.loads(json.dumps(one)) == one
 
 
-def test_data_hash_sees_order_content_and_selection():
+def test_the_data_hash_depends_on_order_content_and_selection():
     data = tiny_data(30)
     assert checkpoint.data_hash(data) == checkpoint.data_hash(datasets.Dataset.from_list(list(data)))
     assert checkpoint.data_hash(data) == checkpoint.data_hash(data.select(range(30)))

@@ -1,4 +1,4 @@
-"""Neighbours of one length: the same samples in every step, the same losses, less padding."""
+"""Samples sorted by length within a step: the same samples in every step, the same losses, less padding."""
 
 import random
 
@@ -13,7 +13,7 @@ from lorakeet.train.length_sampler import LengthWindows
 
 
 @given(lengths=st.lists(st.integers(1, 99), max_size=60), size=st.integers(1, 17))
-def test_every_window_holds_what_it_held_before(lengths, size):
+def test_every_window_keeps_its_samples(lengths, size):
     order = random.Random(0).sample(range(len(lengths)), len(lengths))
     sampler = LengthWindows(order, lengths, size)
     rows = list(sampler)

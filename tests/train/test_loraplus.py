@@ -1,4 +1,4 @@
-"""LoRA+: the rates, the groups and the curve of PEFT's own optimizer; resumed with the ratio it was started with."""
+"""LoRA+: rates, groups and loss curve of PEFT's own optimizer; resumed only with the ratio of the run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def groups(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[tuple[list[str], float, float]]:
-    """Names, learning rate and weight decay of each group that holds anything."""
+    """Return names, learning rate and weight decay of each non-empty group."""
     names = {p: name for name, p in model.named_parameters()}
     for wrapper in ("base_model.model.", "lora_parameters.weight.", "token_adapter."):
         names = {p: name.replace(wrapper, "") for p, name in names.items()}
@@ -66,7 +66,7 @@ def curve(trainer: transformers.Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_the_curve_is_that_of_pefts_optimizer_and_both_rates_are_scheduled(make_args, tmp_path):
+def test_the_loss_curve_is_that_of_pefts_optimizer_and_both_rates_are_scheduled(make_args, tmp_path):
     args = make_args(
         max_steps=8, warmup_steps=3, lr_scheduler_type="cosine", weight_decay=0.1, learning_rate=2e-3, logging_steps=1
     )
@@ -95,7 +95,7 @@ def test_the_curve_is_that_of_pefts_optimizer_and_both_rates_are_scheduled(make_
     assert len(now) == 2 and now[1] == 16 * now[0]
 
 
-def test_resumed_with_the_ratio_it_was_started_with(make_args, collator):
+def test_another_ratio_does_not_resume(make_args, collator):
     def run(name: str, steps: int, ratio: float | None, resume: bool = False, **more: Any) -> Trainer:
         args = make_args(
             output_dir=name, max_steps=6, save_strategy="steps", save_steps=3, lr_scheduler_type="constant", **more
@@ -118,14 +118,14 @@ def test_resumed_with_the_ratio_it_was_started_with(make_args, collator):
         run(parts, 6, None, resume=True)
 
 
-def test_what_cannot_be_meant_is_refused(make_args):
+def test_contradictory_settings_are_refused(make_args):
     with pytest.raises(ConfigError, match=r"got the ratio 0.5, expected at least 1"):
         LoraPlus(0.5)
     with pytest.raises(ConfigError, match=r"loraplus_ratio = 0.5"):
         make_run({"train": {"loraplus_ratio": 0.5}})
-    with pytest.raises(TrainingError, match="no lora_B that learns"):
+    with pytest.raises(TrainingError, match="needs a trainable lora_B"):
         Trainer(tiny_llama(), make_args(), loraplus=16).create_optimizer()
     model = tiny_peft()
     own = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    with pytest.raises(TrainingError, match="both say who learns at which rate"):
+    with pytest.raises(TrainingError, match="both set learning rates"):
         Trainer(model, make_args(), optimizers=(own, None), loraplus=16)

@@ -1,4 +1,4 @@
-"""Whether the largest pass of a training fits: how large that is, what is measured for it, what is said; and free memory."""
+"""Memory plan: size of the largest pass, bytes that it keeps, chosen layers, messages; and free memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ import torch
 from helpers.tiny_training import tiny_data, tiny_llama, tiny_peft
 from lorakeet.patches.fused_layers import fused_layers
 from lorakeet.patches.fused_loss import fused_loss
-from lorakeet.patches.gradient_checkpointing import repeatable_layers
+from lorakeet.patches.gradient_checkpointing import checkpointable_layers
 from lorakeet.patches.padding_free import padding_free
 from lorakeet.train import preflight
-from lorakeet.train.memory_plan import SHARE, _kept, _two_samples, every_that_fits, largest_pass
-from lorakeet.train.memory_probe import _left_of_limits, free_memory
+from lorakeet.train.memory_plan import (
+    SHARE,
+    _kept,
+    _left_of_limits,
+    _two_samples,
+    every_that_fits,
+    free_memory,
+    largest_pass,
+)
 from lorakeet.train.trainer import Trainer
 
 
@@ -41,7 +48,7 @@ def make_trainer(make_args: Any, collator: Any) -> Any:
     [
         (0, 17, True, 4 * 17),
         (100, 17, True, 100),
-        (1000, 17, True, 4 * 4 * 17),  # a step has no more
+        (1000, 17, True, 4 * 4 * 17),  # all tokens of a step
         (30, 17, True, 4 * 17),  # one micro-batch above the budget
         (1000, 17, False, 4 * 17),
     ],
@@ -51,7 +58,7 @@ def test_the_largest_pass(budget: int, longest: int, without_padding: bool, toke
 
 
 @pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
-def test_the_less_is_free_the_more_is_run_again(fast: bool, make_trainer: Any, caplog: Any) -> None:
+def test_less_free_memory_means_more_checkpointed_layers(fast: bool, make_trainer: Any, caplog: Any) -> None:
     caplog.set_level("INFO", logger="lorakeet")
     model = tiny_peft(0.3).eval()
     trainer = make_trainer(model, token_budget=150)
@@ -67,14 +74,14 @@ def test_the_less_is_free_the_more_is_run_again(fast: bool, make_trainer: Any, c
     assert torch.equal(torch.get_rng_state(), before) and not model.training
     said = caplog.text
     tokens = 150 if fast else 4 * 17
-    assert f"all layers are run again in the backward pass: a pass of {tokens} tokens would need 0.00 GB" in said
-    assert "layer 0 is run again" in said
+    assert f"all layers are checkpointed: a pass of {tokens} tokens would need 0.00 GB" in said
+    assert "layer 0 is checkpointed" in said
     assert "and may not fit: lower train.token_budget, train.batch_size or data.max_length" in said
-    assert not any(layer._forward_pre_hooks for layer in repeatable_layers(model))
+    assert not any(layer._forward_pre_hooks for layer in checkpointable_layers(model))
 
 
-def test_gradients_and_moments_need_room_too(make_trainer: Any) -> None:
-    trainer = make_trainer(tiny_llama())  # all of it learns
+def test_gradients_and_moments_need_memory_too(make_trainer: Any) -> None:
+    trainer = make_trainer(tiny_llama())  # all parameters are trainable
     samples, longest = _two_samples(trainer.train_dataset, 64)
     need = _kept(trainer, samples).peak(None) * largest_pass(trainer, longest, False) / (2 * longest)
     enough = (need + preflight.checkpoint_bytes(trainer.model)) / SHARE
@@ -83,14 +90,14 @@ def test_gradients_and_moments_need_room_too(make_trainer: Any) -> None:
     assert every_that_fits(trainer, int(enough) - 2, 64) == 2
 
 
-def test_a_stream_is_measured_by_its_beginning(make_trainer: Any) -> None:
+def test_a_stream_is_measured_by_its_first_samples(make_trainer: Any) -> None:
     stream = with_lengths(tiny_data()).to_iterable_dataset()
     trainer = make_trainer(data=stream)
     assert every_that_fits(trainer, 10**9, 64) is None
     assert every_that_fits(trainer, 10**5, 64) == 1
 
 
-def test_nobody_can_tell(make_trainer: Any) -> None:
+def test_unknown_free_memory_means_no_checkpointing(make_trainer: Any) -> None:
     assert every_that_fits(make_trainer(), None, 64) is None
     model = tiny_llama()
     type(model).supports_gradient_checkpointing, was = False, type(model).supports_gradient_checkpointing
@@ -103,7 +110,7 @@ def test_nobody_can_tell(make_trainer: Any) -> None:
 # ---- free memory ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux tells")
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="only Linux reports it")
 def test_free_memory_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     total = next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in line)
@@ -117,7 +124,7 @@ def test_free_memory_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_free_memory_of_a_gpu_counts_what_torch_holds_unused() -> None:
+def test_free_memory_of_a_gpu_includes_unused_memory_of_torch() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     before = free_memory(device)
     held = torch.ones(2**28, device=device)

@@ -1,4 +1,4 @@
-"""Micro-batches that share a pass: the same losses and gradients in fewer passes, and only where that is exact."""
+"""Micro-batches that share a pass: the same losses and gradients in fewer passes, only where that is exact."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lorakeet.patches.padding_free import padding_free
 from lorakeet.runs.metrics_log import read_metrics
 from lorakeet.tasks.task import Task
 from lorakeet.train.evaluate import evaluate
-from lorakeet.train.microbatch_packing import CELLS, beginning, joined, share_out
+from lorakeet.train.microbatch_packing import POSITIONS_PER_TOKEN, batches_per_pass, join_batches, sample_prefix
 from lorakeet.train.run import run_training
 from lorakeet.train.task_trainer import TaskTrainer
 from lorakeet.train.trainer import Trainer
@@ -39,30 +39,32 @@ SCARCE = 60  # tokens: two to four of the micro-batches below
 
 
 def tags(samples: list[Any]) -> dict[str, Tensor]:
-    """Batch of a tagger; some tokens have no tag."""
+    """Return a batch of a tagger; some tokens have no tag."""
     batch = classes(samples)
     batch["labels"] = (batch["input_ids"] % 3).masked_fill(batch["input_ids"] % 5 == 0, -100)
     return batch
 
 
 def several(samples: list[Any]) -> dict[str, Tensor]:
-    """Batch with five yes or no labels a sample: as many as some batches have columns."""
+    """Return a batch with five binary labels per sample, as many as some batches have columns."""
     batch = classes(samples)
     batch["labels"] = torch.tensor([[float((sum(s["input_ids"]) + k) % 2) for k in range(5)] for s in samples])
     return batch
 
 
 def numbers(samples: list[Any]) -> dict[str, Tensor]:
-    """Batch of a regression."""
+    """Return a batch of a regression."""
     return classes(samples) | {"labels": torch.tensor([len(s["input_ids"]) / 7 for s in samples])}
 
 
 def left(samples: list[Any]) -> dict[str, Tensor]:
-    """Batch of a language model, padded on the left."""
+    """Return a batch of a language model, padded on the left."""
     longest = max(len(s["input_ids"]) for s in samples)
     ids = torch.tensor([[PAD] * (longest - len(s["input_ids"])) + s["input_ids"] for s in samples])
     mask = torch.tensor([[0] * (longest - len(s["input_ids"])) + [1] * len(s["input_ids"]) for s in samples])
-    labels = ids.masked_fill(mask.cumsum(1) <= 1, -100)  # the first token is no target: padding would have to tell it
+    labels = ids.masked_fill(
+        mask.cumsum(1) <= 1, -100
+    )  # the first token is no target: padding would have to predict it
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -137,7 +139,7 @@ def test_ten_steps_are_those_of_the_plain_trainer(make_args, collator):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_the_loss_of_a_step_is_the_mean_over_its_targets(kind, make_args, collator):
-    """GPT-2's name does not tell that its labels are shifted."""
+    """The class name of GPT-2 has no loss type that tells that labels are shifted."""
     args = make_args(max_steps=1, gradient_accumulation_steps=4, train_sampling_strategy="sequential")
     data = tiny_data(16)
     expected = evaluate(small(kind), data, collator)["loss"]
@@ -146,7 +148,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_targets(kind, make_args, collat
 
 
 @pytest.mark.parametrize("rows", [1, 27, 30])
-def test_an_evaluation_joins_its_batches_and_finds_the_same(rows, make_args, collator):
+def test_an_evaluation_joins_its_batches_without_another_loss(rows, make_args, collator):
     """The last batch may be smaller than the others; no row is lost or counted twice."""
     data = tiny_data(rows)
     args = make_args(max_steps=1, per_device_eval_batch_size=4)
@@ -202,7 +204,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_args, collator, tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
 
 
-def test_a_step_that_is_broken_off_leaves_nothing_for_the_next(make_args, collator):
+def test_an_interrupted_step_leaves_no_batches_for_the_next(make_args, collator):
     class Stop(tf.TrainerCallback):
         def on_substep_end(self, args, state, control, **_):
             control.should_epoch_stop = state.global_step == 1 and not broken_off
@@ -258,7 +260,7 @@ def test_a_gradient_that_is_not_finite_shows_all_samples(make_args, collator):
 
 
 class Contrast(nn.Module):
-    """A loss among the samples of a batch, around an encoder."""
+    """Encoder whose loss compares the samples of a batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -275,7 +277,7 @@ class Contrast(nn.Module):
 
 
 def summed() -> nn.Module:
-    """A language model whose loss is not divided by the targets but by the samples."""
+    """Return a language model whose loss is divided by samples instead of targets."""
     model: Any = bert(tf.BertForTokenClassification, num_labels=3)
     own = model.forward
 
@@ -315,7 +317,7 @@ def without_padding_token() -> nn.Module:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_would_not_be_exact_runs_one_by_one_and_says_so(name, make_args, collator, caplog):
+def test_a_step_that_cannot_be_joined_exactly_runs_one_by_one_with_a_message(name, make_args, collator, caplog):
     make, collate, changes, reason = REFUSED[name]
     caplog.set_level("INFO", logger="lorakeet")
     args = make_args(**{"gradient_accumulation_steps": 3, "max_steps": 2, **changes})
@@ -339,7 +341,7 @@ def test_outside_of_the_fast_paths(without, make_args, collator, caplog):
         assert train(other, args, tiny_data(), collator)[0] == found
 
 
-def test_columns_that_nobody_knows(make_args, caplog):
+def test_unknown_columns(make_args, caplog):
     caplog.set_level("INFO", logger="lorakeet")
 
     class Extra(tf.BertForSequenceClassification):
@@ -364,7 +366,7 @@ def test_pairs_never_share_a_pass(make_args, caplog):
                 task=Task("FEATURE_EXTRACTION"), token_budget=budget,
             )  # fmt: skip
         found.append(losses)
-    assert found[0] == found[1] and "each pair is told from the others" in caplog.text
+    assert found[0] == found[1] and "the loss of a pair depends on the others" in caplog.text
 
 
 # ---- the parts ------------------------------------------------------------------------------------------------------
@@ -375,13 +377,13 @@ def test_pairs_never_share_a_pass(make_args, caplog):
     st.integers(1, 120),
 )
 def test_a_pass_holds_as_much_as_its_budget_allows(sizes, budget):
-    counts = share_out(sizes, budget)
+    counts = batches_per_pass(sizes, budget)
     assert sum(counts) == len(sizes) and all(counts)
     ends = list(accumulate(counts))
 
     def fits(some: list[tuple[int, int, int]]) -> bool:
         tokens, rows, columns = (list(values) for values in zip(*some, strict=True))
-        return sum(tokens) <= budget and sum(rows) * max(columns) <= CELLS * budget
+        return sum(tokens) <= budget and sum(rows) * max(columns) <= POSITIONS_PER_TOKEN * budget
 
     for count, end in zip(counts, ends, strict=True):
         inside = sizes[end - count : end]
@@ -389,38 +391,38 @@ def test_a_pass_holds_as_much_as_its_budget_allows(sizes, budget):
         assert end == len(sizes) or not fits([*inside, sizes[end]])
 
 
-def test_the_beginning_of_a_batch_keeps_all_labels_of_a_sample():
+def test_the_prefix_of_a_sample_keeps_all_of_its_labels():
     ids = torch.arange(18).view(2, 9)
     mask = torch.ones(2, 9).long()
     mask[1, :5] = 0
     batch = {"input_ids": ids, "attention_mask": mask.flip(0), "labels": torch.ones(2, 9)}
-    little = beginning(batch, 4)
+    little = sample_prefix(batch, 4)
     assert little["input_ids"].tolist() == [[9, 10, 11, 12]] and little["labels"].shape == (1, 9)
-    tokens = beginning(batch | {"labels": ids - 10}, 4)
+    tokens = sample_prefix(batch | {"labels": ids - 10}, 4)
     assert tokens["labels"].tolist() == [[0, 0, 1, 2]]
-    assert beginning(batch | {"attention_mask": mask}, 4)["input_ids"].tolist() == [[0, 1, 2, 3]]
+    assert sample_prefix(batch | {"attention_mask": mask}, 4)["input_ids"].tolist() == [[0, 1, 2, 3]]
 
 
-def test_joined_batches_keep_positions_and_fill_each_column_its_own_way():
+def test_joined_batches_keep_positions_and_pad_each_column_with_its_value():
     ids = [torch.tensor([[7, 8, 9], [5, 6, 0]]), torch.tensor([[0, 4]])]
     masks = [torch.tensor([[1, 1, 1], [1, 1, 0]]), torch.tensor([[0, 1]])]
     batches = [
         {"input_ids": i, "attention_mask": m, "labels": i, "token_type_ids": m, "shift_labels": i}
         for i, m in zip(ids, masks, strict=True)
     ]
-    made = joined(batches, pad_token_id=3)
+    made = join_batches(batches, pad_token_id=3)
     assert made["input_ids"].tolist() == [[7, 8, 9], [5, 6, 0], [0, 4, 3]]
     assert made["attention_mask"].tolist() == made["token_type_ids"].tolist() == [[1, 1, 1], [1, 1, 0], [0, 1, 0]]
     assert made["labels"].tolist() == made["shift_labels"].tolist() == [[7, 8, 9], [5, 6, 0], [0, 4, -100]]
     fractions = [b | {"labels": torch.ones(i.shape)[:, :2]} for b, i in zip(batches, ids, strict=True)]
-    assert joined(fractions, 3)["labels"].shape == (3, 2)
+    assert join_batches(fractions, 3)["labels"].shape == (3, 2)
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind, rows", [("bert", "SEQ_CLS"), ("bert", "TOKEN_CLS"), ("llama", "CAUSAL_LM")])
-def test_a_run_says_what_it_joins_and_learns_the_same(kind, rows, tmp_path: Path, caplog):
+def test_a_run_logs_what_it_joins_and_has_the_same_losses(kind, rows, tmp_path: Path, caplog):
     caplog.set_level("INFO", logger="lorakeet")
     lines, weights = [], []
     for budget in (None, 0):  # left out: a micro-batch of four samples of 512 tokens

@@ -1,4 +1,4 @@
-"""Two processes (gloo) whose micro-batches share passes learn what one learns without that."""
+"""Two processes (gloo) whose micro-batches share passes train as one process without sharing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("budget", [20, 4096])  # of 20 tokens: some steps take more passes than others
 def test_two_processes_join_alike(tmp_path: Path, budget: int) -> None:
-    """Their samples differ in length, so that each on its own would plan passes of its own."""
+    """Their samples differ in length, so each alone would plan other passes."""
     script = tmp_path / "train.py"
     script.write_text(RUN)
     told = {}

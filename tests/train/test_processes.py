@@ -1,4 +1,4 @@
-"""Two processes (gloo, on the CPU) learn what one learns with the same samples per step."""
+"""Two processes (gloo, on the CPU) train as one process with the same samples per step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ import pytest
 from safetensors.torch import load_file
 
 from helpers.processes import RUN, launch, settings
+from helpers.tiny_training import PAD, tiny_data, tiny_llama
+from lorakeet.data.collate import PaddingCollator
 from lorakeet.runs.metrics_log import read_metrics
+from lorakeet.train.evaluate import evaluate
 
 pytestmark = pytest.mark.slow
 
@@ -64,6 +67,32 @@ print("the same")
 """
 
 
+EVALUATE = """
+import json, sys
+import torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from helpers.tiny_training import *
+from lorakeet.data.collate import PaddingCollator
+from lorakeet.train.evaluate import evaluate
+dist.init_process_group("gloo")
+model, seen = tiny_llama(initializer_range=0.3), []
+figures = evaluate(model, tiny_data(19), PaddingCollator(PAD), 4, progress=lambda done, total: seen.append((done, total)))
+with open(f"{sys.argv[2]}/{dist.get_rank()}.json", "w") as file:
+    json.dump([figures, seen[-1]], file)
+"""
+
+
+def test_two_processes_share_an_evaluation(tmp_path):
+    script = tmp_path / "evaluate.py"
+    script.write_text(EVALUATE)
+    done = launch(script, str(Path(__file__).parents[1]), str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    (first, shown), (second, shown_by_second) = (json.loads((tmp_path / f"{i}.json").read_text()) for i in (0, 1))
+    assert first == second and (shown, shown_by_second) == ([10, 10], [9, 9])
+    alone = evaluate(tiny_llama(initializer_range=0.3), tiny_data(19), PaddingCollator(PAD), 4)
+    assert first["tokens"] == alone["tokens"] and first["loss"] == pytest.approx(alone["loss"], abs=1e-6)
+
+
 def test_a_base_in_8_bits_is_sharded_over_processes(tmp_path):
     """FSDP2 holds half of each int8 weight and of its scales in each process; loss and gradients stay the same."""
     settings(tmp_path, "unused")
@@ -74,7 +103,7 @@ def test_a_base_in_8_bits_is_sharded_over_processes(tmp_path):
 
 
 @pytest.mark.parametrize(("bits", "again"), [(None, "auto"), (8, "auto"), (None, 2)])
-def test_two_processes_learn_what_one_learns(tmp_path, bits, again):
+def test_two_processes_train_as_one(tmp_path, bits, again):
     script = tmp_path / "train.py"
     script.write_text(RUN)
     for processes, accumulate in [(1, 4), (2, 2)]:
@@ -98,7 +127,7 @@ def test_two_processes_learn_what_one_learns(tmp_path, bits, again):
         assert (y[name] - tensor).abs().max() < 5 * near, name
 
 
-def test_two_processes_stop_and_go_on(tmp_path):
+def test_two_processes_stop_and_resume(tmp_path):
     script = tmp_path / "train.py"
     killer = """
 import transformers
@@ -140,12 +169,12 @@ def test_ctrl_c_under_torchrun_saves_in_every_process(tmp_path):
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to torchrun and its children
     _, told = process.communicate(timeout=100)
-    assert "everything is saved" in told, told[-3000:]
+    assert "a checkpoint is saved" in told, told[-3000:]
     (folder,) = (tmp_path / "long" / "checkpoints").iterdir()
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in folder.iterdir()}
 
 
-def test_gradients_that_are_not_synchronised_are_an_error(tmp_path):
+def test_gradients_that_are_not_synchronized_are_an_error(tmp_path):
     script = tmp_path / "diverge.py"
     script.write_text(DIVERGE)
     done = launch(script, str(Path(__file__).parents[1]), str(tmp_path / "out"))

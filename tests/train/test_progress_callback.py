@@ -1,20 +1,17 @@
-"""What a run tells: lines of metrics, progress, the picture."""
+"""Progress callback: lines of ``metrics.jsonl``, progress bar and progress lines."""
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 import time
 from io import StringIO
 
-import matplotlib.image
 import pytest
 
 from helpers.tiny_training import tiny_data, tiny_peft
-from lorakeet.runs.metrics_log import append_metrics, first_and_last, read_metrics
+from lorakeet.runs.metrics_log import read_metrics
 from lorakeet.train import progress_callback
-from lorakeet.train.progress_callback import ProgressCallback, clock, draw_loss_curve, smoothed
+from lorakeet.train.progress_callback import ProgressCallback, clock
 from lorakeet.train.trainer import Trainer
 
 
@@ -86,18 +83,18 @@ def test_a_resumed_run_drops_the_lines_after_its_checkpoint(make_args, collator,
     assert lines[3] == whole[3] and lines[4]["seconds"] > lines[3]["seconds"]
 
 
-def test_without_a_terminal_a_line_now_and_then(make_args, collator, tmp_path, monkeypatch, caplog):
+def test_without_a_terminal_progress_is_logged_at_intervals(make_args, collator, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="lorakeet")
     train(make_args(include_num_input_tokens_seen="non_padding"), tmp_path / "m.jsonl", collator)
     spoken = [line for line in caplog.messages if line.startswith("step")]
     assert len(spoken) == 1 and spoken[0].startswith("step 6 of 6: loss ") and spoken[0].endswith("0:00 left")
-    monkeypatch.setattr(progress_callback, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(progress_callback, "LINE_INTERVAL", 0.0)
     caplog.clear()
     train(make_args(include_num_input_tokens_seen="non_padding"), tmp_path / "m.jsonl", collator)
     assert len([line for line in caplog.messages if line.startswith("step")]) == 6
 
 
-def test_on_a_terminal_a_bar(make_args, collator, tmp_path, monkeypatch):
+def test_a_terminal_shows_a_bar(make_args, collator, tmp_path, monkeypatch):
     class Terminal(StringIO):
         def isatty(self):
             return True
@@ -113,50 +110,13 @@ def test_on_a_terminal_a_bar(make_args, collator, tmp_path, monkeypatch):
     assert "6/6" in screen.getvalue() and "tokens/s" in screen.getvalue() and "loss 3." in screen.getvalue()
 
 
-def test_first_and_last_are_means_of_a_few():
-    lines = [{"step": i, "loss": float(i)} for i in range(100)] + [{"step": 99, "eval_loss": 5.0}]
-    assert first_and_last(lines) == (4.5, 94.5)
-    assert first_and_last(lines[:10]) == (0.5, 8.5)
-    assert first_and_last(lines[:3]) == (0.0, 2.0)
-    assert all(math.isnan(value) for value in first_and_last([]))
-
-
-def test_the_moving_average_has_no_bias_at_its_start():
-    assert smoothed([2.0] * 5, 0.9) == pytest.approx([2.0] * 5)
-    assert smoothed([1.0, 3.0], 0.5) == pytest.approx([1.0, (0.5 * 0.5 * 1 + 0.5 * 3) / 0.75])
-
-
 def test_clock():
     assert [clock(s) for s in (0, 61.4, 3723)] == ["0:00", "1:01", "1:02:03"]
 
 
-@pytest.mark.parametrize("lines", [[], [{"step": 1, "loss": 2.0}], [{"step": 0, "eval_loss": 3.0}]])
-def test_the_picture_is_drawn_from_any_lines(lines, tmp_path):
-    path = tmp_path / "curve.png"
-    draw_loss_curve(lines, path, "title")
-    assert matplotlib.image.imread(path).shape == (540, 960, 4)
-
-
-def test_the_picture_shows_both_curves(tmp_path):
-    lines = [{"step": i, "loss": 4 - i / 50} for i in range(1, 101)]
-    draw_loss_curve([*lines, {"step": 0, "eval_loss": 4.0}, {"step": 100, "eval_loss": 2.1}], tmp_path / "curve.png")
-    pixels = matplotlib.image.imread(tmp_path / "curve.png")[..., :3]
-    for colour in ("#08519c", "#d94801"):
-        wanted = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        assert (abs(pixels - wanted).max(-1) < 0.02).sum() > 100, colour
-
-
-def test_metrics_are_one_object_a_line(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    assert read_metrics(path) == []
-    append_metrics(path, {"step": 1, "loss": 2.0})
-    append_metrics(path, {"step": 2, "loss": 1.0})
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
-
-
-def test_a_long_evaluation_says_how_far_it_is(make_args, collator, tmp_path, monkeypatch, caplog):
+def test_a_long_evaluation_logs_its_progress(make_args, collator, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="lorakeet")
-    monkeypatch.setattr(progress_callback, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(progress_callback, "LINE_INTERVAL", 0.0)
     args = make_args(max_steps=1, eval_strategy="steps", eval_steps=1)
     train(args, tmp_path / "m.jsonl", collator, eval_dataset=tiny_data(11, seed=1))
     spoken = [line for line in caplog.messages if line.startswith("measuring")]

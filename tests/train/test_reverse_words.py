@@ -17,7 +17,7 @@ from lorakeet.train.run import run_training
 
 
 def reversed_words(count: int) -> list[dict[str, str]]:
-    """Distinct rows of two to five words and the same words from the last to the first."""
+    """Return distinct rows of two to five words, and the same words in reverse order."""
     chance, rows = random.Random(0), {}
     while len(rows) < count:
         words = chance.choices(NOUNS + FILLERS, k=chance.randint(2, 5))
@@ -26,13 +26,13 @@ def reversed_words(count: int) -> list[dict[str, str]]:
 
 
 def generated(folder: Path, base: Path, sources: list[str]) -> list[str]:
-    """What the saved adapter makes of the sources, on the base as it lies on disk."""
+    """Return the texts that the saved adapter generates from the sources."""
     tokenizer = tf.AutoTokenizer.from_pretrained(base)
     model: Any = PeftModel.from_pretrained(tf.AutoModelForSeq2SeqLM.from_pretrained(base), folder)
     inputs = tokenizer(sources, return_tensors="pt", padding=True, return_token_type_ids=False)
     with torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=8, do_sample=False, num_beams=1)
-    assert ids.eq(tokenizer.eos_token_id).any(1).float().mean() > 0.9  # it knows where to stop
+    assert ids.eq(tokenizer.eos_token_id).any(1).float().mean() > 0.9  # it ends its texts
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 

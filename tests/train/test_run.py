@@ -1,4 +1,4 @@
-"""A whole run on a tiny base: what it leaves behind, what it refuses, how it is stopped and goes on."""
+"""A complete run on a tiny base: its files, refused settings, interruption and resuming."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lorakeet.data.collate import PaddingCollator
 from lorakeet.data.prepare import prepare
 from lorakeet.errors import BaseModelError, DataError, OutputError, TargetError, TrainingError
 from lorakeet.runs.metrics_log import read_metrics
-from lorakeet.runs.run_folder import check_run_folder
+from lorakeet.tasks import setup
 from lorakeet.train import interrupt as stop_module
 from lorakeet.train import run
 from lorakeet.train import run as module
@@ -72,7 +72,7 @@ def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_run_leaves_everything_behind(settings, tmp_path, base_folder, capfd, caplog):
+def test_a_run_writes_adapter_metrics_summary_and_loss_curve(settings, tmp_path, base_folder, capfd, caplog):
     caplog.set_level("INFO", logger="lorakeet")
     config = settings(train__eval_every=3)
     summary = run_training(config)
@@ -121,6 +121,36 @@ def test_a_run_leaves_everything_behind(settings, tmp_path, base_folder, capfd, 
     assert notes["eval_loss_after"] == summary["eval_loss_after"] and notes["data"] == summary["data"]["content_hash"]
 
 
+def test_the_adapter_is_written_once(settings, tmp_path, monkeypatch):
+    written = []
+    real = PeftModel.save_pretrained
+
+    def counting(self, folder, **more):
+        written.append(Path(folder).name)
+        return real(self, folder, **more)
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", counting)
+    run_training(settings(train__save_every=None))
+    assert len(written) == 1 and "adapter" in written[0]
+
+
+def test_an_adapter_survives_an_error_after_the_training(settings, tmp_path, monkeypatch):
+    """Its figures are lost; its weights are those of a run without the error."""
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    run_training(settings())
+    whole = weights.read_bytes()
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(module, "summarize", fail)
+    with pytest.raises(MemoryError):
+        run_training(settings(), overwrite=True)
+    assert weights.read_bytes() == whole
+    assert "eval_loss_after" not in json.loads((tmp_path / "run" / "adapter" / "lorakeet.json").read_text())
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
 def test_run_yaml_alone_repeats_the_run(settings, tmp_path):
     run_training(settings())
     first = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -133,7 +163,7 @@ def test_run_yaml_alone_repeats_the_run(settings, tmp_path):
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == first
 
 
-def test_by_epochs_and_without_a_held_out_part(settings):
+def test_epochs_without_a_held_out_part(settings):
     summary = run_training(settings(train__steps=None, train__epochs=2.0, data__eval_fraction=0.0, train__eval_every=2))
     assert summary["samples"] == 2 * summary["data"]["train_samples"] == 2 * 60
     assert summary["steps"] == 2 * 8  # 7 steps of 8 samples and one of 4
@@ -156,7 +186,7 @@ def test_constant_schedule_warms_up_and_checkpointing_changes_nothing(settings, 
     assert thrifty["eval_loss_after"] == pytest.approx(plain["eval_loss_after"], abs=1e-6)
 
 
-def test_loraplus_is_said_and_used_and_kept(settings, tmp_path, caplog):
+def test_loraplus_is_logged_used_and_part_of_the_settings(settings, tmp_path, caplog):
     caplog.set_level("INFO", logger="lorakeet")
     plain = run_training(settings(out=str(tmp_path / "plain"), train__lr=1e-3))
     assert "LoRA+" not in caplog.text
@@ -168,8 +198,8 @@ def test_loraplus_is_said_and_used_and_kept(settings, tmp_path, caplog):
         run_training(settings(train__lr=1e-3), resume=True)
 
 
-def test_what_is_not_computed_can_be_switched_back_on(settings, tmp_path, monkeypatch):
-    """Padding and logits: a run leaves them out unless it is told to compute them, and learns the same either way."""
+def test_padding_and_logits_can_be_computed_with_the_same_losses(settings, tmp_path, monkeypatch):
+    """A run skips padding and logits unless its settings demand them; its losses are the same either way."""
     used = []
     for name in ("padding_free", "fused_loss"):
         real = getattr(run, name)
@@ -185,14 +215,14 @@ def test_what_is_not_computed_can_be_switched_back_on(settings, tmp_path, monkey
     assert all(loss == pytest.approx(losses[False, False], abs=1e-5) for loss in losses.values())
 
 
-def test_columns_named_by_hand_tell_the_task(tmp_path):
-    """An encoder, texts and a number of another name: rows to sort, once ``data.columns`` says so."""
+def test_named_columns_decide_the_task(tmp_path):
+    """An encoder with texts and labels of other names is a classifier, once ``data.columns`` names the columns."""
     base = save_tiny(tmp_path / "bert", "bert")
     data = write_rows(
         tmp_path / "a.jsonl", [{"body": row["text"], "queue": row["label"]} for row in rows_for("SEQ_CLS")]
     )
     tree = {"base": {"model": str(base)}, "data": {"path": str(data), "columns": {"text": "body", "label": "queue"}}}
-    assert run.choose(make_run(tree), run.inspect_model(make_run(tree).base)).type == "SEQ_CLS"
+    assert setup.task_settings(make_run(tree), run.inspect_model(make_run(tree).base)).type == "SEQ_CLS"
 
 
 def test_data_is_not_opened_for_the_task_of_a_decoder(tmp_path):
@@ -220,7 +250,7 @@ def test_data_is_not_opened_for_the_task_of_a_decoder(tmp_path):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_is_wrong_is_told_before_anything_is_written(changes, error, message, settings, tmp_path):
+def test_errors_are_raised_before_anything_is_written(changes, error, message, settings, tmp_path):
     if "data__max_length" in changes:  # longer than the model takes
         long = tmp_path / "long.txt"
         long.write_text("\n".join([" ".join(WORDS * 5)] * 3 + ["a bird"]))
@@ -244,32 +274,7 @@ def test_a_run_is_never_overwritten_by_chance(settings, tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 2]
 
 
-def test_the_folder_is_checked_without_touching_it(tmp_path):
-    check_run_folder(tmp_path / "new" / "deep")
-    assert not (tmp_path / "new").exists()
-    file = tmp_path / "file"
-    file.write_text("")
-    for folder in (file, file / "run"):
-        with pytest.raises(OutputError, match="Not a directory"):
-            check_run_folder(folder)
-    with pytest.raises(OutputError, match="holds no run to resume"):
-        check_run_folder(tmp_path / "new", resume=True)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission_is_refused(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(OutputError, match="not writable"):
-        check_run_folder(tmp_path / "run")
-    tmp_path.chmod(0o700)
-
-
-def test_a_read_only_file_system_is_refused(tmp_path):
-    with pytest.raises(OutputError, match=r"cannot write to /proc"):
-        check_run_folder(Path("/proc/run/deep"))
-
-
-# ---- stopped, and going on ------------------------------------------------------------------------------------------
+# ---- interrupted and resumed ----------------------------------------------------------------------------------------
 
 
 class Interrupt(TrainerCallback):
@@ -291,7 +296,7 @@ def interrupted(monkeypatch, config, step, **how):
 
 
 class Both(TrainerCallback):
-    """The report, and a finger on Ctrl-C."""
+    """Progress callback that sends Ctrl-C."""
 
     def __init__(self, report, finger):
         self.report, self.on_step_begin, self.close = report, finger.on_step_begin, report.close
@@ -304,10 +309,8 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_uninterrupted_one(settings, tmp
     whole = run_training(settings(out=str(tmp_path / "whole"), train__eval_every=4))
     config = settings(out=str(tmp_path / "parts"), train__eval_every=4)
     message = interrupted(monkeypatch, config, 2)
-    assert (
-        f"stopped after step 3 of 6, everything is saved\nhint: go on with: lorakeet train {tmp_path}/parts/run.yaml --resume"
-        == message
-    )
+    hint = f"resume with: lorakeet train {tmp_path}/parts/run.yaml --resume"
+    assert message == f"stopped after step 3 of 6, a checkpoint is saved\nhint: {hint}"
     assert signal.getsignal(signal.SIGINT) is handler
     assert files(tmp_path / "parts") == {"run.yaml", "metrics.jsonl", "checkpoints"}
     with pytest.raises(OutputError, match="already holds a run"):
@@ -324,31 +327,31 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_uninterrupted_one(settings, tmp
         run_training(config, resume=True)
 
 
-def test_layers_are_run_again_where_memory_is_short_and_nothing_else_changes(settings, tmp_path, monkeypatch, caplog):
-    """Also not where it gets short, or is told to be saved, between one session and the next."""
+def test_layers_are_checkpointed_when_memory_is_short_without_changing_a_bit(settings, tmp_path, monkeypatch, caplog):
+    """This holds too if memory gets short, or the setting changes, between one session and the next."""
     caplog.set_level("INFO", logger="lorakeet")
     weights = "adapter/adapter_model.safetensors"
     whole = run_training(settings(out=str(tmp_path / "whole")))
-    assert "run again" not in caplog.text
+    assert "checkpointed: a pass" not in caplog.text
     parts = settings(out=str(tmp_path / "parts"))
     interrupted(monkeypatch, parts, 2)
     monkeypatch.setattr(module, "free_memory", lambda device: 350_000)
     assert run_training(parts, resume=True)["eval_loss_after"] == whole["eval_loss_after"]
-    assert "run again in the backward pass: a pass of 96 tokens" in caplog.text
+    assert "checkpointed: a pass of 96 tokens" in caplog.text
     assert (tmp_path / "parts" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
     told = run_training(settings(out=str(tmp_path / "told"), train__gradient_checkpointing=2))
     assert told["train_loss_last"] == whole["train_loss_last"]
     assert (tmp_path / "told" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
-def test_other_settings_do_not_resume_but_looking_may_change(settings, monkeypatch):
+def test_other_settings_do_not_resume_but_logging_and_saving_may_change(settings, monkeypatch):
     interrupted(monkeypatch, settings(), 2)
     with pytest.raises(TrainingError, match=r"train\.lr was 0\.05, is 0\.01; .*|train\.steps was 6, is 9"):
         run_training(settings(train__lr=0.01, train__steps=9), resume=True)
     assert run_training(settings(train__log_every=2, train__save_every=1), resume=True)["steps"] == 6
 
 
-def test_other_data_behind_the_same_name_do_not_resume(settings, monkeypatch):
+def test_other_data_in_the_same_file_does_not_resume(settings, monkeypatch):
     config = settings()
     interrupted(monkeypatch, config, 2)
     with Path(config.data.path).open("a") as file:
@@ -365,7 +368,7 @@ def test_a_second_ctrl_c_acts_at_once_but_an_echo_does_not(monkeypatch):
         stop.on_train_begin(None, None, None)
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             signal.raise_signal(number)
-        assert stop.asked
+        assert stop.requested
         monkeypatch.setattr(stop_module, "ECHO", 0.0)
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
@@ -414,5 +417,5 @@ def test_the_signal_of_a_real_terminal(settings, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     told, _ = process.communicate(timeout=60)
-    assert process.returncode == 2 and "--resume" in told and "everything is saved" in told
+    assert process.returncode == 2 and "--resume" in told and "a checkpoint is saved" in told
     assert list((Path(config.out) / "checkpoints").glob("checkpoint-*"))

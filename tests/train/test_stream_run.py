@@ -1,4 +1,4 @@
-"""Data that does not fit into memory: it streams through a training whose memory stays flat."""
+"""Data that does not fit into memory: a training on a stream, whose memory stays flat."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def settings(folder: Path, data: Path, **train: int) -> dict:
 def write(path: Path, rows: int, words: int) -> Path:
     with path.open("w", encoding="utf-8") as file:
         for number in range(rows):
-            first = random.Random(number).choices(FILLERS, k=20)  # more than a sample holds: no two are cut to the same
+            first = random.Random(number).choices(FILLERS, k=20)  # longer than a sample: no two are cut to the same
             text = " ".join([*first, *FILLERS * (words // len(FILLERS))][:words])
             file.write(json.dumps({"text": f"{number} {text}"}) + "\n")
     return path
 
 
-def test_a_stream_is_learned_from(tmp_path: Path) -> None:
+def test_a_training_on_a_stream(tmp_path: Path) -> None:
     save_tiny(tmp_path / "base", "llama")
     data = write(tmp_path / "rows.jsonl", 2000, 8)
     summary = run_training(make_run(settings(tmp_path, data, steps=12)))

@@ -1,4 +1,4 @@
-"""The Trainer's losses and gradients, and what it refuses."""
+"""Losses and gradients of the Trainer, and settings that it refuses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHAPES = [(1, 16), (4, 4), (16, 1)]
 
 
 def seq2seq(samples):
-    """Source and target of a T5 are the sample itself."""
+    """Return a batch of a T5 whose source and target are the sample itself."""
     batch = classes(samples)
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     return batch
@@ -54,7 +54,7 @@ def t5():
 
 
 def span(samples):
-    """Batch of a question answerer: no labels, but a start and an end; of one length, since it scores padding too."""
+    """Return a batch of a question answerer: starts and ends instead of labels, of one length, since it scores padding."""
     ids = torch.tensor([s["input_ids"] + [PAD] * (17 - len(s["input_ids"])) for s in samples])
     starts = torch.tensor([sum(s["input_ids"]) % 3 for s in samples])
     return {"input_ids": ids, "attention_mask": ids.ne(PAD).long(), "start_positions": starts, "end_positions": starts}
@@ -93,8 +93,8 @@ def test_loss_and_gradient_do_not_depend_on_accumulation(name, make_args, collat
             )
 
 
-def test_the_parent_gets_a_model_wrong_that_ignores_the_count(make_args):
-    """What this subclass is for: the same run in the parent multiplies such a model's gradient by the micro-batches."""
+def test_the_parent_is_wrong_for_a_model_that_ignores_the_count(make_args):
+    """The reason for the subclass: the parent multiplies the gradient of this model by the number of micro-batches."""
     norms = []
     for batch, accumulate in [(16, 1), (4, 4)]:
         args = make_args(
@@ -122,7 +122,7 @@ def test_order_of_samples_is_a_function_of_the_seed_alone(make_args, collator):
     args = make_args(max_steps=3)
     first, _, _ = train(tiny_peft(0.0), args, tiny_data(), collator)
     trainer = Trainer(tiny_peft(0.0), args, train_dataset=tiny_data(), data_collator=collator)
-    torch.manual_seed(99)  # somebody seeds torch between making the Trainer and training
+    torch.manual_seed(99)  # another seed between construction and training
     trainer.train()
     assert [e["loss"] for e in trainer.state.log_history if "loss" in e] == first
     other, _, _ = train(tiny_peft(0.0), make_args(max_steps=3, seed=4), tiny_data(), collator)
@@ -159,7 +159,7 @@ def test_other_evaluations_stay_the_parents(make_args):
 
 
 def test_a_plain_transformers_model_and_collator(make_args, tmp_path):
-    """Drop-in: nothing of Lorakeet but the Trainer."""
+    """The Trainer works without anything else of Lorakeet."""
     tokenizer = tiny_tokenizer()
     texts = Dataset.from_dict({"text": ["a green parrot sings </s>", "rain falls on the branch </s>"] * 16})
     data = texts.map(lambda batch: tokenizer(batch["text"]), batched=True)
@@ -213,7 +213,7 @@ def test_a_parameter_without_gradient_is_named(make_args, collator):
         trainer.train()
 
 
-def test_a_parameter_without_gradient_in_a_plain_model_is_said(make_args, collator, caplog):
+def test_a_parameter_without_gradient_in_a_plain_model_is_a_warning(make_args, collator, caplog):
     model = tiny_llama()
     model.register_parameter("lost", torch.nn.Parameter(torch.zeros(3)))
     Trainer(model, make_args(max_steps=1), train_dataset=tiny_data(), data_collator=collator).train()
@@ -241,7 +241,7 @@ def test_a_loss_that_is_not_finite_stops_the_step_and_keeps_the_last_good_state(
     good, _, reached = train(
         tiny_peft(), make_args(train_sampling_strategy="sequential", max_steps=6), with_poison(40), collator
     )
-    # ... and going on from it, told to skip, is the run that skipped by itself
+    # ... and resuming from it with non_finite="skip" equals the run that skipped
     skipped, _, passed_over = train(poisoned(tiny_peft()), args, with_poison(21), collator, non_finite="skip")
     resumed = Trainer(
         poisoned(tiny_peft()), args, train_dataset=with_poison(21), data_collator=collator, non_finite="skip"
@@ -273,7 +273,7 @@ def test_a_gradient_that_is_not_finite_stops_too(make_args, collator):
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
-def test_no_room_to_save_is_known_before_the_first_step(make_args, collator, monkeypatch):
+def test_a_full_disk_is_noticed_before_the_first_step(make_args, collator, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10_000})())
     model = tiny_peft()
     args = make_args(save_strategy="steps", save_steps=2)
@@ -294,18 +294,18 @@ def test_evaluation_is_rehearsed_with_the_longest_samples(make_args):
     args = make_args(eval_strategy="steps", eval_steps=3)
     with pytest.raises(MemoryError):
         Trainer(tiny_peft(), args, train_dataset=tiny_data(), eval_dataset=held_out, data_collator=Collator()).train()
-    assert sizes == [sorted(len(row["input_ids"]) for row in held_out)[-4:]]
+    assert sizes == [sorted((len(row["input_ids"]) for row in held_out), reverse=True)[:4]]
 
 
-def test_fsdp_that_is_not_there_is_an_error(make_args, collator, monkeypatch):
+def test_fsdp_that_is_not_applied_is_an_error(make_args, collator, monkeypatch):
     args = make_args()
     preflight.check_sharded(tiny_llama(), args)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(TrainingError, match="FSDP was asked for"):
+    with pytest.raises(TrainingError, match="FSDP is configured"):
         preflight.check_sharded(tiny_llama(), args)
 
 
-def test_learning_rates_fall_in_a_line_after_the_warm_up(make_args, collator):
+def test_learning_rates_fall_linearly_after_the_warm_up(make_args, collator):
     _, _, trainer = train(tiny_peft(), make_args(max_steps=6, warmup_steps=2), tiny_data(), collator)
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert rates[:3] == pytest.approx([0.0, 0.005, 0.01])

@@ -20,7 +20,7 @@ from torch.nn.modules import module as all_modules
 from lorakeet.kernels import decoder_step
 from lorakeet.kernels.cpu import bindings
 from lorakeet.kernels.int8.linear import FEW
-from lorakeet.log import warn
+from lorakeet.patches.verify import Verifier, is_close
 from lorakeet.quant.protocol import has_quantized, is_hooked
 
 #: Architectures of transformers whose ``…DecoderLayer`` the compiled loops implement.
@@ -38,14 +38,14 @@ def fast_decode(model: nn.Module) -> Iterator[None]:
 
     Outputs are the same up to the rounding error of fp32. A full-precision model, or one of another family, is left alone.
     """
-    agreed: dict[Any, bool] = {}
+    verifier = Verifier()
     replaced: list[nn.Module] = []
     quantized = has_quantized(model)
     try:
         for module in model.modules() if quantized and bindings.library() is not None else ():
             if _known(module) and "forward" not in module.__dict__:
                 replaced.append(module)
-                module.forward = _Quick(module, agreed)
+                module.forward = _Quick(module, verifier)
         yield
     finally:
         for module in replaced:
@@ -62,8 +62,8 @@ def _known(module: Any) -> bool:
 class _Quick:
     """Forward of a decoder layer that takes the compiled path for the next token, and its own forward otherwise."""
 
-    def __init__(self, module: Any, agreed: dict[Any, bool]) -> None:
-        self.module, self.own, self.agreed = module, module.forward, agreed
+    def __init__(self, module: Any, verifier: Verifier) -> None:
+        self.module, self.own, self.verifier = module, module.forward, verifier
         self.attention, self.mlp = module.self_attn, module.mlp
         in_attention, in_mlp = self.attention._modules, self.mlp._modules
         # nn.Module's attribute lookup is slow, and these are read for every token
@@ -175,11 +175,7 @@ class _Quick:
 
     def _agrees(self, kind: tuple[Any, ...]) -> bool:
         """Whether a layer of this kind computes what its own forward does, on random numbers; tried once."""
-        if kind not in self.agreed:
-            self.agreed[kind] = self._tried()
-            if not self.agreed[kind]:
-                warn(f"{type(self.module).__name__} computes otherwise than expected and stays as it is")
-        return self.agreed[kind]
+        return self.verifier.agrees(kind, self.module, self._tried)
 
     def _tried(self) -> bool:
         layer, source = self.layer, torch.Generator().manual_seed(0)
@@ -193,7 +189,7 @@ class _Quick:
         own = self.own(x, attention_mask=mask, past_key_values=past, position_embeddings=places)
         if not isinstance(own, Tensor):
             return False
-        return torch.allclose(self.step(x, mask, places, past), own, rtol=0, atol=_NEAR * float(own.abs().max()))
+        return is_close(own, self.step(x, mask, places, past), _NEAR)
 
 
 class _Past:

@@ -1,1 +1,1 @@
-"""Foreign models made faster, each change held against the model's own forward."""
+"""Patches that make models of transformers faster, each verified against the model's own forward."""

@@ -1,4 +1,4 @@
-"""The loss of a causal language model: whether labels are shifted, targets of a batch, loss of each row."""
+"""Loss of a causal language model: label shift, targets of a batch, loss of each row."""
 
 from __future__ import annotations
 
@@ -12,31 +12,38 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from lorakeet.ignore_index import IGNORE_INDEX
 
-#: Positions whose logits are held in fp32 at once, for each row of a batch.
+#: Positions of each row whose logits are in fp32 at once.
 CHUNK = 128
+#: Call in the forward of a model of transformers whose loss can be replaced.
+_LOSS_CALL = "self.loss_function("
 
 
 def shifts_labels(model: nn.Module) -> bool:
     """Whether the model's loss is the plain next-token loss, where position ``t`` predicts label ``t + 1``."""
-    kind = getattr(model, "loss_type", "")
-    if kind is None:  # its name tells nothing (GPT2LMHeadModel): if its forward asks for a loss, it gets this one
-        shifts = asks_loss_function(model)
+    loss_type = getattr(model, "loss_type", "")
+    if loss_type is None:  # not derived from the class name (GPT2LMHeadModel): `loss_function` is then this loss
+        shifts = calls_loss_function(model)
     else:
-        shifts = LOSS_MAPPING.get(kind) is ForCausalLMLoss
+        shifts = LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
     return shifts and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
-def asks_loss_function(model: nn.Module) -> bool:
-    """Whether a model's forward asks its ``loss_function``; others compute a loss themselves, or none."""
-    inner: Any = getattr(model, "get_base_model", lambda: model)()  # a wrapper's own forward says nothing
+def calls_loss_function(model: nn.Module) -> bool:
+    """Whether a model's forward calls ``self.loss_function``; other models compute a loss themselves, or none."""
+    # Why the source is read: every PreTrainedModel has a `loss_function`, whether its forward calls it or not, and no
+    # class attribute or signature tells which. Calling the model with a loss function of our own would tell. But it
+    # costs a forward pass, and fails for models that need more inputs than token ids. A wrong answer only costs speed,
+    # or is caught by the probe of `fused_loss`. Seen in transformers 5.18;
+    # tests/patches/test_transformers_internals.py fails by name if the call is renamed.
+    inner: Any = getattr(model, "get_base_model", lambda: model)()  # the forward of a wrapper does not call it
     try:
-        return "self.loss_function(" in inspect.getsource(inspect.unwrap(type(inner).forward))
-    except OSError:  # typed into a shell: nobody can read it
+        return _LOSS_CALL in inspect.getsource(inspect.unwrap(type(inner).forward))
+    except OSError:  # defined in an interactive shell, so there is no source
         return False
 
 
 def count_targets(batch: Mapping[str, Any], shifted: bool) -> int:
-    """Targets that a batch's loss is the mean of: unmasked labels, or samples where labels are not masked at all."""
+    """Count the targets that a batch's loss is the mean of: unmasked labels, or samples where labels are never masked."""
     labels = batch.get("shift_labels")
     if labels is None:
         labels = batch.get("labels")
@@ -48,10 +55,10 @@ def count_targets(batch: Mapping[str, Any], shifted: bool) -> int:
 
 
 def sample_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Summed loss and number of targets of each row of a causal language model's batch.
+    """Return summed loss and number of targets of each row of a causal language model's batch.
 
     Returns:
-        ``[B]`` fp32 and ``[B]`` int64. No more than :data:`CHUNK` positions of a row are in fp32 at a time.
+        ``[B]`` fp32 and ``[B]`` int64. At most :data:`CHUNK` positions of a row are in fp32 at a time.
     """
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
     logits = model(**inputs, use_cache=False).logits  # [B, T, V]
@@ -61,9 +68,9 @@ def sample_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, T
     targets = targets.to(logits.device)
     total = torch.zeros(len(targets), dtype=torch.float32, device=logits.device)
     for start in range(0, targets.shape[1], CHUNK):
-        some, wanted = logits[:, start : start + CHUNK].float(), targets[:, start : start + CHUNK]
-        picked = some.gather(2, wanted.clamp(min=0)[..., None])[..., 0]
-        # not F.cross_entropy: on a CPU it adds a vocabulary up one by one and is low by 1e-4 a token
-        losses = some.logsumexp(-1) - picked  # [B, ≤CHUNK]
-        total += losses.masked_fill(wanted.eq(IGNORE_INDEX), 0.0).sum(1)
+        chunk, labels = logits[:, start : start + CHUNK].float(), targets[:, start : start + CHUNK]
+        picked = chunk.gather(2, labels.clamp(min=0)[..., None])[..., 0]
+        # not F.cross_entropy: on a CPU it sums a vocabulary one by one, which is low by 1e-4 per token
+        losses = chunk.logsumexp(-1) - picked  # [B, ≤CHUNK]
+        total += losses.masked_fill(labels.eq(IGNORE_INDEX), 0.0).sum(1)
     return total, targets.ne(IGNORE_INDEX).sum(1)

@@ -1,11 +1,8 @@
-"""Norms, gated feed-forward networks and rotary embeddings that keep less for the backward pass and go over memory less
-often.
+"""Fused norms, gated feed-forward networks and rotary embeddings: fewer bytes for the backward pass, fewer memory passes.
 
-The modules of a model stay what and where they are; while :func:`fused_layers` holds, those of known classes compute by
-:mod:`lorakeet.kernels.rms_norm`, :mod:`lorakeet.kernels.glu` and :mod:`lorakeet.kernels.rotary` when they are in training
-mode. One of each kind is first held against its own forward on random numbers, output and gradient; a kind that differs is
-left as it is, and that is said. An attention runs the very code that it has, in which ``apply_rotary_pos_emb`` means another
-function.
+The modules of a model stay unchanged. While :func:`fused_layers` is active, modules of known classes in training mode
+compute by :mod:`lorakeet.kernels.rms_norm`, :mod:`lorakeet.kernels.glu` and :mod:`lorakeet.kernels.rotary`. One module of
+each layer type is first compared with its own forward on random numbers (:mod:`lorakeet.patches.verify`).
 """
 
 from __future__ import annotations
@@ -24,12 +21,11 @@ from lorakeet.kernels.frozen_linear import frozen_linear
 from lorakeet.kernels.glu import Activation, gated
 from lorakeet.kernels.rms_norm import rms_norm
 from lorakeet.kernels.rotary import rotary
-from lorakeet.log import warn
+from lorakeet.patches.verify import Verifier, same_output_and_gradient
 from lorakeet.quant.protocol import has_quantized
-from lorakeet.rng import same_random_state
 
 # fmt: off
-#: Architectures of transformers whose ``…RMSNorm`` is a norm that the kernel knows, and whether its weight is added to 1.
+#: Architectures of transformers whose ``…RMSNorm`` the kernel computes, and whether 1 is added to the weight.
 NORMS = {
     **dict.fromkeys([
         "Granite", "Llama", "Ministral", "Mistral", "Mixtral", "Phi3", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe", "SmolLM3",
@@ -41,13 +37,14 @@ GATED = (
     "Gemma", "Gemma2", "Gemma3", "Granite", "Llama", "Ministral", "Mistral", "Olmo", "Olmo2", "Olmo3", "Qwen2", "Qwen3",
     "SmolLM3",
 )
-#: Architectures whose ``…Attention`` turns queries and keys by an ``apply_rotary_pos_emb`` that the kernel knows.
+#: Architectures whose ``…Attention`` rotates queries and keys by an ``apply_rotary_pos_emb`` that the kernel computes.
 ROTARY = (
     "Gemma", "Gemma2", "Gemma3", "Granite", "Llama", "Ministral", "Mistral", "Mixtral", "Qwen2", "Qwen2Moe", "Qwen3",
     "Qwen3Moe", "SmolLM3",
 )
 # fmt: on
-_TURN = "apply_rotary_pos_emb"
+#: Function of transformers that rotates queries and keys, looked up by name in the module of each architecture.
+_ROTATE = "apply_rotary_pos_emb"
 _ACTIVATIONS: dict[str, Activation] = {
     "SiLU": "silu",
     "SiLUActivation": "silu",
@@ -55,7 +52,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "GELUTanh": "gelu_tanh",
     "NewGELUActivation": "gelu_tanh",
 }
-#: By how many units of rounding output and gradient may differ from a module's own.
+#: Units of rounding (``eps`` of the dtype) by which output and gradient may differ from the module's own.
 _ROUNDINGS = 8
 
 Forward = Callable[..., Any]
@@ -63,11 +60,10 @@ Forward = Callable[..., Any]
 
 @contextmanager
 def fused_layers(model: nn.Module) -> Iterator[None]:
-    """While this holds, norms, gated networks and rotary embeddings of known classes in ``model`` compute fused in training
-    mode.
+    """Fuse norms, gated networks and rotary embeddings of known classes in ``model`` while it is in training mode.
 
-    Same outputs and gradients, within the rounding of their dtype. Names, parameters and hooks of the model stay. A norm's
-    weight gets a gradient only where it learns.
+    Outputs and gradients are the same within the rounding of their dtype. Names, parameters and hooks do not change.
+    The weight of a norm gets a gradient only if it is trainable.
     """
     replaced: list[tuple[nn.Module, Any]] = []
     try:
@@ -83,29 +79,26 @@ def fused_layers(model: nn.Module) -> Iterator[None]:
 
 
 def _fused_forwards(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
-    """Modules and what they shall compute; one of each kind has been tried."""
+    """Return the modules to patch and their fused forwards; one module of each layer type has been verified."""
     found: list[tuple[nn.Module, Forward]] = []
-    good: dict[Any, bool] = {}
-    adapted = {id(getattr(module, "base_layer", None)) for module in model.modules()}  # computed with their adapters
+    verifier = Verifier()
+    adapted = {id(getattr(module, "base_layer", None)) for module in model.modules()}  # run inside of their adapters
     for module in model.modules():
         fused = None if id(module) in adapted else _fused(module)
         if fused is None:
             continue
-        kind = _kind(module)
-        if kind not in good:
-            with same_random_state():
-                good[kind] = _turns_alike(module) if _turns(module) else _agrees(module, fused)
-            if not good[kind]:
-                warn(f"{type(module).__name__} computes otherwise than expected and stays as it is")
-        if good[kind]:
-            found.append((module, _in_training(module, _keeping_less(module, fused))))
+        compare = (
+            functools.partial(_same_rotary, module) if _rotates(module) else functools.partial(_same, module, fused)
+        )
+        if verifier.agrees(_layer_type(module), module, compare):
+            found.append((module, _in_training(module, _keep_bf16(module, fused))))
     return found
 
 
 def _fused(module: nn.Module) -> Forward | None:
-    """The fused forward of a module of a known class of transformers; None for all others."""
+    """Return the fused forward of a module of a known class of transformers; None for all others."""
     if type(module) is nn.Linear:
-        return functools.partial(_frozen_linear, module) if _frozen(module) else None
+        return functools.partial(_frozen_linear, module) if _is_frozen_on_cpu(module) else None
     if not type(module).__module__.startswith("transformers.models."):
         return None
     name = type(module).__name__
@@ -114,7 +107,7 @@ def _fused(module: nn.Module) -> Forward | None:
     if name.endswith("MLP") and name.removesuffix("MLP") in GATED:
         activation = _ACTIVATIONS.get(type(module.act_fn).__name__)
         return None if activation is None else functools.partial(_feed_forward, module, activation)
-    return _with_fused_turn(module) if _turns(module) else None
+    return _with_fused_rotary(module) if _rotates(module) else None
 
 
 def _norm(module: Any, one_more: bool, x: Tensor) -> Tensor:
@@ -122,8 +115,7 @@ def _norm(module: Any, one_more: bool, x: Tensor) -> Tensor:
     return rms_norm(x, module.weight, eps, one_more)
 
 
-def _frozen(module: nn.Module) -> bool:
-    """Whether nothing of a module learns, and all of it lies on the CPU."""
+def _is_frozen_on_cpu(module: nn.Module) -> bool:
     return all(p.is_cpu and not p.requires_grad for p in module.parameters())
 
 
@@ -136,14 +128,17 @@ def _feed_forward(module: Any, activation: Activation, x: Tensor, keep: torch.dt
     return output
 
 
-def _keeping_less(module: nn.Module, fused: Forward) -> Forward:
-    """A feed-forward network on weights in 8 bits need not remember 32 of what they gave: bf16's rounding of a gradient is
-    far below what the weights' own did to it."""
-    quantized = hasattr(module, "act_fn") and has_quantized(module)
-    return functools.partial(fused, keep=torch.bfloat16) if quantized else fused
+def _keep_bf16(module: nn.Module, fused: Forward) -> Forward:
+    """Let a feed-forward network on quantized weights keep its gates in bf16 for the backward pass.
+
+    The rounding error of bf16 is far below the error that the weights' rounding causes in the gradient.
+    """
+    is_quantized = hasattr(module, "act_fn") and has_quantized(module)
+    return functools.partial(fused, keep=torch.bfloat16) if is_quantized else fused
 
 
 def _in_training(module: nn.Module, fused: Forward) -> Forward:
+    """Return a forward that is fused in training mode, and the module's own otherwise."""
     own = module.forward
 
     @functools.wraps(own)
@@ -154,49 +149,61 @@ def _in_training(module: nn.Module, fused: Forward) -> Forward:
     return forward
 
 
-def _turns(module: nn.Module) -> bool:
-    """Whether a module is an attention of a known class, whose code asks for the function that turns and is what runs."""
+# ---- rotary embeddings ------------------------------------------------------------------------------------------
+#
+# An attention of transformers calls ``apply_rotary_pos_emb``, a global function of its model's file. It is no method and
+# no argument, so it can be replaced in two ways only. Replacing it in the file changes every model of the process, also
+# those outside of :func:`fused_layers`. So the attention runs a copy of its own forward: the same code object, with
+# globals in which that one name is another function. Nothing is copied by hand, so it follows each new version.
+# Seen in transformers 5.18; tests/patches/test_transformers_internals.py fails by name if the function moves.
+
+
+def _rotates(module: nn.Module) -> bool:
+    """Whether a module is an attention of a known class that runs its own code and calls the rotary function."""
     name, forward, given = type(module).__name__, type(module).forward, module.__dict__.get("forward")
     if given is not None and not getattr(given, "is_fused", False):
         return False
     code = getattr(forward, "__code__", None)
     is_known = name.endswith("Attention") and name.removesuffix("Attention") in ROTARY
-    return is_known and code is not None and _TURN in code.co_names and _TURN in forward.__globals__
+    return is_known and code is not None and _ROTATE in code.co_names and _ROTATE in forward.__globals__
 
 
-def _with_fused_turn(module: nn.Module) -> Forward:
-    """The forward of an attention, the same code, with the fused function in place of the one that turns."""
+def _with_fused_rotary(module: nn.Module) -> Forward:
+    """Return the own forward of an attention, the same code, with the fused function in place of its rotary function."""
     own: Any = type(module).forward
-    meant = {**own.__globals__, _TURN: _turn}
-    made = FunctionType(own.__code__, meant, own.__name__, own.__defaults__, own.__closure__)
-    made.__kwdefaults__ = own.__kwdefaults__
-    return functools.partial(made, module)
+    globals_ = {**own.__globals__, _ROTATE: _rotate}
+    forward = FunctionType(own.__code__, globals_, own.__name__, own.__defaults__, own.__closure__)
+    forward.__kwdefaults__ = own.__kwdefaults__
+    return functools.partial(forward, module)
 
 
-def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """As ``apply_rotary_pos_emb``: q and k [B, heads, T, d], cos and sin [B, T, d]."""
+def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Rotate q and k [B, heads, T, d] by cos and sin [B, T, d], as ``apply_rotary_pos_emb`` does."""
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     return rotary(q, cos, sin), rotary(k, cos, sin)
 
 
-def _turns_alike(module: nn.Module) -> bool:
-    """Whether the function that a module's code asks for turns as ours does, and takes the same arguments."""
-    own = type(module).forward.__globals__[_TURN]
-    if list(inspect.signature(own).parameters) != list(inspect.signature(_turn).parameters):
+def _same_rotary(module: nn.Module) -> bool:
+    """Whether the rotary function of a module's file has the arguments and the results of the fused one."""
+    own = type(module).forward.__globals__[_ROTATE]
+    if list(inspect.signature(own).parameters) != list(inspect.signature(_rotate).parameters):
         return False
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 5, 8, generator=generator)
     cos, sin = torch.randn(2, 2, 5, 8, generator=generator)
 
-    def both(turn: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
-        return lambda leaf: torch.cat(turn(leaf[:, :2], leaf[:, 2:], cos, sin), dim=1)
+    def both(rotate: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+        return lambda leaf: torch.cat(rotate(leaf[:, :2], leaf[:, 2:], cos, sin), dim=1)
 
-    return _same([_outcome(both(turn), x) for turn in (own, _turn)])
+    return same_output_and_gradient(both(own), both(_rotate), x, _ROUNDINGS)
 
 
-def _kind(module: Any) -> tuple[Any, ...]:
-    """Modules of one kind need to be tried once."""
-    if _turns(module):
+# ---- verification -----------------------------------------------------------------------------------------------
+
+
+def _layer_type(module: Any) -> tuple[Any, ...]:
+    """Return what decides how a module computes; modules that share it are verified once."""
+    if _rotates(module):
         return (type(module),)
     if hasattr(module, "act_fn"):
         return type(module), type(module.act_fn)
@@ -205,10 +212,10 @@ def _kind(module: Any) -> tuple[Any, ...]:
     return type(module), module.weight.dtype, getattr(module, "eps", None), getattr(module, "variance_epsilon", None)
 
 
-def _agrees(module: nn.Module, fused: Forward) -> bool:
-    """Whether output and gradient of a module are those of its own forward, on random rows."""
+def _same(module: nn.Module, fused: Forward) -> bool:
+    """Whether output and gradient of a fused forward are those of the module's own, on random rows."""
     parameters = sorted(module.parameters(), key=lambda p: (not p.is_floating_point(), p.requires_grad))
-    like = parameters[0]  # what an adapter adds may be wider than what the module computes in
+    like = parameters[0]  # not an adapter's, which may be wider than the dtype that the module computes in
     if hasattr(module, "hidden_size"):
         width: Any = module.hidden_size
     else:
@@ -216,24 +223,6 @@ def _agrees(module: nn.Module, fused: Forward) -> bool:
     dtype = like.dtype if like.is_floating_point() else torch.float32
     x = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(like.device, dtype)
     try:
-        outcomes = [_outcome(forward, x) for forward in (module.forward, fused)]
-    except RuntimeError:  # weights that are elsewhere, or that want another dtype
+        return same_output_and_gradient(module.forward, fused, x, _ROUNDINGS)
+    except RuntimeError:  # weights on another device, or of another dtype
         return False
-    return _same(outcomes)
-
-
-def _same(outcomes: list[tuple[Tensor, Tensor]]) -> bool:
-    near = [_ROUNDINGS * torch.finfo(own.dtype).eps for own in outcomes[0]]
-    return all(
-        own.dtype == new.dtype and torch.allclose(own, new, rtol=eps, atol=eps * float(own.abs().max()))
-        for own, new, eps in zip(*outcomes, near, strict=True)
-    )
-
-
-@torch.enable_grad()
-def _outcome(forward: Callable[..., Any], x: Tensor) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(0)  # dropout of an adapter inside
-    leaf = x.clone().requires_grad_()
-    y = forward(leaf)
-    (gradient,) = torch.autograd.grad(y, leaf, torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y).to(y.dtype))
-    return y.detach(), gradient

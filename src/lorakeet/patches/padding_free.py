@@ -1,13 +1,12 @@
-"""Layers that compute nothing for padding.
+"""Layers of a model of transformers without computation for padding.
 
-A batch stays what it is, padded ids [B, T] with an attention mask, so embeddings, heads, losses and metrics see what they
-always saw. Between the first layer and the last its real positions lie end to end in one row [1, total, H]: before the
-first layer they are gathered, after the last they are put back, with zeros where padding is. Attention runs within each
-sample (:mod:`lorakeet.kernels.attention.segment`).
+Embeddings, heads, losses and metrics see the padded batch [B, T] as before. Between the first layer and the last, its
+real positions lie end to end in one row [1, total, H]. They are gathered before the first layer and scattered after the
+last, with zeros at padding. Attention runs within each sample (:mod:`lorakeet.kernels.attention.segment`).
 
-What the layers need to know travels where the attention mask travels: transformers asks a registered function for the
-mask, and gets a :class:`Packing`, which every layer hands on to its attention. Nothing else is remembered, so a layer that
-is run again for gradient checkpointing, or two forward passes before one backward, find what belongs to them.
+The layout travels in place of the attention mask: transformers calls a registered function for the mask and gets a
+:class:`Packing`, which every layer passes on to its attention. No other state is kept. So a layer that runs again for
+gradient checkpointing finds its own layout, and so do two forward passes before one backward pass.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from lorakeet.errors import TrainingError
 from lorakeet.kernels.attention.segment import Pattern, segment_attention
 
 # fmt: off
-#: Architectures (``config.model_type`` of what owns the layers) whose outputs and gradients are tested to be those of the
+#: Architectures (``config.model_type`` of the layers' owner) whose outputs and gradients are tested to equal those of the
 #: padded model: encoders, then decoders.
 PROVEN = frozenset({
     "bert", "camembert", "data2vec-text", "distilbert", "electra", "ernie", "eurobert", "modernbert",
@@ -42,11 +41,11 @@ PROVEN = frozenset({
 })
 # fmt: on
 
-#: Settings under which a layer would do something that a packed row does not allow.
+#: Settings under which a layer does something that a packed row does not allow, and the reason.
 _HINDRANCES: dict[str, Callable[[Any], str | None]] = {
     "is_encoder_decoder": lambda on: "it is an encoder-decoder, whose decoder attends to another row" if on else None,
     "add_cross_attention": lambda on: "its layers attend to another row (add_cross_attention)" if on else None,
-    "layerdrop": lambda p: f"it leaves out layers at random (layerdrop {p})" if p else None,
+    "layerdrop": lambda p: f"it drops layers at random (layerdrop {p})" if p else None,
     "chunk_size_feed_forward": lambda size: (
         f"it cuts rows into chunks of {size} (chunk_size_feed_forward)" if size else None
     ),
@@ -64,45 +63,45 @@ _HINDRANCES: dict[str, Callable[[Any], str | None]] = {
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the real positions of a padded batch lie in one row: samples end to end, shortest first.
+    """Layout of the real positions of a padded batch in one row: samples end to end, shortest first.
 
     Attributes:
         shape: (B, T) of the padded batch.
-        places: [total] int64, where in the flattened batch each position of the row comes from.
-        lengths: Positions of each sample, in the order they lie.
-        pattern: Who sees whom within a sample.
+        positions: [total] int64, index into the flattened batch of each position of the row.
+        lengths: Positions of each sample, in the order of the row.
+        pattern: Attention pattern within a sample.
     """
 
     shape: tuple[int, int]
-    places: Tensor
+    positions: Tensor
     lengths: tuple[int, ...]
     pattern: Pattern
     _packed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, mask: Tensor, pattern: Pattern) -> Packing:
-        """The packing of a mask [B, T]: True is real, without gaps in between."""
+        """Return the packing of a mask [B, T]: True is real, without gaps in between."""
         lengths = mask.sum(1)
         order = lengths.argsort(stable=True)
         sample, column = mask[order].nonzero(as_tuple=True)
-        places = order[sample] * mask.shape[1] + column
-        return cls((mask.shape[0], mask.shape[1]), places, tuple(lengths[order].tolist()), pattern)
+        positions = order[sample] * mask.shape[1] + column
+        return cls((mask.shape[0], mask.shape[1]), positions, tuple(lengths[order].tolist()), pattern)
 
     def pack(self, x: Tensor) -> Tensor:
-        """[B, T, ...] -> [1, total, ...]; [1, T, ...] counts as the same for every sample."""
-        places = self.places.to(x.device)
+        """Gather [B, T, ...] -> [1, total, ...]; [1, T, ...] is the same for every sample."""
+        positions = self.positions.to(x.device)
         if x.shape[0] == self.shape[0]:
-            return x.flatten(0, 1).index_select(0, places)[None]
-        return x[0].index_select(0, places % self.shape[1])[None]
+            return x.flatten(0, 1).index_select(0, positions)[None]
+        return x[0].index_select(0, positions % self.shape[1])[None]
 
     def unpack(self, x: Tensor) -> Tensor:
-        """[1, total, ...] -> [B, T, ...], zeros at padding."""
+        """Scatter [1, total, ...] -> [B, T, ...], zeros at padding."""
         rows, columns = self.shape
         padded = x.new_zeros(rows * columns, *x.shape[2:])
-        return padded.index_copy(0, self.places.to(x.device), x[0]).unflatten(0, (rows, columns))
+        return padded.index_copy(0, self.positions.to(x.device), x[0]).unflatten(0, (rows, columns))
 
     def pack_like(self, value: Any) -> Any:
-        """Packs whatever has a value for each position: tensors, and tuples of them; hands on anything else."""
+        """Pack tensors, and tuples of them, that have a value for each position; return anything else unchanged."""
         if isinstance(value, tuple):
             return tuple(self.pack_like(part) for part in value)
         rows, columns = self.shape
@@ -115,14 +114,14 @@ class Packing:
         return self._packed[id(value)][1]
 
 
-# ---- what transformers asks for -------------------------------------------------------------------------------------
+# ---- functions that transformers calls -----------------------------------------------------------------------------------
 
 
-def _packing_or_mask(plain: Callable[..., Any], **asked: Any) -> Any:
-    """A mask function as transformers calls it: a packing where we know the pattern, the plain mask elsewhere."""
-    mask, pattern = asked.get("attention_mask"), _pattern(**asked)
-    if pattern is None or mask is None or mask.shape != (asked["batch_size"], asked["q_length"]):
-        return plain(**asked)
+def _packing_or_mask(plain: Callable[..., Any], **arguments: Any) -> Any:
+    """Return a packing where the attention pattern is known, the plain mask elsewhere; transformers calls it."""
+    mask, pattern = arguments.get("attention_mask"), _pattern(**arguments)
+    if pattern is None or mask is None or mask.shape != (arguments["batch_size"], arguments["q_length"]):
+        return plain(**arguments)
     return Packing.of(mask.bool(), pattern)
 
 
@@ -134,7 +133,7 @@ def _pattern(
     kv_offset: Any = 0,
     **_: Any,
 ) -> Pattern | None:
-    """Who sees whom, if it is one of the patterns that the kernel knows."""
+    """Return the attention pattern, if it is one that the kernel computes."""
     if use_vmap or not (isinstance(q_offset, int) and q_offset == kv_offset == 0):
         return None
     if local_size is not None:
@@ -149,7 +148,12 @@ def _pattern(
 
 
 def _overlays(mask_function: Callable[..., Any]) -> set[str]:
-    """Names of the functions whose intersection a mask function is."""
+    """Return the names of the functions whose intersection a mask function is."""
+    # Why the closure is read: transformers builds the mask of a sliding window as a closure over a causal mask and an
+    # overlay (`and_masks`), and passes only that closure. The pattern is in no argument: `local_size` tells the window, but
+    # not whether it looks back only or both ways. Evaluating the closure position by position would tell it too, but
+    # builds the dense [T, T] mask that a packed row saves. An unknown closure means the plain mask, so a change costs
+    # speed, not correctness. Seen in transformers 5.18; tests/patches/test_transformers_internals.py fails by name.
     parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
     return {part.__qualname__.partition(".")[0] for part in parts}
 
@@ -157,13 +161,13 @@ def _overlays(mask_function: Callable[..., Any]) -> set[str]:
 def _attention(
     plain: Callable[..., Any], module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **settings: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """An attention function as transformers calls it: [1, h, total, d] -> [1, total, h, d]."""
+    """Compute attention of a packed row, [1, h, total, d] -> [1, total, h, d]; transformers calls it."""
     if not isinstance(attention_mask, Packing):
         return plain(module, q, k, v, attention_mask, **settings)
     for name in ("position_bias", "s_aux"):
         if settings.get(name) is not None:
             raise TrainingError(
-                f"{type(module).__name__} wants {name}, which a packed row has not", "train.padding_free=false"
+                f"{type(module).__name__} uses {name}, which a packed row does not have", "train.padding_free=false"
             )
     packing = attention_mask
     pattern = replace(packing.pattern, dropout=settings.get("dropout") or 0.0, softcap=settings.get("softcap"))
@@ -171,11 +175,11 @@ def _attention(
 
 
 def _eager(module: nn.Module, *args: Any, **settings: Any) -> tuple[Tensor, Tensor | None]:
-    """The attention in plain torch that a modelling file brings along."""
+    """Compute attention by the plain torch function in the model's own file."""
     return cast(Any, inspect.getmodule(type(module))).eager_attention_forward(module, *args, **settings)
 
 
-#: By the attention that a model was loaded with: what it is called while no padding is computed.
+#: Name of the attention while no padding is computed, by the attention that a model was loaded with.
 _NAMES = {"sdpa": "lorakeet_padding_free", "eager": "lorakeet_padding_free_eager"}
 for _plain, _forward, _mask in (("sdpa", sdpa_attention_forward, sdpa_mask), ("eager", _eager, eager_mask)):
     AttentionInterface.register(_NAMES[_plain], functools.partial(_attention, _forward))
@@ -205,12 +209,12 @@ def _stacks(model: nn.Module) -> list[_Stack]:
 
 
 def why_padded(model: nn.Module) -> str | None:
-    """Why :func:`padding_free` would not help a model, in half a sentence; None if it would."""
+    """Return why :func:`padding_free` does not apply to a model, in half a sentence; None if it does."""
     stacks = _stacks(model)
     if len(stacks) != 1:
-        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         count = "no stack of layers" if not stacks else f"{len(stacks)} stacks of layers"
-        return f"{kind} has {count} that transformers describes, expected one"
+        return f"{name} has {count} that transformers marks as such, expected one"
     config = stacks[0].owner.config
     for name, hindrance in _HINDRANCES.items():
         if reason := hindrance(getattr(config, name, None)):
@@ -221,35 +225,35 @@ def why_padded(model: nn.Module) -> str | None:
     if plain not in _NAMES:
         return f"attention is {plain}, expected sdpa or eager"
     if plain == "sdpa" and getattr(config, "attn_logit_softcapping", None):
-        return "sdpa leaves out the soft-capping of its scores; load it with attn_implementation='eager'"
+        return "sdpa ignores the soft-cap of its scores; load the model with attn_implementation='eager'"
     return None
 
 
 def is_padding_free(model: nn.Module) -> bool:
-    """Whether :func:`padding_free` holds for a model at this moment."""
+    """Whether a model is inside of :func:`padding_free`."""
     return any(stack.owner.config._attn_implementation in _NAMES.values() for stack in _stacks(model))
 
 
 def _plain_attention(config: Any) -> str:
-    """The attention that a model was loaded with, also while no padding is computed."""
+    """Return the attention that a model was loaded with, also while no padding is computed."""
     known = {name: plain for plain, name in _NAMES.items()}
     return known.get(config._attn_implementation, config._attn_implementation)
 
 
 @contextmanager
 def padding_free(model: nn.Module) -> Iterator[None]:
-    """While this holds, the layers of ``model`` compute real positions alone; outputs at these are as before.
+    """Make the layers of ``model`` compute real positions alone; outputs at these positions do not change.
 
-    ``model`` is an encoder or decoder of transformers, or anything around one (an adapter, a wrapper). Outputs at
-    padding are no longer anything a layer has computed. The backward pass belongs inside too, where layers may be run again
-    for gradient checkpointing. A forward pass that asks for hidden states, attentions or a cache, or that has no padding and
-    is not on a CPU, runs as it always does. No cache is kept unless one is asked for.
+    ``model`` is an encoder or decoder of transformers, or a wrapper of one (such as an adapter). Outputs at padding are
+    undefined. The backward pass belongs inside too, since gradient checkpointing runs layers again. A forward pass that
+    returns hidden states, attentions or a cache runs unchanged, and so does one without padding that is not on a CPU. No
+    cache is kept unless the caller asks for one.
 
     Raises:
-        TrainingError: the model cannot (see :func:`why_padded`).
+        TrainingError: The model does not support it (see :func:`why_padded`).
     """
     if reason := why_padded(model):
-        raise TrainingError(f"padding has to be computed: {reason}", "train.padding_free=false")
+        raise TrainingError(f"padding must be computed: {reason}", "train.padding_free=false")
     (stack,) = _stacks(model)
     config: Any = stack.owner.config
     before = config._attn_implementation
@@ -274,15 +278,16 @@ def padding_free(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Gate:
-    """Lets a forward pass run as the model was loaded if it wants what a packed row cannot give."""
+    """Hooks that run a forward pass unpacked if it returns values that a packed row does not have."""
 
     config: Any
     plain: str
     names: tuple[str, ...]  # of the arguments of forward, in order
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        """Choose the attention of this pass, and keep no cache unless the caller asks for one."""
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        if self._wants_padding(given):
+        if self._needs_padding(given):
             self.config._attn_implementation = self.plain
         elif (
             "use_cache" in self.names and given.get("use_cache") is None and "use_cache" not in self.names[: len(args)]
@@ -291,22 +296,25 @@ class _Gate:
         return args, kwargs
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Return to packed attention."""
         self.config._attn_implementation = _NAMES[self.plain]
 
-    def _wants_padding(self, given: dict[str, Any]) -> bool:
+    def _needs_padding(self, given: dict[str, Any]) -> bool:
         mask = given.get("attention_mask")
         if not torch.is_tensor(mask) or mask.ndim != 2 or not _gains(mask.bool()):
             return True
-        wanted = ("output_hidden_states", "output_attentions", "output_router_logits")
-        if any(getattr(self.config, name, None) if given.get(name) is None else given[name] for name in wanted):
+        returned = ("output_hidden_states", "output_attentions", "output_router_logits")
+        if any(getattr(self.config, name, None) if given.get(name) is None else given[name] for name in returned):
             return True
         cached = ("past_key_values", "encoder_hidden_states", "use_cache")
         return any(given.get(name) is not None and given.get(name) is not False for name in cached)
 
 
 def _gains(mask: Tensor) -> bool:
-    """Whether a mask [B, T] has padding, or lies on a CPU, where attention in a row is faster than torch's of a batch; and no
-    row has padding between its real positions, which a window would count."""
+    """Whether packing a mask [B, T] is faster: it has padding, or is on a CPU, where attention of a row is faster anyway.
+
+    A row with padding between its real positions is excluded, since a window would count it.
+    """
     starts = mask[:, 0].int() + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
     return bool(mask.any()) and (mask.is_cpu or not bool(mask.all())) and int(starts.max()) == 1
 
@@ -318,21 +326,21 @@ def _packing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packing | None:
 def _before_layer(
     first: bool, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Packs what a layer is given; all but the first get hidden states that are packed already."""
+    """Pack the inputs of a layer; hidden states are already packed after the first layer."""
     packing = _packing(args, kwargs)
     if packing is None:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
     if first:
         hidden = packing.pack(hidden)
-    elif hidden.shape[:2] != (1, len(packing.places)):
+    elif hidden.shape[:2] != (1, len(packing.positions)):
         raise TrainingError(f"{type(layer).__name__} mixes packed and padded rows", "train.padding_free=false")
     named = {name: hidden if name == "hidden_states" else packing.pack_like(x) for name, x in kwargs.items()}
     return (*[hidden][: len(args)], *(packing.pack_like(x) for x in args[1:])), named
 
 
 def _after_layers(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Puts what the last layer returns back into a padded batch."""
+    """Unpack the output of the last layer into a padded batch."""
     packing = _packing(args, kwargs)
     if packing is None:
         return None

@@ -1,7 +1,8 @@
-"""A run's folder: may it be used, whose is it, what does it hold."""
+"""The folder of a run: checks before a run uses it, ``run.yaml`` and ``summary.json``."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from itertools import chain
@@ -12,53 +13,68 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import OutputError, TrainingError
 from lorakeet.files import check_output, write_file
 
-#: What a run writes.
+#: Files and folders that a run writes.
 FILES = ("run.yaml", "metrics.jsonl", "summary.json", "loss_curve.png", "confusion.png", "adapter", "checkpoints")
 
-#: Settings that only look: they may differ between the run that was stopped and the one that goes on.
-LOOKING = ("out", "train.log_every", "train.eval_every", "train.save_every")
+#: Settings that do not change the result: they may differ between an interrupted run and the run that resumes it.
+FREE_SETTINGS = ("out", "train.log_every", "train.eval_every", "train.save_every")
 
 
 def check_run_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Whether a run may write to ``folder``; makes nothing.
+    """Check that a run may write to ``folder``; creates nothing.
 
     Raises:
-        OutputError: it is a file, cannot be written to, holds a run already, or holds none to resume.
+        OutputError: The folder is a file, cannot be written to, holds a run already, or holds none to resume.
     """
-    held = [name for name in FILES if (folder / name).exists()]
-    if resume and "run.yaml" not in held:
-        raise OutputError(f"{folder} holds no run to resume", "leave --resume out to start one")
-    if resume and "summary.json" in held:
+    present = [name for name in FILES if (folder / name).exists()]
+    if resume and "run.yaml" not in present:
+        raise OutputError(f"{folder} holds no run to resume", "start a run without --resume")
+    if resume and "summary.json" in present:
         raise OutputError(f"the run in {folder} is finished", "repeat it with --overwrite, or choose another --out")
-    if held and not (resume or overwrite):
+    if present and not (resume or overwrite):
         raise OutputError(
-            f"{folder} already holds a run ({', '.join(held)})",
-            "go on with --resume, replace it with --overwrite, or choose another --out",
+            f"{folder} already holds a run ({', '.join(present)})",
+            "resume it with --resume, replace it with --overwrite, or choose another --out",
         )
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise OutputError(
-            f"cannot write to {folder}: {error.strerror or error}: {there}",
-            "choose a folder you may write to with --out",
+            f"cannot write to {folder}: {error.strerror or error}: {existing}",
+            "choose a folder that you may write to with --out",
         ) from None
 
 
 def refuse_other_settings(config: RunConfig, folder: Path) -> None:
-    """Only the settings that a run was started with may go on with it.
+    """Refuse to resume a run with settings that it was not started with.
 
     Raises:
-        TrainingError: names every setting that differs.
+        TrainingError: Settings differ; the message names each of them.
     """
     then, now = (_flat(c.model_dump(mode="json")) for c in (read_run(folder / "run.yaml"), config))
-    changed = [f"{key} was {then[key]}, is {now[key]}" for key in now if then[key] != now[key] and key not in LOOKING]
+    changed = [
+        f"{key} was {then[key]}, is {now[key]}" for key in now if then[key] != now[key] and key not in FREE_SETTINGS
+    ]
     if changed:
         raise TrainingError(
             f"the run in {folder} has other settings: {'; '.join(changed)}",
-            f"go on with its own: lorakeet train {folder / 'run.yaml'} --resume",
+            f"resume with its own: lorakeet train {folder / 'run.yaml'} --resume",
         )
+
+
+def read_summary(folder: str | Path) -> dict[str, Any]:
+    """Read the ``summary.json`` of a finished run.
+
+    Raises:
+        OutputError: The folder holds no finished run.
+    """
+    path = Path(folder) / "summary.json"
+    if not path.exists():
+        raise OutputError(f"{folder} holds no finished run", "finish it with `lorakeet train ... --resume`")
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return summary
 
 
 def _flat(tree: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +83,7 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def claim_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
-    """From here on the folder is this run's: clear what an earlier one left, say what this one is."""
+    """Make the folder this run's: remove the files of an earlier run, and write ``run.yaml``."""
     check_output(folder)
     if not resume:
         for name in FILES:

@@ -1,7 +1,8 @@
-"""The figures that people expect of each task: functions of arrays, and :func:`compute_metrics_for` for a Trainer.
+"""Metrics of each task: functions of arrays, and :func:`compute_metrics_for` for a Trainer.
 
-Labels of -100 (:data:`lorakeet.ignore_index.IGNORE_INDEX`) count nowhere, but for regression, where -100 is a number as any.
-All figures are shares between 0 and 1 unless said otherwise. What is standard is computed by scikit-learn and scipy.
+Labels of -100 (:data:`lorakeet.ignore_index.IGNORE_INDEX`) never count, except in regression, where -100 is a number like
+any other. All metrics are shares between 0 and 1 unless stated otherwise. scikit-learn and scipy compute the standard
+metrics.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from lorakeet.tasks.text_metrics import (
 
 Array = NDArray[Any]
 
-#: Cosine similarities nearer than this are a tie.
+#: Difference of cosine similarities below which two are a tie.
 TIE = 1e-6
-#: Anchors compared with all positives at once.
+#: Anchors that are compared with all positives at once; bounds the matrix of similarities.
 CHUNK = 1024
 
 
@@ -41,28 +42,28 @@ CHUNK = 1024
 
 
 def single_label(scores: Array, labels: Array) -> Figures:
-    """``accuracy`` and ``macro_f1`` (over the classes that occur in labels or predictions).
+    """Compute ``accuracy`` and ``macro_f1`` (over the classes that occur in labels or predictions).
 
     Args:
-        scores: [N, C] logits, or [N] numbers of the predicted classes.
+        scores: [N, C] logits, or [N] ids of the predicted classes.
         labels: int [N].
 
     Raises:
-        DataError: no label is left.
+        DataError: Every label is ignored.
     """
     predicted, right = _kept(_best(scores, labels), labels)
     return {"accuracy": float((predicted == right).mean()), "macro_f1": _macro_f1(predicted, right)}
 
 
 def multi_label(logits: Array, labels: Array) -> Figures:
-    """``micro_f1``, ``macro_f1`` (over all labels) and ``exact_match``; a label is predicted where its sigmoid is over 0.5.
+    """Compute ``micro_f1``, ``macro_f1`` (over all labels) and ``exact_match`` of labels whose sigmoid is above 0.5.
 
     Args:
         logits: [N, C].
         labels: [N, C] of 0 and 1.
 
     Raises:
-        DataError: no label is left.
+        DataError: Every label is ignored.
     """
     allow_sklearn()
     from sklearn.metrics import f1_score
@@ -79,14 +80,14 @@ def multi_label(logits: Array, labels: Array) -> Figures:
 
 
 def regression(values: Array, labels: Array) -> Figures:
-    """``mse``, ``mae``, and the correlations ``pearson`` and ``spearman`` where values and labels both vary.
+    """Compute ``mse``, ``mae``, and the correlations ``pearson`` and ``spearman`` where values and labels both vary.
 
     Args:
         values: [N] or [N, 1].
-        labels: the same number of floats, in the same unit.
+        labels: [N] floats in the same unit.
 
     Raises:
-        DataError: there are no labels.
+        DataError: There are no labels.
     """
     allow_sklearn()
     from scipy.stats import pearsonr, spearmanr
@@ -105,14 +106,14 @@ def regression(values: Array, labels: Array) -> Figures:
 
 
 def tagging(scores: Array, labels: Array) -> Figures:
-    """``accuracy`` and ``macro_f1`` (over the tags that occur).
+    """Compute ``accuracy`` and ``macro_f1`` (over the tags that occur).
 
     Args:
-        scores: [N, T, C] logits, or [N, T] numbers of the predicted tags.
-        labels: int [N, T], -100 where nothing is to be said: padding, and all but the first piece of a word.
+        scores: [N, T, C] logits, or [N, T] ids of the predicted tags.
+        labels: int [N, T], -100 for padding and for all but the first token of a word.
 
     Raises:
-        DataError: no label is left.
+        DataError: Every label is ignored.
     """
     predicted, right = _kept(_best(scores, labels), labels)
     return {"accuracy": float((predicted == right).mean()), "macro_f1": _macro_f1(predicted, right)}
@@ -122,23 +123,23 @@ def tagging(scores: Array, labels: Array) -> Figures:
 
 
 def token_prediction(scores: Array, labels: Array, losses: Array | None = None) -> Figures:
-    """``accuracy`` at the labelled positions, and ``loss`` (nats per token) and ``perplexity`` where they can be known.
+    """Compute ``accuracy`` at the labeled positions; from logits or losses also ``loss`` (nats per token), ``perplexity``.
 
     Args:
-        scores: [N, T, V] logits, or [N, T] numbers of the likeliest tokens.
+        scores: [N, T, V] logits, or [N, T] ids of the most likely tokens.
         labels: int [N, T].
-        losses: fp [N, T]; left out: computed, if ``scores`` are logits.
+        losses: fp [N, T]; None: computed if ``scores`` are logits.
 
     Raises:
-        DataError: no label is left.
+        DataError: Every label is ignored.
     """
     predicted, right = _kept(_best(scores, labels), labels)
     figures = {"accuracy": float((predicted == right).mean())}
     if losses is None and scores.ndim > labels.ndim:
-        some = scores[labels != IGNORE_INDEX].astype(np.float64)
-        highest = some.max(1)
-        norms = highest + np.log(np.exp(some - highest[:, None]).sum(1))
-        total = float((norms - some[np.arange(len(right)), right]).sum())
+        logits = scores[labels != IGNORE_INDEX].astype(np.float64)
+        highest = logits.max(1)
+        norms = highest + np.log(np.exp(logits - highest[:, None]).sum(1))
+        total = float((norms - logits[np.arange(len(right)), right]).sum())
     elif losses is not None:
         total = float(losses[labels != IGNORE_INDEX].sum(dtype=np.float64))
     else:
@@ -151,16 +152,16 @@ def token_prediction(scores: Array, labels: Array, losses: Array | None = None) 
 
 
 def retrieval(anchors: Array, positives: Array) -> Figures:
-    """``accuracy_at_1`` and ``mrr`` (mean reciprocal rank) of each anchor's own positive among all, by cosine similarity.
+    """Compute ``accuracy_at_1`` and ``mrr`` (mean reciprocal rank) of each anchor's own positive, by cosine similarity.
 
-    Equal similarities are broken by chance, and what is returned is the expected value: a model that gives every text the
-    same vector gets 1/N, and not 1.
+    Ties are broken at random, and the expected value is returned: a model that gives every text the same vector gets
+    1/N, not 1.
 
     Args:
-        anchors, positives: [N, hidden]; row i belongs to row i.
+        anchors, positives: [N, hidden]; row i of one belongs to row i of the other.
 
     Raises:
-        DataError: there are no pairs.
+        DataError: There are no pairs.
     """
     if not len(anchors):
         raise nothing_to_measure(anchors)
@@ -168,10 +169,10 @@ def retrieval(anchors: Array, positives: Array) -> Figures:
     first, reciprocal = 0.0, 0.0
     harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, len(left) + 1))])  # 1 + 1/2 + … + 1/n
     for start in range(0, len(left), CHUNK):
-        some = left[start : start + CHUNK] @ right.T  # [≤CHUNK, N]
-        own = some[np.arange(len(some)), np.arange(start, start + len(some))][:, None]
-        above = (some > own + TIE).sum(1)
-        level = (np.abs(some - own) <= TIE).sum(1)  # itself among them
+        cosines = left[start : start + CHUNK] @ right.T  # [≤CHUNK, N]
+        own = cosines[np.arange(len(cosines)), np.arange(start, start + len(cosines))][:, None]
+        above = (cosines > own + TIE).sum(1)
+        level = (np.abs(cosines - own) <= TIE).sum(1)  # ties, with itself
         first += float(((above == 0) / level).sum())
         reciprocal += float(((harmonic[above + level] - harmonic[above]) / level).sum())
     return {"accuracy_at_1": first / len(left), "mrr": reciprocal / len(left)}
@@ -182,11 +183,19 @@ def _unit(vectors: Array) -> Array:
     return floats / np.maximum(np.linalg.norm(floats, axis=1, keepdims=True), 1e-12)
 
 
-# ---- QUESTION_ANS, where texts are not at hand ------------------------------------------------------------------
+# ---- QUESTION_ANS, without the texts ----------------------------------------------------------------------------
 
 
 def positions(starts: Array, ends: Array, right_starts: Array, right_ends: Array) -> Figures:
-    """``exact_match`` and ``f1`` of answers as positions of tokens, where their texts are not at hand; all int [N]."""
+    """Compute ``exact_match`` and ``f1`` of answers as token positions, without their texts.
+
+    Args:
+        starts, ends: int [N], first and last token of the predicted answers.
+        right_starts, right_ends: int [N], the same of the right answers.
+
+    Raises:
+        DataError: There are no answers.
+    """
     if not len(right_starts):
         raise nothing_to_measure(right_starts)
     shared = np.minimum(ends, right_ends) - np.maximum(starts, right_starts) + 1
@@ -201,29 +210,29 @@ def positions(starts: Array, ends: Array, right_starts: Array, right_ends: Array
 def compute_metrics_for(
     task: str, problem: str | None = None, labels: Sequence[str] | None = None, tokenizer: Any = None
 ) -> Callable[[EvalPrediction], Figures]:
-    """The ``compute_metrics`` of a Trainer that learns ``task``.
+    """Return the ``compute_metrics`` of a Trainer for a task.
 
-    It takes predictions as logits or as what :func:`preprocess_logits_for_metrics` makes of them; answers and written texts
-    also as lists of texts; for FEATURE_EXTRACTION anchors are the predictions and positives the labels, or both are the
-    predictions. Span F1 and ROUGE are left out, and that is said, where their library is not installed.
+    It accepts predictions as logits or as :func:`preprocess_logits_for_metrics` returns them; answers and generated texts
+    also as lists of texts. For FEATURE_EXTRACTION anchors are the predictions and positives the labels, or both are the
+    predictions. Span F1 and ROUGE are skipped with a warning if their library is not installed.
 
     Args:
-        task: a concrete name of :data:`lorakeet.config.TaskName`.
-        problem: kind of SEQ_CLS: single_label (also None), multi_label or regression.
-        labels: names of the classes or tags by number; tags that mark spans get span figures.
-        tokenizer: turns generated ids into texts.
+        task: A concrete name of :data:`lorakeet.config.TaskName`.
+        problem: Problem of SEQ_CLS: single_label (also None), multi_label or regression.
+        labels: Names of the classes or tags by id; tags that mark spans get span metrics.
+        tokenizer: Decodes generated ids.
     """
 
     def compute(given: EvalPrediction) -> Figures:
         predicted, right = given.predictions, given.label_ids
         if task == "SEQ_CLS":
-            kind: Mapping[str | None, Any] = {"multi_label": multi_label, "regression": regression}
-            return kind.get(problem, single_label)(_first(predicted), right)
+            metrics: Mapping[str | None, Any] = {"multi_label": multi_label, "regression": regression}
+            return metrics.get(problem, single_label)(_first(predicted), right)
         if task == "TOKEN_CLS":
             best = _best(_first(predicted), right)
             figures = tagging(best, right)
             if labels is not None and has_spans(labels):
-                figures |= _if_there(span_f1, _named(best, right, labels), _named(right, right, labels))
+                figures |= _if_installed(span_f1, _named(best, right, labels), _named(right, right, labels))
             return figures
         if task == "QUESTION_ANS":
             return answering(predicted, right) if _are_texts(predicted) else positions(*_spans(predicted), *right)
@@ -231,7 +240,7 @@ def compute_metrics_for(
             return retrieval(*(predicted if isinstance(predicted, tuple) else (predicted, right)))
         if task == "SEQ_2_SEQ_LM" and (_are_texts(predicted) or (tokenizer is not None and _are_ids(predicted))):
             texts, targets = (_texts(part, tokenizer) for part in (predicted, right))
-            return exact_match(texts, targets) | _if_there(rouge, texts, targets)
+            return exact_match(texts, targets) | _if_installed(rouge, texts, targets)
         losses = predicted[1] if isinstance(predicted, tuple) and predicted[1].shape == right.shape else None
         return token_prediction(_first(predicted), right, losses)
 
@@ -239,10 +248,10 @@ def compute_metrics_for(
 
 
 def preprocess_logits_for_metrics(task: str) -> Callable[[Any, Any], Any] | None:
-    """What a Trainer keeps of each batch's logits until the end, where that is much less than the logits.
+    """Return the function that reduces each batch's logits to what a Trainer has to keep of them.
 
-    For TOKEN_CLS the likeliest tags [B, T]; for MASKED_LM and SEQ_2_SEQ_LM the likeliest tokens [B, T] and the loss at each
-    position [B, T] in place of [B, T, vocabulary]; None, which is "as they are", for the others.
+    TOKEN_CLS keeps the most likely tags [B, T]. MASKED_LM and SEQ_2_SEQ_LM keep the most likely tokens [B, T] and the
+    loss at each position [B, T], in place of [B, T, vocabulary]. None for the other tasks: they keep their logits.
     """
     if task == "TOKEN_CLS":
         return lambda logits, labels: _first(logits).argmax(-1)
@@ -261,16 +270,16 @@ def preprocess_logits_for_metrics(task: str) -> Callable[[Any, Any], Any] | None
     return best_and_losses
 
 
-# ---- what they share --------------------------------------------------------------------------------------------
+# ---- shared helpers ---------------------------------------------------------------------------------------------
 
 
 def _best(scores: Array, labels: Array) -> Array:
-    """The numbers of the highest scores, unless ``scores`` are numbers already."""
+    """Return the ids of the highest scores, unless ``scores`` are ids already."""
     return scores.argmax(-1) if scores.ndim > labels.ndim else scores
 
 
 def _kept(predicted: Array, labels: Array) -> tuple[Array, Array]:
-    """Both without what is labelled -100: [number of labels]."""
+    """Return both without the positions labeled -100: [number of labels]."""
     counts = labels != IGNORE_INDEX
     if not counts.any():
         raise nothing_to_measure(labels)
@@ -285,7 +294,7 @@ def _macro_f1(predicted: Array, right: Array) -> float:
 
 
 def _first(predicted: Any) -> Any:
-    """The logits of a model that returns more than them."""
+    """Return the logits of a model that returns more than logits."""
     return predicted[0] if isinstance(predicted, (tuple, list)) else predicted
 
 
@@ -304,7 +313,7 @@ def _texts(ids: Any, tokenizer: Any) -> list[str]:
 
 
 def _spans(predicted: tuple[Array, Array]) -> list[Array]:
-    """First and last token of the answers, from their numbers [N] or their logits [N, T]."""
+    """Return first and last token of the answers, from their positions [N] or their logits [N, T]."""
     return [part.argmax(-1) if part.ndim == 2 else part for part in predicted[:2]]
 
 
@@ -312,21 +321,21 @@ def _named(ids: Array, right: Array, names: Sequence[str]) -> list[list[str]]:
     return [[names[number] for number in row[label != IGNORE_INDEX]] for row, label in zip(ids, right, strict=True)]
 
 
-def _if_there(figures: Callable[..., Figures], *rest: Any) -> Figures:
+def _if_installed(figures: Callable[..., Figures], *rest: Any) -> Figures:
     try:
         return figures(*rest)
     except MissingLibraryError as error:
-        _left_out(figures.__name__, error.message, str(error.hint))
+        _warn_skipped(figures.__name__, error.message, str(error.hint))
         return {}
 
 
 @cache
-def _left_out(what: str, why: str, hint: str) -> None:
-    """Said once, however often it is measured."""
-    warn(f"{what} is left out: {why} ({hint})")
+def _warn_skipped(metric: str, why: str, hint: str) -> None:
+    """Warn once that a metric is skipped, however often it is measured."""
+    warn(f"{metric} is skipped: {why} ({hint})")
 
 
 def loss_and_perplexity(total: float, tokens: int) -> dict[str, float | int]:
-    """``{"loss", "perplexity", "tokens"}`` from a sum of losses; perplexity is exp(loss)."""
+    """Return ``{"loss", "perplexity", "tokens"}`` of a sum of losses; perplexity is exp(loss)."""
     loss = total / tokens if tokens else math.nan
     return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "tokens": tokens}

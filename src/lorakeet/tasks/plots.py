@@ -1,8 +1,8 @@
-"""Pictures of data and of predictions as PNG: confusion matrix, lengths, label counts. Colours suit colour-blind eyes."""
+"""Plots as PNG: confusion matrix and loss curve. Colors are distinguishable for color-blind readers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,39 +10,45 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from lorakeet.files import write_file
 from lorakeet.ignore_index import IGNORE_INDEX
 from lorakeet.tasks.metrics import Array
 
-#: Classes that a confusion matrix shows one by one, and labels that a count does.
-MOST = 30
-#: Letters of a name; of a longer one beginning and end are shown.
-LETTERS = 24
+#: Classes that a confusion matrix shows one by one.
+MAX_CLASSES = 30
+#: Letters of a name that are shown; a longer name is shortened in the middle.
+MAX_LETTERS = 24
 DARK, GREY = "#08306b", "#595959"
 _BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", "#d6e6f4", "#7ab6d9", "#2676b8", DARK])
 
 
 def draw_confusion(
-    labels: Array, predicted: Array, names: Sequence[str], path: str | Path, title: str = "", most: int = MOST
+    labels: Array,
+    predicted: Array,
+    names: Sequence[str],
+    path: str | Path,
+    title: str = "",
+    max_classes: int = MAX_CLASSES,
 ) -> None:
-    """Confusion matrix: a row for each true class, its colours the shares of the row; the diagonal is what was right.
+    """Draw a confusion matrix: a row for each true class, colored by the shares of the row.
 
-    Of more than ``most`` classes the ones with most errors are shown; all others are one row and column.
+    Of more than ``max_classes`` classes those with most errors are shown; all others share a row and a column.
 
     Args:
-        labels, predicted: numbers of classes, of one shape; where the label is -100, both are left out.
-        names: of the classes, by number.
-        path: of the PNG.
-        title: Above the picture; the accuracy is put below it.
-        most: Classes shown one by one.
+        labels, predicted: Ids of classes, of one shape; positions with the label -100 are left out.
+        names: Names of the classes, by id.
+        path: Path of the PNG.
+        title: Title of the plot; the accuracy is put below it.
+        max_classes: Classes shown one by one.
     """
     counts = confusion(labels, predicted, len(names))
     accuracy, total = np.trace(counts) / max(counts.sum(), 1), int(counts.sum())
     note = f"accuracy {accuracy:.1%} of {total:,}"
-    if len(names) > most:
-        counts, names = most_confused(counts, names, most)
-        note += f"; the {most} classes with most errors, all others together"
+    if len(names) > max_classes:
+        counts, names = most_confused(counts, names, max_classes)
+        note += f"; the {max_classes} classes with most errors, all others together"
     size = len(names)
     side = max(3.2, 0.42 * size if size > 12 else 0.62 * size)
     figure = _figure(side + 2.6, side + 1.7)
@@ -69,25 +75,25 @@ def draw_confusion(
 
 
 def confusion(labels: Array, predicted: Array, classes: int) -> Array:
-    """Counts [true class, predicted class]."""
+    """Count [true class, predicted class]."""
     counts = labels != IGNORE_INDEX
     pairs = labels[counts].astype(np.int64) * classes + predicted[counts].astype(np.int64)
     return np.bincount(pairs, minlength=classes * classes).reshape(classes, classes)
 
 
-def most_confused(counts: Array, names: Sequence[str], most: int) -> tuple[Array, list[str]]:
-    """The ``most`` classes with most errors (missed and wrongly given), in their order, and the others as the last one."""
+def most_confused(counts: Array, names: Sequence[str], max_classes: int) -> tuple[Array, list[str]]:
+    """Merge all but the ``max_classes`` classes with most errors (missed or wrongly predicted) into a last class."""
     errors = counts.sum(0) + counts.sum(1) - 2 * np.diag(counts)
-    shown = np.sort(np.argsort(-errors, kind="stable")[:most])
-    place = np.full(len(names), most)
-    place[shown] = np.arange(most)
-    merged = np.zeros((most + 1, most + 1), dtype=counts.dtype)
-    np.add.at(merged, (place[:, None], place[None, :]), counts)
-    return merged, [*(names[number] for number in shown), f"{len(names) - most} others"]
+    shown = np.sort(np.argsort(-errors, kind="stable")[:max_classes])
+    position = np.full(len(names), max_classes)
+    position[shown] = np.arange(max_classes)
+    merged = np.zeros((max_classes + 1, max_classes + 1), dtype=counts.dtype)
+    np.add.at(merged, (position[:, None], position[None, :]), counts)
+    return merged, [*(names[number] for number in shown), f"{len(names) - max_classes} others"]
 
 
 def _write_cells(axes: Any, counts: Array, shares: Array) -> None:
-    """The count in every cell that has one, in a colour that can be read on the cell's."""
+    """Write the count into every non-empty cell, in a color that is legible on the cell's."""
     size = len(counts)
     letters = 10 if size <= 12 else 8 if size <= 20 else 7
     for row, column in zip(*np.nonzero(counts), strict=True):
@@ -95,8 +101,60 @@ def _write_cells(axes: Any, counts: Array, shares: Array) -> None:
         text = f"{number:,}" if number < 10_000 else f"{number / 1000:.0f}k"
         if size <= 8:
             text += f"\n{shares[row, column]:.0%}"
-        colour = "white" if shares[row, column] > 0.5 else "black"
-        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=letters)
+        color = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, text, ha="center", va="center", color=color, fontsize=letters)
+
+
+def smoothed(losses: list[float], weight: float) -> list[float]:
+    """Return the exponential moving average, corrected for its start as Adam corrects its moments."""
+    values, mean, norm = [], 0.0, 0.0
+    for loss in losses:
+        mean = weight * mean + (1 - weight) * loss
+        norm = weight * norm + (1 - weight)
+        values.append(mean / norm)
+    return values
+
+
+def draw_loss_curve(lines: Iterable[Mapping[str, Any]], path: str | Path, title: str = "") -> None:
+    """Draw training loss (as logged and as moving average) and held-out losses as a PNG.
+
+    Args:
+        lines: Lines of ``metrics.jsonl``.
+        path: Path of the PNG.
+        title: Title of the plot.
+    """
+    lines = list(lines)
+    trained = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    figure = _figure(8, 4.5)
+    axes = figure.add_subplot()
+    if trained:
+        steps, losses = map(list, zip(*trained, strict=True))
+        axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="training, as logged")
+        axes.plot(steps, smoothed(losses, 0.9), color="#08519c", linewidth=2, label="training, moving average")
+    if held_out:
+        steps, losses = map(list, zip(*held_out, strict=True))
+        axes.plot(steps, losses, "o--", color="#d94801", markersize=7, linewidth=1, label="held out")
+        for at in {0, len(steps) - 1}:
+            axes.annotate(
+                f"{losses[at]:.3f}",
+                (steps[at], losses[at]),
+                xytext=(0, 9),
+                textcoords="offset points",
+                ha="left" if at == 0 else "right",
+                color="#d94801",
+                path_effects=[withStroke(linewidth=3, foreground="white")],
+            )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss per target token (nats)")
+    axes.set_title(title)
+    axes.margins(x=0.02, y=0.12)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if trained or held_out:
+        axes.legend(frameon=False)
+    with write_file(path) as aside:
+        figure.savefig(aside, format="png")
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -106,7 +164,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, axes: Any, path: str | Path, title: str, note: str) -> None:
-    """Title and note above the picture, then the file."""
+    """Put title and note above the plot, then write the file."""
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=24 if title else 12)
     above = {"xycoords": "axes fraction", "xytext": (0, 8), "textcoords": "offset points"}
     axes.annotate(note, (0, 1), **above, fontsize=9, color=GREY)
@@ -115,5 +173,5 @@ def _save(figure: Figure, axes: Any, path: str | Path, title: str, note: str) ->
 
 
 def _short(name: str) -> str:
-    half = LETTERS // 2
-    return name if len(name) <= LETTERS else f"{name[: half - 1]}…{name[-half:]}"
+    half = MAX_LETTERS // 2
+    return name if len(name) <= MAX_LETTERS else f"{name[: half - 1]}…{name[-half:]}"

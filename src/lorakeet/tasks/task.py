@@ -1,4 +1,4 @@
-"""What each task asks of a run: the head of the model, the loss, and what is measured on the held-out part."""
+"""Task of a run: its labels, the options of the model's head, and losses that the model does not compute."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lorakeet.config import TaskName
 from lorakeet.inference.predict import embed
 from lorakeet.lora.config import TaskType
 
-#: Cosine similarities are multiplied by this before the softmax, as in sentence-transformers.
-SHARPNESS = 20.0
+#: Factor of cosine similarities before the softmax, as in sentence-transformers (an inverse temperature).
+SCALE = 20.0
 
 _PROBLEMS = {
     "single_label": "single_label_classification",
@@ -26,12 +26,12 @@ _PROBLEMS = {
 
 @dataclass(frozen=True)
 class Task:
-    """One of the tasks, with its labels.
+    """A task with its labels.
 
     Attributes:
-        name: a concrete name of :data:`lorakeet.config.TaskName`.
-        problem: kind of a SEQ_CLS: single_label, multi_label or regression.
-        labels: names of the classes or tags, by number.
+        name: A concrete name of :data:`lorakeet.config.TaskName`.
+        problem: Problem of SEQ_CLS: single_label, multi_label or regression.
+        labels: Names of the classes or tags, by id.
     """
 
     name: TaskName = "CAUSAL_LM"
@@ -40,11 +40,11 @@ class Task:
 
     @property
     def peft_type(self) -> str | None:
-        """The task as an adapter's configuration has it; filling gaps has no name there."""
+        """The task's name in an adapter's configuration; masked language modelling has none there."""
         return self.name if self.name in list(TaskType) else None
 
     def model_options(self) -> dict[str, Any]:
-        """Further arguments of ``from_pretrained``: the size and the names of a classifier's outputs."""
+        """Return arguments of ``from_pretrained`` for the size and the names of a classifier's outputs."""
         if self.problem == "regression":
             return {"num_labels": 1, "problem_type": "regression"}
         if self.labels is None:
@@ -54,7 +54,7 @@ class Task:
         return {**options, "problem_type": _PROBLEMS[self.problem]} if self.problem else options
 
     def notes(self) -> dict[str, Any]:
-        """What ``lorakeet.json`` keeps, so that the head can be built again with its names."""
+        """Return the entry of ``lorakeet.json`` from which the head is built again with its names."""
         return {
             "type": self.name,
             "problem": self.problem,
@@ -63,13 +63,13 @@ class Task:
 
     @classmethod
     def from_notes(cls, notes: Mapping[str, Any]) -> Task:
-        """The inverse of :meth:`notes`."""
+        """Return the task of an entry of :meth:`notes`."""
         labels = notes.get("labels")
         return cls(notes["type"], notes.get("problem"), None if labels is None else tuple(labels))
 
 
 def embed_pairs(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
-    """Anchors, positives and, where there are any, negatives of a batch, in one forward pass: fp32 [B, hidden] each."""
+    """Embed anchors, positives and, if present, negatives of a batch in one forward pass: fp32 [B, hidden] each."""
     parts = [part for part in ("", "positive_", "negative_") if f"{part}input_ids" in batch]
     longest = max(batch[f"{part}input_ids"].shape[1] for part in parts)
     ids, mask = (
@@ -80,21 +80,23 @@ def embed_pairs(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def pair_loss(anchors: Tensor, positives: Tensor, negatives: Tensor | None = None) -> Tensor:
-    """Each anchor must find its own positive among all of the batch (Henderson et al. 2017, arXiv:1705.00652, section 4.4).
+    """Compute the loss of finding each anchor's own positive among all of the batch.
+
+    Henderson et al. 2017, arXiv:1705.00652, section 4.4 (multiple negatives ranking).
 
     Args:
         anchors, positives, negatives: [B, hidden], of length 1.
 
     Returns:
-        The mean over the anchors of −log softmax(20·cos), a scalar.
+        The mean over the anchors of −log softmax(:data:`SCALE`·cos), a scalar.
     """
     candidates = positives if negatives is None else torch.cat([positives, negatives])
     own = torch.arange(len(anchors), device=anchors.device)
-    return F.cross_entropy(SHARPNESS * anchors @ candidates.T, own)
+    return F.cross_entropy(SCALE * anchors @ candidates.T, own)
 
 
 def span_logits(outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Scores of each token as the start and as the end of the answer, fp32 [B, T]; padding is no candidate."""
+    """Return the scores of each token as start and as end of the answer, fp32 [B, T]; padding is no candidate."""
     padding = batch["attention_mask"].eq(0)
     both = (outputs.start_logits, outputs.end_logits)
     start, end = (logits.float().masked_fill(padding, torch.finfo(torch.float32).min) for logits in both)
@@ -102,9 +104,9 @@ def span_logits(outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tens
 
 
 def span_loss(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean of the two cross-entropies of start and end over the real tokens of each row, as in BERT (arXiv:1810.04805, 4.2).
+    """Compute the mean of the cross-entropies of start and end over real tokens, as in BERT (arXiv:1810.04805, 4.2).
 
-    The models' own loss lets padding compete, so that it depends on the longest row of the batch.
+    The models' own loss includes padding, so it depends on the longest row of the batch.
     """
     start, end = span_logits(outputs, batch)
     return (F.cross_entropy(start, batch["start_positions"]) + F.cross_entropy(end, batch["end_positions"])) / 2

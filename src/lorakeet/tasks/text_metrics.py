@@ -1,6 +1,6 @@
-"""The figures of texts: spans among tags, answers to questions, and what a model writes.
+"""Metrics of texts: spans among tags, answers to questions, and generated texts.
 
-All are shares between 0 and 1. ROUGE is computed by ``rouge-score``, the F1 of spans by ``nervaluate`` (extra ``metrics``).
+All are shares between 0 and 1. ``rouge-score`` computes ROUGE, and ``nervaluate`` the F1 of spans (extra ``metrics``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Figures = dict[str, float]
 
 
 class MissingLibraryError(LorakeetError, ImportError):
-    """A figure needs a library that is not installed."""
+    """A metric needs a library that is not installed."""
 
 
 # ---- spans among tags -------------------------------------------------------------------------------------------
@@ -34,11 +34,13 @@ _SPAN = re.compile(r"([BIESLU])-(.+)")
 
 
 def span_f1(predicted: Sequence[Sequence[str]], right: Sequence[Sequence[str]]) -> Figures:
-    """``span_precision``, ``span_recall`` and ``span_f1``: a span counts if its first and last word and its type are right.
+    """Compute ``span_precision``, ``span_recall`` and ``span_f1``.
+
+    A span counts if its first word, its last word and its type are right.
 
     Args:
-        predicted, right: tags of each sentence, as BIO, IOB, BIOES or BILOU. A sequence that its scheme does not allow is
-            read as the CoNLL evaluation does: a tag that cannot go on with a span begins one.
+        predicted, right: Tags of each sentence, as BIO, IOB, BIOES or BILOU. A sequence that its scheme does not allow is
+            read as by the CoNLL evaluation: a tag that cannot continue a span begins one.
 
     Raises:
         MissingLibraryError: nervaluate is not installed.
@@ -54,7 +56,7 @@ def span_f1(predicted: Sequence[Sequence[str]], right: Sequence[Sequence[str]]) 
 
 
 def _bio(tags: Sequence[str]) -> list[str]:
-    """``tags`` with every span as ``B-`` and then ``I-``."""
+    """Return the tags with every span as ``B-`` and then ``I-``."""
     found, before = [], ("O", "")
     for tag in tags:
         match = _SPAN.fullmatch(tag)
@@ -62,10 +64,10 @@ def _bio(tags: Sequence[str]) -> list[str]:
             found.append("O")
             before = ("O", "")
             continue
-        prefix, kind = match[1], match[2]
-        begins = prefix in "BSU" or before[0] in "OESLU" or before[1] != kind
-        found.append(f"{'B' if begins else 'I'}-{kind}")
-        before = (prefix, kind)
+        prefix, span_type = match[1], match[2]
+        begins = prefix in "BSU" or before[0] in "OESLU" or before[1] != span_type
+        found.append(f"{'B' if begins else 'I'}-{span_type}")
+        before = (prefix, span_type)
     return found
 
 
@@ -76,33 +78,33 @@ _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
 def normalized_answer(text: str) -> str:
-    """``text`` without case, ASCII punctuation, English articles and runs of white space."""
+    """Normalize an answer: no case, ASCII punctuation, English articles or runs of white space."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def answering(predicted: Sequence[str], right: Sequence[str | Sequence[str]]) -> Figures:
-    """``exact_match`` and ``f1`` as SQuAD defines them (arXiv:1606.05250, section 6.1; no answer: arXiv:1806.03822).
+    """Compute ``exact_match`` and ``f1`` of SQuAD (arXiv:1606.05250, section 6.1; no answer: arXiv:1806.03822).
 
-    F1 is of the bags of words of both answers, each normalised; of several right answers the best counts. No answer is the
-    empty text, which is only right where nothing is.
+    F1 compares the bags of words of both normalized answers; of several right answers the best counts. "No answer" is
+    the empty text, which is right only for a question without an answer.
 
     Args:
-        predicted: one text a question.
-        right: the answer or the answers of each question; an empty list or an empty text for none.
+        predicted: A text for each question.
+        right: The answer or the answers of each question; an empty list or an empty text for none.
 
     Raises:
-        DataError: there are no questions.
+        DataError: There are no questions.
     """
     if not len(right):
         raise nothing_to_measure(right)
     exact, overlap = 0.0, 0.0
     for guess, answers in zip(predicted, right, strict=True):
-        several = [answers] if isinstance(answers, str) else answers
-        words = [normalized_answer(answer).split() for answer in several]
-        wanted = [one for one in words if one] or [[]]
+        texts = [answers] if isinstance(answers, str) else answers
+        words = [normalized_answer(answer).split() for answer in texts]
+        right_words = [each for each in words if each] or [[]]
         guessed = normalized_answer(guess).split()
-        exact += max(guessed == one for one in wanted)
-        overlap += max(_bag_f1(guessed, one) for one in wanted)
+        exact += max(guessed == each for each in right_words)
+        overlap += max(_bag_f1(guessed, each) for each in right_words)
     return {"exact_match": exact / len(right), "f1": overlap / len(right)}
 
 
@@ -113,43 +115,47 @@ def _bag_f1(guessed: list[str], right: list[str]) -> float:
     return 2 * shared / (len(guessed) + len(right))
 
 
-# ---- written texts ----------------------------------------------------------------------------------------------
+# ---- generated texts --------------------------------------------------------------------------------------------
 
 
 def exact_match(texts: Sequence[str], right: Sequence[str]) -> Figures:
-    """``exact_match``: the share of texts that are right to the letter, white space around them aside."""
+    """Compute ``exact_match``, the share of texts that equal the right ones; white space around them is ignored."""
     if not len(right):
         raise nothing_to_measure(right)
     return {"exact_match": sum(a.strip() == b.strip() for a, b in zip(texts, right, strict=True)) / len(right)}
 
 
 class _Words:
-    """rouge-score's words (letters and digits, in lower case), but those of every script, not only of English."""
+    """Tokenizer of rouge-score (letters and digits, in lower case) for every script, not only for English."""
 
     @staticmethod
     def tokenize(text: str) -> list[str]:
+        """Split a text into words."""
         return re.findall(r"[^\W_]+", text.lower())
 
 
 def rouge(texts: Sequence[str], right: Sequence[str]) -> Figures:
-    """``rouge1``, ``rouge2`` and ``rougeL``: mean F1 (Lin 2004, https://aclanthology.org/W04-1013), without stemming.
+    """Compute ``rouge1``, ``rouge2`` and ``rougeL``, mean F1 without stemming (Lin 2004).
+
+    Reference: https://aclanthology.org/W04-1013.
 
     Raises:
-        DataError: there are no texts.
+        DataError: There are no texts.
         MissingLibraryError: rouge-score is not installed.
     """
-    kinds = ["rouge1", "rouge2", "rougeL"]
-    scorer = _library("rouge_score.rouge_scorer").RougeScorer(kinds, tokenizer=_Words())
+    names = ["rouge1", "rouge2", "rougeL"]
+    scorer = _library("rouge_score.rouge_scorer").RougeScorer(names, tokenizer=_Words())
     if not len(right):
         raise nothing_to_measure(right)
     scores = [scorer.score(target, text) for text, target in zip(texts, right, strict=True)]
-    return {kind: sum(score[kind].fmeasure for score in scores) / len(scores) for kind in kinds}
+    return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in names}
 
 
-# ---- what they share --------------------------------------------------------------------------------------------
+# ---- shared helpers ---------------------------------------------------------------------------------------------
 
 
 def nothing_to_measure(labels: Any) -> DataError:
+    """Return the error that every label is ignored."""
     return DataError(f"there is nothing to measure: no label among {len(labels)} rows")
 
 

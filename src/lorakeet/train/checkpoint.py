@@ -1,9 +1,8 @@
-"""Checkpoints that are whole or absent, and that go on only with the run they came from.
+"""Checkpoints that are complete or absent, and that only the run that wrote them resumes from.
 
-A checkpoint is written aside, flushed to disk and renamed last, so that whoever looks for ``checkpoint-*`` never meets
-half of one. ``lorakeet_checkpoint.json`` in it lists the files with their sizes (a copy
-cut short is seen) and the fingerprint of the run: settings that change the result, data, trainable parameters and
-number of processes.
+A checkpoint is written to a temporary folder, flushed to disk and renamed last, so ``checkpoint-*`` is never partial.
+Its ``lorakeet_checkpoint.json`` lists the files with their sizes, so that a truncated copy is detected. It also holds
+the fingerprint of the run: settings that change the result, data, trainable parameters and number of processes.
 """
 
 from __future__ import annotations
@@ -15,22 +14,32 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+import transformers
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import TrainingError
+from lorakeet.files import check_output, write_folder
+from lorakeet.log import info
 from lorakeet.rng import same_random_state
+from lorakeet.train import preflight
 
+#: Name of the file that lists a checkpoint's files and the run's fingerprint.
 MANIFEST = "lorakeet_checkpoint.json"
 
-#: The TrainingArguments that a result depends on. What only looks (logging, saving, evaluating) may change freely.
+#: TrainingArguments that the result depends on. Logging, saving and evaluating may change freely.
 SETTINGS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -58,12 +67,12 @@ SETTINGS = (
     "dataloader_drop_last",
 )
 
-#: Rows of a data set that are read for its hash; a larger one is sampled evenly.
+#: Rows of a data set that are read for its hash; a larger data set is sampled evenly.
 HASHED_ROWS = 50_000
 
 
 def data_hash(dataset: Any) -> str:
-    """A hash of the samples and their order, for a ``datasets.Dataset`` or a list; for others of kind and length."""
+    """Return a hash of the samples and their order; of other types than ``Dataset`` and list, of type and length."""
     digest = hashlib.sha256(type(dataset).__name__.encode())
     rows = len(dataset) if hasattr(dataset, "__len__") else -1
     digest.update(str(rows).encode())
@@ -79,18 +88,18 @@ def data_hash(dataset: Any) -> str:
 
 
 def trainable_hash(model: nn.Module) -> str:
-    """A hash of the names and shapes of everything that learns, and of the adapter's settings where there is one."""
+    """Return a hash of names and shapes of all trainable parameters, and of the adapter's settings if there is one."""
     shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
-    told = (
+    adapters = (
         {name: model.peft_config[name].to_dict() for name in model.active_adapters}
         if isinstance(model, PeftModel)
         else {}
     )
-    return hashlib.sha256(json.dumps([sorted(shapes), told], sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([sorted(shapes), adapters], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def run_fingerprint(args: TrainingArguments, model: nn.Module, dataset: Any) -> dict[str, Any]:
-    """What must be the same for a run to go on exactly where it was."""
+    """Return what must be equal for a run to resume exactly."""
     settings = {name: str(getattr(args, name)) for name in SETTINGS if hasattr(args, name)}
     return {
         **settings,
@@ -101,30 +110,30 @@ def run_fingerprint(args: TrainingArguments, model: nn.Module, dataset: Any) -> 
 
 
 def write_manifest(folder: Path, fingerprint: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
-    """List the files of ``folder`` with their sizes, beside the run's fingerprint and where its bookkeeping stood."""
+    """Write the manifest of a checkpoint: its files with their sizes, the run's fingerprint and its progress."""
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     manifest = {"files": files, "fingerprint": dict(fingerprint), "progress": dict(progress)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def clear_aside(run_folder: Path) -> None:
-    """Remove what a killed process left half-written."""
+    """Remove partial checkpoints of a killed process."""
     for leftover in run_folder.glob(".checkpoint-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a whole checkpoint.
+    """Return the manifest of a complete checkpoint.
 
     Raises:
-        TrainingError: the folder is no checkpoint of ours, or files of it are missing or cut short.
+        TrainingError: The folder is no checkpoint of Lorakeet, or files in it are missing or truncated.
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
     except (OSError, ValueError, KeyError, TypeError):
         raise TrainingError(
-            f"{folder} has no readable {MANIFEST}, so it is not a whole checkpoint of Lorakeet",
+            f"{folder} has no readable {MANIFEST}, so it is not a complete checkpoint of Lorakeet",
             "resume from another one, or start again",
         ) from None
     broken = [
@@ -138,7 +147,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def latest_checkpoint(run_folder: str | Path) -> Path | None:
-    """The whole checkpoint with the highest step below ``run_folder``; damaged ones are passed over."""
+    """Return the complete checkpoint with the highest step below ``run_folder``; damaged checkpoints are skipped."""
     found = []
     for folder in Path(run_folder).glob("checkpoint-*"):
         if match := re.fullmatch(r"checkpoint-(\d+)", folder.name):
@@ -151,10 +160,10 @@ def latest_checkpoint(run_folder: str | Path) -> Path | None:
 
 
 def refuse_other_run(folder: Path, now: Mapping[str, Any]) -> None:
-    """Compare the run that wrote ``folder`` with the one that wants to go on.
+    """Compare the run that wrote ``folder`` with the run that resumes.
 
     Raises:
-        TrainingError: names every difference.
+        TrainingError: The runs differ; the message names every difference.
     """
     then = read_manifest(folder)["fingerprint"]
     differences = [
@@ -165,15 +174,15 @@ def refuse_other_run(folder: Path, now: Mapping[str, Any]) -> None:
     if differences:
         raise TrainingError(
             f"checkpoint {folder} comes from another run: {'; '.join(differences)}",
-            "resume with the run's own settings and data, or say Trainer(..., any_checkpoint=True)",
+            "resume with the run's own settings and data, or pass Trainer(..., any_checkpoint=True)",
         )
 
 
 class SteadyCollator:
-    """Collates with random numbers that depend on seed, epoch and samples alone.
+    """Collator whose random numbers depend on seed, epoch and samples alone.
 
-    A collator that masks or crops at random then does the same in a resumed run, although batches are fetched ahead
-    of the step they belong to; and dropout does not depend on it.
+    A collator that masks or crops at random thus does the same in a resumed run, although batches are fetched ahead.
+    Dropout does not depend on the collator.
     """
 
     def __init__(self, collator: Callable[[list[Any]], Any], seed: int) -> None:
@@ -186,3 +195,134 @@ class SteadyCollator:
             np.random.seed(seed)
             torch.default_generator.manual_seed(seed)
             return self.collator(samples)
+
+
+class ResumableTrainer(transformers.Trainer):
+    """The part of the Trainer that writes complete checkpoints and resumes from them exactly."""
+
+    any_checkpoint = False
+    _resumed: dict[str, Any] | None = None
+    _fingerprint: dict[str, Any] | None = None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what a checkpoint must share with the run that resumes from it."""
+        if self._fingerprint is None:
+            shared = run_fingerprint(self.args, self.model, self.train_dataset)
+            self._fingerprint = {**shared, **self._further_fingerprint()}
+        return self._fingerprint
+
+    def _further_fingerprint(self) -> dict[str, str]:
+        """Return settings of a subclass that change the result."""
+        return {}
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        # the parent's pickle of its arguments is read nowhere and could carry code
+        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write all that resuming needs: all processes write to a temporary folder, one renames it."""
+        run_folder = Path(self._get_output_dir(trial))
+        folder = run_folder / f"checkpoint-{self.state.global_step}"
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        if self.state.best_global_step:
+            best = run_folder / f"checkpoint-{self.state.best_global_step}"
+            if best == folder or best.exists():
+                self.state.best_model_checkpoint = str(best)
+        progress = self._progress()
+        with write_folder(folder) if self.args.should_save else nullcontext() as temporary:
+            aside = Path(broadcast_object_list([str(temporary)])[0])
+            self.save_model(str(aside), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(aside))
+                self._save_scaler(str(aside))
+                self._save_rng_state(str(aside))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._export_callbacks()
+                self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
+                write_manifest(aside, self.fingerprint(), progress)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run_folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    def _rehearse_saving(self) -> None:
+        """Check that a checkpoint fits on the disk and that the adapter can be saved."""
+        if self.args.should_save and self.args.save_strategy != "no":
+            check_output(self.args.output_dir, preflight.checkpoint_bytes(self.model))
+            clear_aside(Path(self.args.output_dir))
+            if isinstance(self.model, PeftModel):
+                preflight.rehearse_save(self.model, self.args.output_dir)
+
+    def _export_callbacks(self) -> None:
+        states: dict[str, list[Any]] = {}
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                states.setdefault(type(callback).__name__, []).append(callback.state())
+        self.state.stateful_callbacks = {name: kept[0] if len(kept) == 1 else kept for name, kept in states.items()}
+
+    def _progress(self) -> dict[str, float]:
+        """Return the losses that are not logged yet, which the parent does not save."""
+        if not hasattr(self, "_tr_loss"):
+            return {}
+        unlogged = self.accelerator.gather(self._tr_loss[None]).mean().item()
+        return {"unlogged": unlogged, "logged": self._total_loss_scalar, "last_logged": self._globalstep_last_logged}
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **settings: Any) -> TrainOutput:
+        """Train, or resume from a checkpoint: a folder, or True for the newest complete one in ``args.output_dir``.
+
+        Raises:
+            TrainingError: There is no complete checkpoint, or it comes from another run. A parameter got no gradient;
+                a loss or gradient was not finite; gradients differ between processes.
+            OutputError: The output folder cannot be written, or has no space for a checkpoint.
+        """
+        self._resumed = None
+        folder = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, (str, Path)) else None
+        if resume_from_checkpoint is True:
+            folder = latest_checkpoint(self.args.output_dir)
+            if folder is None:
+                raise TrainingError(f"no complete checkpoint in {self.args.output_dir}", "start without resuming")
+        if folder is not None:
+            if not self.any_checkpoint:
+                refuse_other_run(folder, self.fingerprint())
+            if not self.any_checkpoint or (folder / MANIFEST).exists():  # the parent's have none
+                self._resumed = read_manifest(folder)["progress"]
+        return super().train(str(folder) if folder else None, *rest, **settings)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        if isinstance(model, PeftModel):
+            model.load_adapter(resume_from_checkpoint, model.active_adapters[0], is_trainable=True)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PeftModel):
+            info(f"loading the best adapter, from {self.state.best_model_checkpoint}")
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def save_last_good_state(self) -> str | None:
+        """Save a checkpoint of the last step that was applied; return its folder, None before the first step."""
+        if not self.state.global_step:
+            return None
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if not folder.exists():
+            self._save_checkpoint(self.model)
+        return str(folder)
+
+    def _restore_progress(self) -> None:
+        """Restore the losses that the interrupted session had not logged."""
+        if resumed := self._resumed:
+            self._tr_loss += resumed["unlogged"]
+            self._total_loss_scalar = resumed["logged"]
+            self._globalstep_last_logged = int(resumed["last_logged"])

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the step at hand, with a checkpoint to go on from."""
+"""Handling of Ctrl-C and SIGTERM: a run ends after the current step, with a checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from transformers import TrainerCallback
 
 from lorakeet.log import info
 
-#: Seconds in which a second Ctrl-C is taken for the echo of the first: torchrun passes on what the terminal sent already.
+#: Seconds after a Ctrl-C in which a second one is ignored: torchrun sends the terminal's signal again.
 ECHO = 2.0
 
 
 class StopAfterStep(TrainerCallback):
-    """While this context is open, a signal stops training after its step and saves; a second Ctrl-C acts at once.
+    """Context in which a signal stops training after its step and saves; a second Ctrl-C stops at once.
 
-    Before the first step and after the last there is nothing to finish: there Ctrl-C acts at once too.
+    Before the first step and after the last, Ctrl-C stops at once too. All processes stop after the same step.
 
-    Under several processes all stop after the same step. ``stopped`` says whether it happened.
+    Attributes:
+        stopped: Whether the training was stopped.
     """
 
     def __init__(self) -> None:
-        self.asked = self.stopped = self.training = False
+        self.requested = self.stopped = self.training = False
         self._before: dict[int, Any] = {}
-        self._heard = 0.0
+        self._requested_at = 0.0
 
     def __enter__(self) -> StopAfterStep:
         if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._hear)
+                self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
@@ -43,14 +44,14 @@ class StopAfterStep(TrainerCallback):
             number, handler = self._before.popitem()
             signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self.training:
             raise KeyboardInterrupt
-        if not self.asked:
-            self.asked, self._heard = True, now
+        if not self.requested:
+            self.requested, self._requested_at = True, now
             info("finishing this step, then saving; Ctrl-C once more to stop at once")
-        elif number == signal.SIGINT and now - self._heard > ECHO:
+        elif number == signal.SIGINT and now - self._requested_at > ECHO:
             raise KeyboardInterrupt
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -60,13 +61,13 @@ class StopAfterStep(TrainerCallback):
         self.training = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._anyone_asked(args):
+        if self._any_process_requested(args):
             self.stopped = state.global_step < state.max_steps
             control.should_save = control.should_training_stop = True
 
-    def _anyone_asked(self, args: Any) -> bool:
+    def _any_process_requested(self, args: Any) -> bool:
         if args.world_size == 1:
-            return self.asked
-        asked = torch.tensor(float(self.asked), device=args.device)
-        torch.distributed.all_reduce(asked)
-        return bool(asked)
+            return self.requested
+        requested = torch.tensor(float(self.requested), device=args.device)
+        torch.distributed.all_reduce(requested)
+        return bool(requested)

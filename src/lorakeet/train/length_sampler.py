@@ -1,7 +1,6 @@
-"""The order of samples: within one optimizer step, neighbours of one length share a micro-batch.
+"""Sampler that sorts the samples of each optimizer step by length, so that micro-batches have little padding.
 
-Which samples a step learns from stays as it was, and the loss is a mean over the step's targets, so the step's
-gradient is the same; only less padding is computed.
+Each step keeps its samples, and the loss is a mean over the step's targets. So the gradient of the step is the same.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from torch.utils.data import Sampler
 
 
 class LengthWindows(Sampler[int]):
-    """The order of ``inner``, each window of ``size`` samples sorted by falling length.
+    """Sampler in the order of ``inner``, each window of ``size`` samples sorted by falling length.
 
     Args:
         inner: A sampler of row numbers; its ``set_epoch`` is called if it has one.
@@ -33,6 +32,6 @@ class LengthWindows(Sampler[int]):
         return len(self.inner)  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
-        """Another order for each pass over the data."""
+        """Use another order for each pass over the data."""
         if hasattr(self.inner, "set_epoch"):
             self.inner.set_epoch(epoch)

@@ -1,10 +1,10 @@
-"""LoRA+: B learns faster than A (Hayou et al. 2024, arXiv:2402.12354).
+"""LoRA+: a higher learning rate for B than for A (Hayou et al. 2024, arXiv:2402.12354).
 
     A ← A - η·g_A,   B ← B - λη·g_B,   λ > 1
 
-In a wide layer an A and a B that learn at one rate cannot both change its features much; a faster B, which starts at zero,
-lets them. Who learns at which rate is as in PEFT's ``create_loraplus_optimizer``: vectors (biases, norms) at λη too, both
-halves of an embedding's pair at a small rate of their own, everything else at η.
+With one learning rate, A and B of a wide layer cannot both change its features efficiently. B starts at zero, and a
+higher rate for B solves this. The groups are those of PEFT's ``create_loraplus_optimizer``. Vectors (biases, norms) have the
+rate λη too, A and B of embeddings a small rate of their own, all others η.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lorakeet.errors import ConfigError, TrainingError
 
 @dataclass(frozen=True)
 class LoraPlus:
-    """The learning rates of LoRA+.
+    """Learning rates of LoRA+.
 
     Attributes:
         ratio: λ above.
-        lr_embedding: Peak learning rate of both halves of a pair on an embedding.
+        lr_embedding: Peak learning rate of A and B of embeddings.
 
     Raises:
-        ConfigError: a ratio below 1.
+        ConfigError: The ratio is below 1.
     """
 
     ratio: float
@@ -40,40 +40,41 @@ class LoraPlus:
             )
 
     def rates(self, rate: float) -> tuple[float, float, float]:
-        """Peak rates of A and all others, of embeddings' pairs, and of B and vectors."""
+        """Return the peak rates of A and all others, of A and B of embeddings, and of B and vectors."""
         return rate, self.lr_embedding, self.ratio * rate
 
     def split_(self, optimizer: Optimizer, model: nn.Module, rate: float) -> None:
-        """Split each parameter group of a fresh ``optimizer`` by learning rate; its other settings, weight decay among
-        them, stay. Schedulers scale all groups alike. The first group learns at η, where anything does.
+        """Split each parameter group of a fresh ``optimizer`` by learning rate; other settings such as weight decay stay.
+
+        Schedulers scale all groups alike. The first group has the rate η, if any parameter has it.
 
         Args:
-            optimizer: of parameters of ``model``, before its first step and before any scheduler.
-            model: tells the parameters' names.
+            optimizer: Optimizer of parameters of ``model``, before its first step and before any scheduler.
+            model: The model, for the names of the parameters.
             rate: η above.
 
         Raises:
-            TrainingError: no B learns, so there is nothing to speed up.
+            TrainingError: No B is trainable.
         """
         names = {parameter: name for name, parameter in model.named_parameters()}
         if not any("lora_B" in names.get(p, "") for group in optimizer.param_groups for p in group["params"]):
             raise TrainingError(
-                f"LoRA+ with ratio {self.ratio:g} was asked for, but the model has no lora_B that learns",
+                f"LoRA+ (ratio {self.ratio:g}) needs a trainable lora_B, and the model has none",
                 "train an adapter on linear layers, or leave loraplus_ratio out",
             )
-        made: list[dict[str, Any]] = []
+        groups: list[dict[str, Any]] = []
         for group in optimizer.param_groups:
             parts: tuple[list[Tensor], ...] = ([], [], [])
             for parameter in group["params"]:
                 parts[_part(names.get(parameter, ""), parameter)].append(parameter)
-            made += [
+            groups += [
                 {**group, "params": part, "lr": own} for part, own in zip(parts, self.rates(rate), strict=True) if part
             ]
-        optimizer.param_groups[:] = made
+        optimizer.param_groups[:] = groups
 
 
 def _part(name: str, parameter: Tensor) -> int:
-    """Which of :meth:`LoraPlus.rates` a parameter learns at."""
+    """Return the index into :meth:`LoraPlus.rates` of a parameter's rate."""
     if "lora_embedding_" in name:
         return 1
     return 2 if "lora_B" in name or parameter.ndim == 1 else 0

@@ -1,8 +1,7 @@
-"""Checks around the first step and every step: what would fail without a word fails with one.
+"""Checks of a training for errors that would otherwise be silent, and descriptions of batches for messages.
 
-Before the first step: formats that cannot work, an output folder that cannot be written, an evaluation that does not
-fit into memory. On the first step: parameters that got no gradient, processes whose gradients differ. On every step:
-a loss or gradient that is not finite.
+Before the first step: number formats that cannot train, FSDP that is not applied, an adapter that cannot be saved. On
+the first step: parameters without a gradient, and processes whose gradients differ.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import TrainingError
 from lorakeet.log import info, log, warn
 
-#: Names shown of a longer list.
+#: Names that a message shows of a longer list.
 SHOWN = 8
 
 
@@ -30,30 +29,29 @@ def check_precision(model: nn.Module, args: TrainingArguments) -> None:
     """Refuse number formats that cannot train.
 
     Raises:
-        TrainingError: fp16 on a device without loss scaling (a CPU), or parameters that would learn in fp16.
+        TrainingError: fp16 on a device without loss scaling (a CPU), or trainable parameters in fp16.
     """
     formats = {p.dtype for p in model.parameters()}
     if args.device.type == "cpu" and (args.fp16 or torch.float16 in formats):
         raise TrainingError(
-            "fp16 cannot train on a CPU: its gradients vanish without loss scaling, which only GPUs have here",
+            "fp16 cannot train on a CPU: gradients vanish without loss scaling, which only GPUs have",
             "use dtype fp32, or bf16 where the CPU computes it fast",
         )
     half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
     if half:
         raise TrainingError(
             f"{len(half)} trainable parameters are in fp16, which loses small updates: {_some(half)}",
-            "keep what learns in fp32 (the base may stay in fp16)",
+            "keep trainable parameters in fp32 (the base may stay in fp16)",
         )
 
 
 def check_gradients(model: nn.Module) -> None:
-    """On the first step every trainable parameter must have got a gradient (zeros count: B starts at zero).
+    """Check on the first step that every trainable parameter has a gradient (zeros count: B starts at zero).
 
-    In a model that trains whole, without an adapter, nobody chose the parameters one by one (an expert that no token
-    was sent to has none): there it is a warning.
+    A model that trains whole gets a warning only: an expert to which no token was routed has no gradient.
 
     Raises:
-        TrainingError: names those of an adapter that did not.
+        TrainingError: Parameters of an adapter have none; the message names them.
     """
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if not without:
@@ -70,10 +68,10 @@ def check_gradients(model: nn.Module) -> None:
 
 
 def check_synchronized(model: nn.Module, accelerator: Accelerator) -> None:
-    """Under several processes the gradients must be the same in all of them after backward.
+    """Check that the gradients are equal in all processes after the backward pass.
 
     Raises:
-        TrainingError: they differ, so each process would train a model of its own.
+        TrainingError: They differ, so each process would train its own model.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     if accelerator.num_processes == 1 or any(hasattr(grad, "full_tensor") for grad in grads):  # sharded: no copies
@@ -82,29 +80,31 @@ def check_synchronized(model: nn.Module, accelerator: Accelerator) -> None:
     every = accelerator.gather(mine[None])  # [processes, parameters]
     if not torch.allclose(every, every[:1].expand_as(every), rtol=1e-4, atol=1e-12, equal_nan=True):
         raise TrainingError(
-            "gradients differ between processes, so they are not synchronised",
-            "call the model that the Trainer wrapped, not the one inside",
+            "gradients differ between processes, so they are not synchronized",
+            "call the model that the Trainer wrapped, not the model inside the wrapper",
         )
 
 
 def check_sharded(model: nn.Module, args: TrainingArguments) -> None:
-    """FSDP that was asked for must be there: on some devices it becomes plain data parallelism without a word.
+    """Check that FSDP is applied if it is configured: on some devices it silently becomes plain data parallelism.
 
     Raises:
-        TrainingError: FSDP was asked for and the prepared model is not sharded.
+        TrainingError: FSDP is configured and the prepared model is not sharded.
     """
-    asked = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
-    if asked and not any("FSDP" in kind.__name__ or "FullySharded" in kind.__name__ for kind in type(model).__mro__):
+    configured = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    if configured and not any(
+        "FSDP" in kind.__name__ or "FullySharded" in kind.__name__ for kind in type(model).__mro__
+    ):
         raise TrainingError(
-            f"FSDP was asked for, but the model is wrapped as {type(model).__name__} on {args.device.type}",
+            f"FSDP is configured, but the model is wrapped as {type(model).__name__} on {args.device.type}",
             "leave FSDP out, or run on devices that support it",
         )
 
 
 def rehearse_save(model: PeftModel, folder: str | Path) -> None:
-    """Write the adapter once and throw it away: what would stop the save after hours stops it now."""
+    """Write the adapter to a temporary folder, so that an error of saving shows before the training, not after it."""
     with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=folder) as aside:
-        log.disabled = True  # of course it has not learned yet
+        log.disabled = True  # the warning that the adapter is untrained
         try:
             model.save_pretrained(aside)
         finally:
@@ -112,18 +112,18 @@ def rehearse_save(model: PeftModel, folder: str | Path) -> None:
 
 
 def checkpoint_bytes(model: nn.Module) -> int:
-    """Bytes of one checkpoint: what learns, two moments of it in fp32, and 10 % for the rest."""
-    learning = [p for p in model.parameters() if p.requires_grad]
-    return int(1.1 * sum(p.numel() * (p.element_size() + 8) for p in learning))
+    """Return the bytes of a checkpoint: trainable parameters, two moments of each in fp32, and 10 % for the rest."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return int(1.1 * sum(p.numel() * (p.element_size() + 8) for p in trainable))
 
 
 def divides_by_count(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Whether the model's own loss really divides by ``num_items_in_batch``.
+    """Whether the model's own loss divides by ``num_items_in_batch``.
 
-    Many forwards take any keyword and ignore this one (BERT's heads do): their loss is a mean over the micro-batch,
-    and accumulating it would weigh tokens wrongly. So the loss is asked twice, for one count and for the double.
+    Many forwards accept any keyword and ignore this one (BERT's heads do). Their loss is a mean over the micro-batch,
+    and accumulating it would weight tokens wrongly. So the loss is computed for one count and for twice the count.
     """
-    batch = _a_little_of(batch)
+    batch = _first_tokens(batch)
     device = next(value.device for value in batch.values() if torch.is_tensor(value))
     was_training = model.training
     model.eval()
@@ -135,14 +135,14 @@ def divides_by_count(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     return bool(two < 0.75 * one)
 
 
-def _a_little_of(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The first tokens of the first sample, all of them targets; the whole batch, if it is no plain padded one."""
+def _first_tokens(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the first tokens of the first sample, all of them targets; the whole batch if it is not plainly padded."""
     ids = batch.get("input_ids")
     plain = set(batch) in ({"input_ids", "labels"}, {"input_ids", "attention_mask", "labels"})
     if not plain or not torch.is_tensor(ids) or ids.dim() != 2:
         return batch
-    little = {name: v[:1, :16] if v.shape == ids.shape else v[:1] for name, v in batch.items()}
-    return {**little, "labels": little["labels"].clamp(min=0)} if batch["labels"].shape == ids.shape else little
+    prefix = {name: v[:1, :16] if v.shape == ids.shape else v[:1] for name, v in batch.items()}
+    return {**prefix, "labels": prefix["labels"].clamp(min=0)} if batch["labels"].shape == ids.shape else prefix
 
 
 def _loss(outputs: Any) -> Tensor:
@@ -151,7 +151,7 @@ def _loss(outputs: Any) -> Tensor:
 
 
 def describe_batch(inputs: Mapping[str, Any], decode: Callable[[Any], str] | None) -> str:
-    """The samples of a micro-batch in a line each, so that a person finds them in the data."""
+    """Describe each sample of a micro-batch in a line, so that a person finds it in the data."""
     ids = inputs.get("input_ids")
     if not torch.is_tensor(ids) or ids.dim() != 2:
         return ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items() if torch.is_tensor(value))
@@ -168,8 +168,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def say_device(args: TrainingArguments) -> None:
-    """Train on one GPU of several unless started as several processes: copies in one process are slow and silent."""
+def use_one_gpu(args: TrainingArguments) -> None:
+    """Use one GPU of several unless started as several processes: copies in one process are slow, and no message says so."""
     if args.n_gpu > 1:
         info(f"{args.n_gpu} GPUs are visible, one is used; start with torchrun or accelerate to use all")
         args._n_gpu = 1

@@ -1,10 +1,13 @@
-"""What a run tells while it goes on and what it leaves behind: progress, ``metrics.jsonl``, ``loss_curve.png``.
+"""Callback of the Trainer that writes ``metrics.jsonl`` and shows progress.
 
-``metrics.jsonl`` holds one JSON object a line. A training line has ``step``, ``epoch``, ``loss`` (mean per target token
-since the line before), ``learning_rate``, ``grad_norm`` (before clipping), ``tokens`` (real tokens so far, padding not
-counted), ``tokens_per_second`` (since the line before) and ``seconds`` (of training so far; evaluating and saving are
-not counted). A held-out line has ``step``, ``epoch``, ``eval_loss`` and the figures of its task, such as
-``eval_perplexity`` and ``eval_tokens`` or ``eval_accuracy``; step 0 is the base before it has learned.
+``metrics.jsonl`` holds one JSON object per line. A training line has:
+
+- ``step``, ``epoch``, ``loss`` (mean per target token since the previous line), ``learning_rate``,
+- ``grad_norm`` (before clipping), ``tokens`` (real tokens so far, without padding),
+- ``tokens_per_second`` (since the previous line), ``seconds`` (of training so far, without evaluating and saving).
+
+A held-out line has ``step``, ``epoch``, ``eval_loss`` and the figures of its task, such as ``eval_perplexity`` and
+``eval_tokens`` or ``eval_accuracy``. Step 0 is the base before training.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +27,28 @@ from lorakeet.files import write_file
 from lorakeet.log import info
 from lorakeet.runs.metrics_log import append_metrics, read_metrics
 
-#: Figures of an evaluation that say how long it took: the parent of the Trainer adds them.
+#: Endings of figures that tell how long an evaluation took; the parent of the Trainer adds them.
 TIMES = ("_runtime", "_per_second")
-#: Seconds between two lines where stderr is no terminal.
-QUIET_SECONDS = 10.0
+#: Seconds between two progress lines where stderr is no terminal.
+LINE_INTERVAL = 10.0
 
 
 class ProgressCallback(TrainerCallback):
-    """Writes ``metrics.jsonl`` and shows how far the run is, in the main process only.
+    """Writer of ``metrics.jsonl`` and progress display, in the main process only.
 
     Needs ``include_num_input_tokens_seen="non_padding"`` in the TrainingArguments, which counts the real tokens.
 
     Args:
-        path: Of ``metrics.jsonl``. A resumed run drops the lines after its checkpoint and goes on below.
+        path: Path of ``metrics.jsonl``. A resumed run drops the lines after its checkpoint and appends.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.seconds = 0.0  # of training, up to the last step
-        self._mark = 0.0  # when the clock was last read
-        self._line = {"tokens": 0, "seconds": 0.0}  # of the last line of training
-        self._measured = 0  # batches of the evaluation at hand
-        self._shown = Shown()
+        self._mark = 0.0  # last reading of the clock
+        self._line = {"tokens": 0, "seconds": 0.0}  # of the last training line
+        self._measured = 0  # batches of the current evaluation
+        self._display = ProgressDisplay()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero:
@@ -56,18 +59,18 @@ class ProgressCallback(TrainerCallback):
         trained = [line for line in kept if "loss" in line]
         self.seconds = trained[-1]["seconds"] if trained else 0.0
         self._line = {"tokens": state.num_input_tokens_seen, "seconds": self.seconds}
-        self._shown.open(state.max_steps, state.global_step)
+        self._display.open(state.max_steps, state.global_step)
         self._mark = time.perf_counter()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._mark = time.perf_counter()  # what was rehearsed before is no training
+        self._mark = time.perf_counter()  # rehearsals do not count as training
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         now = time.perf_counter()
         self.seconds += now - self._mark
         self._mark = now
         if state.is_world_process_zero:
-            self._shown.step(state.global_step)
+            self._display.step(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
         if not state.is_world_process_zero or logs is None or "loss" not in logs:
@@ -86,12 +89,12 @@ class ProgressCallback(TrainerCallback):
             "seconds": round(seconds, 3),
         }
         append_metrics(self.path, line)
-        self._shown.figures(logs["loss"], rate)
+        self._display.figures(logs["loss"], rate)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
         self._measured += 1
         if state.is_world_process_zero and hasattr(eval_dataloader, "__len__"):
-            self._shown.measuring(self._measured, len(eval_dataloader))
+            self._display.measuring(self._measured, len(eval_dataloader))
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any] | None = None, **_: Any
@@ -111,22 +114,23 @@ class ProgressCallback(TrainerCallback):
         self._mark = time.perf_counter()
 
     def close(self) -> None:
-        """Take the progress bar away (also after an error)."""
-        self._shown.close()
+        """Remove the progress bar (also after an error)."""
+        self._display.close()
 
 
-class Shown:
-    """How far the run is, on stderr: a bar on a terminal, else a line every :data:`QUIET_SECONDS`."""
+class ProgressDisplay:
+    """Progress on stderr: a bar on a terminal, else a line every :data:`LINE_INTERVAL` seconds."""
 
     def __init__(self) -> None:
         self.bar: Progress | None = None
         self.first = self.last = self.steps = 0
         self.loss = self.rate = float("nan")
-        self.began = self.spoke = 0.0
+        self.began = self.last_line = 0.0
 
     def open(self, steps: int, done: int) -> None:
+        """Begin to show a training of ``steps`` steps, of which some are done."""
         self.steps, self.first, self.last = steps, done, done
-        self.began = self.spoke = time.monotonic()
+        self.began = self.last_line = time.monotonic()
         if sys.stderr.isatty():
             self.bar = Progress(
                 TextColumn("training"),
@@ -140,85 +144,38 @@ class Shown:
             self.bar.start()
 
     def figures(self, loss: float, rate: float) -> None:
+        """Show loss and speed (tokens per second) of a training line."""
         self.loss, self.rate = loss, rate
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], loss=loss, rate=rate)
-        elif time.monotonic() - self.spoke >= QUIET_SECONDS or self.last == self.steps:
-            self.spoke = time.monotonic()
-            left = (self.spoke - self.began) / max(self.last - self.first, 1) * (self.steps - self.last)
+        elif time.monotonic() - self.last_line >= LINE_INTERVAL or self.last == self.steps:
+            self.last_line = time.monotonic()
+            left = (self.last_line - self.began) / max(self.last - self.first, 1) * (self.steps - self.last)
             info(f"step {self.last} of {self.steps}: loss {loss:.4f}, {rate:,.0f} tokens/s, {clock(left)} left")
 
     def measuring(self, done: int, batches: int) -> None:
+        """Show how many batches of an evaluation are done."""
         now = time.monotonic()
-        self.spoke = self.spoke or now
-        if now - self.spoke >= QUIET_SECONDS:
-            self.spoke = now
+        self.last_line = self.last_line or now
+        if now - self.last_line >= LINE_INTERVAL:
+            self.last_line = now
             info(f"measuring the held-out loss: {done} of {batches} batches")
 
     def step(self, step: int) -> None:
+        """Show the number of the last step."""
         self.last = step
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=step)
 
     def close(self) -> None:
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
 
 
 def clock(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
+    """Format a duration as ``1:02:03`` or ``2:03``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def smoothed(losses: list[float], weight: float) -> list[float]:
-    """Exponential moving average, corrected for its start (as Adam corrects its moments)."""
-    values, mean, norm = [], 0.0, 0.0
-    for loss in losses:
-        mean = weight * mean + (1 - weight) * loss
-        norm = weight * norm + (1 - weight)
-        values.append(mean / norm)
-    return values
-
-
-def draw_loss_curve(lines: Iterable[Mapping[str, Any]], path: str | Path, title: str = "") -> None:
-    """Training loss (each line pale, its moving average strong) and held-out points, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # not at the start: a training is shorter of memory
-    from matplotlib.figure import Figure
-    from matplotlib.patheffects import withStroke
-
-    lines = list(lines)
-    trained = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    if trained:
-        steps, losses = map(list, zip(*trained, strict=True))
-        axes.plot(steps, losses, color="#9ecae1", linewidth=1, label="training, as logged")
-        axes.plot(steps, smoothed(losses, 0.9), color="#08519c", linewidth=2, label="training, moving average")
-    if held_out:
-        steps, losses = map(list, zip(*held_out, strict=True))
-        axes.plot(steps, losses, "o--", color="#d94801", markersize=7, linewidth=1, label="held out")
-        for at in {0, len(steps) - 1}:
-            axes.annotate(
-                f"{losses[at]:.3f}",
-                (steps[at], losses[at]),
-                xytext=(0, 9),
-                textcoords="offset points",
-                ha="left" if at == 0 else "right",
-                color="#d94801",
-                path_effects=[withStroke(linewidth=3, foreground="white")],
-            )
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss per target token (nats)")
-    axes.set_title(title)
-    axes.margins(x=0.02, y=0.12)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if trained or held_out:
-        axes.legend(frameon=False)
-    with write_file(path) as aside:
-        figure.savefig(aside, format="png")

@@ -1,65 +1,52 @@
-"""What the Trainer does at the events of its loop: first-step checks, a collator that knows the epoch, finiteness."""
+"""Callback of the Trainer at the events of its loop: checks of the first step, the collator's epoch, finite values."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
 from lorakeet.errors import TrainingError
 from lorakeet.log import warn
-from lorakeet.rng import random_state, set_random_state
 from lorakeet.train import nonfinite, preflight
+from lorakeet.train.step_state import StepHost
 
-if TYPE_CHECKING:
-    from lorakeet.train.trainer import Trainer
+_NONFINITE_HINT = "check these samples, lower the learning rate, or skip such steps: Trainer(..., non_finite='skip')"
 
 
-class Steps(TrainerCallback):
-    """Sees to every optimizer step of a :class:`lorakeet.train.trainer.Trainer`."""
+class StepCallback(TrainerCallback):
+    """Checks every optimizer step of a :class:`lorakeet.train.trainer.Trainer` before it is applied."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+    def __init__(self, host: StepHost) -> None:
+        self.host = host
         self.first = True
-        self.start: dict[str, Any] = {}  # what a step that must not count has changed
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        trainer = self.trainer
         self.first = True
-        trainer._passes.restart()
-        preflight.check_sharded(trainer.model_wrapped, args)
-        trainer.rehearse()
-        if resumed := trainer._resumed:
-            trainer._tr_loss += resumed["unlogged"]
-            trainer._total_loss_scalar = resumed["logged"]
-            trainer._globalstep_last_logged = int(resumed["last_logged"])
+        self.host.begin_training()
 
     def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        if self.trainer._collator is not None:
-            self.trainer._collator.epoch = int(state.epoch or 0)
+        self.host.begin_epoch(int(state.epoch or 0))
 
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        self.trainer._losses.clear()
-        self.start = {
-            "random": random_state(),
-            "loss": self.trainer._tr_loss.clone(),
-            "tokens": state.num_input_tokens_seen,
-        }
+        self.host.begin_step()
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        trainer, model = self.trainer, self.trainer.model
+        host = self.host
         if self.first:
-            preflight.check_gradients(model)
-            preflight.check_synchronized(model, trainer.accelerator)
+            preflight.check_gradients(host.model)
+            preflight.check_synchronized(host.model, host.accelerator)
             self.first = False
-        if nonfinite.is_finite(trainer):
+        if nonfinite.is_finite(host.step, host.accelerator):
             return
-        complaint = nonfinite.complaint(trainer)
-        trainer.model_wrapped.zero_grad()  # no gradient, no change: the optimizer passes over it
-        if trainer.non_finite == "skip":
-            warn(f"step skipped: {complaint}")
+        decode = getattr(host.processing_class, "decode", None)
+        error = nonfinite.nonfinite_error(host.step, state.global_step + 1, host.micro_batch_loss, decode)
+        host.model_wrapped.zero_grad()  # without gradients the optimizer changes nothing
+        if host.non_finite == "skip":
+            warn(f"step skipped: {error}")
             return
-        set_random_state(self.start["random"])
-        trainer._tr_loss.copy_(self.start["loss"])
-        state.num_input_tokens_seen = self.start["tokens"]
-        raise TrainingError(complaint, nonfinite.keep_last_good_state(trainer))
+        host.undo_step()
+        folder = host.save_last_good_state()
+        raise TrainingError(
+            error, _NONFINITE_HINT if folder is None else f"the last good state is in {folder}; {_NONFINITE_HINT}"
+        )

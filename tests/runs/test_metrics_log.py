@@ -1,0 +1,38 @@
+"""The metrics log: read, appended, summarized."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from lorakeet.runs.metrics_log import append_metrics, first_and_last, peak_rss_bytes, read_metrics
+
+
+def test_first_and_last_are_means_of_a_few():
+    lines = [{"step": i, "loss": float(i)} for i in range(100)] + [{"step": 99, "eval_loss": 5.0}]
+    assert first_and_last(lines) == (4.5, 94.5)
+    assert first_and_last(lines[:10]) == (0.5, 8.5)
+    assert first_and_last(lines[:3]) == (0.0, 2.0)
+    assert all(math.isnan(value) for value in first_and_last([]))
+
+
+def test_metrics_are_one_object_a_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == []
+    append_metrics(path, {"step": 1, "loss": 2.0})
+    append_metrics(path, {"step": 2, "loss": 1.0})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_a_line_that_a_crash_truncated_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_peak_memory_never_falls():
+    before = peak_rss_bytes()
+    block = bytearray(before + 2**25)
+    assert peak_rss_bytes() >= len(block)
+    del block
+    assert peak_rss_bytes() >= before + 2**25
