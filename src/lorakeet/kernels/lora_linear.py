@@ -23,6 +23,7 @@ from torch import Tensor
 from lorakeet.kernels.dropout import draw_seed, dropout_reference, dropped, plus_dropped
 from lorakeet.kernels.frozen_linear import linear_out
 from lorakeet.kernels.int8 import linear
+from lorakeet.kernels.int8.format import dequantize
 
 
 def lora_linear_reference(
@@ -38,7 +39,7 @@ def lora_linear_reference(
     scale: Tensor | None = None,
 ) -> Tensor:
     """The slow truth: the equation in plain torch, differentiated by autograd. ``mask`` as from ``keep_mask``."""
-    weight = weight if scale is None else linear.dequantize(weight, scale, x.dtype)
+    weight = weight if scale is None else dequantize(weight, scale, x.dtype)
     h = F.linear(x, weight.T if fan_in_fan_out else weight, bias)
     low = x.to(lora_A.dtype)
     if mask is not None:
@@ -67,7 +68,7 @@ class _LoraLinear(torch.autograd.Function):
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # [n, in]
         u = _dropped(rows, lora_A.dtype, p, seed) @ lora_A.T  # [n, r]
         if scale is not None:
-            h = linear.product(rows, weight, scale, bias, low=(u * scaling, lora_B))
+            h = linear.product(rows, weight, scale, bias, low_rank=(u * scaling, lora_B))
         else:
             h = linear_out(rows, weight if fan_in_fan_out else weight.T, bias)
             if h.dtype == lora_B.dtype:
@@ -88,7 +89,7 @@ class _LoraLinear(torch.autograd.Function):
         gu = (g_low @ lora_B) * ctx.scaling  # [n, r]
         dx = dA = dB = db = None
         if need_x and scale is not None and ctx.p == 0.0:
-            dx = linear.input_gradient(g, weight, scale, low=(gu, lora_A.T)).to(x.dtype).view(x.shape)
+            dx = linear.input_gradient(g, weight, scale, low_rank=(gu, lora_A.T)).to(x.dtype).view(x.shape)
         elif need_x:
             if scale is None:
                 dx = linear_out(g, weight.T if ctx.fan_in_fan_out else weight, None)  # [n, in]

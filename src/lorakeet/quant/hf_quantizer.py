@@ -22,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lorakeet.errors import BaseModelError, ConfigError, did_you_mean
-from lorakeet.kernels.int8.linear import scales_of
+from lorakeet.kernels.int8.format import scale_size
 from lorakeet.quant.int8 import (
     Int8Embedding,
     Int8Linear,
@@ -43,7 +43,7 @@ METHOD = "lorakeet_int8"
 @register_quantization_config(METHOD)
 class Int8Config(QuantizationConfigMixin):
     """How a base is rounded: each output channel to int8 by its largest value, after the input channels of layers inside the
-    model are evened out; two columns of a weight that narrows are kept (see :mod:`lorakeet.kernels.int8.linear`).
+    model are evened out; two columns of a weight that narrows are kept (see :mod:`lorakeet.kernels.int8.format`).
 
     Args:
         embeddings: round the input embedding and the head of a language model too.
@@ -115,7 +115,7 @@ class Int8Quantizer(HfQuantizer):
         for name, layer in chosen.items():
             rows, columns = out_in(layer)
             weight = torch.empty(rows, columns, dtype=kind, device="meta")
-            scales = rows if name in vocabulary else scales_of(rows, columns)
+            scales = rows if name in vocabulary else scale_size(rows, columns)
             scale = torch.empty(scales, dtype=torch.float32, device="meta")
             model.set_submodule(name, rounded_like(layer, weight, scale, layer.weight.dtype))  # type: ignore[arg-type]
         tie_scales(model, chosen)

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorakeet.kernels.decoder_step import LinearWeights
-from lorakeet.kernels.int8.linear import dequantize, int8_linear, quantize_rows, quantize_weight, rounding_steps
+from lorakeet.kernels.int8.format import dequantize, quantize_rows, quantize_weight, rounding_steps
+from lorakeet.kernels.int8.linear import int8_linear
 
 
 class _Rounded(nn.Module):
@@ -48,7 +49,7 @@ class Int8Linear(_Rounded):
 
     Attributes:
         weight: int8 [out, in].
-        scale: fp32, what belongs to the weight's bytes: see :mod:`lorakeet.kernels.int8.linear`.
+        scale: fp32, what belongs to the weight's bytes: see :mod:`lorakeet.kernels.int8.format`.
         bias: [out] in the base's dtype, or None.
         transposed: whether the original stored its weight as [in, out].
     """
