@@ -4,7 +4,7 @@ The modules of the model stay what and where they are, with `transformers` aroun
 decoder layers of known classes hand what they can to :mod:`~lorakeet.kernels.decoder_step`. That is looked at anew for each
 token:
 a layer in training, watched by a hook, not in 8 bits, or adapted by anything but one plain LoRA computes as ever, and so does
-all but the next token of a few texts (:data:`~lorakeet.kernels.int8.linear.FEW`). One layer of each kind is first held
+all but the next token of a few texts (:data:`~lorakeet.kernels.cpu.gemm.GEMV_TOKENS`). One layer of each kind is first held
 against its
 own forward on random numbers; a kind that differs is left as it is, and that is said.
 """
@@ -21,7 +21,7 @@ from torch.nn.modules import module as all_modules
 
 from lorakeet.kernels import decoder_step
 from lorakeet.kernels.cpu import bindings
-from lorakeet.kernels.int8.linear import FEW
+from lorakeet.kernels.cpu.gemm import GEMV_TOKENS
 from lorakeet.log import warn
 from lorakeet.quant.protocol import has_quantized, is_hooked
 
@@ -114,12 +114,12 @@ class _Quick:
         return (
             x.ndim == 3
             and x.shape[1] == 1
-            and 0 < x.shape[0] <= FEW
+            and 0 < x.shape[0] <= GEMV_TOKENS
             and x.dtype == cosine.dtype == sine.dtype == torch.float32
             and (mask is None or (mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1:3] == (1, 1)))
             and cosine.shape == sine.shape
             and cosine.shape in ((1, 1, dim), (x.shape[0], 1, dim))
-            and bindings.usable(x, cosine, sine)
+            and bindings.is_cpu_contiguous(x, cosine, sine)
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
         )

@@ -79,14 +79,14 @@ def dropout_reference(x: Tensor, mask: Tensor, p: float) -> Tensor:
 
 def dropped(x: Tensor, p: float, seed: int) -> Tensor:
     """x · m / (1 - p) with the mask of ``seed``; x [...], floating. No gradient."""
-    if bindings.takes(x):
+    if bindings.supports(x):
         return bindings.dropout(x, None, dropped_levels(p), keep_scale(p), *_halves(seed))
     return dropout_reference(x, keep_mask(seed, x.shape, p, x.device), p)
 
 
 def plus_dropped(y: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
     """y + x · m / (1 - p) for y and x of one shape, in y's memory where the dtypes allow it. No gradient."""
-    if bindings.takes(x, y) and x.shape == y.shape:
+    if bindings.supports(x, y) and x.shape == y.shape:
         return bindings.dropout(x, y, dropped_levels(p), keep_scale(p), *_halves(seed))
     return y + dropped(x, p, seed)
 

@@ -54,7 +54,7 @@ class _Gated(torch.autograd.Function):
         ctx: Any, gate: Tensor, up: Tensor, activation: Activation, keep: torch.dtype
     ) -> Tensor:
         ctx.activation = activation
-        if activation in _LOOPS and bindings.takes(gate, up):
+        if activation in _LOOPS and bindings.supports(gate, up):
             h, gate, up = bindings.gated(gate, up, _LOOPS[activation], keep == torch.bfloat16)
         else:
             h = _activate(gate, activation).mul_(up)
@@ -65,7 +65,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
         known = ctx.activation in _LOOPS and gate.dtype in (torch.float32, torch.bfloat16)
-        if known and bindings.takes(grad) and bindings.usable(gate, up):
+        if known and bindings.supports(grad) and bindings.is_cpu_contiguous(gate, up):
             return *bindings.gated_backward(grad, gate, up, _LOOPS[ctx.activation]), None, None
         gate, up = gate.to(grad.dtype), up.to(grad.dtype)
         dgate = _backward_(grad * up, gate, ctx.activation) if ctx.needs_input_grad[0] else None

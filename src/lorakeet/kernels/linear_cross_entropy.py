@@ -120,7 +120,10 @@ def _loss_and_gradient(
 def _loop_takes(z: Tensor, targets: Tensor) -> bool:
     """Whether the compiled loop can take these; a target that is none is for torch to refuse."""
     fit = (
-        targets.dtype == torch.int64 and targets.shape == z.shape[:1] and bindings.takes(z) and bindings.usable(targets)
+        targets.dtype == torch.int64
+        and targets.shape == z.shape[:1]
+        and bindings.supports(z)
+        and bindings.is_cpu_contiguous(targets)
     )
     return fit and int(targets.min()) >= 0 and int(targets.max()) < z.shape[1]
 

@@ -37,7 +37,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, one_more: bool) -> Tensor:  # type: ignore[override]
         ctx.one_more = one_more
-        if bindings.takes(x, weight) and bindings.fit(x.shape[-1], weight):
+        if bindings.supports(x, weight) and bindings.is_fp32_vector(x.shape[-1], weight):
             y, s = bindings.rms_norm(x, weight, eps, float(one_more))
             ctx.save_for_backward(x, weight, s)
             return y
@@ -56,7 +56,11 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, s = ctx.saved_tensors
-        if not ctx.needs_input_grad[1] and bindings.takes(grad, x, weight, s) and bindings.fit(x.shape[-1], weight):
+        if (
+            not ctx.needs_input_grad[1]
+            and bindings.supports(grad, x, weight, s)
+            and bindings.is_fp32_vector(x.shape[-1], weight)
+        ):
             return bindings.rms_norm_backward(grad, x, weight, s, float(ctx.one_more)), None, None, None
         grad, values = grad.to(s.dtype), x.to(s.dtype)
         dx = dw = None

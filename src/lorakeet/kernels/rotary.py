@@ -39,7 +39,7 @@ def _in_loops(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor | N
     if x.dim() != 4 or x.shape[0] != 1 or any(t.shape != (1, 1, *x.shape[2:]) for t in (cos, sin)):
         return None
     rows, cos, sin = x[0].transpose(0, 1), cos[0, 0], sin[0, 0]  # [T, heads, d] and [T, d]
-    if not bindings.takes(rows, cos, sin):
+    if not bindings.supports(rows, cos, sin):
         return None
     return bindings.rotary(rows, cos, sin, backward).transpose(0, 1)[None]
 

@@ -6,41 +6,13 @@ in them. The slow truth is in :mod:`lorakeet.kernels.attention.segment`, which c
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache, lru_cache
-from typing import Any
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from lorakeet.kernels.cpu import bindings
-
-#: Values of a head that the loops have room for, and what they are a multiple of.
-WIDEST, STEP = 128, 16
-
-
-class _Heads(ctypes.Structure):
-    _fields_ = [("at", ctypes.c_void_p), ("token", ctypes.c_ssize_t), ("head", ctypes.c_ssize_t)]
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = [
-        *[(name, ctypes.c_ssize_t) for name in ("heads", "shared", "dim", "window")],
-        ("causal", ctypes.c_int),
-        ("scale", ctypes.c_float),
-    ]
-
-
-@cache
-def _loops() -> tuple[Any, Any]:
-    """Forward and backward of the library."""
-    heads, size = ctypes.POINTER(_Heads), ctypes.c_ssize_t
-    rest = [ctypes.c_void_p] * 2 + [size, ctypes.POINTER(_Shape)]
-    forward, backward = bindings.library().cpu_attention, bindings.library().cpu_attention_backward
-    forward.argtypes = [*[heads] * 4, ctypes.c_void_p, *rest]
-    backward.argtypes = [*[heads] * 5, ctypes.c_void_p, *[heads] * 3, *rest]
-    forward.restype = backward.restype = None
-    return forward, backward
+from lorakeet.kernels.cpu.abi import HEAD_STEP, MAX_HEAD_WIDTH, Attention, Heads
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> bool:
@@ -49,7 +21,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> bool:
     total, heads, width = q.shape
     if k.shape != v.shape or k.shape[::2] != (total, width) or not q.numel() or not k.numel() or heads % k.shape[1]:
         return False
-    if sum(lengths) != total or width > WIDEST or width % STEP or torch.compiler.is_compiling():
+    if sum(lengths) != total or width > MAX_HEAD_WIDTH or width % HEAD_STEP or torch.compiler.is_compiling():
         return False
     plain = all(
         t.is_cpu and t.dtype == torch.float32 and t.stride(2) == 1 and type(t) in bindings.PLAIN for t in (q, k, v)
@@ -74,7 +46,9 @@ def forward(
     """
     output, sums = q.new_empty(q.shape), q.new_empty(q.shape[:2])
     given = [_heads(t) for t in (q, k, v, output)]
-    _loops()[0](*given, sums.data_ptr(), *_samples(lengths), _shape(q, k, causal, window, scale))
+    bindings.library().lk_attention_forward(
+        *given, sums.data_ptr(), *_samples(lengths), _shape(q, k, causal, window, scale)
+    )
     return output, sums
 
 
@@ -94,7 +68,9 @@ def backward(
     :func:`forward`."""
     made = [q.new_empty(q.shape) for _ in range(3)]
     given, to = [_heads(t) for t in (grad, q, k, v, output)], [_heads(t) for t in made]
-    _loops()[1](*given, sums.data_ptr(), *to, *_samples(lengths), _shape(q, k, causal, window, scale))
+    bindings.library().lk_attention_backward(
+        *given, sums.data_ptr(), *to, *_samples(lengths), _shape(q, k, causal, window, scale)
+    )
     dq, *shares = made
     dk, dv = (part if q.shape[1] == k.shape[1] else part.unflatten(1, (k.shape[1], -1)).sum(2) for part in shares)
     return dq, dk, dv
@@ -113,9 +89,9 @@ def _tensors(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return counts.cumsum(0) - counts, counts
 
 
-def _shape(q: Tensor, k: Tensor, causal: bool, window: int | None, scale: float) -> _Shape:
-    return _Shape(q.shape[1], k.shape[1], q.shape[2], window or 0, causal, scale)
+def _shape(q: Tensor, k: Tensor, causal: bool, window: int | None, scale: float) -> Attention:
+    return Attention(q.shape[1], k.shape[1], q.shape[2], window or 0, causal, scale)
 
 
-def _heads(tensor: Tensor) -> _Heads:
-    return _Heads(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+def _heads(tensor: Tensor) -> Heads:
+    return Heads(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
