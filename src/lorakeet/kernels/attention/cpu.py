@@ -1,7 +1,7 @@
-"""Attention of the samples in a row on a CPU, in fp32: one call of compiled loops for all of them (``attention.c``).
+"""fp32 attention on a CPU: one call of a compiled kernel for all samples of a row (``attention.c``).
 
-torch's own kernel takes one batch of equal samples at a time, and of forty positions it spends more around the products than
-in them. The slow truth is in :mod:`lorakeet.kernels.attention.segment`, which chooses.
+torch's own kernel takes one batch of equal samples at a time; at forty positions it spends more time around the products
+than in them. :mod:`lorakeet.kernels.attention.segment` has the reference and makes the choice.
 """
 
 from __future__ import annotations
@@ -15,9 +15,15 @@ from lorakeet.kernels.cpu import bindings
 from lorakeet.kernels.cpu.abi import HEAD_STEP, MAX_HEAD_WIDTH, Attention, Heads
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> bool:
-    """Whether the loops can read these, fp32 [total, heads, d] each, values of a head side by side: they go through memory as
-    shapes and lengths tell them to."""
+def supports(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> bool:
+    """Whether the kernel can read these tensors; it trusts shapes and lengths, and checks no bounds itself.
+
+    Args:
+        q: fp32 [total, h, d], last axis of stride 1.
+        k: fp32 [total, h_kv, d], likewise.
+        v: fp32 [total, h_kv, d], likewise.
+        lengths: Positions of each sample; their sum is ``total``.
+    """
     total, heads, width = q.shape
     if k.shape != v.shape or k.shape[::2] != (total, width) or not q.numel() or not k.numel() or heads % k.shape[1]:
         return False
@@ -32,14 +38,16 @@ def takes(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> bool:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], causal: bool, window: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention within each sample.
+    """Compute attention within each sample.
 
     Args:
         q: fp32 [total, h, d].
-        k, v: fp32 [total, h_kv, d].
+        k: fp32 [total, h_kv, d].
+        v: fp32 [total, h_kv, d].
         lengths: Positions of each sample; their sum is ``total``.
-        causal, window: As of :class:`lorakeet.kernels.attention.segment.Pattern`.
-        scale: What products of q and k are multiplied by.
+        causal: Position i sees j ≤ i alone.
+        window: As in :class:`lorakeet.kernels.attention.pattern.Pattern`.
+        scale: Factor of the products of q and k.
 
     Returns:
         fp32 [total, h, d], and log Σ exp of each row of scores, [total, h].
@@ -64,8 +72,23 @@ def backward(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients to q, k and v from ``grad`` [total, h, d], values of a head side by side; the rest as in
-    :func:`forward`."""
+    """Compute the gradients to q, k and v.
+
+    Args:
+        grad: fp32 [total, h, d], last axis of stride 1.
+        q: As in :func:`forward`, and so are the arguments not listed here.
+        k: fp32 [total, h_kv, d].
+        v: fp32 [total, h_kv, d].
+        output: [total, h, d] from :func:`forward`.
+        sums: [total, h] from :func:`forward`.
+        lengths: Positions of each sample.
+        causal: Position i sees j ≤ i alone.
+        window: Positions, or None.
+        scale: Factor of the products of q and k.
+
+    Returns:
+        The gradients, in the shapes of q, k and v.
+    """
     made = [q.new_empty(q.shape) for _ in range(3)]
     given, to = [_heads(t) for t in (grad, q, k, v, output)], [_heads(t) for t in made]
     bindings.library().lk_attention_backward(
@@ -77,14 +100,14 @@ def backward(
 
 
 def _samples(lengths: tuple[int, ...]) -> tuple[int, int, int]:
-    """Where starts and lengths of the samples lie, and how many there are."""
+    """Return the addresses of the samples' starts and lengths, and the number of samples."""
     starts, counts = _tensors(lengths)
     return starts.data_ptr(), counts.data_ptr(), len(lengths)
 
 
 @lru_cache(maxsize=64)
 def _tensors(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """int64 starts and lengths; every layer of a step asks for the same ones."""
+    """Return int64 starts and lengths (cached: all layers of a step ask for the same ones)."""
     counts = torch.tensor(lengths, dtype=torch.int64)
     return counts.cumsum(0) - counts, counts
 
