@@ -6,7 +6,7 @@ MAIN   := $(VENV)/.main
 READY  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: help install demo test test-all lint bench docs clean
+.PHONY: help install demo test test-all lint bench docs picture clean
 
 help:            ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -51,8 +51,12 @@ bench: install   ## every benchmark, one table each: hours, on a machine that do
 	$(BIN)/python benchmarks/tasks.py --tasks sources
 	$(BIN)/python benchmarks/cost.py
 
-docs: install    ## write the generated pages of docs/reference again
+docs: install    ## write docs/reference and the file tree of docs/architecture.md
 	$(BIN)/python -m lorakeet.cli.reference docs/reference
+	$(BIN)/python scripts/file_tree.py
+
+picture: install ## draw the rooms and their imports; red if a rule of the house is broken
+	$(BIN)/python scripts/draw_imports.py --picture docs/images/rooms.png
 
 clean:
 	rm -rf $(VENV) demo-run

@@ -1,14 +1,16 @@
-"""What a training step costs: against samples, their length, the rank, and which layers learn; and where its time goes.
+"""Cost of a training step by samples, length, rank and adapted layers, and its time by kind of work.
+
+Usage::
 
     python benchmarks/cost.py --plot cost.svg                      # all parts
     python benchmarks/cost.py --parts samples lengths --bits 8     # some, with a base in 8 bits alone
     python benchmarks/cost.py --parts profile
 
-A step is forward, backward and AdamW on the default base with r=16 on q_proj and v_proj, in one pass, as a run computes it;
-tokens are drawn at random. Every point is measured in a process of its own: a step of eight tokens to touch all weights,
-one of the point's size to warm up, then the median of up to ``--repeats`` (no further one is begun after ``--seconds``).
-"rest" is the resident memory after the first of these, "peak" the most after that (Linux). Lines come as they are measured,
-the plot grows with each part. Run it on a machine that does nothing else.
+A step is forward, backward and AdamW on the default base with r=16 on q_proj and v_proj. It is one pass, as in a run, over
+random tokens. Every point is measured in its own process, in three stages: a step of eight tokens touches all weights, one
+of the point's size warms up, and up to ``--repeats`` are timed. No step starts after ``--seconds``. The median counts.
+"rest" is the resident memory after the first stage, "peak" the most after that (Linux). Lines are printed as they are
+measured, and the plot grows with each part. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -21,29 +23,30 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import step_profile
+from training_step import Point, as_a_run, make_batch, make_model, make_step
 
 PARTS = ("samples", "lengths", "ranks", "layers", "profile")
 SAMPLES = (1, 2, 4, 8, 16, 32, 64)
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 RANKS = (4, 16, 64, 256)
 ATTENTION_INPUTS = ["q_proj", "v_proj"]
-Point = dict[str, Any]
 #: 16 samples of 32 tokens; a bare number of bits is that of the base's weights.
 POINT: Point = {"bits": 32, "samples": 16, "length": 32, "spread": 0.0, "rank": 16, "layers": ATTENTION_INPUTS}
 
 
 def points(part: str, options: argparse.Namespace) -> Iterator[Point]:
-    """What a part measures; the number formats alternate."""
+    """Yield the points of a part; the number formats alternate."""
     changed: dict[str, list[Point]] = {
         "samples": [{"samples": n} for n in SAMPLES],
         "lengths": [{"samples": 1, "length": n} for n in LENGTHS],
         "ranks": [{"rank": r} for r in RANKS],
         "layers": [{"layers": layers} for layers in (ATTENTION_INPUTS, "all-linear")],
-        # as spread as quotations are: hardly two of one length
+        # lengths as spread as those of quotations: nearly all different
         "profile": [{"samples": 16, "length": 40, "spread": 0.8}],
     }
     for change in changed[part]:
@@ -56,64 +59,8 @@ def points(part: str, options: argparse.Namespace) -> Iterator[Point]:
 # ---- one point, in its own process -------------------------------------------------------------------------------
 
 
-def make_model(point: Point) -> Any:
-    import torch
-
-    import lorakeet
-
-    base = lorakeet.load_base(dtype="fp32", bits=8 if point["bits"] == 8 else None).model
-    torch.manual_seed(42)
-    settings = {"r": point["rank"], "lora_alpha": 2 * point["rank"], "lora_dropout": 0.05}
-    config = lorakeet.LoraConfig(**settings, target_modules=point["layers"], task_type="CAUSAL_LM")
-    return lorakeet.get_peft_model(base, config).train()
-
-
-def make_batch(samples: int, length: int, spread: float) -> dict[str, Any]:
-    """Random tokens; lengths lie evenly in length·(1 ± spread)."""
-    import torch
-
-    from lorakeet.data.collate import PaddingCollator
-
-    lengths = torch.linspace(length * (1 - spread), length * (1 + spread), samples).round().int().tolist()
-    draw = torch.Generator().manual_seed(0)
-    rows = [{"input_ids": torch.randint(100, 40_000, (max(n, 2),), generator=draw)} for n in lengths]
-    return dict(PaddingCollator(0)(rows))
-
-
-@contextmanager
-def as_a_run(model: Any) -> Iterator[None]:
-    """The model computes as :mod:`lorakeet.train.run` has it."""
-    from lorakeet.patches.fused_layers import fused_layers
-    from lorakeet.patches.fused_loss import fused_loss
-    from lorakeet.patches.padding_free import padding_free
-
-    with ExitStack() as ways:
-        for way in (padding_free, fused_loss, fused_layers):
-            ways.enter_context(way(model))
-        yield
-
-
-def make_step(model: Any, counted: bool = True) -> Callable[[dict[str, Any]], None]:
-    """An optimizer step on one batch; the model is told how many targets there are, or counts them itself."""
-    import torch
-    from torch.profiler import record_function
-
-    learns = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learns, lr=2e-4, fused=True)
-
-    def step(batch: dict[str, Any]) -> None:
-        told = {"num_items_in_batch": batch["labels"][:, 1:].ne(-100).sum()} if counted else {}
-        model(**batch, **told).loss.backward()
-        with record_function("optimizer"):
-            torch.nn.utils.clip_grad_norm_(learns, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return step
-
-
 def resident(what: str) -> float:
-    """``VmRSS`` (now) or ``VmHWM`` (the most since :func:`forget_peak`) of this process in MB."""
+    """Return ``VmRSS`` (now) or ``VmHWM`` (the most since :func:`forget_peak`) of this process in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(what))
 
@@ -123,7 +70,7 @@ def forget_peak() -> None:
 
 
 def measure(point: Point, options: argparse.Namespace) -> dict[str, float]:
-    """Time and memory of one point."""
+    """Measure time and memory of one point."""
     model = make_model(point)
     step, batch = make_step(model), make_batch(point["samples"], point["length"], point["spread"])
     tokens = int(batch["attention_mask"].sum())
@@ -159,7 +106,7 @@ COLUMNS = ("bits", "samples", "length", "rank", "layers")
 
 
 def in_new_process(point: Point, options: argparse.Namespace, part: str) -> dict[str, Any] | None:
-    """The figures of a point; None where it failed, for a reason that is on stderr."""
+    """Return the figures of a point, or None if it failed; the reason is on stderr."""
     words = [sys.executable, __file__, "--parts", part, "--one", json.dumps(point)]
     words += ["--repeats", str(options.repeats), "--seconds", str(options.seconds)]
     quiet = {**os.environ, "KINETO_LOG_LEVEL": "5"}
@@ -169,7 +116,7 @@ def in_new_process(point: Point, options: argparse.Namespace, part: str) -> dict
 
 
 def print_part(part: str, options: argparse.Namespace) -> list[Point]:
-    """Measures the points of a part, a line each; returns points and figures."""
+    """Measure the points of a part and print a line for each; return points and figures."""
     found: list[Point] = []
     print(f"\n{part}")
     for point in points(part, options):
@@ -192,7 +139,7 @@ def print_part(part: str, options: argparse.Namespace) -> list[Point]:
 
 
 def print_growth(found: list[Point], least: int = 256) -> None:
-    """Exponents k of tokens^k, by least squares over the logarithms: 1 is in proportion, 2 quadratic."""
+    """Print the exponent k of tokens^k, by least squares over the logarithms: 1 is linear, 2 quadratic."""
     from math import log
 
     for bits in sorted({line["bits"] for line in found}):
@@ -209,7 +156,7 @@ def print_growth(found: list[Point], least: int = 256) -> None:
 
 
 def draw(found: dict[str, list[Point]], path: Path) -> None:
-    """Tokens per second (above) and memory beyond rest (below) against samples, length and rank."""
+    """Draw tokens per second (above) and memory beyond rest (below) against samples, length and rank."""
     from matplotlib.figure import Figure
 
     against = {"samples": "samples", "lengths": "length", "ranks": "rank"}
@@ -250,14 +197,12 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--bits", nargs="+", type=int, choices=(32, 8), default=(32, 8), help="of the base's weights")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of a point, at most")
-    parser.add_argument("--seconds", type=float, default=15.0, help="after so many no further step of a point is begun")
+    parser.add_argument("--seconds", type=float, default=15.0, help="no step of a point starts later than this")
     parser.add_argument("--most", type=int, default=max(LENGTHS), help="leave out steps of more tokens")
     parser.add_argument("--plot", type=Path, help="draw samples, lengths and ranks into this file, such as cost.svg")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        import step_profile
-
         work = step_profile.profile if options.parts == ["profile"] else measure
         print(json.dumps(work(options.one, options)))
         return
@@ -272,8 +217,6 @@ def main() -> None:
     found: dict[str, list[Point]] = {}
     for part in options.parts:
         if part == "profile":
-            import step_profile
-
             seen = {point["bits"]: in_new_process(point, options, part) for point in points(part, options)}
             step_profile.show({bits: figures for bits, figures in seen.items() if figures})
             continue

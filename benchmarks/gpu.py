@@ -1,18 +1,22 @@
-"""On an NVIDIA GPU: the 8-bit layer beside bf16 and bitsandbytes, and whole trainings beside PEFT and TRL.
+"""Benchmarks on an NVIDIA GPU: the 8-bit layer beside bf16 and bitsandbytes, and training beside PEFT and TRL.
+
+Usage::
 
     python benchmarks/gpu.py                                      # both parts
     python benchmarks/gpu.py --parts layer --peak 1979            # the card's dense int8 peak in TOP/s, for the share of it
     python benchmarks/gpu.py --parts training --shapes llama-8b   # one shape; see gpu_training.py
     python benchmarks/gpu.py --parts training --tiny --device cpu # does the script run?
 
-The layer is 4096 tokens × 4096 × 4096 and × 11008, forward and backward with LoRA, r=16. Equal for all: the bf16 weight
-that the 8-bit ones are made of, x with a few outlier columns, the incoming gradient, A, B in bf16, no dropout. What is
-timed is one layer's output, ∂x, ∂A and ∂B. "ms" is the median of CUDA events around each of many turns after a warm-up,
-over inputs that together do not fit in the L2 cache; "graph" the same work replayed from a CUDA graph, without what the
-processor needs to launch it ("-" where the work cannot be captured). "first s" is the first call, compiling and choosing
-tiles included. Errors are ‖got − truth‖/‖truth‖ against fp64 with the bf16 weight.
+The layer has 4096 tokens × 4096 × 4096 and × 11008, forward and backward with LoRA, r=16. Equal for all: the bf16 weight
+before quantization, x with a few outlier columns, the incoming gradient, A and B in bf16, no dropout. One layer's output,
+∂x, ∂A and ∂B are timed.
 
-Needs a GPU that does nothing else; without one it leaves with exit code 2.
+- "ms": median of CUDA events around many turns after a warm-up, over inputs that together exceed the L2 cache.
+- "graph": the same work replayed from a CUDA graph, without launch overhead ("-" if it cannot be captured).
+- "first s": the first call, with compilation and choice of tiles.
+- Errors: ‖got − exact‖/‖exact‖ against fp64 with the bf16 weight.
+
+It needs an idle GPU; without a GPU, the exit code is 2.
 """
 
 from __future__ import annotations
@@ -48,7 +52,18 @@ Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 def draw(
     tokens: int, inner: int, out: int, rank: int, outliers: int
 ) -> tuple[Tensor, list[list[Tensor]], list[Tensor]]:
-    """The weight, and sets of (x, A, B) and of g."""
+    """Draw the weight, and sets of (x, A, B) and of g.
+
+    Args:
+        tokens: Rows of x.
+        inner: Input channels.
+        out: Output channels.
+        rank: Rank of A and B.
+        outliers: Columns of x that are 30 times as large.
+
+    Returns:
+        The weight [out, in], the sets of leaves, and the sets of incoming gradients.
+    """
     torch.manual_seed(0)
     kind: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
     weight = torch.randn(out, inner, **kind) / inner**0.5
@@ -63,7 +78,7 @@ def draw(
 
 
 def contenders(weight: Tensor) -> Iterator[tuple[str, Callable[[], Layer]]]:
-    """Names, and what makes each layer (x, A, B) -> h."""
+    """Yield each name with a factory of its layer (x, A, B) -> h."""
 
     def with_lora(base: Callable[[Tensor], Tensor]) -> Layer:
         return lambda x, a, b: base(x) + F.linear(F.linear(x, a), b) * SCALING
@@ -82,7 +97,7 @@ def contenders(weight: Tensor) -> Iterator[tuple[str, Callable[[], Layer]]]:
 def bitsandbytes_layer(weight: Tensor, threshold: float) -> Callable[[Tensor], Tensor]:
     import bitsandbytes
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every call that it casts bf16 to fp16
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns at every call about a cast from bf16 to fp16
     out, inner = weight.shape
     layer = bitsandbytes.nn.Linear8bitLt(inner, out, bias=False, has_fp16_weights=False, threshold=threshold)
     layer.weight = bitsandbytes.nn.Int8Params(weight.cpu().half(), has_fp16_weights=False, requires_grad=False)
@@ -95,7 +110,7 @@ def step(layer: Layer, leaves: list[Tensor], g: Tensor) -> tuple[Tensor, ...]:
 
 
 def median_ms(work: Callable[[int], Any], turns: int) -> float:
-    """Median milliseconds of ``work(turn)`` by CUDA events, after a fifth as many turns to warm up."""
+    """Return the median milliseconds of ``work(turn)`` by CUDA events, after a fifth as many turns to warm up."""
     for turn in range(max(turns // 5, SETS)):
         work(turn)
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(turns)]
@@ -108,7 +123,7 @@ def median_ms(work: Callable[[int], Any], turns: int) -> float:
 
 
 def graph_ms(work: Callable[[int], Any], turns: int) -> float | None:
-    """The same from CUDA graphs, one for each set of inputs; None where the work waits for the GPU, say."""
+    """Return the same from CUDA graphs, one for each set of inputs; None if capture fails, such as on a synchronization."""
     graphs = [torch.cuda.CUDAGraph() for _ in range(SETS)]
     try:
         for turn, graph in enumerate(graphs):
@@ -121,14 +136,14 @@ def graph_ms(work: Callable[[int], Any], turns: int) -> float | None:
 
 
 def truth(weight: Tensor, leaves: list[Tensor], g: Tensor) -> tuple[Tensor, ...]:
-    """h, ∂x, ∂A, ∂B in fp64."""
+    """Compute h, ∂x, ∂A, ∂B in fp64."""
     x, a, b, wide, g = (t.detach().double() for t in (*leaves, weight, g))
     u, gb = x @ a.T * SCALING, g @ b * SCALING
     return x @ wide.T + u @ b.T, g @ wide + gb @ a, gb.T @ x, g.T @ u
 
 
 def measure(shape: tuple[int, int, int], options: argparse.Namespace, peak: float | None) -> None:
-    """One table: the whole layer by each contender, then Lorakeet's parts."""
+    """Print one table: the whole layer by each contender, then Lorakeet's parts."""
     tokens, inner, out = shape
     weight, leaves, grads = draw(tokens, inner, out, options.rank, options.outliers)
     right = truth(weight, leaves[0], grads[0])
@@ -164,7 +179,15 @@ def measure(shape: tuple[int, int, int], options: argparse.Namespace, peak: floa
 def print_parts(
     weight: Tensor, leaves: list[list[Tensor]], grads: list[Tensor], turns: int, peak: float | None
 ) -> None:
-    """Where Lorakeet's time goes: each part by itself, from CUDA graphs."""
+    """Print the time of each part of Lorakeet's layer, from CUDA graphs.
+
+    Args:
+        weight: [out, in], bf16.
+        leaves: Sets of x, A, B.
+        grads: Sets of incoming gradients.
+        turns: Timed turns.
+        peak: Dense int8 TOP/s of the card, or None.
+    """
     quantised, scale = quantize_rows(weight)
     xs = [x.detach() for x, _, _ in leaves]
     splits = [triton.split_columns(x) for x in xs]
@@ -211,7 +234,7 @@ def main() -> int:
 
 
 def layers(options: argparse.Namespace, how: str) -> None:
-    """The part ``layer``: a table for each number of output channels."""
+    """Run the part ``layer``: a table for each number of output channels."""
     name = torch.cuda.get_device_name()
     peak = options.peak or PEAKS.get(name)
     packages = [p for p in ("lorakeet", "torch", "triton", "bitsandbytes") if importlib.util.find_spec(p)]

@@ -1,11 +1,12 @@
 """Training on a GPU beside PEFT and TRL: ``python benchmarks/gpu.py --parts training``.
 
-The bases have the shapes of public models and random weights, made on the device. Two jobs: rows that are all full, and
-samples as long as quotations are. Equal for all: weights of the start, samples of every optimizer step, r=16 on q_proj and
-v_proj without dropout, an adapter in fp32 under autocast to bf16, AdamW, no gradient checkpointing unless asked for. Each
-contender trains in a process of its own, in turn; medians over the rounds. TRL computes no padding where its collator can
-(Llama; with flash-attn where that is installed), and its own fused loss. "tokens/s" is real tokens after ``--warm`` steps;
-"peak" the most memory that torch held while training, the base included (on a CPU: of the process).
+The bases have the shapes of public models and random weights, created on the device. There are two jobs: full rows, and
+samples as long as quotations. Equal for all: initial weights, samples of every optimizer step, r=16 on q_proj and v_proj
+without dropout, AdamW. The adapter is in fp32 under autocast to bf16. Gradient checkpointing is off unless requested.
+
+Contenders alternate, each in its own process; figures are medians over the rounds. TRL computes no padding where its
+collator allows it (Llama; with flash-attn if installed), and uses its own fused loss. "tokens/s" counts real tokens after
+``--warm`` steps. "peak" is torch's peak memory in training, with the base (on a CPU: of the process).
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def make_config(shape: str, tiny: bool) -> Any:
 
 
 def make_base(config: Any, options: argparse.Namespace, attention: str = "sdpa") -> Any:
-    """A frozen model in bf16 with random weights, made where it trains."""
+    """Create a frozen model in bf16 with random weights on the training device."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -98,7 +99,7 @@ def make_base(config: Any, options: argparse.Namespace, attention: str = "sdpa")
 
 
 def in_8_bits(model: Any) -> Any:
-    """All layers of ``model`` that a base in 8 bits rounds, in place."""
+    """Quantize the layers of ``model`` that a base in 8 bits quantizes, in place."""
     from lorakeet.quant.quantize import quantize_
 
     quantize_(model)
@@ -106,7 +107,7 @@ def in_8_bits(model: Any) -> Any:
 
 
 def make_rows(job: str, config: Any, options: argparse.Namespace) -> list[list[int]]:
-    """Samples of all steps, in the order in which all learn from them."""
+    """Draw the samples of all steps, in the order of the training."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
@@ -153,7 +154,7 @@ def lorakeet_trainer(config: Any, rows: list[list[int]], given: dict[str, Any], 
     model = lorakeet.get_peft_model(base, lorakeet.LoraConfig(**LORA))
     data = datasets.Dataset.from_dict({"input_ids": rows, "length": [len(row) for row in rows]})
     arguments = transformers.TrainingArguments(**given, remove_unused_columns=False)
-    # one pass for short samples, and no more than one full row in a pass, as PEFT has it
+    # one pass for short samples, and at most one full row in a pass, as in PEFT
     budget = min(options.row, config.max_position_embeddings)
     return lorakeet.Trainer(model, arguments, train_dataset=data, data_collator=PaddingCollator(0), token_budget=budget)
 
@@ -191,7 +192,7 @@ def unsloth_trainer(config: Any, rows: list[list[int]], given: dict[str, Any], o
     import torch
     import trl
 
-    folder = f"{given['output_dir']}/base"  # it reads models from disk alone
+    folder = f"{given['output_dir']}/base"  # it only reads models from disk
     make_base(config, options).save_pretrained(folder)
     two_word_tokenizer().save_pretrained(folder)
     torch.cuda.empty_cache()
@@ -206,7 +207,7 @@ def unsloth_trainer(config: Any, rows: list[list[int]], given: dict[str, Any], o
 
 
 def two_word_tokenizer() -> Any:
-    """What TRL asks for; the samples are token ids already."""
+    """Build a tokenizer because TRL requires one; the samples are token ids already."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -215,7 +216,7 @@ def two_word_tokenizer() -> Any:
 
 
 def train_one(options: argparse.Namespace) -> dict[str, float]:
-    """Trains one contender; its figures."""
+    """Train one contender and return its figures."""
     shape, job, name = options.one
     config = make_config(shape, options.tiny)
     rows = make_rows(job, config, options)
@@ -269,7 +270,7 @@ def timed(trainer: Any, rows: list[list[int]], ours: bool, options: argparse.Nam
 
 
 def print_tables(options: argparse.Namespace) -> None:
-    """Every contender on every shape and job."""
+    """Run every contender on every shape and job."""
     packages = sorted({"torch", "transformers", "flash_attn", *CONTENDERS.values()})
     there = [name for name in packages if importlib.util.find_spec(name)]
     print("training: " + ", ".join(f"{name} {importlib.metadata.version(name)}" for name in there))
@@ -291,7 +292,14 @@ def print_tables(options: argparse.Namespace) -> None:
 
 
 def print_contenders(shape: str, job: str, contenders: list[str], options: argparse.Namespace) -> None:
-    """One table. The ratio is to PEFT, or to the first where that does not take part."""
+    """Print one table; the ratio is to PEFT, or to the first contender without PEFT.
+
+    Args:
+        shape: Name of the base's shape.
+        job: Name of the job.
+        contenders: Names in the order of their turns.
+        options: Command line.
+    """
     numbers = ("row", "accumulate", "warm", "steps")
     words = [word for name in numbers for word in (f"--{name}", str(getattr(options, name)))]
     words += ["--device", options.device, *["--tiny"] * options.tiny, *["--checkpointing"] * options.checkpointing]

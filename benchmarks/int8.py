@@ -1,13 +1,15 @@
-"""A base in 8 bits: what it costs in accuracy, what it saves in memory, how fast it multiplies and writes.
+"""Accuracy, memory and speed of a base in 8 bits.
 
-    python benchmarks/int8.py                               # all parts but the two that take long
+Usage::
+
+    python benchmarks/int8.py                               # all parts but the two long ones
     python benchmarks/int8.py --parts accuracy generation
-    python benchmarks/int8.py --parts train --keep runs     # six runs of the demo's job; a stopped one goes on from runs/
-    python benchmarks/int8.py --parts opt                   # the shape of facebook/opt-6.7b trains: 10 GB, and half an hour
+    python benchmarks/int8.py --parts train --keep runs     # six runs of the demo's job; runs/ allows to resume
+    python benchmarks/int8.py --parts opt                   # the shape of facebook/opt-6.7b: 10 GB, half an hour
 
-Whole trainings beside PEFT on an 8-bit base are in ``benchmarks/training.py``. Run it on a machine that does nothing else.
-Each part runs in its own process; alternating contenders, medians. Accuracy does not depend on the machine:
-activations that a rule rounds to 8 bits are multiplied in fp32, which is exact for them.
+Training beside PEFT on an 8-bit base is in ``benchmarks/training.py``. Run it on an idle machine. Each part runs in its own
+process; contenders alternate, and medians count. Accuracy does not depend on the machine: activations in 8 bits are
+multiplied in fp32, which is exact for them.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ PROMPTS = (
 
 
 def rules() -> dict[str, Callable[[Any], Any]]:
-    """Which columns of an activation stay in full precision."""
+    """Map each rule to a function that returns the columns of an activation to keep in full precision."""
     import torch
 
     none = torch.empty(0, dtype=torch.int64)
@@ -54,7 +56,7 @@ def rules() -> dict[str, Callable[[Any], Any]]:
 
 
 def largest_columns(x: Any) -> Any:
-    """Those of x [n, in] with a value above eight times its root mean square, at most a sixteenth of all."""
+    """Return the columns of x [n, in] with a value above eight times its root mean square, at most a sixteenth."""
     largest = x.abs().amax(0)
     found = (largest > 8 * x.square().mean().sqrt()).nonzero()[:, 0]
     most = x.shape[1] // 16
@@ -62,7 +64,7 @@ def largest_columns(x: Any) -> Any:
 
 
 def rounded_product(rule: Callable[[Any], Any]) -> Callable[..., Any]:
-    """:func:`lorakeet.kernels.int8.linear.product` with activations in 8 bits, but for the rule's columns; any processor."""
+    """Return a product with activations in 8 bits, except in the rule's columns; the same on all processors."""
     from lorakeet.kernels.int8.format import dequantize, outlier_columns, quantize_rows, split_scale
 
     def product(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
@@ -84,7 +86,7 @@ def rounded_product(rule: Callable[[Any], Any]) -> Callable[..., Any]:
 
 @contextmanager
 def multiplied_by(product: Callable[..., Any]) -> Any:
-    """Every 8-bit layer multiplies in this way."""
+    """Replace the product of every 8-bit layer."""
     from lorakeet.kernels.int8 import linear
 
     before, linear.product = linear.product, product
@@ -98,7 +100,7 @@ def multiplied_by(product: Callable[..., Any]) -> Any:
 
 
 def accuracy(options: argparse.Namespace) -> list[dict]:
-    """Held-out loss on quotations in fp32 and in 8 bits of several kinds."""
+    """Measure the held-out loss on quotations in fp32 and in several 8-bit formats."""
     import lorakeet
     from lorakeet.config import DataSettings, TaskSettings
     from lorakeet.data.collate import PaddingCollator
@@ -148,7 +150,7 @@ def accuracy(options: argparse.Namespace) -> list[dict]:
 
 @contextmanager
 def columns_left_uneven() -> Any:
-    """Weights are rounded by their rows alone and whole, the plain way."""
+    """Quantize weights by rows only, without balanced or outlier columns."""
     import torch
 
     from lorakeet.kernels.int8 import format as int8_format
@@ -180,14 +182,14 @@ def bitsandbytes_model() -> Any:
 
 
 def blocked() -> Callable[..., Any]:
-    """The product with the weight alone rounded, whatever the processor."""
+    """Return the product in which only the weight is rounded, the same on all processors."""
     from lorakeet.kernels.int8.reference import int8_linear_reference
 
     return int8_linear_reference
 
 
 def stress(options: argparse.Namespace) -> list[dict]:
-    """A layer some of whose input columns are a hundred times as large: the error of the product without their part."""
+    """Measure the product's error if some input columns are a hundred times as large, without their own part."""
     import torch
 
     from lorakeet.kernels.int8.format import quantize_weight
@@ -211,7 +213,7 @@ def stress(options: argparse.Namespace) -> list[dict]:
 
 
 def layer(options: argparse.Namespace) -> list[dict]:
-    """Forward and backward of one layer with LoRA, r=16, 512 tokens."""
+    """Time forward and backward of one layer with LoRA, r=16, 512 tokens."""
     found = []
     for out, inner in ((4096, 4096), (576, 1536), (1536, 576)):
         times = layer_times(out, inner, options)
@@ -223,7 +225,7 @@ def layer(options: argparse.Namespace) -> list[dict]:
 
 
 def layer_times(out: int, inner: int, options: argparse.Namespace) -> dict[str, float]:
-    """Median milliseconds of one layer [out, inner], by how it is held and multiplied."""
+    """Return the median milliseconds of one layer [out, inner], by format and library."""
     import torch
 
     from lorakeet.kernels.int8.format import quantize_weight
@@ -264,7 +266,7 @@ def bitsandbytes_layer(dense: Any) -> Any:
 
 
 def model(options: argparse.Namespace) -> list[dict]:
-    """A training step of 512 tokens without padding, LoRA r=16 on q_proj and v_proj: a whole model in steady state."""
+    """Time a training step of a whole model: 512 tokens without padding, LoRA r=16 on q_proj and v_proj."""
     import lorakeet
 
     full = lorakeet.load_base(dtype="fp32").model
@@ -274,7 +276,7 @@ def model(options: argparse.Namespace) -> list[dict]:
 
 
 def random_llama() -> Any:
-    """Llama's architecture in the sizes of TinyLlama: hidden 2,048, 22 layers."""
+    """Build a random Llama in the size of TinyLlama: hidden 2,048, 22 layers."""
     import torch
     import transformers
 
@@ -286,10 +288,10 @@ def random_llama() -> Any:
 
 
 def whole_model(name: str, full: Any, options: argparse.Namespace) -> list[dict]:
-    """Steps of one base in fp32, in 8 bits, and by PEFT on bitsandbytes, all with the same tokens."""
+    """Time steps of one base in fp32, in 8 bits, and by PEFT on bitsandbytes, on the same tokens."""
     import lorakeet
-    from cost import as_a_run, make_batch, make_step
     from lorakeet.quant.quantize import quantize_
+    from training_step import as_a_run, make_batch, make_step
 
     settings: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
     batch = {key: value % full.config.vocab_size for key, value in make_batch(16, 32, 0.0).items()}
@@ -328,7 +330,7 @@ def whole_model(name: str, full: Any, options: argparse.Namespace) -> list[dict]
 
 
 def alternate(ways: dict[str, Callable[[], None]], repeats: int, warm_up: int = 2) -> dict[str, float]:
-    """Median milliseconds of each, taking turns; the first few turns are warm-up."""
+    """Return the median milliseconds of each, in turns; the first few turns are warm-up."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + warm_up):
         for name, way in ways.items():
@@ -340,7 +342,7 @@ def alternate(ways: dict[str, Callable[[], None]], repeats: int, warm_up: int = 
 
 
 def generation(options: argparse.Namespace) -> list[dict]:
-    """Greedy texts at batch one: tokens per second of ``transformers`` in fp32 and in 8 bits, and how often they agree."""
+    """Generate greedily at batch one: tokens per second in fp32 and in 8 bits, and how far the texts agree."""
     import torch
 
     import lorakeet
@@ -356,7 +358,7 @@ def generation(options: argparse.Namespace) -> list[dict]:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         for name, model in models.items():
             began = time.perf_counter()
-            with torch.inference_mode(), fast_decode(model):  # as `lorakeet generate` does; others are left alone
+            with torch.inference_mode(), fast_decode(model):  # as in `lorakeet generate`; no effect on other models
                 new = model.generate(ids, do_sample=False, max_new_tokens=options.tokens, min_new_tokens=options.tokens)
             took = time.perf_counter() - began
             if number:
@@ -385,7 +387,7 @@ def generation(options: argparse.Namespace) -> list[dict]:
 
 
 class Peak(threading.Thread):
-    """The largest anonymous and whole resident memory of this process, in bytes, looked at every 5 ms (Linux)."""
+    """Peak of the anonymous and of the whole resident memory of this process, in bytes, sampled every 5 ms (Linux)."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -412,7 +414,7 @@ class Peak(threading.Thread):
 
 
 def memory(options: argparse.Namespace) -> list[dict]:
-    """Bytes of the weights, and memory while loading beyond what the process had before; each in a process of its own."""
+    """Measure the bytes of the weights and the additional memory while loading, each in its own process."""
     found = []
     with tempfile.TemporaryDirectory() as folder:
         saved = f"{folder}/int8"
@@ -454,7 +456,7 @@ def load(settings: dict[str, Any]) -> dict[str, float]:
 
 
 def opt(options: argparse.Namespace) -> list[dict]:
-    """The shape of facebook/opt-6.7b with random weights, made and rounded a layer at a time, trains on quotations."""
+    """Train the shape of facebook/opt-6.7b on quotations; its random weights are quantized layer by layer."""
     import torch
     import transformers
 
@@ -515,7 +517,7 @@ def opt(options: argparse.Namespace) -> list[dict]:
         collator = PaddingCollator(tokenizer.pad_token_id)
         trainer = lorakeet.Trainer(model, arguments, train_dataset=data, data_collator=collator, callbacks=[Clock()])
         started = time.perf_counter()
-        with padding_free(model), fused_loss(model), recomputed(model):  # what layers keep is larger than the weights
+        with padding_free(model), fused_loss(model), recomputed(model):  # stored activations would exceed the weights
             trainer.train()
     steps = [marks[0][0] - started, *(b[0] - a[0] for a, b in itertools.pairwise(marks))]
     figures = peak.stop()
@@ -537,7 +539,7 @@ def opt(options: argparse.Namespace) -> list[dict]:
 
 
 def train(options: argparse.Namespace) -> list[dict]:
-    """The demo's job, by seed: held-out loss before and after, from one start, with a base in fp32 and in 8 bits."""
+    """Run the demo's job by seed: held-out loss before and after, with a base in fp32 and in 8 bits, from equal starts."""
     found = []
     with ExitStack() as undo:
         kept = options.keep or Path(undo.enter_context(tempfile.TemporaryDirectory()))
@@ -556,7 +558,14 @@ def train(options: argparse.Namespace) -> list[dict]:
 
 
 def one_run(folder: Path, seed: int, bits: int | None, steps: int) -> dict[str, Any]:
-    """The summary of ``lorakeet train`` on the demo's job, in a process of its own; an earlier one's if ``folder`` has it."""
+    """Return the summary of ``lorakeet train`` on the demo's job, run in its own process.
+
+    Args:
+        folder: Folder of the run; a finished run in it is reused.
+        seed: Seed of the run.
+        bits: 8, or None for fp32.
+        steps: Optimizer steps.
+    """
     from lorakeet.cli.demo import JOB
 
     told = folder / "summary.json"
@@ -578,7 +587,7 @@ def one_run(folder: Path, seed: int, bits: int | None, steps: int) -> dict[str, 
 
 
 def show(rows: list[dict]) -> None:
-    """Rows of like keys, in columns."""
+    """Print rows of equal keys in columns."""
     cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     cells.insert(0, list(rows[0]))
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
@@ -595,7 +604,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each text")
     parser.add_argument("--steps", type=int, help="optimizer steps; left out: 200 in train, 2 of the largest shape")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44], help="of the trainings")
-    parser.add_argument("--keep", type=Path, help="folder for the trainings; what is whole there is not run again")
+    parser.add_argument("--keep", type=Path, help="folder for the runs; finished ones are reused")
     parser.add_argument("--one", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--load", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -608,7 +617,7 @@ def main() -> None:
 
 
 def table(options: argparse.Namespace) -> None:
-    """Each part in a process of its own, one after the other."""
+    """Run each part in its own process, one after the other."""
     import torch
     import transformers
 

@@ -1,6 +1,6 @@
-"""Does an adapter cost latency? Base, adapter beside it, adapter merged; and how long a switch takes.
+"""Latency of the base, of an unmerged and of a merged adapter, and the time of switching adapters.
 
-One process, the same weights and prompts, alternating, medians. Run: ``python benchmarks/latency.py``.
+One process with the same weights and prompts; contenders alternate, and medians count. Run: ``python benchmarks/latency.py``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def milliseconds(action: Callable[[], object]) -> float:
 
 
 def with_adapter(model: torch.nn.Module) -> torch.nn.Module:
-    """A trained-looking adapter of the demo's shape: r=16 on q_proj and v_proj."""
+    """Add an adapter of the demo's shape with random B: r=16 on q_proj and v_proj."""
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"]))
     with torch.no_grad():
         for layer in adapted.lora_layers():
@@ -37,7 +37,7 @@ def with_adapter(model: torch.nn.Module) -> torch.nn.Module:
 
 @torch.inference_mode()
 def forward_times(models: dict[str, torch.nn.Module], tokens: int, repeats: int) -> dict[str, float]:
-    """Median milliseconds of one forward pass over ``tokens`` tokens at batch one, for each model."""
+    """Return the median milliseconds of one forward pass over ``tokens`` tokens at batch one, for each model."""
     ids = torch.randint(100, 40_000, (1, tokens), generator=torch.Generator().manual_seed(0))
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(repeats + 3):  # the first three warm up
@@ -49,7 +49,7 @@ def forward_times(models: dict[str, torch.nn.Module], tokens: int, repeats: int)
 
 
 def switch_time(model: torch.nn.Module, repeats: int = 200) -> tuple[float, int]:
-    """Median milliseconds of ``set_adapter``, and the number of LoRA layers."""
+    """Return the median milliseconds of ``set_adapter``, and the number of LoRA layers."""
     model.add_adapter("second", LoraConfig(r=16, target_modules=["q_proj", "v_proj"]))
     names = ["second", "default"] * (repeats // 2)
     return statistics.median(milliseconds(lambda n=n: model.set_adapter(n)) for n in names), len(model.lora_layers())

@@ -1,11 +1,11 @@
-"""One training step by kind of work: ``python benchmarks/cost.py --parts profile``.
+"""Time of a training step by kind of work: ``python benchmarks/cost.py --parts profile``.
 
-torch.profiler's own time of every operation, by what it is and what it is part of. What the profiler cannot see, the loops in
-C that are called through ctypes, is recorded here by name; a loop that rounds on its way is a product. "Python" is what is
-left of the step's time: the interpreter, autograd and torch between two operations.
+The times are torch.profiler's self times, grouped by operation and by its callers. The profiler does not see C loops called
+through ctypes. They are recorded here by name; a loop that also rounds counts as a product. "Python" is the remainder of
+the step's time: the interpreter, autograd, and torch between two operations.
 
-The same products of the base are then run alone: the same weights, in the same order, with random inputs of the same shape.
-What the step takes longer is the price of its company: caches that hold something else, and memory that comes new.
+The base's products are then run alone: the same weights, in the same order, with random inputs of the same shapes. In the
+step they take longer, because the caches hold other data and memory is newly allocated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
-from cost import Point, as_a_run, make_batch, make_model, make_step
+from training_step import Point, as_a_run, make_batch, make_model, make_step
 
 FORWARD, BACKWARD = "base products, forward", "base products, backward"
 GROUPS = (
@@ -37,13 +37,13 @@ ELEMENTWISE = {
 }  # fmt: skip
 #: Functions of :mod:`lorakeet.kernels.cpu.gemm` that prepare an int8 product; the others are products.
 ROUNDING = {"pack_a16", "pack_a8_grouped"}
-SHAPES = ((4096, 4096),)  # [out, in] whose rates are measured besides those of the model
+SHAPES = ((4096, 4096),)  # [out, in]; measured in addition to the model's own
 INT8, NATIVE = "int8 ", "native "
 
 
 @contextmanager
 def recorded(module: ModuleType, prefix: str, names: list[str]) -> Iterator[None]:
-    """Calls of these functions of a module show in the profile."""
+    """Record the calls of these functions of a module in the profile."""
     from torch.profiler import record_function
 
     before = {name: getattr(module, name) for name in names}
@@ -66,14 +66,14 @@ def recorded(module: ModuleType, prefix: str, names: list[str]) -> Iterator[None
 
 
 def loops(bindings: ModuleType) -> list[str]:
-    """The functions of the module that compute tensors."""
+    """List the functions of the module that return tensors."""
     functions = inspect.getmembers(bindings, inspect.isfunction)
     made = {name: str(f.__annotations__.get("return")) for name, f in functions if f.__module__ == bindings.__name__}
     return [name for name, returns in made.items() if "Tensor" in returns]
 
 
 def group_of(event: Any, rank: int) -> str:
-    """The kind of work of one operation."""
+    """Return the kind of work of one operation."""
     from lorakeet.kernels.cpu.bindings import ELEMENTWISE as OVER_ACTIVATIONS
 
     names, above = [event.name], event.cpu_parent
@@ -103,7 +103,7 @@ def group_of(event: Any, rank: int) -> str:
 
 
 def profile(point: Point, options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of a step by kind of work, and the rates of its products."""
+    """Measure the milliseconds of a step by kind of work, and the rates of its products."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as watch
 
@@ -147,7 +147,7 @@ def profile(point: Point, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def base_layers(model: Any) -> dict[str, tuple[Any, Any]]:
-    """Name -> weight [out, in] and scale (None in a floating format) of the decoder's frozen linear layers."""
+    """Map each frozen linear layer of the decoder to its weight [out, in] and scale (None in a floating format)."""
     names = (name for name, module in model.named_modules() if getattr(module, "in_features", None))
     layers = {name: model.get_submodule(name) for name in names if ".layers." in name and "lora_" not in name}
     held = {id(m.weight): (name, m.weight, getattr(m, "scale", None)) for name, m in layers.items()}
@@ -173,11 +173,11 @@ def multiply_back(g: Any, weight: Any, scale: Any) -> None:
 
 
 def alone(model: Any, tokens: int, repeats: int) -> dict[str, dict[str, float]]:
-    """GFLOP of the step's base products, and the milliseconds that they take by themselves."""
+    """Measure the step's base products alone: GFLOP and milliseconds."""
     import torch
 
     layers = base_layers(model)
-    # what reads the embedding needs no gradient
+    # no input gradient: the embedding is frozen
     later = {name: held for name, held in layers.items() if not re.search(r"layers\.0\.self_attn\.[qkv]_proj", name)}
     inputs = {n: torch.randn(tokens, n) for weight, _ in layers.values() for n in weight.shape}
     found = {}
@@ -198,7 +198,7 @@ def alone(model: Any, tokens: int, repeats: int) -> dict[str, dict[str, float]]:
 
 
 def rates(model: Any, tokens: int, repeats: int) -> dict[str, list[float]]:
-    """Shape -> GFLOP/s of forward and backward products with one weight, again and again."""
+    """Map each shape to GFLOP/s of forward and backward, with one weight that stays in the cache."""
     import torch
 
     from lorakeet.kernels.int8.format import quantize_weight
@@ -226,7 +226,7 @@ def milliseconds(work: Callable[[], Any]) -> float:
 
 
 def show(found: dict[int, dict[str, Any]]) -> None:
-    """The formats side by side."""
+    """Print the number formats side by side."""
     if not found:
         return
     one = next(iter(found.values()))
@@ -251,7 +251,7 @@ def show(found: dict[int, dict[str, Any]]) -> None:
 
 
 def print_products(bits: int, f: dict[str, Any]) -> None:
-    """Forward and backward together: what rounds cannot be told from one direction to the other by name."""
+    """Print forward and backward together: the names of rounding operations do not tell the direction."""
     spent = f["groups"][FORWARD] + f["groups"][BACKWARD] + f["groups"]["rounding and rescaling for int8"]
     gflop = sum(way["GFLOP"] for way in f["products"].values())
     apart = sum(way["ms"] for way in f["products"].values())

@@ -1,15 +1,15 @@
-"""Sorting texts and tagging words beside PEFT with transformers.Trainer: time, memory, and what is learned.
+"""Text classification and tagging beside PEFT with transformers.Trainer: time, memory and metrics.
 
-Two tasks on all-MiniLM-L6-v2: which of five files a quotation is from (examples/five_sources.py --most 1000), and parts of
-speech of the Brown corpus (examples/brown.py). Each contender trains in its own process, alternating, once for every seed;
-medians are printed, and the figures of predictions that need no model. Equal for all: rows, split, tokens per row, seeds,
-rank, alpha, layers, optimizer, learning rate and schedule, epochs, batch, threads.
+There are two tasks on all-MiniLM-L6-v2: the source file of a quotation (examples/five_sources.py --most 1000), and parts of
+speech in the Brown corpus (examples/brown.py). Contenders alternate, each in its own process, once for every seed. Medians
+and the metrics of baselines without a model are printed. Equal for all: rows, split, tokens per row, seeds, rank, alpha,
+layers, optimizer, learning rate and schedule, epochs, batch, threads.
 
     python benchmarks/tasks.py --brown package                     # both tasks, all contenders, three seeds
     python benchmarks/tasks.py --tasks sources --limit 500 --steps 10 --seeds 42
 
-Run it on a machine that does nothing else. "train s" is the optimizer's steps alone; "wall s" is all of it: the imports, the
-data, the model, the training, the last measurement (and Lorakeet's first one: it also measures before it learns).
+Run it on an idle machine. "train s" is the time of the optimizer steps. "wall s" is the whole time: imports, data, model,
+training, the last evaluation, and for Lorakeet also the one before training.
 """
 
 from __future__ import annotations
@@ -39,7 +39,14 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 def make_rows(task: str, brown: Path | None, limit: int | None, folder: Path) -> None:
-    """all.jsonl, and its two parts as Lorakeet splits it: train.jsonl and held_out.jsonl."""
+    """Write the rows of a task to ``all.jsonl``.
+
+    Args:
+        task: ``sources`` or ``brown``.
+        brown: Folder of the Brown corpus, for that task.
+        limit: Most rows, drawn evenly from the whole data.
+        folder: Output folder.
+    """
     out = folder / "all.jsonl"
     words = {"sources": ["five_sources.py", str(out), "--most", "1000"], "brown": ["brown.py", str(brown), str(out)]}[
         task
@@ -53,7 +60,7 @@ def make_rows(task: str, brown: Path | None, limit: int | None, folder: Path) ->
 
 
 def split_rows(folder: Path, job: dict[str, Any]) -> Any:
-    """What Lorakeet makes of all.jsonl; both parts are written for the others to read."""
+    """Prepare all.jsonl, and write train.jsonl and held_out.jsonl for the other contenders."""
     from transformers import AutoTokenizer
 
     from lorakeet.base.source import find_source, local_folder
@@ -72,7 +79,7 @@ def split_rows(folder: Path, job: dict[str, Any]) -> Any:
 
 
 def run_peft(bits: int, folder: Path, job: dict[str, Any]) -> dict[str, float]:
-    """One training as the field writes it; its figures."""
+    """Train with PEFT as its users write it, and return the figures."""
     import datasets
     import peft
     import torch
@@ -108,7 +115,7 @@ def run_peft(bits: int, folder: Path, job: dict[str, Any]) -> dict[str, float]:
     model_class = tf.AutoModelForSequenceClassification if texts else tf.AutoModelForTokenClassification
     settings: dict[str, Any] = {"num_labels": len(number), "dtype": torch.float32}
     if bits == 8:
-        # the head must be named, or it is quantised too and its copy that shall learn fails in the first forward
+        # Name the head: otherwise it is quantized too, and its trainable copy fails in the first forward pass.
         settings["quantization_config"] = tf.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["classifier"])
     model = model_class.from_pretrained(base, **settings)
     if bits == 8:
@@ -150,7 +157,7 @@ def run_peft(bits: int, folder: Path, job: dict[str, Any]) -> dict[str, float]:
 
 
 def run_lorakeet(bits: int, folder: Path, job: dict[str, Any]) -> dict[str, float]:
-    """The same through Lorakeet's own entry."""
+    """Train with Lorakeet, and return the figures."""
     from lorakeet.config import make_run
     from lorakeet.train.run import run_training
 
@@ -180,7 +187,7 @@ def run_lorakeet(bits: int, folder: Path, job: dict[str, Any]) -> dict[str, floa
 
 
 def one(name: str, job: dict[str, Any]) -> None:
-    """What the process of one contender does: it prints its figures as JSON."""
+    """Run one contender in this process and print its figures as JSON."""
     from lorakeet.runs.metrics_log import peak_rss_bytes
 
     library, bits = name.split("-")
@@ -190,7 +197,7 @@ def one(name: str, job: dict[str, Any]) -> None:
 
 
 def measure(which: str, folder: Path, options: argparse.Namespace) -> None:
-    """Alternate the contenders over the seeds and print the table of one task."""
+    """Run the contenders in turns over the seeds, and print the table of one task."""
     from lorakeet.tasks.baselines import baselines_for
     from lorakeet.tasks.task import Task
 
@@ -223,7 +230,15 @@ def print_table(
     plain: dict[str, list[dict[str, float]]],
     found: dict[str, list[dict[str, float]]],
 ) -> None:
-    """Medians over the seeds, a line for each baseline and contender; the ratio is how many times faster than PEFT's int8."""
+    """Print medians over the seeds, a line for each baseline and contender; the ratio is the speed-up over PEFT's int8.
+
+    Args:
+        job: Settings of the task.
+        learned: Number of training rows.
+        measured: Number of held-out rows.
+        plain: Figures of each baseline, by seed.
+        found: Figures of each contender, by seed.
+    """
     length = f"{job['steps']} steps" if job["steps"] else f"{job['epochs']:g} epochs"
     print(f"\n{job['task']}: {learned:,} rows to learn, {measured:,} held out, {len(job['names'])} labels")
     print(
@@ -248,7 +263,7 @@ def print_table(
 
 
 def print_machine(options: argparse.Namespace) -> None:
-    """Versions and what the processor can do."""
+    """Print versions and the processor's instruction sets."""
     import bitsandbytes
     import peft
     import torch
@@ -274,7 +289,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="optimizer steps; left out: the epochs of the task")
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--lr", type=float)
-    parser.add_argument("--limit", type=int, help="use only so many rows")
+    parser.add_argument("--limit", type=int, help="most rows to use")
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,22 +1,23 @@
-"""Training beside PEFT with ``transformers.Trainer`` and TRL's ``SFTTrainer``: speed, the whole job's time, memory, losses.
+"""Training beside PEFT with ``transformers.Trainer`` and TRL's ``SFTTrainer``: speed, wall time, memory and losses.
+
+Usage::
 
     python benchmarks/training.py                                      # both jobs, all contenders
     python benchmarks/training.py --checkpointing                      # the same with gradient checkpointing in all
     python benchmarks/training.py --jobs quotations --steps 200 --rounds 1     # the demo's whole job
 
-Jobs: ``quotations`` is the demo's, 4 × 4 short ones a step, r=16 on q_proj and v_proj; in ``full`` every sample has 1,024
+Jobs: ``quotations`` is the demo's, 4 × 4 short samples a step, r=16 on q_proj and v_proj; in ``full`` every sample has 1,024
 tokens, 1 × 2 a step. Contenders: PEFT in fp32, bf16, and on an 8-bit base of bitsandbytes; TRL in fp32 without padding;
 Lorakeet as ``lorakeet train`` runs. Equal for all: base, starting adapter, samples of every step, optimizer, learning rate,
-clipping, threads. Each training is a process with empty caches; contenders alternate; medians over the rounds are printed.
+clipping, threads. Each training is a process with empty caches. Contenders alternate, and medians over the rounds count.
 
-tokens/s   real tokens (no padding) per second; the first fifth of the steps is left out
-wall s     from the start of the process to its end: imports, compiling, reading, training, saving the adapter
-peak GB    most resident memory of the process
-held out   loss of the saved adapter on quotations that nobody learned from, measured afterwards by training_rows.py
-Δ loss     largest difference between the losses of a step and those of the first contender (dropout is drawn otherwise)
+- tokens/s: real tokens (no padding) per second, without the first fifth of the steps.
+- wall s: the whole process, with imports, compilation, reading, training and saving the adapter.
+- peak GB: peak resident memory of the process.
+- held out: loss of the saved adapter on quotations outside the training data, measured afterwards by training_rows.py.
+- Δ loss: largest difference of a step's loss from the first contender's; dropout masks differ.
 
-The numbers in brackets compare with the first contender: times as fast, times as short, share of its memory. Run it on a
-machine that does nothing else.
+Numbers in brackets compare with the first contender: speed-up, shortening, share of its memory. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ Figures = dict[str, Any]
 
 
 class FailedError(Exception):
-    """A training has ended badly; the last thing that it said."""
+    """Failure of a training, with the last line of its output."""
 
 
 def job_settings(job: str, steps: int | None, checkpointing: bool) -> dict[str, Any]:
-    """The demo's settings with those of a job, by their dotted names; nothing is held out, all is to learn."""
+    """Return the demo's settings with those of a job, by dotted name, without a held-out part."""
     settings = {name: value for name, value in DEMO.items() if name != "train.eval_every"} | JOBS[job]
     steps = steps or settings["train.steps"]
     return settings | {
@@ -69,16 +70,16 @@ def job_settings(job: str, steps: int | None, checkpointing: bool) -> dict[str, 
 
 
 def ask(*words: str) -> Any:
-    """What ``training_rows.py`` prints."""
+    """Run ``training_rows.py`` and return its JSON."""
     command = [sys.executable, str(HERE / "training_rows.py"), *words]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
 
 
 def run_process(words: list[str], folder: Path) -> tuple[float, int]:
-    """Run a Python program to its end; its caches and what it says go below ``folder``.
+    """Run a Python program to its end, with its caches and its output below ``folder``.
 
     Returns:
-        Seconds from start to end, and the most bytes that were resident.
+        Seconds from start to end, and peak resident bytes.
     """
     caches = {name: str(folder / name.lower()) for name in CACHES}
     said = folder / "said.txt"
@@ -100,10 +101,16 @@ def run_process(words: list[str], folder: Path) -> tuple[float, int]:
 
 
 def train(name: str, settings: dict[str, Any], folder: Path, start: Path | None = None) -> Figures:
-    """One training of one contender in a process of its own; its figures. ``folder`` gets the adapter.
+    """Train one contender in its own process and return its figures.
+
+    Args:
+        name: Contender.
+        settings: Settings of the run, by dotted name.
+        folder: New folder of the run and its adapter.
+        start: Adapter to start from, for contenders other than Lorakeet.
 
     Raises:
-        FailedError: it did not end well.
+        FailedError: The process failed.
     """
     library, _, kind = name.partition("-")
     out = folder / "run"
@@ -130,11 +137,18 @@ def train(name: str, settings: dict[str, Any], folder: Path, start: Path | None 
 
 
 def compare(job: str, settings: dict[str, Any], folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Alternate the contenders over the rounds; all figures of one job. One that fails is not tried again."""
+    """Run the contenders in turns over the rounds, and return all figures of one job; a failed one is not run again.
+
+    Args:
+        job: Name of the job.
+        settings: Its settings, by dotted name.
+        folder: Temporary folder.
+        options: Command line.
+    """
     tokens = str(read_run(None, values=settings).data.max_length)
     rows = ask("rows", job, str(folder), "--fraction", str(DEMO["data.eval_fraction"]), "--tokens", tokens)
     settings = {**settings, "base.model": rows["base"], "data.path": str(folder / "train.jsonl")}
-    # A warm-up begins with a learning rate of 0: after one step of it this is what every run of this seed starts from.
+    # Warm-up starts at a learning rate of 0, so one step leaves the initial adapter of this seed.
     train("lorakeet", {**settings, "train.steps": 1, "train.warmup": 1}, folder / "start")
     start = folder / "start" / "run" / "adapter"
     runs: dict[str, list[Figures]] = {name: [] for name in options.contenders}
@@ -155,7 +169,7 @@ def compare(job: str, settings: dict[str, Any], folder: Path, options: argparse.
     adapters = {name: str(adapter) for name, adapter in adapters.items() if name not in faults}
     try:
         losses = ask("losses", rows["base"], str(folder / "held_out.jsonl"), *adapters.values(), "--tokens", tokens)
-    except subprocess.CalledProcessError as error:  # what has been measured so far took long
+    except subprocess.CalledProcessError as error:  # keep the figures measured so far
         print(f"no held-out losses: {error}", file=sys.stderr)
         losses = dict.fromkeys(adapters.values(), float("nan"))
     held_out = {name: losses[adapter] for name, adapter in adapters.items()}
@@ -163,7 +177,7 @@ def compare(job: str, settings: dict[str, Any], folder: Path, options: argparse.
 
 
 def table(found: dict[str, Any], contenders: Sequence[str]) -> Iterator[str]:
-    """A line for each contender: medians, and how they compare with the first that has not failed."""
+    """Yield a line for each contender: medians, and ratios to the first one that did not fail."""
     columns = {"tokens_per_second": "9.1f", "wall_seconds": "8.1f", "peak_gb": "8.2f"}
     yield f"{'':14} {'tokens/s':>9}{'':9}{'wall s':>8}{'':9}{'peak GB':>8}{'':9}{'held out':>9} {'Δ loss':>8}"
     first: list[Figures] = []
@@ -187,7 +201,7 @@ def table(found: dict[str, Any], contenders: Sequence[str]) -> Iterator[str]:
 
 
 def heading(found: dict[str, Any], options: argparse.Namespace) -> Iterator[str]:
-    """What was done, and what was equal for all."""
+    """Yield the lines about the job and about what is equal for all."""
     run = read_run(None, values=found["settings"])
     train, lora, rows = run.train, run.lora, found["rows"]
     checkpointing = "with" if train.gradient_checkpointing else "without"
@@ -206,7 +220,7 @@ def heading(found: dict[str, Any], options: argparse.Namespace) -> Iterator[str]
 
 
 def machine(rows: dict[str, Any]) -> dict[str, Any]:
-    """Versions, and what the processor can do."""
+    """Return versions, and the processor's instruction sets."""
     cpuinfo = Path("/proc/cpuinfo")
     words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
     versions = {}

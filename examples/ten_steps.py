@@ -36,9 +36,9 @@ set_seed(42)
 
 # ---- 2. Load the base model ------------------------------------------------------------------------------------------
 def load(name):
-    """The model and its tokenizer; local_folder finds the files: downloaded, or unpacked from the embedded package."""
+    """Load the model and its tokenizer; local_folder finds the files: downloaded, or unpacked from the embedded package."""
     folder = local_folder(find_source(name))
-    # In full precision until the 8-bit base has landed; then this is the one line to change (quantization_config=...).
+    # In full precision. For a base in 8 bits add quantization_config=lorakeet.Int8Config().
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="auto")
     return model, AutoTokenizer.from_pretrained(folder)
 
@@ -48,7 +48,7 @@ model, tokenizer = load(args.base)
 # ---- 3. Freeze it and make training stable ---------------------------------------------------------------------------
 model = prepare_model_for_kbit_training(model)
 
-# ---- 4. Put a pair of small matrices beside the query and value projections, and count what learns -------------------
+# ---- 4. Put a pair of small matrices beside the query and value projections, and count the parameters ----------------
 config = LoraConfig(
     r=16,
     lora_alpha=32,
@@ -65,10 +65,10 @@ model.print_trainable_parameters()
 quotations = read_rows(DataSettings(path="fortunes")).data  # a datasets.Dataset, as load_dataset() would give
 print(quotations)
 
-# ---- 6. Tokenise -----------------------------------------------------------------------------------------------------
-# A trap: the collator of step 7 tells padding by its token id and masks it. Where the end token serves as padding, every
-# end is masked with it, and the model never learns to stop. So: another token for padding. (lorakeet.Trainer and
-# `lorakeet train` mask padding by its place, and need no such care.)
+# ---- 6. Tokenize -----------------------------------------------------------------------------------------------------
+# A trap: the collator of step 7 recognizes padding by its token id and masks it. If the end token also pads, every end is
+# masked, and the model never learns to stop. So use another token for padding. (lorakeet.Trainer and `lorakeet train`
+# mask padding by position, and are not affected.)
 if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
     tokenizer.pad_token = tokenizer.unk_token
 assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id), "give the tokenizer a padding token of its own"

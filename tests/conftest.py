@@ -1,4 +1,4 @@
-"""What every test starts from: an empty cache of its own, no hub, a fixed seed."""
+"""Fixtures of all tests: an empty cache for each test, no hub, a fixed seed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is first imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tiny tensors gain nothing from threads, and threads that wait for a busy core make them ten times slower.
+# Threads do not speed up tiny tensors, and on a busy machine they make them ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -18,7 +18,7 @@ from lorakeet.files import cache_home
 
 REAL_HOME = cache_home()
 
-# The default run tries the same examples each time, so that it cannot turn red by chance; `make test-all` looks for new ones.
+# The default run uses the same examples each time, so it cannot fail by chance; `make test-all` draws new ones.
 settings.register_profile("same", derandomize=True)
 settings.register_profile("wild", print_blob=True)
 settings.load_profile("same")
@@ -32,7 +32,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """Folder of the embedded base, converted once per machine into the user's real cache (about 30 s, then kept)."""
+    """Return the folder of the embedded base, converted once per machine into the user's real cache (about 30 s)."""
     from lorakeet.base.source import find_source, local_folder
     from lorakeet.config import DEFAULT_MODEL
 
@@ -43,6 +43,6 @@ def smollm2() -> Path:
 
 @pytest.fixture
 def real_home(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's real cache with the converted base: ``load_base()`` and the command line open it in seconds."""
+    """Use the user's real cache with the converted base, which ``load_base()`` and the command line open in seconds."""
     monkeypatch.setenv("LORAKEET_HOME", str(REAL_HOME))
     return REAL_HOME

@@ -1,4 +1,4 @@
-"""One renderer of conversations."""
+"""Conversations are rendered alike for training and inference, and assistant turns are found in the text."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_no_template() -> None:
 @pytest.mark.parametrize(
     ("messages", "complaints"),
     [
-        ([], ["no message"]),
+        ([], ["no messages"]),
         ([{"role": "human", "content": "hi"}], ["message 1 has role 'human'", "system, user, assistant, tool"]),
         (
             [ASK, {"role": "bot"}, "text"],
@@ -51,7 +51,7 @@ def test_malformed_conversations(messages: Any, complaints: list[str]) -> None:
     assert all(complaint in caught.value.message for complaint in complaints)
 
 
-# ---- which tokens the assistant writes ------------------------------------------------------------------------------
+# ---- tokens of assistant turns --------------------------------------------------------------------------------------
 
 TOKENIZERS = {name: chat_tokenizer(style.template) for name, style in STYLES.items()}
 MARKUP = ["<|im_end|>", "\n<|im_start|>assistant\n", "[/INST]", "</s>", "<|eot_id|>", "assistant", " ", "\n", "<think>"]
@@ -65,7 +65,7 @@ def conversations(draw: st.DrawFn, system: bool) -> Messages:
 
 
 def expected(tokenizer: PreTrainedTokenizerFast, name: str, messages: Messages) -> tuple[list[int], list[bool]]:
-    """Ids and flags piece by piece: without merges, tokens never reach across two pieces."""
+    """Encode piece by piece: without merges no token spans two pieces."""
     ids: list[int] = []
     learned: list[bool] = []
     for piece, written in STYLES[name].pieces(messages):
@@ -179,20 +179,20 @@ def test_a_conversation_that_the_assistant_begins() -> None:
 
 def test_what_cannot_be_proven_is_refused() -> None:
     thought = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nBecause."}
-    with pytest.raises(DataError, match="a-model changes what the assistant says") as caught:
+    with pytest.raises(DataError, match="a-model changes assistant turns") as caught:
         encode_chat(TOKENIZERS["thinking"], [ASK, thought, ASK, ANSWER])
     assert "data.learn=all" in str(caught.value.hint)
     text, spans = assistant_turns(TOKENIZERS["thinking"], [ASK, thought])  # alone, the turn can be told
     assert [text[start:end] for start, end in spans] == ["<think>\n\n</think>\n\nBecause.<|im_end|>"]
     shouting = CHATML.replace("m['content']", "(m['content'] | upper if not loop.last else m['content'])")
-    with pytest.raises(DataError, match="changes what the assistant says"):
+    with pytest.raises(DataError, match="changes assistant turns"):
         encode_chat(chat_tokenizer(shouting), [ASK, ANSWER, ASK, ANSWER])
 
 
 def test_a_tokenizer_that_does_not_tell_where_its_tokens_stand() -> None:
     from transformers import ByT5Tokenizer
 
-    with pytest.raises(BaseModelError, match="does not tell where"):
+    with pytest.raises(BaseModelError, match="has no token offsets"):
         encode_chat(ByT5Tokenizer(chat_template=CHATML), [ASK, ANSWER])
 
 

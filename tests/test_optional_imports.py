@@ -1,12 +1,12 @@
-"""What transformers would import and the program does not need stays outside, and comes in when it is asked for."""
+"""Optional packages stay hidden from transformers until they are needed."""
 
 import subprocess
 import sys
 
 SEEN = """
 import sys
-from lorakeet._optional_imports import leave_out, let_in
-leave_out()
+from lorakeet._optional_imports import hide_optional_packages, allow_sklearn
+hide_optional_packages()
 import lorakeet
 lorakeet.Trainer
 assert not any(name.split(".")[0] in ("peft", "bitsandbytes", "sklearn", "scipy") for name, m in sys.modules.items() if m)

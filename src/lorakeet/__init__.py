@@ -1,7 +1,7 @@
 """Lorakeet: LoRA fine-tuning of transformer models that is fast and never fails silently.
 
-The names people know from ``peft``, with the same meaning and defaults, and a few of our own. Importing this package
-imports neither torch nor transformers: each name is loaded when it is first asked for.
+The names known from ``peft`` have the same meaning and defaults here; a few are Lorakeet's own. Importing this package
+imports neither torch nor transformers: each name is loaded on first access.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from lorakeet.quant.hf_quantizer import Int8Config
     from lorakeet.train.trainer import Trainer
 
-_HOMES = {
+#: Public name -> module that defines it.
+_MODULES = {
     "LoraConfig": "lorakeet.lora.config",
     "PeftConfig": "lorakeet.lora.config",
     "TaskType": "lorakeet.lora.config",
@@ -48,9 +49,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'lorakeet' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

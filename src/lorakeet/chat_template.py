@@ -1,14 +1,15 @@
-"""Conversations become text by the tokenizer's chat template: one renderer for training and inference alike.
+"""Rendering of conversations with the tokenizer's chat template, the same for training and inference.
 
-Where only the assistant's turns are learned, their place in the rendered text is proven, never guessed:
+If only the assistant's turns are in the loss, their spans in the rendered text are proven, never guessed. Three ways are
+tried in turn:
 
-- a template with ``{% generation %}`` marks says itself what the assistant writes;
-- else a turn is what the rendering has beyond the prompt that generation would see at this point, if that prompt is
-  the beginning of the text, and the rendering up to this turn as well;
-- else (a template that renders a turn differently once others follow) the turns are rendered with a sentinel in place
-  of their contents, and the pieces around the sentinels must make up the true text together with the contents.
+- Marks: a template with ``{% generation %}`` marks states the spans itself.
+- Prompts: a turn is the text beyond the prompt that generation would see at this point. That holds if the prompt, and the
+  rendering up to and including the turn, are both prefixes of the text.
+- Sentinels: some templates render a turn differently once others follow. The turns are rendered with a unique sentinel in
+  place of each content. The pieces around the sentinels, joined with the contents, must equal the text.
 
-The text is then tokenised once, and characters become tokens by their offsets.
+The text is then tokenized once, and offsets map character spans to tokens.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from lorakeet.errors import BaseModelError, DataError
 
+#: Roles of a message.
 ROLES = ("system", "user", "assistant", "tool")
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]  # first character, and the one after the last
 
-_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_TRIMS = (  # what templates do to contents, the first that explains a text; str: nothing
-    str,
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_TRIMS = (  # ways in which templates trim contents; the first that reproduces the text is taken
+    str,  # no trimming
     str.strip,
     str.lstrip,
     str.rstrip,
@@ -48,18 +50,19 @@ def render_chat(
     add_generation_prompt: bool,
     tools: Tools | None = None,
 ) -> str:
-    """The text of a conversation, as the model's authors rendered it.
+    """Render a conversation with the tokenizer's chat template.
 
-    The template writes the special tokens itself: tokenise the result with ``add_special_tokens=False``.
+    The template adds the special tokens; tokenize the result with ``add_special_tokens=False``.
 
     Args:
-        messages: each with ``role`` (system, user, assistant, tool) and ``content``; calls of tools may have none.
-        add_generation_prompt: end with the opening of the assistant's turn, for the model to go on.
-        tools: JSON schemas of the tools that may be called.
+        tokenizer: Tokenizer with a chat template.
+        messages: Each has ``role`` (system, user, assistant, tool) and ``content``, which may be None beside tool calls.
+        add_generation_prompt: End with the opening of an assistant turn, to be continued by the model.
+        tools: JSON schemas of the available tools.
 
     Raises:
-        BaseModelError: the tokenizer has no chat template.
-        DataError: names every malformed message at once, or tells why the template refuses the conversation.
+        BaseModelError: The tokenizer has no chat template.
+        DataError: Messages are malformed (all are listed), or the template refuses the conversation.
     """
     return _render(tokenizer, messages, tools, add_generation_prompt)[0]
 
@@ -67,16 +70,22 @@ def render_chat(
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools | None = None, given: int = 0
 ) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation, and for each whether the assistant writes it: [length] both.
+    """Tokenize a conversation, and mark the tokens of assistant turns.
 
-    The end of the assistant's turn is learned with it, as far as the template marks one.
+    The token that ends a turn counts as part of it, if the template has one.
 
     Args:
-        given: the first so many messages are never learned, whoever wrote them.
+        tokenizer: Fast tokenizer with a chat template.
+        messages: See :func:`render_chat`.
+        tools: JSON schemas of the available tools.
+        given: Number of messages at the start of the conversation that are never in the loss.
+
+    Returns:
+        Token ids, and for each whether it is in the loss; both of the same length.
 
     Raises:
-        BaseModelError: no chat template, or a tokenizer that does not tell the place of its tokens.
-        DataError: see :func:`render_chat` and :func:`assistant_turns`.
+        BaseModelError: The tokenizer has no chat template or no offsets.
+        DataError: See :func:`render_chat` and :func:`assistant_turns`.
     """
     check_offsets(tokenizer)
     text, turns = assistant_turns(tokenizer, messages, tools, given)
@@ -85,74 +94,94 @@ def encode_chat(
 
 
 def check_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that cannot tell where in the text its tokens stand."""
+    """Check that the tokenizer returns the offsets of its tokens.
+
+    Raises:
+        BaseModelError: It is a slow tokenizer, without offsets.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise BaseModelError(
-            f"the tokenizer of {tokenizer.name_or_path} does not tell where in a text its tokens stand",
-            "use a model that has a tokenizer.json, or learn every token: data.learn=all",
+            f"the tokenizer of {tokenizer.name_or_path} has no token offsets",
+            "use a model with a tokenizer.json, or put every token in the loss: data.learn=all",
         )
 
 
 def assistant_turns(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools | None = None, given: int = 0
 ) -> tuple[str, list[Span]]:
-    """The rendered conversation, and where in it the assistant's turns stand, each with the sign that ends it.
+    """Render a conversation and locate the assistant turns, each with the token that ends it.
+
+    Args:
+        tokenizer: Tokenizer with a chat template.
+        messages: See :func:`render_chat`.
+        tools: JSON schemas of the available tools.
+        given: Number of messages at the start of the conversation whose turns are left out.
+
+    Returns:
+        The text, and the span of each turn in it: first character, last character + 1.
 
     Raises:
-        BaseModelError: the tokenizer has no chat template.
-        DataError: the conversation is malformed, or the template changes a turn so that its place cannot be proven.
+        BaseModelError: The tokenizer has no chat template.
+        DataError: The conversation is malformed, or the template changes a turn so that its span cannot be proven.
     """
     text, marked = _render(tokenizer, messages, tools, False)
     turns = [k for k, message in enumerate(messages) if message["role"] == "assistant" and k >= given]
     if marked is not None:
-        spans = _after(tokenizer, messages[:given], tools, text, marked)
+        spans = _spans_by_marks(tokenizer, messages[:given], tools, text, marked)
     else:
-        spans = _by_prompts(tokenizer, messages, tools, text, turns)
+        spans = _spans_by_prompts(tokenizer, messages, tools, text, turns)
         if spans is None:
-            spans = _by_sentinels(tokenizer, messages, tools, text, turns)
+            spans = _spans_by_sentinels(tokenizer, messages, tools, text, turns)
     if spans is None:
         raise DataError(
-            f"the chat template of {tokenizer.name_or_path} changes what the assistant says, so that its turns cannot be "
-            "told from the rest",
-            "learn every token: data.learn=all; or put {% generation %} marks into the template",
+            f"the chat template of {tokenizer.name_or_path} changes assistant turns, so they cannot be located in the text",
+            "put every token in the loss: data.learn=all; or add {% generation %} marks to the template",
         )
     return text, spans
 
 
 def learned_tokens(text: str, offsets: Iterable[Span], spans: Sequence[Span]) -> list[bool]:
-    """Whether each token stands in one of ``spans``, which are in order; ``offsets``: first and last + 1 character of each.
+    """Mark the tokens inside spans of a text.
 
-    A token across a border counts as inside only where all that it holds of the outside is white space.
+    A token across the border of a span counts as inside if its part outside is white space.
+
+    Args:
+        text: The text.
+        offsets: First character and last character + 1 of each token.
+        spans: Spans in order, without overlaps.
+
+    Returns:
+        For each token, whether it is inside a span.
     """
-    learned, before, at = [], 0, 0
+    inside, before, current = [], 0, 0
     for start, end in offsets:
         if before < start and text[before:start].isspace():  # some tokenizers leave white space out of their offsets
             start, end = before, max(end, start)
         before = max(before, end)
-        while at < len(spans) and spans[at][1] <= start:
-            at += 1
-        first, last = spans[at] if at < len(spans) else (len(text) + 1, len(text) + 1)
-        touches = start < last and (end > first or start == end >= first)
+        while current < len(spans) and spans[current][1] <= start:
+            current += 1
+        first, last = spans[current] if current < len(spans) else (len(text) + 1, len(text) + 1)
+        overlaps = start < last and (end > first or start == end >= first)
         outside = text[start:first] + text[last:end]
-        learned.append(touches and (not outside or outside.isspace()))
-    return learned
+        inside.append(overlaps and (not outside or outside.isspace()))
+    return inside
 
 
 def _render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools | None, prompt: bool
 ) -> tuple[str, list[Span] | None]:
-    """The text, and what its ``{% generation %}`` marks enclose; None for a template without them."""
+    """Return the text and the spans of its ``{% generation %}`` marks; None of a template without marks."""
     if not tokenizer.chat_template:
         raise BaseModelError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template, so it cannot render a conversation",
-            "use a model that was trained to chat (often named ...-Instruct), or plain text",
+            "use a chat model (often named ...-Instruct), or plain text",
         )
     if problems := _problems(messages):
-        raise DataError(f"malformed conversation: {'; '.join(problems)}")
+        raise DataError(f"malformed conversation: {'; '.join(problems)}", "give each message a role and a content")
     listed = None if tools is None else [dict(tool) for tool in tools]
     try:
         template = tokenizer.get_chat_template(tools=listed)
-        marks = bool(_MARK.search(template))
+        marks = bool(_GENERATION_MARK.search(template))
         [text], spans = render_jinja_template(
             conversations=[[dict(message) for message in messages]],
             tools=listed,
@@ -162,90 +191,103 @@ def _render(
             **tokenizer.special_tokens_map,
         )
     except (TemplateError, TypeError, ValueError) as error:
-        raise DataError(f"the chat template of {tokenizer.name_or_path} refuses the conversation: {error}") from error
+        raise DataError(
+            f"the chat template of {tokenizer.name_or_path} refuses the conversation: {error}",
+            "check the roles, their order and empty contents; some templates take no system turn or no tool calls",
+        ) from error
     return text, [(start, end) for start, end in spans[0]] if marks else None
 
 
-def _after(
+def _spans_by_marks(
     tokenizer: PreTrainedTokenizerBase, given: Sequence[Message], tools: Tools | None, text: str, spans: Sequence[Span]
 ) -> list[Span] | None:
-    """The ``spans`` behind the ``given`` messages; None where these are not the beginning of ``text``."""
+    """Return the marked ``spans`` after the ``given`` messages; None if these are no prefix of ``text``."""
     beginning = render_chat(tokenizer, given, False, tools) if given else ""
     if not text.startswith(beginning):
         return None
     return [(start, end) for start, end in spans if start >= len(beginning) and start < end]
 
 
-def _by_prompts(
+def _spans_by_prompts(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     tools: Tools | None,
     text: str,
     turns: Sequence[int],
 ) -> list[Span] | None:
-    """Turn k is what ``messages[:k + 1]`` have beyond the prompt made of ``messages[:k]``."""
+    """Locate turn k as the rendering of ``messages[:k + 1]`` beyond the prompt of ``messages[:k]``, or return None."""
     spans = []
     for k in turns:
         prompt = _prompt(tokenizer, messages[:k], tools)
         after = text if k + 1 == len(messages) else render_chat(tokenizer, messages[: k + 1], False, tools)
         if prompt is None or not (after.startswith(prompt) and text.startswith(after)):
             return None
-        spans.append((len(prompt), max(len(prompt), len(after.rstrip()))))  # nobody writes the line feed behind the end
+        spans.append(
+            (len(prompt), max(len(prompt), len(after.rstrip())))
+        )  # a line feed after the end token is not generated
     return [(start, end) for start, end in spans if start < end]
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools | None) -> str | None:
-    """What generation would see; None where the template takes no such conversation."""
+    """Render the prompt for generation; None if the template refuses the conversation."""
     try:
         return render_chat(tokenizer, messages, True, tools)
     except DataError:
         return None
 
 
-def _by_sentinels(
+def _spans_by_sentinels(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     tools: Tools | None,
     text: str,
     turns: Sequence[int],
 ) -> list[Span] | None:
-    """Contents are found between the pieces that stand around sentinels, if both together make up ``text``."""
+    """Locate the contents of turns between the pieces around sentinels, or return None."""
     if any(messages[k].keys() - {"role", "content"} for k in turns):
-        return None  # calls of tools, thoughts: parts of a turn that are no content
+        return None  # tool calls and thoughts are parts of a turn outside its content
     secret = hashlib.sha256(text.encode(errors="replace")).hexdigest()[:20]
-    marks = {k: f"{secret}x{k}x" for k in turns}
-    masked = [{**message, "content": marks[k]} if k in marks else message for k, message in enumerate(messages)]
-    rest, pieces = render_chat(tokenizer, masked, False, tools), []
-    for mark in marks.values():
-        piece, found, rest = rest.partition(mark)
-        if not found or secret in piece:
-            return None
-        pieces.append(piece)
-    if secret in rest:
+    sentinels = {k: f"{secret}x{k}x" for k in turns}
+    masked = [{**message, "content": sentinels[k]} if k in sentinels else message for k, message in enumerate(messages)]
+    pieces = _split_at(render_chat(tokenizer, masked, False, tools), list(sentinels.values()), secret)
+    contents = pieces and _trimmed_contents([messages[k]["content"] for k in turns], pieces, text)
+    if pieces is None or contents is None:
         return None
-    for trim in _TRIMS:
-        contents = [trim(messages[k]["content"]) for k in turns]
-        if text == "".join(piece + content for piece, content in zip(pieces, contents, strict=True)) + rest:
-            break
-    else:
-        return None
-    spans, at = [], 0
-    for number, (k, content) in enumerate(zip(turns, contents, strict=True)):
-        at += len(pieces[number])
-        start, at = at, at + len(content)
-        following = pieces[number + 1] if number + 1 < len(turns) else rest
-        last = render_chat(tokenizer, masked[: k + 1], False, tools).rpartition(marks[k])[2]
+    spans, position = [], 0
+    for number, k in enumerate(turns):
+        position += len(pieces[number])
+        start, position = position, position + len(contents[number])
+        last = render_chat(tokenizer, masked[: k + 1], False, tools).rpartition(sentinels[k])[2]
         prompt = _prompt(tokenizer, messages[:k], tools)
-        if prompt is not None and text.startswith(
-            prompt
-        ):  # what stands between the prompt and the content is written too
+        if prompt is not None and text.startswith(prompt):  # text between prompt and content is generated too
             start = min(start, len(prompt))
-        spans.append((start, at + _ending(tokenizer, following, last.rstrip())))
+        spans.append((start, position + _ending(tokenizer, pieces[number + 1], last.rstrip())))
     return [(start, end) for start, end in spans if start < end]
 
 
+def _split_at(text: str, sentinels: Sequence[str], secret: str) -> list[str] | None:
+    """Split a text at each sentinel; None unless every one occurs once, in order, and ``secret`` nowhere else."""
+    pieces = []
+    for sentinel in sentinels:
+        piece, found, text = text.partition(sentinel)
+        if not found:
+            return None
+        pieces.append(piece)
+    pieces.append(text)
+    return None if any(secret in piece for piece in pieces) else pieces
+
+
+def _trimmed_contents(contents: Sequence[str], pieces: Sequence[str], text: str) -> list[str] | None:
+    """Trim contents so that with the pieces around them they equal ``text``; None if no way of trimming does."""
+    for trim in _TRIMS:
+        trimmed = [trim(content) for content in contents]
+        if text == "".join(part for pair in zip(pieces, [*trimmed, ""], strict=True) for part in pair):
+            return trimmed
+    return None
+
+
 def _ending(tokenizer: PreTrainedTokenizerBase, following: str, last: str) -> int:
-    """Characters of ``following`` that end a turn: as after the last turn of all, else up to an added token."""
+    """Count the characters of ``following`` that end a turn: those after the last turn, or else up to an added token."""
     if following.startswith(last):
         return len(last)
     blank = len(following) - len(following.lstrip())
@@ -254,8 +296,9 @@ def _ending(tokenizer: PreTrainedTokenizerBase, following: str, last: str) -> in
 
 
 def _problems(messages: Sequence[Message]) -> list[str]:
+    """List the malformed messages of a conversation."""
     if not messages:
-        return ["it has no message"]
+        return ["it has no messages"]
     problems = []
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, Mapping):

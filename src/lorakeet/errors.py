@@ -1,8 +1,8 @@
-"""The errors a person can do something about.
+"""Errors that the user can act on.
 
-Each carries one sentence that says what was sought, what was found and what was expected, and, where there is one,
-a hint with the next thing to type. The command line prints the two lines and leaves with exit code 2; a traceback
-appears only with ``--debug``.
+Each has a message, one sentence: what, got, expected. Most have a hint: the next thing to type. Neither ends with a
+period. The command line prints both, one line each, and exits with code 2; ``--debug`` adds the traceback.
+``tests/test_error_messages.py`` checks the form of every message.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from collections.abc import Iterable
 
 
 class LorakeetError(Exception):
-    """Base of all errors that Lorakeet raises on purpose.
+    """Base class of the errors that Lorakeet raises on purpose.
 
     Args:
-        message: One sentence: what, got, expected.
-        hint: What to do about it, if we know.
+        message: One sentence, lower case, no period: what, got, expected.
+        hint: The next step for the user, in the same form; None if there is no useful one.
+
+    Attributes:
+        exit_code: Exit code of the command line.
     """
 
     exit_code = 2
@@ -35,41 +38,41 @@ class ConfigError(LorakeetError, ValueError):
 
 
 class TargetError(ConfigError):
-    """``target_modules`` (or a sibling) match nothing, or only a part of what was named."""
+    """``target_modules`` or a related setting matches no layer, or misses one of its names."""
 
 
 class BaseModelError(LorakeetError, ValueError):
-    """The base model cannot be found, read or used as asked."""
+    """The base model cannot be found, read or used with these settings."""
 
 
 class DataError(LorakeetError, ValueError):
-    """The data cannot be found, read or learned from."""
+    """The data cannot be found, read or trained on."""
 
 
 class AdapterError(LorakeetError, ValueError):
-    """An adapter on disk or in memory is not what it should be."""
+    """An adapter, on disk or in memory, is missing, damaged or does not fit."""
 
 
 class MergeError(LorakeetError, RuntimeError):
-    """A merged model does not compute what the unmerged one does, or a merge is not possible."""
+    """Merged and unmerged outputs differ, or a layer cannot be merged."""
 
 
 class TrainingError(LorakeetError, RuntimeError):
-    """A run cannot start, or must not go on."""
+    """A run cannot start or cannot continue."""
 
 
 class OutputError(LorakeetError, OSError):
-    """A place to write to is not writable, or already holds something."""
+    """An output path is not writable, or already holds something."""
 
 
 def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The ``count`` names of ``known`` most like ``word``, best first."""
+    """Return at most ``count`` names of ``known`` that are similar to ``word``, best first."""
     names = sorted(set(known))
     close = difflib.get_close_matches(word, names, n=count, cutoff=0.5)
     return close or [name for name in names if word.lower() in name.lower() or name.lower() in word.lower()][:count]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """A hint with the nearest known names, or None when nothing is near."""
+    """Return a hint with the most similar known names, or None if there are none."""
     close = nearest(word, known)
     return f"did you mean {', '.join(map(repr, close))}?" if close else None

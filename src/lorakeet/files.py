@@ -1,6 +1,6 @@
-"""Files: where the cache is, how a file or folder is written whole or not at all, how a name becomes a path.
+"""Atomic writes of files and folders, the cache folder, and single files of the hub.
 
-Nothing is ever half-written: :func:`write_file` and :func:`write_folder` write aside, flush to disk and rename.
+:func:`write_file` and :func:`write_folder` write to a temporary path, flush it to disk and rename it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any
 
 from lorakeet.errors import LorakeetError, OutputError
 
+#: File name suffixes of formats that hold pickles; opening one can run code.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def cache_home() -> Path:
-    """The one folder outside a run that Lorakeet writes to: ``$LORAKEET_HOME``, else the user's cache folder."""
+    """Return the only folder outside a run that Lorakeet writes to: ``$LORAKEET_HOME``, or the user's cache folder."""
     if home := os.environ.get("LORAKEET_HOME"):
         return Path(home).expanduser()
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -37,10 +38,10 @@ def _fsync(path: Path) -> None:
 
 @contextmanager
 def write_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; when the block ends well, it is renamed over ``path``.
+    """Yield a temporary path in the folder of ``path``, and rename it to ``path`` if the block raises nothing.
 
     Raises:
-        OutputError: the folder cannot be written to.
+        OutputError: The folder is not writable.
     """
     path = Path(path)
     try:
@@ -49,7 +50,7 @@ def write_file(path: str | Path) -> Iterator[Path]:
         os.close(fd)
     except OSError as error:
         raise OutputError(
-            f"cannot write {path}: {error.strerror or error}", "choose a folder you may write to"
+            f"cannot write {path}: {error.strerror or error}", "choose a folder that you may write to"
         ) from error
     aside = Path(name)
     try:
@@ -64,10 +65,10 @@ def write_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def write_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; when the block ends well, it takes the place of ``path``.
+    """Yield a temporary folder next to ``path``, and replace ``path`` by it if the block raises nothing.
 
     Raises:
-        OutputError: the parent folder cannot be written to.
+        OutputError: The parent folder is not writable.
     """
     path = Path(path)
     try:
@@ -75,14 +76,14 @@ def write_folder(path: str | Path) -> Iterator[Path]:
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     except OSError as error:
         raise OutputError(
-            f"cannot write {path}: {error.strerror or error}", "choose a folder you may write to"
+            f"cannot write {path}: {error.strerror or error}", "choose a folder that you may write to"
         ) from error
     try:
         yield aside
         aside.chmod(0o755)
         for file in aside.rglob("*"):
             if file.is_file():
-                file.chmod(0o644)  # some writers leave files that only their owner may read
+                file.chmod(0o644)  # some writers create files that only their owner may read
                 _fsync(file)
         if path.exists():
             old = path.with_name(f".{path.name}.old.tmp")
@@ -98,17 +99,27 @@ def write_folder(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all."""
+    """Write ``value`` as indented JSON, atomically."""
     with write_file(path) as aside:
         aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def hub_file(repo: str, filename: str, *, revision: str | None = None, repo_type: str = "model") -> Path | None:
-    """``filename`` of the hub repository ``repo``, downloaded into the hub's own cache; None if the repo lacks it.
+    """Download one file of a hub repository into the hub's own cache.
+
+    The token, if any, is that of ``hf auth login`` or of ``HF_TOKEN``; no message contains it.
+
+    Args:
+        repo: Hub id, ``user/name``.
+        filename: Path inside the repository.
+        revision: Branch, tag or commit; the main branch by default.
+        repo_type: ``model`` or ``dataset``.
+
+    Returns:
+        The cached file; None if the repository has no such file.
 
     Raises:
-        LorakeetError: the hub cannot be reached and the file is not cached, or the repository does not exist. The
-            token, if any, is the one of the usual login or of ``HF_TOKEN``; it is never shown.
+        LorakeetError: The hub cannot be reached and the file is not cached, or the repository does not exist.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
@@ -117,8 +128,8 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None, repo_type
         return Path(hf_hub_download(repo, filename, revision=revision, repo_type=repo_type))
     except LocalEntryNotFoundError as error:
         raise LorakeetError(
-            f"{filename} of {repo!r} is not cached here and the hub cannot be reached",
-            f"connect once, or run `hf download {repo}` elsewhere and give its folder",
+            f"{filename} of {repo!r} is not in the cache, and the hub cannot be reached",
+            f"connect once, or run `hf download {repo}` on another machine and pass the folder",
         ) from error
     except EntryNotFoundError:
         return None
@@ -126,15 +137,15 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None, repo_type
         reason = str(error).strip().splitlines()[0]
         raise LorakeetError(
             f"cannot get {filename} of {repo!r} from the hub: {reason}",
-            "check the name, and `hf auth login` if private",
+            "check the name; for a private repository run `hf auth login`",
         ) from error
 
 
 def check_output(folder: str | Path, need: int = 0) -> None:
-    """See that ``folder`` can be written to and has room for ``need`` bytes.
+    """Check that ``folder`` is writable and has ``need`` bytes free; create it if it is missing.
 
     Raises:
-        OutputError: it cannot, or has not.
+        OutputError: The folder is not writable, or has less free space.
     """
     folder = Path(folder)
     probe = folder / ".lorakeet-probe.tmp"
@@ -144,11 +155,11 @@ def check_output(folder: str | Path, need: int = 0) -> None:
         probe.unlink()
     except OSError as error:
         raise OutputError(
-            f"cannot write to {folder}: {error.strerror or error}", "choose a folder you may write to"
+            f"cannot write to {folder}: {error.strerror or error}", "choose a folder that you may write to"
         ) from error
     free = shutil.disk_usage(folder).free
     if free < need:
         raise OutputError(
-            f"{folder} has {free / 1e6:,.0f} MB free, a checkpoint needs {need / 1e6:,.0f} MB",
+            f"{folder} has {free / 1e6:,.0f} MB free, and a checkpoint needs {need / 1e6:,.0f} MB",
             "free some space or choose another folder",
         )

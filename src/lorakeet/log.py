@@ -1,6 +1,6 @@
-"""What the program says while it works: one line at a time, to stderr, through the logger ``lorakeet``.
+"""User messages, one line each, through the logger ``lorakeet`` to stderr.
 
-A program that uses Lorakeet as a library silences it as any logger: ``logging.getLogger("lorakeet").setLevel(...)``.
+A program that uses Lorakeet as a library silences them as with any logger: ``logging.getLogger("lorakeet").setLevel(...)``.
 """
 
 from __future__ import annotations
@@ -11,27 +11,28 @@ import sys
 log = logging.getLogger("lorakeet")
 
 
-class _Stderr(logging.Handler):
-    """Writes to whatever ``sys.stderr`` is now (a test or a progress bar may have replaced it)."""
+class _StderrHandler(logging.Handler):
+    """Handler that looks up ``sys.stderr`` at each message: a test or a progress bar may have replaced it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
         print(prefix + record.getMessage(), file=sys.stderr, flush=True)
 
 
-def _speak(level: int, message: str) -> None:
-    if not log.hasHandlers():  # nobody configured logging: a person is watching
-        log.addHandler(_Stderr())
+def _log(level: int, message: str) -> None:
+    """Log a message; without any logging configured, install a handler for stderr first."""
+    if not log.hasHandlers():
+        log.addHandler(_StderrHandler())
         if log.level == logging.NOTSET:
             log.setLevel(logging.INFO)
     log.log(level, message)
 
 
 def info(message: str) -> None:
-    """Tell the person something they would want to know."""
-    _speak(logging.INFO, message)
+    """Log progress or a choice that the user may want to know."""
+    _log(logging.INFO, message)
 
 
 def warn(message: str) -> None:
-    """Tell the person something that may spoil their result."""
-    _speak(logging.WARNING, message)
+    """Log a problem that may spoil the user's result."""
+    _log(logging.WARNING, message)

@@ -143,7 +143,7 @@ def test_a_wrong_token(hub: Hub, folder: Path, caplog: pytest.LogCaptureFixture,
 def test_a_token_that_may_not_write(hub: Hub, folder: Path) -> None:
     assert "may not write to 'ana/quotes': this token may only read" in refused(folder, token=READ_ONLY)
     assert "may not write to 'bob/quotes'" in (said := refused(folder, "bob/quotes", token=TOKEN))
-    assert "your own" in said
+    assert "your user's or organization's name" in said
 
 
 def test_no_token(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,9 +184,9 @@ def test_a_hub_that_is_broken(hub: Hub, folder: Path) -> None:
 
 
 def test_nothing_is_sent_of_an_adapter_that_is_none(hub: Hub, folder: Path, tmp_path: Path) -> None:
-    assert "no folder here" in refused(tmp_path / "nowhere", token=TOKEN)
+    assert "is not a folder" in refused(tmp_path / "nowhere", token=TOKEN)
     (tmp_path / "empty").mkdir()
-    assert "holds no adapter_config.json" in refused(tmp_path / "empty", token=TOKEN)
+    assert "has no adapter_config.json" in refused(tmp_path / "empty", token=TOKEN)
     (tmp_path / "run.yaml").write_text("")
     assert "the folder of a run" in (said := refused(tmp_path, token=TOKEN)) and str(folder) in said
 
@@ -219,7 +219,7 @@ def test_a_local_path_as_the_base_is_said(
     config = tmp_path / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "/home/ana/base"}))
     push_folder(tmp_path, "ana/quotes", token=TOKEN)
-    assert "'/home/ana/base', which others do not have" in caplog.text
+    assert "'/home/ana/base', which is not on the hub" in caplog.text
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from helpers.tiny import make, shake
 from lorakeet import LoraConfig, PeftModel, get_peft_model
 from lorakeet.adapter.compatibility import readers
-from lorakeet.adapter.inspect import describe, inspect_adapter, update_norm
+from lorakeet.adapter.inspect import inspect_adapter, update_norm
+from lorakeet.adapter.inspection_text import inspection_text
 from lorakeet.errors import AdapterError, ConfigError
 
 BASE = "ana/tiny-base"
@@ -102,16 +103,16 @@ def test_one_dead_layer_and_all_dead(tmp_path: Path) -> None:
     info = spoil(tmp_path, lambda t: t[f"base_model.model.{name}.lora_B.weight"].zero_())
     assert info["learned"] and info["dead_layers"] == [name]
     assert [layer["update_norm"] for layer in info["layers"] if layer["dead"]] == [0.0]
-    assert f"1 of 6 layers are all zero: {name}" in describe(info)
+    assert f"1 of 6 layers are all zero: {name}" in inspection_text(info)
     other = "model.layers.2.self_attn.v_proj"
     info = spoil(tmp_path, lambda t: t[f"base_model.model.{other}.lora_A.weight"].zero_())
     assert info["dead_layers"] == [name, other] and [kind["dead"] for kind in info["kinds"]] == [1, 1]
     saved(tmp_path, learned=False)
     info = strict(tmp_path)
     assert not info["learned"] and len(info["dead_layers"]) == 6
-    assert "learned     NO" in describe(info) and info["readers"]["lorakeet"] == {
+    assert "trained     NO" in inspection_text(info) and info["readers"]["lorakeet"] == {
         "can": False,
-        "why": ["it never learned"],
+        "why": ["it is untrained"],
     }
 
 
@@ -137,8 +138,8 @@ def test_pairs_that_are_none(tmp_path: Path) -> None:
     info = spoil(tmp_path, edit)
     assert info["problems"] == [
         "model.layers.0.self_attn.q_proj has no A",
-        "model.layers.1.self_attn.q_proj has A [4, 32] and B [32, 5], which do not multiply",
-        "model.layers.2.self_attn.q_proj has A [3, 32] and B [32, 3], but the settings say rank 4",
+        "model.layers.1.self_attn.q_proj has A [4, 32] and B [32, 5], which cannot be multiplied",
+        "model.layers.2.self_attn.q_proj has A [3, 32] and B [32, 3], but the settings have rank 4",
     ]
     assert len(info["layers"]) == 4 and info["readers"]["lorakeet"]["why"] == info["problems"]
 
@@ -149,12 +150,12 @@ def test_what_another_tool_saved(tmp_path: Path) -> None:
     info = strict(tmp_path)
     assert info["lorakeet"] == {} and info["architecture"] is None
     assert info["readers"]["Ollama"] == {"can": True, "why": ["if the base is llama or gemma2"]}
-    assert "made with" not in describe(info)
+    assert "made with" not in inspection_text(info)
 
 
 def test_it_can_be_read_by_people(tmp_path: Path) -> None:
     saved(tmp_path)
-    lines = describe(inspect_adapter(tmp_path)).splitlines()
+    lines = inspection_text(inspect_adapter(tmp_path)).splitlines()
     assert "base        ana/tiny-base (llama)" in lines
     assert "targets     q_proj, v_proj" in lines and "notes       steps=3, eval_loss_after=2.5" in lines
     [head, q, v] = [line for line in lines if line.startswith(("layer ", "q_proj ", "v_proj "))]
@@ -166,14 +167,14 @@ def test_it_can_be_read_by_people(tmp_path: Path) -> None:
     (tmp_path / "lorakeet.json").write_text(
         json.dumps({**notes, **{f"a long figure, number {n}": n / 7 for n in range(9)}})
     )
-    lines = describe(inspect_adapter(tmp_path)).splitlines()
+    lines = inspection_text(inspect_adapter(tmp_path)).splitlines()
     assert max(map(len, lines)) <= 120 and "number 6=0.85714" in " ".join(lines)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="does not exist"):
         inspect_adapter(tmp_path / "nowhere")
-    with pytest.raises(AdapterError, match=r"holds no adapter_config\.json"):
+    with pytest.raises(AdapterError, match=r"has no adapter_config\.json"):
         inspect_adapter(tmp_path)
     saved(tmp_path)
     weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"

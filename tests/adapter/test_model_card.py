@@ -90,7 +90,7 @@ def test_settings_and_figures() -> None:
         "rank_pattern": "`a.b: 3`",
         "bias": "`none`",
         "optimizer steps": "200",
-        "tokens learned from": "1,234,567",
+        "tokens in the loss": "1,234,567",
         "held-out loss before": "4.2118",
         "held-out loss after": "3.5",
     }

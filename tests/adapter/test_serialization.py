@@ -68,7 +68,7 @@ def test_an_adapter_that_never_learned(tmp_path, caplog):
     model = get_peft_model(make("llama"), LoraConfig())
     model.save_pretrained(tmp_path)
     assert "changes nothing" in caplog.text
-    assert "never learned" in refuse(tmp_path)
+    assert "is untrained" in refuse(tmp_path)
     PeftModel.from_pretrained(make("llama"), tmp_path, allow_untrained=True)
     PeftModel.from_pretrained(make("llama"), tmp_path, is_trainable=True)
 
@@ -116,12 +116,12 @@ def test_a_truncated_file(saved, keep):
 
 
 def test_no_adapter_there(tmp_path, saved):
-    assert "holds no adapter_config.json" in refuse(tmp_path)
+    assert "has no adapter_config.json" in refuse(tmp_path)
     assert "does not exist" in refuse(tmp_path / "nowhere")
     assert "is a file" in refuse(saved / "adapter_config.json")
-    assert "no folder here" in refuse("nobody/nothing")
+    assert "not a folder here" in refuse("nobody/nothing")
     (saved / "adapter_model.safetensors").unlink()
-    assert "holds no adapter_model.safetensors" in refuse(saved)
+    assert "has no adapter_model.safetensors" in refuse(saved)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\x00"])

@@ -166,8 +166,8 @@ def test_a_sum_is_scaled_once_whatever_scaled_its_terms(tmp_path: Path) -> None:
         ((["a", "c"], [1.0], "sum"), "2 adapters and 1 weights"),
         ((["a", "z"], [1.0, 1.0], "sum"), "no adapter 'z'"),
         ((["a", "c"], [1.0, float("nan")], "sum"), "not finite"),
-        ((["a", "c"], [1.0, 1.0], "sum", "tied"), "combination_type='tied' is not known"),
-        ((["a", "c"], [1.0, 1.0], "sum", "linear"), r"one rank, got \[3, 5\]"),
+        ((["a", "c"], [1.0, 1.0], "sum", "tied"), "unknown combination_type 'tied'"),
+        ((["a", "c"], [1.0, 1.0], "sum", "linear"), r"equal ranks, got \[3, 5\]"),
         ((["a", "c"], [1.0, 1.0], "b"), "there is an adapter 'b' already"),
     ],
 )

@@ -226,8 +226,8 @@ def test_a_head_keeps_its_bias() -> None:
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"trainable_token_indices": [3, 61]}, "61 rows, which leaves no token 61"),
-        ({"trainable_token_indices": {"embed": [3]}}, "names 'embed', which the model has not"),
+        ({"trainable_token_indices": [3, 61]}, "61 rows and no token 61"),
+        ({"trainable_token_indices": {"embed": [3]}}, "names 'embed', which is not in this model"),
         ({"trainable_token_indices": {"norm": [3]}}, "expected an embedding or a head"),
         ({"trainable_token_indices": [3], "target_modules": ["embed_tokens"]}, "adapted or trained whole already"),
         ({"trainable_token_indices": [3], "modules_to_save": ["embed_tokens"]}, "adapted or trained whole already"),
@@ -264,7 +264,7 @@ def test_adapters_with_rows_of_their_own() -> None:
     model.set_adapter(["one", "two"])
     both = model.get_input_embeddings()(torch.tensor([3, 7, 9, 11]))
     assert torch.equal(both[:2], answers["one"][:2]) and torch.equal(both[2], answers["two"][2])
-    with pytest.raises(AdapterError, match="row of its own for token 3"):
+    with pytest.raises(AdapterError, match="its own row for token 3"):
         model.set_adapter(["one", "again"])
     model.delete_adapter("two")
     with pytest.raises(TargetError, match="in another way"):

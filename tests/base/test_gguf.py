@@ -1,4 +1,4 @@
-"""A GGUF file becomes a plain transformers model, once, whole or not at all."""
+"""A GGUF file is converted to a transformers model once and atomically."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ LAYER_NAMES = {
 
 
 def tensors(model: LlamaForCausalLM) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights under their GGUF names; queries and keys with the two halves of each head interleaved."""
+    """Return the weights by GGUF name; queries and keys have the two halves of each head interleaved."""
     heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
     for name, weight in model.state_dict().items():
         if name in NAMES:
@@ -136,7 +136,7 @@ def test_sixteen_bits_are_not_rounded_again(tmp_path: Path, model: LlamaForCausa
 def test_special_tokens_are_those_that_the_file_names(file: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.bos_token = tokenizer.eos_token = tokenizer.unk_token = "<s>"
-    gguf._as_the_file_says(tokenizer, gguf.read_header(file))
+    gguf._set_special_tokens(tokenizer, gguf.read_header(file))
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<s>", "</s>", None)
 
 
@@ -242,7 +242,7 @@ def test_the_cache_is_not_writable(file: Path, tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.slow
 def test_the_embedded_base(smollm2: Path, real_home: Path) -> None:
-    """The real base, converted: the tokenizer and the weights are those that transformers reads from the GGUF file."""
+    """Tokenizer and weights of the converted embedded base equal those that transformers reads from the GGUF file."""
     source = find_source(DEFAULT_MODEL)
     assert local_folder(source) == smollm2
     base = load_base(dtype="fp32", device="cpu")
@@ -264,7 +264,7 @@ def test_the_embedded_base(smollm2: Path, real_home: Path) -> None:
 def test_functions_are_remembered_for_a_while_and_are_themselves_again() -> None:
     module, asked = types.ModuleType("m"), []
     module.read = own = lambda path: asked.append(path) or object()  # type: ignore[attr-defined]
-    with pytest.raises(ZeroDivisionError), gguf._remembering(module, "read", "gone"):
+    with pytest.raises(ZeroDivisionError), gguf._caching(module, "read", "gone"):
         assert module.read("a") is module.read("a") and module.read("a") is not module.read("b")
         assert asked == ["a", "b"]
         raise ZeroDivisionError

@@ -1,4 +1,4 @@
-"""Preparing a base: frozen, norms and head in fp32, gradients that reach the adapters."""
+"""A prepared base is frozen, its norms and head are fp32, and gradients reach the adapters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def hooks(model: nn.Module) -> int:
 
 
 def probe_gradient(name: str, model: nn.Module) -> torch.Tensor:
-    """Gradient of a sum of squared logits with respect to one trainable weight in the first layer."""
+    """Return the gradient of a sum of squared logits with respect to a trainable weight of the first layer."""
     weight = next(p for n, p in model.named_parameters() if LINEARS[name][0] in n and n.endswith("weight"))
     weight.requires_grad_(True)
     model.train()

@@ -1,4 +1,4 @@
-"""A base is frozen, whole, and in the number format that was asked for."""
+"""A loaded base is frozen, complete, and in the requested number format."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def test_tied_weights_count_once(base: Base) -> None:
 
 def test_a_tensor_of_another_format_is_found(base: Base) -> None:
     base.model.model.layers[1].mlp.up_proj.half()
-    with pytest.raises(BaseModelError, match=r"asked for in fp32, but model\.layers\.1\.mlp\.up_proj\.weight is fp16"):
+    with pytest.raises(BaseModelError, match=r"not loaded in fp32: model\.layers\.1\.mlp\.up_proj\.weight is fp16"):
         check_dtypes(base.model, torch.float32, "tiny")
 
 
 def test_the_format_is_checked_after_loading(folder: Path) -> None:
-    with pytest.raises(BaseModelError, match="asked for in fp32, but .* is fp16"):
+    with pytest.raises(BaseModelError, match="not loaded in fp32: .* is fp16"):
         load_base(str(folder), dtype="fp32", device="cpu", model_options={"dtype": torch.float16})
 
 
@@ -98,7 +98,7 @@ def test_weights_of_another_shape_are_an_error(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = torch.ones(31)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BaseModelError, match=r"model\.norm\.weight is \[31\], its config says \[32\]"):
+    with pytest.raises(BaseModelError, match=r"model\.norm\.weight has shape \[31\], expected \[32\]"):
         load_base(str(folder), device="cpu")
 
 
@@ -107,7 +107,7 @@ def test_a_new_head_is_random_and_said(folder: Path, caplog: pytest.LogCaptureFi
         str(folder), auto_class=AutoModelForSequenceClassification, model_options={"num_labels": 5}, device="cpu"
     )
     assert base.model.score.weight.shape == (5, 32)
-    assert "1 weights are not in" in caplog.text and "begin at random: score.weight" in caplog.text
+    assert "1 weights are not in" in caplog.text and "are initialized randomly: score.weight" in caplog.text
     assert "not used: lm_head.weight" in caplog.text
 
 
@@ -128,7 +128,7 @@ def test_tokens_without_an_embedding_are_said(folder: Path, caplog: pytest.LogCa
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.save_pretrained(folder)
     load_base(str(folder), dtype="fp32", device="cpu")
-    assert "embeddings for 260 tokens, its tokenizer knows more: no text may hold <pad>" in caplog.text
+    assert "embeddings of 260 tokens, its tokenizer has more: no text may contain <pad>" in caplog.text
 
 
 def test_a_damaged_tokenizer(folder: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_device_that_is_not_here(name: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
 def test_cuda_without_cuda() -> None:
-    with pytest.raises(BaseModelError, match="'cuda' was asked for, this machine and its torch have 1 cpu"):
+    with pytest.raises(BaseModelError, match="'cuda' is not available, torch finds 1 cpu here"):
         choose_device("cuda")
 
 

@@ -1,4 +1,4 @@
-"""The shapes of large models, counted without their weights."""
+"""Large models are counted on the meta device, without weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person gives as a model is found, or refused with one clear error."""
+"""A model reference is resolved, or refused with one clear error."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_hub_id_that_is_not_cached() -> None:
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], Path]:
-    """Put a folder into a hub cache of the test's own, as a download would."""
+    """Copy a folder into a temporary hub cache, as a download would."""
     cache, commit = tmp_path / "hub", "0123456789abcdef0123456789abcdef01234567"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
 
@@ -101,14 +101,14 @@ def test_a_revision_of_a_folder(folder: Path) -> None:
 def test_an_adapter_folder(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
     error = refusal(tmp_path)
-    assert "holds an adapter" in error.message
+    assert "is an adapter" in error.message
     assert error.hint == f"use --adapter {tmp_path} with --model org/base"
 
 
 def test_a_folder_without_config(tmp_path: Path) -> None:
-    assert f"config.json was sought in {tmp_path}" in refusal(tmp_path).message
+    assert f"there is no config.json in {tmp_path}" in refusal(tmp_path).message
     (tmp_path / "m.gguf").touch()
-    assert refusal(tmp_path).hint == f"give the file itself: {tmp_path / 'm.gguf'}"
+    assert refusal(tmp_path).hint == f"give the GGUF file: {tmp_path / 'm.gguf'}"
 
 
 @pytest.mark.parametrize(
@@ -158,4 +158,4 @@ def test_a_shard_is_missing_or_truncated(save_model: Callable[..., Path]) -> Non
 
 
 def test_a_safetensors_file_is_no_model(folder: Path) -> None:
-    assert "folder that holds config.json" in str(refusal(folder / "model.safetensors").hint)
+    assert "folder with config.json" in str(refusal(folder / "model.safetensors").hint)

@@ -1,4 +1,4 @@
-"""A model is fetched from a hub: the real client against a small local server that speaks the routes it needs."""
+"""A model is downloaded by the real hub client from a small local server with the routes that it needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOAD = "import sys; from lorakeet.base.load import load_base; print(load_base(sy
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Address of a hub with the repositories in ``tmp_path/hub/<org>/<name>``, and the files that were fetched."""
+    """Serve the repositories in ``tmp_path/hub/<org>/<name>``; return the address and the list of downloaded files."""
     root, fetched = tmp_path / "hub", list[str]()
 
     class Hub(BaseHTTPRequestHandler):

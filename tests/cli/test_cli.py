@@ -1,4 +1,4 @@
-"""The command line: a polite pipe, and for every mistake one line, a hint, exit code 2 and nothing half-written."""
+"""The command line: data on stdout; a user error is one line, a hint, exit code 2, and leaves no partial files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with a tiny base model, data, and a finished run in ``run``."""
+    """Create a folder with a tiny base model, data, and a finished run in ``run``."""
     folder = tmp_path_factory.mktemp("cli")
     save_base(folder / "base", 0)
     save_base(folder / "other", 1)
@@ -186,7 +186,7 @@ def mistake(here, capsys, words, *says):
 
 
 def spoiled(here, name, spoil):
-    """A copy of the run's adapter with something wrong."""
+    """Copy the run's adapter and damage the copy."""
     folder = here / name
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(here / "run" / "adapter", folder)
@@ -213,6 +213,10 @@ TRAINING_MISTAKES = {
     "an unknown flag": (["--stepps", "3"], ["--stepps"]),
     "a number of bits that is not": (["--bits", "7"], ["bits = 7"]),
     "an unknown device": (["--device", "gpuu"], ["gpuu"]),
+    "a negative seed": (["--seed", "-1"], ["train.seed = -1"]),
+    "a seed beyond 32 bits": (["--seed", "4294967296"], ["train.seed = 4294967296"]),
+    "an override that is no YAML": (["data.path=["], ["data.path=[", "not YAML", "hint: "]),
+    "no name for the folder": (["out="], ["out = None"]),
 }
 
 
@@ -236,6 +240,33 @@ def test_an_unknown_key_in_the_yaml_file(here, capsys):
     (here / "bad.yaml").write_text("lora: [")
     mistake(here, capsys, ["train", "bad.yaml"], "bad.yaml is not YAML")
     mistake(here, capsys, ["train", "none.yaml"], "none.yaml")
+    (here / "story.txt").write_text("Once upon a time: there was a run: it ended.\n")
+    mistake(here, capsys, ["train", "story.txt"], "story.txt is not YAML", "hint: ", "--data story.txt")
+
+
+@pytest.mark.parametrize(
+    ("flag", "hint"),
+    [
+        ("--gradient-accumulation-steps", "use --grad-accum"),
+        ("--per-device-train-batch-size", "use --batch-size"),
+        ("--num-train-epochs", "use --epochs"),
+        ("--eval-steps", "it is the setting train.eval_every: add train.eval_every=VALUE"),
+        ("--schedule", "it is the setting train.schedule: add train.schedule=VALUE"),
+        ("--colour", "lorakeet train --help"),
+    ],
+)
+def test_an_unknown_flag_names_the_setting(here, capsys, flag, hint):
+    mistake(here, capsys, ["train", "--data", "data.jsonl", flag, "3"], flag, f"hint: {hint}\n")
+
+
+def test_flags_known_from_transformers_set_the_same(here, monkeypatch):
+    import lorakeet.train.run as module
+
+    seen = []
+    monkeypatch.setattr(module, "run_training", lambda config, **_: seen.append(config.train) or {})
+    for rate, save in (("--lr", "--save-every"), ("--learning-rate", "--save-steps")):
+        assert main(["train", "--data", "data.jsonl", "--epochs", "3", rate, "1e-3", save, "7"]) == 0
+    assert seen[0] == seen[1] and (seen[0].epochs, seen[0].lr, seen[0].save_every) == (3.0, 1e-3, 7)
 
 
 def test_an_output_folder_that_holds_a_run(here, capsys):

@@ -1,4 +1,4 @@
-"""What the demo sees to before it says that it is done."""
+"""The checks of the demo before it reports success."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from lorakeet.errors import LorakeetError
 def test_the_adapter_loaded_again_must_have_the_loss_of_its_training(
     dtype: str, off: float, same: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Up to what another order of the same sums makes of it, in the base's number format."""
+    """The tolerance is the rounding error of another order of sums, in the number format of the base."""
     started: list[str] = []
 
-    def anew(*words: str) -> subprocess.Popen[str]:
+    def start(*words: str) -> subprocess.Popen[str]:
         started.append(words[0])
         line = {"eval": {"loss": 4.0 + off}, "generate": {"text": "so it goes"}}[words[0]]
         assert words[words.index("--bits") + 1] == "8"
         return subprocess.Popen(["echo", json.dumps(line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    monkeypatch.setattr(module, "_anew", anew)
+    monkeypatch.setattr(module, "_start", start)
     summary = {"eval_loss_after": 4.0, "dtype": dtype}
-    with nullcontext() if same else pytest.raises(LorakeetError, match="loaded again has a held-out loss of"):
-        assert module._loaded_again(read_run(None, values=module.JOB), summary, Path("a")) == ["so it goes"]
+    with nullcontext() if same else pytest.raises(LorakeetError, match="reloaded adapter has a held-out loss of"):
+        assert module._verify_saved(read_run(None, values=module.JOB), summary, Path("a")) == ["so it goes"]
     assert started == ["generate", "eval"]
 
 
 def test_a_new_process_that_fails_is_named_with_what_it_said() -> None:
     with pytest.raises(LorakeetError, match=r"(?s)`lorakeet inspect` failed in a new process: .*nowhere"):
-        module._printed(module._anew("inspect", "nowhere"), "inspect")
+        module._read_output(module._start("inspect", "nowhere"), "inspect")

@@ -1,4 +1,4 @@
-"""A furnished folder with a finished run, made once; each test runs in a copy of it."""
+"""Fixtures of the documentation: a folder with data and a finished run, built once and copied for each test."""
 
 from __future__ import annotations
 

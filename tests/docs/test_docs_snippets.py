@@ -1,4 +1,4 @@
-"""Every Python block of the documentation runs, in a furnished folder; those of the tour are parts of the example."""
+"""Every Python block of the documentation runs; those of the tour are parts of the example."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WITH_PYTHON = [page for page in PAGES if blocks(page, "python") and page not in 
 
 
 def run(page: Path, change: tuple[str, str] = ("", "")) -> str:
-    """Run a page's blocks one after the other, in one namespace; returns what they printed."""
+    """Run a page's blocks in order in one namespace, and return their output."""
     said = io.StringIO()
     space: dict = {"__name__": "__main__"}
     with contextlib.redirect_stdout(said):
@@ -41,14 +41,16 @@ def test_the_readmes_snippet_is_code_for_peft_with_its_import_changed(here: Path
     run(ROOT / "README.md", ("from lorakeet import", "from peft import"))
     theirs = load_file("my-adapter/adapter_model.safetensors")
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
-    assert not torch.equal(*(next(iter(tensors.values())) for tensors in (ours, theirs)))  # two runs, not one twice
+    assert not torch.equal(
+        *(next(iter(tensors.values())) for tensors in (ours, theirs))
+    )  # two runs, not the same one twice
     base = AutoModelForCausalLM.from_pretrained(DEFAULT_MODEL)
-    peft.PeftModel.from_pretrained(base, "my-run/adapter")  # and what lorakeet train made loads there
+    peft.PeftModel.from_pretrained(base, "my-run/adapter")  # an adapter of lorakeet train loads in peft
 
 
 @pytest.mark.parametrize("page", TOURS, ids=name)
 def test_the_tour_shows_the_example(page: Path) -> None:
-    """Each block under a numbered heading stands in the same step of the script, comments aside."""
+    """Each block under a numbered heading is part of the same step of the script, comments aside."""
     script = re.split(r"^# ---- (\d+)\. .*$", read(ROOT / "examples" / "ten_steps.py"), flags=re.MULTILINE)
     steps = {number: bare(code) for number, code in zip(script[1::2], script[2::2], strict=True)}
     chapters = re.split(r"^## (\d+)\. .*$", read(page), flags=re.MULTILINE)
@@ -62,6 +64,6 @@ def test_the_tour_shows_the_example(page: Path) -> None:
 
 
 def bare(code: str) -> str:
-    """Code without comments, indentation and empty lines."""
+    """Return code without comments, indentation and empty lines."""
     lines = (re.sub(r"(^|\s+)#.*", "", line).strip() for line in code.splitlines())
     return "\n".join(line for line in lines if line)

@@ -1,4 +1,4 @@
-"""The commands of every task's page run, one after the other, on small data and tiny models of the names that they use."""
+"""The commands of every task's page run in order, on small data and tiny models of the same names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DATA = {
     "partners": "FEATURE_EXTRACTION",
     "texts": "MASKED_LM",
 }
-KEPT = 40  # rows of what an example makes
+KEPT = 40  # rows of an example's output
 TEMPLATE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
 
 
@@ -58,7 +58,7 @@ def test_commands_run(
 
 
 def run_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """An example that makes data; of the file that it writes only the first rows are kept."""
+    """Run an example that writes data, and keep only the first rows of its file."""
     monkeypatch.setattr(sys, "argv", words[1:])
     runpy.run_path(str(ROOT / words[1]), run_name="__main__")
     made = Path(words[2])
@@ -67,7 +67,7 @@ def run_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("page", TASK_PAGES, ids=name)
 def test_rows_are_such(page: Path, tmp_path: Path) -> None:
-    """Each row that a page shows is one that its task takes."""
+    """Each row on a page fits its task."""
     from lorakeet.config import DataSettings, TaskSettings
     from lorakeet.data.doctor.examine import examine
 

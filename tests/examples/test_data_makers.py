@@ -1,4 +1,4 @@
-"""The examples that make data: out of a few lines written here, and out of the real package where it is installed."""
+"""Examples that write data: from a few lines here, and from the real package if it is installed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_each_quotation_and_the_file_it_is_from(folder: Path, monkeypatch: pytes
     out = folder / "sources.jsonl"
     rows = made(monkeypatch, "five_sources.py", out, str(out), "--folder", str(folder))
     assert [row["label"] for row in rows] == ["fortunes"] * 3 + ["limerick", "murphy", "startrek", "zippy"]
-    assert rows[0]["text"] == "Know thyself."  # once, and without the name of who said it
+    assert rows[0]["text"] == "Know thyself."  # once, and without its author
     assert rows[5]["text"] == '"Beam me up."\n\t"Aye."' and not any("two" in row["text"].lower() for row in rows)
     fewer = made(monkeypatch, "five_sources.py", out, str(out), "--folder", str(folder), "--most", "2")
     assert fewer == [rows[0], rows[1], *rows[3:]]

@@ -1,7 +1,7 @@
-"""Who said it, and how it goes on: the rows, which of their tokens are learned, and (slow) that a real model learns them.
+"""Rows of the quotation tasks, their tokens in the loss, and (slow) a real model that learns them.
 
-What is learned is compared token by token with a reference written here: the tokenizer's own file, read by ``tokenizers``
-alone, and the conversation put together by hand.
+The loss mask is compared token by token with a reference: the tokenizer's own file, read by ``tokenizers`` alone, and a
+conversation rendered by hand.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ from lorakeet.train.run import run_training
 SCRIPT = "quotation_tasks.py"
 CAUSAL = TaskSettings(type="CAUSAL_LM")
 END = "<|im_end|>"
-SYSTEM = (
-    "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # what the template puts first by itself
-)
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # the template's default system turn
 
 
 def rows(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str) -> list[dict[str, Any]]:
@@ -155,12 +153,12 @@ def test_the_real_quotations_in_halves(tmp_path: Path, monkeypatch: pytest.Monke
     assert out.read_bytes() == before
 
 
-# ---- what is learned --------------------------------------------------------------------------------------------
+# ---- tokens in the loss -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def tokenizer(smollm2: Path) -> Any:
-    """The tokenizer as a run has it."""
+    """Return the tokenizer that a run uses."""
     return inspect_model(BaseSettings(model=str(smollm2))).tokenizer
 
 
@@ -170,12 +168,12 @@ def reference(smollm2: Path) -> Tokenizer:
 
 
 def samples(path: Path, tokenizer: Any, **settings: Any) -> Prepared:
-    """All rows of a file as the samples of a run, in their order."""
+    """Return all rows of a file as the samples of a run, in order."""
     return prepare(DataSettings(path=str(path), eval_fraction=0.0, **settings), CAUSAL, tokenizer, seed=42)
 
 
 def is_learned(labels: list[int], ids: list[int]) -> list[bool]:
-    """Which tokens are learned; such a token is its own label, any other has -100."""
+    """Return which tokens are in the loss; these are their own labels, the others have -100."""
     learned = [label != -100 for label in labels]
     assert labels == [token if flag else -100 for token, flag in zip(ids, learned, strict=True)]
     return learned
@@ -260,7 +258,7 @@ def test_what_is_cut_off_has_no_end(tokenizer: Any, tmp_path: Path, monkeypatch:
 def ended(
     opened: api.LoadedModel, adapter: str | None, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> list[str]:
-    """What is written after the user's turns, likeliest token by token: of the texts that end within 60 tokens."""
+    """Generate greedily after the user's turns; return the texts that end within 60 tokens."""
     write, written = opened.model.generate, []
 
     def remember(**inputs: Any) -> torch.Tensor:

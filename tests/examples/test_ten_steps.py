@@ -1,4 +1,4 @@
-"""The tour's script runs from end to end: on a tiny model, and (slow) on the real one."""
+"""The tour's script runs to the end on a tiny model, and (slow) on the real one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_ten_steps(ran: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_end_is_learned_and_padding_is_not(ran: dict[str, Any]) -> None:
     trainer = ran["trainer"]
     samples = [trainer.train_dataset[i] for i in range(4)]
-    assert len({len(sample["input_ids"]) for sample in samples}) > 1  # so there is padding
+    assert len({len(sample["input_ids"]) for sample in samples}) > 1  # needs padding
     batch = trainer.data_collator([{"input_ids": sample["input_ids"]} for sample in samples])
     end = trainer.data_collator.tokenizer.eos_token_id
     for row, sample in zip(batch["labels"], samples, strict=True):

@@ -22,7 +22,7 @@ VOCABULARY = [
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One id a byte, but for "he" and "the"; start and end token, no pad token."""
+    """Build a tokenizer with one id for each byte, and for "he" and "the"; with start and end token, no pad token."""
     tokenizer = Tokenizer(
         models.BPE(vocab={token: i for i, token in enumerate(VOCABULARY)}, merges=[("h", "e"), ("t", "he")])
     )

@@ -1,6 +1,6 @@
-"""Chat templates in the styles that models use, and for each what it must make of a conversation, written by hand.
+"""Chat templates in the styles of real models, each with its expected rendering, written by hand.
 
-``pieces(messages)`` gives the text in pieces, each with whether the assistant writes it.
+``pieces(messages)`` returns the text in pieces, each with whether the assistant writes it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def chat_tokenizer(template: str | None, merges: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """One id a byte and one for each special token of all styles; ``merges``: pairs that become one token, "a b"."""
+    """Build a tokenizer with an id for each byte and each special token; ``merges``: pairs that become one token, "a b"."""
     pairs = [tuple(merge.split()) for merge in merges]
     vocabulary = [*SPECIALS, *ALPHABET, *("".join(pair) for pair in pairs)]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=pairs))
@@ -37,7 +37,7 @@ def chat_tokenizer(template: str | None, merges: tuple[str, ...] = ()) -> PreTra
 
 @dataclass(frozen=True)
 class Style:
-    """A template, what it makes of a conversation, and whether it takes a system turn."""
+    """A template, its expected rendering, and whether it takes a system turn."""
 
     template: str
     pieces: Callable[[Messages], Pieces]
@@ -65,7 +65,7 @@ MARKED = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-HELPFUL = (  # a system turn of its own where none is given
+HELPFUL = (  # a default system turn if none is given
     "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nBe helpful.<|im_end|>\n' }}{% endif %}"
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"

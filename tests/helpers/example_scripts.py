@@ -1,4 +1,4 @@
-"""The scripts under ``examples/``, run as a person runs them."""
+"""Scripts of ``examples/``, run as on the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def made(monkeypatch: pytest.MonkeyPatch, script: str, out: Path, *words: str) -> list[dict[str, Any]]:
-    """The rows that a script writes to ``out`` when it is called with ``words``."""
+    """Run a script with ``words`` and return the rows that it writes to ``out``."""
     monkeypatch.setattr(sys, "argv", [script, *words])
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]

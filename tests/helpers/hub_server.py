@@ -1,7 +1,7 @@
 """A tiny hub on 127.0.0.1: the few routes that ``huggingface_hub`` needs to push and to download, held in memory.
 
-It checks the bearer token as the real hub does: none is enough to read, a wrong one is refused (401), writing into
-somebody else's namespace or with a token that may only read is refused too (403).
+It checks the bearer token as the real hub does. Reading needs no token, and a wrong token is refused (401). Writing into
+another namespace or with a read-only token is refused too (403).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ USER = "ana"
 
 
 class Hub:
-    """The repositories: ``repos[id][revision][path]`` is a file's content."""
+    """Repositories of the hub: ``repos[id][revision][path]`` is a file's content."""
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, dict[str, bytes]]] = {}
@@ -37,27 +37,27 @@ class Hub:
         self.url = ""
 
     def put(self, repo: str, folder: Path) -> None:
-        """A repository as if somebody had pushed every file of ``folder``."""
+        """Add a repository with every file of ``folder``."""
         self.repos[repo] = {"main": {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}}
 
     def sha(self, repo: str, revision: str) -> str:
-        """A commit's name, made from its content."""
+        """Return a commit's id, derived from its content."""
         files = sorted((path, hashlib.sha1(data).hexdigest()) for path, data in self.repos[repo][revision].items())
         return hashlib.sha1(repr((repo, files)).encode()).hexdigest()
 
     def find(self, repo: str, revision: str) -> str | None:
-        """The branch that ``revision`` (a branch or a commit) names."""
+        """Return the branch of ``revision``, a branch or a commit."""
         branches = self.repos[repo]
         return next((name for name in branches if revision in (name, self.sha(repo, name))), None)
 
 
 class RefusedError(Exception):
-    """An answer that is no success."""
+    """Answer with an error status."""
 
     def __init__(self, status: int, message: str, code: str = "", echo: str = "") -> None:
         super().__init__(message)
         self.status, self.message, self.code = status, message, code
-        self.body = {"error": f"{message} {echo}"}  # a server may repeat what it was sent
+        self.body = {"error": f"{message} {echo}"}  # a server may echo the token
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -222,7 +222,7 @@ ROUTES = [
 
 @contextmanager
 def serving() -> Iterator[Hub]:
-    """A hub that answers at ``hub.url`` while the block runs."""
+    """Run a hub at ``hub.url`` during the block."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": hub}))
     server.daemon_threads = True
@@ -238,7 +238,7 @@ def serving() -> Iterator[Hub]:
 
 
 def environment(hub: Hub, home: Path) -> dict[str, str]:
-    """What a new process needs so that its hub is ours."""
+    """Return the environment that makes a new process use this hub."""
     return {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(home),

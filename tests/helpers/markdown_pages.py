@@ -1,4 +1,4 @@
-"""The pages of the documentation, and what is in them: fenced blocks, links, headings, table rows."""
+"""Pages of the documentation and their parts: fenced blocks, links, headings, table rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -21,17 +21,17 @@ def read(page: Path) -> str:
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
-    """The contents of the fenced blocks in these languages."""
+    """Return the contents of the fenced blocks in these languages."""
     return [body for language, body in _FENCE.findall(read(page)) if language in languages]
 
 
 def prose(page: Path) -> str:
-    """The page without its fenced blocks."""
+    """Return the page without its fenced blocks."""
     return _FENCE.sub("", read(page))
 
 
 def command_lines(page: Path) -> Iterator[list[str]]:
-    """Each command of the console blocks as words; ``$`` before it and what it prints are left out."""
+    """Yield the commands of console blocks as words, without the prompt ``$`` and without output."""
     for block in blocks(page, "console", "bash", "sh"):
         lines = block.replace("\\\n", " ").splitlines()
         prompted = any(line.startswith("$ ") for line in lines)
@@ -42,25 +42,25 @@ def command_lines(page: Path) -> Iterator[list[str]]:
 
 
 def sentences_with_commands(page: Path) -> Iterator[list[str]]:
-    """``lorakeet ...`` between single backticks in the prose."""
+    """Yield the commands ``lorakeet ...`` between single backticks in the prose."""
     for code in re.findall(r"`(lorakeet [^`\n]+)`", prose(page)):
         yield shlex.split(code)
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, in GitHub's form."""
     titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def links(page: Path) -> list[str]:
-    """Targets of links and images that stay within the repository."""
+    """Return the targets of links and images inside the repository."""
     found = re.findall(r"\]\(([^)\s]+)\)", prose(page))
     return [target for target in found if not re.match(r"[a-z]+:", target)]
 
 
 def fields(page: Path, heading: str) -> set[str]:
-    """Every `name` in the first column of the tables under a heading, up to the next one of its depth or less."""
+    """Return every `name` in the first column of the tables under a heading, up to the next heading of its level."""
     depth = len(heading) - len(heading.lstrip("#"))
     after = f"\n{read(page)}".split(f"\n{heading}\n", 1)[1]
     section = re.split(rf"^#{{1,{depth}}} ", after, maxsplit=1, flags=re.MULTILINE)[0]

@@ -58,7 +58,7 @@ _EXPERTS = {**_GROUPED, "num_experts": 4, "num_local_experts": 4, "num_experts_p
 _WINDOWS = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 
 
-#: What an architecture's small model needs beyond the common settings.
+#: Settings of an architecture's small model, in addition to the common ones.
 _SPECIAL: dict[str, dict[str, Any]] = {
     "cohere": _GROUPED,
     "cohere2": _GROUPED | _WINDOWS,
@@ -97,7 +97,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 
 
 def small(kind: str, head: str = "lm", attention: str | None = None, **changes: Any) -> tf.PreTrainedModel:
-    """A random model of an architecture, with its language-modelling head or as a classifier."""
+    """Build a random model of an architecture, with its language-modeling head or as a classifier."""
     torch.manual_seed(0)
     config = CONFIG_MAPPING[kind](**{**_SMALL, **_SPECIAL.get(kind, {}), **changes})
     attention = attention or ("eager" if kind == "gemma2" else "sdpa")
@@ -107,14 +107,14 @@ def small(kind: str, head: str = "lm", attention: str | None = None, **changes: 
     else:
         model = tf.AutoModelForSequenceClassification.from_config(config, attn_implementation=attention)
     generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():  # biases and norms start at 0 and 1 everywhere: make them tell-tale
+    with torch.no_grad():  # biases and norms start at 0 and 1, which would hide errors
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return model.eval()
 
 
 def adapted(model: tf.PreTrainedModel, **settings: Any) -> nn.Module:
-    """With an adapter on every linear layer, and embeddings that learn too."""
+    """Add an adapter on every linear layer, and make the embeddings trainable."""
     made = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", **settings))
     shake(made)
     model.get_input_embeddings().weight.requires_grad_(True)
@@ -122,7 +122,7 @@ def adapted(model: tf.PreTrainedModel, **settings: Any) -> nn.Module:
 
 
 def ragged(left: bool = False, lengths: list[int] = LENGTHS, seed: int = 1) -> dict[str, Tensor]:
-    """Random ids and the mask that says which are real; padding is a token like any other."""
+    """Draw random ids and their attention mask; padding has random ids too."""
     mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
     mask = mask.flip(1) if left else mask
     ids = torch.randint(2, 61, mask.shape, generator=torch.Generator().manual_seed(seed))
@@ -130,7 +130,7 @@ def ragged(left: bool = False, lengths: list[int] = LENGTHS, seed: int = 1) -> d
 
 
 def outcome(model: nn.Module, batch: dict[str, Tensor], **settings: Any) -> dict[str, Tensor]:
-    """Logits at real positions and the gradient of everything that learns."""
+    """Return the logits at real positions and all gradients of trainable parameters."""
     model.zero_grad()
     logits = model(**batch, **settings).logits
     if logits.ndim == 3:

@@ -9,7 +9,9 @@ import datasets
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lorakeet.data.rows.column_mapping import Kind, Layout
+from lorakeet.data.read.record import Location, Locations
+from lorakeet.data.rows.kinds import Layout
+from lorakeet.data.rows.load import Rows
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -86,13 +88,23 @@ def bpe_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
     )
 
 
-def layout(kind: Kind, *columns: str) -> Layout:
+def layout(kind: str, *columns: str) -> Layout:
     """A layout whose columns have the names of their roles."""
     return Layout(kind, {name: name for name in columns})
 
 
 def canonical_rows(features: Mapping[str, Any] | None = None, **columns: list[Any]) -> datasets.Dataset:
-    """Rows of canonical columns, each with a place."""
-    count = len(next(iter(columns.values())))
-    data = datasets.Dataset.from_dict({**columns, "place": [f"a.jsonl:{number}" for number in range(1, count + 1)]})
+    """Rows of canonical columns."""
+    data = datasets.Dataset.from_dict(columns)
     return data if features is None else data.cast(datasets.Features({**data.features, **features}))
+
+
+def locations(count: int) -> Locations:
+    """The locations of so many lines of a file."""
+    return Locations(Location("a.jsonl", number) for number in range(1, count + 1))
+
+
+def located_rows(kind: str, **columns: list[Any]) -> Rows:
+    """Rows of a kind, whose columns have the names of their roles, with their locations."""
+    data = canonical_rows(**columns)
+    return Rows(data, locations(len(data)), layout(kind, *columns), "a.jsonl")

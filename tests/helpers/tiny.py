@@ -1,4 +1,4 @@
-"""Tiny random models, one for each architecture the tests compare on."""
+"""Tiny random models, one for each compared architecture."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _bert() -> tf.PreTrainedModel:
 
 
 ARCHITECTURES = {"llama": _llama, "opt": _opt, "gpt2": _gpt2, "bloom": _bloom, "bert": _bert}
-LINEARS = {  # for each: two kinds of attention layer, and one of the feed-forward network
+LINEARS = {  # for each: two types of attention layers, and one of the feed-forward network
     "llama": ["q_proj", "v_proj", "down_proj"],
     "opt": ["q_proj", "v_proj", "fc1"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -74,10 +74,10 @@ TASK = {name: "SEQ_CLS" if name == "bert" else "CAUSAL_LM" for name in ARCHITECT
 
 
 def make(name: str, seed: int = 0) -> tf.PreTrainedModel:
-    """A random model in eval mode; the same name and seed give the same weights."""
+    """Build a random model in eval mode; the same name and seed give the same weights."""
     torch.manual_seed(seed)
     model = ARCHITECTURES[name]().eval()
-    with torch.no_grad():  # biases and norms start at 0 and 1 everywhere: make them tell-tale
+    with torch.no_grad():  # biases and norms start at 0 and 1, which would hide errors
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -85,16 +85,16 @@ def make(name: str, seed: int = 0) -> tf.PreTrainedModel:
 
 
 def token_ids(rows: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:
-    """Random token ids that are no padding."""
+    """Draw random token ids without padding."""
     return torch.randint(2, 61, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def shake(model: torch.nn.Module, adapter: str = "default", seed: int = 3) -> None:
-    """Give an adapter the weights of one that has learned something."""
+    """Give an adapter random weights, as after training."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_" in name and f".{adapter}" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-            elif parameter.requires_grad and ".lora_" not in name:  # biases, modules trained whole
+            elif parameter.requires_grad and ".lora_" not in name:  # biases, fully trained modules
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)

@@ -1,4 +1,4 @@
-"""A tiny random model of every architecture whose default layers are known, made from its config class."""
+"""Tiny random models of every architecture with known default layers, built from its config class."""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ SIZES: dict[str, dict] = {
 
 
 def tiny_config(kind: str, **more: object) -> PretrainedConfig:
-    """The config of the architecture ``kind``, small."""
+    """Return a small config of the architecture ``kind``."""
     return tf.AutoConfig.for_model(kind, **(_TOKENS | SIZES[kind] | {"num_labels": 3} | more))
 
 
 def build(auto: type, kind: str, seed: int = 0, **more: object) -> PreTrainedModel:
-    """A random model of ``kind`` for the task of the auto class, in eval mode; the same seed gives the same weights."""
+    """Build a random model of ``kind`` for the task of the auto class, in eval mode; the seed decides the weights."""
     torch.manual_seed(seed)
     model = auto.from_config(tiny_config(kind, **more), attn_implementation="eager").eval()
-    with torch.no_grad():  # biases and norms start at 0 and 1: make them tell-tale
+    with torch.no_grad():  # biases and norms start at 0 and 1, which would hide errors
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model

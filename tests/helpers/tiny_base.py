@@ -1,7 +1,7 @@
-"""A folder furnished as the documentation takes it for granted: a base model, quotations, a finished run.
+"""Folder that the documentation assumes: a base model, quotations, a finished run.
 
-The base lies where the default model's public name points to as a relative path, so that code and commands of the
-documentation run there unchanged, without a network and in seconds.
+The base is at the default model's public name, taken as a relative path. So code and commands of the documentation run
+there unchanged, without a network and in seconds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from helpers.tiny_training import tiny_llama
 from lorakeet.cli import main
 from lorakeet.config import DEFAULT_MODEL
 
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # as the real one: unknown, start, end and padding
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # as in the real one: unknown, start, end and padding
 QUOTATIONS = [
     ("Two things are infinite: the universe and human stupidity.", "Einstein"),
     ("I can resist everything except temptation.", "Wilde"),
@@ -27,7 +27,7 @@ QUOTATIONS = [
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte; the end token pads."""
+    """Build a tokenizer with one token for each byte; the end token pads."""
     vocabulary = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -39,7 +39,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_base(folder: Path) -> Path:
-    """A tiny random Llama and its tokenizer, as ``save_pretrained`` writes them."""
+    """Save a tiny random Llama and its tokenizer with ``save_pretrained``."""
     tokenizer = byte_tokenizer()
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512, **ids).save_pretrained(folder)
@@ -48,7 +48,7 @@ def save_base(folder: Path) -> Path:
 
 
 def furnish(folder: Path) -> Path:
-    """The default model, ``fortunes`` and ``quotes.jsonl`` in ``folder``."""
+    """Write the default model, ``fortunes`` and ``quotes.jsonl`` into ``folder``."""
     save_base(folder / DEFAULT_MODEL)
     texts = [(f"{text} ({number})", author) for number in range(8) for text, author in QUOTATIONS]
     fortunes = "\n%\n".join(text + (f"\n\t\t-- {author}" if author else "") for text, author in texts)

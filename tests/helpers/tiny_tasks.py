@@ -1,4 +1,4 @@
-"""Tiny random models of every family in folders of their own, and data for every task that they can learn in seconds."""
+"""Tiny random models of every family, and data for every task that they can learn in seconds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORDS = [*SPECIALS, *NOUNS, *FILLERS]
 
 
 def word_tokenizer(pair: bool = True) -> tf.PreTrainedTokenizerFast:
-    """One id a word; with ``pair`` texts stand between <s> and </s>, as an encoder wants it, else only </s> follows."""
+    """Build a tokenizer with one id for each word; ``pair``: <s> text </s>, as for an encoder, else only </s> follows."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if pair:
@@ -90,7 +90,7 @@ BASES: dict[str, Callable[[], tf.PreTrainedModel]] = {"bert": _bert, "llama": _l
 
 
 def save_tiny(folder: Path, kind: str) -> Path:
-    """A random model of this kind and its tokenizer, as ``save_pretrained`` writes them."""
+    """Save a random model of this kind and its tokenizer with ``save_pretrained``."""
     tf.set_seed(0)
     BASES[kind]().save_pretrained(folder)
     word_tokenizer(pair=kind in ("bert",)).save_pretrained(folder)
@@ -98,20 +98,20 @@ def save_tiny(folder: Path, kind: str) -> Path:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
-    """A JSON lines file."""
+    """Write a JSON Lines file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def _sentence(i: int, noun: str) -> list[str]:
-    """The noun among one to seven other words; the same for the same number."""
+    """Return the noun among one to seven other words, chosen by the number."""
     chance = random.Random(i)
     before, after = (chance.choices(FILLERS, k=chance.randint(*span)) for span in ((1, 4), (0, 3)))
     return [*before, noun, *after]
 
 
 def rows_for(task: str, count: int = 180) -> list[dict[str, Any]]:
-    """Learnable rows: the class, the tags, the answer and the partner all hang on one noun of the sentence."""
+    """Build learnable rows: class, tags, answer and partner all depend on one noun of the sentence."""
     rows: list[dict[str, Any]] = []
     for i in range(count):
         kind = list(THINGS)[i % 3]

@@ -36,7 +36,7 @@ PAD, END = 0, 1
 
 
 def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """Two layers of width 32; always the same weights for a seed."""
+    """Build a Llama of two layers of width 32; the seed decides the weights."""
     set_seed(seed)
     values: dict[str, Any] = {
         "vocab_size": 40,
@@ -55,7 +55,7 @@ def tiny_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
 
 
 def tiny_peft(dropout: float = 0.1, seed: int = 0, **changes: Any) -> PeftModel:
-    """The tiny Llama with a trainable adapter of rank 4."""
+    """Build the tiny Llama with a trainable adapter of rank 4."""
     model = tiny_llama(seed)
     config = LoraConfig(
         **{
@@ -71,7 +71,7 @@ def tiny_peft(dropout: float = 0.1, seed: int = 0, **changes: Any) -> PeftModel:
 
 
 def tiny_data(rows: int = 64, seed: int = 0) -> datasets.Dataset:
-    """Sentences of 3 to 17 token ids, end token included."""
+    """Draw sentences of 3 to 17 token ids, with the end token."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 17, (rows,), generator=generator).tolist()
     ids = [torch.randint(2, 40, (n,), generator=generator).tolist() + [END] for n in lengths]
@@ -79,7 +79,7 @@ def tiny_data(rows: int = 64, seed: int = 0) -> datasets.Dataset:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One id a word."""
+    """Build a tokenizer with one id for each word."""
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *dict.fromkeys(WORDS)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

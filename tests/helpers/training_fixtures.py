@@ -16,7 +16,7 @@ from lorakeet.data.collate import PaddingCollator
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Matrices of width 32 gain nothing from threads, and lose much on a busy machine."""
+    """Use one thread: matrices of width 32 do not profit from more, and lose much on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -20,7 +20,7 @@ from lorakeet.train.trainer import Trainer
 
 
 class Gradients(TrainerCallback):
-    """Keeps the gradients of each step."""
+    """Recorder of the gradients of each step."""
 
     def __init__(self):
         self.steps = []
@@ -56,7 +56,7 @@ def bert(kind, **changes):
 
 
 def classes(samples):
-    """Batch of a classifier: one label a sample."""
+    """Build the batch of a classifier: one label for each sample."""
     longest = max(len(s["input_ids"]) for s in samples)
     ids = torch.tensor([s["input_ids"] + [PAD] * (longest - len(s["input_ids"])) for s in samples])
     return {
@@ -67,7 +67,7 @@ def classes(samples):
 
 
 def masked(samples):
-    """Batch of a masked language model: the even ids are targets, -100 elsewhere; some rows have no target at all."""
+    """Build the batch of a masked language model: even ids are targets, -100 elsewhere; some rows have no target."""
     batch = classes(samples)
     batch["labels"] = batch["input_ids"].where((batch["input_ids"] % 2 == 0) & (batch["input_ids"] > 20), -100)
     return batch
@@ -77,7 +77,7 @@ POISON = 39
 
 
 def poisoned(model):
-    """The token 39 makes the loss NaN."""
+    """Make the loss NaN at token 39."""
     with torch.no_grad():
         model.get_input_embeddings().weight[POISON] = float("nan")
     return model
@@ -90,7 +90,7 @@ def with_poison(at):
 
 
 def learn(model: nn.Module, args: Any, data: Any, collate: Any, budget: int | None, **more: Any) -> Any:
-    """Losses, gradients of each step, rows and real tokens of each pass, and the Trainer."""
+    """Train; return losses, gradients of each step, rows and real tokens of each pass, and the Trainer."""
     passes: list[tuple[int, int]] = []
 
     def note(module: nn.Module, _: Any, given: dict[str, Any]) -> None:

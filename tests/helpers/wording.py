@@ -17,13 +17,14 @@ from pathlib import Path
 VERBS = frozenset(Path(__file__).with_name("verbs.txt").read_text(encoding="utf-8").split())
 #: Words that open no docstring, constant's comment or class docstring.
 BANNED_OPENINGS = re.compile(
-    r"(What|Who|Whose|Whom|Which|How|Why|Where|When|Of|Among|So|Such|As|That|Those|There|If|It|Its|One|With|Without|All|Any)\b"
+    r"(What|Who|Whose|Whom|Which|How|Why|Where|When|Of|Among|So|Such|As|That|Those|There|If|It|Its|One|With|Without|All"
+    r"|Any)\b"
 )
 #: House phrases that must be decoded; each has a plain word in docs/glossary.md.
 BANNED_PHRASES = re.compile(
-    r"\b(so many|so few|such a|nobody|whoever|the one\b[^.]{0,60}\bthe other|as a rule|at hand|(?:is|are|was|were) (?:said|told)|"
-    r"lies? beside|slow truths?|what is (?:there|left|wrong|said|learned|read|kept|given|asked)|no one|whatever stands|"
-    r"complain(?:s|ed)? of|on its way|of one's own|shall)\b",
+    r"\b(so many|so few|such a|nobody|whoever|the one\b[^.]{0,60}\bthe other|as a rule|at hand|"
+    r"(?:is|are|was|were) (?:said|told)|lies? beside|slow truths?|no one|whatever stands|"
+    r"what is (?:there|left|wrong|said|learned|read|kept|given|asked)|complain(?:s|ed)? of|on its way|of one's own|shall)\b",
     re.IGNORECASE,
 )
 #: Words. The longest sentence of a docstring or comment, and of a page.
@@ -69,7 +70,7 @@ def words(sentence: str) -> int:
 
 
 def prose_offences(text: str, longest: int) -> Iterator[str]:
-    """Yield what is wrong with the sentences of a text."""
+    """Yield the offences of the sentences of a text."""
     for sentence in sentences(text):
         if words(sentence) > longest:
             yield f"{words(sentence)} words, at most {longest}: {sentence[:90]}…"
@@ -87,7 +88,7 @@ def _returns_bool(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 
 def docstring_offences(node: ast.AST, text: str, public: bool) -> Iterator[str]:
-    """Yield what is wrong with the docstring of a module, class or function."""
+    """Yield the offences of the docstring of a module, class or function."""
     first = text.strip().split("\n\n")[0].strip()
     opening = first.split()[0].strip("`*:,.") if first.split() else ""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not _is_property(node):
@@ -106,7 +107,7 @@ def docstring_offences(node: ast.AST, text: str, public: bool) -> Iterator[str]:
 
 
 def python_offences(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the line and the complaint for every offence in a Python file."""
+    """Yield the line and the message of every offence in a Python file."""
     source = path.read_text(encoding="utf-8")
     tree = ast.parse(source)
     docstrings = set()

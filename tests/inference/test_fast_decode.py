@@ -1,4 +1,4 @@
-"""Quick writing in 8 bits: every token as the layers themselves compute it, and as ever where somebody looks inside."""
+"""Compiled decoding of 8-bit models: the same tokens as the layers' own forward, which still runs for hooked layers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lorakeet.inference.fast_decode import fast_decode
 from lorakeet.kernels import decoder_step
 from lorakeet.kernels.cpu import bindings
 from lorakeet.lora.config import LoraConfig
-from lorakeet.lora.layer import LoraLinear
+from lorakeet.lora.linear import LoraLinear
 from lorakeet.quant.quantize import quantize_
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
@@ -56,7 +56,7 @@ def make(family: str, **options: Any) -> Any:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many texts each step through a compiled layer had."""
+    """Record the batch size of each compiled step."""
     taken: list[int] = []
     own = decoder_step.before_attention
 
@@ -69,7 +69,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 def write(model: Any, quick: bool, ids: torch.Tensor = PROMPTS[:1], **options: Any) -> tuple[torch.Tensor, Any]:
-    """Greedy tokens, and the logits of each."""
+    """Return greedy tokens and the logits of each."""
     options = {"do_sample": False, "max_new_tokens": 14, **options}
     with fast_decode(model) if quick else nullcontext():
         out = model.generate(
@@ -267,7 +267,7 @@ def test_weights_that_do_not_fit_are_refused() -> None:
 
 
 def test_attention_is_as_exact_as_fp32_allows() -> None:
-    """An output that is the weights of attention alone: the rest of the layer passes them on, or adds nothing."""
+    """Set weights so that the output is the attention weights alone: the rest of the layer passes them on or adds zero."""
     eye, none, scale = (127 * torch.eye(64)).to(torch.int8), torch.zeros(64, 64, dtype=torch.int8), torch.ones(64) / 127
     linears = [decoder_step.LinearWeights(weight, scale) for weight in (eye, eye, eye, eye, none, none, none)]
     layer = decoder_step.Layer(linears, [decoder_step.Norm(torch.ones(64), 1e-6)] * 2 + [None, None], 64, 0.5)

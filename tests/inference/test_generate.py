@@ -1,4 +1,4 @@
-"""Completions: the same text alone, in a batch and streamed; only what is new; nothing left changed behind."""
+"""Completions are the same alone, in a batch and streamed, contain only new text, and leave the model unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROMPTS = ["Two things are infinite:", "Hi", "The fool doth think he is wise, bu
 
 
 def greedy_by_hand(model: PreTrainedModel, ids: list[int], count: int, end: int) -> list[int]:
-    """The likeliest next token, count times, without cache, padding or generate."""
+    """Take the most likely next token ``count`` times, without cache, padding or ``generate``."""
     new: list[int] = []
     for _ in range(count):
         token = int(model(torch.tensor([ids + new])).logits[0, -1].argmax())
@@ -61,7 +61,7 @@ def test_streamed_text_is_the_text(base: Base) -> None:
 
 
 def force(model: PreTrainedModel, script: list[int]) -> None:
-    """Make the model write ``script``: each forward's last logits point to the next token of it."""
+    """Make the model generate ``script``: the last logits of each forward select its next token."""
     coming = iter(script)
 
     def hook(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:

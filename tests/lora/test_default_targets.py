@@ -14,7 +14,7 @@ from helpers.tiny import token_ids
 from helpers.tiny_architectures import SIZES, build, tiny_config
 from lorakeet import LoraConfig, PeftModel, get_peft_model
 from lorakeet.lora.default_targets import TASK_HEADS, default_targets, task_heads
-from lorakeet.lora.inject import plan
+from lorakeet.lora.inject import plan_injection
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -153,7 +153,7 @@ def test_distilberts_head_has_pefts_keys(tmp_path):
 def test_all_linear_leaves_a_head_of_any_name():
     for kind, head in (("bart", "classification_head"), ("distilbert", "pre_classifier"), ("deberta", "pooler")):
         config = LoraConfig(target_modules="all-linear", task_type="SEQ_CLS")
-        names = [target.name for target in plan(build(AUTO["SEQ_CLS"], kind), config).targets]
+        names = [target.name for target in plan_injection(build(AUTO["SEQ_CLS"], kind), config).targets]
         assert names and not any(name.startswith((head, "classifier")) for name in names)
         assert any("fc" in name or "dense" in name or "lin" in name for name in names)
 
@@ -164,7 +164,7 @@ def test_a_model_that_sees_and_reads_is_adapted_where_it_reads():
     config = tf.Gemma3Config(text_config=text, vision_config=small | {"image_size": 28, "patch_size": 14})
     with torch.device("meta"):
         model = tf.Gemma3ForConditionalGeneration(config)
-    names = [target.name for target in plan(model, LoraConfig()).targets]
+    names = [target.name for target in plan_injection(model, LoraConfig()).targets]
     assert len(names) == 4 and all("language_model" in name for name in names)
     assert any("vision_tower" in name and name.endswith("q_proj") for name, _ in model.named_modules())
 

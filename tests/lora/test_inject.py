@@ -7,12 +7,12 @@ from torch import nn
 from helpers.tiny import EMBEDDING, LINEARS, make
 from lorakeet import LoraConfig, get_peft_model
 from lorakeet.errors import ConfigError, TargetError
-from lorakeet.lora.inject import plan
+from lorakeet.lora.inject import plan_injection
 from lorakeet.lora.layer import LoraLayer
 
 
 def names(model, **settings):
-    return [target.name for target in plan(model, LoraConfig(**settings)).targets]
+    return [target.name for target in plan_injection(model, LoraConfig(**settings)).targets]
 
 
 def untouched(model) -> bool:
@@ -79,7 +79,7 @@ def test_a_match_of_nothing_or_a_part_is_an_error_before_anything_is_touched(set
 
 def test_every_complaint_is_made_at_once():
     with pytest.raises(TargetError) as caught:
-        plan(make("llama"), LoraConfig(target_modules=["quark", "q_proj", "blob"], modules_to_save=["hat"]))
+        plan_injection(make("llama"), LoraConfig(target_modules=["quark", "q_proj", "blob"], modules_to_save=["hat"]))
     assert all(word in caught.value.message for word in ("'quark'", "'blob'", "'hat'"))
 
 
@@ -97,7 +97,7 @@ def test_multihead_attention_would_pass_the_update_by():
 def test_a_layer_that_only_some_blocks_have_is_said(caplog):
     model = make("llama")
     model.model.layers[1].mlp.special = nn.Linear(3, 3)
-    plan(model, LoraConfig(target_modules=["q_proj", "special", "model.layers.0.mlp.up_proj"]))
+    plan_injection(model, LoraConfig(target_modules=["q_proj", "special", "model.layers.0.mlp.up_proj"]))
     assert "'special' is in 1 of 3 layers" in caplog.text and "up_proj" not in caplog.text
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from helpers.tiny import EMBEDDING, LINEARS, make, shake, token_ids
 from lorakeet import LoraConfig, PeftModel, get_peft_model
 from lorakeet.errors import AdapterError, ConfigError, MergeError
-from lorakeet.lora.layer import LoraLinear
+from lorakeet.lora.linear import LoraLinear
 
 
 def adapted(architecture="llama", **settings):

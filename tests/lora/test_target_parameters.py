@@ -20,7 +20,7 @@ from helpers.tiny_architectures import build
 from lorakeet import LoraConfig, PeftModel, get_peft_model
 from lorakeet.adapter.inspect import inspect_adapter
 from lorakeet.errors import ConfigError, MergeError, TargetError
-from lorakeet.lora.inject import plan
+from lorakeet.lora.inject import plan_injection
 from lorakeet.lora.target_parameters import LoraParameter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -308,7 +308,7 @@ def test_a_half_precision_base_loses_no_small_update(implementation):
     tiny = layer.delta("default").abs().max() / layer.base_layer.weight.abs().mean()
     assert tiny < 2**-6
     x, weight = torch.randn(5, 16, dtype=torch.bfloat16), layer.base_layer.weight[0]
-    low = F.linear(x, layer.sum_of(["default"])[0]).float() - F.linear(x, weight).float()
+    low = F.linear(x, layer.low_rank_sum(["default"])[0]).float() - F.linear(x, weight).float()
     exact = F.linear(x.float(), layer.delta("default")[0])
     assert low.any() and (low - exact).abs().max() <= 2**-8 * F.linear(x, weight).float().abs().max()
     model(input_ids=IDS, labels=IDS).loss.backward()
@@ -429,13 +429,13 @@ def test_settings_that_act_on_inputs_and_outputs_are_refused(setting):
 
 
 def test_a_plan_names_parameters_and_speaks_of_what_it_leaves(caplog):
-    what = plan(moe(), LoraConfig(target_modules=["q_proj"], target_parameters={"gate_up_proj"}, r=2))
+    what = plan_injection(moe(), LoraConfig(target_modules=["q_proj"], target_parameters={"gate_up_proj"}, r=2))
     assert what.describe() == "2 layers (2 q_proj) and 2 parameters (2 gate_up_proj), rank 2"
     assert not caplog.text
-    plan(moe(), LoraConfig(target_modules="all-linear"))
-    assert "all-linear leaves them as they are: target_parameters=['down_proj', 'gate_up_proj']" in caplog.text
-    plan(moe(), LoraConfig(target_parameters=["down_proj"], layers_to_transform=[1]))
-    assert "layers_to_transform chooses among target_modules only" in caplog.text
+    plan_injection(moe(), LoraConfig(target_modules="all-linear"))
+    assert "all-linear does not adapt them; target_parameters=['down_proj', 'gate_up_proj'] does" in caplog.text
+    plan_injection(moe(), LoraConfig(target_parameters=["down_proj"], layers_to_transform=[1]))
+    assert "layers_to_transform applies to target_modules only" in caplog.text
     with torch.device("meta"):
         ghost = tf.MixtralForCausalLM(moe().config)
-    assert plan(ghost, LoraConfig(**EXPERTS)) == plan(moe(), LoraConfig(**EXPERTS))
+    assert plan_injection(ghost, LoraConfig(**EXPERTS)) == plan_injection(moe(), LoraConfig(**EXPERTS))

@@ -1,1 +1,1 @@
-"""The artefact on disk: ``artefact`` (read, write, check), ``model`` (its verbs), ``card``, ``inspect``, ``push``."""
+"""The adapter's files: ``serialization`` (read, write), ``peft_model`` (its methods), ``model_card``, ``inspect``, ``hub``."""

@@ -1,91 +1,143 @@
-"""Which base an adapter belongs to: its shapes and a few of its numbers.
+"""The fingerprint of a base model: its parameters' shapes and a few of their values.
 
-Names lie (a folder is renamed, a copy is fine-tuned on); shapes and values do not. The values are compared with a tolerance,
-so that the same base in bf16 or 8 bits still is the same base.
+A name is no proof: folders are renamed, copies are trained further. Values are compared with a tolerance, so the same base in
+bf16 or 8 bits has the same fingerprint.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorakeet.quant.protocol import quantized_layers, weight_rows
+from lorakeet.quant.protocol import QuantizedLayer, quantized_layers, weight_rows, weight_shape
 
 #: Largest accepted relative difference (L2) of the sampled values: above rounding to bf16 (0.4 %) and int8 (1 %).
 TOLERANCE = 0.02
-_VALUES = 16
+#: Values sampled of a parameter, and rows of a matrix that they are taken from.
+_VALUES, _ROWS = 16, 64
+#: Norm weights that are sampled, spread over the depth of the model.
 _NORMS = 6
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any] | None:
-    """The base's architecture, a hash of its parameter shapes, and sampled values; None on the meta device.
+@dataclass(frozen=True)
+class _Base:
+    """The base's own parameters in a model with or without adapters, by the names they have without.
 
-    Adapter parameters do not count, nor does the number of rows of the embeddings (a vocabulary may be resized).
+    Attributes:
+        parameters: Weights and biases; a quantized weight as it is stored.
+        quantized: The layers of quantized weights, by the name of the weight.
+        transposed: Names of weights whose shape counts the other way round.
+        vocabulary: Rows of the input embedding; -1 without one.
     """
-    own = {
-        re.sub(r"\.(base_layer|original_module)\.", ".", name): parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if not re.search(r"\.(lora_\w+|modules_to_save)\.", name) and name.endswith((".weight", ".bias"))
-    }
-    if not own or any(parameter.is_meta for parameter in own.values()):
-        return None
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
-    rows = embedding.weight.shape[0] if embedding is not None else -1
-    turned = {
-        f"{name}.weight".replace(".base_layer.", ".")
-        for name, module in model.named_modules()
-        if getattr(module, "transposed", False)
-    }
-    shapes = sorted(
-        f"{name}:{['rows' if n == rows else n for n in (p.shape[::-1] if name in turned else p.shape)]}"
-        for name, p in own.items()
-    )
-    rounded = {
-        f"{name}.weight".replace(".base_layer.", ".").replace(".original_module.", "."): layer
-        for name, layer in quantized_layers(model)
-    }
-    matrices = [
-        name for name, p in sorted(own.items()) if p.ndim >= 2 and (p.is_floating_point() or p.shape[0] == rows)
-    ]
-    # weights of norms; a bias may have been trained with the adapter
-    vectors = [
-        name for name, p in sorted(own.items()) if p.ndim == 1 and p.is_floating_point() and name.endswith("weight")
-    ]
-    picked = [name for name in matrices if own[name].shape[0] == rows][:1] or matrices[:1]
-    picked += vectors[:: max(1, len(vectors) // _NORMS)][:_NORMS]
-    return {
-        "architecture": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
-        "shapes": hashlib.sha256("\n".join(shapes).encode()).hexdigest()[:16],
-        "values": {name: _sample(own[name], rounded.get(name)) for name in picked},
-    }
 
+    parameters: Mapping[str, Tensor]
+    quantized: Mapping[str, QuantizedLayer]
+    transposed: frozenset[str]
+    vocabulary: int
 
-def _sample(parameter: Tensor, rounded: nn.Module | None) -> list[float]:
-    """16 values from the first rows, spread over the columns; of a rounded weight those that it stands for."""
-    with torch.no_grad():
-        first = torch.arange(min(64, len(parameter)), device=parameter.device)
-        rows = parameter[first] if rounded is None else weight_rows(rounded, first)
-        line = parameter if parameter.ndim == 1 else rows.reshape(len(first), -1).diagonal()
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter; of a quantized weight [out, in]."""
+        return {
+            name: weight_shape(self.quantized[name]) if name in self.quantized else tuple(parameter.shape)
+            for name, parameter in self.parameters.items()
+        }
+
+    def shapes_hash(self) -> str:
+        """Hash all names and shapes; the number of tokens does not count, since a vocabulary may be resized."""
+        lines = []
+        for name, shape in self.shapes.items():
+            ordered = shape[::-1] if name in self.transposed else shape
+            lines.append(f"{name}:{['rows' if size == self.vocabulary else size for size in ordered]}")
+        return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
+
+    def sampled_names(self) -> list[str]:
+        """Choose the parameters to sample: the embedding (or another matrix), and norm weights of several layers.
+
+        Biases are left out: they may be trained with the adapter.
+        """
+        floating = [name for name, parameter in sorted(self.parameters.items()) if parameter.is_floating_point()]
+        dense = [name for name in floating if name not in self.quantized]
+        embeddings = [name for name in sorted(self.parameters) if self._is_vocabulary(name)]
+        matrices = [name for name in dense if len(self.shapes[name]) >= 2]
+        norms = [name for name in dense if len(self.shapes[name]) == 1 and name.endswith("weight")]
+        return (embeddings or matrices)[:1] + norms[:: max(1, len(norms) // _NORMS)][:_NORMS]
+
+    def _is_vocabulary(self, name: str) -> bool:
+        return len(self.shapes[name]) >= 2 and self.shapes[name][0] == self.vocabulary
+
+    @torch.no_grad()
+    def sample(self, name: str) -> list[float]:
+        """Return 16 values from the first rows, spread over the columns; of a quantized weight the dequantized ones."""
+        parameter = self.parameters[name]
+        line = parameter
+        if len(self.shapes[name]) > 1:
+            first = torch.arange(min(_ROWS, self.shapes[name][0]), device=parameter.device)
+            rows = weight_rows(self.quantized[name], first) if name in self.quantized else parameter[first]
+            line = rows.reshape(len(first), -1).diagonal()
         step = max(1, line.numel() // _VALUES)
         return [float(f"{value:.6g}") for value in line[::step][:_VALUES].float().tolist()]
 
 
-def mismatch(wanted: dict[str, Any], model: nn.Module) -> str | None:
-    """Why ``model`` is not the base that ``wanted`` was taken of; None if it is (or cannot be told)."""
+def _base_name(name: str) -> str:
+    """Return the name that a parameter has in the model without adapters."""
+    return re.sub(r"\.(base_layer|original_module)\.", ".", name)
+
+
+def _base_of(model: nn.Module) -> _Base:
+    parameters = {
+        _base_name(name): parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not re.search(r"\.(lora_\w+|modules_to_save)\.", name) and name.endswith((".weight", ".bias"))
+    }
+    quantized = {_base_name(f"{name}.weight"): layer for name, layer in quantized_layers(model)}
+    transposed = {
+        _base_name(f"{name}.weight") for name, module in model.named_modules() if getattr(module, "transposed", False)
+    }
+    return _Base(parameters, quantized, frozenset(transposed), _vocabulary_rows(model))
+
+
+def _vocabulary_rows(model: nn.Module) -> int:
+    embedding: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    if embedding is None:
+        return -1
+    return weight_shape(getattr(embedding, "base_layer", getattr(embedding, "original_module", embedding)))[0]
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any] | None:
+    """Return the base's architecture, a hash of its parameters' shapes, and sampled values; None on the meta device.
+
+    Adapter parameters do not count, nor does the number of tokens (a vocabulary may be resized).
+    """
+    base = _base_of(model)
+    if not base.parameters or any(parameter.is_meta for parameter in base.parameters.values()):
+        return None
+    return {
+        "architecture": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
+        "shapes": base.shapes_hash(),
+        "values": {name: base.sample(name) for name in base.sampled_names()},
+    }
+
+
+def mismatch(expected: dict[str, Any], model: nn.Module) -> str | None:
+    """Return why ``model`` is not the base of the fingerprint ``expected``; None if it is (or has no fingerprint)."""
     found = fingerprint(model)
     if found is None:
         return None
-    if wanted["architecture"] != found["architecture"]:
-        return f"its architecture is {found['architecture']!r}, expected {wanted['architecture']!r}"
-    for name, values in wanted["values"].items():
-        mine = found["values"].get(name)
-        if mine is None or len(mine) != len(values):
+    if expected["architecture"] != found["architecture"]:
+        return f"its architecture is {found['architecture']!r}, expected {expected['architecture']!r}"
+    for name, values in expected["values"].items():
+        own = found["values"].get(name)
+        if own is None or len(own) != len(values):
             return f"it has no {name} of the expected shape"
-        a, b = torch.tensor(values), torch.tensor(mine)
+        a, b = torch.tensor(values), torch.tensor(own)
         if float((a - b).norm()) > TOLERANCE * float(a.norm()) + 1e-6:
             return f"its weights differ (for example {name})"
-    return None if wanted["shapes"] == found["shapes"] else "its parameters have other names or shapes"
+    return None if expected["shapes"] == found["shapes"] else "its parameters have other names or shapes"

@@ -1,7 +1,7 @@
-"""The model card: a README.md that says what the adapter is, how to load it, and how it was made.
+"""The model card: a README.md with what the adapter is, how to load it, and how it was made.
 
-The front matter is what the hub searches by: base model, library, task and tags, in PEFT's terms. A README.md that
-somebody else wrote is never touched; ours carries a marker.
+The hub searches by its front matter: base model, library, task and tags, in PEFT's terms. A README.md without our marker was
+written by the user and is never changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CARD_NAME = "README.md"
 PLACE = "path/or/hub-id/of/this/adapter"
 MARKER = "<!-- Written by Lorakeet with every save; delete this line to keep your own changes. -->"
 
-#: What the hub calls a task (its list no longer has text2text-generation), and the class that loads the base for it.
+#: Task -> the hub's name of it (its list no longer has text2text-generation), and the class that loads the base.
 TASKS: dict[str | None, tuple[str | None, str]] = {
     TaskType.CAUSAL_LM: ("text-generation", "AutoModelForCausalLM"),
     TaskType.SEQ_2_SEQ_LM: ("text-generation", "AutoModelForSeq2SeqLM"),
@@ -31,18 +31,18 @@ TASKS: dict[str | None, tuple[str | None, str]] = {
     TaskType.FEATURE_EXTRACTION: ("feature-extraction", "AutoModel"),
     None: (None, "AutoModel"),
 }
-#: Tasks whose head is as wide as the labels are many.
+#: Tasks whose head has one output for each label.
 LABELLED = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
 
 SETTINGS = (
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"),
     *("rank_pattern", "alpha_pattern", "modules_to_save", "bias", "lora_bias"),
 )
-#: Figures of a run that the card shows if the notes have them, by their names in ``summary.json``.
+#: Name of a figure in ``summary.json`` -> its label in the card, for the figures that are shown.
 FIGURES = {
     "steps": "optimizer steps",
     "samples": "samples seen",
-    "tokens": "tokens learned from",
+    "tokens": "tokens in the loss",
     "train_loss_first": "training loss, first",
     "train_loss_last": "training loss, last",
     "eval_loss_before": "held-out loss before",
@@ -51,10 +51,12 @@ FIGURES = {
 
 
 def write_card(folder: Path, config: PeftConfig, notes: Mapping[str, Any]) -> None:
-    """Write ``README.md`` into ``folder``, whole or not at all; one that is not ours is left as it is.
+    """Write ``README.md`` into ``folder``, whole or not at all; one without our marker is left as it is.
 
     Args:
-        notes: What ``lorakeet.json`` says besides; those of :data:`FIGURES` are shown.
+        folder: The adapter's folder.
+        config: The adapter's settings.
+        notes: Further facts of ``lorakeet.json``; those of :data:`FIGURES` are shown.
 
     Raises:
         OutputError: the folder cannot be written to.
@@ -67,17 +69,18 @@ def write_card(folder: Path, config: PeftConfig, notes: Mapping[str, Any]) -> No
 
 
 def card(config: PeftConfig, notes: Mapping[str, Any]) -> str:
-    """The text of the card: YAML front matter, then Markdown."""
+    """Return the text of the card: YAML front matter, then Markdown."""
     base = public_name(config.base_model_name_or_path)
-    parts = [f"---\n{front_matter(config)}---\n\n{MARKER}", _what(base), _loading(config, base)]
-    parts.append("## Settings\n\n" + _table({key: getattr(config, key) for key in SETTINGS}))
+    parts = [f"---\n{front_matter(config)}---\n\n{MARKER}", _introduction(base), _loading(config, base)]
+    settings = {key: getattr(config, key) for key in SETTINGS} | config.variant_settings
+    parts.append("## Settings\n\n" + _table(settings))
     if figures := {label: notes[key] for key, label in FIGURES.items() if notes.get(key) is not None}:
         parts.append("## Training\n\n" + _table(figures))
     return "\n\n".join(parts) + "\n"
 
 
 def front_matter(config: PeftConfig) -> str:
-    """The metadata as YAML."""
+    """Return the metadata as YAML."""
     base, pipeline = public_name(config.base_model_name_or_path), TASKS[config.task_type][0]
     tags = [*([f"base_model:adapter:{base}"] if base else []), "lora", "lorakeet", "transformers"]
     values = {"base_model": base, "library_name": "peft", "pipeline_tag": pipeline, "tags": tags}
@@ -85,7 +88,7 @@ def front_matter(config: PeftConfig) -> str:
 
 
 def public_name(name: str | None) -> str | None:
-    """``name`` if it can be a model's name on the hub; None if it is a path on this machine, or nothing."""
+    """Return ``name`` if it can be a model's name on the hub; None if it is a path on this machine, or empty."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -93,13 +96,13 @@ def public_name(name: str | None) -> str | None:
     return name if name and not name.endswith(".gguf") and not Path(name).exists() else None
 
 
-def _what(base: str | None) -> str:
+def _introduction(base: str | None) -> str:
     of = f"[{base}](https://huggingface.co/{base})" if base else "a base model without a public name"
     return (
         f"# LoRA adapter for {base or 'a local model'}\n\n"
-        f"A LoRA adapter ([Hu et al. 2021](https://arxiv.org/abs/2106.09685)) for {of}: a pair of small trained "
-        "matrices for each layer named below, added to the frozen weights. It holds no base model; loading it needs "
-        "that too."
+        f"A LoRA adapter ([Hu et al. 2021](https://arxiv.org/abs/2106.09685)) for {of}: two small trained matrices "
+        "for each layer named below, added to the frozen weights. The base model is not included; loading the adapter "
+        "needs it too."
     )
 
 
@@ -107,7 +110,7 @@ def _loading(config: PeftConfig, base: str | None) -> str:
     auto = TASKS[config.task_type][1]
     remark = "# or the class it was trained with\n" if config.task_type is None else ""
     if config.task_type in LABELLED:
-        remark = "# give num_labels= too: as many as it was trained with\n"
+        remark = "# give num_labels= too, the number it was trained with\n"
     return f"""## Load it
 
 ```python

@@ -1,4 +1,4 @@
-"""``PeftModel``: a model with adapters that can also be saved, loaded and pushed; and ``get_peft_model``."""
+"""``PeftModel``: a model with adapters that can be saved, loaded and pushed; and ``get_peft_model``."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakeet.adapter.model_card import write_card
-from lorakeet.adapter.serialization import check_base, put_tensors, read_notes, read_tensors, write_adapter
+from lorakeet.adapter.serialization import check_base, load_tensors, read_notes, read_tensors, write_adapter
 from lorakeet.errors import AdapterError
-from lorakeet.lora.config import PeftConfig
-from lorakeet.lora.inject import set_trainable
-from lorakeet.lora.model import LoraModel, adopt, refuse_unknown, start
+from lorakeet.lora.config import PeftConfig, refuse_unknown
+from lorakeet.lora.default_targets import resolve_config
+from lorakeet.lora.inject import plan_injection, set_trainable
+from lorakeet.lora.model import LoraModel, adopt
+from lorakeet.quant.protocol import weight_dtype
 
-#: Arguments of PEFT's that only say how to load: accepted, without effect.
+#: PEFT's arguments that only choose a way to load: accepted, without effect.
 _LOADING = {"autocast_adapter_dtype", "ephemeral_gpu_offload", "low_cpu_mem_usage", "torch_device"}
 
 
 class PeftModel(LoraModel):
-    """A transformers (or any) model with LoRA adapters: the object that was given, with these verbs added.
+    """A transformers (or any) model with LoRA adapters: the object that was given, with these methods added.
 
     Made by :func:`get_peft_model` or :meth:`from_pretrained`, never constructed.
     """
@@ -40,22 +42,22 @@ class PeftModel(LoraModel):
         allow_untrained: bool = False,
         **peft_only: Any,
     ) -> PeftModel:
-        """Put a saved adapter on ``model``, in place, and let it answer.
+        """Put a saved adapter on ``model``, in place, and activate it.
 
         Args:
             model: The base model; the same object comes back.
             model_id: Folder or hub id of the adapter.
-            adapter_name: What to call it here.
-            is_trainable: Whether it goes on learning; left out: frozen.
+            adapter_name: The name to give it here.
+            is_trainable: Whether to continue its training; left out: frozen.
             config: Used instead of the adapter's own ``adapter_config.json``.
             revision: Revision of the hub repository.
-            subfolder: Where in the repository or folder.
-            allow_other_base: Go on although the base is not the one the adapter was trained on.
+            subfolder: Folder in the repository or folder.
+            allow_other_base: Accept a base that is not the one the adapter was trained on.
             allow_untrained: Accept an adapter whose every B is zero.
 
         Raises:
-            AdapterError: no such adapter; tensors missing, unexpected, mis-shaped, not finite or all zero; a pickle; a
-                damaged file; another base. The model is as before then.
+            AdapterError: no such adapter; tensors are missing, unexpected, not finite, all zero or of the wrong shape; a
+                pickle; a damaged file; another base. The model is as before then.
             TargetError: the adapter's layers are not in this model.
         """
         refuse_unknown("from_pretrained", peft_only, _LOADING)
@@ -96,10 +98,12 @@ class PeftModel(LoraModel):
         allow_untrained: bool = False,
         **peft_only: Any,
     ) -> None:
-        """Load a saved adapter beside the others; it is silent until ``set_adapter``.
+        """Load a saved adapter beside the others; it is inactive until ``set_adapter``.
 
-        If an adapter of this name is there already, its weights are replaced (they must have the same shapes).
-        Arguments and errors as for :meth:`from_pretrained`.
+        If there is an adapter of this name already, its weights are replaced (they must have the same shapes).
+
+        Args:
+            model_id: See :meth:`from_pretrained`, also for the other arguments and the errors.
         """
         refuse_unknown("load_adapter", peft_only, _LOADING)
         config = config or PeftConfig.from_pretrained(model_id, revision=revision, subfolder=subfolder)
@@ -111,7 +115,7 @@ class PeftModel(LoraModel):
         if not known:
             self.add_adapter(adapter_name, config.model_copy(update={"inference_mode": not is_trainable}), strict=False)
         try:
-            put_tensors(self, adapter_name, tensors, model_id, allow_untrained=allow_untrained or is_trainable)
+            load_tensors(self, adapter_name, tensors, model_id, allow_untrained=allow_untrained or is_trainable)
         except BaseException:
             if not known:
                 self.delete_adapter(adapter_name)
@@ -135,13 +139,14 @@ class PeftModel(LoraModel):
         """Write the adapter (several: ``default`` here, each other in a subfolder of its name) and a model card.
 
         Args:
-            save_directory: Made if it is not there; other files in it stay.
+            save_directory: Made if it does not exist; other files in it stay.
             safe_serialization: Only True: weights are never pickled.
-            selected_adapters: Which; left out: all.
+            selected_adapters: Names of the adapters; left out: all.
             state_dict: Gathered tensors of a sharded model.
             notes: Further facts for ``lorakeet.json``.
             is_main_process: Only the main process of several writes.
-            push_to_hub: Also upload to ``repo_id``, left out: the folder's name.
+            push_to_hub: Also upload.
+            repo_id: Name on the hub; left out: the folder's name.
 
         Raises:
             AdapterError: NaN or infinite values, or ``safe_serialization=False``.
@@ -153,14 +158,14 @@ class PeftModel(LoraModel):
                 "safe_serialization=False would write a pickle", "leave it out: safetensors is the format"
             )
         if any(layer.merged_adapters for layer in self.lora_layers()):
-            raise AdapterError("an adapter is merged into the base, so it would be saved twice over", "unmerge first")
+            raise AdapterError("an adapter is merged into the base, so it would be saved twice", "unmerge first")
         folder = Path(save_directory)
         for name in selected_adapters or list(self.peft_config):
-            self._known(name)
+            self._check_known(name)
             if is_main_process:
-                place = folder if name == "default" else folder / name
-                write_adapter(self, name, place, state_dict=state_dict, notes=notes)
-                write_card(place, self.peft_config[name], notes or {})
+                path = folder if name == "default" else folder / name
+                write_adapter(self, name, path, state_dict=state_dict, notes=notes)
+                write_card(path, self.peft_config[name], notes or {})
         if push_to_hub and is_main_process:
             from lorakeet.adapter.hub import push_folder
 
@@ -176,9 +181,17 @@ class PeftModel(LoraModel):
         token: str | bool | None = None,
         **peft_only: Any,
     ) -> str:
-        """Upload the adapter and its card to the hub; returns the address of the repository's page.
+        """Upload the adapter and its card to the hub.
 
-        The token is the one of the usual login or of ``HF_TOKEN`` unless given; it is never shown.
+        Args:
+            repo_id: ``user/name`` on the hub; made if it does not exist.
+            private: Whether a new repository is private; left out: the owner's default.
+            commit_message: Message of the commit.
+            revision: Branch to push to; left out: ``main``.
+            token: Token for the hub; left out: that of the login, or ``HF_TOKEN``. It is never shown.
+
+        Returns:
+            The address of the repository's page.
         """
         import tempfile
 
@@ -202,19 +215,25 @@ def get_peft_model(
     Args:
         model: Any module; the same object comes back, as a :class:`PeftModel` too.
         peft_config: The settings.
-        adapter_name: What to call the adapter.
-        autocast_adapter_dtype: Hold the adapter in fp32 where the base is in half precision, as PEFT does; False: in
+        adapter_name: Name of the adapter.
+        autocast_adapter_dtype: Keep the adapter in fp32 where the base is in half precision, as PEFT does; False: in
             the base's dtype.
 
     Raises:
-        TargetError: ``target_modules`` match nothing or only in part, with the nearest names; nothing is touched then.
+        AdapterError: the model has adapters already.
+        TargetError: some of ``target_modules`` match nothing, with the nearest names; the model is as before then.
     """
     refuse_unknown("get_peft_model", peft_only, {"low_cpu_mem_usage", "mixed"})
-    peft = start(model, peft_config, adapter_name, PeftModel)
+    if isinstance(model, LoraModel):
+        raise AdapterError("this model has adapters already", "call add_adapter on it")
+    plan_injection(model, resolve_config(model, peft_config))  # raises before anything is changed
+    peft = adopt(model, PeftModel)
     assert isinstance(peft, PeftModel)
+    peft.add_adapter(adapter_name, peft_config)
+    set_trainable(peft, peft.peft_config[adapter_name], peft.lora_parts())
+    peft.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
     if not autocast_adapter_dtype:
         for layer in peft.lora_layers():
             for parameter in layer.parts(adapter_name):
-                base = layer.base_layer
-                parameter.data = parameter.data.to(base.weight.dtype if base.weight.is_floating_point() else base.dtype)
+                parameter.data = parameter.data.to(weight_dtype(layer.base_layer))
     return peft

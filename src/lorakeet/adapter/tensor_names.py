@@ -1,7 +1,7 @@
-"""Which tensors an adapter is made of, and what each is called in the file and in the model.
+"""Names of an adapter's tensors, in its file and in the model.
 
-In the file every key starts with ``base_model.model.`` and carries no adapter name (PEFT's format); in the model the name
-of the adapter stands in the middle. One table serves saving and loading, so the two cannot disagree.
+In the file every key begins with ``base_model.model.`` and does not contain the adapter's name (PEFT's format). In the model
+the adapter's name is a part of the key. One table serves saving and loading, so the two cannot disagree.
 """
 
 from __future__ import annotations
@@ -10,72 +10,65 @@ import re
 
 from torch import nn
 
-from lorakeet.lora.layer import LoraEmbedding, LoraLayer, LoraPair
+from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.model import LoraModel
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.target_parameters import LoraParameter, LoraParameters
+from lorakeet.lora.trainable_tokens import FILE_NAME as TOKENS
 from lorakeet.lora.trainable_tokens import TiedLayer, TrainableTokens
 
 PREFIX = "base_model.model."
-#: Embeddings that PEFT saves whole as soon as they are adapted.
+#: Last parts of the names of embeddings and heads that PEFT saves whole as soon as they are adapted.
 SAVED_EMBEDDINGS = ("embed_tokens", "lm_head")
-#: How the rows of trained tokens are called in the file, after the layer.
-ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 def tensor_names(model: LoraModel, adapter: str) -> dict[str, str]:
-    """Key in the file -> key in ``model.state_dict()``, for every tensor of the adapter.
+    """Map keys of the file to keys of ``model.state_dict()``, for every tensor of the adapter.
 
-    Per layer ``lora_A.weight`` [r, in] and ``lora_B.weight`` [out, r] (``lora_B.bias`` [out]), or ``lora_embedding_A``
-    [r, vocabulary] and ``lora_embedding_B`` [dim, r]; modules trained whole under their own names; the base's biases as
-    the config's ``bias`` says; an adapted ``embed_tokens`` or ``lm_head`` itself. Convolutions have ``lora_A.weight``
-    [r, in, *kernel] and ``lora_B.weight`` [out, r / groups, 1, ...], parameters that stack experts [r·experts, in] and
-    [out, r·experts]; single rows of an embedding ``token_adapter.trainable_tokens_delta`` [tokens, dim].
+    The tensors of a layer are named by the layer and its variant. They are, for each type:
+
+    - linear layer: ``lora_A.weight`` [r, in], ``lora_B.weight`` [out, r], ``lora_B.bias`` [out]
+    - convolution: ``lora_A.weight`` [r, in, *kernel], ``lora_B.weight`` [out, r / groups, 1, ...]
+    - embedding: ``lora_embedding_A`` [r, vocabulary], ``lora_embedding_B`` [dim, r]
+    - stacked experts: ``lora_A.weight`` [r·experts, in], ``lora_B.weight`` [out, r·experts]
+    - trained rows of an embedding: ``token_adapter.trainable_tokens_delta`` [tokens, dim]
+
+    Modules trained whole keep their own names, as do the base's biases that the setting ``bias`` trains. An adapted
+    ``embed_tokens`` or ``lm_head`` is saved too.
     """
     names: dict[str, str] = {}
     for path, module in model.named_modules():
         if isinstance(module, SavedModule) and adapter in module.modules_to_save:
             copy = module.modules_to_save[adapter]
             names |= {f"{path}.{key}": f"{path}.modules_to_save.{adapter}.{key}" for key in copy.state_dict()}
-        elif isinstance(module, LoraParameter):
-            continue
-        elif isinstance(module, LoraLayer) and adapter in module.r:
-            names |= _layer_names(path, module, adapter)
+        elif isinstance(module, LoraLayer) and not isinstance(module, LoraParameter) and adapter in module.r:
+            names |= _layer_names(path, path, module, adapter)
     names |= _bias_names(model, adapter)
     names |= _embedding_names(model, adapter)
-    names = _beside_parameters(names, model, adapter)
+    names = _with_parameters(names, model, adapter)
     return {PREFIX + key: value for key, value in names.items()}
 
 
-def _beside_parameters(names: dict[str, str], model: LoraModel, adapter: str) -> dict[str, str]:
-    """``names`` with the pairs of adapted parameters.
+def _layer_names(file_path: str, path: str, layer: LoraLayer, adapter: str) -> dict[str, str]:
+    return {f"{file_path}.{key}": f"{path}.{own}" for key, own in layer.tensor_names(adapter).items()}
 
-    PEFT wraps the module that owns them once for each, the first one innermost, and the file's keys show it: of two
-    parameters of ``experts`` the first is at ``experts.base_layer.lora_A.weight``, the second at ``experts.lora_A.weight``,
-    and whatever lies within at ``experts.base_layer.base_layer...``.
+
+def _with_parameters(names: dict[str, str], model: LoraModel, adapter: str) -> dict[str, str]:
+    """Add the tensors of adapted parameters to ``names``.
+
+    PEFT wraps the module that owns them once for each, the first one innermost, and the file's keys show it. Of two parameters
+    of ``experts`` the first is at ``experts.base_layer.lora_A.weight``, the second at ``experts.lora_A.weight``. The other
+    tensors inside are at ``experts.base_layer.base_layer...``.
     """
     for path, table in [(path, module) for path, module in model.named_modules() if isinstance(module, LoraParameters)]:
         owner = path.removesuffix(".lora_parameters")
         layers = {name: layer for name, layer in table.items() if isinstance(layer, LoraLayer) and adapter in layer.r}
-        mine = [name for name in model.get_submodule(owner)._parameters if name in layers]
-        inner = owner + ".base_layer" * len(mine)
+        adapted = [name for name in model.get_submodule(owner)._parameters if name in layers]
+        inner = owner + ".base_layer" * len(adapted)
         names = {re.sub(rf"^{re.escape(owner)}(?=\.)", inner, key): value for key, value in names.items()}
-        for depth, name in enumerate(reversed(mine)):
-            pair = _layer_names(f"{path}.{name}", layers[name], adapter)
-            names |= {key.replace(f"{path}.{name}", owner + ".base_layer" * depth): pair[key] for key in pair}
+        for depth, name in enumerate(reversed(adapted)):
+            names |= _layer_names(owner + ".base_layer" * depth, f"{path}.{name}", layers[name], adapter)
     return names
-
-
-def _layer_names(path: str, layer: LoraLayer, adapter: str) -> dict[str, str]:
-    if isinstance(layer, TiedLayer):
-        return {}
-    if isinstance(layer, TrainableTokens):
-        return {f"{path}{ROWS}": f"{path}.trainable_tokens_delta.{adapter}"}
-    if isinstance(layer, LoraEmbedding):
-        return {f"{path}.{part}": f"{path}.{part}.{adapter}" for part in ("lora_embedding_A", "lora_embedding_B")}
-    assert isinstance(layer, LoraPair)
-    ends = ["lora_A.weight", "lora_B.weight"] + (["lora_B.bias"] if layer.lora_B[adapter].bias is not None else [])
-    return {f"{path}.{end}": f"{path}.{end.replace('.', f'.{adapter}.')}" for end in ends}
 
 
 def _bias_names(model: LoraModel, adapter: str) -> dict[str, str]:
@@ -92,35 +85,54 @@ def _bias_names(model: LoraModel, adapter: str) -> dict[str, str]:
     return names
 
 
-def mirrored_names(model: LoraModel, adapter: str) -> dict[str, tuple[str, bool]]:
-    """Keys of the file that say again what another key says, since their layers share it -> (that key, whether transposed).
+def _embedding_names(model: LoraModel, adapter: str) -> dict[str, str]:
+    config = model.peft_config[adapter]
+    targets = config.target_modules
+    if config.trainable_token_indices is not None:
+        return {}  # as in PEFT: an adapter that trains a few rows does not save all of them
+    if isinstance(targets, list) and not any(name in targets for name in SAVED_EMBEDDINGS):
+        return {}
+    adapted = sorted(
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.r and path.rpartition(".")[2] in SAVED_EMBEDDINGS
+    )
+    return {f"{path}.base_layer.weight": f"{path}.base_layer.weight" for path in adapted}
 
-    PEFT writes the pair of a head that is tied to an adapted embedding too: its A is the embedding's B transposed. The rows
-    of trained tokens it repeats only beside an embedding that is saved whole.
+
+def mirrored_names(model: LoraModel, adapter: str) -> dict[str, tuple[str, bool]]:
+    """Map keys of the file that repeat another key's tensor to (that key, whether transposed): their layers share it.
+
+    PEFT also writes A and B of a head that is tied to an adapted embedding: the head's A is the embedding's B transposed. It
+    repeats the rows of trained tokens only beside an embedding that is saved whole.
     """
     paths = {id(module): path for path, module in model.named_modules()}
-    again: dict[str, tuple[str, bool]] = {}
+    names: dict[str, tuple[str, bool]] = {}
     for path, module in model.named_modules():
         if not isinstance(module, TiedLayer) or adapter not in module.r:
             continue
         source, here = PREFIX + paths[id(module.source)], PREFIX + path
         if isinstance(module.source, TrainableTokens):
-            again[f"{here}{ROWS}"] = (f"{source}{ROWS}", False)
+            names[f"{here}.{TOKENS}"] = (f"{source}.{TOKENS}", False)
         elif isinstance(module.base_layer, nn.Embedding):
-            again |= {
-                f"{here}.{part}": (f"{source}.{part}", False) for part in ("lora_embedding_A", "lora_embedding_B")
-            }
+            for matrix in ("lora_embedding_A", "lora_embedding_B"):
+                names[f"{here}.{matrix}"] = (f"{source}.{matrix}", False)
         else:
-            again[f"{here}.lora_A.weight"] = (f"{source}.lora_embedding_B", True)
-            again[f"{here}.lora_B.weight"] = (f"{source}.lora_embedding_A", True)
-    return again
+            names[f"{here}.lora_A.weight"] = (f"{source}.lora_embedding_B", True)
+            names[f"{here}.lora_B.weight"] = (f"{source}.lora_embedding_A", True)
+    return names
+
+
+def is_token_rows(key: str) -> bool:
+    """Whether a key of the file names the rows of trained tokens."""
+    return key.endswith(f".{TOKENS}")
 
 
 def vocabulary_names(model: LoraModel) -> dict[str, str]:
-    """Key in the file -> key in the state dict of the base's embedding and head, saved where the vocabulary was resized."""
+    """Map keys of the file to keys of the state dict for the base's embedding and head, saved with a resized vocabulary."""
     names: dict[str, str] = {}
-    for ask in ("get_input_embeddings", "get_output_embeddings"):
-        layer = getattr(model, ask, lambda: None)()
+    for method in ("get_input_embeddings", "get_output_embeddings"):
+        layer = getattr(model, method, lambda: None)()
         path = next((path for path, module in model.named_modules() if module is layer), None)
         if path is None or isinstance(layer, SavedModule):
             continue
@@ -129,24 +141,3 @@ def vocabulary_names(model: LoraModel) -> dict[str, str]:
         inner = ".token_adapter" if isinstance(rows, TrainableTokens) else ""
         names[f"{PREFIX}{path}{inner}{own}.weight"] = f"{path}{own}.weight"
     return names
-
-
-def _embedding_names(model: LoraModel, adapter: str) -> dict[str, str]:
-    config = model.peft_config[adapter]
-    targets = config.target_modules
-    if config.trainable_token_indices is not None:
-        return {}  # as in PEFT: whoever trains a few rows does not want all of them saved
-    wanted = {
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter in module.r and path.rpartition(".")[2] in SAVED_EMBEDDINGS
-    }
-    if isinstance(targets, list) and not any(name in targets for name in SAVED_EMBEDDINGS):
-        return {}
-    return {f"{path}.base_layer.weight": f"{path}.base_layer.weight" for path in sorted(wanted)}
-
-
-def owner(model: nn.Module, key: str) -> tuple[nn.Module, str]:
-    """The module that holds the tensor ``key`` of the state dict, and its name there."""
-    path, _, leaf = key.rpartition(".")
-    return model.get_submodule(path), leaf

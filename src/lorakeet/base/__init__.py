@@ -1,1 +1,1 @@
-"""A model directory, hub id or GGUF file becomes a frozen model and its tokenizer."""
+"""Loading of base models: a folder, hub id or GGUF file becomes a frozen model and its tokenizer."""

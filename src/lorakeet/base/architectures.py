@@ -1,4 +1,4 @@
-"""What a model is asked to do, in the terms of `transformers`: its family, the auto class, the parts that begin at random."""
+"""Model families, the auto class of each task in `transformers`, and the modules of a new head."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from lorakeet.errors import BaseModelError
 
 Family = Literal["decoder", "encoder", "encoder-decoder"]
 
+#: Task -> auto class of `transformers`.
 AUTO_CLASSES: dict[str, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
@@ -34,52 +35,56 @@ AUTO_CLASSES: dict[str, Any] = {
     "MASKED_LM": AutoModelForMaskedLM,
 }
 
-#: What a family does without a new head.
-PLAIN: dict[Family, TaskName] = {
+#: Family -> the task that it was pretrained for, which needs no new head.
+DEFAULT_TASKS: dict[Family, TaskName] = {
     "decoder": "CAUSAL_LM",
     "encoder": "FEATURE_EXTRACTION",
     "encoder-decoder": "SEQ_2_SEQ_LM",
 }
 
-#: Tasks whose model is all in the base's files: a weight that is missing there is damage, and no new head.
-WHOLE = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForMaskedLM)
+#: Auto classes of tasks without a new head: a weight missing from the checkpoint is an error, not a fresh initialization.
+NO_NEW_HEAD = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForMaskedLM)
 
 
 def family(config: PreTrainedConfig) -> Family:
-    """Whether a model of this configuration reads, writes, or does one after the other."""
+    """Return the family of an architecture; an encoder is one with a masked language model."""
     if config.is_encoder_decoder:
         return "encoder-decoder"
-    reads = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    return "encoder" if reads else "decoder"
+    encodes = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    return "encoder" if encodes else "decoder"
 
 
 def check_task(task: str, config: PreTrainedConfig, name: str) -> None:
-    """See that the architecture has a model for ``task``, before any weight is read.
+    """Check that `transformers` has a model of this architecture for ``task``; reads no weights.
 
     Raises:
-        BaseModelError: it has none.
+        BaseModelError: It has none.
     """
     known = AUTO_CLASSES[task]._model_mapping
     if type(config) in known or any(getattr(config, "auto_map", {}) or {}):
         return
     fitting = [other for other, auto in AUTO_CLASSES.items() if type(config) in auto._model_mapping]
     raise BaseModelError(
-        f"{name} is a {config.model_type} model, which cannot do {task}; it can do {', '.join(fitting) or 'none'}",
+        f"{name} is a {config.model_type} model, which does not support {task}, expected one of {', '.join(fitting) or 'none'}",
         "choose another task with --task, or another base with --model",
     )
 
 
 def own_class(config: PreTrainedConfig) -> Any:
-    """The class that a base's files were written by, with all of its heads; else what its family does without a new one."""
-    named = getattr(transformers, (config.architectures or [""])[0], None)
-    return named or AUTO_CLASSES[PLAIN[family(config)]]
+    """Return the class that a checkpoint was saved from, with all its heads; by default that of its family's own task."""
+    saved = getattr(transformers, (config.architectures or [""])[0], None)
+    return saved or AUTO_CLASSES[DEFAULT_TASKS[family(config)]]
 
 
 def fresh_modules(model: PreTrainedModel, fresh: Iterable[str]) -> list[str]:
-    """The modules that hold new, random weights: they must be trained whole and saved with the adapter.
+    """Return the modules with randomly initialized weights, which must be trained in full and saved with the adapter.
 
-    A head stands for all of its layers: ``classifier.dense.weight`` gives ``classifier``; what the files lack inside the base
-    model is named by its module: ``bert.pooler.dense.weight`` gives ``pooler``.
+    Outside the base model that is the head (``classifier.dense.weight`` gives ``classifier``), inside it the first module
+    below (``bert.pooler.dense.weight`` gives ``pooler``).
+
+    Args:
+        model: The model.
+        fresh: Names of the weights that the checkpoint lacks.
     """
     prefix = f"{model.base_model_prefix}."
     names = (key.removeprefix(prefix) for key in fresh)

@@ -1,6 +1,6 @@
-"""Is a folder a whole model? Config, tokenizer and safetensors are looked at before anything expensive begins.
+"""Checks of a model folder before anything expensive begins: its config, tokenizer and safetensors files.
 
-Only safetensors are read: a pickle can run code as it opens, so it is refused by name.
+Only safetensors are read. Pickles are refused by name, since opening one can run code.
 """
 
 from __future__ import annotations
@@ -22,56 +22,61 @@ TOKENIZER_FILES = (
 
 
 def check_folder(folder: Path, name: str | None = None) -> None:
-    """See that ``folder`` can be loaded as a model; ``name`` is what the person called it.
+    """Check that ``folder`` can be loaded as a model; ``name`` is what the user called it.
 
     Raises:
-        BaseModelError: names everything that is missing, truncated or refused, at once.
+        BaseModelError: Files are missing, truncated or refused; the message lists all of them.
     """
     check_config(folder, name)
     if problems := folder_problems(folder):
         raise BaseModelError(
             f"{name or folder} cannot be loaded: {'; '.join(problems)}",
-            "get its files again, or save it once with save_pretrained(), which writes safetensors",
+            "download its files again, or save the model with save_pretrained(), which writes safetensors",
         )
 
 
 def check_config(folder: Path, name: str | None = None) -> None:
-    """See that ``folder`` is a model and no adapter, by its config alone.
+    """Check by its config alone that ``folder`` is a model and no adapter.
 
     Raises:
-        BaseModelError: it is an adapter, has no config.json, or one that names no architecture.
+        BaseModelError: It is an adapter, or has no config.json, or one that names no architecture.
     """
     if (folder / "adapter_config.json").exists():
-        raise adapter_given(name or str(folder), folder / "adapter_config.json")
+        raise adapter_not_model(name or str(folder), folder / "adapter_config.json")
     if not (folder / "config.json").exists():
         files = sorted(folder.glob("*.gguf"))
-        hint = f"give the file itself: {files[0]}" if files else "give the folder that save_pretrained() wrote"
-        raise BaseModelError(f"{name or folder} is no model: config.json was sought in {folder}, not found", hint)
+        hint = f"give the GGUF file: {files[0]}" if files else "give the folder that save_pretrained() wrote"
+        raise BaseModelError(f"{name or folder} is no model: there is no config.json in {folder}", hint)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BaseModelError(f"{folder / 'config.json'} is not readable as JSON: {error}") from error
+        raise BaseModelError(
+            f"{folder / 'config.json'} is not readable as JSON: {error}", "download it again"
+        ) from error
     if not isinstance(config, dict) or not ("model_type" in config or "auto_map" in config):
-        raise BaseModelError(f"{folder / 'config.json'} names no model_type, so its architecture is unknown")
+        raise BaseModelError(
+            f"{folder / 'config.json'} has no model_type, so the architecture is unknown",
+            "give a folder that save_pretrained() wrote",
+        )
 
 
 def folder_problems(folder: Path) -> list[str]:
-    """Everything that is missing, truncated or refused of the weights and the tokenizer in ``folder``."""
+    """List all missing, truncated or refused files of the weights and the tokenizer in ``folder``."""
     problems = _weight_problems(folder)
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        problems.append("no tokenizer (tokenizer.json was sought)")
+        problems.append("no tokenizer (such as tokenizer.json)")
     return problems
 
 
-def adapter_given(place: str, adapter_config: Path) -> BaseModelError:
-    """The error for an adapter given where a whole model is expected; the hint names the adapter's base."""
+def adapter_not_model(path: str, adapter_config: Path) -> BaseModelError:
+    """Return the error for an adapter where a model is expected; the hint names the adapter's base."""
     try:
         base = json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
         base = None
     return BaseModelError(
-        f"{place} holds an adapter (adapter_config.json), expected a whole model",
-        f"use --adapter {place}" + (f" with --model {base}" if base else " and give its base with --model"),
+        f"{path} is an adapter (it has an adapter_config.json), expected a model",
+        f"use --adapter {path}" + (f" with --model {base}" if base else " and give its base with --model"),
     )
 
 
@@ -86,15 +91,15 @@ def _weight_problems(folder: Path) -> list[str]:
     missing = [name for name in files if not (folder / name).exists()]
     if missing:
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
-        refused = f"; refused: {', '.join(pickles)}, since a pickle can run code as it opens" if pickles else ""
+        refused = f"; refused: {', '.join(pickles)}, since opening a pickle can run code" if pickles else ""
         return [f"no {', '.join(missing)} (only safetensors are read{refused})"]
     return [problem for name in files if (problem := _unreadable(folder / name))]
 
 
 def _unreadable(file: Path) -> str | None:
-    """Why a safetensors file cannot be read, or None. Opening it compares its header with its length."""
+    """Describe the damage of a safetensors file, or return None; opening it checks its header against its length."""
     try:
         with safe_open(file, framework="pt"):
             return None
     except (SafetensorError, OSError) as error:
-        return f"{file.name} is truncated or no safetensors file ({error})"
+        return f"{file.name} is truncated, or no safetensors file ({error})"

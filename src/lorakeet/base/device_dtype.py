@@ -1,4 +1,4 @@
-"""Device and number format: chosen once, checked, counted."""
+"""Choice and check of the device and the number format of a base."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from collections import Counter
 import torch
 from transformers import PreTrainedModel
 
-from lorakeet.config import BaseSettings
+from lorakeet.config import FLOATING_BITS, QUANTIZED_FORMATS, BaseSettings
 from lorakeet.errors import BaseModelError
 from lorakeet.log import warn
 from lorakeet.quant.protocol import quantized_layers
 
+#: Name in the settings -> torch dtype, and the reverse.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called ``name``; ``auto`` takes CUDA (under torchrun: the process's own), then MPS, then the CPU.
+    """Return the device called ``name``; ``auto`` is CUDA (under torchrun that of ``LOCAL_RANK``), else MPS, else the CPU.
 
     Raises:
-        BaseModelError: there is no such device here.
+        BaseModelError: This machine has no such device.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -31,46 +32,50 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise BaseModelError(
-            f"unknown device {name!r}", "expected auto, cpu, cuda, cuda:0, cuda:1 ... or mps"
+            f"unknown device {name!r}, expected auto, cpu, cuda, cuda:0, cuda:1 ... or mps", "use --device auto"
         ) from None
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= counts.get(device.type, 0):
-        found = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-        raise BaseModelError(
-            f"device {name!r} was asked for, this machine and its torch have {found}", "use --device auto"
-        )
+        found = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        raise BaseModelError(f"device {name!r} is not available, torch finds {found} here", "use --device auto")
     return device
 
 
 def choose_dtype(settings: BaseSettings, device: torch.device, for_training: bool = False) -> torch.dtype:
-    """The number format of the base, from ``dtype``, ``bits`` and what the device is fast at.
+    """Return the floating-point format of the base, from ``dtype``, ``bits`` and the speed of the device.
 
-    ``auto`` is bf16 on GPUs that have it and on CPUs with AMX, else fp16 on CUDA and fp32 elsewhere: with AVX512_BF16 alone
-    a step is no faster in bf16. Around weights in 8 bits it is fp32 on every CPU, as the loops between them are.
+    ``auto`` is bf16 on GPUs that have it and on CPUs with AMX, else fp16 on CUDA and fp32 elsewhere. With AVX512_BF16 alone
+    a step is no faster in bf16. Around quantized weights ``auto`` is fp32 on every CPU, since the compiled loops are fp32.
+
+    Args:
+        settings: Settings of the base.
+        device: Device of the base.
+        for_training: Refuse a format that cannot be trained in.
 
     Raises:
-        BaseModelError: ``bits`` and ``dtype`` contradict each other, or fp16 is to train on a CPU.
+        BaseModelError: ``bits`` and ``dtype`` contradict each other, or the format is fp16 for training on a CPU.
     """
     fast_bf16 = has_bf16(device)
     half = torch.float16 if device.type == "cuda" and not fast_bf16 else torch.bfloat16
     faster = torch.cpu._is_amx_tile_supported() if device.type == "cpu" else fast_bf16 or device.type == "cuda"
     natural = half if faster else torch.float32
-    around_int8 = torch.float32 if device.type == "cpu" else natural
-    by_bits = {8: around_int8, 16: half, 32: torch.float32, None: natural}
+    around_quantized = torch.float32 if device.type == "cpu" else natural
+    by_bits: dict[int | None, torch.dtype] = {None: natural, 16: half, 32: torch.float32}
+    by_bits.update(dict.fromkeys(QUANTIZED_FORMATS, around_quantized))
     dtype = DTYPES.get(settings.dtype, by_bits[settings.bits])
-    if settings.bits not in (None, 8) and dtype.itemsize * 8 != settings.bits:
+    if settings.bits in FLOATING_BITS and dtype.itemsize * 8 != settings.bits:
         raise BaseModelError(
-            f"bits={settings.bits} contradicts dtype={settings.dtype}", "give one of the two, or make them agree"
+            f"bits={settings.bits} contradicts dtype={settings.dtype}", "give only one of the two, or matching ones"
         )
     if device.type == "cpu" and dtype == torch.float16 and for_training:
         raise BaseModelError(
-            "fp16 cannot train on a CPU: its range is too small without a GPU's loss scaling",
+            "fp16 cannot train on a CPU: its range is too small without loss scaling, which needs a GPU",
             "use --dtype bf16 or fp32",
         )
     if device.type == "cpu" and (dtype == torch.float16 or (dtype == torch.bfloat16 and not fast_bf16)):
         warn(
             f"{dtype_name(dtype)} is much slower than fp32 on this CPU, which has no instructions for it "
-            "(fp32 needs twice the memory)"
+            "(fp32 takes twice the memory)"
         )
     return dtype
 
@@ -83,10 +88,10 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def check_dtypes(model: PreTrainedModel, dtype: torch.dtype, name: str) -> None:
-    """See that every floating-point weight has ``dtype``, but for those that the architecture keeps in fp32.
+    """Check that every floating-point weight has ``dtype``, except those that the architecture keeps in fp32.
 
     Raises:
-        BaseModelError: names weights of another number format.
+        BaseModelError: Weights have another number format; the message names some.
     """
     kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
     stored = {id(t) for _, layer in quantized_layers(model) for t in layer.quantized_weight().tensors().values()}
@@ -99,11 +104,14 @@ def check_dtypes(model: PreTrainedModel, dtype: torch.dtype, name: str) -> None:
         and not (weight.dtype == torch.float32 and any(part in key for part in kept))
     ]
     if wrong:
-        raise BaseModelError(f"{name} was asked for in {dtype_name(dtype)}, but {some(wrong)}")
+        raise BaseModelError(
+            f"{name} was not loaded in {dtype_name(dtype)}: {some(wrong)}",
+            "try another --dtype, or update transformers",
+        )
 
 
 def bytes_by_dtype(model: torch.nn.Module) -> dict[torch.dtype, int]:
-    """Bytes of a model's parameters and buffers by number format, the largest first; tied weights count once."""
+    """Count the bytes of parameters and buffers by number format, the largest first; tied weights count once."""
     sizes: Counter[torch.dtype] = Counter()
     for tensor in (*model.parameters(), *model.buffers()):
         sizes[tensor.dtype] += tensor.numel() * tensor.element_size()
@@ -111,11 +119,11 @@ def bytes_by_dtype(model: torch.nn.Module) -> dict[torch.dtype, int]:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name that the settings use, such as ``bf16``; torch's own where there is none."""
+    """Return the name in the settings, such as ``bf16``, or else the name in torch."""
     return DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def some(items: list[str], most: int = 5) -> str:
-    """The first few of many names, and how many more there are."""
+    """Join the first few items, and count the others."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more

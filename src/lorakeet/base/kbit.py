@@ -1,4 +1,4 @@
-"""Make a frozen base ready to carry adapters: what peft calls preparing for k-bit training."""
+"""Preparation of a frozen base for stable training of adapters, as in peft's function of the same name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lorakeet.errors import BaseModelError
 
+#: Half-precision dtypes, whose norms are computed in fp32.
 HALF = (torch.float16, torch.bfloat16)
 #: Heads of models without output embeddings: sequence and token classification, question answering.
 TASK_HEADS = ("score", "classifier", "qa_outputs")
@@ -21,16 +22,23 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> PreTrainedModel:
-    """Prepare ``model``, in place, so that adapters train on it stably; twice does no more than once.
+    """Prepare ``model`` in place for stable training of adapters; a second call changes nothing.
 
-    All parameters are frozen. Norms, that is layers with one-dimensional parameters only, compute in fp32 and answer in
-    the dtype they were asked in. The head's output is fp32. With ``use_gradient_checkpointing`` activations are
-    recomputed in backward (``use_reentrant=False`` unless told otherwise) and the embeddings' output requires a
-    gradient, so that it reaches the adapters through the frozen layers. With ``auto_clear_cache`` a GPU's memory that
-    was set free on the way is given back.
+    All parameters are frozen. Norms (layers with only one-dimensional parameters) compute in fp32 and return the dtype of
+    their input. The head returns fp32.
+
+    Args:
+        model: The base.
+        use_gradient_checkpointing: Recompute activations in the backward pass. The embeddings' output then requires a
+            gradient, so that gradients reach the adapters through checkpointed frozen layers.
+        gradient_checkpointing_kwargs: Arguments of torch's checkpoint; ``use_reentrant=False`` by default.
+        auto_clear_cache: Release GPU memory that is no longer used.
+
+    Returns:
+        The same model.
 
     Raises:
-        BaseModelError: the architecture has no gradient checkpointing.
+        BaseModelError: The architecture has no gradient checkpointing.
     """
     model.requires_grad_(False)
     for module in model.modules():
@@ -46,7 +54,7 @@ def prepare_model_for_kbit_training(
 
 
 def _norm_in_fp32(module: nn.Module) -> None:
-    """Turn a half-precision norm to fp32. A layer that also holds a matrix keeps its dtype: the two must agree."""
+    """Convert a half-precision norm to fp32. A layer that also has a matrix is left alone: its parameters must agree."""
     parameters = list(module.parameters(recurse=False))
     half = [parameter for parameter in parameters if parameter.dtype in HALF]
     if not half or any(parameter.dim() != 1 for parameter in parameters) or next(module.children(), None) is not None:
@@ -54,14 +62,14 @@ def _norm_in_fp32(module: nn.Module) -> None:
     for parameter in half:
         parameter.data = parameter.data.float()
     module.register_forward_pre_hook(_input_to_fp32, with_kwargs=True)
-    module.register_forward_hook(_output_as_asked)
+    module.register_forward_hook(_output_as_input)
 
 
-# The hooks are plain functions and keep their state on the module: a model with them can be copied and pickled.
+# The hooks are plain functions with their state on the module, so the model can still be copied and pickled.
 
 
 def _input_to_fp32(norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    norm.asked_dtype = next(value.dtype for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+    norm.input_dtype = next(value.dtype for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
     return tuple(map(_fp32, args)), {name: _fp32(value) for name, value in kwargs.items()}
 
 
@@ -69,8 +77,8 @@ def _fp32(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) and value.dtype in HALF else value
 
 
-def _output_as_asked(norm: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-    return output.to(norm.asked_dtype)
+def _output_as_input(norm: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    return output.to(norm.input_dtype)
 
 
 def _output_in_fp32(head: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:

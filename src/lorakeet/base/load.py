@@ -1,7 +1,7 @@
-"""A base model is loaded frozen, its number format and device chosen once, verified and said.
+"""Loading of a frozen base model, with its number format and device chosen, verified and logged.
 
-What `transformers` would only warn about is an error here: weights that are missing (and would be random), weights of
-another shape, tensors in another number format than was asked for.
+Problems of which `transformers` only warns are errors here: missing weights (which would be random), weights of another
+shape, and tensors in another number format than the requested one.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lorakeet.base.architectures import WHOLE
+from lorakeet.base.architectures import NO_NEW_HEAD
 from lorakeet.base.checkpoint_files import check_folder
 from lorakeet.base.device_dtype import bytes_by_dtype, check_dtypes, choose_device, choose_dtype, dtype_name, some
 from lorakeet.base.quiet import quiet
 from lorakeet.base.source import find_source, local_folder
-from lorakeet.config import BaseSettings, complaints
+from lorakeet.config import BaseSettings, settings_error
 from lorakeet.errors import BaseModelError
 from lorakeet.kernels.int8.registry import best_on
 from lorakeet.log import warn
@@ -40,12 +40,12 @@ class Base:
     """A frozen base model and its tokenizer. ``model, tokenizer = load_base()`` works as well.
 
     Attributes:
-        model: in eval mode, no parameter requires a gradient.
-        tokenizer: has a pad token (the end token, where it had none; padding is masked by position).
-        name: the public name, where it is known; what an adapter records.
-        dtype: of the weights.
-        device: of the weights.
-        fresh: weights that the files lack: a new head, which begins at random and has to be trained.
+        model: The model in eval mode; no parameter requires a gradient.
+        tokenizer: The tokenizer, with a pad token (the end token if it had none; padding is masked by position).
+        name: The name that an adapter records; the public name, if known.
+        dtype: Number format of the floating-point weights.
+        device: Device of the weights.
+        fresh: Names of weights that the checkpoint lacks: a new, randomly initialized head that must be trained.
     """
 
     model: PreTrainedModel
@@ -60,7 +60,7 @@ class Base:
         yield self.tokenizer
 
     def describe(self) -> str:
-        """One line: name, parameters, number format, device, bytes by number format."""
+        """Return one line: name, parameters, number format, device, bytes by number format."""
         sizes = bytes_by_dtype(self.model)
         parts = ", ".join(f"{dtype_name(dtype)} {_size(count)}" for dtype, count in sizes.items())
         count = sum(parameter.numel() for parameter in self.model.parameters())
@@ -74,7 +74,7 @@ class Base:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is known of a base model before its weights are read."""
+    """Name, configuration and tokenizer of a base model, read without its weights."""
 
     name: str
     config: PreTrainedConfig
@@ -82,10 +82,10 @@ class ModelInfo:
 
 
 def inspect_model(settings: BaseSettings) -> ModelInfo:
-    """Name, configuration and tokenizer of a base model whose files are all there.
+    """Read the configuration and tokenizer of a base model, and check that its files are complete.
 
     Raises:
-        BaseModelError: as :func:`load_base`, as far as it can be told without the weights.
+        BaseModelError: As in :func:`load_base`, except for errors in the weights.
     """
     source = find_source(settings.model, settings.revision)
     folder = local_folder(source, settings.trust_remote_code)
@@ -106,16 +106,19 @@ def load_base(
     """Load a base model, frozen.
 
     Args:
-        settings: the settings, or only the model's reference; left out: the embedded default.
-        auto_class: the `transformers` auto class of the task. Heads that it adds and the files lack are new and random:
-            that is said, and an error for a causal language model.
-        for_training: refuse at once what cannot train.
-        model_options: further arguments of ``from_pretrained``, such as ``num_labels``.
-        **overrides: single settings by name, e.g. ``dtype="bf16"``; ``load_in_8bit=True`` means ``bits=8``.
+        settings: The settings, or only the model's reference; by default the embedded model.
+        auto_class: The `transformers` auto class of the task. A head that the checkpoint lacks is initialized randomly,
+            with a warning; for a language model it is an error.
+        for_training: Refuse a number format that cannot be trained in.
+        model_options: Further arguments of ``from_pretrained``, such as ``num_labels``.
+        **overrides: Single settings by name, e.g. ``dtype="bf16"``; ``load_in_8bit=True`` means ``bits=8``.
+
+    Returns:
+        The frozen model with its tokenizer.
 
     Raises:
-        BaseModelError: the model, device or number format is not there, contradictory, damaged or incomplete.
-        ConfigError: an unknown or mistyped setting.
+        BaseModelError: The model, device or number format is missing, contradictory, damaged or incomplete.
+        ConfigError: A setting is unknown or of the wrong type.
     """
     chosen = _settings(settings, overrides)
     device = choose_device(chosen.device)
@@ -131,7 +134,7 @@ def load_base(
     _check_vocabulary(model, tokenizer, source.name)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    # Adapters, model cards and checkpoints record this name: never the cache's folder.
+    # Adapters, model cards and checkpoints record this name, not the folder of the cache.
     model.name_or_path = model.config._name_or_path = source.name
     model.requires_grad_(False).eval()
     return Base(model, tokenizer, source.name, dtype, device, fresh)
@@ -141,22 +144,24 @@ def _config(folder: Path, name: str, remote: Mapping[str, Any]) -> PreTrainedCon
     try:
         return AutoConfig.from_pretrained(folder, **remote)
     except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(f"the configuration of {name} cannot be read: {_reason(error)}") from error
+        raise BaseModelError(
+            f"the configuration of {name} cannot be read: {_reason(error)}", "check its config.json"
+        ) from error
 
 
 def _rounding(folder: Path, bits: int | None, name: str, remote: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells ``from_pretrained`` to round to 8 bits while it reads; nothing for files that are rounded already.
+    """Return the arguments of ``from_pretrained`` that quantize during loading; none for a quantized checkpoint.
 
     Raises:
-        BaseModelError: the files are quantised, and not as ``bits`` says.
+        BaseModelError: The checkpoint is quantized in another format than ``bits``.
     """
     method = getattr(_config(folder, name, remote), "quantization_config", None)
     if bits == 8 and (other := foreign_method(method)):
         raise foreign_method_error(name, other)
     if bits in (16, 32) and method is not None and not foreign_method(method):
         raise BaseModelError(
-            f"{name} is written in 8 bits ({METHOD}), bits={bits} was asked for",
-            "leave out --bits, or give the full-precision model",
+            f"{name} is stored in 8 bits ({METHOD}), and bits={bits} is set",
+            "remove --bits, or give the full-precision model",
         )
     return {"quantization_config": Int8Config()} if bits == 8 and method is None else {}
 
@@ -169,22 +174,29 @@ def _settings(settings: BaseSettings | str | None, overrides: Mapping[str, Any])
     try:
         return BaseSettings.model_validate({**values, **overrides})
     except ValidationError as error:
-        raise complaints(error, BaseSettings) from None
+        raise settings_error(error, BaseSettings) from None
 
 
 def load_tokenizer(folder: Path, name: str, remote: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer in ``folder``, with a pad token; ``name`` is what the model is called.
+    """Load the tokenizer of a model folder, and set its pad token if it has none.
+
+    Args:
+        folder: Folder of the model.
+        name: Name of the model, for messages and for the tokenizer's own record.
+        remote: The argument ``trust_remote_code``, as a mapping.
 
     Raises:
-        BaseModelError: its files are damaged.
+        BaseModelError: Its files are damaged.
     """
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, **remote)
-    except Exception as error:  # damaged vocabularies break the readers in many ways
-        raise BaseModelError(f"the tokenizer of {name} cannot be read: {_reason(error)}") from error
-    for mark in ("is_local", "local_files_only"):  # where it was opened from is nothing to save with it
-        tokenizer.init_kwargs.pop(mark, None)
+    except Exception as error:  # damaged vocabularies raise many kinds of errors
+        raise BaseModelError(
+            f"the tokenizer of {name} cannot be read: {_reason(error)}", "download its files again"
+        ) from error
+    for key in ("is_local", "local_files_only"):  # save_pretrained would save them
+        tokenizer.init_kwargs.pop(key, None)
     tokenizer.name_or_path = name
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -194,55 +206,64 @@ def load_tokenizer(folder: Path, name: str, remote: Mapping[str, Any]) -> PreTra
 def _load_model(
     folder: Path, name: str, auto_class: Any, device: torch.device, options: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """The model, and the weights of it that are new and random."""
-    place = {} if device.type == "cpu" else {"device_map": {"": device}}
+    """Return the model, and the names of its randomly initialized weights."""
+    device_map = {} if device.type == "cpu" else {"device_map": {"": device}}
     try:
         with quiet():
             model, info = auto_class.from_pretrained(
                 folder,
                 use_safetensors=True,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are listed in info, and refused below
-                **{**place, **options},
+                ignore_mismatched_sizes=True,  # listed in info, and refused below
+                **{**device_map, **options},
             )
     except BaseModelError as error:
         raise BaseModelError(f"{name} cannot be loaded: {error.message}", error.hint) from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        raise BaseModelError(f"{name} cannot be loaded: {_reason(error)}") from error
-    whole = auto_class in WHOLE
+        raise BaseModelError(
+            f"{name} cannot be loaded: {_reason(error)}", "check its files, or update transformers"
+        ) from error
+    complete = auto_class in NO_NEW_HEAD
     own = {key for key, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     info = {**info, "missing_keys": [key for key in info["missing_keys"] if key in own]}  # a fresh layer has no scales
-    return model, _check_weights(info, name, whole, "" if whole else f"{model.base_model_prefix}.")
+    return model, _check_weights(info, name, complete, "" if complete else f"{model.base_model_prefix}.")
 
 
-def _check_weights(info: Mapping[str, Any], name: str, must_be_whole: bool, prefix: str) -> tuple[str, ...]:
-    """What transformers found amiss: other shapes are errors, as are missing weights unless a new head is expected.
+def _check_weights(info: Mapping[str, Any], name: str, must_be_complete: bool, prefix: str) -> tuple[str, ...]:
+    """Check the loading info of transformers, and return the names of the randomly initialized weights.
 
-    A head (what lies outside ``prefix``) of another shape, say for other classes, is replaced by a new one.
+    A head (weights without ``prefix``) of another shape, e.g. for other classes, is replaced by a new one. Any other weight
+    of another shape is an error, and so are missing weights if ``must_be_complete``.
     """
-    odd = {key: (list(found), list(wanted)) for key, found, wanted in info["mismatched_keys"]}
-    replaced = [key for key in odd if prefix and not key.startswith(prefix)]
+    misfits = {key: (list(found), list(expected)) for key, found, expected in info["mismatched_keys"]}
+    replaced = [key for key in misfits if prefix and not key.startswith(prefix)]
     missing, unexpected = sorted([*info["missing_keys"], *replaced]), sorted(info["unexpected_keys"])
     problems = [
-        f"{key} is {found}, its config says {wanted}" for key, (found, wanted) in odd.items() if key not in replaced
+        f"{key} has shape {found}, expected {expected}"
+        for key, (found, expected) in misfits.items()
+        if key not in replaced
     ]
-    if missing and must_be_whole:
+    if missing and must_be_complete:
         problems.append(f"{len(missing)} weights are missing and would be random: {some(missing)}")
     if problems:
-        raise BaseModelError(f"the weights of {name} do not fit: {some(sorted(problems))}", "get its files again")
+        raise BaseModelError(
+            f"the weights of {name} do not fit its config: {some(sorted(problems))}", "download its files again"
+        )
     if missing:
-        warn(f"{len(missing)} weights are not in {name} and begin at random: {some(missing)}")
+        warn(f"{len(missing)} weights are not in {name} and are initialized randomly: {some(missing)}")
     if unexpected:
         warn(f"{len(unexpected)} weights of {name} are not used: {some(unexpected)}")
     return tuple(missing)
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Say which tokens the model has no embedding for: a text with one of them would break a run in the middle."""
-    rows = weight_shape(model.get_input_embeddings())[0]
-    beyond = [token for token, number in tokenizer.get_added_vocab().items() if number >= rows]
+    """Warn of tokens without an embedding: a text with one of them would end a run with an error."""
+    vocabulary = weight_shape(model.get_input_embeddings())[0]
+    beyond = [token for token, number in tokenizer.get_added_vocab().items() if number >= vocabulary]
     if beyond:
-        warn(f"{name} has embeddings for {rows} tokens, its tokenizer knows more: no text may hold {some(beyond)}")
+        warn(
+            f"{name} has embeddings of {vocabulary} tokens, its tokenizer has more: no text may contain {some(beyond)}"
+        )
 
 
 def _size(count: int) -> str:
@@ -250,6 +271,6 @@ def _size(count: int) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, with its kind where the line alone says little."""
+    """Return the class and the first line of an error."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

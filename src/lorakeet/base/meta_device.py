@@ -1,4 +1,4 @@
-"""A model's shape without its weights: on the meta device, in seconds and next to no memory."""
+"""Models on the meta device: modules, names and shapes without weights, built in seconds and with little memory."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from lorakeet.base.source import find_source
 from lorakeet.errors import BaseModelError
 
-#: Public configurations that come with Lorakeet, so that these models can be planned without a network.
+#: Folder of public configurations that come with Lorakeet, so that these models can be planned without a network.
 CONFIGS = Path(__file__).with_name("configs")
 
 
 def meta_model(name_or_config: str | PreTrainedConfig, *, auto_class: Any = AutoModelForCausalLM) -> PreTrainedModel:
-    """The model of a configuration, every parameter on the meta device: modules, names and shapes, no numbers.
+    """Build the model of a configuration with every parameter on the meta device.
 
     Args:
-        name_or_config: a configuration; or a folder, GGUF file or hub id, of which only the configuration is read; or
-            one of those shipped, ``facebook/opt-6.7b`` and ``bigscience/bloomz-7b1``.
-        auto_class: the `transformers` auto class of the task.
+        name_or_config: A configuration; or a folder, GGUF file or hub id, of which only the configuration is read; or a
+            shipped one, ``facebook/opt-6.7b`` or ``bigscience/bloomz-7b1``.
+        auto_class: The `transformers` auto class of the task.
 
     Raises:
-        BaseModelError: there is no such model, or its architecture is unknown.
+        BaseModelError: There is no such model, or its architecture is unknown.
     """
     config = read_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
     with torch.device("meta"):
@@ -33,19 +33,21 @@ def meta_model(name_or_config: str | PreTrainedConfig, *, auto_class: Any = Auto
 
 
 def read_config(name: str) -> PreTrainedConfig:
-    """The configuration of a model by name; its ``_name_or_path`` is the public name."""
+    """Return the configuration of a model; its ``_name_or_path`` is the model's public name."""
     shipped = CONFIGS / f"{name.replace('/', '--')}.json"
     try:
         if shipped.exists() and not Path(name).exists():
-            config, known_as = AutoConfig.from_pretrained(shipped), name
+            config, public_name = AutoConfig.from_pretrained(shipped), name
         else:
             source = find_source(name)
             gguf = {"gguf_file": source.path.name} if source.kind == "gguf" else {}
             config = AutoConfig.from_pretrained(source.path.parent if gguf else source.path, **gguf)
-            known_as = source.name
+            public_name = source.name
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, BaseModelError):
             raise
-        raise BaseModelError(f"the configuration of {name} cannot be read: {error}") from error
-    config._name_or_path = known_as
+        raise BaseModelError(
+            f"the configuration of {name} cannot be read: {error}", "check its config.json, or update transformers"
+        ) from error
+    config._name_or_path = public_name
     return config

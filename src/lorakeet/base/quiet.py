@@ -1,4 +1,4 @@
-"""Silence the loading bars of transformers, and give them back."""
+"""Silencing of the progress bars and warnings of transformers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from transformers.utils import logging
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within the block transformers shows no progress bars and only errors; afterwards what was shown is shown again.
+    """Hide the progress bars and warnings of transformers within the block.
 
-    What its warnings would say of missing or unexpected weights is checked by the caller.
+    The caller checks for missing and unexpected weights, which those warnings are about.
     """
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()

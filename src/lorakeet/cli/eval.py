@@ -16,23 +16,28 @@ from lorakeet.errors import DataError
 @with_settings({**BASE_FLAGS, **DATA_FLAGS})
 def eval(
     settings: dict[str, Any],
-    adapter: Annotated[str | None, typer.Option(help="folder or hub id of an adapter; left out: the bare base")] = None,
+    adapter: Annotated[str | None, typer.Option(help="folder or hub id of an adapter; default: the base alone")] = None,
     eval_fraction: Annotated[
-        float | None, typer.Option(help="only the part that a run with this fraction and --seed holds out")
+        float | None, typer.Option(help="evaluate only the rows that a run with this fraction and --seed holds out")
     ] = None,
-    seed: Annotated[int, typer.Option(help="the run's seed, for --eval-fraction")] = 42,
+    seed: Annotated[int, typer.Option(help="seed of the run, for --eval-fraction")] = 42,
     batch_size: Annotated[int, typer.Option(min=1, help="rows per forward pass")] = 8,
-    allow_other_base: Annotated[bool, typer.Option(help="accept an adapter of another base")] = False,
+    allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Mean loss per target token (end token included), perplexity and number of tokens, of all rows of the data; for an
-    adapter of another task its own figures, such as accuracy.
+    """Measure the mean loss per target token, the perplexity and the number of target tokens, over all rows of the data.
+
+    Target tokens include the end token. For an adapter of another task, the metrics of that task, such as accuracy.
 
     \b
     examples:
       lorakeet eval --data quotes.jsonl
       lorakeet eval --adapter my-run/adapter --data quotes.jsonl --json
-      lorakeet eval --adapter my-run/adapter --data quotes.jsonl --eval-fraction 0.05   # as held out in the run
+      lorakeet eval --adapter my-run/adapter --data quotes.jsonl --eval-fraction 0.05
+    \f
+
+    Args:
+        settings: Settings set by flags, by dotted name; every other parameter has its help text.
     """
     if eval_fraction is not None:
         settings["data.eval_fraction"] = eval_fraction
@@ -53,13 +58,14 @@ def eval(
             batch_size=batch_size,
             progress=progress,
         )
-    if as_json:
-        print(json.dumps(figures))
-    else:
-        shown = {"loss": ".4f", "perplexity": ".2f"}
-        parts = [
-            f"{name} {value:{shown.get(name, '' if isinstance(value, int) else '.4f')}}"
-            for name, value in figures.items()
-            if isinstance(value, (int, float))
-        ]
-        print("   ".join(parts))
+    print(json.dumps(figures) if as_json else _line(figures))
+
+
+def _line(figures: dict[str, Any]) -> str:
+    """Format the figures that are single numbers as one line."""
+    formats = {"loss": ".4f", "perplexity": ".2f"}
+    numbers = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
+    return "   ".join(
+        f"{name} {value:{formats.get(name, '' if isinstance(value, int) else '.4f')}}"
+        for name, value in numbers.items()
+    )

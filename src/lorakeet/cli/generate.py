@@ -16,19 +16,23 @@ from lorakeet.errors import DataError
 @with_settings(BASE_FLAGS)
 def generate(
     settings: dict[str, Any],
-    prompt: Annotated[list[str] | None, typer.Option(help="text to complete; may be given several times")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="file with one prompt a line (.jsonl: key 'prompt')")] = None,
-    adapter: Annotated[list[str] | None, typer.Option(help="adapter; several times to compare")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="prompts are a user's turns; without any: talk")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="at most so many tokens")] = 60,
-    greedy: Annotated[bool, typer.Option("--greedy", help="always the likeliest token")] = False,
-    temperature: Annotated[float, typer.Option(help="of sampling; below 1 is more sober")] = 0.8,
-    top_p: Annotated[float, typer.Option(help="sample from the likeliest tokens of this total probability")] = 0.95,
-    seed: Annotated[int | None, typer.Option(help="makes sampling repeatable")] = None,
-    allow_other_base: Annotated[bool, typer.Option(help="accept an adapter of another base")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line: adapter, prompt, text")] = False,
+    prompt: Annotated[list[str] | None, typer.Option(help="text to complete; repeatable")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="file with one prompt per line (.jsonl: key 'prompt')")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="adapter; repeat it to compare several")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="treat prompts as user turns; without a prompt: chat at the terminal")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="maximum number of new tokens")] = 60,
+    greedy: Annotated[bool, typer.Option("--greedy", help="take the most likely token instead of sampling")] = False,
+    temperature: Annotated[float, typer.Option(help="sampling temperature; below 1: more predictable text")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="sample from the most likely tokens of this total probability")] = 0.95,
+    seed: Annotated[int | None, typer.Option(help="seed of the sampling")] = None,
+    allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON object per line: adapter, prompt, text")
+    ] = False,
 ) -> None:
-    """Complete prompts. One prompt streams token by token; with several adapters each answers in turn.
+    """Complete prompts with each adapter in turn. A single prompt is streamed token by token.
 
     \b
     examples:
@@ -36,6 +40,10 @@ def generate(
       lorakeet generate --adapter my-run/adapter --prompt "Beware of" --greedy --max-new-tokens 40
       lorakeet generate --adapter a/adapter --adapter b/adapter --prompts openings.txt --json
       lorakeet generate --chat
+    \f
+
+    Args:
+        settings: Settings set by flags, by dotted name; every other parameter has its help text.
     """
     wanted = [*(prompt or []), *(_read_prompts(prompts) if prompts else [])]
     if not wanted and not (chat and sys.stdin.isatty()):
@@ -44,7 +52,7 @@ def generate(
     from lorakeet import api
 
     opened = api.open_model(base, adapters, allow_other_base=allow_other_base)
-    how = {
+    sampling = {
         "max_new_tokens": max_new_tokens,
         "greedy": greedy,
         "temperature": temperature,
@@ -52,39 +60,39 @@ def generate(
         "seed": seed,
     }
     if not wanted:
-        _talk(opened, adapters[0] if adapters else None, how)
+        _chat(opened, adapters[0] if adapters else None, sampling)
     elif as_json:
-        for answer in api.compare(opened, adapters, wanted, chat=chat, **how):
+        for answer in api.compare(opened, adapters, wanted, chat=chat, **sampling):
             print(json.dumps(answer, ensure_ascii=False), flush=True)
     else:
-        _print_answers(opened, adapters, wanted, chat, how)
+        _print_answers(opened, adapters, wanted, chat, sampling)
 
 
-def _print_answers(opened: Any, adapters: list[str], wanted: list[str], chat: bool, how: dict[str, Any]) -> None:
-    """Text on stdout; which adapter speaks, on stderr."""
+def _print_answers(opened: Any, adapters: list[str], wanted: list[str], chat: bool, sampling: dict[str, Any]) -> None:
+    """Print completions to stdout, and the name of each of several adapters to stderr."""
     from lorakeet import api
 
-    for one in adapters or [None]:  # type: ignore[list-item]
+    for adapter in adapters or [None]:  # type: ignore[list-item]
         if len(adapters) > 1:
-            print(f"--- {one}", file=sys.stderr)
+            print(f"--- {adapter}", file=sys.stderr)
         if len(wanted) == 1:
-            _stream(opened, one, wanted[0], chat, how)
+            _stream(opened, adapter, wanted[0], chat, sampling)
             continue
-        for prompt, text in zip(wanted, api.generate(opened, one, wanted, chat=chat, **how), strict=True):
+        for prompt, text in zip(wanted, api.generate(opened, adapter, wanted, chat=chat, **sampling), strict=True):
             print(text if chat else prompt + text)
 
 
-def _stream(opened: Any, adapter: str | None, prompt: str, chat: bool, how: dict[str, Any]) -> None:
-    """Write the completion as it comes, behind the prompt (which waits until there is something to add to it)."""
+def _stream(opened: Any, adapter: str | None, prompt: str, chat: bool, sampling: dict[str, Any]) -> None:
+    """Print the prompt and its completion piece by piece; the prompt appears with the first piece."""
     from lorakeet import api
 
     before = iter([] if chat else [prompt])
-    api.generate(opened, adapter, [prompt], chat=chat, stream=lambda piece: _show(next(before, "") + piece), **how)
+    api.generate(opened, adapter, [prompt], chat=chat, stream=lambda piece: _show(next(before, "") + piece), **sampling)
     print(next(before, ""))
 
 
-def _talk(opened: Any, adapter: str | None, how: dict[str, Any]) -> None:
-    """A conversation at the terminal, until an empty line or Ctrl-D; the model sees all of it each time."""
+def _chat(opened: Any, adapter: str | None, sampling: dict[str, Any]) -> None:
+    """Hold a conversation at the terminal, until an empty line or Ctrl-D; each turn sees all earlier ones."""
     from lorakeet.chat_template import render_chat
     from lorakeet.inference.generate import complete
 
@@ -93,14 +101,14 @@ def _talk(opened: Any, adapter: str | None, how: dict[str, Any]) -> None:
     with opened.answering(adapter):
         while True:
             try:
-                said = input("> ").strip()
+                question = input("> ").strip()
             except EOFError:
                 return
-            if not said:
+            if not question:
                 return
-            turns.append({"role": "user", "content": said})
+            turns.append({"role": "user", "content": question})
             prompt = render_chat(opened.base.tokenizer, turns, True)
-            answer = complete(opened.model, opened.base.tokenizer, [prompt], stream=_show, **how)[0]
+            answer = complete(opened.model, opened.base.tokenizer, [prompt], stream=_show, **sampling)[0]
             print()
             turns.append({"role": "assistant", "content": answer})
 
@@ -113,7 +121,7 @@ def _read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read prompts from {path}: {error}") from None
+        raise DataError(f"cannot read prompts from {path}: {error}", "give a UTF-8 text file") from None
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -124,7 +132,10 @@ def _read_prompts(path: Path) -> list[str]:
         try:
             found.append(json.loads(line)["prompt"])
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise DataError(f"{path} line {number}: expected a JSON object with the key 'prompt'") from None
+            raise DataError(
+                f"line {number} of {path} is no prompt, expected a JSON object with the key 'prompt'",
+                'write each line as {"prompt": "..."}',
+            ) from None
     if not found:
-        raise DataError(f"{path} holds no prompt")
+        raise DataError(f"{path} has no prompts", "write one prompt per line")
     return found

@@ -12,14 +12,15 @@ def inspect(
     adapter: Annotated[str, typer.Argument(help="folder or hub id of the adapter")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """What an adapter is, whether it learned anything, and which tools can load it. Needs no base model.
+    """Show what an adapter is, whether it was trained, and which tools load it. Needs no base model.
 
     \b
     examples:
       lorakeet inspect my-run/adapter
       lorakeet inspect user/adapter --json
     """
-    from lorakeet.adapter.inspect import describe, inspect_adapter
+    from lorakeet.adapter.inspect import inspect_adapter
+    from lorakeet.adapter.inspection_text import inspection_text
 
     found = inspect_adapter(adapter)
-    print(json.dumps(found, ensure_ascii=False) if as_json else describe(found))
+    print(json.dumps(found, ensure_ascii=False) if as_json else inspection_text(found))

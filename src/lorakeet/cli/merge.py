@@ -14,19 +14,23 @@ from lorakeet.cli.options import BASE_FLAGS, base_settings, with_settings
 def merge(
     settings: dict[str, Any],
     adapter: Annotated[str, typer.Option(help="folder or hub id of the adapter")],
-    out: Annotated[str, typer.Option(help="folder of the merged model")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what --out holds")] = False,
-    allow_other_base: Annotated[bool, typer.Option(help="accept an adapter of another base")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print what was measured as JSON")] = False,
+    out: Annotated[str, typer.Option(help="folder to save the merged model in")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the contents of --out")] = False,
+    allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     """Merge an adapter into its base and save a plain model that any tool loads.
 
-    Before anything is written the merged model answers a probe batch like the unmerged one, or the merge is refused.
+    The merge is refused, and nothing is written, if merged and unmerged outputs differ on a probe batch.
 
     \b
     examples:
       lorakeet merge --adapter my-run/adapter --out my-model
       lorakeet merge --model ./base --adapter user/adapter --out my-model --dtype bf16
+    \f
+
+    Args:
+        settings: Settings set by flags, by dotted name; every other parameter has its help text.
     """
     from lorakeet import api
 

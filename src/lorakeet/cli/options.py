@@ -1,20 +1,21 @@
-"""Flags made from the settings: name, type, default and help stand once, in :mod:`lorakeet.config`."""
+"""Flags derived from the settings: type, default and help come from :mod:`lorakeet.config`."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import typer
 from pydantic import BaseModel
 
-from lorakeet.config import BaseSettings, RunConfig
+from lorakeet.config import BaseSettings, RunConfig, read_run, setting_names
+from lorakeet.setting_types import plain_types
 
-#: Base of typer's own complaints, wherever its release keeps click.
-UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+#: Base class of typer's usage errors; releases of typer keep click in different places.
+UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
-#: Flag -> dotted setting. The few that one types often; the rest by ``section.key=value``.
+#: Flag -> dotted setting, for the settings typed most often; the others are set by ``section.key=value``.
 BASE_FLAGS = {"--model": "base.model", "--bits": "base.bits", "--dtype": "base.dtype", "--device": "base.device"}
 DATA_FLAGS = {"--data": "data.path", "--text-column": "data.columns.text", "--max-length": "data.max_length"}
 TRAIN_FLAGS = {
@@ -24,6 +25,7 @@ TRAIN_FLAGS = {
     "--eval-fraction": "data.eval_fraction",
     "--out": "out",
     "--steps": "train.steps",
+    "--epochs": "train.epochs",
     "--batch-size": "train.batch_size",
     "--grad-accum": "train.grad_accum",
     "--lr": "train.lr",
@@ -33,14 +35,34 @@ TRAIN_FLAGS = {
     "--dropout": "lora.lora_dropout",
     "--target-modules": "lora.target_modules",
     "--seed": "train.seed",
+    "--save-every": "train.save_every",
 }
 
-#: What a flag says of itself where it sets one entry of a table.
-HELP = {"data.columns.text": "column that holds the text; left out: found"}
+#: Flag -> other spelling that `transformers` users type.
+ALIASES = {"--lr": "--learning-rate", "--save-every": "--save-steps"}
+
+#: Names from `transformers`, `peft` and `trl` -> dotted setting, for the hint to an unknown flag.
+KNOWN_ELSEWHERE = {
+    "eval_steps": "train.eval_every",
+    "gradient_accumulation_steps": "train.grad_accum",
+    "logging_steps": "train.log_every",
+    "lora_r": "lora.r",
+    "lr_scheduler_type": "train.schedule",
+    "max_seq_length": "data.max_length",
+    "max_steps": "train.steps",
+    "model_name_or_path": "base.model",
+    "num_train_epochs": "train.epochs",
+    "output_dir": "out",
+    "per_device_train_batch_size": "train.batch_size",
+    "warmup_steps": "train.warmup",
+}
+
+#: Dotted setting -> help text, for flags that set one entry of a table.
+HELP = {"data.columns.text": "column of the text; default: found by name"}
 
 
 def setting_field(dotted: str) -> Any:
-    """The pydantic field behind a dotted name; that of the whole table, for a name inside one such as data.columns.text."""
+    """Return the pydantic field of a dotted name; for an entry of a table such as data.columns.text, the table's field."""
     model: Any = RunConfig
     for part in dotted.split("."):
         field = model.model_fields[part]
@@ -51,26 +73,21 @@ def setting_field(dotted: str) -> Any:
 
 
 def _flag_type(annotation: Any) -> type:
-    """int, float or str: what the shell's text is read as before the settings check it."""
-    kinds = {type(part) if not isinstance(part, type) else part for part in _flat(annotation)}
-    if float in kinds:
+    """Return int, float or str: the type to which a flag's text is converted before the settings check it."""
+    types = plain_types(annotation)
+    if float in types:
         return float
-    return int if int in kinds and str not in kinds else str
-
-
-def _flat(annotation: Any) -> list[Any]:
-    parts = get_args(annotation)
-    return [inner for part in parts for inner in _flat(part)] if parts else [annotation]
+    return int if int in types and str not in types else str
 
 
 def with_settings(
     flags: dict[str, str], defaults: dict[str, Any] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command these flags; it gets those that were set as ``settings``, a dict of dotted names.
+    """Add flags to a command, which receives those that were set as ``settings``, a dict of dotted names.
 
     Args:
         flags: Flag -> dotted setting.
-        defaults: Dotted setting -> the default that the help page shows, where the command has its own.
+        defaults: Dotted setting -> default of this command, shown in its help.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,8 +97,8 @@ def with_settings(
             given = {dotted: _value(dotted, values.pop(name)) for name, (_, dotted) in names.items()}
             return command(settings={key: value for key, value in given.items() if value is not None}, **values)
 
-        own = inspect.signature(command, eval_str=True).parameters.values()
-        kept = [parameter for parameter in own if parameter.name != "settings"]
+        parameters = inspect.signature(command, eval_str=True).parameters.values()
+        kept = [parameter for parameter in parameters if parameter.name != "settings"]
         wrapper.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             kept + [_parameter(name, flag, dotted, defaults or {}) for name, (flag, dotted) in names.items()]
         )
@@ -96,47 +113,58 @@ def _parameter(name: str, flag: str, dotted: str, defaults: dict[str, Any]) -> i
     default = defaults.get(dotted, field.get_default(call_default_factory=True))
     description = HELP.get(dotted, field.description)
     help_text = description + ("" if default in (None, {}) else f"  [default: {default}]")
-    kind = {int: "INT", float: "NUMBER"}.get(_flag_type(field.annotation), "TEXT")
+    metavar = {int: "INT", float: "NUMBER"}.get(_flag_type(field.annotation), "TEXT")
+    spellings = [flag, *([ALIASES[flag]] if flag in ALIASES else [])]
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=typer.Option(None, flag, help=help_text, show_default=False, metavar=kind),
+        default=typer.Option(None, *spellings, help=help_text, show_default=False, metavar=metavar),
         annotation=str | None,
     )
 
 
 def _value(dotted: str, text: str | None) -> Any:
-    """The shell's text as a number where the setting is one; what is no number is left for the settings to refuse."""
-    kind = _flag_type(setting_field(dotted).annotation)
-    if text is None or kind is str:
+    """Convert a flag's text to a number if the setting is one; other text is refused by the check of the settings."""
+    number = _flag_type(setting_field(dotted).annotation)
+    if text is None or number is str:
         return text
     try:
-        return kind(text)
+        return number(text)
     except ValueError:
         return text
 
 
 def base_settings(settings: dict[str, Any]) -> BaseSettings:
-    """The base section alone, out of dotted settings."""
-    from lorakeet.config import read_run
-
+    """Return the base section of dotted settings."""
     return read_run(None, values={key: value for key, value in settings.items() if key.startswith("base.")}).base
 
 
 def target_names(text: str) -> list[str] | str:
-    """``q_proj,v_proj`` -> a list; one word or a regular expression stays text (a word becomes a list of one)."""
+    """Parse ``--target-modules``: a comma-separated list, a regular expression or ``all-linear``."""
     if text == "all-linear" or any(sign in text for sign in r"\*+?[](){}|^$"):
         return text
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def parse_and_call(command: Callable[..., Any], name: str, words: list[str]) -> int | None:
-    """Parse ``words`` with typer and call the command; its help page ends with its examples."""
+    """Parse ``words`` with typer and call the command."""
     return typer_command(command).main(args=words, prog_name=name, standalone_mode=False)
 
 
 def typer_command(command: Callable[..., Any]) -> Any:
-    """The click command that typer makes of a function."""
+    """Return the click command that typer makes of a function."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command(context_settings={"help_option_names": ["--help", "-h"]})(command)
     return typer.main.get_command(app)
+
+
+def usage_hint(error: Any, command: str) -> str:
+    """Return the hint to a usage error: for an unknown flag of `train` the setting that it probably means."""
+    if command != "train" or not hasattr(error, "possibilities"):  # only an unknown flag has possibilities
+        return f"lorakeet {command} --help"
+    name = error.option_name.strip("-").replace("-", "_")
+    known = {dotted.rpartition(".")[2]: dotted for dotted in setting_names(RunConfig)} | KNOWN_ELSEWHERE
+    if dotted := known.get(name):
+        flags = {setting: own for own, setting in TRAIN_FLAGS.items()}
+        return f"use {flags[dotted]}" if dotted in flags else f"it is the setting {dotted}: add {dotted}=VALUE"
+    return f"lorakeet {command} --help"

@@ -15,19 +15,23 @@ from lorakeet.config import DEFAULT_MODEL, read_run
 def plan(
     settings: dict[str, Any],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[lora.KEY=VALUE]...", help="further settings of the method")
+        list[str] | None, typer.Argument(metavar="[lora.KEY=VALUE]...", help="further settings of LoRA")
     ] = None,
     model: Annotated[str, typer.Option(help="hub id or local folder; only its config is read")] = DEFAULT_MODEL,
-    task: Annotated[str, typer.Option(help="what the model is to do, such as SEQ_CLS")] = "auto",
+    task: Annotated[str, typer.Option(help="task of the model, such as SEQ_CLS")] = "auto",
     layers: Annotated[bool, typer.Option("--layers", help="list every layer")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Which layers would be adapted and how many parameters would train. Needs the model's config, not its weights.
+    """List the layers that would be adapted, and count the trainable parameters. Reads the model's config, no weights.
 
     \b
     examples:
       lorakeet plan --model facebook/opt-6.7b --target-modules q_proj,v_proj --r 16 --alpha 32
       lorakeet plan --target-modules all-linear --layers
+    \f
+
+    Args:
+        settings: Settings set by flags, by dotted name; every other parameter has its help text.
     """
     if isinstance(names := settings.get("lora.target_modules"), str):
         settings["lora.target_modules"] = target_names(names)

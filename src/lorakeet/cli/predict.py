@@ -17,22 +17,26 @@ from lorakeet.errors import DataError
 def predict(
     settings: dict[str, Any],
     adapter: Annotated[str | None, typer.Option(help="folder or hub id of an adapter")] = None,
-    text: Annotated[list[str] | None, typer.Option(help="a text; may be given several times")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="a text; repeatable")] = None,
     file: Annotated[
-        Path | None, typer.Option(help="a text a line, or .jsonl with 'text' or 'question' and 'context'")
+        Path | None, typer.Option(help="file with one text per line (.jsonl: key 'text', or 'question' and 'context')")
     ] = None,
-    question: Annotated[str | None, typer.Option(help="what to find in --text, for QUESTION_ANS")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="texts computed together")] = 8,
-    allow_other_base: Annotated[bool, typer.Option(help="accept an adapter of another base")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
+    question: Annotated[str | None, typer.Option(help="question to answer from --text, for QUESTION_ANS")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="texts per forward pass")] = 8,
+    allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object per line")] = False,
 ) -> None:
-    """Classes, tags, answers, vectors or fillings for texts: what the adapter was trained to say about them.
+    """Predict classes, tags, answers, vectors or masked tokens for texts, by the task of the adapter.
 
     \b
     examples:
       lorakeet predict --adapter my-run/adapter --text "Never volunteer for anything."
       lorakeet predict --adapter my-run/adapter --file tickets.txt --json
       lorakeet predict --adapter answers/adapter --question "Who wrote it?" --text "Hamlet is a play by Shakespeare."
+    \f
+
+    Args:
+        settings: Settings set by flags, by dotted name; every other parameter has its help text.
     """
     rows: list[str | Mapping[str, str]] = [*(text or []), *(_read(file) if file else [])]
     if question is not None:
@@ -49,7 +53,7 @@ def predict(
 
 
 def _line(row: str | Mapping[str, str], found: Mapping[str, Any]) -> str:
-    """One answer for a person, its text behind it."""
+    """Format a prediction as one line: the answer, its score, the text."""
     text = " ".join((row if isinstance(row, str) else row["question"]).split())
     if "words" in found:
         return " ".join(f"{word['word']}/{word['tag']}" for word in found["words"])
@@ -68,7 +72,7 @@ def _read(path: Path) -> list[Any]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read texts from {path}: {error}") from None
+        raise DataError(f"cannot read texts from {path}: {error}", "give a UTF-8 text file") from None
     if path.suffix != ".jsonl":
         return [line for line in lines if line.strip()]
     found = []
@@ -78,6 +82,7 @@ def _read(path: Path) -> list[Any]:
             found.append({key: row[key] for key in ("question", "context")} if "question" in row else row["text"])
         except (json.JSONDecodeError, KeyError, TypeError):
             raise DataError(
-                f"{path} line {number}: expected a JSON object with 'text', or with 'question' and 'context'"
+                f"line {number} of {path} has no text, expected a JSON object with 'text', or 'question' and 'context'",
+                'write each line as {"text": "..."}',
             ) from None
     return found

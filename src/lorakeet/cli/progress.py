@@ -1,4 +1,4 @@
-"""A progress bar on stderr, for people; silent where nobody looks."""
+"""A progress bar on stderr, shown only on a terminal."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int | None], None] | None]:
-    """Yields a function of (done, total if known); None where stderr is no terminal."""
+def progress_bar(label: str) -> Iterator[Callable[[int, int | None], None] | None]:
+    """Yield a function of the work done and the total, if known; None if stderr is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -17,5 +17,5 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int | None], None] | None
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bars:
-        task = bars.add_task(what, total=None)
+        task = bars.add_task(label, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)

@@ -9,17 +9,21 @@ import typer
 
 def push(
     adapter: Annotated[str, typer.Argument(help="folder of the adapter")],
-    repo: Annotated[str, typer.Argument(help="hub repository, user/name; made if it is not there")],
+    repo: Annotated[str, typer.Argument(help="hub repository, user/name; created if it is missing")],
     private: Annotated[bool, typer.Option("--private", help="make the repository private")] = False,
     message: Annotated[str | None, typer.Option(help="commit message")] = None,
     revision: Annotated[str | None, typer.Option(help="branch to upload to")] = None,
 ) -> None:
-    """Check an adapter and upload it with its card. The token is that of `hf auth login`, or of HF_TOKEN.
+    """Check an adapter and upload it with its model card. The token is that of `hf auth login` or of HF_TOKEN.
 
     \b
     examples:
       lorakeet push my-run/adapter me/quotes-lora
       lorakeet push my-run/adapter me/quotes-lora --private
+    \f
+
+    Args:
+        adapter: This and every other parameter has its help text.
     """
     from lorakeet.adapter.hub import push_folder
 

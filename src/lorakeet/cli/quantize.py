@@ -13,19 +13,23 @@ from lorakeet.cli.options import BASE_FLAGS, base_settings, with_settings
 @with_settings({flag: dotted for flag, dotted in BASE_FLAGS.items() if flag != "--bits"})
 def quantize(
     settings: dict[str, Any],
-    out: Annotated[str, typer.Option(help="folder of the base in 8 bits")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what --out holds")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print what was written as JSON")] = False,
+    out: Annotated[str, typer.Option(help="folder to save the 8-bit base in")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the contents of --out")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
-    """Write a base in 8 bits once. The folder is a model like any other here: it opens in seconds, read as it is needed.
+    """Quantize a base to 8 bits and save it. The folder is a model for every command; its weights are read on demand.
 
-    Only one weight at a time is in memory in full precision. Adapters that are trained on it belong to the full base too.
+    Only one weight at a time is in memory in full precision. Adapters trained on it also fit the full-precision base.
 
     \b
     examples:
       lorakeet quantize --model ./base --out base-int8
       lorakeet quantize --out smollm2-int8
       lorakeet train --model smollm2-int8 --data quotes.jsonl --out my-run
+    \f
+
+    Args:
+        settings: Settings set by flags, by dotted name; every other parameter has its help text.
     """
     from lorakeet import api
 

@@ -17,30 +17,37 @@ def train(
     settings: dict[str, Any],
     run: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN.yaml] [SECTION.KEY=VALUE]...", help="a run's YAML file, then overrides"),
+        typer.Argument(metavar="[RUN.yaml] [SECTION.KEY=VALUE]...", help="YAML file of a run, then overrides"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint of --out")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a run that --out holds already")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue from the newest checkpoint in --out")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier run in --out")] = False,
     any_checkpoint: Annotated[
-        bool, typer.Option("--any-checkpoint", help="resume although settings, data or number of processes differ")
+        bool, typer.Option("--any-checkpoint", help="resume even if settings, data or number of processes differ")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the summary as JSON")] = False,
 ) -> None:
-    """Train an adapter. Settings come from the YAML file, then flags, then overrides; the last word wins.
+    """Train an adapter. Settings come from the YAML file, then flags, then overrides; the last one wins.
 
-    The run's folder gets run.yaml (alone repeats the run), metrics.jsonl, loss_curve.png, summary.json and adapter/.
+    The folder --out gets run.yaml (repeats the run), metrics.jsonl, loss_curve.png, summary.json and adapter/.
 
     \b
     examples:
       lorakeet train --data quotes.jsonl --out my-run --steps 200
       lorakeet train run.yaml lora.r=32 data.path=quotes.jsonl
       lorakeet train my-run/run.yaml --resume
-      lorakeet train --data tickets.csv --text-column body --target-modules all-linear --r 16 --alpha 32
+      lorakeet train --data tickets.csv --text-column body --target-modules all-linear --r 16
+    \f
+
+    Args:
+        settings: Settings set by flags, by dotted name; every other parameter has its help text.
     """
     words = list(run or [])
     file = words.pop(0) if words and "=" not in words[0] else None
     if stray := [word for word in words if "=" not in word]:
-        raise ConfigError(f"{stray[0]!r} is no override", "one YAML file first, then section.key=value")
+        raise ConfigError(
+            f"{stray[0]!r} is no override, expected section.key=value",
+            "give at most one YAML file, before the overrides",
+        )
     if isinstance(names := settings.get("lora.target_modules"), str):
         settings["lora.target_modules"] = target_names(names)
     config = read_run(file, words, settings)

@@ -15,10 +15,13 @@ Read it in this order:
 from __future__ import annotations
 
 from lorakeet.data.collate import PaddingCollator
+from lorakeet.data.encode.kinds import register_kinds
 from lorakeet.data.encode.render import show_sample
 from lorakeet.data.prepare import prepare
 from lorakeet.data.prepare_report import PrepareReport
 from lorakeet.data.prepared import Prepared
 from lorakeet.data.rows.load import read_rows
+
+register_kinds()
 
 __all__ = ["PaddingCollator", "PrepareReport", "Prepared", "prepare", "read_rows", "show_sample"]

@@ -25,12 +25,12 @@ from lorakeet.data.prepared import (
     tell,
 )
 from lorakeet.data.rows.content import contents, rows_hash, usable
+from lorakeet.data.rows.kinds import find_kind
 from lorakeet.data.rows.label_set import LabelSet, find_labels
-from lorakeet.data.rows.load import read_rows
+from lorakeet.data.rows.load import Rows, read_rows
 from lorakeet.data.rows.split import Split, split_texts
 from lorakeet.errors import DataError
 
-_LABELLED = ("classes", "tags")
 _REPORTED = (
     "null",
     "empty",
@@ -67,20 +67,21 @@ def prepare(
     filled = usable(read.data, kind)
     if not filled:
         raise DataError(f"nothing to learn in {source}: all {len(read.data):,} rows are empty")
-    rows = read.data.select(filled)
-    labels = find_labels(rows, task, source) if kind in _LABELLED else None
-    found = check_rows(rows, read.layout, task, settings=settings).findings
+    used = read.select(filled)
+    rows, label_column = used.data, find_kind(kind).labels
+    labels = find_labels(rows[label_column][:], used.locations, task, source) if label_column else None
+    found = check_rows(used, task, settings=settings).findings
     tell(finding for finding in found if finding.kind not in _REPORTED)
     encoder = make_encoder(read.layout, task, settings, tokenizer, labels)
-    content_hash = rows_hash(rows, kind)
+    content_hash = rows_hash(rows)
     tokens = tokenize(rows, content_hash, encoder)
-    tokens = tokens.select(_learnable(tokens, rows, source, encoder, task))
+    tokens = tokens.select(_learnable(tokens, used, source, encoder, task))
     check_length(max(tokens["length"][:]), max_positions)
     row_of = tokens["row"][:]  # for each sample its number in rows
     numbers = sorted(set(row_of))
     some = rows.select(numbers)
     texts = contents(some, kind)
-    parts = split_texts(texts, settings.eval_fraction, seed, _classes(some, labels))
+    parts = split_texts(texts, settings.eval_fraction, seed, _classes(some, labels, label_column))
     parts, moved = _apart(tokens, _sides(parts, numbers, row_of), settings, source)
     train, held_out = tokens.select(parts.train), tokens.select(parts.held_out)
     train_rows, held_out_rows = (
@@ -102,7 +103,7 @@ def prepare(
         max_length=settings.max_length,
         end_token=tokenizer.eos_token,
         damaged=sum("\ufffd" in text for text in texts),
-        labels=labels.count(_labels_of(train_rows)) if labels and labels.names else None,
+        labels=labels.count(train_rows[label_column][:]) if labels and labels.names else None,
         streamed=False,
         content_hash=content_hash,
     )
@@ -117,28 +118,21 @@ def prepare(
     )
 
 
-def _learnable(
-    tokens: datasets.Dataset, rows: datasets.Dataset, source: str, encoder: Encoder, task: TaskSettings
-) -> list[int]:
+def _learnable(tokens: datasets.Dataset, rows: Rows, source: str, encoder: Encoder, task: TaskSettings) -> list[int]:
     """Numbers of the samples that have a target; all rows that cannot be samples are complained of."""
     if any(tokens["fault"][:]):
         pairs = zip(tokens["row"][:], tokens["fault"][:], strict=True)
-        places = rows["place"][:]
-        raise complaint(((places[row], fault) for row, fault in pairs if fault), source)
+        raise complaint(((rows.locations[row], fault) for row, fault in pairs if fault), source)
     kept = [number for number, targets in enumerate(tokens["targets"][:]) if targets]
     if not kept:
         raise nothing_learnable(tokens[0], source, encoder, task)
     return kept
 
 
-def _labels_of(rows: datasets.Dataset) -> list[Any]:
-    return list(rows["tags" if "tags" in rows.column_names else "label"][:])
-
-
-def _classes(rows: datasets.Dataset, labels: LabelSet | None) -> list[list[str]] | None:
+def _classes(rows: datasets.Dataset, labels: LabelSet | None, column: str | None) -> list[list[str]] | None:
     if labels is None or not labels.names:
         return None
-    return [labels.classes(label) for label in _labels_of(rows)]
+    return [labels.classes(label) for label in rows[column][:]]
 
 
 def _sides(split: Split, numbers: Sequence[int], row_of: Sequence[int]) -> Split:

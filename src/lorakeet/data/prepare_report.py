@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lorakeet.config import TaskName
-from lorakeet.data.rows.column_mapping import Kind
 
 _MUCH = 0.2  # share of cut samples from which on it is a warning
 _UNEVEN = 10  # a class is rare where another has so many times more samples
@@ -37,7 +36,7 @@ class PrepareReport:
     """
 
     source: str
-    kind: Kind
+    kind: str
     task: TaskName
     rows: int
     empty: int

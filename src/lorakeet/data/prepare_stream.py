@@ -26,10 +26,11 @@ from lorakeet.data.prepared import (
     shape,
     tell,
 )
-from lorakeet.data.rows.column_mapping import Kind
-from lorakeet.data.rows.content import is_usable, usable
+from lorakeet.data.rows.content import usable
+from lorakeet.data.rows.kinds import find_kind
 from lorakeet.data.rows.label_set import given_labels
-from lorakeet.data.rows.stream import held_out_rows, lay_out, stream_rows
+from lorakeet.data.rows.load import Rows
+from lorakeet.data.rows.stream import LOCATION, held_out_rows, lay_out, stream_rows
 from lorakeet.errors import DataError
 from lorakeet.log import warn
 
@@ -54,13 +55,11 @@ def prepare_stream(
     """
     held = held_out_rows(settings, task.type, seed)
     layout, kind, source = held.layout, held.layout.kind, held.description
-    features = held.data.features
-    labels = (
-        given_labels(kind, features.get("label", features.get("tags")), task) if kind in ("classes", "tags") else None
-    )
+    label_column = find_kind(kind).labels
+    labels = given_labels(layout.types[label_column], task) if label_column else None
     checked, sound = _check(settings, task)
     encoder = make_encoder(layout, task, settings, tokenizer, labels)
-    rows = held.data.select(usable(held.data, kind))
+    rows = held.select(usable(held.data, kind))
     tokens = _held_out(rows, encoder, source)
     measured = {digest(sample) for sample in tokens.select_columns(id_columns(encoder.model_columns()))}
     train = _samples(stream_rows(settings, task.type, seed), encoder, kind, measured)
@@ -115,12 +114,14 @@ def _check(settings: DataSettings, task: TaskSettings) -> tuple[int, int]:
     return found.rows, found.usable
 
 
-def _held_out(rows: datasets.Dataset, encoder: Encoder, source: str) -> datasets.Dataset:
+def _held_out(rows: Rows, encoder: Encoder, source: str) -> datasets.Dataset:
     """The held-out samples that have a target."""
     starts = range(0, len(rows), _BATCH)
-    made = [encoder(rows[start : start + _BATCH], range(start, start + _BATCH)) for start in starts]
+    made = [encoder(rows.data[start : start + _BATCH], range(start, start + _BATCH)) for start in starts]
     columns = {name: [value for batch in made for value in batch[name]] for name in encoder.features()}
-    faults = [(rows[row]["place"], fault) for row, fault in zip(columns["row"], columns["fault"], strict=True) if fault]
+    faults = [
+        (rows.locations[row], fault) for row, fault in zip(columns["row"], columns["fault"], strict=True) if fault
+    ]
     if faults:
         raise complaint(faults, source)
     tokens = datasets.Dataset.from_dict(columns, features=encoder.features())
@@ -128,7 +129,7 @@ def _held_out(rows: datasets.Dataset, encoder: Encoder, source: str) -> datasets
 
 
 def _samples(
-    stream: datasets.IterableDataset, encoder: Encoder, kind: Kind, measured: set[bytes]
+    stream: datasets.IterableDataset, encoder: Encoder, kind: str, measured: set[bytes]
 ) -> datasets.IterableDataset:
     """The samples of a stream that have a target and equal none of the ``measured`` ones."""
     texts = id_columns(encoder.model_columns())
@@ -138,7 +139,7 @@ def _samples(
         nonlocal told, left
         names = list(batch)
         rows = [dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        good = [row for row in rows if is_usable(row, kind)]
+        good = [row for row in rows if find_kind(kind).is_usable(row)]
         before, left = left, left + len(rows) - len(good)
         if not good:
             _count(before, left)
@@ -149,7 +150,7 @@ def _samples(
         for row, fault in zip(made["row"], made["fault"], strict=True):
             if fault is not None and told < _TOLD:
                 told += 1
-                warn(f"{good[row]['place']}: {fault.partition(chr(10))[0]}; left out")
+                warn(f"{good[row][LOCATION]}: {fault.partition(chr(10))[0]}; left out")
         return made
 
     def learnable(sample: Mapping[str, Any]) -> bool:
@@ -170,15 +171,15 @@ def _count(before: int, now: int) -> None:
 
 
 def _nothing(
-    settings: DataSettings, task: TaskSettings, encoder: Encoder, seed: int, source: str, kind: Kind
+    settings: DataSettings, task: TaskSettings, encoder: Encoder, seed: int, source: str, kind: str
 ) -> DataError:
     """Why a stream gave no sample at all."""
     for row in stream_rows(settings, task.type, seed):
-        if is_usable(row, kind):
+        if find_kind(kind).is_usable(row):
             made = encoder({name: [value] for name, value in row.items()}, [0])
             sample = {name: values[0] for name, values in made.items()}
             if sample["fault"] is not None:
-                return complaint([(row["place"], sample["fault"])], source)
+                return complaint([(row[LOCATION], sample["fault"])], source)
             if sample["targets"]:
                 return DataError(
                     f"nothing to learn in {source}: cut to {settings.max_length} tokens, each sample equals a held-out one",

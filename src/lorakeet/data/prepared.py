@@ -16,7 +16,7 @@ from lorakeet.data.doctor.issues import Finding
 from lorakeet.data.encode.encoder import Encoder
 from lorakeet.data.encode.render import describe_sample
 from lorakeet.data.prepare_report import PrepareReport
-from lorakeet.data.rows.column_mapping import Layout
+from lorakeet.data.rows.kinds import Layout
 from lorakeet.data.rows.label_set import LabelSet, Problem
 from lorakeet.errors import DataError
 from lorakeet.log import warn

@@ -1,4 +1,4 @@
-"""Prompts in, completions out, on any model with ``generate``: streamed for one prompt, in batches for many."""
+"""Completion of prompts with any model that has ``generate``: streamed for a single prompt, in batches for several."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from lorakeet.errors import ConfigError, DataError
 from lorakeet.inference.fast_decode import fast_decode
 from lorakeet.log import warn
 
-CONTEXT = 8  # tokens decoded before new ones, so that the first new word keeps its leading space
+#: Tokens of the prompt that are decoded before the new ones, so that the first new word keeps its leading space.
+CONTEXT = 8
 
 
 def complete(
@@ -30,29 +31,35 @@ def complete(
     stream: Callable[[str], None] | None = None,
     batch_size: int = 8,
 ) -> list[str]:
-    """What the model writes after each prompt: only the new text, up to its end token.
+    """Complete prompts.
 
-    The model computes in eval mode, quickly where it is in 8 bits (:mod:`~lorakeet.inference.fast_decode`), and
-    is put back as it was. Prompts of one batch are padded on the left.
+    The model runs in eval mode and is restored afterwards; 8-bit models use :mod:`~lorakeet.inference.fast_decode`.
+    Prompts of a batch are padded on the left.
 
     Args:
-        prompts: plain texts, or conversations rendered by :func:`lorakeet.chat_template.render_chat`.
-        max_new_tokens: at most so many tokens; fewer where the model's window ends, which is said.
-        greedy: always the likeliest token; ``temperature``, ``top_p`` and ``seed`` then play no part.
-        temperature: of sampling; below 1 is more sober.
-        top_p: sample from the fewest tokens that together have this probability.
-        seed: makes sampling repeatable, for the same prompts and batch size; torch's own state stays untouched.
-        stream: receives the text piece by piece as it is written; for one prompt only.
-        batch_size: prompts computed together.
+        model: The model, with or without an active adapter.
+        tokenizer: Its tokenizer.
+        prompts: Plain texts, or conversations rendered by :func:`lorakeet.chat_template.render_chat`.
+        max_new_tokens: Largest number of new tokens; fewer, with a warning, if the model's context window ends.
+        greedy: Take the most likely token; ``temperature``, ``top_p`` and ``seed`` are then ignored.
+        temperature: Sampling temperature; below 1 the text is more predictable.
+        top_p: Sample from the smallest set of tokens with this total probability.
+        seed: Seed of the sampling, which is repeatable for the same prompts and batch size. torch's global state is not
+            changed.
+        stream: Function that receives the new text piece by piece; for a single prompt only.
+        batch_size: Prompts per batch.
+
+    Returns:
+        The new text of each prompt, without the end token.
 
     Raises:
-        ConfigError: a setting is out of range, or several prompts are to be streamed.
-        DataError: a prompt is empty, or leaves no room in the model's window.
+        ConfigError: A setting is out of range, or there are several prompts to stream.
+        DataError: A prompt is empty, or fills the model's context window.
     """
     _check(prompts, max_new_tokens, temperature, top_p, stream)
     encoded = [_encode(model, tokenizer, prompt) for prompt in prompts]
     device = next(model.parameters()).device
-    settings = _settings(model, tokenizer, _room(model, encoded, max_new_tokens))
+    settings = _settings(model, tokenizer, _fitting_tokens(model, encoded, max_new_tokens))
     if not greedy:
         settings.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     texts: list[str] = []
@@ -64,9 +71,9 @@ def complete(
             streamer = (
                 _Streamer(_Decoder(model, tokenizer, batch[0], settings.eos_token_id), stream) if stream else None
             )
-            written = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, streamer=streamer)
-            # An encoder-decoder answers with its start token and the new ones, a decoder with the prompt before them.
-            new = written[:, 1 if model.config.is_encoder_decoder else ids.shape[1] :].tolist()
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, streamer=streamer)
+            # An encoder-decoder returns its start token and the new ones, a decoder the prompt and the new ones.
+            new = output[:, 1 if model.config.is_encoder_decoder else ids.shape[1] :].tolist()
             texts += [
                 _Decoder(model, tokenizer, prompt, settings.eos_token_id)(row)
                 for prompt, row in zip(batch, new, strict=True)
@@ -81,42 +88,44 @@ def _check(
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens = {max_new_tokens}: expected 1 or more")
     if not temperature > 0:
-        problems.append(f"temperature = {temperature}: expected more than 0 (greedy is the limit at 0)")
+        problems.append(f"temperature = {temperature}: expected more than 0 (the limit at 0 is greedy)")
     if not 0 < top_p <= 1:
         problems.append(f"top_p = {top_p}: expected more than 0, at most 1")
     if stream is not None and len(prompts) != 1:
-        problems.append(f"{len(prompts)} prompts to stream: expected one")
+        problems.append(f"{len(prompts)} prompts to stream: expected 1")
     if problems:
         raise ConfigError("; ".join(problems))
     if empty := [str(number) for number, prompt in enumerate(prompts, start=1) if not prompt]:
-        raise DataError(f"prompt {', '.join(empty)} is empty, expected text to go on from")
+        raise DataError(f"prompt {', '.join(empty)} is empty, expected text", "remove empty prompts")
 
 
 def _encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a prompt. A rendered conversation begins with its own start token: it gets no second one."""
+    """Return the token ids of a prompt; a rendered conversation has a start token already and gets no second one."""
     rendered = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
     ids: list[int] = tokenizer(prompt, add_special_tokens=not rendered)["input_ids"]
     if not model.config.is_encoder_decoder and not prompt.endswith(tokenizer.eos_token or "\0"):
-        while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text: nothing could follow
+        while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers add an end token to every text
             ids.pop()
     return ids
 
 
-def _room(model: PreTrainedModel, encoded: Sequence[Sequence[int]], wanted: int) -> int:
-    """How many new tokens fit the model's window after the longest prompt."""
+def _fitting_tokens(model: PreTrainedModel, encoded: Sequence[Sequence[int]], requested: int) -> int:
+    """Return the number of new tokens, at most ``requested``, that fit the context window after the longest prompt."""
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window is None or model.config.is_encoder_decoder:
-        return wanted
+        return requested
     longest = max(map(len, encoded), default=0)
     if longest >= window:
-        raise DataError(f"a prompt has {longest} tokens, expected fewer than the model's window of {window}")
-    if longest + wanted > window:
-        warn(f"only {window - longest} of {wanted} new tokens fit the model's window of {window} tokens")
-    return min(wanted, window - longest)
+        raise DataError(
+            f"a prompt has {longest} tokens, expected fewer than the model's window of {window}", "shorten the prompt"
+        )
+    if longest + requested > window:
+        warn(f"only {window - longest} of {requested} new tokens fit the model's window of {window} tokens")
+    return min(requested, window - longest)
 
 
 def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    """Greedy settings that stop at the model's end tokens and at the tokenizer's."""
+    """Build greedy settings that stop at the end tokens of the model and of the tokenizer."""
     ends = model.generation_config.eos_token_id
     stops = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
@@ -130,7 +139,7 @@ def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_ne
 
 
 def _left_padded(batch: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, int64 [len(batch), longest]; the mask goes by position, never by token id."""
+    """Build ids and mask, int64 [len(batch), longest]; the mask depends on the position, not on the token id."""
     longest = max(map(len, batch))
     ids = [[pad] * (longest - len(row)) + list(row) for row in batch]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in batch]
@@ -138,7 +147,7 @@ def _left_padded(batch: Sequence[Sequence[int]], pad: int, device: torch.device)
 
 
 class _Decoder:
-    """New tokens to text, as it reads after the prompt: a leading space is kept, the end token is not shown."""
+    """Decoder of new tokens as a continuation of the prompt: it keeps a leading space and drops the end token."""
 
     def __init__(
         self,
@@ -152,7 +161,7 @@ class _Decoder:
         self.context = [] if model.config.is_encoder_decoder else list(prompt[-CONTEXT:])
 
     def __call__(self, ids: Sequence[int]) -> str:
-        end = next((place for place, token in enumerate(ids) if token in self.ends), len(ids))
+        end = next((position for position, token in enumerate(ids) if token in self.ends), len(ids))
         before, text = self._decode(self.context), self._decode([*self.context, *ids[:end]])
         return text[len(before) :] if text.startswith(before) else self._decode(list(ids[:end]))
 
@@ -161,7 +170,7 @@ class _Decoder:
 
 
 class _Streamer(BaseStreamer):
-    """Passes the text on as it grows; a character whose bytes are not all there yet waits for the rest."""
+    """Streamer that passes on new text; an incomplete multi-byte character waits for its remaining bytes."""
 
     def __init__(self, decoder: _Decoder, stream: Callable[[str], None]) -> None:
         self.decoder, self.stream = decoder, stream
@@ -188,7 +197,7 @@ class _Streamer(BaseStreamer):
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in eval mode, and afterwards each of its modules as it was."""
+    """Put the model into eval mode within the block, and restore the mode of every module afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Texts in, answers out, for models that read: classes with scores, tagged words, spans, vectors, filled gaps."""
+"""Prediction for texts: classes with scores, tagged words, answer spans, embeddings, masked tokens."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lorakeet.base.quiet import quiet
 from lorakeet.errors import DataError
 from lorakeet.inference.generate import evaluating
 
-#: Tokens of the longest answer that is looked for in a text.
-LONGEST = 30
+#: Tokens. Longest answer span of QUESTION_ANS.
+LONGEST_ANSWER = 30
 
 
 @torch.inference_mode()
@@ -28,21 +28,26 @@ def predict(
     *,
     batch_size: int = 8,
 ) -> list[dict[str, Any]]:
-    """What the model says about each text.
+    """Predict the answer of a task for each text.
 
     Args:
+        model: The model with the head of the task.
+        tokenizer: Its tokenizer.
         task: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, FEATURE_EXTRACTION or MASKED_LM.
-        rows: texts; for QUESTION_ANS mappings with ``question`` and ``context``.
-        batch_size: rows computed together.
+        rows: Texts; for QUESTION_ANS mappings with ``question`` and ``context``.
+        batch_size: Rows per batch.
 
     Returns:
-        For each row: ``{"label", "score", "scores"}`` (of several labels at once ``labels`` instead of ``label``, of a
-        regression ``value`` alone); ``{"words": [{"word", "tag", "score", "start", "end"}]}``; ``{"answer", "start",
-        "end", "score"}`` (an empty answer: the text holds none); ``{"embedding"}``; or ``{"text", "fillings": [{"text",
-        "token", "score"}]}``.
+        A dictionary for each row, by task:
+
+        - SEQ_CLS: ``{"label", "score", "scores"}``; multi-label ``{"labels", "scores"}``; regression ``{"value"}``.
+        - TOKEN_CLS: ``{"words": [{"word", "tag", "score", "start", "end"}]}``.
+        - QUESTION_ANS: ``{"answer", "start", "end", "score"}``; an empty answer means that the text has none.
+        - FEATURE_EXTRACTION: ``{"embedding"}``.
+        - MASKED_LM: ``{"text", "fillings": [{"text", "token", "score"}]}``.
 
     Raises:
-        DataError: a row is empty, or not what the task needs.
+        DataError: A row is empty, or not of the form that the task needs.
     """
     _check(task, rows)
     with evaluating(model), quiet():
@@ -58,11 +63,12 @@ def predict(
 
 
 def embed(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """One vector a text: the mean of the last hidden states over its real tokens, of length 1.
+    """Compute an embedding per text: the mean of the last hidden states over its tokens, normalized to length 1.
 
     Args:
+        model: The encoder.
         input_ids: int64 [B, T].
-        attention_mask: [B, T], 1 at real tokens.
+        attention_mask: [B, T], 1 at tokens, 0 at padding.
 
     Returns:
         fp32 [B, hidden].
@@ -82,21 +88,21 @@ def _check(task: str, rows: Sequence[str | Mapping[str, str]]) -> None:
             problems.append(f"row {number} is {row!r:.60}, expected text")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise DataError(f"nothing can be said about {'; '.join(problems[:3])}{more}")
+        raise DataError(f"invalid rows for {task}: {'; '.join(problems[:3])}{more}", "fix or remove these rows")
 
 
 def _classes(model: Any, tokenizer: Any, rows: Sequence[Any], batch_size: int) -> list[dict[str, Any]]:
     problem = model.config.problem_type
-    how = {"regression": "none", "multi_label_classification": "sigmoid"}.get(problem, "softmax")
+    function = {"regression": "none", "multi_label_classification": "sigmoid"}.get(problem, "softmax")
     classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device=model.device)
-    answers = classify(list(rows), top_k=None, function_to_apply=how, batch_size=batch_size, truncation=True)
+    answers = classify(list(rows), top_k=None, function_to_apply=function, batch_size=batch_size, truncation=True)
     found: list[dict[str, Any]] = []
     for scores in answers:
         table = {item["label"]: float(item["score"]) for item in scores}
         best = max(table, key=table.__getitem__)
-        if how == "none":
+        if function == "none":
             found.append({"value": table[best]})
-        elif how == "sigmoid":
+        elif function == "sigmoid":
             found.append({"labels": [name for name, score in table.items() if score > 0.5], "scores": table})
         else:
             found.append({"label": best, "score": table[best], "scores": table})
@@ -104,7 +110,7 @@ def _classes(model: Any, tokenizer: Any, rows: Sequence[Any], batch_size: int) -
 
 
 def _tags(model: Any, tokenizer: Any, rows: Sequence[Any], batch_size: int) -> list[dict[str, Any]]:
-    """A tag for each word: that of its first token, as it was trained."""
+    """Predict the tag of each word, from its first token, as in training."""
     found: list[dict[str, Any]] = []
     for start in range(0, len(rows), batch_size):
         texts = list(rows[start : start + batch_size])
@@ -112,17 +118,12 @@ def _tags(model: Any, tokenizer: Any, rows: Sequence[Any], batch_size: int) -> l
         offsets = encoded.pop("offset_mapping").tolist()
         scores, tags = model(**encoded.to(model.device)).logits.float().softmax(-1).max(-1)  # [B, T]
         for number, text in enumerate(texts):
-            pieces: dict[int, list[int]] = {}
-            for place, word in enumerate(encoded.word_ids(number)):
+            pieces: dict[int, list[int]] = {}  # word -> positions of its tokens
+            for position, word in enumerate(encoded.word_ids(number)):
                 if word is not None:
-                    pieces.setdefault(word, []).append(place)
-            found.append(
-                {
-                    "words": [
-                        _word(text, offsets[number], p, tags[number], scores[number], model) for p in pieces.values()
-                    ]
-                }
-            )
+                    pieces.setdefault(word, []).append(position)
+            words = [_word(text, offsets[number], p, tags[number], scores[number], model) for p in pieces.values()]
+            found.append({"words": words})
     return found
 
 
@@ -134,7 +135,10 @@ def _word(text: str, offsets: Any, pieces: Sequence[int], tags: Tensor, scores: 
 
 def _fillings(model: Any, tokenizer: Any, rows: Sequence[Any], batch_size: int) -> list[dict[str, Any]]:
     if bad := [number for number, row in enumerate(rows, start=1) if row.count(tokenizer.mask_token) != 1]:
-        raise DataError(f"row {bad[0]} has no gap, or more than one", f"mark one gap with {tokenizer.mask_token}")
+        raise DataError(
+            f"row {bad[0]} has {rows[bad[0] - 1].count(tokenizer.mask_token)} masked tokens, expected 1",
+            f"write {tokenizer.mask_token} for the token to predict",
+        )
     fill = pipeline("fill-mask", model=model, tokenizer=tokenizer, device=model.device)
     answers = fill(list(rows), batch_size=batch_size)
     answers = [answers] if len(rows) == 1 else answers
@@ -156,7 +160,11 @@ def _vectors(model: Any, tokenizer: Any, rows: Sequence[Any], batch_size: int) -
 
 
 def _answer(model: Any, tokenizer: Any, question: str, context: str) -> dict[str, Any]:
-    """The likeliest span of the context (log-probabilities of start and end added), over all windows of a long one."""
+    """Find the most likely span of the context, over all windows of a long one.
+
+    The score of a span is the sum of the log-probabilities of its start and its end. The first token of a window stands for
+    "no answer in this window".
+    """
     window = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     encoded = tokenizer(
         question,
@@ -173,19 +181,19 @@ def _answer(model: Any, tokenizer: Any, question: str, context: str) -> dict[str
     encoded.pop("overflow_to_sample_mapping", None)
     outputs = model(**encoded.to(model.device))
     best, answer = -float("inf"), {"answer": "", "start": 0, "end": 0}
-    for number, places in enumerate(offsets.tolist()):
+    for number, spans in enumerate(offsets.tolist()):
         inside = torch.tensor([part == 1 for part in encoded.sequence_ids(number)])
         start, end = (outputs[name][number].float().log_softmax(-1).cpu() for name in ("start_logits", "end_logits"))
-        pairs = (
+        allowed = (
             inside[:, None]
             & inside[None, :]
-            & torch.ones(len(inside), len(inside), dtype=torch.bool).triu().tril(LONGEST - 1)
+            & torch.ones(len(inside), len(inside), dtype=torch.bool).triu().tril(LONGEST_ANSWER - 1)
         )
-        both = (start[:, None] + end[None, :]).masked_fill(~pairs, -float("inf"))
+        both = (start[:, None] + end[None, :]).masked_fill(~allowed, -float("inf"))
         score, at = both.flatten().max(0)
         first, last = divmod(int(at), len(inside))
-        none = float(start[0] + end[0])  # the first token stands for "no answer in this window"
-        if float(score) > max(best, none):
-            best, begin, stop = float(score), places[first][0], places[last][1]
+        no_answer = float(start[0] + end[0])
+        if float(score) > max(best, no_answer):
+            best, begin, stop = float(score), spans[first][0], spans[last][1]
             answer = {"answer": context[begin:stop], "start": begin, "end": stop}
     return {**answer, "score": math.exp(best)}

@@ -1,1 +1,1 @@
-"""The method: ``config`` (settings), ``layer`` (the equation), ``inject`` (plan, then act), ``model`` (verbs), ``merge``."""
+"""The method: ``config`` (settings), ``linear`` (the equation), ``layer`` (its contract), ``inject``, ``model``, ``merge``."""

@@ -1,29 +1,29 @@
-"""``LoraConfig``: the method's settings in the artefact's own terms.
+"""``LoraConfig``: the settings of an adapter, as its ``adapter_config.json`` holds them.
 
-The settings themselves (name, default, check, help) stand once, in :class:`lorakeet.config.LoraSettings`. Here they meet
-what an ``adapter_config.json`` says besides. Keys of PEFT's that Lorakeet does not implement are kept on a round trip
-while they are neutral, and refused as soon as they would change what the adapter computes.
+The method's own settings (name, default, check, help) are written once, in :class:`lorakeet.config.LoraSettings`. The other
+keys of the file are added here. PEFT's keys that Lorakeet does not implement are kept while they are neutral; values that
+would change the adapter's output are refused. A variant of LoRA (:mod:`lorakeet.lora.variants`) brings its own keys.
 """
 
 from __future__ import annotations
 
 import enum
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
-from lorakeet.config import LoraSettings, complaints
+from lorakeet.config import LoraSettings, settings_error
 from lorakeet.errors import AdapterError, ConfigError, LorakeetError, did_you_mean
 from lorakeet.files import hub_file, write_json
+from lorakeet.lora.variants import Variant, chosen_variant, variant_settings
 
 CONFIG_NAME = "adapter_config.json"
-#: The release of PEFT whose file format we read and write.
+#: Release of PEFT whose file format is read and written.
 PEFT_FORMAT = "0.21.2"
 
-#: PEFT's other keys with the values that mean "not used".
+#: PEFT's keys that Lorakeet does not implement -> the values that mean "not used".
 NEUTRAL: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
@@ -45,7 +45,7 @@ NEUTRAL: dict[str, Any] = {
 
 
 class TaskType(enum.StrEnum):
-    """What the model is for; PEFT's names."""
+    """The task of a model, by PEFT's names."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -56,11 +56,11 @@ class TaskType(enum.StrEnum):
 
 
 class PeftConfig(LoraSettings):
-    """Settings of one adapter and what its file says besides; ``PeftConfig.from_pretrained`` reads any.
+    """Settings of one adapter and the other keys of its file; ``PeftConfig.from_pretrained`` reads any.
 
     Raises:
-        ConfigError: a key is unknown (with the nearest name), of the wrong type or out of range; or it is one of PEFT's
-            that Lorakeet does not implement and it would change the result.
+        ConfigError: a key is unknown (with the nearest name), of the wrong type or out of range; or it is a key of PEFT's
+            that Lorakeet does not implement, with a value that would change the result.
     """
 
     model_config = ConfigDict(frozen=False, extra="forbid", use_enum_values=True)
@@ -76,7 +76,7 @@ class PeftConfig(LoraSettings):
     _foreign: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     def __init__(self, **values: Any) -> None:
-        unknown = set(values) - set(type(self).model_fields) - set(NEUTRAL)
+        unknown = set(values) - set(type(self).model_fields) - set(NEUTRAL) - set(variant_settings())
         if unknown:
             raise ConfigError(
                 f"unknown argument of LoraConfig {', '.join(map(repr, sorted(unknown)))}",
@@ -87,9 +87,10 @@ class PeftConfig(LoraSettings):
     def _check_and_set(self, values: dict[str, Any]) -> None:
         own = {key: value for key, value in values.items() if key in type(self).model_fields}
         foreign = {key: value for key, value in values.items() if key not in own}
-        loud = {key: value for key, value in foreign.items() if not _is_neutral(key, value)}
-        if loud:
-            listed = ", ".join(f"{key}={value!r}" for key, value in sorted(loud.items()))
+        supported = chosen_variant(foreign).settings
+        unsupported = {k: v for k, v in foreign.items() if k not in supported and not _is_neutral(k, v)}
+        if unsupported:
+            listed = ", ".join(f"{key}={value!r}" for key, value in sorted(unsupported.items()))
             raise ConfigError(
                 f"this adapter uses {listed}, which this version of Lorakeet does not implement and which would change "
                 "the result",
@@ -98,12 +99,12 @@ class PeftConfig(LoraSettings):
         try:
             super().__init__(**own)
         except ValidationError as error:
-            raise complaints(error, type(self)) from None
+            raise settings_error(error, type(self)) from None
         self._foreign = foreign
-        self._refuse_beside_parameters()
+        self._check_target_parameters()
 
-    def _refuse_beside_parameters(self) -> None:
-        """Dropout acts on a layer's input and a bias on its output: as in PEFT, a bare parameter has neither."""
+    def _check_target_parameters(self) -> None:
+        """Refuse settings that act on a layer's input or output: as in PEFT, a bare parameter has neither."""
         names = ("lora_dropout", "lora_bias", "fan_in_fan_out")
         if self.target_parameters and (given := [f"{key}={getattr(self, key)}" for key in names if getattr(self, key)]):
             raise ConfigError(
@@ -111,16 +112,26 @@ class PeftConfig(LoraSettings):
                 "leave it out, or train two adapters",
             )
 
-    # -- what the numbers mean ------------------------------------------------------------------------------------
+    # -- the variant ------------------------------------------------------------------------------------------------
+
+    @property
+    def variant(self) -> Variant:
+        """The variant of LoRA that the settings choose."""
+        return chosen_variant(self._foreign)
+
+    @property
+    def variant_settings(self) -> dict[str, Any]:
+        """The values of the chosen variant's own settings."""
+        return {key: self._foreign.get(key, neutral) for key, neutral in self.variant.settings.items()}
 
     def scaling(self, r: int, alpha: float) -> float:
-        """s in h = W₀x + s·BAx: α/r (Hu et al. 2021), or α/√r with ``use_rslora`` (Kalajdzievski 2023)."""
-        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        """Return s in h = W₀x + s·B·A·x for an adapter of rank r."""
+        return self.variant.scaling(self, r, alpha)
 
     # -- the file ---------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Every key of an ``adapter_config.json``, those of PEFT that we do not implement included."""
+        """Return every key of an ``adapter_config.json``, including PEFT's that Lorakeet does not implement."""
         values = self.model_dump(mode="json")
         values["lora_alpha"] = _integral(values["lora_alpha"])  # some readers parse an unsigned integer
         values["alpha_pattern"] = {key: _integral(value) for key, value in values["alpha_pattern"].items()}
@@ -129,7 +140,7 @@ class PeftConfig(LoraSettings):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LoraConfig:
-        """The inverse of :meth:`to_dict`. Unknown keys of a newer PEFT are kept if neutral, else refused.
+        """Build the settings from the keys of a file; unknown keys of a newer PEFT are kept if neutral, else refused.
 
         Raises:
             ConfigError: as the constructor, or ``peft_type`` is another method.
@@ -146,7 +157,11 @@ class PeftConfig(LoraSettings):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> LoraConfig:
-        """Read ``adapter_config.json`` from a folder or a hub id. ``kwargs``: ``revision``, and values to override.
+        """Read ``adapter_config.json`` from a folder or a hub id.
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub id of the adapter.
+            kwargs: ``revision``, ``subfolder``, and values to override.
 
         Raises:
             AdapterError: there is no such file, or it is not a JSON object.
@@ -156,7 +171,7 @@ class PeftConfig(LoraSettings):
         path = find_adapter_file(pretrained_model_name_or_path, CONFIG_NAME, revision=revision, subfolder=subfolder)
         if path is None:
             raise AdapterError(
-                f"{pretrained_model_name_or_path} holds no {CONFIG_NAME}",
+                f"{pretrained_model_name_or_path} has no {CONFIG_NAME}",
                 "give the folder that save_pretrained wrote, or the adapter's hub id",
             )
         try:
@@ -164,7 +179,7 @@ class PeftConfig(LoraSettings):
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise AdapterError(f"{path} is not JSON: {error}") from None
         if not isinstance(values, dict):
-            raise AdapterError(f"{path} holds a {type(values).__name__}, expected a JSON object")
+            raise AdapterError(f"{path} is a JSON {type(values).__name__}, expected an object")
         return cls.from_dict({**values, **{key: kwargs[key] for key in kwargs if key in cls.model_fields}})
 
 
@@ -175,10 +190,19 @@ class LoraConfig(PeftConfig):
 def find_adapter_file(
     name: str | Path, filename: str, *, revision: str | None = None, subfolder: str | None = None
 ) -> Path | None:
-    """``filename`` of the adapter ``name`` (folder or hub id); None if the adapter has no such file.
+    """Find a file of an adapter, downloading it if need be.
+
+    Args:
+        name: Folder or hub id of the adapter.
+        filename: Name of the file.
+        revision: Revision of the hub repository.
+        subfolder: Folder in the repository or folder.
+
+    Returns:
+        The path; None if the adapter has no such file.
 
     Raises:
-        AdapterError: there is no such folder and the hub has no such adapter, or cannot be asked.
+        AdapterError: there is no such folder and the hub has no such adapter, or cannot be reached.
     """
     inner = f"{subfolder}/{filename}" if subfolder else filename
     folder = Path(name)
@@ -191,7 +215,13 @@ def find_adapter_file(
     try:
         return hub_file(text, inner, revision=revision)
     except LorakeetError as error:
-        raise AdapterError(f"adapter {text!r} is no folder here; {error.message}", error.hint) from error
+        raise AdapterError(f"adapter {text!r} is not a folder here; {error.message}", error.hint) from error
+
+
+def refuse_unknown(method: str, given: dict[str, Any], harmless: set[str]) -> None:
+    """Accept PEFT's arguments that have no effect here; any other is a TypeError, as in any function."""
+    if unknown := sorted(set(given) - harmless):
+        raise TypeError(f"{method}() got an unexpected keyword argument {unknown[0]!r}")
 
 
 def _integral(value: float) -> int | float:
@@ -199,5 +229,7 @@ def _integral(value: float) -> int | float:
 
 
 def _is_neutral(key: str, value: Any) -> bool:
-    """Whether a foreign key leaves the result alone: unset, as PEFT's default, or only read when a switch is on."""
-    return value in (None, False, {}, []) or value == NEUTRAL.get(key) or key in ("megatron_core", "qalora_group_size")
+    """Whether a foreign key does not change the result: unset, PEFT's default, or read only when another key is set."""
+    if value in (None, False, {}, []) or key in ("megatron_core", "qalora_group_size"):
+        return True
+    return value == {**NEUTRAL, **variant_settings()}.get(key)

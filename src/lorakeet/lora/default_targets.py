@@ -1,4 +1,4 @@
-"""What is adapted and trained where the settings leave it open: query and value projections, and the task's fresh head."""
+"""Defaults where the settings leave the layers open: query and value projections, and the task's fresh head."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ PROJECTIONS: tuple[tuple[str, ...], ...] = (
     ("Wqkv",),  # ModernBERT, MPT
     ("q", "v"),  # T5, mT5, MPNet
 )
-#: Architectures for which PEFT's default is another.
+#: Architecture -> PEFT's default, where it is not the first known pair of projections.
 OTHER_DEFAULTS: dict[str, list[str] | str] = {
     "phi": ["q_proj", "v_proj", "fc1", "fc2"],
     "deberta": ["in_proj"],
     "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    **dict.fromkeys(["gemma3", "gemma4"], r".*language_model\..*\.(q_proj|v_proj)"),  # not the part that sees
+    **dict.fromkeys(["gemma3", "gemma4"], r".*language_model\..*\.(q_proj|v_proj)"),  # not the vision tower
 }
 
-#: Usual names of the heads that a task's model makes anew.
+#: Task -> usual names of its fresh heads, which are not in the base's checkpoint.
 TASK_HEADS: dict[str, list[str]] = {
     "SEQ_CLS": ["classifier", "score"],
     "TOKEN_CLS": ["classifier", "score"],
@@ -40,7 +40,7 @@ TASK_HEADS: dict[str, list[str]] = {
 
 
 def resolve_targets(model: nn.Module, config: PeftConfig) -> list[str] | str:
-    """``target_modules`` as names or one regular expression: ``"all-linear"`` and "left out" become lists.
+    """Return ``target_modules`` as names or one regular expression: ``"all-linear"`` and "left out" become lists.
 
     Raises:
         TargetError: left out, and the model has no query and value projections of a known name.
@@ -54,27 +54,31 @@ def resolve_targets(model: nn.Module, config: PeftConfig) -> list[str] | str:
     if found is None and config.target_parameters:
         return []
     if found is None:
-        kind = getattr(getattr(model, "config", None), "model_type", None)
         raise TargetError(
-            f"no default target_modules for the architecture {kind!r}",
+            f"no default target_modules for the architecture {_architecture(model)!r}",
             "name them, for example target_modules='all-linear'",
         )
     return found
 
 
+def _architecture(model: nn.Module) -> str | None:
+    name: str | None = getattr(getattr(model, "config", None), "model_type", None)
+    return name
+
+
 def default_targets(model: nn.Module) -> list[str] | str | None:
-    """The layers to adapt when nobody says which: PEFT's choice, by the names that the model's layers have."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind is None or kind in OTHER_DEFAULTS:
-        return OTHER_DEFAULTS.get(kind or "")
+    """Return the layers to adapt by default, PEFT's choice, by the names of the model's layers; None if unknown."""
+    architecture = _architecture(model)
+    if architecture is None or architecture in OTHER_DEFAULTS:
+        return OTHER_DEFAULTS.get(architecture or "")
     leaves = {name.rpartition(".")[2] for name in _linear_names(model)}
     return next((list(names) for names in PROJECTIONS if leaves.issuperset(names)), None)
 
 
 def all_linear(model: nn.Module, config: PeftConfig) -> list[str]:
-    """Every linear layer but the head: the output embedding of a language model, the fresh head of another task."""
-    ask: Any = getattr(model, "get_output_embeddings", lambda: None)
-    head = ask()
+    """List all linear layers except the head: a language model's output embedding, or another task's fresh head."""
+    get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = get_head()
     heads = [] if head is not None else task_heads(model, config.task_type)
     return [
         name
@@ -92,16 +96,45 @@ def _linear_names(model: nn.Module) -> list[str]:
 
 
 def task_heads(model: nn.Module, task_type: str | None) -> list[str]:
-    """Modules that a task's model has made anew, to be trained and saved whole: the usual names (whether they are there
-    or not, as PEFT lists them), and everything with parameters beside the base model, like BART's classification_head.
+    """List the fresh modules of a task's model, which are trained and saved whole.
+
+    These are the usual names, whether they exist or not (as PEFT lists them), and every other module with parameters outside
+    of the base model, like BART's classification_head.
     """
     usual = TASK_HEADS.get(task_type or "", [])
     base = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
     if not usual or not isinstance(base, nn.Module):
         return list(usual)
-    beside = [
+    outside = [
         name
         for name, child in model.named_children()
         if child is not base and next(child.parameters(), None) is not None
     ]
-    return list(dict.fromkeys([*usual, *beside]))
+    return list(dict.fromkeys([*usual, *outside]))
+
+
+def resolve_config(model: nn.Module, config: PeftConfig, fresh: bool = True) -> PeftConfig:
+    """Return a copy of ``config`` as it will be saved: with the names of the targets, the fresh head and the base.
+
+    Args:
+        model: The base model.
+        config: The adapter's settings.
+        fresh: Whether the adapter is a new one. The file of a saved one knows its head, so only heads of usual names are
+            added, as PEFT does.
+    """
+    targets = resolve_targets(model, config)
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+        targets = _shortest_names(model, list(targets))
+    heads = task_heads(model, config.task_type) if fresh else TASK_HEADS.get(config.task_type or "", [])
+    saved = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
+    name = config.base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None)
+    copy = config.model_copy(deep=True)
+    copy.target_modules, copy.modules_to_save, copy.base_model_name_or_path = targets, saved or None, name or None
+    return copy
+
+
+def _shortest_names(model: nn.Module, names: list[str]) -> list[str]:
+    """Return the last parts of ``names`` if they mean the same layers of ``model``, else the full names."""
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
+    return leaves if meant == set(names) and not any(leaf.isdigit() for leaf in leaves) else names

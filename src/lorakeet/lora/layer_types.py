@@ -1,4 +1,4 @@
-"""Which kind of LoRA layer suits a module, and what already belongs to an adapter."""
+"""The LoRA layer class of each module type, and the parts of a model that belong to an adapter already."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakeet.lora.conv import LoraConv
-from lorakeet.lora.layer import LoraEmbedding, LoraLayer, LoraLinear
+from lorakeet.lora.embedding import LoraEmbedding
+from lorakeet.lora.layer import LoraLayer
+from lorakeet.lora.linear import LoraLinear
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.target_parameters import LoraParameters
 from lorakeet.quant.protocol import is_quantized
 
-#: What :func:`layer_class` knows, for messages.
+#: Names of the module types that :func:`layer_class` knows, for messages.
 ADAPTABLE = "Linear, Conv1D, Conv1d, Conv2d, Conv3d, Embedding"
 
 
 def layer_class(module: nn.Module) -> type[LoraLayer] | None:
-    """The class that puts LoRA on ``module``; None if there is none."""
+    """Return the class that puts LoRA on ``module``; None if there is none."""
     if isinstance(module, nn.Embedding):
         return LoraEmbedding
     if isinstance(module, (nn.Linear, Conv1D)) or is_quantized(module):
@@ -25,7 +27,7 @@ def layer_class(module: nn.Module) -> type[LoraLayer] | None:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The base's own module below a LoRA layer."""
+    """Return the base's own module below a LoRA layer, or ``module`` itself."""
     return module.base_layer if isinstance(module, LoraLayer) else module
 
 
@@ -35,7 +37,7 @@ def adaptable(module: nn.Module) -> bool:
 
 
 def inside_adapter(model: nn.Module, name: str) -> bool:
-    """Whether ``name`` is a part of a LoRA layer or of a module trained whole (which are seen as one)."""
+    """Whether ``name`` is a part of a LoRA layer, or of a module that is trained whole."""
     parts = name.split(".")
     above = (model.get_submodule(".".join(parts[:i])) for i in range(1, len(parts)))
     return any(isinstance(module, (LoraLayer, LoraParameters, SavedModule)) for module in above)

@@ -1,4 +1,4 @@
-"""Modules trained whole beside the low-rank pairs (``modules_to_save``), one copy for each adapter."""
+"""Modules that are trained whole (``modules_to_save``), one copy for each adapter."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakeet.lora.layer import ActiveAdapters, row_places
+from lorakeet.lora.layer import ActiveAdapters, row_indices
 from lorakeet.quant.protocol import dequantized_copy
 
 
 class SavedModule(nn.Module):
-    """Holds the base's module and, for each adapter that asked for it, a trainable copy; the active one answers."""
+    """The base's module and a trainable copy for each adapter that asked for it; the active adapter's copy runs."""
 
     def __init__(self, original_module: nn.Module, switch: ActiveAdapters) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class SavedModule(nn.Module):
         self.switch = switch
 
     def add_adapter(self, adapter: str) -> None:
-        """Start the adapter's copy from the base's values, in a number format that can learn."""
+        """Add the adapter's copy, with the base's values, in a number format that can be trained."""
         clone = dequantized_copy(self.original_module)
         for parameter in clone.parameters():
             if not parameter.is_floating_point():
@@ -31,18 +31,23 @@ class SavedModule(nn.Module):
         self.modules_to_save[adapter] = clone
 
     def delete_adapter(self, adapter: str) -> None:
-        """Forget the adapter's copy."""
+        """Delete the adapter's copy."""
         if adapter in self.modules_to_save:
             del self.modules_to_save[adapter]
 
     def set_trainable(self, adapter: str, trainable: bool) -> None:
-        """Whether the adapter's copy learns."""
+        """Make the adapter's copy trainable, or freeze it."""
         if adapter in self.modules_to_save:
             self.modules_to_save[adapter].requires_grad_(trainable)
 
+    def share_weight(self, source: SavedModule, adapter: str) -> None:
+        """Let the adapter's copy train the very weight that its copy of ``source`` trains."""
+        weight: Any = source.modules_to_save[adapter].weight
+        self.modules_to_save[adapter].weight = weight
+
     @property
     def current(self) -> nn.Module:
-        """The module that answers now."""
+        """The module that runs now."""
         for adapter in self.switch.active if self.switch.enabled else ():
             if adapter in self.modules_to_save:
                 return self.modules_to_save[adapter]
@@ -51,30 +56,23 @@ class SavedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         rows = self.switch.rows if self.switch.enabled else None
         if rows is not None and any(adapter in self.modules_to_save for adapter in rows):
-            return self._row_by_row(rows, *args, **kwargs)
+            return self._forward_by_row(rows, *args, **kwargs)
         return self.current(*args, **kwargs)
 
-    def _row_by_row(self, rows: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """A mixed batch: the rows of each adapter through its own copy, then back to their places."""
+    def _forward_by_row(self, rows: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run a mixed batch: the rows of each adapter through its own copy."""
         h: Tensor = self.original_module(x, *args, **kwargs)
-        for adapter, places in row_places(rows, x):
+        for adapter, indices in row_indices(rows, x):
             if adapter in self.modules_to_save:
-                own: Tensor = self.modules_to_save[adapter](x[places], *args, **kwargs)
-                h = h.index_copy(0, places, own.to(h.dtype))
+                own: Tensor = self.modules_to_save[adapter](x[indices], *args, **kwargs)
+                h = h.index_copy(0, indices, own.to(h.dtype))
         return h
 
     def __getattr__(self, name: str) -> Any:
-        # ``weight``, ``out_features`` and the like, asked for by code that does not know about adapters
+        # ``weight``, ``out_features`` and the like, for code that does not know about adapters
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name.startswith("_") or "modules_to_save" not in self._modules:
                 raise
             return getattr(self.current, name)
-
-
-def share_copy(module: nn.Module, first: SavedModule, adapter: str) -> None:
-    """Let the adapter's copy of ``module`` learn the very weight that its copy of ``first`` learns."""
-    assert isinstance(module, SavedModule)
-    weight: Any = first.modules_to_save[adapter].weight
-    module.modules_to_save[adapter].weight = weight

@@ -2,11 +2,11 @@
 
     W'[e] = W[e] + s·B[e]·A[e]          W [experts, out, in] or [experts, in, out], or plainly [out, in]
 
-A and B of all experts lie side by side as PEFT stores them: A [r·experts, in], B [out, r·experts].
+A and B of all experts are stored side by side, as in PEFT: A [r·experts, in], B [out, r·experts].
 
 Nothing is wrapped, and ΔW is not formed. While the module that owns the parameter runs, the parameter's name leads to a
-:class:`~lorakeet.kernels.low_rank_weight.LowRankSum`, with which transformers' expert implementations (the eager loop, the
-grouped and the batched product) run as they are. No weight of an expert's size is made, stored for backward, or given a
+:class:`~lorakeet.kernels.low_rank_weight.LowRankSum`. With it, transformers' expert implementations (the eager loop, the
+grouped and the batched product) run unchanged. No tensor of an expert's size is made, stored for backward, or given a
 gradient.
 """
 
@@ -20,19 +20,25 @@ from torch import Tensor, nn
 
 from lorakeet.kernels.low_rank_weight import LowRankSum
 from lorakeet.lora.config import PeftConfig
-from lorakeet.lora.layer import ActiveAdapters, LoraPair, noise
+from lorakeet.lora.layer import ActiveAdapters, noise
+from lorakeet.lora.linear import LoraPair
 
 
 @dataclass(eq=False)
 class Slot:
-    """One parameter of a module, seen as a layer that has nothing but a weight."""
+    """One parameter of a module, as a layer that has nothing but a weight.
+
+    Attributes:
+        module: The module that owns the parameter.
+        name: The parameter's name in it.
+    """
 
     module: nn.Module
     name: str
 
     @property
     def weight(self) -> nn.Parameter:
-        """The parameter, whatever its name leads to at the moment."""
+        """The parameter, also while its name leads to a :class:`LowRankSum`."""
         parameter = self.module._parameters[self.name]
         assert parameter is not None
         return parameter
@@ -47,13 +53,18 @@ class LoraParameters(nn.ModuleDict):
 
 
 class LoraParameter(LoraPair):
-    """LoRA on one parameter of a module, which stays in its place and gets this as a child."""
+    """LoRA on one parameter of a module; the parameter stays where it is, and the module gets this as a child.
+
+    Attributes:
+        experts: Number of stacked weights; 1 for a matrix.
+        transposed: Whether they are stored as [experts, in, out].
+    """
 
     def __init__(self, base_layer: Slot, switch: ActiveAdapters) -> None:
         super().__init__(base_layer, switch)
         module, weight = base_layer.module, base_layer.weight
         self.experts = weight.shape[0] if weight.ndim == 3 else 1
-        self.transposed = weight.ndim == 3 and bool(getattr(module, "is_transposed", False))  # [experts, in, out]
+        self.transposed = weight.ndim == 3 and bool(getattr(module, "is_transposed", False))
         self.hooks = (
             module.register_forward_pre_hook(self._show),
             module.register_forward_hook(self._hide, always_call=True),
@@ -61,7 +72,7 @@ class LoraParameter(LoraPair):
 
     @classmethod
     def on(cls, module: nn.Module, name: str, switch: ActiveAdapters) -> LoraParameter:
-        """The layer of the parameter ``name`` of ``module``, made if there is none yet."""
+        """Return the LoRA layer of the parameter ``name`` of ``module``; it is made if there is none yet."""
         table = module._modules.get("lora_parameters")
         if table is None:
             table = LoraParameters()
@@ -74,7 +85,7 @@ class LoraParameter(LoraPair):
         return layer
 
     def release(self) -> None:
-        """Take the layer off its module again."""
+        """Remove the layer from its module."""
         for hook in self.hooks:
             hook.remove()
         module, table = self.base_layer.module, self.base_layer.module.lora_parameters
@@ -83,15 +94,14 @@ class LoraParameter(LoraPair):
             del module.lora_parameters
 
     def make(self, adapter: str, config: PeftConfig, r: int) -> None:
-        weight: Tensor = self.base_layer.weight
-        out_features, in_features = reversed(weight.shape[-2:]) if self.transposed else weight.shape[-2:]
-        place: dict[str, Any] = {"device": weight.device, "dtype": self._adapter_dtype()}
-        a = nn.utils.skip_init(nn.Linear, in_features, r * self.experts, bias=False, **place)
-        b = nn.utils.skip_init(nn.Linear, r * self.experts, out_features, bias=False, **place)
-        self.put(adapter, a, b, config, r)
+        shape = self.base_layer.weight.shape[-2:]
+        out_features, in_features = reversed(shape) if self.transposed else shape
+        a = nn.utils.skip_init(nn.Linear, in_features, r * self.experts, bias=False, **self._device_dtype())
+        b = nn.utils.skip_init(nn.Linear, r * self.experts, out_features, bias=False, **self._device_dtype())
+        self.set_pair(adapter, a, b)
 
-    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """(L, R) with ΔW = L·R in the parameter's layout, s within: [..., m, r] and [..., r, n]."""
+    def low_rank_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Return L [..., m, r] and R [..., r, n] with ΔW = L·R in the parameter's layout; s is a factor of one of them."""
         (a, b), r = self.pair(adapter), self.r[adapter]
         lora_A = a.weight.reshape(self.experts, r, -1)  # [experts, r, in]: rows e·r to (e + 1)·r belong to expert e
         lora_B = b.weight.reshape(-1, r, self.experts).permute(2, 0, 1)  # [experts, out, r]: columns ρ·experts + e
@@ -100,39 +110,39 @@ class LoraParameter(LoraPair):
             lora_A, lora_B = lora_A[0], lora_B[0]
         return (lora_A.mT, lora_B.mT) if self.transposed else (lora_B, lora_A)
 
-    def sum_of(self, adapters: list[str]) -> LowRankSum:
-        """W + Σ ΔW, several adapters as one pair of their summed rank."""
-        lefts, rights = zip(*map(self.factors, adapters), strict=True)
+    def low_rank_sum(self, adapters: list[str]) -> LowRankSum:
+        """Return W + Σ ΔW, several adapters as one of their summed rank."""
+        lefts, rights = zip(*map(self.low_rank_factors, adapters), strict=True)
         if len(adapters) == 1:
             return LowRankSum(self.base_layer.weight, lefts[0], rights[0])
         return LowRankSum(self.base_layer.weight, torch.cat(lefts, -1), torch.cat(rights, -2))
 
     def _show(self, module: nn.Module, args: Any) -> None:
-        if adapters := self.answering:
-            module.__dict__[self.base_layer.name] = self.sum_of(adapters)  # found before the parameter of this name
+        if adapters := self.acting:
+            # an entry of __dict__ is found before the parameter of this name
+            module.__dict__[self.base_layer.name] = self.low_rank_sum(adapters)
 
     def _hide(self, module: nn.Module, args: Any, output: Any) -> None:
         module.__dict__.pop(self.base_layer.name, None)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x·W'ᵀ over the last dimension, for each expert: what the parameter is now, on its own."""
-        adapters, weight = self.answering, self.base_layer.weight
-        seen: Any = self.sum_of(adapters) if adapters else weight
-        return torch.matmul(x, seen.mT)
+        """Compute x·W'ᵀ over the last dimension, for each expert, W' with the active adapters in it."""
+        adapters, weight = self.acting, self.base_layer.weight
+        effective: Any = self.low_rank_sum(adapters) if adapters else weight
+        return torch.matmul(x, effective.mT)
 
     def probe(self) -> Tensor:
-        weight = self.base_layer.weight
-        return noise((32, weight.shape[-1]), weight)
+        return noise((32, self.base_layer.weight.shape[-1]), self.base_layer)
 
     def delta(self, adapter: str) -> Tensor:
-        left, right = self.factors(adapter)
+        left, right = self.low_rank_factors(adapter)
         return left @ right
 
     def merged_weight(self, adapters: list[str]) -> Tensor:
         if self.base_layer.weight.ndim == 2:
             return super().merged_weight(adapters)
-        both = self.sum_of(adapters)
-        merged = torch.empty_like(both.weight)
+        total = self.low_rank_sum(adapters)
+        merged = torch.empty_like(total.weight)
         for expert in range(self.experts):  # one expert's ΔW at a time
-            merged[expert] = LowRankSum(both.weight[expert], both.left[expert], both.right[expert]).dense()
+            merged[expert] = LowRankSum(total.weight[expert], total.left[expert], total.right[expert]).dense()
         return merged

@@ -1,9 +1,9 @@
-"""Rows of an embedding that are trained themselves (``trainable_token_indices``), and layers that share its weight.
+"""Trained rows of an embedding (``trainable_token_indices``), and layers that share an adapted embedding's weight.
 
-A few new or repurposed tokens need no low-rank update of a whole vocabulary: their rows, n of them, are all that learns and
-all that is saved, [n, dim]. Where other layers share the embedding's weight (a tied head, the embeddings of encoder and
-decoder), a :class:`TiedLayer` in their place computes with the very same parameters, so that each has one gradient, and a
-merge gives all of them one new weight.
+A few new or repurposed tokens need no low-rank update of a whole vocabulary. Their rows [n, dim] are all that is trained and
+saved. Other layers may share the embedding's weight: a tied head, the embeddings of encoder and decoder. A :class:`TiedLayer`
+in their place computes with the very same parameters, so each parameter has one gradient. A merge gives all of them one new
+weight.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakeet.lora.layer import ActiveAdapters, LoraEmbedding, LoraLayer, scaled, vocabulary_probe
-from lorakeet.quant.protocol import weight_rows
+from lorakeet.lora.embedding import LoraEmbedding, scale_rows, vocabulary_probe
+from lorakeet.lora.layer import ActiveAdapters, LoraLayer
+from lorakeet.quant.protocol import dense_weight, weight_rows
+
+#: Name of the trained rows in the adapter's file, relative to the layer; PEFT's.
+FILE_NAME = "token_adapter.trainable_tokens_delta"
 
 
 class TrainableTokens(LoraLayer):
-    """An embedding (or head; weight [vocabulary, dim]) some of whose rows are replaced by ones that learn."""
+    """An embedding or head (weight [vocabulary, dim]) some of whose rows are replaced by trained ones."""
 
     def __init__(self, base_layer: nn.Module, switch: ActiveAdapters) -> None:
         super().__init__(base_layer, switch)
@@ -29,36 +33,50 @@ class TrainableTokens(LoraLayer):
     def add_tokens(self, adapter: str, tokens: Sequence[int]) -> None:
         """Let the adapter train the rows of ``tokens``, starting from the base's."""
         weight: Tensor = self.base_layer.weight
-        # no state: the settings say which tokens they are
-        self.register_buffer(_indices(adapter), torch.tensor(tokens, device=weight.device), persistent=False)
+        # not persistent: the settings hold the tokens
+        self.register_buffer(_tokens_name(adapter), torch.tensor(tokens, device=weight.device), persistent=False)
         rows = weight_rows(self.base_layer, self.tokens(adapter)).to(self._adapter_dtype())
         self.trainable_tokens_delta[adapter] = nn.Parameter(rows)
         self.r[adapter], self.lora_alpha[adapter] = len(tokens), float(len(tokens))
         self.scaling[adapter], self.lora_dropout[adapter] = 1.0, 0.0
 
     def tokens(self, adapter: str) -> Tensor:
-        """Which rows the adapter trains, in the order of its parameter: [n]."""
-        return self.get_buffer(_indices(adapter))
+        """Return the ids of the adapter's rows, in the order of its parameter: [n]."""
+        return self.get_buffer(_tokens_name(adapter))
 
     def delete_adapter(self, adapter: str) -> None:
         super().delete_adapter(adapter)
         if adapter in self.trainable_tokens_delta:
             del self.trainable_tokens_delta[adapter]
-            delattr(self, _indices(adapter))
+            delattr(self, _tokens_name(adapter))
 
     def update(self, adapter: str, x: Tensor, h: Tensor) -> Tensor:
-        through = self.looked_up if isinstance(self.base_layer, nn.Embedding) else self.projected
-        return through(adapter, x, h, self.base_layer)
+        is_embedding = isinstance(self.base_layer, nn.Embedding)
+        return (self.update_lookup if is_embedding else self.update_logits)(adapter, x, h, self.base_layer)
 
-    def looked_up(self, adapter: str, ids: Tensor, h: Tensor, base: nn.Module) -> Tensor:
-        """``h``, what the embedding ``base`` has for ``ids``, with the rows of trained tokens in place of its own."""
+    def update_lookup(self, adapter: str, ids: Tensor, h: Tensor, base: nn.Module) -> Tensor:
+        """Replace the rows of trained tokens in an embedding's output.
+
+        Args:
+            adapter: The adapter's name.
+            ids: [...]
+            h: The output of ``base``, [..., dim].
+            base: An embedding that shares the adapted weight.
+        """
         tokens, order = self.tokens(adapter).sort()
-        near = torch.searchsorted(tokens, ids).clamp(max=len(tokens) - 1)
-        rows = F.embedding(order[near], self.trainable_tokens_delta[adapter]).to(h.dtype)
-        return torch.where((tokens[near] == ids)[..., None], scaled(rows, base), h)
+        nearest = torch.searchsorted(tokens, ids).clamp(max=len(tokens) - 1)
+        rows = F.embedding(order[nearest], self.trainable_tokens_delta[adapter]).to(h.dtype)
+        return torch.where((tokens[nearest] == ids)[..., None], scale_rows(rows, base), h)
 
-    def projected(self, adapter: str, x: Tensor, h: Tensor, base: nn.Module) -> Tensor:
-        """``h``, what the head ``base`` makes of ``x``, with the logits of trained tokens in place of its own."""
+    def update_logits(self, adapter: str, x: Tensor, h: Tensor, base: nn.Module) -> Tensor:
+        """Replace the logits of trained tokens in a head's output.
+
+        Args:
+            adapter: The adapter's name.
+            x: [..., dim]
+            h: The output of ``base``, [..., vocabulary].
+            base: A head that shares the adapted weight.
+        """
         rows, tokens = self.trainable_tokens_delta[adapter], self.tokens(adapter)
         bias: Any = base.bias
         logits = F.linear(x.to(rows.dtype), rows, None if bias is None else bias[tokens].to(rows.dtype))
@@ -67,11 +85,15 @@ class TrainableTokens(LoraLayer):
     def parts(self, adapter: str) -> list[Tensor]:
         return [self.trainable_tokens_delta[adapter]]
 
+    def tensor_names(self, adapter: str) -> dict[str, str]:
+        return {FILE_NAME: f"trainable_tokens_delta.{adapter}"}
+
     def delta(self, adapter: str) -> Tensor:
-        return self.merged_weight([adapter]) - self.base_layer.weight
+        weight = self.merged_weight([adapter])
+        return weight - dense_weight(self.base_layer, weight.dtype)
 
     def merged_weight(self, adapters: list[str]) -> Tensor:
-        weight = self.base_layer.weight.to(self._adapter_dtype())
+        weight = dense_weight(self.base_layer, self._adapter_dtype())
         for adapter in adapters:
             weight = weight.index_copy(0, self.tokens(adapter), self.trainable_tokens_delta[adapter].to(weight.dtype))
         return weight
@@ -80,8 +102,8 @@ class TrainableTokens(LoraLayer):
         seen: set[int] = set()
         for adapter in dict.fromkeys(adapters):
             mine = set(self.tokens(adapter).tolist()) if adapter in self.r else set()
-            if both := seen & mine:
-                return f"each has a row of its own for token {min(both)}"
+            if shared := seen & mine:
+                return f"each has its own row for token {min(shared)}"
             seen |= mine
         return None
 
@@ -90,14 +112,15 @@ class TrainableTokens(LoraLayer):
 
 
 class TiedLayer(LoraLayer):
-    """A layer that shares its weight with an adapted embedding, and so its update: W₀ + ΔW of the embedding.
+    """A layer that shares its weight with an adapted embedding, and so its update.
 
-    Adapters have no parameters here; those of ``source`` answer, looked up (another embedding) or transposed (a head).
+    Its adapters have no parameters of their own. It computes with those of ``source``, as an embedding or, transposed, as a
+    head.
     """
 
     def __init__(self, base_layer: nn.Module, switch: ActiveAdapters, source: LoraEmbedding | TrainableTokens) -> None:
         super().__init__(base_layer, switch)
-        self._source = (source,)  # no child: its parameters are the source's alone
+        self._source = (source,)  # in a tuple, so that it is no child: its parameters belong to the source alone
 
     @property
     def source(self) -> LoraEmbedding | TrainableTokens:
@@ -105,22 +128,25 @@ class TiedLayer(LoraLayer):
         return self._source[0]
 
     def follow(self, adapter: str) -> None:
-        """Let the source's adapter answer here too."""
+        """Let the source's adapter act here too."""
         for name in ("r", "lora_alpha", "scaling", "lora_dropout"):
             getattr(self, name)[adapter] = getattr(self.source, name)[adapter]
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Also the source's: whoever takes this layer's gradient on its own needs all that its answer depends on."""
+        """Yield the source's parameters too: gradient checkpointing of this layer alone needs all that it depends on."""
         yield from super().parameters(recurse)
         for adapter in self.r:
             yield from self.source.parts(adapter)  # type: ignore[misc]
 
     def update(self, adapter: str, x: Tensor, h: Tensor) -> Tensor:
-        through = self.source.looked_up if isinstance(self.base_layer, nn.Embedding) else self.source.projected
-        return through(adapter, x, h, self.base_layer)
+        source, is_embedding = self.source, isinstance(self.base_layer, nn.Embedding)
+        return (source.update_lookup if is_embedding else source.update_logits)(adapter, x, h, self.base_layer)
 
     def parts(self, adapter: str) -> list[Tensor]:
         return []
+
+    def tensor_names(self, adapter: str) -> dict[str, str]:
+        return {}
 
     def delta(self, adapter: str) -> Tensor:
         return self.source.delta(adapter)
@@ -134,18 +160,22 @@ class TiedLayer(LoraLayer):
             return
         if not self.source.merged_adapters:
             self.source.merge_(adapters)
-        self.originals["weight"] = self.base_layer.weight
-        self.base_layer.weight = self.source.base_layer.weight  # still one weight
+        for name in self.source.originals:  # the weight, or the tensors of a quantized one: still one weight
+            self.originals[name] = getattr(self.base_layer, name)
+            setattr(self.base_layer, name, getattr(self.source.base_layer, name))
         self.merged_adapters = mine
 
     def merged_weight(self, adapters: list[str]) -> Tensor:
         if isinstance(self.source, TrainableTokens):
             return TrainableTokens.merged_weight(self.source, adapters)
-        return super().merged_weight(adapters)
+        weight = dense_weight(self.base_layer, self.delta(adapters[0]).dtype)
+        for adapter in adapters:
+            weight = weight + self.delta(adapter)
+        return weight
 
     def probe(self) -> Tensor:
         return vocabulary_probe(self.base_layer)
 
 
-def _indices(adapter: str) -> str:
+def _tokens_name(adapter: str) -> str:
     return f"tokens_of_{adapter}"

@@ -209,8 +209,9 @@ def _agrees(module: nn.Module, fused: Forward) -> bool:
     """Whether output and gradient of a module are those of its own forward, on random rows."""
     parameters = sorted(module.parameters(), key=lambda p: (not p.is_floating_point(), p.requires_grad))
     like = parameters[0]  # what an adapter adds may be wider than what the module computes in
-    width: Any = getattr(module, "hidden_size", None)
-    if width is None:
+    if hasattr(module, "hidden_size"):
+        width: Any = module.hidden_size
+    else:
         width = like.shape[1] if type(module) is nn.Linear else like.shape[0]
     dtype = like.dtype if like.is_floating_point() else torch.float32
     x = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(like.device, dtype)

@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 from transformers import EvalPrediction
 
-from lorakeet._optional_imports import let_in
+from lorakeet._optional_imports import allow_sklearn
 from lorakeet.data.prepared import Prepared
 from lorakeet.data.rows.label_set import LabelSet
 from lorakeet.ignore_index import IGNORE_INDEX
@@ -101,7 +101,7 @@ def tfidf(
 
     Labels as for :func:`majority`; at most :data:`MOST` texts are learned from.
     """
-    let_in()
+    allow_sklearn()
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     some = np.unique(np.linspace(0, len(train_texts) - 1, min(MOST, len(train_texts)), dtype=int))
@@ -118,7 +118,7 @@ def tfidf(
 
 
 def _linear_model(problem: str | None) -> Any:
-    let_in()
+    allow_sklearn()
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.multiclass import OneVsRestClassifier
 

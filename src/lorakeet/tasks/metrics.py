@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import EvalPrediction
 
-from lorakeet._optional_imports import let_in
+from lorakeet._optional_imports import allow_sklearn
 from lorakeet.ignore_index import IGNORE_INDEX
 from lorakeet.log import warn
 from lorakeet.tasks.text_metrics import (
@@ -64,7 +64,7 @@ def multi_label(logits: Array, labels: Array) -> Figures:
     Raises:
         DataError: no label is left.
     """
-    let_in()
+    allow_sklearn()
     from sklearn.metrics import f1_score
 
     counts = labels != IGNORE_INDEX
@@ -88,7 +88,7 @@ def regression(values: Array, labels: Array) -> Figures:
     Raises:
         DataError: there are no labels.
     """
-    let_in()
+    allow_sklearn()
     from scipy.stats import pearsonr, spearmanr
 
     guess, right = np.asarray(values, np.float64).reshape(-1), np.asarray(labels, np.float64).reshape(-1)
@@ -278,7 +278,7 @@ def _kept(predicted: Array, labels: Array) -> tuple[Array, Array]:
 
 
 def _macro_f1(predicted: Array, right: Array) -> float:
-    let_in()
+    allow_sklearn()
     from sklearn.metrics import f1_score
 
     return float(f1_score(right, predicted, average="macro", zero_division=0))

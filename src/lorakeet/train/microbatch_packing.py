@@ -158,7 +158,7 @@ class Passes:
         """Another training begins, maybe under other circumstances."""
         self._joins, self._held, self._ahead = None, [], []
 
-    def plan(self, batches: Sequence[Batch]) -> None:
+    def plan_groups(self, batches: Sequence[Batch]) -> None:
         """Takes note of all micro-batches of a step, before the first of them is handed over."""
         self._held, self._ahead = [], []
         if not self.budget or len(batches) < 2 or self._joins is False:

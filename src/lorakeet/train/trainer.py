@@ -149,7 +149,7 @@ class Trainer(transformers.Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """As the parent's; and which of the step's micro-batches will share a pass."""
         batches, self._targets = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._passes.plan(batches)
+        self._passes.plan_groups(batches)
         return batches, self._targets
 
     @property

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorakeet.data.read.formats import read_file, recognize
-from lorakeet.data.read.record import Row
+from lorakeet.data.read.record import Location, Locations
 
 Put = Callable[..., Path]
 
@@ -29,11 +29,11 @@ def values_of(path: Path, column: str = "text", **more: Any) -> list[Any]:
 
 
 def places_of(path: Path) -> list[int]:
-    return [row.place for row in read_file(path)]
+    return [row.location.number for row in read_file(path)]
 
 
 def told(path: Path) -> list[tuple[int, str | None]]:
-    return [(row.place, row.fault) for row in read_file(path)]
+    return [(row.location.number, row.fault and row.fault.message) for row in read_file(path)]
 
 
 @pytest.mark.parametrize(
@@ -72,10 +72,12 @@ def test_json_and_jsonl(put: Put) -> None:
     lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     path = put("a.jsonl", lines)
     assert values_of(path) == TEXTS and values_of(path, "n") == [0, 1, 2, 3, 4]
-    assert [(row.place, row.unit) for row in read_file(path)] == [(at, "line") for at in (1, 3, 5, 7, 9)]
+    assert [(row.location.number, row.location.unit) for row in read_file(path)] == [
+        (at, "line") for at in (1, 3, 5, 7, 9)
+    ]
     for content in (rows, {"version": 1, "data": rows}, {"test": [{"text": "no"}], "train": rows}):
         path = put("a.json", json.dumps(content))
-        assert values_of(path) == TEXTS and [row.unit for row in read_file(path)] == ["row"] * 5
+        assert values_of(path) == TEXTS and [row.location.unit for row in read_file(path)] == ["row"] * 5
     assert values_of(put("a.json", json.dumps({"test": TEXTS, "train": ["no"]})), split="test") == TEXTS
     assert values_of(put("b.json", lines)) == TEXTS  # .json by name, one object a line
 
@@ -103,7 +105,7 @@ def test_a_compressed_file(tmp_path: Path) -> None:
     assert values_of(path) == ["a", "b"]
     path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-9])
     *_, last = read_file(path)
-    assert last.fault is not None and "cannot be read" in last.fault
+    assert last.fault is not None and "cannot be read" in last.fault.message
     path.write_bytes(b"no archive")
     assert "cannot be read: Not a gzipped file" in str(told(path))
 
@@ -132,7 +134,7 @@ def test_csv_places_are_true_lines(put: Put, words: list[str], end: str) -> None
     lines = path.read_bytes().decode().split(end)
     for number, row in enumerate(read_file(path) if words else []):
         assert row.values == {"text": texts[number].replace("\r\n", "\n")}
-        assert lines[row.place - 1].startswith(f'"{number} ')
+        assert lines[row.location.number - 1].startswith(f'"{number} ')
 
 
 def test_csv_places_are_the_lines_where_rows_begin(put: Put) -> None:
@@ -226,12 +228,12 @@ def test_what_is_broken_is_told_and_the_rest_is_read(
 ) -> None:
     path = put(name, content)
     rows = list(read_file(path))
-    assert [row.place for row in rows if row.values is None] == list(faults)
-    assert [row.place for row in rows if row.fault is not None] == list(faults)
+    assert [row.location.number for row in rows if row.values is None] == list(faults)
+    assert [row.location.number for row in rows if row.fault is not None] == list(faults)
     for row in rows:
-        assert row.source == str(path)
+        assert row.location.source == str(path)
         if row.fault is not None:
-            assert faults[row.place] in row.fault and "\n" not in row.fault
+            assert faults[row.location.number] in row.fault.message and "\n" not in row.fault.message
 
 
 def test_the_rest_of_a_broken_file(put: Put) -> None:
@@ -252,13 +254,13 @@ def test_nothing_at_all_stops_the_reading(put: Put, content: str | bytes, name: 
     assert rows
     for row in rows:
         assert (row.values is None) == (row.fault is not None)
-        assert row.unit == "row" or row.place <= lines
+        assert row.location.unit == "row" or row.location.number <= lines
 
 
 def test_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
     for format in ("auto", "csv", "parquet"):
         (row,) = read_file(tmp_path, format)
-        assert row.place == 0 and row.fault is not None and "cannot be read" in row.fault
+        assert row.location.number == 0 and row.fault is not None and "cannot be read" in row.fault.message
 
 
 def test_format_can_be_given(put: Put) -> None:
@@ -267,6 +269,22 @@ def test_format_can_be_given(put: Put) -> None:
     assert values_of(path, format="jsonl") == ["a"]
 
 
-def test_where_a_row_stands() -> None:
-    assert Row("quotes.jsonl", 12, "line", {}).where == "quotes.jsonl:12"
-    assert Row("quotes.jsonl", 0, "line", None, "empty").where == "quotes.jsonl"
+def test_a_location_as_text() -> None:
+    assert str(Location("quotes.jsonl", 12)) == "quotes.jsonl:12"
+    assert Location("quotes.parquet", 12, "row").phrase == "quotes.parquet, row 12"
+    assert str(Location("quotes.jsonl")) == Location("quotes.jsonl").phrase == "quotes.jsonl"
+
+
+def test_many_locations_are_kept_in_little_memory_and_come_back_whole() -> None:
+    known = [
+        Location("a.jsonl", 3),
+        Location("b.parquet", 2**40, "row"),
+        Location("a.jsonl", 1),
+        Location("a.jsonl", 0),
+    ]
+    locations = Locations(known)
+    assert list(locations) == known and len(locations) == 4 and locations[1] == known[1] and locations[-1] == known[3]
+    assert list(locations.select([2, 0])) == [known[2], known[0]] and list(locations[1:3]) == known[1:3]
+    more = locations.select([1])
+    more.append(Location("c.csv", 7))
+    assert list(more) == [known[1], Location("c.csv", 7)] and list(locations) == known

@@ -13,28 +13,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakeet.config import DataSettings, TaskName
-from lorakeet.data.read.column_types import TypeNames
-from lorakeet.data.read.record import Row
+from lorakeet.data.read.column_types import TypeInference
+from lorakeet.data.read.record import Fault, Location, Record
 from lorakeet.data.read.source import iter_rows
-from lorakeet.data.rows.column_mapping import TASKS, Layout, find_layout
-from lorakeet.data.rows.normalize import COLUMNS, RowError, canonical, features
+from lorakeet.data.rows.column_mapping import find_layout
+from lorakeet.data.rows.kinds import Layout, RowError, canonical
 from lorakeet.errors import DataError
 
 Put = Callable[..., Path]
 
 
 def layout_of(values: dict[str, Any], task: TaskName, numbers: bool = False, **columns: str) -> Layout:
-    names = TypeNames(numbers)
+    names = TypeInference(numbers)
     names.add(values)
-    return find_layout(names.names(), DataSettings(columns=columns), task, "a")
+    return find_layout(names.types(), DataSettings(columns=columns), task, "a")
 
 
 def made(values: dict[str, Any], task: TaskName = "CAUSAL_LM", **more: Any) -> dict[str, Any]:
     """The canonical row of ``values``, as a data set would hold it."""
     layout = layout_of(values, task, **more)
-    row = canonical(Row("a.jsonl", 7, "line", values), layout)
-    assert row.pop("place") == "a.jsonl:7"
-    datasets.Dataset.from_list([{**row, "place": None}], features=features(layout))
+    row = canonical(Record(Location("a.jsonl", 7), values), layout)
+    datasets.Dataset.from_list([row], features=layout.features())
     return row
 
 
@@ -45,8 +44,8 @@ def messages_of(values: dict[str, Any], **more: Any) -> list[dict[str, Any]]:
 def fault_of(values: dict[str, Any], like: dict[str, Any], task: TaskName = "CAUSAL_LM") -> str:
     """The complaint about ``values`` in a file whose other rows are ``like``."""
     with pytest.raises(RowError, match=r"^a\.jsonl, line 7: ") as caught:
-        canonical(Row("a.jsonl", 7, "line", values), layout_of(like, task))
-    return caught.value.fault
+        canonical(Record(Location("a.jsonl", 7), values), layout_of(like, task))
+    return caught.value.fault.message
 
 
 USER, MODEL = {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Ho ☃."}
@@ -129,7 +128,7 @@ def test_prompt_and_completion_of_messages() -> None:
 def test_labels(label: Any, kind: Any, expected: Any) -> None:
     values = {"text": "x", "label": label}
     assert made(values, "SEQ_CLS") == {"text": "x", "label": expected}
-    feature = features(layout_of(values, "SEQ_CLS"))["label"]
+    feature = layout_of(values, "SEQ_CLS").features()["label"]
     assert feature == (datasets.Value(kind) if isinstance(kind, str) else kind)
 
 
@@ -239,6 +238,28 @@ def test_values_that_are_not_what_their_role_needs(
     assert words in fault_of(values, like, task)
 
 
+@pytest.mark.parametrize(
+    ("values", "like", "task", "code"),
+    [
+        ({**SQUAD, "answers": 7}, SQUAD, "QUESTION_ANS", "wrong_type"),
+        ({**SQUAD, "answers": {"text": [7], "answer_start": [7]}}, SQUAD, "QUESTION_ANS", "wrong_type"),
+        ({**SQUAD, "answers": "you"}, SQUAD, "QUESTION_ANS", "answer_place"),
+        ({"prompt": "a", "answer": 7}, {"prompt": "a", "answer": "b"}, "CAUSAL_LM", "wrong_type"),
+        ({"text": 7}, TEXT, "CAUSAL_LM", "wrong_type"),
+        ({"text": "\ud83d"}, TEXT, "CAUSAL_LM", "half_character"),
+        ({"tokens": ["a", "b"], "tags": [1]}, TAGGED, "TOKEN_CLS", "tag_count"),
+        ({"messages": [USER, {"content": "expected one for each"}]}, CHAT, "CAUSAL_LM", "wrong_type"),
+    ],
+)
+def test_the_code_of_a_fault_does_not_depend_on_words(
+    values: dict[str, Any], like: dict[str, Any], task: TaskName, code: str
+) -> None:
+    columns = {"prompt": "prompt", "completion": "answer"} if "prompt" in like else {}
+    with pytest.raises(RowError) as caught:
+        canonical(Record(Location("a.jsonl", 7), values), layout_of(like, task, **columns))
+    assert caught.value.fault.code == code
+
+
 EVERY_KIND: list[tuple[dict[str, Any], TaskName]] = [
     (TEXT, "CAUSAL_LM"),
     ({"prompt": "a", "completion": "b"}, "CAUSAL_LM"),
@@ -261,10 +282,11 @@ EVERY_KIND: list[tuple[dict[str, Any], TaskName]] = [
 def test_a_row_with_nothing_keeps_its_place_and_is_null(like: dict[str, Any], task: TaskName, empty: str) -> None:
     values = {"nothing": {}, "nulls": dict.fromkeys(like), "fault": None}[empty]
     layout = layout_of(like, task)
-    row = canonical(Row("a.csv", 3, "line", values, "broken" if values is None else None), layout)
-    assert row.pop("place") == "a.csv:3"
+    fault = Fault("broken", "broken") if values is None else None
+    row = canonical(Record(Location("a.csv", 3), values, fault), layout)
+    assert set(row) == set(layout.features())
     assert row.pop("given", None) in (0, None)
-    assert set(row) <= set(COLUMNS[layout.kind]) and not any(row.values())
+    assert not any(row.values())
     assert row.get("answers") is None and row.get("tokens") is None
 
 
@@ -287,11 +309,11 @@ def test_any_record_is_a_row_or_a_complaint(kind: tuple[dict[str, Any], TaskName
     layout = layout_of(like, task)
     values = data.draw(st.fixed_dictionaries({}, optional=dict.fromkeys([*like, "answer_start"], json_values)))
     try:
-        row = canonical(Row("a", 1, "row", {**like, **values}), layout)
+        row = canonical(Record(Location("a", 1, "row"), {**like, **values}), layout)
     except RowError:
         return
-    assert set(row) == set(features(layout))
-    datasets.Dataset.from_list([row], features=features(layout))  # every value is of its column's type
+    assert set(row) == set(layout.features())
+    datasets.Dataset.from_list([row], features=layout.features())  # every value is of its column's type
 
 
 def test_rows_of_everything_that_a_path_names(put: Put) -> None:
@@ -299,7 +321,8 @@ def test_rows_of_everything_that_a_path_names(put: Put) -> None:
     put("all/b.csv", 'text\n"c\nd"\ne,f')
     put("all/c.txt", "")
     found = [
-        (Path(row.source).name, row.place, row.values is None) for row in iter_rows(DataSettings(path=str(folder)))
+        (Path(row.location.source).name, row.location.number, row.values is None)
+        for row in iter_rows(DataSettings(path=str(folder)))
     ]
     assert found == [
         ("a.jsonl", 1, False), ("a.jsonl", 2, True), ("a.jsonl", 3, False),
@@ -308,7 +331,3 @@ def test_rows_of_everything_that_a_path_names(put: Put) -> None:
     assert len(list(iter_rows(DataSettings(path=str(folder), limit=2)))) == 2
     with pytest.raises(DataError, match="no file or folder"):
         list(iter_rows(DataSettings(path=[str(folder), "nowhere"])))
-
-
-def test_every_task_has_a_kind_and_every_kind_columns() -> None:
-    assert {kind for kinds in TASKS.values() for kind in kinds} == set(COLUMNS)

@@ -7,23 +7,39 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorakeet.config import DataSettings, TaskName
-from lorakeet.data.read.column_types import TypeNames
-from lorakeet.data.rows.column_mapping import (
-    KINDS,
-    TASKS,
-    Layout,
-    choose_task,
-    find_layout,
-    label_columns,
-    merge_layouts,
+from lorakeet.data.read.column_types import (
+    EMPTY_LIST,
+    FLOAT,
+    INT,
+    INT_LIST,
+    STR_LIST,
+    ColumnType,
+    ColumnTypes,
+    TypeInference,
+    type_names,
 )
+from lorakeet.data.read.column_types import STR as A_STR
+from lorakeet.data.rows.column_mapping import choose_task, find_layout, label_columns, merge_layouts
+from lorakeet.data.rows.kinds import Layout, all_kinds
 from lorakeet.errors import DataError
 
 Types = dict[str, str]
 
 
 def layout_of(types: Types, task: TaskName = "CAUSAL_LM", **columns: str) -> Layout:
-    return find_layout(types, DataSettings(columns=columns), task, "a.jsonl")
+    return find_layout(parsed(types), DataSettings(columns=columns), task, "a.jsonl")
+
+
+def parsed(types: Types) -> dict[str, ColumnTypes]:
+    """Types of columns, of a notation such as ``int or list[str]``."""
+
+    def one(name: str) -> ColumnType:
+        return ColumnType(name[5:-1], is_list=True) if name.startswith("list") else ColumnType(name)
+
+    return {
+        column: frozenset(one(name) for name in names.split(" or ") if name != "null")
+        for column, names in types.items()
+    }
 
 
 def complaint_of(types: Types, task: TaskName = "CAUSAL_LM", **columns: str) -> DataError:
@@ -100,24 +116,25 @@ def test_recognised(columns: str, task: TaskName, kind: str, roles: str) -> None
     wanted = {role: column or role for role, _, column in (part.partition("=") for part in roles.split())}
     layout = layout_of(types, task)
     assert (layout.kind, dict(layout.columns)) == (kind, wanted)
-    held = {role: types[column] for role, column in wanted.items()}
-    assert layout.types == ({**held, "tags": "list[str]"} if held.get("tags") == "str" else held)
+    held = {role: types[column] for role, column in wanted.items() if role in ("label", "tags")}
+    names = {name: str(type) for name, type in layout.types.items()}
+    assert names == ({"tags": "list[str]"} if held == {"tags": "str"} else held)
 
 
 def test_every_name_of_every_role_is_recognised_in_any_case() -> None:
-    for task, kinds in TASKS.items():
-        for kind in kinds:
-            for roles in KINDS[kind]:
-                usual = {role: names[0] for role, names in roles.required.items()}
-                for role, names in roles.required.items():
-                    for name in names:
-                        columns = {**usual, role: name.upper()}
-                        held = {
-                            part: LIST if part in ("messages", "conversations", "tokens", "tags") else STR
-                            for part in columns
-                        }
-                        layout = layout_of({columns[part]: held[part] for part in columns}, task)
-                        assert layout.kind == kind and layout.columns[role] == name.upper(), (task, role, name)
+    for kind in all_kinds():
+        for roles in kind.roles:
+            usual = {role: known.names[0] for role, known in roles.required.items()}
+            for role, known in roles.required.items():
+                for name in known.names:
+                    columns = {**usual, role: name.upper()}
+                    lists = ("messages", "conversations", "tokens", "tags")
+                    if kind.name == "messages":
+                        lists = (*lists, "completion")
+                    types = {column: LIST if part in lists else STR for part, column in columns.items()}
+                    for task in kind.encoders:
+                        layout = layout_of(types, task)
+                        assert layout.kind == kind.name and layout.columns[role] == name.upper(), (task, role, name)
 
 
 def test_columns_say_what_names_do_not() -> None:
@@ -184,9 +201,9 @@ def test_more_than_one_column_may_be_meant() -> None:
 
 
 def test_labels_are_of_one_type() -> None:
-    assert layout_of({"text": STR, "label": "float or int"}, "SEQ_CLS").types["label"] == "float"
-    assert layout_of({"text": STR, "label": "bool"}, "SEQ_CLS").types["label"] == "int"
-    assert layout_of({"text": STR, "label": "list[bool]"}, "SEQ_CLS").types["label"] == "list[int]"
+    assert layout_of({"text": STR, "label": "float or int"}, "SEQ_CLS").types["label"] == FLOAT
+    assert layout_of({"text": STR, "label": "bool"}, "SEQ_CLS").types["label"] == INT
+    assert layout_of({"text": STR, "label": "list[bool]"}, "SEQ_CLS").types["label"] == INT_LIST
     assert "holds int or str" in complaint_of({"text": STR, "label": "int or str"}, "SEQ_CLS").message
 
 
@@ -207,46 +224,46 @@ def test_labels_are_of_one_type() -> None:
     ],
 )
 def test_the_task_of_an_encoder_follows_from_the_columns(types: Types, task: str) -> None:
-    assert choose_task("encoder", types) == task
-    assert choose_task("decoder", types) == "CAUSAL_LM"
-    assert choose_task("encoder-decoder", types) == "SEQ_2_SEQ_LM"
+    assert choose_task("encoder", parsed(types)) == task
+    assert choose_task("decoder", parsed(types)) == "CAUSAL_LM"
+    assert choose_task("encoder-decoder", parsed(types)) == "SEQ_2_SEQ_LM"
 
 
 def test_the_task_follows_from_named_columns_too() -> None:
     types = {"body": STR, "topic": STR}
-    assert choose_task("encoder", types) == "MASKED_LM"
-    assert choose_task("encoder", types, {"label": "topic"}) == "SEQ_CLS"
-    assert choose_task("encoder", types, {"anchor": "body", "positive": "topic"}) == "FEATURE_EXTRACTION"
+    assert choose_task("encoder", parsed(types)) == "MASKED_LM"
+    assert choose_task("encoder", parsed(types), {"label": "topic"}) == "SEQ_CLS"
+    assert choose_task("encoder", parsed(types), {"anchor": "body", "positive": "topic"}) == "FEATURE_EXTRACTION"
 
 
 def test_layouts_of_several_sources_become_one() -> None:
-    first = Layout("classes", {"text": "text", "label": "label"}, {"text": STR, "label": "int"})
-    other = Layout("classes", {"text": "body", "label": "y", "text_pair": "b"}, {"text": STR, "label": "float"})
+    first = Layout("classes", {"text": "text", "label": "label"}, {"label": INT})
+    other = Layout("classes", {"text": "body", "label": "y", "text_pair": "b"}, {"label": FLOAT})
     merged = merge_layouts({"a": first, "b": other})
-    assert merged.columns == {"text": "text", "label": "label", "text_pair": "b"} and merged.types["label"] == "float"
-    lists = [Layout("classes", {}, {"label": held}) for held in ("list", "list[str]")]
-    assert merge_layouts({"a": lists[0], "b": lists[1]}).types["label"] == "list[str]"
+    assert merged.columns == {"text": "text", "label": "label", "text_pair": "b"} and merged.types["label"] == FLOAT
+    lists = [Layout("classes", {}, {"label": held}) for held in (EMPTY_LIST, STR_LIST)]
+    assert merge_layouts({"a": lists[0], "b": lists[1]}).types["label"] == STR_LIST
     with pytest.raises(DataError, match=r"b has label of type str, others have int"):
-        merge_layouts({"a": first, "b": Layout("classes", {}, {"label": STR})})
+        merge_layouts({"a": first, "b": Layout("classes", {}, {"label": A_STR})})
     with pytest.raises(DataError, match=r"more than one kind: text \(b\), classes \(a\)|classes \(a\), text \(b\)"):
         merge_layouts({"a": first, "b": Layout("text", {})})
 
 
 def test_columns_of_labels_that_are_left_unused() -> None:
     types = {"text": STR, "Label": "int", "n": "int"}
-    assert label_columns(types, layout_of(types)) == ["Label"]
-    assert label_columns(types, layout_of(types, "SEQ_CLS")) == []
+    assert label_columns(parsed(types), layout_of(types)) == ["Label"]
+    assert label_columns(parsed(types), layout_of(types, "SEQ_CLS")) == []
 
 
 def test_types_of_values() -> None:
-    names = TypeNames()
+    names = TypeInference()
     for row in (
         {"a": 1, "b": "x", "c": [], "d": None, "e": {"t": ["x"], "n": 1}},
         {"a": None, "b": 2.5, "c": [[1]], "e": None, "f": True},
         {"c": None, "e": {"n": None}},
     ):
         names.add(row)
-    found = names.names()
+    found = {name: type_names(types) for name, types in names.types().items()}
     assert found == {
         "a": "int", "b": "float or str", "c": "list[list[int]]", "d": "null", "e": "dict",
         "e.t": "list[str]", "e.n": "int", "f": "bool",
@@ -268,15 +285,15 @@ def test_types_of_values() -> None:
     ],
 )
 def test_numbers_of_a_csv_file(fields: list[str], kind: str) -> None:
-    names = TypeNames(numbers=True)
+    names = TypeInference(numbers=True)
     for field in fields:
         names.add({"x": field})
-    assert names.names() == {"x": kind}
+    assert type_names(names.types()["x"]) == kind
 
 
 @given(st.dictionaries(st.text(max_size=8), st.sampled_from([STR, "int", LIST, TURNS, "dict", "null", "int or str"])))
 def test_any_columns_are_understood_or_complained_about(types: Types) -> None:
-    for task in TASKS:
+    for task in {task for kind in all_kinds() for task in kind.encoders}:
         try:
             layout = layout_of(types, task)
         except DataError as error:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import datasets
 import pytest
 
-from helpers.task_tokenizers import canonical_rows
-from lorakeet.config import TaskSettings
+from helpers.task_tokenizers import locations
+from lorakeet.config import TaskName, TaskSettings
+from lorakeet.data.read.column_types import FLOAT, STR, STR_LIST, ColumnType
 from lorakeet.data.rows.label_set import LabelSet, find_labels, given_labels
 from lorakeet.errors import DataError
 
 
 def found(*labels: Any, **task: Any) -> LabelSet:
-    rows = canonical_rows(text=["x"] * len(labels), label=list(labels))
-    return find_labels(rows, TaskSettings(type="SEQ_CLS", **task), "a.jsonl")
+    return find_labels(labels, locations(len(labels)), TaskSettings(type="SEQ_CLS", **task), "a.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -85,24 +84,23 @@ def test_labels_that_cannot_be_learned(
 
 
 def test_tags() -> None:
-    rows = canonical_rows(tokens=[["a", "b"], ["c"]], tags=[["N", "V"], ["N"]])
-    assert find_labels(rows, TaskSettings(type="TOKEN_CLS"), "x") == LabelSet(("N", "V"))
+    tags = [["N", "V"], ["N"]]
+    assert find_labels(tags, locations(2), TaskSettings(type="TOKEN_CLS"), "x") == LabelSet(("N", "V"))
     with pytest.raises(DataError, match="a.jsonl:1: label 'V' is none of the 2"):
-        find_labels(rows, TaskSettings(type="TOKEN_CLS", labels=["N", "X"]), "x")
+        find_labels(tags, locations(2), TaskSettings(type="TOKEN_CLS", labels=["N", "X"]), "x")
 
 
 def test_labels_of_a_stream_are_given() -> None:
-    words, fraction = datasets.Value("string"), datasets.Value("float64")
+    def given(task: TaskName, type: ColumnType, **settings: Any) -> LabelSet:
+        return given_labels(type, TaskSettings(type=task, **settings))
 
-    def given(kind: str, feature: Any, **task: Any) -> LabelSet:
-        return given_labels(kind, feature, TaskSettings(**task))
-
-    assert given("classes", words, labels=["a", "b"]) == LabelSet(("a", "b"), "single_label")
-    assert given("classes", datasets.List(words), labels=["a"]).problem == "multi_label"
-    assert given("classes", fraction) == LabelSet((), "regression")
-    assert given("classes", fraction, labels=["0", "1"]).problem == "single_label"
-    assert given("tags", datasets.List(words), labels=["a", "b"]) == LabelSet(("a", "b"))
-    for kind, feature in (("classes", words), ("tags", datasets.List(words))):
+    assert given("SEQ_CLS", STR, labels=["a", "b"]) == LabelSet(("a", "b"), "single_label")
+    assert given("SEQ_CLS", STR_LIST, labels=["a"]).problem == "multi_label"
+    assert given("SEQ_CLS", FLOAT) == LabelSet((), "regression")
+    assert given("SEQ_CLS", FLOAT, labels=["0", "1"]).problem == "single_label"
+    assert given("TOKEN_CLS", STR_LIST, labels=["a", "b"]) == LabelSet(("a", "b"))
+    cases: list[tuple[TaskName, ColumnType]] = [("SEQ_CLS", STR), ("TOKEN_CLS", STR_LIST)]
+    for task, type in cases:
         with pytest.raises(DataError, match="labels of a stream") as caught:
-            given(kind, feature)
+            given(task, type)
         assert "task.labels=" in str(caught.value.hint)

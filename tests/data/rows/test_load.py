@@ -13,9 +13,10 @@ import datasets
 import pytest
 
 from lorakeet.config import DataSettings, TaskName
+from lorakeet.data.read.column_types import type_names
 from lorakeet.data.rows import load
+from lorakeet.data.rows.kinds import canonical
 from lorakeet.data.rows.load import Rows, peek, read_rows
-from lorakeet.data.rows.normalize import canonical
 from lorakeet.errors import DataError
 
 Put = Callable[..., Path]
@@ -23,6 +24,10 @@ Put = Callable[..., Path]
 
 def rows_of(path: Path | str, **more: Any) -> list[str | None]:
     return rows_in(path, **more).data["text"][:]
+
+
+def peek_names(path: Path) -> dict[str, str]:
+    return {name: type_names(types) for name, types in peek(DataSettings(path=str(path))).items()}
 
 
 def rows_in(path: Path | str, *, task: TaskName = "CAUSAL_LM", **more: Any) -> Rows:
@@ -96,7 +101,7 @@ def test_several_formats_in_one_folder(put: Put) -> None:
     put("all/c.csv", "quote\nThree.")
     rows = rows_in(folder)
     assert rows.data["text"][:] == ["Hi.\n-- Me", "Ho.", "One.", "Two.", "Three."]
-    assert [place.rpartition("/")[2] for place in rows.data["place"][:]] == [
+    assert [str(location).rpartition("/")[2] for location in rows.locations] == [
         "a.fortune:1",
         "a.fortune:4",
         "b.txt:1",
@@ -165,13 +170,12 @@ def test_every_format_gives_the_same_rows(put: Put, tmp_path: Path) -> None:
             (tmp_path / "a.csv").read_text().replace(",1", "\t1").replace(",0", "\t0").replace(",label", "\tlabel"),
         )
     )
-    wanted = [{**record, "place": None} for record in records]
     for path in paths:
         rows = rows_in(path, task="SEQ_CLS")
-        assert [{**row, "place": None} for row in rows.data] == wanted, path
+        assert list(rows.data) == records, path
         assert rows.data.features["label"] == datasets.Value("int64"), path
         assert rows.layout.kind == "classes" and "label in column 'label'" in rows.description
-        assert dict(peek(DataSettings(path=str(path)))) == {"text": "str", "label": "int"}, path
+        assert peek_names(path) == {"text": "str", "label": "int"}, path
 
 
 def test_only_the_columns_that_are_needed_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,8 +200,8 @@ def test_sources_of_one_kind_may_call_their_columns_differently(put: Put) -> Non
     folder = put("all/a.jsonl", jsonl({"text": "a", "label": 1})).parent
     put("all/b.csv", "review,category,text2\nb,0.5,c")
     rows = rows_in(folder, task="SEQ_CLS")
-    assert rows.data.to_dict() | {"place": 0} == {
-        "text": ["a", "b"], "text_pair": [None, "c"], "label": [1.0, 0.5], "place": 0,
+    assert rows.data.to_dict() == {
+        "text": ["a", "b"], "text_pair": [None, "c"], "label": [1.0, 0.5],
     }  # fmt: skip
     put("all/c.jsonl", jsonl({"text": "c", "label": "good"}))
     with pytest.raises(DataError, match=r"c\.jsonl has label of type str, others have"):
@@ -210,16 +214,14 @@ def test_sources_of_one_kind_may_call_their_columns_differently(put: Put) -> Non
 
 def test_one_row_and_a_label_that_is_left_unused(put: Put) -> None:
     rows = rows_in(put("a.jsonl", jsonl({"text": "x", "label": 1, "n": 2})))
-    assert rows.data.to_dict() == {
-        "text": ["x"],
-        "place": [str(put("a.jsonl", jsonl({"text": "x", "label": 1}))) + ":1"],
-    }
+    assert rows.data.to_dict() == {"text": ["x"]}
+    assert [str(location) for location in rows.locations] == [f"{rows.locations[0].source}:1"]
     assert rows.description.endswith("text in column 'text'; CAUSAL_LM leaves 'label' unused")
 
 
 def test_the_embedded_quotations_are_texts_and_may_be_classes() -> None:
     rows = rows_in("fortunes")
-    assert len(rows.data) == 12_363 and rows.data.column_names == ["text", "place"]
+    assert len(rows.data) == 12_363 and rows.data.column_names == ["text"]
     assert rows.description == "fortunes (fortune), text in column 'text'"
     labels = rows_in("fortunes", task="SEQ_CLS", columns={"label": "author"}, limit=2000).data["label"][:]
     assert {None, "Mark Twain"} < set(labels)
@@ -233,8 +235,8 @@ def test_several_paths_follow_each_other(put: Put) -> None:
 
 
 def test_peek_tells_columns_or_why_not(put: Put) -> None:
-    found = peek(DataSettings(path=str(put("a.jsonl", "broken\n" + jsonl({"a": {"b": [1]}, "c": None})))))
-    assert found == {"a": "dict", "a.b": "list[int]", "c": "null"}
+    path = put("a.jsonl", "broken\n" + jsonl({"a": {"b": [1]}, "c": None}))
+    assert peek_names(path) == {"a": "dict", "a.b": "list[int]", "c": "null"}
     with pytest.raises(DataError, match=r"a\.jsonl: line 1: not JSON"):
         peek(DataSettings(path=str(put("a.jsonl", "broken"))))
     with pytest.raises(DataError, match=r"a\.parquet: cannot be read as parquet"):

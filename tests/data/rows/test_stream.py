@@ -18,9 +18,9 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
 from lorakeet.config import DataSettings
-from lorakeet.data.rows.load import read_rows
+from lorakeet.data.rows.load import Rows, read_rows
 from lorakeet.data.rows.split import normalized
-from lorakeet.data.rows.stream import held_out_rows, rest_of, stream_rows
+from lorakeet.data.rows.stream import LOCATION, held_out_rows, rest_of, stream_rows
 from lorakeet.errors import DataError
 
 Put = Callable[..., Path]
@@ -45,15 +45,20 @@ def texts_of(stream: datasets.IterableDataset) -> list[str]:
     return [row["text"] for row in stream]
 
 
+def places_of(rows: Rows) -> list[str]:
+    return list(map(str, rows.locations))
+
+
 def test_a_pass_has_every_row_once_in_random_order(folder: Path) -> None:
     settings = settings_of(folder)
     stream = stream_rows(settings, "CAUSAL_LM", 0)
-    rows, whole = list(stream), read_rows(settings).data
-    assert Counter(row["place"] for row in rows) == Counter(whole["place"][:])
-    assert {row["place"]: row["text"] for row in rows} == dict(zip(whole["place"][:], whole["text"][:], strict=True))
-    assert [row["place"] for row in rows] != whole["place"][:]
+    rows, whole = list(stream), read_rows(settings)
+    places = places_of(whole)
+    assert Counter(row[LOCATION] for row in rows) == Counter(places)
+    assert {row[LOCATION]: row["text"] for row in rows} == dict(zip(places, whole.data["text"][:], strict=True))
+    assert [row[LOCATION] for row in rows] != places
     assert stream.info.description.endswith("(3 files, jsonl), text in column 'text', streamed")
-    assert stream.features == whole.features
+    assert stream.features == {**whole.data.features, LOCATION: datasets.Value("string")}
 
 
 def test_order_is_by_seed_and_epoch(folder: Path) -> None:
@@ -90,14 +95,14 @@ def test_a_pass_goes_on_where_it_was_left(folder: Path, epoch: int, skipped: int
 def test_processes_share_the_rows(folder: Path, count: int) -> None:
     stream = stream_rows(settings_of(folder), "CAUSAL_LM", 0)
     stream.set_epoch(1)
-    places = [row["place"] for rank in range(count) for row in split_dataset_by_node(stream, rank, count)]
+    places = [row[LOCATION] for rank in range(count) for row in split_dataset_by_node(stream, rank, count)]
     assert len(places) == len(set(places)) == 1200
 
 
 def test_workers_share_the_rows(folder: Path) -> None:
     stream = stream_rows(settings_of(folder, eval_fraction=0.05), "CAUSAL_LM", 0)
-    places = [row["place"] for row in DataLoader(stream, batch_size=None, num_workers=2)]  # type: ignore[arg-type]
-    assert len(places) == len(set(places)) and sorted(places) == sorted(row["place"] for row in stream)
+    places = [row[LOCATION] for row in DataLoader(stream, batch_size=None, num_workers=2)]  # type: ignore[arg-type]
+    assert len(places) == len(set(places)) and sorted(places) == sorted(row[LOCATION] for row in stream)
 
 
 def test_what_is_held_out_is_never_learned(folder: Path) -> None:
@@ -111,18 +116,18 @@ def test_what_is_held_out_is_never_learned(folder: Path) -> None:
     assert Counter(map(normalized, learned)) == Counter(
         {text: count for text, count in everything.items() if text not in measured}
     )
-    assert held_out.layout.kind == "text" and held_out.data.features == stream.features
-    again = held_out_rows(settings, "CAUSAL_LM", 0).data["place"][:]
-    assert again == held_out.data["place"][:] != held_out_rows(settings, "CAUSAL_LM", 1).data["place"][:]
+    assert held_out.layout.kind == "text" and {*held_out.data.features, LOCATION} == {*stream.features}
+    again = places_of(held_out_rows(settings, "CAUSAL_LM", 0))
+    assert again == places_of(held_out) != places_of(held_out_rows(settings, "CAUSAL_LM", 1))
 
 
 def test_at_most_a_tenth_of_the_buffer_is_held_out_and_of_every_file_some(folder: Path) -> None:
     settings = settings_of(folder, eval_fraction=0.5, shuffle_buffer=300)
-    held_out = held_out_rows(settings, "CAUSAL_LM", 0).data
-    files = Counter(place.rpartition("/")[2][0] for place in held_out["place"][:])
+    held_out = held_out_rows(settings, "CAUSAL_LM", 0)
+    files = Counter(Path(location.source).name[0] for location in held_out.locations)
     assert files == {"0": 10, "1": 10, "2": 10}
     learned = texts_of(stream_rows(settings, "CAUSAL_LM", 0))
-    assert {normalized(text) for text in held_out["text"][:]}.isdisjoint(map(normalized, learned))
+    assert {normalized(text) for text in held_out.data["text"][:]}.isdisjoint(map(normalized, learned))
     assert len(learned) > 1200 - 2 * 30 - 1  # nothing more is lost than the texts that are measured, and their repeats
 
 
@@ -135,9 +140,9 @@ def test_something_is_held_out_however_few_there_are(put: Put) -> None:
 
 def test_a_limit_counts_rows_that_are_read(folder: Path) -> None:
     settings = settings_of(folder, limit=450, eval_fraction=0.1)
-    first = set(read_rows(settings).data["place"][:])
-    held_out = held_out_rows(settings, "CAUSAL_LM", 0).data["place"][:]
-    learned = [row["place"] for row in stream_rows(settings, "CAUSAL_LM", 0)]
+    first = set(places_of(read_rows(settings)))
+    held_out = places_of(held_out_rows(settings, "CAUSAL_LM", 0))
+    learned = [row[LOCATION] for row in stream_rows(settings, "CAUSAL_LM", 0)]
     assert len(held_out) + len(learned) == 450 and {*held_out, *learned} == first
 
 
@@ -159,10 +164,9 @@ def test_weights_are_probabilities(folder: Path) -> None:
 def test_broken_rows_are_said_and_null(put: Put, caplog: pytest.LogCaptureFixture) -> None:
     lines = ['{"text": "a"}', "broken", '{"text": 7}', '{"text": null}', *["x"] * 5]
     path = put("a.jsonl", "\n".join(lines))
-    rows = {row["place"]: row["text"] for row in stream_rows(settings_of(path, eval_fraction=0.5), "CAUSAL_LM", 0)}
-    rows |= {
-        row["place"]: row["text"] for row in held_out_rows(settings_of(path, eval_fraction=0.5), "CAUSAL_LM", 0).data
-    }
+    rows = {row[LOCATION]: row["text"] for row in stream_rows(settings_of(path, eval_fraction=0.5), "CAUSAL_LM", 0)}
+    held_out = held_out_rows(settings_of(path, eval_fraction=0.5), "CAUSAL_LM", 0)
+    rows |= dict(zip(places_of(held_out), held_out.data["text"][:], strict=True))
     assert rows == {f"{path}:{line}": "a" if line == 1 else None for line in range(1, 10)}
     assert "a.jsonl:2: not JSON" in caplog.text and "a.jsonl:3: column 'text' holds int" in caplog.text
     assert "a.jsonl:5" in caplog.text and "a.jsonl:6" not in caplog.text  # the first three
@@ -190,9 +194,10 @@ def test_kinds_and_types_are_as_when_read_whole(put: Put, tmp_path: Path) -> Non
     records = [{"tokens": ["a", "b"], "tags": [number % 3, 1]} for number in range(50)]
     datasets.Dataset.from_list(records).save_to_disk(tmp_path / "saved")
     stream = stream_rows(settings_of(tmp_path / "saved"), "TOKEN_CLS", 0)
-    whole = read_rows(settings_of(tmp_path / "saved"), "TOKEN_CLS").data
-    assert stream.features == whole.features
-    assert sorted(stream, key=lambda row: row["place"]) == sorted(whole, key=lambda row: row["place"])
+    whole = read_rows(settings_of(tmp_path / "saved"), "TOKEN_CLS")
+    assert stream.features == {**whole.data.features, LOCATION: datasets.Value("string")}
+    rows = [{**row, LOCATION: place} for row, place in zip(whole.data, places_of(whole), strict=True)]
+    assert sorted(stream, key=lambda row: row[LOCATION]) == sorted(rows, key=lambda row: row[LOCATION])
     path = put("a.csv", "text,label\n" + "x,1\ny,2.5\n" * 9)
     assert {row["label"] for row in stream_rows(settings_of(path), "SEQ_CLS", 0)} == {1.0, 2.5}
 

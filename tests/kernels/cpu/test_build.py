@@ -19,7 +19,8 @@ def test_without_a_compiler_torch_computes(tmp_path: Path) -> None:
     script = (
         "import torch\n"
         "from lorakeet.kernels.cpu import build\nfrom lorakeet.kernels.int8 import linear\n"
-        "from lorakeet.kernels.int8.format import quantize_rows\nfrom lorakeet.kernels.int8.reference import int8_linear_reference\n"
+        "from lorakeet.kernels.int8.format import quantize_rows\n"
+        "from lorakeet.kernels.int8.reference import int8_linear_reference\n"
         "w, s = quantize_rows(torch.randn(20, 30))\n"
         "x = torch.randn(3, 30)\n"
         "assert build.library() is None\n"

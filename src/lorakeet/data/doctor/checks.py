@@ -6,7 +6,6 @@ The kinds are those of :data:`lorakeet.data.doctor.issues.PROBLEMS`; each is tol
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -14,33 +13,12 @@ from typing import Any
 
 from lorakeet.chat_template import ROLES
 from lorakeet.data.doctor.text_damage import damages
-from lorakeet.data.read.column_types import held
-from lorakeet.data.read.record import Row
-from lorakeet.data.rows.column_mapping import Kind, Layout
-from lorakeet.data.rows.normalize import RowError, canonical
+from lorakeet.data.read.column_types import value_of
+from lorakeet.data.read.record import Record
+from lorakeet.data.rows.conversations import message_texts
+from lorakeet.data.rows.kinds import Layout, RowError, canonical, find_kind
 from lorakeet.errors import did_you_mean
 
-#: The columns that a row of each kind must have.
-REQUIRED: Mapping[Kind, tuple[str, ...]] = {
-    "text": ("text",),
-    "completion": ("prompt", "completion"),
-    "messages": ("messages",),
-    "classes": ("text", "label"),
-    "tags": ("tokens", "tags"),
-    "pairs": ("anchor", "positive"),
-    "translation": ("source", "target"),
-    "question": ("question", "context", "answers", "answer_start"),
-}
-#: The columns of text, which may not be blank; beside them those which may.
-_FILLED: Mapping[Kind, tuple[str, ...]] = {
-    "text": ("text",),
-    "completion": ("completion",),
-    "classes": ("text",),
-    "pairs": ("anchor", "positive"),
-    "translation": ("source", "target"),
-    "question": ("question", "context"),
-}
-_OTHER: Mapping[Kind, tuple[str, ...]] = {"completion": ("prompt",), "classes": ("text_pair",), "pairs": ("negative",)}
 #: Roles that follow each other in a conversation; None: its beginning.
 _FOLLOWS = {
     None: ("system", "user"),
@@ -49,27 +27,23 @@ _FOLLOWS = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
-_FAULTS = {"half a character": "half_character", "expected one for each": "tag_count", "answer": "answer_place"}
 _LONG, _LOOKED_AT = 200, 20_000  # characters of a text that may be called repetitive, and of it that are looked at
 _REPETITIVE = 0.08  # size of such a text when compressed, as a share; English prose stays above 0.3
 
 Problems = dict[str, str]
 
 
-def check_row(values: Mapping[str, Any], kind: Kind) -> Problems:
+def check_row(values: Mapping[str, Any], kind: str) -> Problems:
     """What is wrong with a canonical row of ``kind``; ``null`` and ``empty`` mean that nothing can be learned from it."""
-    missing = [name for name in REQUIRED[kind] if _is_missing(values.get(name))]
-    if missing:
+    rules = find_kind(kind)
+    if missing := rules.missing(values):
         return {"null": f"no {' and no '.join(missing)}"}
     if kind == "messages":
         messages = json.loads(values["messages"])
-        return _checked_turns(messages) | _checked_texts(_contents(messages))
-    texts = values["tokens"] if kind == "tags" else texts_of(values, kind)
-    if kind == "tags" and not texts:
-        return {"empty": "no tokens"}
-    blank = [name for name in _FILLED.get(kind, ()) if not values[name] or values[name].isspace()]
-    if blank:
+        return _checked_turns(messages) | _checked_texts(message_texts(messages))
+    if blank := rules.blank(values):
         return {"empty": f"{' and '.join(blank)} without text"}
+    texts = rules.texts_of(values)
     problems = _checked_texts(texts)
     if kind == "tags" and "" in texts:
         problems["empty_word"] = f"token {texts.index('') + 1} of {len(texts)} is empty"
@@ -78,7 +52,7 @@ def check_row(values: Mapping[str, Any], kind: Kind) -> Problems:
     return problems
 
 
-def diagnose(row: Row, layout: Layout, *, typed: bool = True) -> tuple[dict[str, Any] | None, Problems]:
+def diagnose(row: Record, layout: Layout, *, typed: bool = True) -> tuple[dict[str, Any] | None, Problems]:
     """The canonical columns of a record, None where it makes no row, and what is wrong with it.
 
     Args:
@@ -89,8 +63,7 @@ def diagnose(row: Row, layout: Layout, *, typed: bool = True) -> tuple[dict[str,
     try:
         values = canonical(row, layout)
     except RowError as error:
-        kind = next((kind for phrase, kind in _FAULTS.items() if phrase in error.fault), "wrong_type")
-        return None, {kind: error.fault}
+        return None, {error.fault.code: error.fault.message}
     problems = check_row(values, layout.kind)
     if misspelt := _misspelt(row, layout):
         problems["misspelt_column"] = misspelt
@@ -99,26 +72,13 @@ def diagnose(row: Row, layout: Layout, *, typed: bool = True) -> tuple[dict[str,
     return values, problems
 
 
-def texts_of(values: Mapping[str, Any], kind: Kind) -> list[str]:
-    """The texts of a row that is neither a conversation nor tokens."""
-    names = (*_FILLED[kind], *_OTHER.get(kind, ()))
-    return [values[name] for name in names if values.get(name) is not None]
-
-
 def special_tokens_in(texts: Sequence[str], special: Sequence[str]) -> str | None:
     """A complaint about a special token that a text spells out, if there is one."""
     found = next((token for token in special for text in texts if token in text), None)
     return f"{found} is in the text and will be read as the special token" if found else None
 
 
-def spoken(values: Mapping[str, Any], kind: Kind) -> list[str]:
-    """All texts of a canonical row, whatever its kind."""
-    if kind == "messages":
-        return list(_contents(json.loads(values["messages"])))
-    return list(values["tokens"]) if kind == "tags" else texts_of(values, kind)
-
-
-def _misspelt(row: Row, layout: Layout) -> str | None:
+def _misspelt(row: Record, layout: Layout) -> str | None:
     """A complaint about a row that lacks a column and has one of a similar name."""
     values = row.values or {}
     for role, column in layout.columns.items():
@@ -130,20 +90,16 @@ def _misspelt(row: Row, layout: Layout) -> str | None:
     return None
 
 
-def _number_as_text(row: Row, layout: Layout) -> str | None:
+def _number_as_text(row: Record, layout: Layout) -> str | None:
     """A complaint about a label or tag that is a string where those of the other rows are numbers."""
-    role = "tags" if layout.kind == "tags" else "label"
-    if not {"int", "float"} & {layout.types.get(role, "").removeprefix("list[").removesuffix("]")}:
+    role = find_kind(layout.kind).labels
+    if role is None or role not in layout.types or layout.types[role].base not in ("int", "float"):
         return None
-    value = held(row.values or {}, layout.columns[role])
+    value = value_of(row.values or {}, layout.columns[role])
     text = next((one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str) and one), None)
     return (
         text and f"column {layout.columns[role]!r} holds {text!r:.40}, a string, expected a number as in the other rows"
     )
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _checked_texts(texts: Sequence[str] | Iterator[str]) -> Problems:
@@ -156,15 +112,6 @@ def _checked_texts(texts: Sequence[str] | Iterator[str]) -> Problems:
             if (left := len(zlib.compress(begun, 1)) / len(begun)) < _REPETITIVE:
                 problems["repetitive"] = f"compressed, {100 * left:.1f} % of its size is left: {text[:30]!r}..."
     return problems
-
-
-def _contents(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    for message in messages:
-        content = message.get("content")
-        for part in content if isinstance(content, list) else [content]:
-            text = part.get("text") if isinstance(part, Mapping) else part
-            if isinstance(text, str):
-                yield text
 
 
 def _checked_turns(messages: Sequence[Mapping[str, Any]]) -> Problems:

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lorakeet.data.doctor.checks import texts_of
-from lorakeet.data.rows.column_mapping import Kind
+from lorakeet.data.rows.kinds import find_kind
 from lorakeet.data.rows.split import normalized
 
 _PLACE_BITS = 40  # a source's number above, a line's below
@@ -34,7 +33,7 @@ class Repeats:
         self._sources: dict[str, int] = {}
         self._places, self._exact, self._inputs, self._near = (array("Q") for _ in range(4))
 
-    def add(self, source: str, place: int, values: Mapping[str, Any], kind: Kind) -> None:
+    def add(self, source: str, place: int, values: Mapping[str, Any], kind: str) -> None:
         """Take a canonical row into account."""
         number = self._sources.setdefault(source, len(self._sources))
         given, answer = _halves(values, kind)
@@ -73,14 +72,14 @@ class Seen:
         self._order = np.argsort(hashes, kind="stable")
         self._sorted = hashes[self._order]
 
-    def find(self, values: Mapping[str, Any], kind: Kind) -> int | None:
+    def find(self, values: Mapping[str, Any], kind: str) -> int | None:
         """The number of the first row with the inputs of ``values``, but for case and white space; None if there is none."""
         wanted = np.uint64(hash_of(normalized(_halves(values, kind)[0])))
         at = int(np.searchsorted(self._sorted, wanted))
         return int(self._order[at]) if at < len(self._sorted) and self._sorted[at] == wanted else None
 
 
-def exact_hash(values: Mapping[str, Any], kind: Kind) -> int:
+def exact_hash(values: Mapping[str, Any], kind: str) -> int:
     """Equal for canonical rows that are duplicates of each other."""
     return _joined(*_halves(values, kind))
 
@@ -106,11 +105,10 @@ def _firsts(hashes: array[int]) -> np.ndarray:
     return firsts
 
 
-def _halves(values: Mapping[str, Any], kind: Kind) -> tuple[str, str]:
+def _halves(values: Mapping[str, Any], kind: str) -> tuple[str, str]:
     """What a row gives and what it asks for, where a second answer to the same would be a contradiction."""
     if kind == "messages":
         return f"{values['messages']}\0{values.get('tools') or ''}", ""
-    if kind == "tags":
-        return "\0".join(values["tokens"]), "\0".join(map(str, values["tags"]))
-    answer = {"classes": ("label",), "question": ("answers", "answer_start")}.get(kind, ())
-    return "\0".join(texts_of(values, kind)), json.dumps([values[name] for name in answer]) if answer else ""
+    rules = find_kind(kind)
+    answers = rules.answers_of(values)
+    return "\0".join(rules.texts_of(values)), json.dumps(answers) if answers else ""

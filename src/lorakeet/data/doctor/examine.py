@@ -12,8 +12,6 @@ from difflib import get_close_matches
 from itertools import chain, islice
 from typing import Any
 
-import datasets
-
 from lorakeet.config import DataSettings, TaskName, TaskSettings, TrainSettings
 from lorakeet.data.doctor.checks import Problems, check_row, diagnose
 from lorakeet.data.doctor.diagnosis import Examination, steps_of
@@ -22,9 +20,12 @@ from lorakeet.data.doctor.issues import Findings
 from lorakeet.data.doctor.label_stats import Labels
 from lorakeet.data.doctor.leakage import other_rows
 from lorakeet.data.doctor.token_stats import Measure
-from lorakeet.data.read.record import Row
+from lorakeet.data.read.column_types import ColumnTypes
+from lorakeet.data.read.record import Record
 from lorakeet.data.read.source import DataSource, find_sources
-from lorakeet.data.rows.column_mapping import KINDS, Family, Kind, Layout, choose_task, find_layout, merge_layouts
+from lorakeet.data.rows.column_mapping import Family, choose_task, find_layout, merge_layouts
+from lorakeet.data.rows.kinds import Layout, find_kind
+from lorakeet.data.rows.load import Rows
 from lorakeet.errors import DataError
 
 _HEAD = 1000  # rows that tell the columns of a file and their types
@@ -86,8 +87,7 @@ def examine(
 
 
 def check_rows(
-    rows: datasets.Dataset,
-    layout: Layout,
+    rows: Rows,
     task: TaskSettings,
     *,
     settings: DataSettings,
@@ -97,23 +97,22 @@ def check_rows(
     """The same for canonical ``rows`` that were read already; nothing is tokenised again, so nothing is told of tokens.
 
     Args:
-        rows: canonical columns and ``place``.
-        layout: theirs.
+        rows: canonical columns, their layout and locations.
         task: with a concrete ``type``.
         settings: the data.
         train: batch size and epochs, for an estimate of the steps.
         shown: problems of each kind that are kept with their place.
     """
     examiner = Examiner(settings, task, None, shown=shown, samples=0)
-    examiner.begin(layout, task.type)
-    for batch in rows.iter(1000):
-        for at in range(len(batch["place"])):
-            values = {name: batch[name][at] for name in batch}
-            source, _, place = values["place"].rpartition(":")
+    examiner.begin(rows.layout, task.type)
+    locations = iter(rows.locations)
+    for batch in rows.data.iter(1000):
+        for columns in zip(*batch.values(), strict=True):
+            values, location = dict(zip(batch, columns, strict=True)), next(locations)
             examiner.rows += 1
-            examiner.take(source, int(place), values, check_row(values, layout.kind))
+            examiner.take(location.source, location.number, values, check_row(values, rows.layout.kind))
     examiner.finish()
-    return examiner.examination(task.type, {"": layout}, [], train or TrainSettings())
+    return examiner.examination(task.type, {"": rows.layout}, [], train or TrainSettings())
 
 
 def check_heads(
@@ -166,7 +165,7 @@ class Examiner:
         self.rows = self.usable = 0
         self.repeats = Repeats()
         self.labels = Labels(task.labels, shown=shown)
-        self.kind: Kind = "text"
+        self.kind = "text"
         self.typed = True
         self.measure = Measure(settings, task, tokenizer, self.found, samples)
 
@@ -177,19 +176,19 @@ class Examiner:
         self.labels.of_tags(layout.kind == "tags")
         self.measure.begin(layout, task)
 
-    def read(self, row: Row, layout: Layout | None) -> None:
+    def read(self, row: Record, layout: Layout | None) -> None:
         """Take a record as it was found, perhaps with a fault."""
-        self.rows += row.place > 0
+        source, number = row.location.source, row.location.number
+        self.rows += number > 0
         if row.fault is not None:
-            kind = "encoding" if "UTF-8" in row.fault else "broken"
-            self.found.add(kind if row.place else "unreadable", row.source, row.place, row.fault)
+            self.found.add(row.fault.code, source, number, row.fault.message)
         elif layout is not None:
             values, problems = diagnose(row, layout, typed=self.typed)
             if values is None:
                 for kind, message in problems.items():
-                    self.found.add(kind, row.source, row.place, message)
+                    self.found.add(kind, source, number, message)
             else:
-                self.take(row.source, row.place, values, problems)
+                self.take(source, number, values, problems)
 
     def take(self, source: str, place: int, values: Mapping[str, Any], problems: Problems) -> None:
         """Take a canonical row and what is wrong with it alone."""
@@ -197,7 +196,7 @@ class Examiner:
         if usable:
             self.usable += 1
             self.repeats.add(source, place, values, self.kind)
-            label = {"classes": "label", "tags": "tags"}.get(self.kind)
+            label = find_kind(self.kind).labels
             if label and (unknown := self.labels.add(source, place, values[label])):
                 problems["label_unknown"] = unknown
         elif "misspelt_column" in problems:
@@ -242,7 +241,9 @@ class Examiner:
         )
 
 
-def task_of(given: TaskName, family: Family | None, types: Mapping[str, str], settings: DataSettings) -> TaskName:
+def task_of(
+    given: TaskName, family: Family | None, types: Mapping[str, ColumnTypes], settings: DataSettings
+) -> TaskName:
     """The task that is meant: the ``given`` one, or what a base of ``family`` learns from columns of these ``types``."""
     if given != "auto":
         return given
@@ -259,7 +260,7 @@ def task_of(given: TaskName, family: Family | None, types: Mapping[str, str], se
 
 
 def _layout(
-    types: Mapping[str, str], settings: DataSettings, task: TaskName, source: DataSource, found: Findings
+    types: Mapping[str, ColumnTypes], settings: DataSettings, task: TaskName, source: DataSource, found: Findings
 ) -> Layout | None:
     try:
         return find_layout(types, settings, task, source.name)
@@ -268,15 +269,15 @@ def _layout(
         return None
 
 
-def _misspelt_optional(source: DataSource, types: Mapping[str, str], layout: Layout, found: Findings) -> None:
+def _misspelt_optional(source: DataSource, types: Mapping[str, ColumnTypes], layout: Layout, found: Findings) -> None:
     """Columns that nobody uses and whose name is close to a part that such rows may have."""
     free = [name for name in types if name not in layout.columns.values() and "." not in name]
-    for roles in KINDS[layout.kind]:
-        for role, names in roles.optional.items():
+    for roles in find_kind(layout.kind).roles:
+        for role, known in roles.optional.items():
             if role in layout.columns:
                 continue
             for name in free:
-                if name.lower() not in names and get_close_matches(name.lower(), names, 1, 0.8):
+                if name.lower() not in known.names and get_close_matches(name.lower(), known.names, 1, 0.8):
                     found.add("misspelt_column", source.name, 0, f"column {name!r} is not used; is {role!r} meant?")
 
 

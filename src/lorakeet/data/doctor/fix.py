@@ -25,17 +25,17 @@ from lorakeet.data.doctor.issues import Finding, Findings
 from lorakeet.data.doctor.label_stats import Labels
 from lorakeet.data.doctor.leakage import other_rows
 from lorakeet.data.doctor.record_fixes import Mended, Mender, Values
-from lorakeet.data.read.column_types import TypeNames
+from lorakeet.data.read.column_types import FLOAT, INT, TypeInference
 from lorakeet.data.read.locate import locate
-from lorakeet.data.read.record import Row
+from lorakeet.data.read.record import Record
 from lorakeet.data.read.source import DataSource, find_sources
-from lorakeet.data.rows.column_mapping import KINDS, Family, Layout, find_layout, merge_layouts
+from lorakeet.data.rows.column_mapping import Family, find_layout, merge_layouts
+from lorakeet.data.rows.kinds import Layout, find_kind
 from lorakeet.errors import DataError, OutputError
 from lorakeet.files import write_file
 
 _HEAD = 1000  # rows that tell the columns of a file and their types
 _NOTHING = ("nothing_learned", "empty", "null")
-_LABEL = {"classes": "label", "tags": "tags"}
 
 
 @dataclass(frozen=True)
@@ -172,19 +172,19 @@ class _Copy:
         self._test = measured.seen()
         self._written: set[int] = set()  # hashes
 
-    def line(self, row: Row, mender: Mender) -> bytes | None:
+    def line(self, row: Record, mender: Mender) -> bytes | None:
         """What is written of ``row``: a line of JSON, or nothing."""
-        self.read += row.place > 0
+        source, number = row.location.source, row.location.number
+        self.read += number > 0
         if row.fault is not None:
-            kind = "unreadable" if not row.place else "encoding" if "UTF-8" in row.fault else "broken"
-            self.left_out.add(kind, row.source, row.place, row.fault)
+            self.left_out.add(row.fault.code, source, number, row.fault.message)
             return None
         made = mender(row)
         if reason := self._reason(made, mender.layout):
-            self.left_out.add(reason[0], row.source, row.place, reason[1])
+            self.left_out.add(reason[0], source, number, reason[1])
             return None
         for kind, words in made.told.items():
-            self.mended.add(kind, row.source, row.place, words)
+            self.mended.add(kind, source, number, words)
         self.written += 1
         return _line(made.values)
 
@@ -230,7 +230,7 @@ def _check_alike(*named: tuple[str, Layout]) -> None:
     """Two sources whose rows can stand in one file: each part of a row is in the same column of both."""
     (first, one), (second, other) = named
     roles = one.columns.keys() | other.columns.keys()
-    optional = {role for kind in KINDS[one.kind] for role in kind.optional}
+    optional = {role for kind in find_kind(one.kind).roles for role in kind.optional}
     unlike = [
         role
         for role in roles
@@ -249,11 +249,11 @@ def _survey(
 ) -> None:
     """The first pass: what only all rows together can tell is given to the ``menders``."""
     labels = Labels(task.labels)
-    numbers = {source.name: TypeNames(numbers=True) for source in sources if source.format == "csv"}
+    numbers = {source.name: TypeInference(numbers=True) for source in sources if source.format == "csv"}
     for source, row in _rows(sources, settings.limit):
         if row.values is None:
             continue
-        mender, label = menders[source.name], _LABEL.get(menders[source.name].layout.kind)
+        mender, label = menders[source.name], find_kind(menders[source.name].layout.kind).labels
         if source.name in numbers:
             numbers[source.name].add(row.values)
         beside = mender.may_be_misspelt(row.values)
@@ -261,11 +261,13 @@ def _survey(
         if made and made.canonical and not made.problems.keys() & set(_NOTHING):
             mender.beside |= beside
             if label:
-                labels.add(source.name, row.place, made.canonical[label])
+                labels.add(source.name, row.location.number, made.canonical[label])
     for name, mender in menders.items():
         mender.labels, mender.names = labels.certain(), labels.counts
         if name in numbers:
-            mender.numbers = [column for column, kind in numbers[name].names().items() if kind in ("int", "float")]
+            mender.numbers = [
+                column for column, types in numbers[name].types().items() if types <= {INT, FLOAT} and types
+            ]
 
 
 def _other_inputs(sources: list[DataSource], settings: DataSettings, task: TaskName, out: Path) -> Repeats:
@@ -277,7 +279,7 @@ def _other_inputs(sources: list[DataSource], settings: DataSettings, task: TaskN
     return measured
 
 
-def _rows(sources: Sequence[DataSource], limit: int | None) -> Iterator[tuple[DataSource, Row]]:
+def _rows(sources: Sequence[DataSource], limit: int | None) -> Iterator[tuple[DataSource, Record]]:
     return islice(((source, row) for source in sources for row in source.rows()), limit)
 
 

@@ -12,8 +12,8 @@ from lorakeet.config import DataSettings, TaskName
 from lorakeet.data.doctor.checks import check_row
 from lorakeet.data.read.formats import SUFFIXES
 from lorakeet.data.read.source import DataSource, find_sources
-from lorakeet.data.rows.column_mapping import Kind, find_layout
-from lorakeet.data.rows.normalize import RowError, canonical
+from lorakeet.data.rows.column_mapping import find_layout
+from lorakeet.data.rows.kinds import RowError, canonical
 from lorakeet.errors import DataError
 
 _HEAD = 1000  # rows that tell the columns of a file and their types
@@ -38,7 +38,7 @@ def other_side(sources: list[DataSource], settings: DataSettings) -> list[DataSo
 
 def other_rows(
     sources: list[DataSource], settings: DataSettings, task: TaskName
-) -> Iterator[tuple[str, int, Mapping[str, Any], Kind]]:
+) -> Iterator[tuple[str, int, Mapping[str, Any], str]]:
     """Source, place, canonical columns and kind of each row on the other side that something could be learned from."""
     for source in other_side(sources, settings):
         types = source.usual_types(list(islice(source.rows(), _HEAD)))
@@ -52,4 +52,4 @@ def other_rows(
             except RowError:
                 continue
             if not check_row(values, layout.kind).keys() & {"null", "empty"}:
-                yield source.name, row.place, values, layout.kind
+                yield source.name, row.location.number, values, layout.kind

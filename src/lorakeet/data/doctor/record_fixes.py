@@ -25,14 +25,14 @@ from lorakeet.data.doctor.checks import Problems, diagnose
 from lorakeet.data.doctor.issues import PROBLEMS
 from lorakeet.data.doctor.label_stats import plain, slip
 from lorakeet.data.doctor.text_damage import damages, mended
-from lorakeet.data.read.column_types import held, reads_as
-from lorakeet.data.read.record import Row
-from lorakeet.data.rows.column_mapping import KINDS, Layout
+from lorakeet.data.read.column_types import reads_as, value_of
+from lorakeet.data.read.record import Record
+from lorakeet.data.rows.column_mapping import known_names
 from lorakeet.data.rows.conversations import SPEAKERS, to_json
+from lorakeet.data.rows.kinds import Layout, find_kind
 
 Values = dict[str, Any]
 
-_KNOWN = {name for kinds in KINDS.values() for roles in kinds for names in roles.all.values() for name in names}
 _WORSE = {kind for kind, (severity, _) in PROBLEMS.items() if severity == "stops"} | {"empty_word"}
 
 
@@ -66,7 +66,7 @@ class Mender:
     labels: Mapping[Any, str] = field(default_factory=dict)
     names: Collection[Any] = ()
 
-    def __call__(self, row: Row) -> Mended:
+    def __call__(self, row: Record) -> Mended:
         """Mend ``row``, which has no fault."""
         values: Values = dict(row.values or {})
         canonical, problems = self._diagnosed(row, values)
@@ -97,7 +97,7 @@ class Mender:
             return set()
         return {name for name in free if any(_is_misspelt(name, column) for column in used)}
 
-    def _diagnosed(self, row: Row, values: Values) -> tuple[Mapping[str, Any] | None, Problems]:
+    def _diagnosed(self, row: Record, values: Values) -> tuple[Mapping[str, Any] | None, Problems]:
         return diagnose(replace(row, values=values), self.layout, typed=self.numbers is None)
 
     def _teaches_nothing(self, canonical: Mapping[str, Any] | None, problems: Problems) -> bool:
@@ -121,10 +121,10 @@ class Mender:
         for name in self.numbers or ():
             if name in counted or name not in columns.values():
                 after[name] = _number(values[name], exact=name not in counted)
-        role = {"classes": "label", "tags": "tags"}.get(self.layout.kind, "")
+        role = find_kind(self.layout.kind).labels or ""
         column = columns.get(role, "")
         if self.numbers is None and column in values:
-            kind = self.layout.types.get(role, "str").removeprefix("list[").removesuffix("]")
+            kind = self.layout.types[role].base if role in self.layout.types else "str"
             after[column] = _each(values[column], lambda label: self._as_others(label, kind))
             if after[column] != values[column]:
                 told["wrong_type"] = f"column {column!r} holds {after[column]!r:.40} now, written as in the other rows"
@@ -160,7 +160,7 @@ class Mender:
         return after
 
     def _labels(self, values: Values, told: Problems) -> Values:
-        column = self.layout.columns.get("tags" if self.layout.kind == "tags" else "label", "")
+        column = self.layout.columns.get(find_kind(self.layout.kind).labels or "label", "")
         value = values.get(column)
         if not self.labels or value is None:
             return values
@@ -185,7 +185,7 @@ class _Answers:
     def place(self, before: Values, after: Values) -> None:
         """Change ``after``, whose texts are those of ``before`` mended."""
         columns = self.layout.columns
-        old, new = (held(values, columns["context"]) for values in (before, after))
+        old, new = (value_of(values, columns["context"]) for values in (before, after))
         if not isinstance(old, str) or not isinstance(new, str):
             return
         contexts, column = (old, new), columns["answers"]
@@ -231,7 +231,7 @@ class _Answers:
 def _is_misspelt(name: str, wanted: str) -> bool:
     """Whether ``name`` is ``wanted`` but for case, separators or a letter, and no name of anything else."""
     alike = plain(name) == plain(wanted) or slip(plain(name), plain(wanted))
-    return alike and (name.lower() not in _KNOWN or name.lower() == wanted.lower())
+    return alike and (name.lower() not in known_names() or name.lower() == wanted.lower())
 
 
 def _renamed(values: Values, names: Mapping[str, str]) -> Values:

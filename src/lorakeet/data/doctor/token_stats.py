@@ -7,20 +7,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lorakeet.config import DataSettings, TaskName, TaskSettings
-from lorakeet.data.doctor.checks import special_tokens_in, spoken
+from lorakeet.data.doctor.checks import special_tokens_in
 from lorakeet.data.doctor.diagnosis import Shown
 from lorakeet.data.doctor.issues import Findings
 from lorakeet.data.doctor.length_histogram import Lengths
 from lorakeet.data.encode.encoder import Encoder
 from lorakeet.data.encode.make import make_encoder
 from lorakeet.data.encode.render import describe_sample, show_sample
-from lorakeet.data.rows.column_mapping import Kind, Layout
+from lorakeet.data.rows.kinds import Layout, find_kind
 from lorakeet.ignore_index import IGNORE_INDEX
 
 _BATCH = 512  # rows encoded together
 _WHOLE = 1 << 30  # tokens: nothing is cut before it has been measured
 _BYTE = re.compile(r"<0x[89A-F][0-9A-F]>")
-_WRITTEN: tuple[Kind, ...] = ("text", "completion", "messages", "translation")
+_WRITTEN = ("text", "completion", "messages", "translation")
 
 
 class Measure:
@@ -47,7 +47,7 @@ class Measure:
         self.samples: list[Shown] = []
         self._waiting: list[tuple[str, int, Mapping[str, Any]]] = []
         self._encoder: Encoder | None = None
-        self._kind: Kind = "text"
+        self._kind = "text"
         self._spelt = byte_tokens(tokenizer) if tokenizer is not None else frozenset()
         special = getattr(tokenizer, "all_special_tokens", None) or ()
         self._special = [token for token in special if token not in (getattr(tokenizer, "mask_token", None), "")]
@@ -65,9 +65,9 @@ class Measure:
     def add(self, source: str, place: int, values: Mapping[str, Any]) -> None:
         """Take a usable canonical row."""
         if self._tokenizer is None:
-            self.lengths.add(sum(map(len, spoken(values, self._kind))))
+            self.lengths.add(sum(map(len, find_kind(self._kind).texts_of(values))))
             return
-        if special := special_tokens_in(spoken(values, self._kind), self._special):
+        if special := special_tokens_in(find_kind(self._kind).texts_of(values), self._special):
             self._found.add("special_token", source, place, special)
         self._waiting.append((source, place, values))
         if len(self._waiting) >= _BATCH:

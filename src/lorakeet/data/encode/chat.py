@@ -11,7 +11,7 @@ from typing import Any
 from lorakeet.chat_template import Message, assistant_turns, check_offsets, learned_tokens, render_chat
 from lorakeet.data.encode.encoder import Batch, CausalEncoder, Sample
 from lorakeet.data.encode.text import CompletionEncoder
-from lorakeet.data.rows.column_mapping import Layout
+from lorakeet.data.rows.kinds import Layout
 from lorakeet.errors import BaseModelError, DataError
 
 

@@ -1,4 +1,4 @@
-"""Canonical rows to samples of token ids: one encoder for each kind of rows and task."""
+"""Encoders of canonical rows, one for each kind of data and task, from the registry of kinds."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from lorakeet.config import DataSettings, TaskSettings
-from lorakeet.data.encode.chat import chat_encoder
 from lorakeet.data.encode.encoder import Encoder
-from lorakeet.data.encode.tasks import task_encoder
-from lorakeet.data.encode.text import CompletionEncoder, TextEncoder
-from lorakeet.data.rows.column_mapping import Layout
+from lorakeet.data.rows.kinds import Layout, find_kind
 from lorakeet.data.rows.label_set import LabelSet
 from lorakeet.errors import DataError
 
@@ -18,28 +15,27 @@ from lorakeet.errors import DataError
 def make_encoder(
     layout: Layout, task: TaskSettings, settings: DataSettings, tokenizer: Any, labels: LabelSet | None = None
 ) -> Encoder:
-    """The encoder for rows of ``layout.kind`` and a concrete ``task``.
+    """Make the encoder for rows of ``layout`` and a concrete ``task``.
+
+    Args:
+        layout: Kind and columns of the rows.
+        task: What is trained.
+        settings: ``max_length`` and ``learn``.
+        tokenizer: Of ``transformers``.
+        labels: Names of the classes or tags, where the kind has any.
 
     Raises:
         DataError: ``data.learn`` asks for completions of rows that have none, or the rows are not for this task.
         BaseModelError: the tokenizer cannot do what the task needs.
     """
-    most = settings.max_length
-    if task.type == "CAUSAL_LM":
-        if settings.learn == "completion" and layout.kind == "text":
-            raise DataError(
-                "data.learn=completion, but the rows are plain texts",
-                "give rows with prompt and completion, or with messages",
-            )
-        learn_all = settings.learn == "all" or layout.kind == "text"
-        if layout.kind == "messages":
-            return chat_encoder(layout, tokenizer)(tokenizer, most, learn_all)
-        if layout.kind in ("text", "completion"):
-            return (TextEncoder if layout.kind == "text" else CompletionEncoder)(tokenizer, most, learn_all)
-    return task_encoder(layout, task, most, tokenizer, labels)
+    make = find_kind(layout.kind).encoders.get(task.type)
+    if make is None:
+        raise DataError(f"rows of {layout.kind} are not for {task.type}", "choose another task: task.type")
+    encoder: Encoder = make(layout, task, settings, tokenizer, labels)
+    return encoder
 
 
-def complaint(faults: Iterable[tuple[str, str]], source: str, shown: int = 3) -> DataError:
+def complaint(faults: Iterable[tuple[object, str]], source: str, shown: int = 3) -> DataError:
     """One error for all rows that cannot be samples: ``faults`` are their places and what is wrong."""
     told = [
         (f"{place}: {sentence}", hint) for place, fault in faults for sentence, _, hint in [fault.partition("\nhint: ")]

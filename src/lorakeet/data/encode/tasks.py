@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -11,40 +11,12 @@ from typing import Any
 import datasets
 
 from lorakeet.chat_template import check_offsets
-from lorakeet.config import TaskName, TaskSettings
 from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample
 from lorakeet.data.encode.text import with_end
-from lorakeet.data.rows.column_mapping import Kind, Layout
 from lorakeet.data.rows.label_set import LabelSet
-from lorakeet.errors import DataError
 from lorakeet.ignore_index import IGNORE_INDEX
 
 _OVERLAP = 6  # this part of a window's tokens is in the next window too
-
-
-def task_encoder(
-    layout: Layout, task: TaskSettings, max_length: int, tokenizer: Any, labels: LabelSet | None
-) -> Encoder:
-    """The encoder for rows of ``layout.kind`` and a task other than CAUSAL_LM."""
-    makers: Mapping[tuple[TaskName, Kind], Callable[[], Encoder]] = {
-        ("SEQ_CLS", "classes"): lambda: ClassEncoder(
-            tokenizer, max_length, _known(labels), "text_pair" in layout.columns
-        ),
-        ("TOKEN_CLS", "tags"): lambda: TagEncoder(tokenizer, max_length, _known(labels)),
-        ("SEQ_2_SEQ_LM", "translation"): lambda: TranslationEncoder(tokenizer, max_length),
-        ("QUESTION_ANS", "question"): lambda: QuestionEncoder(tokenizer, max_length),
-        ("FEATURE_EXTRACTION", "pairs"): lambda: PairEncoder(tokenizer, max_length, "negative" in layout.columns),
-        ("MASKED_LM", "text"): lambda: MaskedEncoder(tokenizer, max_length, task.whole_word),
-    }
-    if (task.type, layout.kind) not in makers:
-        raise DataError(f"rows of {layout.kind} are not for {task.type}", "choose another task: task.type")
-    return makers[task.type, layout.kind]()
-
-
-def _known(labels: LabelSet | None) -> LabelSet:
-    if labels is None:
-        raise ValueError("an encoder of labels needs their names")
-    return labels
 
 
 def _type_ids(tokenizer: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from lorakeet.data.read.fortune import DELIMITER
-from lorakeet.data.read.record import Fault, Row
+from lorakeet.data.read.record import Fault, FaultError, Location, Record, Unit
 from lorakeet.data.read.table_formats import TABLE_READERS
 from lorakeet.data.read.text_formats import TEXT_READERS, is_json, open_plain
 
@@ -72,10 +72,10 @@ def recognize(path: Path) -> str:
 
 def read_file(
     path: Path, format: str = "auto", split: str = "train", columns: Collection[str] | None = None
-) -> Iterator[Row]:
-    """The records of ``path``, one at a time; what cannot be read is a row with a fault, and the reading goes on.
+) -> Iterator[Record]:
+    """Yield the records of ``path``; one that cannot be read has a fault, and reading goes on.
 
-    A file that cannot be read at all, or holds nothing, is one row with a fault, at place 0.
+    A file that cannot be read at all, or holds nothing, gives one record with a fault (``unreadable``) and number 0.
 
     Args:
         path: the file.
@@ -83,22 +83,27 @@ def read_file(
         split: the list to take from a JSON file of several.
         columns: the only columns that are needed; formats that cannot leave out any give all of them.
     """
-    source, unit, empty = str(path), "line", True
+    source, empty = str(path), True
+    unit: Unit = "line"
     try:
         format = recognize(path) if format == "auto" else format
         unit = "row" if format in ("json", *TABLE_READERS) else "line"
         read = TABLE_READERS[format](path, columns) if format in TABLE_READERS else TEXT_READERS[format](path, split)
-        for place, record in read:
+        for number, found in read:
             empty = False
-            if isinstance(record, Fault):
-                yield Row(source, place, unit, None, record.phrase, record.hint)
+            if isinstance(found, Fault):
+                yield Record(Location(source, number, unit), None, found)
             else:
-                yield Row(source, place, unit, record)
-    except Fault as fault:
-        yield Row(source, 0, unit, None, fault.phrase, fault.hint)
+                yield Record(Location(source, number, unit), found)
+    except FaultError as error:
+        yield _unreadable(source, unit, error.fault.message, error.fault.hint)
     except (OSError, EOFError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        yield Row(source, 0, unit, None, f"cannot be read: {reason}")
+        yield _unreadable(source, unit, f"cannot be read: {reason}")
     else:
         if empty:
-            yield Row(source, 0, unit, None, f"empty, no {'quotation' if format == 'fortune' else 'row'} in it")
+            yield _unreadable(source, unit, f"empty, no {'quotation' if format == 'fortune' else 'row'} in it")
+
+
+def _unreadable(source: str, unit: Unit, message: str, hint: str | None = None) -> Record:
+    return Record(Location(source, 0, unit), None, Fault("unreadable", message, hint))

@@ -5,17 +5,27 @@ Read it after :mod:`~lorakeet.data.read.locate` (where the data is) and :mod:`~l
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from lorakeet.config import DataSettings
-from lorakeet.data.read.column_types import TypeNames, class_names, outer, records, schema_types
+from lorakeet.data.read.column_types import (
+    ColumnType,
+    ColumnTypes,
+    TypeInference,
+    class_names,
+    outer_columns,
+    records,
+    schema_types,
+    unify,
+)
 from lorakeet.data.read.formats import read_file, recognize
 from lorakeet.data.read.hub import hub_table
 from lorakeet.data.read.locate import data_files, locate
-from lorakeet.data.read.record import Fault, Row, complaint
+from lorakeet.data.read.record import FaultError, Location, Record, faults_error
 from lorakeet.data.read.table_formats import TABLE_READERS, table_schema
 from lorakeet.errors import DataError
 
@@ -41,7 +51,7 @@ class DataSource:
     split: str = "train"
     subset: str | None = None
 
-    def rows(self, columns: Collection[str] | None = None) -> Iterator[Row]:
+    def rows(self, columns: Collection[str] | None = None) -> Iterator[Record]:
         """The records one at a time; of a table, only the ``columns``, if given.
 
         Raises:
@@ -51,16 +61,16 @@ class DataSource:
             return read_file(Path(self.name), self.format, self.split, columns)
         return self._hub_rows(columns)
 
-    def _hub_rows(self, columns: Collection[str] | None) -> Iterator[Row]:
+    def _hub_rows(self, columns: Collection[str] | None) -> Iterator[Record]:
         table = hub_table(self.name, self.subset, self.split)
-        table = table.select_columns(outer(columns, table.column_names))
+        table = table.select_columns(outer_columns(columns, table.column_names))
         named = class_names(table.features.arrow_schema)
         batches = (batch for chunk in table.with_format("arrow").iter(1024) for batch in chunk.to_batches())
         values = (record for batch in batches for record in records(batch, named))
-        for place, record in enumerate(values, start=1):
-            yield Row(self.name, place, "row", record)
+        for number, record in enumerate(values, start=1):
+            yield Record(Location(self.name, number, "row"), record)
 
-    def schema(self) -> dict[str, str] | None:
+    def schema(self) -> dict[str, ColumnTypes] | None:
         """Columns and their types, if the source knows them without being read; a fault shows when it is read."""
         try:
             if self.format == "hub":
@@ -68,11 +78,11 @@ class DataSource:
                 return schema_types(features.arrow_schema)
             if self.format in TABLE_READERS:
                 return schema_types(table_schema(Path(self.name), self.format))
-        except Fault:
+        except FaultError:
             pass
         return None
 
-    def head_types(self, count: int = _HEAD) -> Mapping[str, str]:
+    def head_types(self, count: int = _HEAD) -> Mapping[str, ColumnTypes]:
         """Columns and their types: by the schema, else by the first ``count`` records.
 
         Raises:
@@ -80,42 +90,36 @@ class DataSource:
         """
         known = self.schema()
         types = self.types_of(islice(self.rows(), count)) if known is None else known
-        if not types and (faults := [row for row in islice(self.rows(), count) if row.fault is not None]):
-            raise complaint(faults)
+        if not types and (faults := [(row.location, row.fault) for row in islice(self.rows(), count) if row.fault]):
+            raise faults_error(faults)
         return types
 
-    def usual_types(self, head: Sequence[Row]) -> dict[str, str]:
-        """Columns and their types, by the schema or by what most rows of ``head`` hold: a stray value makes no type."""
+    def usual_types(self, first_rows: Sequence[Record]) -> dict[str, ColumnTypes]:
+        """Return columns and their types, by the schema or by ``first_rows``; a type of few values does not count."""
         known = self.schema()
         if known is not None:
             return known
-        counts: dict[str, dict[str, int]] = {}
-        for row in head:
-            if row.values is None:
-                continue
-            one = TypeNames(numbers=self.format == "csv")
-            one.add(row.values)
-            for name, kind in one.names().items():
-                held = counts.setdefault(name, {})
-                held[kind] = held.get(kind, 0) + 1
-        return {name: self._usual(held) for name, held in counts.items()}
+        numbers = self.format == "csv"
+        counts: dict[str, Counter[ColumnType]] = {}
+        for record in first_rows:
+            one = TypeInference(numbers)
+            one.add(record.values or {})
+            for name, types in one.types().items():
+                counts.setdefault(name, Counter()).update(types)
+        return {name: _usual(found, numbers) for name, found in counts.items()}
 
-    def _usual(self, held: Mapping[str, int]) -> str:
-        values = {kind: count for kind, count in held.items() if kind != "null"}
-        kinds = {kind for kind, count in values.items() if count >= _SHARE * sum(values.values())}
-        if self.format == "csv" and len(kinds) > 1:
-            kinds = {"float"} if kinds == {"int", "float"} else {"str"}
-        if any(kind.startswith("list[") for kind in kinds):
-            kinds -= {"list"}
-        return " or ".join(sorted(kinds)) or "null"
+    def types_of(self, rows: Iterator[Record]) -> Mapping[str, ColumnTypes]:
+        """Infer columns and their types from the values of ``rows``, of which nothing is kept."""
+        types = TypeInference(numbers=self.format == "csv")
+        for record in rows:
+            if record.values is not None:
+                types.add(record.values)
+        return types.types()
 
-    def types_of(self, rows: Iterator[Row]) -> Mapping[str, str]:
-        """Columns and their types by the values of ``rows``, of which nothing is kept."""
-        names = TypeNames(numbers=self.format == "csv")
-        for row in rows:
-            if row.values is not None:
-                names.add(row.values)
-        return names.names()
+
+def _usual(counts: Mapping[ColumnType, int], numbers: bool) -> ColumnTypes:
+    """Return the types of at least a fifth of a column's values."""
+    return unify([one for one, count in counts.items() if count >= _SHARE * sum(counts.values())], numbers)
 
 
 def find_sources(settings: DataSettings) -> list[DataSource]:
@@ -144,7 +148,7 @@ def _format(path: Path, settings: DataSettings) -> str:
         raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def iter_rows(settings: DataSettings) -> Iterator[Row]:
+def iter_rows(settings: DataSettings) -> Iterator[Record]:
     """Every record of ``settings.path``, the broken ones with their fault; the first ``settings.limit`` of them.
 
     Raises:

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from lorakeet.data.read.column_types import class_names, outer, records
-from lorakeet.data.read.record import Fault
+from lorakeet.data.read.column_types import class_names, outer_columns, records
+from lorakeet.data.read.record import FaultError
 
 _BATCH = 1024  # rows of a parquet file that are decoded at once
 _BUFFER = 1 << 20  # bytes of a column that are read at once; without it, all of its row group are
@@ -21,7 +21,7 @@ def table_schema(path: Path, format: str) -> pyarrow.Schema:
     """The schema of the file ``path``.
 
     Raises:
-        Fault: it is not of that ``format``.
+        FaultError: it is not of that ``format``.
     """
     with _said(format):
         if format == "parquet":
@@ -34,7 +34,7 @@ def table_schema(path: Path, format: str) -> pyarrow.Schema:
 def read_parquet(path: Path, columns: Collection[str] | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Number and values of each row of a parquet file; only of ``columns``, if given."""
     with _said("parquet"), pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
-        batches = file.iter_batches(_BATCH, columns=outer(columns, file.schema_arrow.names))
+        batches = file.iter_batches(_BATCH, columns=outer_columns(columns, file.schema_arrow.names))
         yield from enumerate(_rows(batches, file.schema_arrow), start=1)
 
 
@@ -42,7 +42,7 @@ def read_arrow(path: Path, columns: Collection[str] | None) -> Iterator[tuple[in
     """Number and values of each row of an arrow file or stream; only of ``columns``, if given."""
     with _said("arrow"), pyarrow.OSFile(str(path)) as source:
         reader = _open_arrow(source)
-        kept = outer(columns, reader.schema.names)
+        kept = outer_columns(columns, reader.schema.names)
         batches = (batch.select(kept) for batch in _batches(reader))
         yield from enumerate(_rows(batches, reader.schema), start=1)
 
@@ -72,7 +72,7 @@ def _said(format: str) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:
-        raise Fault(f"cannot be read as {format}: {str(error).strip().splitlines()[0]}") from None
+        raise FaultError("broken", f"cannot be read as {format}: {str(error).strip().splitlines()[0]}") from None
 
 
 #: Readers by format; each takes the file and the columns that are needed, if not all.

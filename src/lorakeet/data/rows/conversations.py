@@ -13,10 +13,10 @@ Roles and the order of turns are not judged here: what a chat template makes of 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-if TYPE_CHECKING:
-    from lorakeet.data.rows.normalize import Values
+from lorakeet.data.rows.values import Values
 
 Message = dict[str, Any]
 
@@ -39,11 +39,21 @@ def to_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
+def message_texts(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the texts of ``messages``."""
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else [content]:
+            text = part.get("text") if isinstance(part, Mapping) else part
+            if isinstance(text, str):
+                yield text
+
+
 def as_messages(values: Values, role: str, speaker: str | None = None) -> list[Message] | None:
     """The messages in the column of ``role``; None if it is empty. A plain string is one message of ``speaker``.
 
     Raises:
-        Fault: it holds something else.
+        FaultError: it holds something else.
     """
     value = values.raw(role)
     if isinstance(value, str):
@@ -53,7 +63,7 @@ def as_messages(values: Values, role: str, speaker: str | None = None) -> list[M
             return [{"role": speaker, "content": value}]
         value = _parsed(values, role, value)
     if value is not None and not isinstance(value, list):
-        raise values.fault(role, f"holds {type(value).__name__}, expected a list of messages")
+        raise values.wrong_type(role, value, "a list of messages")
     return [_message(values, role, number, turn) for number, turn in enumerate(value or [], start=1)] or None
 
 
@@ -84,7 +94,7 @@ def as_tools(values: Values) -> str | None:
     if isinstance(tools, str):
         tools = _parsed(values, "tools", tools) if tools.strip() else None
     if tools is not None and not isinstance(tools, list):
-        raise values.fault("tools", f"holds {type(tools).__name__}, expected a list of tools")
+        raise values.wrong_type("tools", tools, "a list of tools")
     return to_json(_without_null(tools)) if tools else None
 
 

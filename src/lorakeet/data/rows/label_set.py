@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import datasets
-
 from lorakeet.config import TaskSettings
+from lorakeet.data.read.column_types import FLOAT, ColumnType
+from lorakeet.data.read.record import Location
 from lorakeet.errors import DataError, did_you_mean
 
 Problem = Literal["single_label", "multi_label", "regression"]
@@ -79,42 +79,45 @@ class LabelSet:
         return {name: counts[name] for name in self.names}
 
 
-def find_labels(rows: datasets.Dataset, task: TaskSettings, source: str) -> LabelSet:
-    """The labels of ``rows`` (canonical columns ``label`` or ``tags``): as ``task`` says, or as found.
+def find_labels(labels: Sequence[Any], locations: Sequence[Location], task: TaskSettings, source: str) -> LabelSet:
+    """Return the label set of ``labels``, one value a row: as ``task`` says, or as found.
 
     Names that are found are sorted; whole numbers become their digits, in the order of the numbers.
 
+    Args:
+        labels: A label, a list of labels or a list of tags of each row.
+        locations: Of the rows.
+        task: What is trained.
+        source: What was read, for messages.
+
     Raises:
-        DataError: labels that are not among the given names (the first places, and how many), or that do not fit the
+        DataError: labels that are not among the given names (the first locations, and how many), or that do not fit the
             problem; names given twice; only one label in all rows; or far too many.
     """
-    tags = "tags" in rows.column_names
-    labels = rows["tags" if tags else "label"][:]
-    problem = None if tags else _problem(labels, task, source)
+    problem = None if task.type == "TOKEN_CLS" else _problem(labels, task, source)
     if problem == "regression":
         found = LabelSet((), problem)
     else:
         found = LabelSet(tuple(task.labels) if task.labels else _names(labels), problem)
     _check_names(found, task.labels, source)
-    _check_rows(found, labels, rows["place"][:], source)
+    _check_rows(found, labels, locations, source)
     return found
 
 
-def given_labels(kind: str, feature: Any, task: TaskSettings) -> LabelSet:
-    """The labels of a stream, of which nobody has seen all: ``task`` must say them.
+def given_labels(type: ColumnType, task: TaskSettings) -> LabelSet:
+    """Return the labels of a stream, which cannot be gathered before it is read: ``task`` must name them.
 
     Args:
-        kind: ``classes`` or ``tags``.
-        feature: type of the column of labels.
+        type: Type of the column of labels or tags.
+        task: What is trained.
 
     Raises:
         DataError: neither names nor a regression.
     """
-    several = isinstance(feature, (list, datasets.List, datasets.LargeList, datasets.Sequence))
-    fraction = getattr(feature, "dtype", "") == "float64"
     problem: Problem | None = None
-    if kind == "classes":
-        found: Problem = "multi_label" if several else "regression" if fraction and not task.labels else "single_label"
+    if task.type != "TOKEN_CLS":
+        fraction = type == FLOAT and not task.labels
+        found: Problem = "multi_label" if type.is_list else "regression" if fraction else "single_label"
         problem = found if task.problem == "auto" else task.problem
     if problem != "regression" and not task.labels:
         raise DataError(
@@ -168,13 +171,13 @@ def _check_names(labels: LabelSet, given: Sequence[str] | None, source: str) -> 
         )
 
 
-def _check_rows(found: LabelSet, labels: Sequence[Any], places: Sequence[str], source: str) -> None:
+def _check_rows(found: LabelSet, labels: Sequence[Any], locations: Sequence[Location], source: str) -> None:
     wrong = []
-    for label, place in zip(labels, places, strict=True):
+    for label, location in zip(labels, locations, strict=True):
         try:
             found.target(label) if found.problem else [found.number(one) for one in label]
         except ValueError as error:
-            wrong.append(f"{place}: {error}")
+            wrong.append(f"{location}: {error}")
     if wrong:
         more = f"; and {len(wrong) - _SHOWN:,} more" if len(wrong) > _SHOWN else ""
         raise DataError(

@@ -23,17 +23,20 @@ from typing import Any
 import datasets
 
 from lorakeet.config import DataSettings, TaskName
+from lorakeet.data.read.record import Location, Locations
 from lorakeet.data.read.source import DataSource, find_sources
-from lorakeet.data.rows.column_mapping import Kind, Layout, find_layout, merge_layouts
-from lorakeet.data.rows.content import CONTENT, content
-from lorakeet.data.rows.load import Rows, describe
+from lorakeet.data.rows.column_mapping import find_layout, merge_layouts
+from lorakeet.data.rows.content import content
+from lorakeet.data.rows.kinds import Layout, RowError, canonical, find_kind
+from lorakeet.data.rows.load import Rows, describe_sources
 from lorakeet.data.rows.mixing import shares
-from lorakeet.data.rows.normalize import RowError, canonical, features
 from lorakeet.data.rows.split import normalized
 from lorakeet.log import warn
 
-_TOLD = 3  # faults of a source that are said in a pass
-_HEAD = 1000  # records, of all sources together, that tell the types of their columns
+#: Column of a stream that names the location of each row, for messages.
+LOCATION = "location"
+_WARNINGS = 3  # faults of a source that are logged in a pass
+_TYPED = 1000  # records, of all sources together, that column types are inferred from
 
 
 @dataclass(frozen=True)
@@ -43,24 +46,26 @@ class Laid:
     source: DataSource
     layout: Layout
 
-    def rows(self, *, told: int = _TOLD) -> Iterator[dict[str, Any]]:
-        """Canonical rows; one with a fault has null in every column, and the first ``told`` of them are said."""
-        for row in self.source.rows(set(self.layout.columns.values())):
-            fault, hint = row.fault, row.hint
+    def rows(self, *, warnings: int = _WARNINGS) -> Iterator[tuple[Location, dict[str, Any]]]:
+        """Yield canonical rows; one with a fault has null in every column, and the first ``warnings`` are logged."""
+        for record in self.source.rows(set(self.layout.columns.values())):
+            fault = record.fault
             try:
-                yield canonical(row, self.layout)
+                row = canonical(record, self.layout)
             except RowError as error:
-                fault, hint = error.fault, error.hint
-                yield canonical(replace(row, values=None), self.layout)
-            if fault is not None and told:
-                told -= 1
-                warn(f"{row.where}: {fault}, left out{f' ({hint})' if hint else ''}")
+                fault = error.fault
+                row = canonical(replace(record, values=None), self.layout)
+            yield record.location, row
+            if fault is not None and warnings:
+                warnings -= 1
+                hint = f" ({fault.hint})" if fault.hint else ""
+                warn(f"{record.location}: {fault.message}, left out{hint}")
 
 
 def stream_rows(settings: DataSettings, task: TaskName, seed: int) -> datasets.IterableDataset:
-    """The rows of ``settings.path`` that are learned, in canonical columns and ``place``, in random order.
+    """The rows of ``settings.path`` that are learned, in canonical columns and ``location`` (text), in random order.
 
-    A row with a fault has null in every column but ``place``. With ``data.weights`` each row is drawn from a path with
+    A row with a fault has null in every column but ``location``. With ``data.weights`` each row is drawn from a path with
     that probability; the pass ends with the first path that ends. ``info.description`` says what is read.
 
     Raises:
@@ -102,15 +107,15 @@ def held_out_rows(settings: DataSettings, task: TaskName, seed: int) -> Rows:
         DataError: as :func:`stream_rows`.
     """
     laid, layout = lay_out(settings, task)
-    rows = list(_held_out(laid, settings, seed).values())
-    schema = features(layout)
-    data = datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in schema}, features=schema)
+    found = list(_held_out(laid, settings, seed).values())
+    schema = layout.features()
+    data = datasets.Dataset.from_dict({name: [row.get(name) for _, row in found] for name in schema}, features=schema)
     data.info.description = _described(settings, laid)
-    return Rows(data, layout, data.info.description)
+    return Rows(data, Locations(location for location, _ in found), layout, data.info.description)
 
 
 def _described(settings: DataSettings, laid: Sequence[Laid]) -> str:
-    return f"{describe(settings, [(item.source, item.layout) for item in laid])}, streamed"
+    return f"{describe_sources(settings, [(item.source, item.layout) for item in laid])}, streamed"
 
 
 def lay_out(settings: DataSettings, task: TaskName) -> tuple[list[Laid], Layout]:
@@ -120,7 +125,7 @@ def lay_out(settings: DataSettings, task: TaskName) -> tuple[list[Laid], Layout]
         DataError: as :func:`stream_rows`.
     """
     sources = find_sources(settings)
-    count = max(_HEAD // len(sources), 20)
+    count = max(_TYPED // len(sources), 20)
     layouts = [find_layout(source.head_types(count), settings, task, source.name) for source in sources]
     merged = merge_layouts(dict(zip((source.name for source in sources), layouts, strict=True)))
     return [
@@ -135,47 +140,48 @@ def _stream(
     limit = None if settings.weights else settings.limit
     shards = [(item,) for item in laid] if limit is None else [tuple(laid)]
     arguments = {"shards": shards, "held_out": held_out, "limit": limit, "seed": seed}
-    return datasets.IterableDataset.from_generator(_learned, features=features(layout), gen_kwargs=arguments)
+    schema = datasets.Features({**layout.features(), LOCATION: datasets.Value("string")})
+    return datasets.IterableDataset.from_generator(_learned, features=schema, gen_kwargs=arguments)
 
 
 def _learned(
     shards: Sequence[Sequence[Laid]], held_out: frozenset[int], limit: int | None, seed: int
 ) -> Iterator[dict[str, Any]]:
     for shard in shards:
-        rows = ((row, item.layout.kind) for item in shard for row in item.rows())
-        for row, kind in islice(rows, limit):
-            if not held_out or ticket(row, kind, seed) not in held_out:
-                yield row
+        rows = ((row, location, item.layout.kind) for item in shard for location, row in item.rows())
+        for row, location, kind in islice(rows, limit):
+            if not held_out or split_number(row, kind, seed) not in held_out:
+                yield {**row, LOCATION: str(location)}
 
 
-def _held_out(laid: Sequence[Laid], settings: DataSettings, seed: int) -> dict[int, dict[str, Any]]:
+def _held_out(laid: Sequence[Laid], settings: DataSettings, seed: int) -> dict[int, tuple[Location, dict[str, Any]]]:
     """The rows that are held out, by the number of their text; if none is below the bound, the one with the lowest."""
     if not settings.eval_fraction:
         return {}
     most = max(settings.shuffle_buffer // 10, 1)
     quota = max(most // len(laid), 1)
     left = math.inf if settings.limit is None or settings.weights else settings.limit
-    held_out: dict[int, dict[str, Any]] = {}
-    lowest: tuple[int, dict[str, Any]] | None = None
+    held_out: dict[int, tuple[Location, dict[str, Any]]] = {}
+    lowest: tuple[int, tuple[Location, dict[str, Any]]] | None = None
     for item in laid:
         until = min(len(held_out) + quota, most)
-        for row in item.rows(told=0):
+        for found in item.rows(warnings=0):
             if left == 0 or (len(held_out) == until and left == math.inf):
                 break
             left -= 1
-            number = ticket(row, item.layout.kind, seed)
+            number = split_number(found[1], item.layout.kind, seed)
             if number is None or len(held_out) == until:
                 continue
             if number < settings.eval_fraction * 2**64:
-                held_out.setdefault(number, row)
+                held_out.setdefault(number, found)
             elif lowest is None or number < lowest[0]:
-                lowest = number, row
+                lowest = number, found
     return held_out if held_out or lowest is None else dict([lowest])
 
 
-def ticket(row: Mapping[str, Any], kind: Kind, seed: int) -> int | None:
-    """The number from 0 to 2^64 that decides whether a canonical row is held out; None where it has no content."""
-    if row.get(CONTENT[kind][0]) is None:
+def split_number(row: Mapping[str, Any], kind: str, seed: int) -> int | None:
+    """Return the number from 0 to 2^64 that decides whether a canonical row is held out; None without content."""
+    if row.get(find_kind(kind).content_columns()[0]) is None:
         return None
     inner = hashlib.sha256(normalized(content(row, kind)).encode()).digest()
     return int.from_bytes(hashlib.sha256(b"%d:" % seed + inner).digest()[:8], "big")

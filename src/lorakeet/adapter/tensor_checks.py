@@ -1,0 +1,149 @@
+"""Checks of an adapter's tensors: against the model they are loaded into, for NaN and infinity, and for training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorakeet.adapter.tensor_names import mirrored_names, tensor_names, vocabulary_names
+from lorakeet.errors import AdapterError
+from lorakeet.lora.model import LoraModel
+from lorakeet.quant.state_dict import stored_shape
+
+#: Tensors of one sort that a message names.
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Differences:
+    """The differences between the tensors of a file and those that a model expects.
+
+    Attributes:
+        names: Key of the file -> key of the state dict, for the tensors to copy.
+        missing: Keys that the file lacks.
+        unexpected: Keys that the model lacks.
+        shapes: A text for each tensor of another shape.
+        untied: A text for each two tensors that belong to one parameter and differ.
+        nonfinite: A text about NaN and infinite values, if there are any.
+        vocabulary: Rows of the file's embedding or head, if it has one.
+    """
+
+    names: Mapping[str, str]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = ()
+    untied: tuple[str, ...] = ()
+    nonfinite: str | None = None
+    vocabulary: int | None = None
+
+    def raise_if_any(self, name: str | Path) -> None:
+        """Report all differences at once.
+
+        Raises:
+            AdapterError: the adapter ``name`` does not fit the model.
+        """
+        sorts = {
+            "missing tensors": self.missing,
+            "unexpected tensors": self.unexpected,
+            "wrong shapes": self.shapes,
+            "layers that share their weight here, with tensors that differ": self.untied,
+        }
+        errors = [f"{sort} ({len(found)}): {', '.join(found)}" for sort, found in sorts.items() if found]
+        errors += [self.nonfinite] if self.nonfinite else []
+        if not errors:
+            return
+        hint = "is it the right base, and the adapter_config.json that belongs to the tensors?"
+        if self.shapes and self.vocabulary:
+            resize = f"model.resize_token_embeddings({self.vocabulary})"
+            hint = f"the base's vocabulary was resized: {resize} before loading the adapter"
+        raise AdapterError(f"adapter {str(name)!r} does not fit this model: {'; '.join(errors)}", hint)
+
+
+def compare(model: LoraModel, adapter: str, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Differences:
+    """Compare the tensors of a file with those that the model expects.
+
+    Args:
+        model: A model that has the adapter.
+        adapter: The adapter's name in the model.
+        tensors: The tensors of the file.
+        state: The model's state dict.
+    """
+    expected, vocabulary = tensor_names(model, adapter), vocabulary_names(model)
+    # the embedding's own weight is in the file only if PEFT saved it
+    missing = sorted(key for key in expected if key not in tensors and not key.endswith(".base_layer.weight"))
+    names = {key: own for key, own in {**expected, **vocabulary}.items() if key in tensors}
+    mirrored = mirrored_names(model, adapter)
+    unexpected = sorted(key for key in tensors if key not in names and key not in mirrored and not _is_copy(key))
+    shapes = tuple(_shape_errors(model, names, tensors, state))
+    return Differences(
+        names,
+        tuple(missing),
+        tuple(unexpected),
+        shapes,
+        () if shapes else tuple(_untied(names, mirrored, tensors, state)),
+        nonfinite_error(tensors),
+        next((len(tensors[key]) for key in vocabulary if key in tensors), None),
+    )
+
+
+def _is_copy(key: str) -> bool:
+    """Whether a key is one of the copies that PEFT writes of biases which the file has under their own names too."""
+    return key.endswith((".original_module.bias", ".modules_to_save.bias"))
+
+
+def _shape_errors(
+    model: LoraModel, names: Mapping[str, str], tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> list[str]:
+    errors = []
+    for key, own in names.items():
+        found, expected = tuple(tensors[key].shape), stored_shape(model, state, own)
+        if found != expected:
+            errors.append(f"{key} is {list(found)}, expected {list(expected)}")
+    return errors
+
+
+def _untied(
+    names: Mapping[str, str],
+    mirrored: Mapping[str, tuple[str, bool]],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+) -> list[str]:
+    """List tensors that would be copied into one parameter, or into one and its mirror, and are not the same."""
+    found: list[str] = []
+    first_of: dict[tuple[int, torch.Size], str] = {}
+    for key, own in names.items():
+        first = first_of.setdefault((state[own].data_ptr(), state[own].shape), key)
+        if state[own].numel() and not torch.equal(tensors[key], tensors[first]):
+            found.append(f"{first} and {key}")
+    for key, (first, transposed) in mirrored.items():
+        if key in tensors and first in tensors:
+            other = tensors[first].T if transposed else tensors[first]
+            if not torch.equal(tensors[key], other):
+                found.append(f"{first} and {key}")
+    return found
+
+
+def nonfinite_error(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return a text that names the tensors with NaN or infinite values; None if all are finite."""
+    names = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if not names:
+        return None
+    return f"NaN or infinite values in {len(names)} tensors: {', '.join(sorted(names)[:_SHOWN])}"
+
+
+def is_untrained(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the adapter changes nothing: in each layer A or B is all zero, and the file has nothing else."""
+    zero: dict[str, bool] = {}
+    for key, tensor in tensors.items():
+        if ".lora_" not in key:
+            if not key.endswith(".base_layer.weight"):
+                return False  # a module trained whole, or biases: cannot be judged without the base
+            continue
+        layer = key.rpartition(".lora_")[0]
+        all_zero = not key.endswith(".bias") and not bool(tensor.any())
+        zero[layer] = zero.get(layer, False) or all_zero
+    return bool(zero) and all(zero.values())

@@ -1,0 +1,109 @@
+"""A base model with adapters, loaded with the head and the tokenizer that the adapters were trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorakeet.adapter.peft_model import PeftModel
+from lorakeet.adapter.serialization import read_notes, read_tensors
+from lorakeet.base.architectures import AUTO_CLASSES
+from lorakeet.base.load import Base, load_base
+from lorakeet.config import DEFAULT_MODEL, BaseSettings
+from lorakeet.errors import AdapterError
+from lorakeet.log import info
+from lorakeet.lora.config import PeftConfig, find_adapter_file
+from lorakeet.lora.model import LoraModel
+from lorakeet.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model with adapters.
+
+    Attributes:
+        base: The base model and its tokenizer.
+        adapters: Folder or hub id of an adapter, as the user wrote it -> its name in the model.
+        task: The task of the model.
+    """
+
+    base: Base
+    adapters: dict[str, str]
+    task: Task = field(default_factory=Task)
+
+    @property
+    def model(self) -> Any:
+        """The model, with the adapters on it."""
+        return self.base.model
+
+    def answering(self, adapter: str | None) -> Any:
+        """Return a context in which this adapter is active; None: in which no adapter is."""
+        if adapter is not None:
+            self.model.set_adapter(self.adapters[adapter], inference_mode=True)
+            return nullcontext()
+        return self.model.disable_adapter() if isinstance(self.model, LoraModel) else nullcontext()
+
+
+def open_model(
+    settings: BaseSettings, adapters: Sequence[str] = (), *, allow_other_base: bool = False, task: Task | None = None
+) -> LoadedModel:
+    """Load a base with the head of its task, and put every adapter on it.
+
+    The tokenizer is that saved with the first adapter, if any.
+
+    Args:
+        settings: Settings of the base. If they name the default model, the base that the first adapter names is loaded.
+        adapters: Folders or hub ids.
+        allow_other_base: Accept an adapter that was trained on another base.
+        task: Task of the model; by default that of the adapters, or else CAUSAL_LM.
+
+    Raises:
+        AdapterError: The adapters were trained for different tasks or labels.
+        BaseModelError: See :func:`lorakeet.base.load.load_base`.
+    """
+    configs = [PeftConfig.from_pretrained(adapter) for adapter in adapters]
+    if configs and settings.model == DEFAULT_MODEL and (named := configs[0].base_model_name_or_path):
+        settings = settings.model_copy(update={"model": named})
+    tasks = {adapter: adapter_task(adapter, config) for adapter, config in zip(adapters, configs, strict=True)}
+    if len(set(tasks.values())) > 1:
+        listed = "; ".join(f"{adapter}: {task.name} {', '.join(task.labels or ())}" for adapter, task in tasks.items())
+        raise AdapterError(f"the adapters were trained for different tasks ({listed})", "load one of them at a time")
+    task = task or next(iter(tasks.values()), Task())
+    base = load_base(settings, auto_class=AUTO_CLASSES[task.name], model_options=task.model_options())
+    info(base.describe())
+    names: dict[str, str] = {}
+    for number, adapter in enumerate(dict.fromkeys(map(str, adapters))):
+        names[adapter] = f"adapter{number}"
+        PeftModel.from_pretrained(base.model, adapter, names[adapter], allow_other_base=allow_other_base)
+    return LoadedModel(_with_tokenizer(base, adapters), names, task)
+
+
+def adapter_task(adapter: str, config: PeftConfig) -> Task:
+    """Return the task of an adapter: from its notes, or else derived from its config and weights.
+
+    Args:
+        adapter: Folder or hub id.
+        config: The adapter's configuration.
+    """
+    if noted := read_notes(adapter).get("task"):
+        return Task.from_notes(noted)
+    name: Any = str(config.task_type or "CAUSAL_LM")
+    if name not in ("SEQ_CLS", "TOKEN_CLS"):
+        return Task(name)
+    heads = [t.shape[0] for key, t in read_tensors(adapter).items() if "lora_" not in key and key.endswith("weight")]
+    count = min(heads, default=2)  # the last layer of a head is its narrowest
+    return Task(name, None, tuple(f"LABEL_{number}" for number in range(count)))
+
+
+def _with_tokenizer(base: Base, adapters: Sequence[str]) -> Base:
+    """Return the base with the tokenizer saved with the first adapter, which may have its own chat template or tokens."""
+    if not adapters or find_adapter_file(adapters[0], "tokenizer_config.json") is None:
+        return base
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(adapters[0])
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Base(base.model, tokenizer, base.name, base.dtype, base.device)

@@ -1,0 +1,182 @@
+"""LoRA on a linear layer (Hu et al. 2021, arXiv:2106.09685, equation 3).
+
+    h = W₀x + (α/r)·B·A·dropout(x)
+
+             x [..., in]
+        ┌────────┴─────────┐
+        │                  ▼
+        │               dropout
+        ▼                  ▼
+    W₀ [out, in]       A [r, in]      Kaiming-uniform (a = √5)
+     (frozen)              ▼
+        │              B [out, r]     zero, so a new adapter changes nothing
+        │                  ▼
+        │               · α/r
+        └───────►+◄────────┘
+                 ▼
+            h [..., out]
+
+W₀ belongs to the layer that is wrapped. r is the rank, far below ``in`` and ``out``; s = α/r is the scaling. A and B are trained.
+Merged, W' = W₀ + s·B·A. Dropout acts in training only.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorakeet.kernels.decoder_step import LinearWeights
+from lorakeet.kernels.dropout import dropout
+from lorakeet.kernels.lora_linear import lora_linear
+from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.layer import ActiveAdapters, LoraLayer, noise
+from lorakeet.quant.protocol import is_hooked, is_quantized, weight_shape
+
+
+class LoraPair(LoraLayer):
+    """A base layer with the update s·B(A(dropout(x))), where A and B are modules of the base layer's type."""
+
+    def __init__(self, base_layer: Any, switch: ActiveAdapters) -> None:
+        super().__init__(base_layer, switch)
+        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
+
+    def pair(self, adapter: str) -> tuple[Any, Any]:
+        """Return A and B as modules, each with a weight; B with a bias if ``lora_bias``."""
+        # straight to the tables: nn.Module's attribute look-up is slow, and this is asked in every forward
+        a, b = self._modules["lora_A"], self._modules["lora_B"]
+        return a._modules[adapter], b._modules[adapter]  # type: ignore[union-attr]
+
+    def set_pair(self, adapter: str, a: nn.Module, b: nn.Module) -> None:
+        """Take A and B as the adapter's."""
+        self.lora_A[adapter], self.lora_B[adapter] = a, b
+
+    def initialize(self, adapter: str, how: bool | str) -> None:
+        a, b = self.pair(adapter)
+        initialize_pair(a.weight, b.weight, how, self.r[adapter])
+        if b.bias is not None:
+            nn.init.zeros_(b.bias)
+
+    def low_rank_output(self, adapter: str, x: Tensor) -> Tensor:
+        a, b = self.pair(adapter)
+        dropped = dropout(x.to(a.weight.dtype), self.lora_dropout[adapter], self.training)
+        low_rank: Tensor = b(a(dropped)) * self.scaling[adapter]
+        return low_rank
+
+    def parts(self, adapter: str) -> list[Tensor]:
+        own = [p for half in self.pair(adapter) for p in half._parameters.values() if p is not None]
+        own += (self.parameter(name, adapter) for name in self.variants[adapter].parameters)
+        return own
+
+    def tensor_names(self, adapter: str) -> dict[str, str]:
+        names = ["lora_A.weight", "lora_B.weight"]
+        if self.pair(adapter)[1].bias is not None:
+            names.append("lora_B.bias")
+        own = {name: name.replace(".", f".{adapter}.") for name in names}
+        return own | self.variants[adapter].tensor_names(adapter)
+
+    def bias_delta(self, adapter: str) -> Tensor | None:
+        b = self.pair(adapter)[1]
+        return None if b.bias is None else self.scaling[adapter] * b.bias
+
+    def delete_adapter(self, adapter: str) -> None:
+        super().delete_adapter(adapter)
+        for table in (self.lora_A, self.lora_B):
+            if adapter in table:
+                del table[adapter]
+
+
+class LoraLinear(LoraPair):
+    """LoRA on ``nn.Linear`` and its quantized forms (weight [out, in]) and on the ``Conv1D`` of GPT-2 (weight [in, out]).
+
+    Attributes:
+        fan_in_fan_out: Whether the base layer stores its weight as [in, out].
+    """
+
+    linear = True
+
+    def __init__(self, base_layer: nn.Module, switch: ActiveAdapters) -> None:
+        super().__init__(base_layer, switch)
+        self.fan_in_fan_out = isinstance(base_layer, Conv1D)
+        self._fused: set[str] = set()  # adapters whose equation is kernels.lora_linear's
+
+    def make(self, adapter: str, config: PeftConfig, r: int) -> None:
+        shape = weight_shape(self.base_layer)
+        out_features, in_features = reversed(shape) if self.fan_in_fan_out else shape
+        a = nn.utils.skip_init(nn.Linear, in_features, r, bias=False, **self._device_dtype())
+        b = nn.utils.skip_init(nn.Linear, r, out_features, bias=config.lora_bias, **self._device_dtype())
+        self.set_pair(adapter, a, b)
+        if self.variants[adapter].fused and not config.lora_bias:
+            self._fused.add(adapter)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapters = self.acting
+        if len(adapters) != 1 or not self._can_fuse(adapters[0]):
+            return super().forward(x, *args, **kwargs)
+        (a, b), base = self.pair(adapters[0]), self.base_layer
+        p = self.lora_dropout[adapters[0]] if self.training else 0.0
+        scaling = self.scaling[adapters[0]]
+        weight = base.quantized_weight() if is_quantized(base) else base.weight
+        return lora_linear(x, weight, base.bias, a.weight, b.weight, scaling, p, self.fan_in_fan_out)
+
+    def _can_fuse(self, adapter: str) -> bool:
+        """Whether base and update can run as one operation: plain LoRA on a frozen weight without hooks."""
+        base = self.base_layer
+        return (
+            (type(base) in (nn.Linear, Conv1D) or is_quantized(base))
+            and not base.weight.requires_grad
+            and not is_hooked(base)
+            and adapter in self._fused
+            and not base.weight.is_meta
+        )
+
+    def delta(self, adapter: str) -> Tensor:
+        a, b = self.pair(adapter)
+        ba = self.scaling[adapter] * (b.weight @ a.weight)  # [out, in]
+        return ba.T if self.fan_in_fan_out else ba
+
+    def delete_adapter(self, adapter: str) -> None:
+        super().delete_adapter(adapter)
+        self._fused.discard(adapter)
+
+    def decoder_weights(self) -> LinearWeights | None:
+        """Return the operands of the compiled decoder step, base and update; None where it cannot compute the layer."""
+        base, adapters = self._modules["base_layer"], self.acting
+        mixed = self.switch.enabled and self.switch.rows is not None
+        if not is_quantized(base) or is_hooked(base) or mixed or len(adapters) > 1:
+            return None
+        own = base.decoder_weights()
+        if own is None or not adapters:
+            return own
+        adapter = adapters[0]
+        if adapter not in self._fused or (self.training and self.lora_dropout[adapter]):
+            return None
+        a, b = self.pair(adapter)
+        return LinearWeights(
+            *(own.weight, own.scale, own.bias),
+            *(a._parameters["weight"], b._parameters["weight"], self.scaling[adapter]),
+        )
+
+    def probe(self) -> Tensor:
+        return noise((32, weight_shape(self.base_layer)[0 if self.fan_in_fan_out else 1]), self.base_layer)
+
+
+def initialize_pair(lora_A: Tensor, lora_B: Tensor, how: bool | str, r: int) -> None:
+    """Initialize A [r, in] and B [out, r] in place.
+
+    Args:
+        lora_A: Kaiming-uniform with a = √5, or normal with standard deviation 1/r for ``"gaussian"``.
+        lora_B: Zero; Kaiming-uniform for ``False``, so that a test sees a change.
+        how: The setting ``init_lora_weights``.
+        r: The rank.
+    """
+    if how == "gaussian":
+        nn.init.normal_(lora_A, std=1 / r)
+    else:
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+    if how is False:
+        nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+    else:
+        nn.init.zeros_(lora_B)

@@ -1,0 +1,102 @@
+"""Nested values from a YAML file and from ``section.key=value`` overrides; :mod:`lorakeet.config` checks them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorakeet.errors import ConfigError
+
+#: File name suffixes of a run's settings; any other file is taken for data that was given in the wrong place.
+SUFFIXES = (".yaml", ".yml")
+
+
+class _DuplicateKeyError(yaml.YAMLError):
+    """A mapping has the same key twice, of which YAML would silently keep the last."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML loader that refuses duplicate keys."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        first: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if isinstance(key, str) and first.setdefault(key, line) != line:
+                raise _DuplicateKeyError(f"key {key!r} of line {first[key]} is given again in line {line}")
+        return super().construct_mapping(node, deep)
+
+
+def read_tree(path: str | Path, sections: list[str]) -> dict[str, Any]:
+    """Read a YAML file of settings.
+
+    Args:
+        path: The file.
+        sections: Names that its top level may have, for the error message.
+
+    Returns:
+        The nested values, not yet checked.
+
+    Raises:
+        ConfigError: The file is missing, is no YAML mapping, or has the same key twice.
+    """
+    suffix = Path(path).suffix.lower()
+    hint = None if suffix in SUFFIXES else f"if {path} is data to train on, give it as --data {path}"
+    try:
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}", hint or "give the YAML file of a run, or only flags"
+        ) from None
+    except _DuplicateKeyError as error:
+        raise ConfigError(f"{path}: {error}", "keep one of the two") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}", hint) from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}, expected the sections {', '.join(sections)}", hint)
+    return tree
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """Return the dotted name and the value of ``section.key=value``; the value is YAML.
+
+    Raises:
+        ConfigError: There is no ``=``, or the value is not YAML.
+    """
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"override {override!r} has no '='", "write it as section.key=value, e.g. lora.r=32")
+    try:
+        return name.strip(), _scalar(text)
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"the value of override {override!r} is not YAML", f"""put the value in quotes: '{name.strip()}="..."'"""
+        ) from None
+
+
+def _scalar(text: str) -> Any:
+    """Return a YAML value; ``1e-4`` is a number here, although YAML 1.1 reads it as text."""
+    value = yaml.load(text, _Loader)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set the value of a dotted name in nested mappings, in place; missing sections are created.
+
+    Raises:
+        ConfigError: A section of the name holds a plain value.
+    """
+    *sections, key = dotted.split(".")
+    for section in sections:
+        inner = tree.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{section!r} is {inner!r}, expected a section with keys of its own")
+        tree = inner
+    tree[key] = value

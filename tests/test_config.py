@@ -1,0 +1,102 @@
+"""Settings: bounds, files and overrides; every mistake is one sentence before anything expensive begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorakeet import config
+from lorakeet.config import BaseSettings, RunConfig, read_run
+from lorakeet.errors import ConfigError
+
+OUT_OF_BOUNDS = {
+    "train.seed=-1": "train.seed = -1: expected greater than or equal to 0",
+    "train.seed=4294967296": "train.seed = 4294967296: expected less than 4294967296",
+    "train.steps=1e21": "train.steps = 1e+21: expected",
+    "train.steps=true": "train.steps = True: expected a number",
+    "train.lr=.inf": "train.lr = inf: expected a finite number",
+    "train.lr=.nan": "train.lr = nan: expected",
+    "lora.r=true": "lora.r = True: expected a number",
+    "lora.lora_alpha=yes": "lora.lora_alpha = True: expected a number",
+    "base.bits=7": "base.bits = 7: expected 8, 16 or 32",
+    "base.bits=true": "base.bits = True: expected a number",
+    "out=": "out = None: expected",
+    'out=""': "out = '': expected the name of a folder",
+    "out=' '": "out = ' ': expected the name of a folder",
+    "lora.trainable_token_indices=[3, 3]": "expected a list without repeated tokens",
+    "lora.rank_pattern=true": "lora.rank_pattern = True: expected a valid dictionary",
+}
+
+
+@pytest.mark.parametrize("override", OUT_OF_BOUNDS)
+def test_a_value_out_of_bounds_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_run(None, [override])
+    assert OUT_OF_BOUNDS[override] in caught.value.message
+
+
+def test_values_at_the_bounds_are_taken() -> None:
+    run = read_run(None, ["train.seed=4294967295", "train.steps=1000000000", "lora.r=1", "base.bits=16"])
+    assert (run.train.seed, run.train.steps, run.lora.r, run.base.bits) == (4294967295, 10**9, 1, 16)
+    assert read_run(None, ["train.gradient_checkpointing=true"]).train.gradient_checkpointing is True
+    assert read_run(None, ["train.lr=1e-4"]).train.lr == 1e-4
+
+
+def test_a_quantized_format_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="expected 8, 16 or 32"):
+        read_run(None, ["base.bits=4"])
+    monkeypatch.setitem(config.QUANTIZED_FORMATS, 4, "nf4")
+    assert BaseSettings(bits=4).bits == 4 and read_run(None, ["base.bits=4"]).base.bits == 4
+    with pytest.raises(ConfigError, match="expected 4, 8, 16 or 32"):
+        read_run(None, ["base.bits=7"])
+
+
+@pytest.mark.parametrize("override", ["lora.target_modules=[q_proj", "data.path={", 'out="a'])
+def test_an_override_that_is_not_yaml(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_run(None, [override])
+    assert caught.value.message == f"the value of override {override!r} is not YAML"
+    assert caught.value.hint and "\n" not in str(caught.value.hint)
+
+
+def test_a_key_given_twice_is_named_with_both_lines(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("train:\n  steps: 3\n  lr: 1\n  steps: 4\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: key 'steps' of line 2 is given again in line 4"):
+        read_run(file)
+    file.write_text("train: {steps: 3}\nlora: {r: 4}\ntrain: {lr: 1}\n")
+    with pytest.raises(ConfigError, match="key 'train' of line 1 is given again in line 3"):
+        read_run(file)
+    file.write_text("train: {steps: 3, lr: 1}\nlora: {r: 4}\n")
+    assert read_run(file).train.steps == 3
+
+
+@pytest.mark.parametrize("text", ["Once: upon: a time", "Once upon a time there was a run.", "[", "\ttab"])
+def test_data_in_the_place_of_the_settings_is_recognized(tmp_path: Path, text: str) -> None:
+    story = tmp_path / "story.txt"
+    story.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_run(story)
+    assert f"--data {story}" in (caught.value.hint or "")
+    settings = tmp_path / "run.yaml"
+    settings.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_run(settings)
+    assert "--data" not in (caught.value.hint or "")
+
+
+def test_a_missing_file_and_a_section_that_is_a_value(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read .*none.yaml: No such file"):
+        read_run(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="'r' is 3, expected a section with keys of its own"):
+        read_run(None, ["lora.r=3", "lora.r.x=4"])
+    with pytest.raises(ConfigError, match="has no '='"):
+        read_run(None, ["lora.r"])
+
+
+def test_the_saved_configuration_reads_back(tmp_path: Path) -> None:
+    run = read_run(None, ["lora.rank_pattern={q_proj: 4}", "train.lr=0.1"], {"data.columns.text": "body"})
+    (tmp_path / "run.yaml").write_text(run.to_yaml())
+    assert read_run(tmp_path / "run.yaml") == run
+    assert RunConfig() == read_run(None)
