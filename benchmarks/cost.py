@@ -210,10 +210,10 @@ def main() -> None:
     import transformers
 
     import lorakeet
-    from lorakeet.kernels.int8.linear import choose_backend
+    from lorakeet.kernels.int8.registry import best_on
 
     print(f"lorakeet {lorakeet.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, int8: {choose_backend()}")
+    print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, int8: {best_on('cpu').name}")
     found: dict[str, list[Point]] = {}
     for part in options.parts:
         if part == "profile":

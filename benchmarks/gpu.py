@@ -36,7 +36,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gpu_training
-from lorakeet.kernels.int8 import linear, triton
+from lorakeet.kernels.int8 import triton
+from lorakeet.kernels.int8.format import quantize_rows
+from lorakeet.kernels.int8.registry import best_on
 from lorakeet.kernels.lora_linear import lora_linear
 from lorakeet.quant.int8 import Int8Weight
 
@@ -88,7 +90,7 @@ def contenders(weight: Tensor) -> Iterator[tuple[str, Callable[[], Layer]]]:
                 f"bitsandbytes, threshold {threshold:.0f}",
                 lambda t=threshold: with_lora(bitsandbytes_layer(weight, t)),
             )
-    quantised, scale = linear.quantize_rows(weight)
+    quantised, scale = quantize_rows(weight)
     yield "lorakeet", lambda: lambda x, a, b: lora_linear(x, Int8Weight(quantised, scale), None, a, b, SCALING)
 
 
@@ -186,7 +188,7 @@ def print_parts(
         turns: Timed turns.
         peak: Dense int8 TOP/s of the card, or None.
     """
-    quantised, scale = linear.quantize_rows(weight)
+    quantised, scale = quantize_rows(weight)
     xs = [x.detach() for x, _, _ in leaves]
     splits = [triton.split_columns(x) for x in xs]
     parts: dict[str, tuple[Callable[[int], Any], int]] = {
@@ -240,7 +242,7 @@ def layers(options: argparse.Namespace, how: str) -> None:
     print(
         f"{how}; int8 peak " + (f"{peak:.0f} TOP/s" if peak else "not known: name it with --peak for the share of it")
     )
-    print(f"back end of the layer: {linear.backend_for(torch.empty(options.tokens, 1, device='cuda'))}")
+    print(f"back end of the layer: {best_on('cuda').name}")
     for out in options.out:
         measure((options.tokens, options.inner, out), options, peak)
     torch.cuda.empty_cache()  # for the trainings, which are other processes

@@ -65,18 +65,18 @@ def largest_columns(x: Any) -> Any:
 
 def rounded_product(rule: Callable[[Any], Any]) -> Callable[..., Any]:
     """Return a product with activations in 8 bits, except in the rule's columns; the same on all processors."""
-    from lorakeet.kernels.int8 import linear
+    from lorakeet.kernels.int8.format import dequantize, outlier_columns, quantize_rows, split_scale
 
     def product(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
-        rows, even = linear.split_scale(weight, scale)
-        kept, whole = linear.kept_columns(weight, scale), x
+        rows, even = split_scale(weight, scale)
+        kept, whole = outlier_columns(weight, scale), x
         x = x if even is None else x * even
         columns = rule(x)
         inner = x.clone()
         inner[:, columns] = 0
-        rounded, row_scale = linear.quantize_rows(inner)
+        rounded, row_scale = quantize_rows(inner)
         h = (rounded.float() @ weight.float().T).mul_(row_scale.unsqueeze(1)).mul_(rows)
-        h += x[:, columns].float() @ linear.dequantize(weight[:, columns], rows).T
+        h += x[:, columns].float() @ dequantize(weight[:, columns], rows).T
         if kept:
             h += whole[:, kept[0].long()].float() @ kept[1]
         return (h if bias is None else h + bias).to(x.dtype)
@@ -105,7 +105,7 @@ def accuracy(options: argparse.Namespace) -> list[dict]:
     from lorakeet.config import DataSettings, TaskSettings
     from lorakeet.data.collate import PaddingCollator
     from lorakeet.data.prepare import prepare
-    from lorakeet.kernels.int8 import linear
+    from lorakeet.kernels.int8.registry import best_on
     from lorakeet.train.evaluate import evaluate
 
     full, tokenizer = lorakeet.load_base(dtype="fp32")
@@ -130,16 +130,16 @@ def accuracy(options: argparse.Namespace) -> list[dict]:
     for embeddings in (False, True):
         model = in_8_bits(embeddings)
         which = "layers, embedding, head" if embeddings else "layers"
-        with multiplied_by(blocked(linear)):
+        with multiplied_by(blocked()):
             note(f"{which}: weights alone", model)
-        note(f"{which}: as this machine multiplies ({linear.choose_backend()})", model)
+        note(f"{which}: as this machine multiplies ({best_on('cpu').name})", model)
         for name, rule in rules().items():
             with multiplied_by(rounded_product(rule)):
                 note(f"{which}: {name}", model)
         del model
     with columns_left_uneven():
         plain = in_8_bits(False)
-    with multiplied_by(blocked(linear)):
+    with multiplied_by(blocked()):
         note("plain absmax, layers: weights alone", plain)
     with multiplied_by(rounded_product(rules()["one scale for each token"])):
         note("plain absmax, layers: one scale for each token", plain)
@@ -153,14 +153,14 @@ def columns_left_uneven() -> Any:
     """Quantize weights by rows only, without balanced or outlier columns."""
     import torch
 
-    from lorakeet.kernels.int8 import linear
+    from lorakeet.kernels.int8 import format as int8_format
 
-    before = linear.even_columns, linear.KEPT
-    linear.even_columns, linear.KEPT = lambda weight: torch.ones(weight.shape[1]), 0
+    before = int8_format.balance_columns, int8_format.OUTLIERS
+    int8_format.balance_columns, int8_format.OUTLIERS = lambda weight: torch.ones(weight.shape[1]), 0
     try:
         yield
     finally:
-        linear.even_columns, linear.KEPT = before
+        int8_format.balance_columns, int8_format.OUTLIERS = before
 
 
 def in_8_bits(embeddings: bool) -> Any:
@@ -181,20 +181,18 @@ def bitsandbytes_model() -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype="float32")
 
 
-def blocked(linear: Any) -> Callable[..., Any]:
+def blocked() -> Callable[..., Any]:
     """Return the product in which only the weight is rounded, the same on all processors."""
+    from lorakeet.kernels.int8.reference import int8_linear_reference
 
-    def product(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
-        return linear.int8_linear_reference(x, weight, scale, bias)
-
-    return product
+    return int8_linear_reference
 
 
 def stress(options: argparse.Namespace) -> list[dict]:
     """Measure the product's error if some input columns are a hundred times as large, without their own part."""
     import torch
 
-    from lorakeet.kernels.int8 import linear
+    from lorakeet.kernels.int8.format import quantize_weight
 
     torch.manual_seed(0)
     found = []
@@ -202,13 +200,13 @@ def stress(options: argparse.Namespace) -> list[dict]:
         x, dense = torch.randn(512, 1024), torch.randn(1024, 1024) / 32
         large = torch.randperm(1024)[:columns]
         x[:, large] *= 100
-        weight, scale = linear.quantize_weight(dense)
+        weight, scale = quantize_weight(dense)
         exact = x.double() @ dense.double().T
         ordinary = x.clone()
         ordinary[:, large] = 0
         size = (ordinary.double() @ dense.double().T).norm()
         for name, rule in {"weights alone": None, **rules()}.items():
-            multiply = blocked(linear) if rule is None else rounded_product(rule)
+            multiply = blocked() if rule is None else rounded_product(rule)
             error = float((multiply(x, weight, scale).double() - exact).norm() / size)
             found.append({"columns of 100 x": columns, "": name, "error / ordinary part": error})
     return found
@@ -230,13 +228,13 @@ def layer_times(out: int, inner: int, options: argparse.Namespace) -> dict[str, 
     """Return the median milliseconds of one layer [out, inner], by format and library."""
     import torch
 
-    from lorakeet.kernels.int8 import linear
+    from lorakeet.kernels.int8.format import quantize_weight
     from lorakeet.kernels.lora_linear import lora_linear
     from lorakeet.quant.int8 import Int8Weight
 
     torch.manual_seed(0)
     dense = torch.randn(out, inner) / inner**0.5
-    weight, scale = linear.quantize_weight(dense)
+    weight, scale = quantize_weight(dense)
     x = torch.randn(512, inner, requires_grad=True)
     a = (torch.randn(16, inner) / inner**0.5).requires_grad_()
     b = torch.zeros(out, 16, requires_grad=True)
@@ -624,13 +622,13 @@ def table(options: argparse.Namespace) -> None:
     import transformers
 
     import lorakeet
-    from lorakeet.kernels.int8.linear import choose_backend
+    from lorakeet.kernels.int8.registry import best_on
 
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
     fast = sorted(flags & {"avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8"})
     print(f"lorakeet {lorakeet.__version__}, transformers {transformers.__version__}, torch {torch.__version__}")
-    print(f"{torch.get_num_threads()} threads, {' '.join(fast)}; products in 8 bits: {choose_backend()}")
+    print(f"{torch.get_num_threads()} threads, {' '.join(fast)}; products in 8 bits: {best_on('cpu').name}")
     for part in options.parts:
         words = [sys.executable, __file__, *sys.argv[1:], "--one", part]
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)

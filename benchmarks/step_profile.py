@@ -35,8 +35,8 @@ ELEMENTWISE = {
     "linalg_vector_norm", "lt", "mean", "mul", "native_dropout", "neg", "pow", "random", "reciprocal", "rsqrt",
     "rsub", "sigmoid", "silu", "silu_backward", "sin", "sqrt", "square", "sub", "sum", "uniform", "where", "zero",
 }  # fmt: skip
-#: Compiled loops around an int8 product. The others in :mod:`lorakeet.kernels.cpu.bindings` are products or elementwise.
-ROUNDING = {"_strips", "_groups"}
+#: Functions of :mod:`lorakeet.kernels.cpu.gemm` that prepare an int8 product; the others are products.
+ROUNDING = {"pack_a16", "pack_a8_grouped"}
 SHAPES = ((4096, 4096),)  # [out, in]; measured in addition to the model's own
 INT8, NATIVE = "int8 ", "native "
 
@@ -107,7 +107,7 @@ def profile(point: Point, options: argparse.Namespace) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as watch
 
-    from lorakeet.kernels.cpu import bindings
+    from lorakeet.kernels.cpu import bindings, gemm
     from lorakeet.kernels.int8 import linear
 
     model = make_model(point)
@@ -117,7 +117,8 @@ def profile(point: Point, options: argparse.Namespace) -> dict[str, Any]:
         times = [milliseconds(lambda: step(batch)) for _ in range(options.repeats + 1)][1:]
         with ExitStack() as records:
             records.enter_context(recorded(linear, INT8, ["product", "input_gradient"]))
-            records.enter_context(recorded(bindings, NATIVE, loops(bindings)))
+            for module in (bindings, gemm):
+                records.enter_context(recorded(module, NATIVE, loops(module)))
             step(batch)
             with watch(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
                 watched = statistics.mean(milliseconds(lambda: step(batch)) for _ in range(options.repeats))
@@ -200,14 +201,14 @@ def rates(model: Any, tokens: int, repeats: int) -> dict[str, list[float]]:
     """Map each shape to GFLOP/s of forward and backward, with one weight that stays in the cache."""
     import torch
 
-    from lorakeet.kernels.int8 import linear
+    from lorakeet.kernels.int8.format import quantize_weight
 
     rounded = any(scale is not None for _, scale in base_layers(model).values())
     shapes = sorted({tuple(weight.shape) for weight, _ in base_layers(model).values()} | set(SHAPES))
     found = {}
     for out, inner in shapes:
         dense = torch.randn(out, inner) / inner**0.5
-        weight, scale = linear.quantize_weight(dense) if rounded else (dense, None)
+        weight, scale = quantize_weight(dense) if rounded else (dense, None)
         x, g = torch.randn(tokens, inner), torch.randn(tokens, out)
         ways = (lambda: multiply(x, weight, scale)), (lambda: multiply_back(g, weight, scale))  # noqa: B023
         times = [statistics.median([milliseconds(way) for _ in range(2 * repeats + 1)][1:]) for way in ways]

@@ -1,8 +1,8 @@
-"""Attention patterns that every back end is tested with."""
+"""Attention patterns for the tests of every back end."""
 
 from __future__ import annotations
 
-from lorakeet.kernels.attention.segment import Pattern
+from lorakeet.kernels.attention.pattern import Pattern
 
 PATTERNS = [
     Pattern(causal=True),

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lorakeet.kernels import frozen_linear as module
-from lorakeet.kernels.cpu import bindings
-from lorakeet.kernels.cpu.memory import passing, workspace
+from lorakeet.kernels.cpu import features, gemm
+from lorakeet.kernels.cpu.features import Feature
+from lorakeet.kernels.cpu.memory import transient_empty, workspace
 from lorakeet.kernels.frozen_linear import frozen_linear, frozen_linear_reference, linear_out
 
 NEAR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -40,9 +41,9 @@ def outcome(function, x: Tensor, *rest) -> list[Tensor]:
 @pytest.fixture(params=["torch", "tiles"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Who multiplies in fp32: torch's library, or the compiled tiles, whatever this processor is best at."""
-    if request.param == "tiles" and not bindings.has_pairs():
+    if request.param == "tiles" and not features.has(Feature.AVX2):
         pytest.skip("nothing is compiled for this processor")
-    monkeypatch.setattr(bindings, "has_fp32", lambda: request.param == "tiles")
+    monkeypatch.setattr(gemm, "has_fast_f32", lambda: request.param == "tiles")
     return str(request.param)
 
 
@@ -57,7 +58,7 @@ def test_forward_and_backward_equal_plain_torch(shape, bias, dtype, way) -> None
         torch.testing.assert_close(mine, true, rtol=NEAR[dtype], atol=NEAR[dtype])
 
 
-@pytest.mark.skipif(not bindings.has_pairs(), reason="nothing is compiled for this processor")
+@pytest.mark.skipif(not features.has(Feature.AVX2), reason="nothing is compiled for this processor")
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(
     ("n", "depth", "columns"),
@@ -70,25 +71,25 @@ def test_tiles_of_any_shape(n: int, depth: int, columns: int, turned: bool) -> N
     right = torch.addmm(bias.double(), x.double(), m.double())
     given = m.T.contiguous().T if turned else m
     for b, expected in ((bias, right), (None, right - bias)):
-        found = bindings.fp32_product(x, given, b)
+        found = gemm.gemm_f32(x, given, b)
         assert found.shape == (n, columns) and found.dtype == torch.float32
         assert float((found - expected).abs().max()) < 1e-7 * depth + 1e-6
 
 
-@pytest.mark.skipif(not bindings.has_pairs(), reason="nothing is compiled for this processor")
+@pytest.mark.skipif(not features.has(Feature.AVX2), reason="nothing is compiled for this processor")
 def test_tiles_pass_on_what_is_not_finite() -> None:
     x, m = torch.ones(20, 9), torch.ones(9, 70)
     x[3, 4], x[5, 0] = torch.nan, torch.inf
-    found = bindings.fp32_product(x, m)
+    found = gemm.gemm_f32(x, m)
     assert found[3].isnan().all() and found[5].isinf().all() and found.isfinite().all(1).sum() == 18
 
 
-@pytest.mark.skipif(not bindings.has_pairs(), reason="nothing is compiled for this processor")
+@pytest.mark.skipif(not features.has(Feature.AVX2), reason="nothing is compiled for this processor")
 def test_what_the_tiles_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tokens in fp32, in memory without gaps; all else is torch's."""
     taken: list[tuple[int, ...]] = []
-    monkeypatch.setattr(bindings, "has_fp32", lambda: True)
-    monkeypatch.setattr(bindings, "fp32_product", lambda x, m, bias: taken.append(tuple(x.shape)) or x @ m)
+    monkeypatch.setattr(gemm, "has_fast_f32", lambda: True)
+    monkeypatch.setattr(gemm, "gemm_f32", lambda x, m, bias: taken.append(tuple(x.shape)) or x @ m)
     x, weight = torch.randn(40, 6), torch.randn(5, 6)
     for rows, m in ((x, weight.T), (x, weight.T.contiguous()), (x[:16], weight.T), (x.double(), weight.T.double())):
         torch.testing.assert_close(linear_out(rows, m, None), rows @ m)
@@ -128,13 +129,13 @@ def test_the_result_may_be_overwritten() -> None:
 
 def test_room_is_a_little_larger_each_time_less_so() -> None:
     like = torch.empty(0)
-    sizes = [passing(like, 1024, 1024).untyped_storage().nbytes() for _ in range(1200)]
+    sizes = [transient_empty(like, 1024, 1024).untyped_storage().nbytes() for _ in range(1200)]
     assert 1.02 * 4 * 1024 * 1024 > max(sizes) > min(sizes) >= 4 * 1024 * 1024 + 128
     steps = [a - b for a, b in itertools.pairwise(sizes)]
     assert sum(step < 96 for step in steps) <= 3, "but for the few times that it begins anew, what is next fits"
-    assert passing(like, 3, 5).untyped_storage().nbytes() == 60
-    assert passing(like, 0, 5).shape == (0, 5) and passing(like.half(), 300, 700).dtype == torch.float16
-    assert not passing(like, 300, 70)._is_view()
+    assert transient_empty(like, 3, 5).untyped_storage().nbytes() == 60
+    assert transient_empty(like, 0, 5).shape == (0, 5) and transient_empty(like.half(), 300, 700).dtype == torch.float16
+    assert not transient_empty(like, 300, 70)._is_view()
 
 
 def test_a_workspace_is_each_threads_own() -> None:
@@ -149,9 +150,9 @@ def test_a_workspace_is_each_threads_own() -> None:
     assert other != [mine.data_ptr()]
 
 
-HOLES = """
+FRAGMENTATION = """
 import ctypes, sys, torch
-from lorakeet.kernels.cpu.memory import passing
+from lorakeet.kernels.cpu.memory import transient_empty
 
 class Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "arena o s h hblkhd u f uordblks fordblks keepcost".split()]
@@ -159,7 +160,7 @@ class Info(ctypes.Structure):
 told = ctypes.CDLL(None).mallinfo2
 told.restype = Info
 torch.empty(30 << 18)  # from here on tensors of this size lie in the heap
-make = passing if sys.argv[1] == "passing" else lambda like, *shape: like.new_empty(shape)
+make = transient_empty if sys.argv[1] == "transient" else lambda like, *shape: like.new_empty(shape)
 kept, like = [], torch.empty(0)
 before = told().fordblks
 for layer in range(30):
@@ -173,8 +174,8 @@ print((told().fordblks - before) / 1e6)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap of glibc")
 def test_passing_results_leave_no_holes_behind() -> None:
-    def holes(way: str) -> float:
-        done = subprocess.run([sys.executable, "-c", HOLES, way], capture_output=True, text=True, check=True)
+    def fragmentation(way: str) -> float:
+        done = subprocess.run([sys.executable, "-c", FRAGMENTATION, way], capture_output=True, text=True, check=True)
         return float(done.stdout)
 
-    assert holes("passing") < 4, "megabytes, of 44 that passed"
+    assert fragmentation("transient") < 4, "megabytes, of 44 that passed"

@@ -1,4 +1,4 @@
-"""A low-rank sum answers as the dense weight would, and forms it only where it must."""
+"""``LowRankWeight`` gives the results of the dense weight, and forms it only where it must."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401 (registers the grouped product's fallback)
+from transformers import MixtralConfig, MixtralForCausalLM
 
-from lorakeet.kernels.low_rank_weight import LowRankSum
+from lorakeet.kernels.low_rank_weight import LowRankWeight
 
 
-def low_rank_sum(*shape: int, r: int = 3) -> LowRankSum:
+def low_rank_weight(*shape: int, r: int = 3) -> LowRankWeight:
     generator = torch.Generator().manual_seed(2)
     sizes = shape, (*shape[:-1], r), (*shape[:-2], r, shape[-1])
-    return LowRankSum(*(torch.randn(size, generator=generator) for size in sizes))
+    return LowRankWeight(*(torch.randn(size, generator=generator) for size in sizes))
 
 
 X = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(3))
@@ -44,11 +45,30 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", PRODUCTS | OTHERS)
-def test_whatever_is_asked_of_a_sum_is_as_of_the_dense_weight(name, monkeypatch):
+def test_operations_give_the_results_of_the_dense_weight(name, monkeypatch):
     ask, shape = (PRODUCTS | OTHERS)[name]
-    both = low_rank_sum(*shape)
+    both = low_rank_weight(*shape)
     wanted = ask(both.weight + both.left @ both.right)
     if name in PRODUCTS:  # and these never form it
-        monkeypatch.setattr(LowRankSum, "dense", lambda self: pytest.fail("the dense weight was formed"))
+        monkeypatch.setattr(LowRankWeight, "dense", lambda self: pytest.fail("the dense weight was formed"))
     torch.testing.assert_close(ask(both), wanted, rtol=1e-5, atol=1e-4)
     assert (both.shape, both.dtype, both.size(-1), both.ndim) == (shape, torch.float32, shape[-1], len(shape))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_experts_of_transformers_compute_with_the_factors(implementation, monkeypatch):
+    """Fails if transformers reads stacked experts in a way that forms the dense weight."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=11, num_hidden_layers=1, num_local_experts=3, num_experts_per_tok=2, **sizes)
+    model = MixtralForCausalLM(config).eval()
+    model.set_experts_implementation(implementation)
+    experts, ids = model.model.layers[0].mlp.experts, torch.tensor([[3, 4, 5, 6]])
+    weights = {name: low_rank_weight(*experts.get_parameter(name).shape, r=4) for name in ("gate_up_proj", "down_proj")}
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.weight, weight.left = weight.weight * 0.1, weight.left * 0.1
+            experts.get_parameter(name).copy_(weight.dense())
+        expected = model(ids).logits
+        experts.__dict__.update(weights)  # found before the parameters of these names
+        monkeypatch.setattr(LowRankWeight, "dense", lambda self: pytest.fail("the dense weight was formed"))
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)

@@ -19,7 +19,7 @@ from lorakeet import Int8Config, LoraConfig, PeftModel, get_peft_model, load_bas
 from lorakeet.base.architectures import AUTO_CLASSES
 from lorakeet.cli import main
 from lorakeet.errors import BaseModelError, ConfigError
-from lorakeet.kernels.int8.linear import dequantize, rounding_steps, scales_of
+from lorakeet.kernels.int8.format import dequantize, rounding_steps, scale_size
 from lorakeet.quant.int8 import (
     Int8Embedding,
     Int8Linear,
@@ -291,7 +291,7 @@ def test_a_state_dict_takes_another_weight_with_its_scales(vocabulary: bool) -> 
     torch.manual_seed(0)
     dense, other = torch.randn(9, 16), 7 * torch.randn(9, 16)
     weight, scale = quantize_dense(dense, vocabulary=vocabulary)
-    assert scale.shape == ((9,) if vocabulary else (scales_of(9, 16),))
+    assert scale.shape == ((9,) if vocabulary else (scale_size(9, 16),))
     model = torch.nn.ModuleDict({"a": Int8Linear(weight, scale), "b": torch.nn.Linear(16, 9)})
     state = {"a.weight": weight, "a.scale": scale, "b.weight": dense.clone()}
     assert has_weight(model, state, "a.weight", dense) and not has_weight(model, state, "a.weight", other)

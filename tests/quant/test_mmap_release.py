@@ -36,7 +36,7 @@ def test_read_pages_are_given_back_and_nobody_elses(tmp_path: Path) -> None:
     save_file({"a": values}, path)
     with safe_open(path, "pt") as other, safe_open(path, "pt") as mine:
         theirs = other.get_tensor("a")
-        theirs.zero_()  # in memory alone: whoever learns does so
+        theirs.zero_()  # in memory alone, as training does
         mapped = mmap_release.MappedFiles([str(path)])
         ours = mine.get_tensor("a")
         assert mapped.others and not mapped._mappings() - mapped.others  # both were mapped before

@@ -29,7 +29,7 @@ from lorakeet.base.quiet import quiet
 from lorakeet.base.source import find_source, local_folder
 from lorakeet.config import BaseSettings, settings_error
 from lorakeet.errors import BaseModelError
-from lorakeet.kernels.int8.linear import backend_on
+from lorakeet.kernels.int8.registry import best_on
 from lorakeet.log import warn
 from lorakeet.quant.hf_quantizer import METHOD, Int8Config, foreign_method, foreign_method_error
 from lorakeet.quant.protocol import quantized_layers, weight_shape
@@ -65,7 +65,7 @@ class Base:
         parts = ", ".join(f"{dtype_name(dtype)} {_size(count)}" for dtype, count in sizes.items())
         count = sum(parameter.numel() for parameter in self.model.parameters())
         rounded = sum(1 for _ in quantized_layers(self.model))
-        how = f", {rounded} layers in 8 bits ({backend_on(self.device)} products)" if rounded else ""
+        how = f", {rounded} layers in 8 bits ({best_on(self.device).name} products)" if rounded else ""
         return (
             f"{self.name}: {count:,} parameters, {dtype_name(self.dtype)} on {self.device}, "
             f"{_size(sum(sizes.values()))} ({parts}){how}"

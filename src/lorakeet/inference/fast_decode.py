@@ -19,7 +19,7 @@ from torch.nn.modules import module as all_modules
 
 from lorakeet.kernels import decoder_step
 from lorakeet.kernels.cpu import bindings
-from lorakeet.kernels.int8.linear import FEW
+from lorakeet.kernels.cpu.gemm import GEMV_TOKENS
 from lorakeet.patches.verify import Verifier, is_close
 from lorakeet.quant.protocol import has_quantized, is_hooked
 
@@ -126,12 +126,12 @@ class _Quick:
         return (
             x.ndim == 3
             and x.shape[1] == 1
-            and 0 < x.shape[0] <= FEW
+            and 0 < x.shape[0] <= GEMV_TOKENS
             and x.dtype == cosine.dtype == sine.dtype == torch.float32
             and (mask is None or (mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1:3] == (1, 1)))
             and cosine.shape == sine.shape
             and cosine.shape in ((1, 1, dim), (x.shape[0], 1, dim))
-            and bindings.usable(x, cosine, sine)
+            and bindings.is_cpu_contiguous(x, cosine, sine)
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
         )

@@ -1,1 +1,1 @@
-"""One operation a file: the slow truth in plain torch, its fast paths, and the choice between them."""
+"""Operations, one a file: the reference in plain torch, its fast paths, and the choice between them."""

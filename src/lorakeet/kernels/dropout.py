@@ -1,10 +1,10 @@
-"""Dropout whose mask is made again from a seed, so that backward needs no stored copy of it.
+"""Dropout that recomputes its mask from a seed, so that backward needs no stored copy.
 
 ``dropout(x) = x · m / (1 - p)`` with m a 0/1 mask (Srivastava et al. 2014). A mask costs 16 random bits an element, so p
 is rounded to a multiple of 2⁻¹⁶ and the scale uses the rounded value: the expectation stays exact.
 
-On a CPU these bits are a hash of the element's place and the seed: any thread can make them where it needs them, and the
-mask is never written down (``elementwise.c``). Elsewhere they are drawn by the device's own generator.
+On a CPU these bits are a hash of the element's index and the seed: any thread can compute them where it needs them, and the
+mask is never stored (``elementwise.c``). Elsewhere the device's generator draws them.
 """
 
 from __future__ import annotations
@@ -19,28 +19,31 @@ _32_BITS, _64_BITS = (1 << 32) - 1, (1 << 64) - 1
 
 
 def dropped_levels(p: float) -> int:
-    """p as a count of 2⁻¹⁶ steps, at most 65535 so that something is always kept."""
+    """Return p in units of 2⁻¹⁶, at most 65535, so that some elements are kept for any p."""
     return min(round(p * _LEVELS), _LEVELS - 1)
 
 
 def keep_scale(p: float) -> float:
-    """1 / (1 - p), for the p that the mask really has."""
+    """Return 1 / (1 - p) for the rounded p that the mask has."""
     return _LEVELS / (_LEVELS - dropped_levels(p))
 
 
 def draw_seed() -> int:
-    """A seed from torch's default CPU generator, so that runs repeat and checkpointed layers recompute the same mask."""
+    """Draw a seed from torch's CPU generator, so that runs repeat and checkpointed layers recompute the same mask."""
     return int(torch.empty((), dtype=torch.int64).random_())
 
 
 def keep_mask(seed: int, shape: torch.Size | tuple[int, ...], p: float, device: torch.device) -> Tensor:
-    """The bool mask of ``seed``: False with probability p. The same seed, shape and device give the same mask.
+    """Compute the bool mask of ``seed``, False with probability p; seed, shape and device determine it.
 
     Args:
         seed: From :func:`draw_seed`.
         shape: Shape of the mask.
         p: Probability of a False, 0 <= p < 1.
-        device: Where the mask is made.
+        device: Device of the mask.
+
+    Returns:
+        bool, of ``shape``.
     """
     count = 1
     for size in shape:
@@ -55,16 +58,16 @@ def keep_mask(seed: int, shape: torch.Size | tuple[int, ...], p: float, device: 
 
 
 def _hash(seed: int, count: int) -> Tensor:
-    """32 bits for each place, int64 [count]: as ``dropout`` in ``elementwise.c`` has them."""
+    """Compute 32 bits for each index, int64 [count]; ``elementwise.c`` has the same hash."""
     low, high = _halves(seed)
     bits = (torch.arange(count) + low) & _32_BITS
     bits = ((bits ^ (bits >> 16)) * 0x7FEB352D & _32_BITS) ^ high
-    bits = (bits ^ (bits >> 15)) * 0x846CA68B & _32_BITS  # what is lost beyond 64 bits is lost beyond 32 too
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B & _32_BITS  # overflow beyond 64 bits does not reach the low 32
     return bits ^ (bits >> 16)
 
 
 def _halves(seed: int) -> tuple[int, int]:
-    """A seed's bits mixed (splitmix64, Steele et al. 2014), low and high: seeds that are near each other are no longer so."""
+    """Mix the bits of a seed (splitmix64, Steele et al. 2014), so that close seeds differ in all of them; low and high half."""
     bits = seed + 0x9E3779B97F4A7C15 & _64_BITS
     bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
     bits = (bits ^ bits >> 27) * 0x94D049BB133111EB & _64_BITS
@@ -73,20 +76,30 @@ def _halves(seed: int) -> tuple[int, int]:
 
 
 def dropout_reference(x: Tensor, mask: Tensor, p: float) -> Tensor:
-    """The slow truth: x · mask / (1 - p), in the dtype of x."""
+    """Compute the reference: x · mask / (1 - p), in the dtype of x."""
     return x * mask * keep_scale(p)
 
 
 def dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """x · m / (1 - p) with the mask of ``seed``; x [...], floating. No gradient."""
-    if bindings.takes(x):
+    """Compute x · m / (1 - p) with the mask of ``seed``, without a gradient; x [...], floating."""
+    if bindings.supports(x):
         return bindings.dropout(x, None, dropped_levels(p), keep_scale(p), *_halves(seed))
     return dropout_reference(x, keep_mask(seed, x.shape, p, x.device), p)
 
 
 def plus_dropped(y: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
-    """y + x · m / (1 - p) for y and x of one shape, in y's memory where the dtypes allow it. No gradient."""
-    if bindings.takes(x, y) and x.shape == y.shape:
+    """Compute y + x · m / (1 - p) without a gradient, in y's memory where the dtypes allow it.
+
+    Args:
+        y: [...], floating.
+        x: [...], the shape of ``y``.
+        p: Dropout probability.
+        seed: From :func:`draw_seed`.
+
+    Returns:
+        [...] in y's memory, or a new tensor.
+    """
+    if bindings.supports(x, y) and x.shape == y.shape:
         return bindings.dropout(x, y, dropped_levels(p), keep_scale(p), *_halves(seed))
     return y + dropped(x, p, seed)
 
@@ -103,7 +116,7 @@ class _SeededDropout(torch.autograd.Function):
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Dropout of x (any shape, floating) that stores a seed for backward instead of a mask."""
+    """Apply dropout to x (any shape, floating); backward needs only the seed."""
     if not training or p == 0.0:
         return x
     return _SeededDropout.apply(x, p, draw_seed())

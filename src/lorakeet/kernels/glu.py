@@ -1,11 +1,11 @@
-"""The gated activation of a feed-forward network, which keeps its two inputs alone (Shazeer 2020, arXiv:2002.05202).
+"""Gated activation of a feed-forward network that saves only its two inputs (Shazeer 2020, arXiv:2002.05202).
 
     h = f(a)·b          ∂a = f'(a)·b·∂h,   ∂b = f(a)·∂h
 
 f(a) = a·σ(a) for ``silu``, a·Φ(a) for ``gelu``, and its approximation by tanh for ``gelu_tanh`` (Hendrycks & Gimpel 2016,
-arXiv:1606.08415). Autograd keeps f(a) too; here it is made again for the backward pass. On a CPU in fp32 either direction is
-one pass over memory (``elementwise.c``), elsewhere a few of torch's. The two inputs, the largest part of what a layer keeps,
-may be kept in fewer bits: the output is the same, and the gradient off by the rounding of what was kept.
+arXiv:1606.08415). Autograd saves f(a) too; here it is recomputed for the backward pass. On a CPU in fp32 each direction is
+one pass over memory (``elementwise.c``), elsewhere a few of torch's. The two inputs are the largest activations that a layer
+saves. They may be saved in a narrower dtype: the output is the same, and the gradient differs by their rounding error.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lorakeet.kernels.cpu import bindings
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
-#: What the compiled loops know, by their number.
+#: Number of each activation in ``elementwise.c``; the others have no compiled kernel.
 _LOOPS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
 
 
 def gated_reference(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-    """The slow truth: the equation in plain torch, differentiated by autograd."""
+    """Compute the reference: the equation in plain torch, differentiated by autograd."""
     return _activate(gate, activation) * up
 
 
@@ -36,7 +36,7 @@ def _activate(gate: Tensor, activation: Activation) -> Tensor:
 
 
 def _backward_(grad: Tensor, gate: Tensor, activation: Activation) -> Tensor:
-    """f'(gate)·grad, in the place of ``grad``."""
+    """Compute f'(gate)·grad in the memory of ``grad``."""
     ops: Any = torch.ops.aten
     if activation == "silu":
         made: Tensor = ops.silu_backward.grad_input(grad, gate, grad_input=grad)
@@ -54,7 +54,7 @@ class _Gated(torch.autograd.Function):
         ctx: Any, gate: Tensor, up: Tensor, activation: Activation, keep: torch.dtype
     ) -> Tensor:
         ctx.activation = activation
-        if activation in _LOOPS and bindings.takes(gate, up):
+        if activation in _LOOPS and bindings.supports(gate, up):
             h, gate, up = bindings.gated(gate, up, _LOOPS[activation], keep == torch.bfloat16)
         else:
             h = _activate(gate, activation).mul_(up)
@@ -65,7 +65,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
         known = ctx.activation in _LOOPS and gate.dtype in (torch.float32, torch.bfloat16)
-        if known and bindings.takes(grad) and bindings.usable(gate, up):
+        if known and bindings.supports(grad) and bindings.is_cpu_contiguous(gate, up):
             return *bindings.gated_backward(grad, gate, up, _LOOPS[ctx.activation]), None, None
         gate, up = gate.to(grad.dtype), up.to(grad.dtype)
         dgate = _backward_(grad * up, gate, ctx.activation) if ctx.needs_input_grad[0] else None
@@ -74,12 +74,16 @@ class _Gated(torch.autograd.Function):
 
 
 def gated(gate: Tensor, up: Tensor, activation: Activation, keep: torch.dtype | None = None) -> Tensor:
-    """f(gate)·up, element by element.
+    """Compute f(gate)·up, element by element.
 
     Args:
-        gate, up: [...] of one shape; of different dtypes, the reference is what runs.
+        gate: [...], any floating dtype.
+        up: [...], the shape of ``gate``; if dtype or shape differ, the reference runs.
         activation: f above.
-        keep: What gate and up are rounded to for the backward pass; their own dtype if None.
+        keep: dtype in which gate and up are saved for the backward pass; their own if None.
+
+    Returns:
+        [...] in the dtype of ``gate``.
     """
     if gate.dtype != up.dtype or gate.shape != up.shape:
         return gated_reference(gate, up, activation)

@@ -1,4 +1,4 @@
-"""Cross-entropy of a language-modelling head that never builds all logits, with its gradient in the same pass.
+"""Cross-entropy of a language-modelling head in chunks, without the full logits; the gradient is computed in the same pass.
 
     z = c(s·head(x)),   ℓ = Σ_t log Σ_v exp z_tv - z_t,y(t)
 
@@ -7,8 +7,8 @@ capped at τ (Gemma 2). A few rows at a time: logits, loss, and at once
 
     ∂ℓ/∂head(x) = s·c'·(softmax(z) - onehot(y)),   c' = 1 - (z/τ)²   (1 without a cap)
 
-which the head takes on to x and to whatever learns in it: a weight, a bias, an adapter. The logits' own memory becomes
-their gradient. What is kept for backward is the gradient to x, as large as x, and those of the parameters.
+which the head's backward carries to x and to its trainable parameters: a weight, a bias, an adapter. The gradient overwrites
+the logits. Saved for backward are the gradient to x, as large as x, and those of the parameters.
 Computing the gradient in the forward pass: Wijmans et al. 2024, arXiv:2411.09009, and Hsu et al. 2024, arXiv:2410.10989.
 """
 
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from lorakeet.kernels.cpu import bindings
 
-#: Logits held in fp32 at once (32 MiB), unless that is fewer than :data:`MIN_ROWS` rows.
+#: Logits in fp32 held at once (32 MiB); :data:`MIN_ROWS` rows are taken in any case.
 CHUNK_LOGITS = 1 << 23
+#: Rows. Smallest chunk.
 MIN_ROWS = 64
 
 Head = Callable[[Tensor], Tensor]
@@ -33,7 +34,7 @@ Head = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LogitMap:
-    """What is done to the head's output before the softmax: τ·tanh(s·z/τ)."""
+    """Map from the head's output to logits: s·z, or τ·tanh(s·z/τ) with a cap."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -44,32 +45,52 @@ class LogitMap:
 
 
 def linear_cross_entropy_reference(x: Tensor, targets: Tensor, head: Head, logit_map: LogitMap) -> Tensor:
-    """The slow truth: all logits at once, differentiated by autograd; the loss of each row [n], fp32."""
+    """Compute the reference: all logits at once, differentiated by autograd.
+
+    Args:
+        x: [n, hidden].
+        targets: int64 [n].
+        head: [n, hidden] -> [n, vocabulary].
+        logit_map: Map from the head's output to logits.
+
+    Returns:
+        Loss of each row, fp32 [n].
+    """
     return F.cross_entropy(logit_map(head(x).float()), targets, reduction="none")
 
 
 def linear_cross_entropy(
     x: Tensor, targets: Tensor, head: Head, parameters: Sequence[Tensor] = (), logit_map: LogitMap | None = None
 ) -> Tensor:
-    """Summed cross-entropy of the rows of ``x``; differentiable in ``x`` and ``parameters``.
+    """Sum the cross-entropy of the rows of ``x``; differentiable in ``x`` and ``parameters``.
 
     Args:
         x: [n, hidden], n ≥ 0.
         targets: [n] int64, each an index into the vocabulary.
-        head: [rows, hidden] -> [rows, vocabulary], each row for itself. Called once for each chunk.
-        parameters: What learns inside ``head``; nothing else there gets a gradient.
-        logit_map: What follows the head; nothing if None.
+        head: [rows, hidden] -> [rows, vocabulary], row by row. Called once for each chunk.
+        parameters: Parameters of ``head``; the trainable ones get a gradient, and nothing else there does.
+        logit_map: Map from the head's output to logits; the identity if None.
 
     Returns:
         A scalar, fp32; 0 with gradients of 0 for no rows.
     """
-    learned = [parameter for parameter in parameters if parameter.requires_grad]
-    return _LinearCrossEntropy.apply(x, targets, head, logit_map or LogitMap(), *learned)
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    return _LinearCrossEntropy.apply(x, targets, head, logit_map or LogitMap(), *trainable)
 
 
 @torch.no_grad()
 def row_losses(x: Tensor, targets: Tensor, head: Head, logit_map: LogitMap | None = None) -> Tensor:
-    """Cross-entropy of each row [n], fp32, without a gradient; arguments as of :func:`linear_cross_entropy`."""
+    """Compute the cross-entropy of each row without a gradient.
+
+    Args:
+        x: [n, hidden].
+        targets: int64 [n].
+        head: [rows, hidden] -> [rows, vocabulary].
+        logit_map: Map from the head's output to logits; the identity if None.
+
+    Returns:
+        fp32 [n].
+    """
     losses = torch.zeros(len(targets), dtype=torch.float32, device=x.device)
     for rows in _chunks(x, targets, head):
         losses[rows], _ = _loss_and_gradient(head(x[rows]), targets[rows], logit_map or LogitMap(), gradient=False)
@@ -77,7 +98,7 @@ def row_losses(x: Tensor, targets: Tensor, head: Head, logit_map: LogitMap | Non
 
 
 def _chunks(x: Tensor, targets: Tensor, head: Head) -> list[slice]:
-    """Slices of the rows, few enough at a time. The vocabulary is what the head says it is."""
+    """Return slices of the rows, one for each chunk; the head determines the size of the vocabulary."""
     if not len(targets):
         return []
     vocabulary = getattr(head, "out_features", None)
@@ -91,11 +112,14 @@ def _chunks(x: Tensor, targets: Tensor, head: Head) -> list[slice]:
 def _loss_and_gradient(
     logits: Tensor, targets: Tensor, logit_map: LogitMap, gradient: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each row, and its gradient to the logits (else something of no use), both fp32. Overwrites fp32 logits."""
+    """Compute the loss of each row and its gradient to the logits, both fp32; overwrites fp32 logits.
+
+    Without ``gradient`` the second tensor has no meaning.
+    """
     z = logits.detach().float()
-    if z.data_ptr() == logits.data_ptr() and logits._is_view():  # autograd guards views against being overwritten
+    if z.data_ptr() == logits.data_ptr() and logits._is_view():  # autograd forbids overwriting views
         z = z.clone()
-    if logit_map.softcap is None and logit_map.scale > 0 and _loop_takes(z, targets):
+    if logit_map.softcap is None and logit_map.scale > 0 and _kernel_supports(z, targets):
         return bindings.cross_entropy(z, targets, logit_map.scale, gradient), z
     if logit_map.scale != 1.0:
         z.mul_(logit_map.scale)
@@ -117,18 +141,21 @@ def _loss_and_gradient(
     return losses, z
 
 
-def _loop_takes(z: Tensor, targets: Tensor) -> bool:
-    """Whether the compiled loop can take these; a target that is none is for torch to refuse."""
+def _kernel_supports(z: Tensor, targets: Tensor) -> bool:
+    """Whether the compiled kernel can read these; torch reports targets out of range."""
     fit = (
-        targets.dtype == torch.int64 and targets.shape == z.shape[:1] and bindings.takes(z) and bindings.usable(targets)
+        targets.dtype == torch.int64
+        and targets.shape == z.shape[:1]
+        and bindings.supports(z)
+        and bindings.is_cpu_contiguous(targets)
     )
     return fit and int(targets.min()) >= 0 and int(targets.max()) < z.shape[1]
 
 
-def _loss_of_some(
+def _chunk_loss(
     x: Tensor, targets: Tensor, head: Head, logit_map: LogitMap, wanted: list[Tensor]
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Summed loss of a few rows, and its gradients to ``wanted``; their logits go before others are made."""
+    """Sum the loss of a chunk and compute its gradients to ``wanted``; its logits are freed before the next chunk's."""
     with torch.enable_grad():
         logits = head(x)
     losses, dlogits = _loss_and_gradient(logits, targets, logit_map, gradient=bool(wanted))
@@ -137,31 +164,31 @@ def _loss_of_some(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """x [n, hidden], targets [n], what learns in the head -> Σ loss; all gradients are made in forward."""
+    """x [n, hidden], targets [n], trainable parameters of the head -> Σ loss; all gradients are computed in forward."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, targets: Tensor, head: Head, logit_map: LogitMap, *learned: Tensor
+        ctx: Any, x: Tensor, targets: Tensor, head: Head, logit_map: LogitMap, *trainable: Tensor
     ) -> Tensor:
         need = [i for i, needed in enumerate(ctx.needs_input_grad[4:]) if needed]
         need_x = ctx.needs_input_grad[0]
-        gradients: list[Tensor | None] = [torch.zeros_like(t) for t in (*[x] * need_x, *(learned[i] for i in need))]
+        gradients: list[Tensor | None] = [torch.zeros_like(t) for t in (*[x] * need_x, *(trainable[i] for i in need))]
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         for rows in _chunks(x, targets, head):
             some = x[rows].detach().requires_grad_(need_x)
-            wanted = [*[some] * need_x, *(learned[i] for i in need)]
-            loss, made = _loss_of_some(some, targets[rows], head, logit_map, wanted)
+            wanted = [*[some] * need_x, *(trainable[i] for i in need)]
+            loss, made = _chunk_loss(some, targets[rows], head, logit_map, wanted)
             total += loss
             for i, part in enumerate(made):
                 gradient = gradients[i]
-                if part is None or gradient is None:  # not in use, as an adapter that is switched off
+                if part is None or gradient is None:  # unused, for example a disabled adapter
                     gradients[i] = None
                 elif need_x and i == 0:
                     gradient[rows] = part
                 else:
                     gradient += part
         ctx.save_for_backward(*gradients)
-        ctx.need, ctx.need_x, ctx.count = need, need_x, len(learned)
+        ctx.need, ctx.need_x, ctx.count = need, need_x, len(trainable)
         return total
 
     @staticmethod

@@ -7,9 +7,9 @@
     ∂A  = (s·g·B)ᵀ·dropout(x)              [r, in]
     ∂B  = s·gᵀ·u                           [out, r]
 
-What is remembered between forward and backward: x itself (the caller holds it anyway), u, and a seed. Nothing is stored
-for the frozen weight, and the dropped-out copy of x is made again from the seed. A quantized weight makes its two products
-itself (:class:`FrozenWeight`).
+Saved between forward and backward: x itself (the caller holds it anyway), u, and a seed. Nothing is saved for the frozen
+weight, and the dropped-out copy of x is recomputed from the seed. A quantized weight computes its two products itself
+(:class:`FrozenWeight`).
 """
 
 from __future__ import annotations
@@ -51,13 +51,28 @@ def lora_linear_reference(
     mask: Tensor | None = None,
     fan_in_fan_out: bool = False,
 ) -> Tensor:
-    """The slow truth: the equation in plain torch, differentiated by autograd. ``mask`` as from ``keep_mask``."""
+    """Compute the reference: the equation in plain torch, differentiated by autograd.
+
+    Args:
+        x: [..., in].
+        weight: [out, in], or [in, out] with ``fan_in_fan_out``, or a quantized weight.
+        bias: [out] or None.
+        lora_A: [r, in].
+        lora_B: [out, r].
+        scaling: s in the equation.
+        p: Dropout probability.
+        mask: Dropout mask of :func:`lorakeet.kernels.dropout.keep_mask`; None: no dropout.
+        fan_in_fan_out: The weight is stored as [in, out].
+
+    Returns:
+        [..., out].
+    """
     dense = weight if isinstance(weight, Tensor) else weight.dequantize(x.dtype)
     h = F.linear(x, dense.T if fan_in_fan_out else dense, bias)
-    low = x.to(lora_A.dtype)
+    inputs = x.to(lora_A.dtype)
     if mask is not None:
-        low = dropout_reference(low, mask, p)
-    delta = F.linear(F.linear(low, lora_A), lora_B) * scaling
+        inputs = dropout_reference(inputs, mask, p)
+    delta = F.linear(F.linear(inputs, lora_A), lora_B) * scaling
     return (h + delta).to(h.dtype)
 
 
@@ -114,8 +129,8 @@ class _LoraLinear(torch.autograd.Function):
             if ctx.p == 0.0 and dx.dtype == lora_A.dtype:
                 dx.addmm_(gu, lora_A)
             else:
-                low = gu @ lora_A
-                dx = (plus_dropped(dx, low, ctx.p, ctx.seed) if ctx.p > 0.0 else dx + low).to(x.dtype)
+                update = gu @ lora_A
+                dx = (plus_dropped(dx, update, ctx.p, ctx.seed) if ctx.p > 0.0 else dx + update).to(x.dtype)
             dx = dx.view(x.shape)
         if need_A:
             dA = gu.T @ _dropped(rows, lora_A.dtype, ctx.p, ctx.seed)
@@ -127,7 +142,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _dropped(rows: Tensor, dtype: torch.dtype, p: float, seed: int) -> Tensor:
-    """dropout(rows) in the adapter's dtype; a temporary, never stored."""
+    """Compute dropout(rows) in the adapter's dtype; a temporary, never saved."""
     rows = rows.to(dtype)
     return rows if p == 0.0 else dropped(rows, p, seed)
 
@@ -142,18 +157,18 @@ def lora_linear(
     p: float = 0.0,
     fan_in_fan_out: bool = False,
 ) -> Tensor:
-    """Frozen linear layer plus its low-rank update.
+    """Compute a frozen linear layer plus its low-rank update.
 
     Args:
         x: [..., in], the dtype of ``weight`` (under autocast: any floating dtype).
         weight: [out, in], or [in, out] with ``fan_in_fan_out``; or a quantized weight, which is always [out, in]. It gets no
             gradient.
         bias: [out] or None.
-        lora_A: [r, in]; with ``lora_B`` in one dtype, which may be wider than the weight's.
+        lora_A: [r, in], in the dtype of ``lora_B``, which may be wider than the weight's.
         lora_B: [out, r].
         scaling: s in the equation above.
         p: Dropout probability on the low-rank path; 0 when not training.
-        fan_in_fan_out: How ``weight`` is stored.
+        fan_in_fan_out: ``weight`` is stored as [in, out].
 
     Returns:
         [..., out] in the dtype of ``weight``; of a quantized one in the dtype of ``x``.

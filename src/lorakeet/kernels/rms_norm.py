@@ -1,15 +1,15 @@
-"""Root-mean-square normalisation that keeps its input and one number a row (Zhang & Sennrich 2019, arXiv:1910.07467).
+"""Root-mean-square normalization that saves its input and one number a row (Zhang & Sennrich 2019, arXiv:1910.07467).
 
     x̂ = s·x,   s = (mean(x²) + ε)^(-½)          y = w·x̂,   or (1 + w)·x̂ with ``one_more`` (Gemma)
 
     ∂x = s·(t - x̂·mean(t·x̂)),   t = w·∂y        ∂w = Σ_rows ∂y·x̂
 
-In fp32 inside, whatever the dtype of x. What is remembered is x, as it came, and s. Autograd keeps an fp32 copy of a
-half-precision x too, and x̂ where the weight learns; here both are made again. On a CPU in fp32 either direction is one
+Computed in fp32 or wider, for any dtype of x. Saved for backward: x in its own dtype, and s. Autograd also saves an fp32 copy
+of a half-precision x, and x̂ where the weight is trainable; here both are recomputed. On a CPU in fp32 each direction is one
 pass over memory (``elementwise.c``); elsewhere temporaries are reused in place.
 
-Two ways of rounding are in use for half precision: x̂ is rounded to the dtype of x and then weighed (Llama), or weighed and
-then rounded (Gemma).
+Models in half precision round in two ways: x̂ is rounded to the dtype of x and then multiplied by w (Llama), or multiplied
+and then rounded (Gemma).
 """
 
 from __future__ import annotations
@@ -23,7 +23,17 @@ from lorakeet.kernels.cpu import bindings
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, one_more: bool = False) -> Tensor:
-    """The slow truth: the equation in plain torch, differentiated by autograd."""
+    """Compute the reference: the equation in plain torch, differentiated by autograd.
+
+    Args:
+        x: [..., d].
+        weight: [d].
+        eps: ε above.
+        one_more: Multiply by 1 + weight.
+
+    Returns:
+        [..., d].
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     normal = x.to(wide) * torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + eps)
     if one_more:
@@ -37,7 +47,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, one_more: bool) -> Tensor:  # type: ignore[override]
         ctx.one_more = one_more
-        if bindings.takes(x, weight) and bindings.fit(x.shape[-1], weight):
+        if bindings.supports(x, weight) and bindings.is_fp32_vector(x.shape[-1], weight):
             y, s = bindings.rms_norm(x, weight, eps, float(one_more))
             ctx.save_for_backward(x, weight, s)
             return y
@@ -56,7 +66,11 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, s = ctx.saved_tensors
-        if not ctx.needs_input_grad[1] and bindings.takes(grad, x, weight, s) and bindings.fit(x.shape[-1], weight):
+        if (
+            not ctx.needs_input_grad[1]
+            and bindings.supports(grad, x, weight, s)
+            and bindings.is_fp32_vector(x.shape[-1], weight)
+        ):
             return bindings.rms_norm_backward(grad, x, weight, s, float(ctx.one_more)), None, None, None
         grad, values = grad.to(s.dtype), x.to(s.dtype)
         dx = dw = None
@@ -71,16 +85,16 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, one_more: bool = False) -> Tensor:
-    """Each row of ``x`` divided by its root mean square, times the weight.
+    """Divide each row of ``x`` by its root mean square, and multiply by the weight.
 
     Args:
         x: [..., d], any floating dtype.
-        weight: [d]; gets a gradient only if it asks for one.
+        weight: [d]; gets a gradient if it requires one.
         eps: ε above.
-        one_more: The weight is what is added to 1, and the product is rounded once.
+        one_more: Multiply by 1 + weight, and round the product once.
 
     Returns:
-        [..., d], the dtype of ``x``; without ``one_more`` that of the weight where it is wider.
+        [..., d] in the dtype of ``x``; without ``one_more`` in that of the weight, where it is wider.
     """
     normal: Tensor = _RMSNorm.apply(x, weight, eps, one_more)
     return normal

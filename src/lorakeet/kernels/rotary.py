@@ -2,10 +2,9 @@
 
     y = x∘cos + R(x)∘sin,   R(x₁, x₂) = (-x₂, x₁)          ∂x = ∂y∘cos - R(∂y∘sin)
 
-x₁ and x₂ are the halves of a head. In plain torch they are copied, negated, joined, multiplied and added, forward and
-backward; here the products are added to y in place, which moves half as many bytes and rounds less often. Nothing but cos
-and sin is kept for the backward pass, nor does autograd keep more. On a CPU in fp32, one row of samples at a time, it is one
-pass (``elementwise.c``).
+x₁ and x₂ are the halves of a head. Plain torch copies, negates, concatenates, multiplies and adds them. Here the products
+are added to y in place, which moves half as many bytes and rounds less often. Only cos and sin are saved for the backward
+pass, as in autograd. On a CPU in fp32, for one packed row of samples, it is one pass over memory (``elementwise.c``).
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from lorakeet.kernels.cpu import bindings
 
 
 def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The slow truth: the equation in plain torch, differentiated by autograd."""
+    """Compute the reference: the equation in plain torch, differentiated by autograd."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def _turned(x: Tensor, cos: Tensor, first: Tensor, second: Tensor, sign: float) -> Tensor:
-    """x∘cos - s·(x₂∘first), x∘cos + s·(x₁∘second), side by side; as x lies in memory."""
+def _rotate(x: Tensor, cos: Tensor, first: Tensor, second: Tensor, sign: float) -> Tensor:
+    """Compute x₁∘cos - s·(x₂∘first) and x₂∘cos + s·(x₁∘second), concatenated, in x's memory layout; s is ``sign``."""
     half = x.shape[-1] // 2
     y = x * cos
     y[..., :half].addcmul_(x[..., half:], first, value=-sign)
@@ -33,13 +32,22 @@ def _turned(x: Tensor, cos: Tensor, first: Tensor, second: Tensor, sign: float) 
     return y
 
 
-def _in_loops(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor | None:
-    """The compiled loops' result, for heads that lie beside each other for each position, one row of angles for all of
-    them; else None."""
+def _compiled(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor | None:
+    """Rotate by the compiled kernel: one row [1, heads, T, d] with the heads of a position adjacent, one set of angles.
+
+    Args:
+        x: [1, heads, T, d].
+        cos: [1, 1, T, d].
+        sin: [1, 1, T, d].
+        backward: Compute the gradient instead.
+
+    Returns:
+        [1, heads, T, d]; None where the kernel does not support these tensors.
+    """
     if x.dim() != 4 or x.shape[0] != 1 or any(t.shape != (1, 1, *x.shape[2:]) for t in (cos, sin)):
         return None
     rows, cos, sin = x[0].transpose(0, 1), cos[0, 0], sin[0, 0]  # [T, heads, d] and [T, d]
-    if not bindings.takes(rows, cos, sin):
+    if not bindings.supports(rows, cos, sin):
         return None
     return bindings.rotary(rows, cos, sin, backward).transpose(0, 1)[None]
 
@@ -50,25 +58,25 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(cos, sin)
-        made = _in_loops(x, cos, sin, backward=False)
+        made = _compiled(x, cos, sin, backward=False)
         first, second = sin.chunk(2, dim=-1)
-        return _turned(x, cos, first, second, sign=1.0) if made is None else made
+        return _rotate(x, cos, first, second, sign=1.0) if made is None else made
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        made = _in_loops(grad, cos, sin, backward=True)
+        made = _compiled(grad, cos, sin, backward=True)
         second, first = sin.chunk(2, dim=-1)
-        return _turned(grad, cos, first, second, sign=-1.0) if made is None else made, None, None
+        return _rotate(grad, cos, first, second, sign=-1.0) if made is None else made, None, None
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x`` turned by the angles of its position.
+    """Rotate ``x`` by the angles of its positions.
 
     Args:
         x: [..., d], d even.
-        cos, sin: [..., d] that broadcast to ``x`` and get no gradient; of another width than x, or learned, the reference
-            is what runs.
+        cos: [..., d], broadcasts to ``x`` and gets no gradient; if its width differs or it is trainable, the reference runs.
+        sin: Likewise.
 
     Returns:
         [..., d], the widest of the dtypes.
@@ -76,5 +84,5 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     plain = all(t.shape[-1] == x.shape[-1] and not t.requires_grad for t in (cos, sin))
     if not plain or x.shape[-1] % 2:
         return rotary_reference(x, cos, sin)
-    turned: Tensor = _Rotary.apply(x, cos, sin)
-    return turned
+    rotated: Tensor = _Rotary.apply(x, cos, sin)
+    return rotated

@@ -5,7 +5,7 @@
 A and B of all experts are stored side by side, as in PEFT: A [r·experts, in], B [out, r·experts].
 
 Nothing is wrapped, and ΔW is not formed. While the module that owns the parameter runs, the parameter's name leads to a
-:class:`~lorakeet.kernels.low_rank_weight.LowRankSum`. With it, transformers' expert implementations (the eager loop, the
+:class:`~lorakeet.kernels.low_rank_weight.LowRankWeight`. With it, transformers' expert implementations (the eager loop, the
 grouped and the batched product) run unchanged. No tensor of an expert's size is made, stored for backward, or given a
 gradient.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakeet.kernels.low_rank_weight import LowRankSum
+from lorakeet.kernels.low_rank_weight import LowRankWeight
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.layer import ActiveAdapters, noise
 from lorakeet.lora.linear import LoraPair
@@ -38,7 +38,7 @@ class Slot:
 
     @property
     def weight(self) -> nn.Parameter:
-        """The parameter, also while its name leads to a :class:`LowRankSum`."""
+        """The parameter, also while its name leads to a :class:`LowRankWeight`."""
         parameter = self.module._parameters[self.name]
         assert parameter is not None
         return parameter
@@ -110,12 +110,12 @@ class LoraParameter(LoraPair):
             lora_A, lora_B = lora_A[0], lora_B[0]
         return (lora_A.mT, lora_B.mT) if self.transposed else (lora_B, lora_A)
 
-    def low_rank_sum(self, adapters: list[str]) -> LowRankSum:
+    def low_rank_sum(self, adapters: list[str]) -> LowRankWeight:
         """Return W + Σ ΔW, several adapters as one of their summed rank."""
         lefts, rights = zip(*map(self.low_rank_factors, adapters), strict=True)
         if len(adapters) == 1:
-            return LowRankSum(self.base_layer.weight, lefts[0], rights[0])
-        return LowRankSum(self.base_layer.weight, torch.cat(lefts, -1), torch.cat(rights, -2))
+            return LowRankWeight(self.base_layer.weight, lefts[0], rights[0])
+        return LowRankWeight(self.base_layer.weight, torch.cat(lefts, -1), torch.cat(rights, -2))
 
     def _show(self, module: nn.Module, args: Any) -> None:
         if adapters := self.acting:
@@ -144,5 +144,5 @@ class LoraParameter(LoraPair):
         total = self.low_rank_sum(adapters)
         merged = torch.empty_like(total.weight)
         for expert in range(self.experts):  # one expert's ΔW at a time
-            merged[expert] = LowRankSum(total.weight[expert], total.left[expert], total.right[expert]).dense()
+            merged[expert] = LowRankWeight(total.weight[expert], total.left[expert], total.right[expert]).dense()
         return merged

@@ -26,7 +26,8 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorakeet.errors import TrainingError
-from lorakeet.kernels.attention.segment import Pattern, segment_attention
+from lorakeet.kernels.attention.pattern import Pattern
+from lorakeet.kernels.attention.segment import segment_attention
 
 # fmt: off
 #: Architectures (``config.model_type`` of the layers' owner) whose outputs and gradients are tested to equal those of the

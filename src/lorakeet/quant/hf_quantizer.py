@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lorakeet.errors import BaseModelError, ConfigError, did_you_mean
-from lorakeet.kernels.int8.linear import scales_of
+from lorakeet.kernels.int8.format import scale_size
 from lorakeet.quant.int8 import Int8Embedding, Int8Linear, int8_layer, int8_layers, plain_layer, quantize_dense
 from lorakeet.quant.layer_selection import layers_to_quantize, vocabulary_layers
 from lorakeet.quant.mmap_release import MappedFiles
@@ -34,7 +34,7 @@ METHOD = "lorakeet_int8"
 
 @register_quantization_config(METHOD)
 class Int8Config(QuantizationConfigMixin):
-    """Settings of an 8-bit base; :mod:`lorakeet.kernels.int8.linear` describes the rounding.
+    """Settings of an 8-bit base; :mod:`lorakeet.kernels.int8.format` describes the rounding.
 
     Args:
         embeddings: Quantize the input embedding and the head of a language model too.
@@ -105,7 +105,7 @@ class Int8Quantizer(HfQuantizer):
         for name, layer in chosen.items():
             out_features, in_features = dense_shape(layer)
             weight = torch.empty(out_features, in_features, dtype=stored_dtype, device="meta")
-            scales = out_features if name in vocabulary else scales_of(out_features, in_features)
+            scales = out_features if name in vocabulary else scale_size(out_features, in_features)
             scale = torch.empty(scales, dtype=torch.float32, device="meta")
             model.set_submodule(name, int8_layer(layer, weight, scale, layer.weight.dtype))  # type: ignore[arg-type]
         tie_tensors(model, chosen)

@@ -17,21 +17,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakeet.kernels.decoder_step import LinearWeights
-from lorakeet.kernels.int8.linear import (
-    dequantize,
-    input_gradient,
-    int8_linear,
-    product,
-    quantize_rows,
-    quantize_weight,
-    rounding_steps,
-)
+from lorakeet.kernels.int8.format import dequantize, quantize_rows, quantize_weight, rounding_steps
+from lorakeet.kernels.int8.linear import input_gradient, int8_linear, product
 from lorakeet.quant.protocol import QuantizedLayer, QuantizedWeight
 from lorakeet.quant.replace import QuantizedFormat
 
 
 class Int8Weight(NamedTuple):
-    """A weight in 8 bits: int8 [out, in] and the fp32 vector that belongs to it (:mod:`lorakeet.kernels.int8.linear`)."""
+    """A weight in 8 bits: int8 [out, in] and the fp32 vector that belongs to it (:mod:`lorakeet.kernels.int8.format`)."""
 
     weight: Tensor
     scale: Tensor
@@ -106,7 +99,7 @@ class Int8Linear(_Int8Layer):
 
     Attributes:
         weight: int8 [out, in].
-        scale: fp32; its layout is that of :mod:`lorakeet.kernels.int8.linear`.
+        scale: fp32; its layout is that of :mod:`lorakeet.kernels.int8.format`.
         bias: [out] in the base's dtype, or None.
         transposed: Whether the original stored its weight as [in, out].
     """

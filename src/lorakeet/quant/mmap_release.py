@@ -1,7 +1,7 @@
-"""What is resident of the files that a base is read from.
+"""Release resident memory of memory-mapped checkpoint files while they are read.
 
-The files are mapped into memory: what has been read stays resident until the system wants it back, as large as the whole base
-in the end. Here it is given back in between. Nothing is lost: it is read again from the file if it is asked for again.
+Pages of a mapped file stay resident after they are read, in the end as many as the whole base has. Here they are released
+from time to time. Nothing is lost: the system reads a page again when it is needed.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import mmap
 from collections.abc import Iterable
 from pathlib import Path
 
-#: Bytes that may be read until the next time.
+#: Bytes. Pages are released whenever this much has been read.
 EVERY = 1 << 26
 _MAPS = Path("/proc/self/maps")
 
 
 class MappedFiles:
-    """Mappings of some files, made between now and the reading of the first tensor; none on other systems than Linux.
+    """Memory mappings of files, created between the constructor and the first tensor read; Linux only, else empty.
 
-    Nobody else's: whoever has the same file open may have changed values in its memory, and these would be lost.
+    Older mappings of the same files are left alone: changes of values in their memory would be lost.
 
     Args:
-        files: paths of the files.
+        files: Paths of the files.
     """
 
     def __init__(self, files: Iterable[str]) -> None:
@@ -32,17 +32,17 @@ class MappedFiles:
         self.read = 0
 
     def count(self, size: int) -> None:
-        """So many bytes have been read; now and then this gives back what is resident."""
+        """Note that ``size`` bytes have been read; release resident pages every :data:`EVERY` bytes."""
         if self.own is None:
             self.own = self._mappings() - self.others
         self.read += size
         if self.read >= EVERY:
             self.read = 0
-            for start, end in self.own & self._mappings():  # those that are still there
+            for start, end in self.own & self._mappings():  # those that still exist
                 ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
     def _mappings(self) -> set[tuple[int, int]]:
-        """Start and end of each."""
+        """Return the start and end address of each mapping."""
         found = set()
         if self.files and hasattr(mmap, "MADV_DONTNEED") and _MAPS.exists():
             for line in _MAPS.read_text(errors="replace").splitlines():

@@ -1,7 +1,7 @@
 """The contract of a quantized weight, and the questions that other rooms ask about one.
 
 A format is one class that answers :class:`QuantizedWeight`: the tensors of one weight and their products. A layer that holds
-such a weight derives from :class:`QuantizedLayer`. Code outside of this room asks the functions below: ``is_quantized``,
+one derives from :class:`QuantizedLayer`. Code outside of this room asks the functions below: ``is_quantized``,
 ``weight_shape``, ``weight_dtype``, ``dense_weight``, ``weight_rows``. It names no format, and reads neither the dtype nor the
 shape of a stored tensor, which may be packed.
 """
@@ -20,7 +20,7 @@ from lorakeet.kernels.decoder_step import LinearWeights
 
 
 class QuantizedWeight(Protocol):
-    """One frozen weight W [out, in] in a format of its own; a value that refers to its tensors.
+    """Frozen weight W [out, in] in a format of its own; a value that refers to its tensors.
 
     ``kernels.lora_linear`` takes it in place of a dense weight.
     """
@@ -78,7 +78,7 @@ class QuantizedLayer(nn.Module):
     ``weight`` is what layers share when they are tied. No other may be called ``bias``.
 
     Attributes:
-        dtype: The number format of the layer that was quantized; the layer computes in it.
+        dtype: The dtype of the layer before it was quantized; the layer computes in it.
         transposed: Whether that layer stored its weight as [in, out]; a quantized weight never is.
         bias: [out] in ``dtype``, or None.
     """
@@ -99,7 +99,7 @@ class QuantizedLayer(nn.Module):
         return None
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        """Move the layer to another device or number format; the tensors of the weight keep their own dtypes.
+        """Move the layer to another device or dtype; the tensors of the weight keep their own dtypes.
 
         Scales in half precision would change every product.
         """
@@ -117,7 +117,7 @@ class QuantizedLayer(nn.Module):
 
 
 def is_quantized(module: nn.Module | None) -> TypeGuard[QuantizedLayer]:
-    """Whether ``module`` holds its weight in a quantized format; False for a LoRA layer around such a module."""
+    """Return True if ``module`` itself holds its weight in a quantized format; False for a LoRA layer around it."""
     return isinstance(module, QuantizedLayer)
 
 

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.attention_patterns import PATTERNS
 from lorakeet.kernels.attention import cpu
-from lorakeet.kernels.attention.segment import Pattern, segment_attention, segment_attention_reference
+from lorakeet.kernels.attention.pattern import Pattern
+from lorakeet.kernels.attention.segment import segment_attention, segment_attention_reference
 
 LENGTHS = (1, 1, 3, 4, 4, 11)
 
@@ -149,7 +150,7 @@ def test_samples_in_fp32_need_no_call_each(monkeypatch: pytest.MonkeyPatch) -> N
     output = segment_attention(*(row.transpose(1, 2) for row in rows), LENGTHS, Pattern(causal=True))
     for one, other in zip(summed, torch.autograd.grad(output, rows, torch.ones_like(output)), strict=True):
         assert torch.equal(one, other)
-    monkeypatch.setattr(cpu, "takes", lambda *_: False)
+    monkeypatch.setattr(cpu, "supports", lambda *_: False)
     with Calls() as calls:
         segment_attention(*(row.transpose(1, 2) for row in rows), LENGTHS, Pattern(causal=True))
     assert calls.names
@@ -202,14 +203,14 @@ def test_values_of_a_head_that_do_not_lie_side_by_side() -> None:
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
 def test_the_loops_are_not_told_to_read_what_is_not_there() -> None:
     q, k, v = torch.randn(24, 4, 16), torch.randn(24, 2, 16), torch.randn(24, 2, 16)
-    assert cpu.takes(q, k, v, (20, 4))
-    assert not cpu.takes(q, k, v, (20, 5)) and not cpu.takes(q, k, v, (20,))
-    assert not cpu.takes(q, k[:23], v[:23], (20, 4)) and not cpu.takes(q, k, v[:, :1], (20, 4))
-    assert not cpu.takes(q[:, :3], k, v, (20, 4)) and not cpu.takes(q, k[..., :8], v[..., :8], (20, 4))
-    assert not cpu.takes(q.double(), k.double(), v.double(), (20, 4))
-    assert not cpu.takes(*(torch.stack((t, t), -1)[..., 0] for t in (q, k, v)), (20, 4))
+    assert cpu.supports(q, k, v, (20, 4))
+    assert not cpu.supports(q, k, v, (20, 5)) and not cpu.supports(q, k, v, (20,))
+    assert not cpu.supports(q, k[:23], v[:23], (20, 4)) and not cpu.supports(q, k, v[:, :1], (20, 4))
+    assert not cpu.supports(q[:, :3], k, v, (20, 4)) and not cpu.supports(q, k[..., :8], v[..., :8], (20, 4))
+    assert not cpu.supports(q.double(), k.double(), v.double(), (20, 4))
+    assert not cpu.supports(*(torch.stack((t, t), -1)[..., 0] for t in (q, k, v)), (20, 4))
     wide = [torch.randn(24, 2, 144)] * 3
-    assert not cpu.takes(*wide, (24,)) and not cpu.takes(q[:0], k[:0], v[:0], ())
+    assert not cpu.supports(*wide, (24,)) and not cpu.supports(q[:0], k[:0], v[:0], ())
     rows = [t.transpose(0, 1)[None] for t in (q, k, v)]
     with pytest.raises(RuntimeError, match="split"):
         segment_attention(*rows, (20, 5), Pattern(causal=True))

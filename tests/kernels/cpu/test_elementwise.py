@@ -49,7 +49,7 @@ def in_loops_and_in_torch(monkeypatch: Any, names: set[str], function: Callable[
         fast = outcome(function, *given)
     assert ran == names
     with monkeypatch.context() as patch:
-        patch.setattr(bindings, "takes", lambda *_: False)
+        patch.setattr(bindings, "supports", lambda *_: False)
         slow = outcome(function, *given)
         exact = outcome(function, *(t.double() for t in given))
     for mine, plain, true in zip(fast, slow, exact, strict=True):
@@ -115,7 +115,7 @@ def test_dropout_is_that_of_its_mask(monkeypatch: Any, seed: int, p: float, size
     added = y.clone()
     assert drop.plus_dropped(added, x, p, seed) is added
     torch.testing.assert_close(added, y + drop.dropout_reference(x, mask, p), rtol=1e-6, atol=1e-6 * drop.keep_scale(p))
-    monkeypatch.setattr(bindings, "takes", lambda *_: False)
+    monkeypatch.setattr(bindings, "supports", lambda *_: False)
     assert torch.equal(drop.dropped(x, p, seed), drop.dropout_reference(x, mask, p))
 
 

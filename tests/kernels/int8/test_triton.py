@@ -12,6 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.int8_products import assert_close
+from lorakeet.kernels.int8 import gpu
+from lorakeet.kernels.int8.format import dequantize, quantize_rows
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
@@ -34,14 +38,14 @@ def run_checks(**environment: str) -> None:
 
 
 @needs_triton
-def test_interpreted_kernels_equal_their_slow_truths() -> None:
+def test_interpreted_kernels_equal_their_references() -> None:
     run_checks(TRITON_INTERPRET="1")
 
 
 @pytest.mark.gpu
 @needs_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_compiled_kernels_equal_their_slow_truths() -> None:
+def test_compiled_kernels_equal_their_references() -> None:
     run_checks()
 
 
@@ -51,6 +55,13 @@ def test_without_triton_the_module_imports_and_says_so(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "triton", None)
     spec.loader.exec_module(copy)
     assert copy.available(torch.device("cuda")) == (False, "Triton 3.4 or newer is not installed")
+
+
+def test_the_gradient_of_a_vocabulary_is_not_rounded() -> None:
+    """A token has one scale there, which would zero its many small values."""
+    weight, scale = quantize_rows(torch.randn(300, 48))
+    g = torch.randn(20, 300)
+    assert_close(gpu.input_gradient(g, weight, scale), g @ dequantize(weight, scale), 1e-5)
 
 
 @needs_triton

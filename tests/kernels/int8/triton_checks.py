@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from lorakeet.errors import LorakeetError
-from lorakeet.kernels.int8 import linear, triton
+from lorakeet.kernels.int8 import triton
+from lorakeet.kernels.int8.format import quantize_rows
+from lorakeet.kernels.int8.reference import int8_linear_reference
 from lorakeet.kernels.int8.triton import SLOTS, kernels
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
@@ -39,7 +41,7 @@ def normal(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
 
 
 def layer(inner: int, out: int) -> tuple[torch.Tensor, torch.Tensor]:
-    weight, scale = linear.quantize_rows(normal(out, inner) / inner**0.5 * torch.rand(out, 1, device=DEVICE))
+    weight, scale = quantize_rows(normal(out, inner) / inner**0.5 * torch.rand(out, 1, device=DEVICE))
     return weight, scale
 
 
@@ -72,7 +74,7 @@ def test_rows_are_rounded_as_by_the_plain_function(
         x[-1] = 0
         for view, multiplier in zip(odd_views(x), (None, factor, factor), strict=True):
             rounded, scale, apart = triton.quantize_activations(view, multiplier)
-            right, right_scale = linear.quantize_rows(x if multiplier is None else x.float() * multiplier)
+            right, right_scale = quantize_rows(x if multiplier is None else x.float() * multiplier)
             assert apart is None and torch.equal(scale, right_scale) and torch.equal(rounded, right)
             assert float(scale[-1]) == 1.0
 
@@ -86,7 +88,7 @@ def test_halves_are_rounded_to_even_and_tiny_rows_to_zeros() -> None:
 def test_a_row_that_the_strides_repeat() -> None:
     x = normal(1, 40).expand(5, 40)
     rounded, scale, _ = triton.quantize_activations(x)
-    right, right_scale = linear.quantize_rows(x)
+    right, right_scale = quantize_rows(x)
     assert torch.equal(rounded, right) and torch.equal(scale, right_scale)
 
 
@@ -135,7 +137,7 @@ def test_columns_that_are_split_off(
         rounded, scale, apart = triton.quantize_activations(x, split=split)
         rest = x.clone()
         rest[:, right] = 0
-        plain, plain_scale = linear.quantize_rows(rest)
+        plain, plain_scale = quantize_rows(rest)
         assert torch.equal(rounded, plain) and torch.equal(scale, plain_scale)
         assert torch.equal(apart[:, : len(right)], x[:, right]) and not apart[:, len(right) :].any()
 
@@ -250,7 +252,7 @@ def test_the_split_keeps_the_other_columns_exact(monkeypatch: pytest.MonkeyPatch
     x, (weight, scale) = normal(64, 256), layer(256, 64)
     x[:, [5, 17, 200]] *= 100
     weight[:, [5, 17, 200]] = 0  # what is left is the part that plain rounding loses
-    truth = linear.int8_linear_reference(x.double(), weight, scale)
+    truth = int8_linear_reference(x.double(), weight, scale)
     errors = []
     for limit in (triton.OUTLIER, float("inf")):
         monkeypatch.setattr(triton, "OUTLIER", limit)

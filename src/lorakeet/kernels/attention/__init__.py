@@ -1,1 +1,1 @@
-"""Attention within packed samples: ``segment`` (reference and choice), ``cpu``, ``backends`` (GPUs)."""
+"""Attention within packed samples: ``pattern``, ``segment`` (reference and choice), ``backends`` (GPUs), ``cpu``."""

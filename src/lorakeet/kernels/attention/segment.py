@@ -1,4 +1,4 @@
-"""Attention of several samples that lie end to end in one row, each seeing itself alone.
+"""Attention of several samples packed end to end into one row; no sample sees another.
 
     o_i = Σ_j softmax_j(c(s·q_i·k_j)) v_j ,   over the positions j of i's own sample that i may see
 
@@ -6,17 +6,16 @@ with s the scale and c(x) = x, or t·tanh(x/t) where scores are capped at t (Gem
 i - w < j ≤ i, bidirectional |i - j| ≤ w. Key and value heads may be fewer than query heads; each serves
 h/h_kv neighbouring ones (grouped-query attention, Ainslie et al. 2023, arXiv:2305.13245) without being copied.
 
-Neighbouring samples of equal length are one batch: a view of the row, nothing is gathered and nothing is padded. On a
-CPU forward and backward of all batches are one node of autograd, which keeps the output once and no slices; in fp32 they are
-one call of compiled loops each (:mod:`lorakeet.kernels.attention.cpu`). On an NVIDIA GPU a kernel takes the whole row, where
-there is one for the pattern (:mod:`lorakeet.kernels.attention.backends`).
+Neighbouring samples of equal length form one batch: a view of the row, without gathering or padding. On a CPU all batches
+together are one autograd node, which saves the output once and no slices. In fp32 forward and backward are one call of a
+compiled kernel each (:mod:`lorakeet.kernels.attention.cpu`). On an NVIDIA GPU one kernel takes the whole row, if there is
+one for the pattern (:mod:`lorakeet.kernels.attention.backends`).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,41 +23,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakeet.kernels.attention import cpu
-from lorakeet.kernels.attention.backends import choose_path, kernels_on, varlen_attention
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """Which positions of its own sample a position sees, and how scores become weights."""
-
-    causal: bool
-    window: int | None = None
-    softcap: float | None = None
-    dropout: float = 0.0  # of the weights; drawn from torch's default generator
-
-    def mask(self, length: int, device: torch.device) -> Tensor | None:
-        """[length, length] bool, True where row sees column; None where ``causal`` alone says it."""
-        if self.window is None or length <= self.window:
-            return None
-        ahead = torch.arange(length, device=device)
-        distance = ahead[:, None] - ahead[None, :]
-        if self.causal:
-            return (distance >= 0) & (distance < self.window)
-        return distance.abs() <= self.window
+from lorakeet.kernels.attention.backends import available_kernels, choose_backend, packed_attention
+from lorakeet.kernels.attention.pattern import Pattern
 
 
 def segment_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], pattern: Pattern, scale: float | None = None
 ) -> Tensor:
-    """The slow truth: one dense score matrix over the whole row, blocks of other samples masked. No dropout."""
+    """Compute the reference: one dense score matrix over the whole row, other samples masked; no dropout.
+
+    Args:
+        q: [1, h, total, d].
+        k: [1, h_kv, total, d].
+        v: [1, h_kv, total, d_v].
+        lengths: Positions of each sample.
+        pattern: Which positions see which.
+        scale: s above; 1/√d if None.
+
+    Returns:
+        [1, total, h, d_v].
+    """
     rep = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(rep, dim=1) for t in (k, v))
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)  # [1, h, total, total]
     if pattern.softcap is not None:
         scores = torch.tanh(scores / pattern.softcap) * pattern.softcap
     sample = torch.repeat_interleave(torch.tensor(lengths, device=q.device))
-    place = torch.arange(q.shape[2], device=q.device)
-    distance = place[:, None] - place[None, :]
+    positions = torch.arange(q.shape[2], device=q.device)
+    distance = positions[:, None] - positions[None, :]
     sees = sample[:, None] == sample[None, :]
     if pattern.causal:
         sees &= distance >= 0
@@ -69,22 +61,21 @@ def segment_attention_reference(
 
 
 def _softmax(scores: Tensor) -> Tensor:
-    """Over the last axis, summed in fp32 at least."""
+    """Compute softmax over the last axis, summed in fp32 or wider."""
     return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
 
 
 def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], pattern: Pattern, scale: float | None = None
 ) -> Tensor:
-    """Attention within each sample of a row.
+    """Compute attention within each sample of a row.
 
     Args:
         q: [1, h, total, d].
         k: [1, h_kv, total, d], h a multiple of h_kv.
         v: [1, h_kv, total, d_v].
-        lengths: Positions of each sample, in the order they lie; their sum is ``total``. Samples of one length should
-            be neighbours.
-        pattern: Who sees whom.
+        lengths: Positions of each sample, in order; their sum is ``total``. Samples of one length should be neighbours.
+        pattern: Which positions see which.
         scale: s above; 1/√d if None.
 
     Returns:
@@ -93,36 +84,36 @@ def segment_attention(
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     runs = [(len(list(same)), length) for length, same in itertools.groupby(lengths) if length]
-    rows = [t[0].transpose(0, 1) for t in (q, k, v)]  # [total, heads, d]
+    packed = [t[0].transpose(0, 1) for t in (q, k, v)]  # [total, heads, d]
     heads, widths = (q.shape[1], k.shape[1]), (q.shape[-1], v.shape[-1])
-    path = choose_path(kernels_on(q.device), q.device.type, q.dtype, heads, widths, pattern)
-    real = tuple(length for length in lengths if length)
-    if path == "cpu":
+    backend = choose_backend(available_kernels(q.device), q.device.type, q.dtype, heads, widths, pattern)
+    present = tuple(length for length in lengths if length)
+    if backend == "cpu":
         output: Tensor
-        queries, keys, values = (_beside(row) for row in rows)
-        if cpu.takes(queries, keys, values, real):
-            output = _LoopAttention.apply(queries, keys, values, real, pattern, scale)
+        queries, keys, values = (_with_adjacent_values(t) for t in packed)
+        if cpu.supports(queries, keys, values, present):
+            output = _LoopAttention.apply(queries, keys, values, present, pattern, scale)
         else:
             output = _FlashAttention.apply(queries, keys, values, runs, pattern, scale)
         return output[None]
-    if path in ("varlen", "flash_attn"):
-        return varlen_attention(path, rows[0], rows[1], rows[2], real, pattern, scale)[None]
-    attend = _attend if path == "batches" else _attend_capped
+    if backend in ("torch_varlen", "flash_attn"):
+        return packed_attention(backend, packed[0], packed[1], packed[2], present, pattern, scale)[None]
+    attend = _attend if backend == "sdpa" else _attend_capped
     outputs = [
         attend(q_, k_, v_, pattern, scale).transpose(1, 2).flatten(0, 1)  # [count·length, h, d_v]
-        for q_, k_, v_ in zip(*(_batches(row, runs) for row in rows), strict=True)
+        for q_, k_, v_ in zip(*(_batches(t, runs) for t in packed), strict=True)
     ]
     return torch.cat(outputs)[None]
 
 
-def _batches(row: Tensor, runs: list[tuple[int, int]]) -> list[Tensor]:
-    """Views [count, heads, length, d] of a row [total, heads, d], one for each run of equal lengths."""
-    parts = row.split([count * length for count, length in runs])
+def _batches(packed: Tensor, runs: list[tuple[int, int]]) -> list[Tensor]:
+    """Return views [count, heads, length, d] of a row [total, heads, d], one for each run of equal lengths."""
+    parts = packed.split([count * length for count, length in runs])
     return [part.unflatten(0, run).transpose(1, 2) for part, run in zip(parts, runs, strict=True)]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float | None) -> Tensor:
-    """[count, h, length, d] each -> [count, h, length, d_v], by torch's own kernels."""
+    """Compute attention of equal samples, [count, h, length, d] each, with torch's kernels; [count, h, length, d_v]."""
     mask = pattern.mask(q.shape[2], q.device)
     return F.scaled_dot_product_attention(
         q,
@@ -137,7 +128,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float | No
 
 
 def _attend_capped(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float | None) -> Tensor:
-    """As :func:`_attend`, with capped scores, which torch's kernels do not know; O(length²) memory for each head."""
+    """Compute what :func:`_attend` does with capped scores, in plain torch; O(length²) memory for each head."""
     assert pattern.softcap is not None
     length, heads = q.shape[2], k.shape[1]
     rep = q.shape[1] // heads
@@ -155,7 +146,7 @@ def _attend_capped(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: flo
 
 
 class _LoopAttention(torch.autograd.Function):
-    """q [total, h, d], k and v [total, h_kv, d] -> [total, h, d]: compiled loops, all samples at once."""
+    """q [total, h, d], k and v [total, h_kv, d] -> [total, h, d]: the compiled kernel, all samples at once."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -168,7 +159,7 @@ class _LoopAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return *cpu.backward(_beside(grad), *ctx.saved_tensors, *ctx.settings), None, None, None
+        return *cpu.backward(_with_adjacent_values(grad), *ctx.saved_tensors, *ctx.settings), None, None, None
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -202,7 +193,7 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         q, k, v, output, *sums = ctx.saved_tensors
-        grad = _beside(grad)
+        grad = _with_adjacent_values(grad)
         gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
         batches = zip(*(_batches(t, ctx.runs) for t in (grad, q, k, v, output, *gradients)), strict=True)
         for (g_, q_, k_, v_, o_, *to), lse in zip(batches, sums, strict=True):
@@ -214,13 +205,13 @@ class _FlashAttention(torch.autograd.Function):
         return (*gradients, None, None, None)
 
 
-def _beside(row: Tensor) -> Tensor:
-    """The values of a head side by side, as the kernels read them without asking."""
-    return row if row.stride(2) == 1 else row.contiguous()
+def _with_adjacent_values(packed: Tensor) -> Tensor:
+    """Return a tensor [total, heads, d] whose last axis has stride 1; the kernels assume it without checking."""
+    return packed if packed.stride(2) == 1 else packed.contiguous()
 
 
 def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """What is added to scores: 0 where the mask is True, -∞ elsewhere; [1, 1, length, length]."""
+    """Return the bias of the scores: 0 where the mask is True, -∞ elsewhere; [1, 1, length, length]."""
     if mask is None:
         return None
     return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(~mask, float("-inf"))[None, None]

@@ -1,1 +1,1 @@
-"""Compiled loops on a CPU: ``bindings`` compiles and calls ``csrc``; ``memory`` holds short-lived buffers."""
+"""Loops in C on the CPU: build, features, shared layout, products and elementwise operations."""

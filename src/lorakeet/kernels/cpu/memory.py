@@ -1,9 +1,9 @@
-"""Memory on a CPU for results that are soon given back, so that training takes a third less of it.
+"""Short-lived CPU buffers, sized to avoid heap fragmentation (training uses a third less memory).
 
-glibc's ``posix_memalign``, where torch's memory comes from, looks for up to 96 bytes more than it is asked for. So a tensor
-does not fit where another one of its size lay before, and each layer of a forward pass leaves a hole in the heap for every
-result that is not kept. Here such results are made a little larger than they are, each less so than the one before it: what
-comes next, kept or not, fits where it lay.
+torch allocates with glibc's ``posix_memalign``, which searches for up to 96 bytes more than it is asked for. A tensor then does
+not fit into the hole that one of its own size left, and each layer of a forward pass leaves a hole for every result that it
+frees. Here such results are padded, each a little less than the one before. The next tensor, short-lived or not, then fits into
+the hole.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import threading
 import torch
 from torch import Tensor
 
-#: A result is larger by more than those 96 bytes, and by that less than the one before, until all STEPS have been taken.
+#: Bytes. The padding decreases by STEP from one result to the next (more than the 96 bytes), and starts again after STEPS.
 STEP, STEPS = 128, 512
-#: So many times as large as what it is larger by is a result at least: smaller ones take fewer steps, the smallest none.
+#: Padding is at most 1/64 of a result's size; results too small for one STEP get none.
 _SHARE = 64
 _turn = itertools.count()
 
 
-def passing(like: Tensor, *shape: int) -> Tensor:
-    """An empty tensor of ``like``'s dtype and device, for a result that is soon given back; its storage may be larger."""
+def transient_empty(like: Tensor, *shape: int) -> Tensor:
+    """Allocate a tensor for a short-lived result, of ``like``'s dtype and device; its storage may be padded."""
     size = like.element_size()
     count = math.prod(shape)
     steps = min(STEPS, count * size // (STEP * _SHARE))
@@ -33,18 +33,18 @@ def passing(like: Tensor, *shape: int) -> Tensor:
 
 
 class _Workspace(threading.local):
-    """Bytes of a thread that stay."""
+    """Scratch memory of one thread; it grows and is never freed."""
 
     def __init__(self) -> None:
-        self.kept = torch.empty(0, dtype=torch.int8)
+        self.buffer = torch.empty(0, dtype=torch.int8)
 
 
 _workspace = _Workspace()
 
 
 def workspace(count: int, dtype: torch.dtype) -> Tensor:
-    """An empty tensor [count] on the CPU for use until this thread asks again."""
+    """Return an uninitialized CPU tensor [count], valid until this thread asks again."""
     size = count * dtype.itemsize
-    if _workspace.kept.numel() < size:
-        _workspace.kept = torch.empty(size, dtype=torch.int8)
-    return _workspace.kept[:size].view(dtype)
+    if _workspace.buffer.numel() < size:
+        _workspace.buffer = torch.empty(size, dtype=torch.int8)
+    return _workspace.buffer[:size].view(dtype)

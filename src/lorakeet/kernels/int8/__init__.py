@@ -1,1 +1,1 @@
-"""Eight-bit products: ``linear`` (the operation and the choice of back end), ``triton`` (NVIDIA GPUs)."""
+"""Eight-bit products: ``linear`` (the operation), ``format`` (weights and scales), ``registry`` (the back ends)."""

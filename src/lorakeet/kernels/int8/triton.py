@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.errors import LorakeetError
-from lorakeet.kernels.int8 import linear
+from lorakeet.kernels.int8.format import dequantize, quantize_rows
 
 try:
     import triton  # type: ignore
@@ -240,9 +240,9 @@ def product_reference(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, low: Low | None = None
 ) -> Tensor:
     """What :func:`product` computes, in fp64 after the rounding, n > 0."""
-    columns, inner, wide = split_columns_reference(x), x.clone(), linear.dequantize(weight, scale, torch.float64)
+    columns, inner, wide = split_columns_reference(x), x.clone(), dequantize(weight, scale, torch.float64)
     inner[:, columns] = 0
-    rounded, row_scale = linear.quantize_rows(inner)
+    rounded, row_scale = quantize_rows(inner)
     h = (rounded.double() * row_scale.double()[:, None]) @ wide.T + x[:, columns].double() @ wide[:, columns].T
     h = h if bias is None else h + bias.double()
     return h if low is None else h + low[0].double() @ low[1].double().T
@@ -250,5 +250,5 @@ def product_reference(
 
 def input_gradient_reference(g: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """What :func:`input_gradient` computes, in fp64 after the rounding."""
-    rounded, row_scale = linear.quantize_rows(g.float() * scale)
+    rounded, row_scale = quantize_rows(g.float() * scale)
     return (rounded.double() * row_scale.double()[:, None]) @ weight.double()

@@ -1,42 +1,43 @@
-/* What the files of compiled loops share. */
-#ifndef LORAKEET_NATIVE_H
-#define LORAKEET_NATIVE_H
+/* Vectors, threads and the exponential, shared by all files. */
+#ifndef LORAKEET_COMMON_H
+#define LORAKEET_COMMON_H
 
+#include "abi.h"
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 
-/* A loop over `count` rows of `each` values is spread over threads where it is worth it. */
+/* Spread a loop over `count` rows of `each` values over threads; below 32768 values a fork costs more than it saves. */
 #define TEXT(x) #x
 #define PRAGMA(x) _Pragma(TEXT(x))
-#define OF_ROWS(count, each) PRAGMA(omp parallel for schedule(static) if ((count) * (each) > 32768))
+#define PARALLEL_ROWS(count, each) PRAGMA(omp parallel for schedule(static) if ((count) * (each) > 32768))
 
-/* Vectors of the width that the processor has. */
+/* VLEN: floats in a vector of this processor. `unaligned` is the same vector at any address of a float. */
 #if defined(__AVX512BW__)
-#define WIDTH 16
+#define VLEN 16
 #else
-#define WIDTH 8
+#define VLEN 8
 #endif
-typedef float floats __attribute__((vector_size(4 * WIDTH)));
-typedef float anywhere __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef float floats __attribute__((vector_size(4 * VLEN)));
+typedef float unaligned __attribute__((vector_size(4 * VLEN), aligned(4)));
 
-static inline ptrdiff_t least(ptrdiff_t a, ptrdiff_t b)
+static inline ptrdiff_t min_of(ptrdiff_t a, ptrdiff_t b)
 {
     return a < b ? a : b;
 }
 
 static inline floats load(const float *x)
 {
-    return *(const anywhere *)x;
+    return *(const unaligned *)x;
 }
 
 static inline void store(float *x, floats v)
 {
-    *(anywhere *)x = v;
+    *(unaligned *)x = v;
 }
 
-/* e^x to two units of rounding, so that the compiler can make vectors of it: x = n log 2 + r, log 2 in two parts (Cephes).
- * Below -87 it stays at 2e-38, above 88 at 2e38; NaN stays NaN. */
+/* e^x with an error of at most two ulp, in a form that the compiler vectorises: x = n log 2 + r, log 2 in two parts
+ * (Cephes). x is clamped to -87 (2e-38) and 88 (2e38); NaN stays NaN. */
 static inline float exponential(float x)
 {
     x = x < -87.0f ? -87.0f : x;
@@ -55,7 +56,8 @@ static inline float exponential(float x)
     return (fmaf(p, r * r, r) + 1.0f) * power.value;
 }
 
-void few_rows(const float *x, const int8_t *weight, const float *scale, const float *columns, const float *bias, float *h,
-              ptrdiff_t n, ptrdiff_t out, ptrdiff_t in);
+/* Defined in gemv_w8.c; decoder_layer.c calls it too. */
+void lk_gemv_w8(const float *x, const int8_t *weight, const float *row_scale, const float *column_scale, const float *bias,
+                float *h, ptrdiff_t n, ptrdiff_t out, ptrdiff_t in);
 
 #endif

@@ -1,64 +1,40 @@
-/* One new token of each of n texts through a decoder layer of the Llama family, its weights in 8 bits.
+/* One new token of each of n texts through a decoder layer of the Llama family with int8 weights.
  *
- * Two calls, since between them the cache takes the new key and value: what is done before, and what after.
- * The products themselves are few_rows(); what lies between them are single passes over small vectors.
+ * Two calls, before and after attention: the cache appends the new key and value between them. The products are
+ * lk_gemv_w8(); everything else is a single pass over small vectors. Reference: the layer's own forward
+ * (inference/fast_decode.py compares).
  */
 #include "common.h"
 #include <math.h>
 
-/* A linear layer, and the low-rank update s B A x of an adapter where rank > 0. */
-struct linear {
-    const int8_t *weight;      /* [out, in] */
-    const float *scale;        /* [out] */
-    const float *columns;      /* [in], or NULL */
-    const float *places;       /* [kept]: columns that are not rounded, as numbers */
-    const float *values;       /* [kept, out]: theirs */
-    const float *bias;         /* [out], or NULL */
-    const float *a, *b;        /* [rank, in] and [out, rank] */
-    ptrdiff_t out, in, rank, kept;
-    float scaling;
-};
-
-struct norm {
-    const float *weight; /* NULL: there is none */
-    float eps;
-};
-
-struct layer {
-    struct linear q, k, v, o, gate, up, down;
-    struct norm before, after, of_q, of_k; /* of_q and of_k for each head */
-    ptrdiff_t heads, cached, dim;          /* heads of q; of k and v; their width */
-    float scaling;
-};
-
-/* h [n, out] from x [n, in]; `low` has room for n * rank values. */
-static void multiply(const struct linear *l, const float *x, float *h, float *low, ptrdiff_t n)
+/* h [n, out] from x [n, in]; `low_rank` is a workspace of n * rank values. */
+static void decoder_linear(const struct lk_linear *l, const float *x, float *h, float *low_rank, ptrdiff_t n)
 {
-    few_rows(x, l->weight, l->scale, l->columns, l->bias, h, n, l->out, l->in);
-    for (ptrdiff_t at = 0; at < n * l->kept; at++) {
-        const ptrdiff_t i = at / l->kept, c = at % l->kept;
-        const float one = x[i * l->in + (ptrdiff_t)l->places[c]];
+    lk_gemv_w8(x, l->weight, l->row_scale, l->column_scale, l->bias, h, n, l->out, l->in);
+    for (ptrdiff_t at = 0; at < n * l->outliers; at++) {
+        const ptrdiff_t i = at / l->outliers, c = at % l->outliers;
+        const float one = x[i * l->in + (ptrdiff_t)l->outlier_positions[c]];
         for (ptrdiff_t j = 0; j < l->out; j++)
-            h[i * l->out + j] += one * l->values[c * l->out + j];
+            h[i * l->out + j] += one * l->outlier_values[c * l->out + j];
     }
     for (ptrdiff_t at = 0; at < n * l->rank; at++) {
         const float *row = x + at / l->rank * l->in, *a = l->a + at % l->rank * l->in;
         float sum = 0;
         for (ptrdiff_t k = 0; k < l->in; k++)
             sum += row[k] * a[k];
-        low[at] = sum * l->scaling;
+        low_rank[at] = sum * l->scaling;
     }
     for (ptrdiff_t i = 0; l->rank && i < n; i++)
         for (ptrdiff_t j = 0; j < l->out; j++) {
             float sum = 0;
             for (ptrdiff_t r = 0; r < l->rank; r++)
-                sum += low[i * l->rank + r] * l->b[j * l->rank + r];
+                sum += low_rank[i * l->rank + r] * l->b[j * l->rank + r];
             h[i * l->out + j] += sum;
         }
 }
 
 /* to = x / sqrt(mean(x^2) + eps) * weight for rows x [n, width]; `to` may be x. */
-static void normalise(const struct norm *norm, const float *x, float *to, ptrdiff_t n, ptrdiff_t width)
+static void decoder_norm(const struct lk_norm *norm, const float *x, float *to, ptrdiff_t n, ptrdiff_t width)
 {
     for (ptrdiff_t i = 0; i < n; i++) {
         const float *row = x + i * width;
@@ -72,8 +48,8 @@ static void normalise(const struct norm *norm, const float *x, float *to, ptrdif
 }
 
 /* Rotary positions in place, x [n, heads, dim]: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), its halves. */
-static void rotate(float *x, const float *cosine, const float *sine, ptrdiff_t step, ptrdiff_t n, ptrdiff_t heads,
-                   ptrdiff_t dim)
+static void decoder_rotate(float *x, const float *cosine, const float *sine, ptrdiff_t step, ptrdiff_t n, ptrdiff_t heads,
+                           ptrdiff_t dim)
 {
     const ptrdiff_t half = dim / 2;
     for (ptrdiff_t at = 0; at < n * heads; at++) {
@@ -87,35 +63,36 @@ static void rotate(float *x, const float *cosine, const float *sine, ptrdiff_t s
     }
 }
 
-/* x [n, hidden] -> q [n, heads, dim], k and v [n, cached, dim]. Cosine and sine are [dim], each text `step` further. */
-void before_attention(const struct layer *layer, const float *x, const float *cosine, const float *sine, ptrdiff_t step,
-                      float *q, float *k, float *v, float *room, ptrdiff_t n)
+/* x [n, hidden] -> q [n, heads, dim], k and v [n, kv_heads, dim]. Cosine and sine are [dim], `step` floats apart from text
+ * to text. */
+void lk_before_attention(const struct lk_layer *layer, const float *x, const float *cosine, const float *sine,
+                         ptrdiff_t step, float *q, float *k, float *v, float *workspace, ptrdiff_t n)
 {
-    float *normed = room, *low = normed + n * layer->q.in;
-    normalise(&layer->before, x, normed, n, layer->q.in);
-    multiply(&layer->q, normed, q, low, n);
-    multiply(&layer->k, normed, k, low, n);
-    multiply(&layer->v, normed, v, low, n);
+    float *normed = workspace, *low_rank = normed + n * layer->q.in;
+    decoder_norm(&layer->before, x, normed, n, layer->q.in);
+    decoder_linear(&layer->q, normed, q, low_rank, n);
+    decoder_linear(&layer->k, normed, k, low_rank, n);
+    decoder_linear(&layer->v, normed, v, low_rank, n);
     if (layer->of_q.weight) {
-        normalise(&layer->of_q, q, q, n * layer->heads, layer->dim);
-        normalise(&layer->of_k, k, k, n * layer->cached, layer->dim);
+        decoder_norm(&layer->of_q, q, q, n * layer->heads, layer->head_width);
+        decoder_norm(&layer->of_k, k, k, n * layer->kv_heads, layer->head_width);
     }
-    rotate(q, cosine, sine, step, n, layer->heads, layer->dim);
-    rotate(k, cosine, sine, step, n, layer->cached, layer->dim);
+    decoder_rotate(q, cosine, sine, step, n, layer->heads, layer->head_width);
+    decoder_rotate(k, cosine, sine, step, n, layer->kv_heads, layer->head_width);
 }
 
-/* softmax(scaling q K^T) V for q [n, heads, dim], K and V [n, cached, length, dim]; what seen [n, length] denies counts
- * nothing. */
-static void attend(const struct layer *layer, const float *q, const float *keys, const float *values, const uint8_t *seen,
-                   float *to, float *room, ptrdiff_t n, ptrdiff_t length)
+/* softmax(scaling q K^T) V for q [n, heads, dim], K and V [n, kv_heads, length, dim]; keys that `seen` [n, length] denies
+ * are masked. */
+static void decoder_attend(const struct lk_layer *layer, const float *q, const float *keys, const float *values,
+                           const uint8_t *seen, float *to, float *workspace, ptrdiff_t n, ptrdiff_t length)
 {
-    const ptrdiff_t heads = layer->heads, dim = layer->dim, each = heads / layer->cached;
-    OF_ROWS(n * heads, dim * length)
+    const ptrdiff_t heads = layer->heads, dim = layer->head_width, each = heads / layer->kv_heads;
+    PARALLEL_ROWS(n * heads, dim * length)
     for (ptrdiff_t at = 0; at < n * heads; at++) {
-        const ptrdiff_t text = at / heads, pair = text * layer->cached + at % heads / each;
-        const float *key = keys + pair * length * dim, *value = values + pair * length * dim, *query = q + at * dim;
+        const ptrdiff_t text = at / heads, kv = text * layer->kv_heads + at % heads / each;
+        const float *key = keys + kv * length * dim, *value = values + kv * length * dim, *query = q + at * dim;
         const uint8_t *allowed = seen ? seen + text * length : NULL;
-        float *weights = room + at * length, *h = to + at * dim;
+        float *weights = workspace + at * length, *h = to + at * dim;
         float largest = -INFINITY, sum = 0;
         for (ptrdiff_t t = 0; t < length; t++) {
             float score = 0;
@@ -139,22 +116,23 @@ static void attend(const struct layer *layer, const float *q, const float *keys,
 }
 
 /* h [n, hidden] = x + o(attention), and then + down(silu(gate) up) of its norm. */
-void after_attention(const struct layer *layer, const float *x, const float *q, const float *keys, const float *values,
-                     const uint8_t *seen, float *h, float *room, ptrdiff_t n, ptrdiff_t length)
+void lk_after_attention(const struct lk_layer *layer, const float *x, const float *q, const float *keys,
+                        const float *values, const uint8_t *seen, float *h, float *workspace, ptrdiff_t n,
+                        ptrdiff_t length)
 {
     const ptrdiff_t hidden = layer->o.out, inner = layer->gate.out;
-    float *mixed = room, *normed = mixed + n * layer->o.in, *gate = normed + n * hidden, *up = gate + n * inner,
-          *low = up + n * inner;
-    attend(layer, q, keys, values, seen, mixed, gate, n, length);
-    multiply(&layer->o, mixed, h, low, n);
+    float *mixed = workspace, *normed = mixed + n * layer->o.in, *gate = normed + n * hidden, *up = gate + n * inner,
+          *low_rank = up + n * inner;
+    decoder_attend(layer, q, keys, values, seen, mixed, gate, n, length);
+    decoder_linear(&layer->o, mixed, h, low_rank, n);
     for (ptrdiff_t k = 0; k < n * hidden; k++)
         h[k] += x[k];
-    normalise(&layer->after, h, normed, n, hidden);
-    multiply(&layer->gate, normed, gate, low, n);
-    multiply(&layer->up, normed, up, low, n);
+    decoder_norm(&layer->after, h, normed, n, hidden);
+    decoder_linear(&layer->gate, normed, gate, low_rank, n);
+    decoder_linear(&layer->up, normed, up, low_rank, n);
     for (ptrdiff_t k = 0; k < n * inner; k++)
         gate[k] = gate[k] / (1.0f + exponential(-gate[k])) * up[k];
-    multiply(&layer->down, gate, normed, low, n);
+    decoder_linear(&layer->down, gate, normed, low_rank, n);
     for (ptrdiff_t k = 0; k < n * hidden; k++)
         h[k] += normed[k];
 }

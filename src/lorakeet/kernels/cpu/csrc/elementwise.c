@@ -1,6 +1,7 @@
-/* What a training step does to activations between its products, in one pass each over memory, in fp32.
+/* Operations of a training step between its products, in fp32, each in one pass over memory.
  *
- * Plain C: the compiler makes vectors of these loops. Their slow truth is in gated.py, rms_norm.py and rotary.py.
+ * Plain C: the compiler vectorises these loops. References: glu.py, rms_norm.py, rotary.py, dropout.py and
+ * linear_cross_entropy.py.
  */
 #include "common.h"
 
@@ -29,7 +30,7 @@ static inline float wide_of(uint16_t narrow)
     return wide.value;
 }
 
-/* The nearest bfloat16, of two the even one; NaN stays NaN. */
+/* Round to bfloat16, ties to even; NaN stays NaN. */
 static inline uint16_t narrow_of(float x)
 {
     union {
@@ -44,55 +45,56 @@ static inline float itself(float x)
     return x;
 }
 
-#define SHARED PRAGMA(omp parallel for schedule(static) if (size > 32768))
-#define GATED(NAME, KIND)                                                                                                 \
-    static void NAME(const float *gate, const float *up, float *h, ptrdiff_t size)                                        \
-    {                                                                                                                     \
-        SHARED                                                                                                            \
-        for (ptrdiff_t i = 0; i < size; i++)                                                                              \
-            h[i] = gate[i] * logistic(gate[i], KIND) * up[i];                                                             \
+#define PARALLEL PRAGMA(omp parallel for schedule(static) if (size > 32768))
+#define GATED(NAME, KIND)                                                                                              \
+    static void NAME(const float *gate, const float *up, float *h, ptrdiff_t size)                                     \
+    {                                                                                                                  \
+        PARALLEL                                                                                                       \
+        for (ptrdiff_t i = 0; i < size; i++)                                                                           \
+            h[i] = gate[i] * logistic(gate[i], KIND) * up[i];                                                          \
     }
-#define GATED_KEEPING(NAME, KIND)                                                                                         \
-    static void NAME(const float *gate, const float *up, float *h, uint16_t *kept_gate, uint16_t *kept_up, ptrdiff_t size) \
-    {                                                                                                                     \
-        SHARED                                                                                                            \
-        for (ptrdiff_t i = 0; i < size; i++) {                                                                            \
-            h[i] = gate[i] * logistic(gate[i], KIND) * up[i];                                                             \
-            kept_gate[i] = narrow_of(gate[i]);                                                                            \
-            kept_up[i] = narrow_of(up[i]);                                                                                \
-        }                                                                                                                 \
+#define GATED_SAVING(NAME, KIND)                                                                                       \
+    static void NAME(const float *gate, const float *up, float *h, uint16_t *bf16_gate, uint16_t *bf16_up, ptrdiff_t size) \
+    {                                                                                                                  \
+        PARALLEL                                                                                                       \
+        for (ptrdiff_t i = 0; i < size; i++) {                                                                         \
+            h[i] = gate[i] * logistic(gate[i], KIND) * up[i];                                                          \
+            bf16_gate[i] = narrow_of(gate[i]);                                                                         \
+            bf16_up[i] = narrow_of(up[i]);                                                                             \
+        }                                                                                                              \
     }
-#define GATED_BACKWARD(NAME, KIND, TYPE, WIDE)                                                                            \
-    static void NAME(const float *grad, const TYPE *gate, const TYPE *up, float *dgate, float *dup, ptrdiff_t size)       \
-    {                                                                                                                     \
-        SHARED                                                                                                            \
-        for (ptrdiff_t i = 0; i < size; i++) {                                                                            \
-            const float a = WIDE(gate[i]), s = logistic(a, KIND), g = grad[i];                                            \
-            dgate[i] = g * WIDE(up[i]) * slope(a, s, KIND);                                                               \
-            dup[i] = g * a * s;                                                                                           \
-        }                                                                                                                 \
+#define GATED_BACKWARD(NAME, KIND, TYPE, WIDE)                                                                         \
+    static void NAME(const float *grad, const TYPE *gate, const TYPE *up, float *dgate, float *dup, ptrdiff_t size)    \
+    {                                                                                                                  \
+        PARALLEL                                                                                                       \
+        for (ptrdiff_t i = 0; i < size; i++) {                                                                         \
+            const float a = WIDE(gate[i]), s = logistic(a, KIND), g = grad[i];                                         \
+            dgate[i] = g * WIDE(up[i]) * slope(a, s, KIND);                                                            \
+            dup[i] = g * a * s;                                                                                        \
+        }                                                                                                              \
     }
 GATED(silu, SILU)
 GATED(gelu_tanh, GELU_TANH)
-GATED_KEEPING(silu_keeping, SILU)
-GATED_KEEPING(gelu_tanh_keeping, GELU_TANH)
+GATED_SAVING(silu_saving, SILU)
+GATED_SAVING(gelu_tanh_saving, GELU_TANH)
 GATED_BACKWARD(silu_backward, SILU, float, itself)
 GATED_BACKWARD(gelu_tanh_backward, GELU_TANH, float, itself)
 GATED_BACKWARD(silu_backward_narrow, SILU, uint16_t, wide_of)
 GATED_BACKWARD(gelu_tanh_backward_narrow, GELU_TANH, uint16_t, wide_of)
 
-/* h = f(gate) up, all [size]; gate and up as bfloat16 besides, unless kept_gate and kept_up are NULL. */
-void gated(const float *gate, const float *up, float *h, uint16_t *kept_gate, uint16_t *kept_up, ptrdiff_t size, int kind)
+/* h = f(gate) up, all [size]; gate and up as bfloat16 besides, unless bf16_gate and bf16_up are NULL. */
+void lk_gated(const float *gate, const float *up, float *h, uint16_t *bf16_gate, uint16_t *bf16_up, ptrdiff_t size,
+              int kind)
 {
-    if (kept_gate)
-        (kind == SILU ? silu_keeping : gelu_tanh_keeping)(gate, up, h, kept_gate, kept_up, size);
+    if (bf16_gate)
+        (kind == SILU ? silu_saving : gelu_tanh_saving)(gate, up, h, bf16_gate, bf16_up, size);
     else
         (kind == SILU ? silu : gelu_tanh)(gate, up, h, size);
 }
 
 /* dgate = f'(gate) up grad, dup = f(gate) grad, all [size]; gate and up are bfloat16 if `narrow`, else fp32. */
-void gated_backward(const float *grad, const void *gate, const void *up, float *dgate, float *dup, ptrdiff_t size, int kind,
-                    int narrow)
+void lk_gated_backward(const float *grad, const void *gate, const void *up, float *dgate, float *dup, ptrdiff_t size,
+                       int kind, int narrow)
 {
     if (narrow)
         (kind == SILU ? silu_backward_narrow : gelu_tanh_backward_narrow)(grad, gate, up, dgate, dup, size);
@@ -101,9 +103,10 @@ void gated_backward(const float *grad, const void *gate, const void *up, float *
 }
 
 /* y = s x w, s = (mean(x^2) + eps)^(-1/2) for each row x [n, width]; w is weight + more. s [n] is kept. */
-void rms_norm(const float *x, const float *weight, float *y, float *s, ptrdiff_t n, ptrdiff_t width, float eps, float more)
+void lk_rms_norm(const float *x, const float *weight, float *y, float *s, ptrdiff_t n, ptrdiff_t width, float eps,
+                 float more)
 {
-    OF_ROWS(n, width)
+    PARALLEL_ROWS(n, width)
     for (ptrdiff_t i = 0; i < n; i++) {
         const float *from = x + i * width;
         float *to = y + i * width, squares = 0;
@@ -116,10 +119,10 @@ void rms_norm(const float *x, const float *weight, float *y, float *s, ptrdiff_t
 }
 
 /* dx = s (t - s^2 x mean(t x)), t = w grad. */
-void rms_norm_backward(const float *grad, const float *x, const float *weight, const float *s, float *dx, ptrdiff_t n,
-                       ptrdiff_t width, float more)
+void lk_rms_norm_backward(const float *grad, const float *x, const float *weight, const float *s, float *dx, ptrdiff_t n,
+                          ptrdiff_t width, float more)
 {
-    OF_ROWS(n, width)
+    PARALLEL_ROWS(n, width)
     for (ptrdiff_t i = 0; i < n; i++) {
         const float *g = grad + i * width, *from = x + i * width, each = s[i];
         float *to = dx + i * width, along = 0;
@@ -131,12 +134,12 @@ void rms_norm_backward(const float *grad, const float *x, const float *weight, c
     }
 }
 
-/* y = x cos + sign R(x) sin for x [tokens, heads, 2 half], R(x1, x2) = (-x2, x1); cos and sin [tokens, 2 half]. With sign -1
- * the halves of sin change places: that is the gradient. */
-void rotary(const float *x, const float *cos, const float *sin, float *y, ptrdiff_t tokens, ptrdiff_t heads, ptrdiff_t half,
-            int backward)
+/* y = x cos + sign R(x) sin for x [tokens, heads, 2 half], R(x1, x2) = (-x2, x1); cos and sin [tokens, 2 half]. The
+ * gradient has sign -1 and the halves of sin swapped. */
+void lk_rotary(const float *x, const float *cos, const float *sin, float *y, ptrdiff_t tokens, ptrdiff_t heads,
+               ptrdiff_t half, int backward)
 {
-    OF_ROWS(tokens, heads * half)
+    PARALLEL_ROWS(tokens, heads * half)
     for (ptrdiff_t t = 0; t < tokens; t++) {
         const float *c = cos + t * 2 * half, *first = sin + t * 2 * half + (backward ? half : 0);
         const float *second = sin + t * 2 * half + (backward ? 0 : half), sign = backward ? -1.0f : 1.0f;
@@ -152,9 +155,10 @@ void rotary(const float *x, const float *cos, const float *sin, float *y, ptrdif
     }
 }
 
-/* y = x m / (1 - p), or with `add` y + x m / (1 - p), for a mask m of which each value is 0 with probability levels / 2^16: a
- * hash of its place, from the two halves of a seed (after Wellons's lowbias32). */
-void dropout(const float *x, float *y, ptrdiff_t size, uint32_t low, uint32_t high, uint32_t levels, float scale, int add)
+/* y = x m / (1 - p), or with `add` y + x m / (1 - p), for a mask m of which each value is 0 with probability levels /
+ * 2^16: a hash of its index, from the two halves of a seed (after Wellons's lowbias32). */
+void lk_dropout(const float *x, float *y, ptrdiff_t size, uint32_t low, uint32_t high, uint32_t levels, float scale,
+                int add)
 {
     PRAGMA(omp parallel for schedule(static) if (size > 32768))
     for (ptrdiff_t i = 0; i < size; i++) {
@@ -166,20 +170,21 @@ void dropout(const float *x, float *y, ptrdiff_t size, uint32_t low, uint32_t hi
     }
 }
 
-/* losses [n] of rows z [n, width] at their targets: log sum exp(scale z) - scale z_target, scale > 0; and with `gradient`, in the
- * place of z, scale (softmax(scale z) - onehot(target)). A row stays in the second cache from one pass to the next. */
-void cross_entropy(float *z, const int64_t *targets, float *losses, ptrdiff_t n, ptrdiff_t width, float scale, int gradient)
+/* losses [n] of rows z [n, width] at their targets: log sum exp(scale z) - scale z_target, scale > 0. With `gradient`, z is
+ * overwritten by scale (softmax(scale z) - onehot(target)). A row stays in the L2 cache between passes. */
+void lk_cross_entropy(float *z, const int64_t *targets, float *losses, ptrdiff_t n, ptrdiff_t width, float scale,
+                      int gradient)
 {
-    OF_ROWS(n, width)
+    PARALLEL_ROWS(n, width)
     for (ptrdiff_t i = 0; i < n; i++) {
-        enum { RUN = 1024 }; /* so few small terms are added in fp32 */
+        enum { RUN = 1024 }; /* terms that are added in fp32 before the sum goes on in fp64 */
         float *row = z + i * width, largest = row[0];
         const float right = row[targets[i]];
         double total = 0;
         for (ptrdiff_t k = 0; k < width; k++)
             largest = row[k] > largest ? row[k] : largest;
         for (ptrdiff_t from = 0; from < width; from += RUN) {
-            const ptrdiff_t to = least(from + RUN, width);
+            const ptrdiff_t to = min_of(from + RUN, width);
             float sum = 0;
             for (ptrdiff_t k = from; k < to; k++) {
                 const float each = exponential(scale * (row[k] - largest));

@@ -1,0 +1,85 @@
+"""The library of compiled loops: compiled once with the machine's own C compiler, and kept in the cache.
+
+Without a compiler, or with ``LORAKEET_NATIVE=0``, :func:`library` is None and the callers compute the same in plain torch. The
+library shares torch's threads: both use the one OpenMP runtime of the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lorakeet.files import cache_home
+from lorakeet.kernels.cpu.abi import bind
+from lorakeet.log import info
+
+#: Folder of the C files. The library is all of them together.
+SOURCE_FOLDER = Path(__file__).parent / "csrc"
+#: Options of the compiler. Sums may be reordered, as vectors need it; NaN and infinity keep their meaning.
+FLAGS = ["-O3", "-march=native", "-shared", "-fPIC", "-std=gnu11"]
+FLAGS += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
+
+
+def sources() -> list[Path]:
+    """Return the C files and headers, sorted by name."""
+    return sorted(SOURCE_FOLDER.glob("*.[ch]"))
+
+
+def flags() -> list[str]:
+    """Return the options of the compiler; those of ``LORAKEET_CFLAGS`` come last, and so win."""
+    return [*FLAGS, *shlex.split(os.environ.get("LORAKEET_CFLAGS", ""))]
+
+
+@cache
+def library() -> Any:
+    """Load the compiled loops, or return None if they cannot be compiled.
+
+    Compiling takes a few seconds, the first time on a machine; later calls load the cached file.
+    """
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if os.environ.get("LORAKEET_NATIVE") == "0" or compiler is None or os.name != "posix":
+        return None
+    contents = b"".join(path.read_bytes() for path in sources())
+    key = hashlib.sha256(contents + repr((flags(), compiler, _processor())).encode()).hexdigest()[:16]
+    path = cache_home() / "native" / f"{key}.so"
+    try:
+        if not path.exists():
+            compile_library(compiler, path)
+        return bind(ctypes.CDLL(str(path)))
+    except (OSError, subprocess.SubprocessError) as error:
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        info(f"the C loops cannot be compiled ({lines[0] if lines else error}); plain torch computes instead")
+        return None
+
+
+def compile_library(compiler: str, path: Path) -> None:
+    """Compile the library into ``path`` atomically; several processes may do so at a time.
+
+    A compiler that does not know OpenMP makes a library with one thread.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder, path.name)
+        files = [str(file) for file in sources() if file.suffix == ".c"]
+        command = [*compiler.split(), *flags(), *files, "-o", str(made), "-lm"]
+        done = subprocess.run([*command, "-fopenmp"], capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        made.replace(path)
+
+
+def _processor() -> str:
+    """Return a description of the instruction sets, as part of the key: machines that differ may share a cache."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    instruction_sets = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {platform.processor()} {instruction_sets}"

@@ -1,0 +1,58 @@
+/* Application binary interface: numbers and structs that C and Python share.
+ *
+ * cpu/abi.py mirrors this file. abi.c hands out each value, size and offset by name, and abi.py compares them at load.
+ */
+#ifndef LORAKEET_ABI_H
+#define LORAKEET_ABI_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    LK_GROUP = 64,           /* columns of a gradient that share a scale (gemm_w8a8_grouped.c) */
+    LK_FEEDBACK = 16,        /* columns: distance over which a rounding error is carried forward (error feedback) */
+    LK_MAX_FUSED_RANK = 64,  /* largest rank of a low-rank product that gemm_w8a16.c adds in its epilogue */
+    LK_MAX_HEAD_WIDTH = 128, /* values of an attention head, at most (attention.c) */
+    LK_HEAD_STEP = 16        /* an attention head's width is a multiple of this */
+};
+
+/* A linear layer of a decoder, and the low-rank update scaling B A x of an adapter where rank > 0. */
+struct lk_linear {
+    const int8_t *weight;           /* [out, in] */
+    const float *row_scale;         /* [out] */
+    const float *column_scale;      /* [in], or NULL */
+    const float *outlier_positions; /* [outliers]: columns that stay fp32, as numbers */
+    const float *outlier_values;    /* [outliers, out] */
+    const float *bias;              /* [out], or NULL */
+    const float *a, *b;             /* [rank, in] and [out, rank] */
+    ptrdiff_t out, in, rank, outliers;
+    float scaling;
+};
+
+struct lk_norm {
+    const float *weight; /* NULL: there is none */
+    float eps;
+};
+
+/* A decoder layer of the Llama family. */
+struct lk_layer {
+    struct lk_linear q, k, v, o, gate, up, down;
+    struct lk_norm before, after, of_q, of_k; /* of_q and of_k for each head */
+    ptrdiff_t heads, kv_heads, head_width;
+    float scaling;
+};
+
+/* A tensor [total, heads, width] whose last dimension is contiguous. */
+struct lk_heads {
+    float *data;
+    ptrdiff_t token_stride, head_stride; /* in floats */
+};
+
+struct lk_attention {
+    ptrdiff_t heads, kv_heads, head_width; /* head_width is a multiple of LK_HEAD_STEP */
+    ptrdiff_t window;                      /* 0: none */
+    int causal;
+    float scale;
+};
+
+#endif

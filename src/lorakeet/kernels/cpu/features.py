@@ -1,0 +1,77 @@
+"""Features of this processor that decide which kernel runs; no other module asks for them.
+
+The compiled library answers through one C function (``csrc/features.c``), so a feature is there only if the library has code
+for it and the operating system permits it. Without a library torch answers, for its own int8 product.
+
+``LORAKEET_CPU_FEATURES`` overrides the answer with a list such as ``avx2,vnni``; an empty list means no feature. It selects
+kernels for tests and comparisons, and it cannot name a feature whose kernels would not run here.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from functools import cache
+
+import torch
+
+from lorakeet.errors import ConfigError
+from lorakeet.kernels.cpu.build import library
+
+
+class Feature(StrEnum):
+    """A feature of a processor, under the name that ``csrc/features.c`` gives it."""
+
+    #: The library has the tiled products (``gemm_*.c``).
+    AVX2 = "avx2"
+    #: Those products use vectors of 512 bits.
+    AVX512 = "avx512"
+    #: 8-bit dot products (AVX-512 VNNI or AVX-VNNI).
+    VNNI = "vnni"
+    #: A processor of AMD, on which ``gemm_f32.c`` is faster than the matrix library of torch.
+    AMD = "amd"
+
+
+def detected() -> frozenset[Feature]:
+    """Return the features that this processor has."""
+    loaded = library()
+    if loaded is None:
+        return frozenset({Feature.VNNI} if torch.cpu._is_vnni_supported() else ())
+    return frozenset(Feature(name) for name in loaded.lk_cpu_features().decode().split())
+
+
+def runnable() -> frozenset[Feature]:
+    """Return the features whose kernels run here, if slowly.
+
+    8-bit dot products are emulated exactly: by ``gemm_w8a8_grouped.c``, and without a library by torch. The choice of the
+    fp32 product by vendor is one of speed alone.
+    """
+    emulated = {Feature.VNNI}
+    if library() is not None and Feature.AVX2 in detected():
+        emulated.add(Feature.AMD)
+    return detected() | emulated
+
+
+@cache
+def available() -> frozenset[Feature]:
+    """Return the features to choose kernels by: those detected, or those that ``LORAKEET_CPU_FEATURES`` names.
+
+    Raises:
+        ConfigError: The variable names an unknown feature, or one whose kernels do not run here.
+    """
+    asked = os.environ.get("LORAKEET_CPU_FEATURES")
+    if asked is None:
+        return detected()
+    names = {name.strip().lower() for name in asked.split(",") if name.strip()}
+    possible = sorted(runnable())
+    if wrong := sorted(names - set(possible)):
+        raise ConfigError(
+            f"LORAKEET_CPU_FEATURES: {', '.join(wrong)} cannot be used on this machine; got {asked!r}",
+            hint=f"leave it out, or name some of: {', '.join(possible) or 'none'}",
+        )
+    return frozenset(Feature(name) for name in names)
+
+
+def has(feature: Feature) -> bool:
+    """Whether kernels may use a feature."""
+    return feature in available()
