@@ -14,7 +14,7 @@ from lorakeet.kernels.cpu import build
 
 ROOT = Path(__file__).parents[3]
 #: Options of the sanitized build. The first report ends the process.
-SANITIZE = "-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+SANITIZE = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 #: Test files that together run every C function.
 TESTS = (
     *("kernels/cpu/test_abi.py", "kernels/cpu/test_gemm.py", "kernels/cpu/test_elementwise.py"),
@@ -26,8 +26,8 @@ TESTS = (
 NOT_THESE = "not heap and not large_vocabulary"
 
 
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a process whose library is sanitized; ``LD_PRELOAD`` puts redzones around torch's tensors too."""
     compiler = os.environ.get("CC") or shutil.which("cc")
     if compiler is None or os.name != "posix":
@@ -41,7 +41,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     plain = {name: value for name, value in os.environ.items() if not name.startswith("LORAKEET_")}
     env = {
         **plain,
-        "LORAKEET_HOME": str(tmp_path / "home"),
+        "LORAKEET_HOME": str(tmp_path_factory.mktemp("sanitized")),
         "LORAKEET_CFLAGS": SANITIZE,
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -49,6 +49,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
     }
     build_it = "from lorakeet.kernels.cpu import build; assert build.library() is not None"
     preloaded = {**env, "LD_PRELOAD": " ".join(runtimes)}
+    # Compiled without LD_PRELOAD, as the compiler would be sanitized too. This process cannot load the library.
+    subprocess.run([sys.executable, "-c", build_it], capture_output=True, env=env, cwd=ROOT)
     done = subprocess.run([sys.executable, "-c", build_it], capture_output=True, text=True, env=preloaded, cwd=ROOT)
     if done.returncode:
         pytest.skip(f"no sanitized library: {(done.stderr.splitlines() or ['no message'])[-1]}")
