@@ -65,7 +65,7 @@ def test_forward_and_backward_equal_plain_torch(shape, bias, dtype, way) -> None
     [(1, 1, 1), (17, 1, 40), (12, 640, 32), (25, 641, 65), (100, 1290, 63), (40, 2000, 131), (64, 7, 1)],
 )
 def test_tiles_of_any_shape(n: int, depth: int, columns: int, turned: bool) -> None:
-    """Blocks of the depth, strips, panels and what is left over of each, against fp64; the error is that of sums in fp32."""
+    """Blocks of the depth, strips, panels and the remainders of each, against fp64; the error is that of sums in fp32."""
     draw = torch.Generator().manual_seed(n)
     x, m, bias = (torch.randn(size, generator=draw) for size in ((n, depth), (depth, columns), (columns,)))
     right = torch.addmm(bias.double(), x.double(), m.double())
@@ -173,7 +173,7 @@ print((told().fordblks - before) / 1e6)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap of glibc")
-def test_passing_results_leave_no_holes_behind() -> None:
+def test_transient_results_do_not_fragment_the_heap() -> None:
     def fragmentation(way: str) -> float:
         done = subprocess.run([sys.executable, "-c", FRAGMENTATION, way], capture_output=True, text=True, check=True)
         return float(done.stdout)

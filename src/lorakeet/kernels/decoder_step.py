@@ -1,4 +1,4 @@
-"""One new token of each of a few texts through a decoder layer of the Llama family, in 8 bits: two calls of C.
+"""Decoder step in 8 bits: one new token of each of a few texts through a layer of the Llama family, in two calls of C.
 
     a = x + W_o·attention(rope(W_q·n), rope(W_k·n), W_v·n)        n  = norm(x)
     h = a + W_down·(silu(W_gate·m) ∘ W_up·m)                      m  = norm(a)

@@ -1,7 +1,7 @@
-"""The Triton kernels of the 8-bit product against their slow truths; test_int8_triton.py runs this file in its own process.
+"""The Triton kernels of the 8-bit product against their references; test_triton.py runs this file in its own process.
 
-With TRITON_INTERPRET=1 they run on the CPU through Triton's interpreter, which must be known before Triton is imported and
-changes it for the whole process; without it they are compiled and run on the GPU.
+With TRITON_INTERPRET=1 they run on the CPU through Triton's interpreter. The variable must be set before Triton is imported, and
+changes it for the whole process. Without it the kernels are compiled and run on the GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorakeet.kernels.int8.triton import SLOTS, kernels
 
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-#: How far a value may be off, as a share of itself and of the largest; the interpreter cuts a bf16 off where a GPU rounds it.
+#: Tolerances by dtype, relative to the value and to the largest value; the interpreter truncates bf16 where a GPU rounds.
 ROUNDING = {FP32: (2e-6, 2e-6), BF16: (2**-7, 2e-5), FP16: (2**-10, 2e-5)}
 #: Rows, in, out, dtype, whether there is a bias, rank of the low-rank part. Blocks are 64 × 64 × 64 when interpreted; depths
 #: that 16 divides go through tensor descriptors, others do not.
@@ -251,7 +251,7 @@ def test_views_give_what_their_copies_give() -> None:
 def test_the_split_keeps_the_other_columns_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     x, (weight, scale) = normal(64, 256), layer(256, 64)
     x[:, [5, 17, 200]] *= 100
-    weight[:, [5, 17, 200]] = 0  # what is left is the part that plain rounding loses
+    weight[:, [5, 17, 200]] = 0  # only the part that plain rounding loses remains
     truth = int8_linear_reference(x.double(), weight, scale)
     errors = []
     for limit in (triton.OUTLIER, float("inf")):
@@ -299,7 +299,7 @@ def test_what_does_not_fit_is_refused() -> None:
     ]
     for x, w, low in bad:
         with pytest.raises(LorakeetError, match="8-bit product of"):
-            triton.product(x, w, scale, low=low)
+            triton.product(x, w, scale, low_rank=low)
 
 
 def test_the_device_is_named() -> None:

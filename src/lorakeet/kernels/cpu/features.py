@@ -1,7 +1,7 @@
 """Features of this processor that decide which kernel runs; no other module asks for them.
 
-The compiled library answers through one C function (``csrc/features.c``), so a feature is there only if the library has code
-for it and the operating system permits it. Without a library torch answers, for its own int8 product.
+The compiled library answers through one C function (``csrc/features.c``). It lists a feature only if it has code for it and the
+operating system permits it. Without a library torch answers, for its own int8 product.
 
 ``LORAKEET_CPU_FEATURES`` overrides the answer with a list such as ``avx2,vnni``; an empty list means no feature. It selects
 kernels for tests and comparisons, and it cannot name a feature whose kernels would not run here.
@@ -24,7 +24,7 @@ class Feature(StrEnum):
 
     #: The library has the tiled products (``gemm_*.c``).
     AVX2 = "avx2"
-    #: Those products use vectors of 512 bits.
+    #: The tiled products use vectors of 512 bits.
     AVX512 = "avx512"
     #: 8-bit dot products (AVX-512 VNNI or AVX-VNNI).
     VNNI = "vnni"

@@ -6,7 +6,7 @@
 weight, and neither ever forms the whole of it in a wider format. The registry (:mod:`lorakeet.kernels.int8.registry`) chooses
 one of four back ends:
 
-- ``blocked``: a few rows of W₈ at a time become x's dtype, which holds every int8 exactly, and are multiplied while they are in
+- ``blocked``: a few rows of W₈ at a time become x's dtype, which holds every int8 exactly. They are multiplied while they are in
   the processor's cache. The scales multiply the result, or g before the product. Exact except for the weight's own rounding.
   For processors without 8-bit dot products, and for every other device.
   A few tokens are multiplied by the bytes as they are read (``gemv_w8.c``).

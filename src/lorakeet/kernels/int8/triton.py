@@ -3,15 +3,15 @@
     h  = (diag(a)·x₈·W₈ᵀ + x[:, c]·W₈[:, c]ᵀ)·diag(s) + b + u·vᵀ
     ∂x = diag(a)·(g·diag(s))₈·W₈ + u·vᵀ
 
-x₈ is x rounded to int8 by one scale a for each row, without the outlier columns c, which are multiplied as they are (the
-split of LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339, section 3.2, with outliers known by the tensor's own size); the
-gradient to the input is an int8 product too (SwitchBack, Wortsman et al. 2023, arXiv:2304.13013), with the weight's scales
-folded into g before it is rounded. u·vᵀ is a low-rank part, LoRA's own.
+x₈ is x rounded to int8 by one scale a for each row, without the outlier columns c of x, which keep their dtype. That is the split
+of LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339, section 3.2), with outliers found by the tensor's own size. The input
+gradient is an int8 product too (SwitchBack, Wortsman et al. 2023, arXiv:2304.13013), with the weight's scales folded into g
+before it is rounded. u·vᵀ is a low-rank product, LoRA's own.
 
-Nothing waits for the GPU and shapes are static: there are always :data:`SLOTS` columns c, those not needed being zeros.
-Three small kernels read x (column maxima, the choice of c, rounding), one multiplies; all that is added or rescaled is, in
-the epilogue of that one, while the sum is in registers. Interpreted (``TRITON_INTERPRET=1`` before the first import of
-Triton) all of it runs on a CPU too, slowly.
+Nothing synchronizes with the GPU, and shapes are static: there are always :data:`SLOTS` columns c, of which the unused ones are
+zeros. Three small kernels read x: column maxima, the choice of c, rounding. A fourth multiplies, and its epilogue adds and
+rescales while the sum is in registers. Interpreted (``TRITON_INTERPRET=1`` before the first import of Triton), everything runs
+on a CPU too, slowly.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.errors import LorakeetError
+from lorakeet.kernels.cpu.gemm import LowRank
 from lorakeet.kernels.int8.format import dequantize, quantize_rows
 
 try:
@@ -31,28 +32,26 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore
 
     from lorakeet.kernels.int8 import triton_kernels as kernels
-except ImportError:  # available() tells
+except ImportError:  # available() reports it
     triton = None
 
-#: A column of x with a value above so many times x's root mean square is multiplied as it is.
+#: Multiple of x's root mean square. A column of x with a larger value is an outlier, and is not rounded.
 OUTLIER = 8.0
-#: At most so many outlier columns, and no more than 1/16 of all.
+#: Outlier columns, at most; and at most 1/16 of all columns.
 SLOTS = 32
-#: Values that one program holds at most; what is longer takes several passes.
+#: Values that one program holds, at most; longer rows take several passes.
 HELD = 16384
 
-#: From so many rows on the input gradient makes a transposed copy of the weight, int8 and for the moment. Tensor cores want
-#: both factors in order of the summed dimension; without the copy the same bytes change places for every block of rows.
+#: Rows. From this number on, the input gradient makes a transient transposed copy of the int8 weight. Tensor cores want both
+#: factors contiguous in the summed dimension; without the copy, every block of rows transposes the same bytes again.
 TURN_FROM = 128
 
-#: u [n, r] and v [width of the product, r], any strides, any floating dtypes.
-Low = tuple[Tensor, Tensor]
-#: What :func:`split_columns` finds: int32 [SLOTS + 1] and int8 [in].
+#: Result of :func:`split_columns`: int32 [SLOTS + 1] and int8 [in].
 Split = tuple[Tensor, Tensor]
 
 
 def available(device: torch.device) -> tuple[bool, str]:
-    """Whether this file can multiply on ``device``: with what, or why not."""
+    """Whether these kernels run on ``device``, and with what, or why not."""
     if triton is None:
         return False, "Triton 3.4 or newer is not installed"
     if kernels.INTERPRETED:
@@ -74,32 +73,34 @@ def _capability(device: torch.device) -> tuple[int, int]:
 # -- products, without autograd ---------------------------------------------------------------------------------------
 
 
-def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, low: Low | None = None) -> Tensor:
-    """h = x·W₈ᵀ·diag(s) + b + u·vᵀ.
+def product(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, low_rank: LowRank | None = None
+) -> Tensor:
+    """Compute h = x·W₈ᵀ·diag(s) + b + u·vᵀ.
 
     Args:
         x: [n, in] in fp32, bf16 or fp16, any strides.
         weight: int8 [out, in].
         scale: fp32 [out].
         bias: [out] or None.
-        low: u [n, r] and v [out, r], or None.
+        low_rank: u [n, r] and v [out, r], or None.
 
     Returns:
-        [n, out] in x's dtype. A row of x with NaN or infinity in it gives a row that is not finite.
+        [n, out] in x's dtype. A row of x with NaN or infinity gives a row that is not finite.
     """
-    h = _place(x, weight, low)
+    h = _empty_result(x, weight, low_rank)
     if h.numel():
         with torch.cuda.device_of(x):
             split = split_columns(x)
             rounded, row_scale, apart = quantize_activations(x, split=split)
             picked = None if split is None else weight.index_select(1, split[0][:SLOTS])  # [out, SLOTS]
-            _launch(h, rounded, row_scale, weight, scale, bias, apart, picked, low)
+            _launch(h, rounded, row_scale, weight, scale, bias, apart, picked, low_rank)
     return h
 
 
 def input_gradient(g: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """∂x = (g·diag(s))·W₈ for g [n, out]; [n, in] in g's dtype."""
-    dx = _place(g, weight.T, None)
+    """Compute ∂x = (g·diag(s))·W₈ for g [n, out]; [n, in] in g's dtype."""
+    dx = _empty_result(g, weight.T, None)
     if dx.numel():
         with torch.cuda.device_of(g):
             rounded, row_scale, _ = quantize_activations(g, factor=scale)
@@ -112,7 +113,7 @@ def input_gradient(g: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def turn(weight: Tensor) -> Tensor:
-    """The transpose of a contiguous int8 [out, in] in memory of its own; 4 divides both sizes."""
+    """Transpose a contiguous int8 [out, in] into new memory; 4 divides both sizes."""
     height, width = weight.shape[0] // 4, weight.shape[1] // 4
     turned = weight.new_empty(4 * width, 4 * height)
     grid = triton.cdiv(height, 32), triton.cdiv(width, 32)
@@ -121,10 +122,10 @@ def turn(weight: Tensor) -> Tensor:
 
 
 def split_columns(x: Tensor) -> Split | None:
-    """Which columns of x [n, in] are multiplied apart; None if x is too narrow for any.
+    """Find the outlier columns of x [n, in]; None if x is too narrow for any.
 
     Returns:
-        int32 [SLOTS + 1]: their numbers, 0 in each slot not needed, last how many are needed; int8 [in]: 0 for them, or 1.
+        int32 [SLOTS + 1]: their numbers, 0 in each unused slot, and their count last. int8 [in]: 0 for them, 1 for the others.
     """
     (n, width), most = x.shape, min(SLOTS, x.shape[1] // 16)
     if not most:
@@ -153,8 +154,8 @@ def quantize_activations(
     """Round x·diag(factor), x [n, in], to int8 by the largest value of each row, halves to even.
 
     Returns:
-        int8 [n, in], with zeros for the columns in ``split``; fp32 [n], 1 for a row of zeros; those columns as they are,
-        [n, SLOTS] in x's dtype.
+        int8 [n, in], with zeros for the columns in ``split``. Scales fp32 [n], 1 for a row of zeros. The columns in ``split``,
+        not rounded, [n, SLOTS] in x's dtype.
     """
     n, width = x.shape
     rounded, scales = x.new_empty(n, width, dtype=torch.int8), x.new_empty(n, dtype=torch.float32)
@@ -174,14 +175,14 @@ def quantize_activations(
     return rounded, scales, apart
 
 
-def _place(x: Tensor, w: Tensor, low: Low | None) -> Tensor:
-    """Where x·wᵀ goes. Shapes that do not fit end here: a kernel would read what is not its own."""
-    rank = low[0].shape[1:] if low else ()
+def _empty_result(x: Tensor, w: Tensor, low_rank: LowRank | None) -> Tensor:
+    """Allocate the result x·wᵀ. Shapes that do not fit raise here: a kernel would read beyond the tensors."""
+    rank = low_rank[0].shape[1:] if low_rank else ()
     fits = x.ndim == 2 and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     fits = fits and w.dtype == torch.int8 and w.shape[1:] == x.shape[1:]
-    if not fits or (low and (low[0].shape != (len(x), *rank) or low[1].shape != (len(w), *rank))):
-        got = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (x, w, *(low or ())))
-        raise LorakeetError(f"an 8-bit product of {got}: expected floating [n, k], int8 [m, k], and [n, r], [m, r]")
+    if not fits or (low_rank and (low_rank[0].shape != (len(x), *rank) or low_rank[1].shape != (len(w), *rank))):
+        got = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (x, w, *(low_rank or ())))
+        raise LorakeetError(f"8-bit product of {got}: expected floating [n, k], int8 [m, k], and [n, r], [m, r]")
     return x.new_empty(len(x), len(w))
 
 
@@ -194,12 +195,14 @@ def _launch(
     bias: Tensor | None,
     apart: Tensor | None,
     picked: Tensor | None,
-    low: Low | None,
+    low_rank: LowRank | None,
 ) -> None:
-    """out = (row_scale·a·wᵀ + apart·pickedᵀ)·column_scale + bias + low; a int8 [n, inner], w int8 [width, inner]."""
+    """Compute out = (row_scale·a·wᵀ + apart·pickedᵀ)·column_scale + bias + u·vᵀ; a int8 [n, inner], w int8 [width, inner]."""
     (n, inner), width = a.shape, len(w)
-    u, v = low or (None, None)
-    rank, strides = (low[0].shape[1], (*low[0].stride(), *low[1].stride())) if low else (0, (0, 0, 0, 0))
+    u, v = low_rank or (None, None)
+    rank, strides = (
+        (low_rank[0].shape[1], (*low_rank[0].stride(), *low_rank[1].stride())) if low_rank else (0, (0, 0, 0, 0))
+    )
     aligned = inner > 0 and w.stride(1) == 1 and not (inner % 16 or w.stride(0) % 16 or w.data_ptr() % 16)
     tma = aligned and (kernels.INTERPRETED or _capability(a.device)[0] >= 9)
     block = [64, 64]  # the interpreter's; those of a GPU are tuned
@@ -220,15 +223,15 @@ def _launch(
 
 
 def _kind(t: Tensor) -> Any:
-    """What the tensor cores multiply; the interpreter has no bf16."""
+    """Return the dtype that the tensor cores multiply; the interpreter has no bf16."""
     return tl.float32 if kernels.INTERPRETED else getattr(tl, str(t.dtype).removeprefix("torch."))
 
 
-# -- slow truths ------------------------------------------------------------------------------------------------------
+# -- references -------------------------------------------------------------------------------------------------------
 
 
 def split_columns_reference(x: Tensor) -> Tensor:
-    """Numbers of the columns of x [n, in] that are multiplied apart, in order, int64 [at most SLOTS]."""
+    """Return the numbers of the outlier columns of x [n, in], in order, int64 [at most SLOTS]."""
     most, largest = min(SLOTS, x.shape[1] // 16), x.abs().amax(0).float()
     least = OUTLIER * x.double().square().mean().sqrt().float()
     if int((largest > least).sum()) > most:
@@ -237,18 +240,26 @@ def split_columns_reference(x: Tensor) -> Tensor:
 
 
 def product_reference(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, low: Low | None = None
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, low_rank: LowRank | None = None
 ) -> Tensor:
-    """What :func:`product` computes, in fp64 after the rounding, n > 0."""
+    """Compute the reference of :func:`product`, in fp64 after the rounding.
+
+    Args:
+        x: [n, in], n > 0.
+        weight: int8 [out, in].
+        scale: fp32 [out].
+        bias: [out] or None.
+        low_rank: u [n, r] and v [out, r], or None.
+    """
     columns, inner, wide = split_columns_reference(x), x.clone(), dequantize(weight, scale, torch.float64)
     inner[:, columns] = 0
     rounded, row_scale = quantize_rows(inner)
     h = (rounded.double() * row_scale.double()[:, None]) @ wide.T + x[:, columns].double() @ wide[:, columns].T
     h = h if bias is None else h + bias.double()
-    return h if low is None else h + low[0].double() @ low[1].double().T
+    return h if low_rank is None else h + low_rank[0].double() @ low_rank[1].double().T
 
 
 def input_gradient_reference(g: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """What :func:`input_gradient` computes, in fp64 after the rounding."""
+    """Compute the reference of :func:`input_gradient`, in fp64 after the rounding."""
     rounded, row_scale = quantize_rows(g.float() * scale)
     return (rounded.double() * row_scale.double()[:, None]) @ weight.double()

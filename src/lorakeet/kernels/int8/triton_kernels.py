@@ -17,7 +17,14 @@ from triton.language import constexpr
 
 @triton.jit(do_not_specialize=["n"])
 def column_maxima(x, x_row, x_column, n, width, top, squares, ROWS: constexpr, COLUMNS: constexpr, STEPS: constexpr):
-    """Largest |x| of each column as the bits of an fp32 (they order as the values do); one sum of squares a program."""
+    """Compute the largest magnitude of each column, and one sum of squares for each program.
+
+    Args:
+        x: [n, width], with its strides x_row and x_column.
+        top: Result int32 [width]: the bits of fp32 magnitudes, which order as the values do; zeros before the call.
+        squares: Result fp32 [programs].
+        ROWS, COLUMNS, STEPS: Shape of a block, and blocks of one program.
+    """
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     largest = tl.zeros((COLUMNS,), tl.float32)
     total = tl.zeros((COLUMNS,), tl.float32)
@@ -36,10 +43,14 @@ def choose_columns(
     top, squares, parts, numel, outlier, width, columns, inside,
     WIDTH: constexpr, PARTS: constexpr, CHUNK: constexpr, MOST: constexpr, S: constexpr,
 ):  # fmt: skip
-    """The columns above ``outlier`` × rms, at most MOST of them, the largest. One program does all.
+    """Choose the columns above ``outlier`` × rms, the largest ones, at most MOST. One program does all.
 
-    columns int32 [S + 1]: their numbers, then 0 for each slot not needed, then how many are needed; inside [width]: 0 for
-    an outlier, else 1.
+    Args:
+        top, squares: From :func:`column_maxima`; parts and numel are the sizes of squares and of x.
+        outlier: Multiple of the root mean square.
+        columns: Result int32 [S + 1]: the chosen numbers, 0 for each unused slot, and their count.
+        inside: Result int8 [width]: 0 for an outlier, else 1.
+        WIDTH, PARTS, CHUNK: Sizes of blocks.
     """
     total = tl.zeros((PARTS,), tl.float32)
     part = tl.arange(0, PARTS)
@@ -69,7 +80,7 @@ def choose_columns(
 
 @triton.jit
 def _piece(x, x_row, x_column, r, c, n, width, factor, inside):
-    """Values [r, c] of x in fp32, folded with ``factor`` and without the outliers."""
+    """Load values [r, c] of x in fp32, folded with ``factor`` and without the outliers."""
     at = r[:, None] * x_row + c[None, :].to(tl.int64) * x_column
     v = tl.load(x + at, mask=(r[:, None] < n) & (c[None, :] < width), other=0.0).to(tl.float32)
     if factor is not None:
@@ -81,7 +92,7 @@ def _piece(x, x_row, x_column, r, c, n, width, factor, inside):
 
 @triton.jit
 def _magnitude(v):
-    """|v|; NaN counts as infinite, so that its row cannot come out finite."""
+    """Return |v|; NaN counts as infinite, so that its row cannot become finite."""
     return tl.where(v == v, tl.abs(v), float("inf"))
 
 
@@ -93,7 +104,7 @@ def _scale_of(largest):
 
 @triton.jit
 def _round(v, scale):
-    """v/scale as int8, halves to even: what is added pushes the fraction out of an fp32's 24 bits."""
+    """Round v/scale to int8, ties to even: the constant shifts the fraction out of the 24 bits of an fp32."""
     return ((tl.div_rn(v, scale) + 12582912.0) - 12582912.0).to(tl.int8)
 
 
@@ -102,7 +113,17 @@ def quantize_rows(
     x, x_row, x_column, n, width, factor, inside, columns, rounded, scales, apart,
     ROWS: constexpr, BLOCK: constexpr, WHOLE: constexpr, S: constexpr,
 ):  # fmt: skip
-    """ROWS rows a program: int8 [n, width], scales [n], and the outliers as they are, [n, S]."""
+    """Round ROWS rows for each program to int8, with one scale for each row.
+
+    Args:
+        x: [n, width], with its strides x_row and x_column.
+        factor: Column factors fp32 [width], or None.
+        inside, columns: From :func:`choose_columns`, or None.
+        rounded: Result int8 [n, width], zeros for the outliers.
+        scales: Result fp32 [n].
+        apart: Result [n, S], the outliers in x's dtype, or None.
+        BLOCK, WHOLE: Columns of a block, and whether it holds a whole row.
+    """
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     rows = r[:, None] < n
     c = tl.arange(0, BLOCK)
@@ -130,7 +151,14 @@ def quantize_rows(
 
 @triton.jit
 def turn(w, turned, height, width, BLOCK: constexpr):
-    """The transpose of int8 [4·height, 4·width], both given as int32: 4 × 4 bytes change places in registers."""
+    """Transpose an int8 matrix [4·height, 4·width], 4 × 4 bytes at a time in registers.
+
+    Args:
+        w: The matrix as int32 [4·height, width].
+        turned: Result as int32 [4·width, height].
+        height, width: Sizes in words of four bytes.
+        BLOCK: Words of a block, in both directions.
+    """
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = (r < height) & (c < width)
@@ -150,7 +178,7 @@ def _add_low(
     total, u, v, r, c, n, width, rank, u_row, u_rank, v_row, v_rank,
     BLOCK: constexpr, KIND: constexpr, EXACT: constexpr,
 ):  # fmt: skip
-    """total [r, c] + u[r]·v[c]ᵀ, the products in KIND, the sum in fp32. An fp32 KIND is tf32, and EXACT in three passes."""
+    """Return total [r, c] + u[r]·v[c]ᵀ: products in KIND, sums in fp32. An fp32 KIND is tf32, and EXACT in three passes."""
     for at in tl.range(0, rank, BLOCK, num_stages=1):
         k = at + tl.arange(0, BLOCK)
         left = u + r[:, None].to(tl.int64) * u_row + k[None, :] * u_rank
@@ -168,10 +196,17 @@ def multiply(
     TMA: constexpr, EVEN: constexpr, S: constexpr, RANK: constexpr, APART_KIND: constexpr, LOW_KIND: constexpr,
     BLOCK_M: constexpr, BLOCK_N: constexpr, BLOCK_K: constexpr, GROUP: constexpr,
 ):  # fmt: skip
-    """out [n, width] = (row_scale·a·wᵀ + apart·pickedᵀ)·column_scale + bias + u·vᵀ for a int8 [n, inner].
+    """Compute out [n, width] = (row_scale·a·wᵀ + apart·pickedᵀ)·column_scale + bias + u·vᵀ.
 
-    w is int8 [width, inner] with any strides. With TMA, a and w are tensor descriptors, both contiguous in ``inner``; with
-    EVEN, BLOCK_K divides ``inner``.
+    Args:
+        a: int8 [n, inner]; with TMA a tensor descriptor.
+        w: int8 [width, inner], with its strides w_row and w_inner; with TMA a tensor descriptor, contiguous in ``inner``.
+        bucket: n rounded up to a power of two, by which tiles are chosen.
+        row_scale, column_scale, bias: [n], and [width] or None.
+        apart, picked: Outlier columns of a [n, S] and of w [width, S], or None.
+        u, v: Low-rank factors [n, rank] and [width, rank] with their strides, or None.
+        EVEN: Whether BLOCK_K divides ``inner``.
+        APART_KIND, LOW_KIND: Dtypes that the outlier and the low-rank products are computed in.
     """
     # Programs that run together share rows of a and w in L2: GROUP blocks of rows go through all columns side by side.
     across = tl.cdiv(width, BLOCK_N)
@@ -213,7 +248,7 @@ def multiply(
 
 INTERPRETED = not isinstance(multiply, triton.JITFunction)
 
-#: Rows, columns and depth of a tile, warps, stages of the pipeline: for Hopper, for what has less room, for few rows.
+#: Rows, columns and depth of a tile, warps, pipeline stages: for Hopper, for GPUs with less shared memory, for few rows.
 TILES = (
     (128, 256, 128, 8, 3), (128, 256, 128, 8, 4), (256, 128, 128, 8, 3), (128, 256, 256, 8, 2),
     (128, 128, 128, 8, 3), (128, 128, 64, 8, 4), (128, 128, 128, 4, 3), (64, 128, 64, 4, 4),
@@ -222,7 +257,7 @@ TILES = (
 
 
 def _fitting(configs: list[Any], named: dict[str, Any], **others: Any) -> list[Any]:
-    """Tiles with no more rows than there are, at least 64 if there are; large ones spill registers without descriptors."""
+    """Select tiles with at most as many rows as x, at least 64 if x has them; large ones spill registers without TMA."""
     bucket, largest = {**named, **others}["bucket"], 1 << (15 if others["TMA"] else 14)
     blocks = [(config, config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]) for config in configs]
     return [config for config, m, n in blocks if min(bucket, 64) <= m <= bucket and m * n <= largest]
@@ -235,7 +270,7 @@ def _shape_descriptors(arguments: dict[str, Any]) -> None:
 
 
 def tune(tiles: tuple[tuple[int, ...], ...], **options: Any) -> Any:
-    """:func:`multiply` with the fastest of the tiles that fit, tried at the first product of each width, depth and size."""
+    """Return :func:`multiply` with autotuned tiles: those that fit are timed at the first product of each shape class."""
     configs = [
         triton.Config(
             {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8},

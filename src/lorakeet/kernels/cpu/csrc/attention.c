@@ -1,7 +1,7 @@
 /* Attention within each sample of a packed batch, forward and backward, in fp32.
  *
  * One block of keys and values at a time is packed into panels that a few queries are multiplied with. Their scores are
- * used while they are in the cache, and the sums are rescaled when a later block has a larger score (Dao et al. 2022,
+ * used while they are in the cache. The sums are rescaled when a later block has a larger score (Dao et al. 2022,
  * arXiv:2205.14135). Reference: kernels/attention/segment.py.
  */
 #include "common.h"

@@ -211,9 +211,9 @@ static inline void w8a16_tile(const int16_t *strip, const int16_t *panel, ptrdif
     }
 }
 
-/* h = (x W8^T) diag(scale) + bias + u v [n, out] of strips of x [n, in], u [n, rank] and v [rank, out], rank <=
- * LK_MAX_FUSED_RANK; with transposed: h = (g W8) [n, in] of strips of g [n, out], whose factor had the weight's scales.
- * scale and bias may be NULL. */
+/* Forward: h = (x W8^T) diag(scale) + bias + u v [n, out] for packed x [n, in], u [n, rank] and v [rank, out].
+ * rank is at most LK_MAX_FUSED_RANK. With `transposed`, the gradient: h = (g W8) diag(scale) [n, in] for packed g [n, out], whose
+ * factor was the weight's row scale. scale and bias may be NULL. */
 void lk_gemm_w8a16(const int16_t *strips, const float *row_scale, const int8_t *weight, const float *scale,
                    const float *bias, const float *u, const float *v, ptrdiff_t rank, float *h, ptrdiff_t n,
                    ptrdiff_t out, ptrdiff_t in, int transposed)
