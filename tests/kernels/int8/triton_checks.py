@@ -1,7 +1,7 @@
 """The Triton kernels of the 8-bit product against their references; test_triton.py runs this file in its own process.
 
-With TRITON_INTERPRET=1 they run on the CPU through Triton's interpreter. The variable must be set before Triton is imported, and
-changes it for the whole process. Without it the kernels are compiled and run on the GPU.
+With TRITON_INTERPRET=1 they run on the CPU through Triton's interpreter. The variable must be set before Triton is imported,
+and changes it for the whole process. Without it the kernels are compiled and run on the GPU.
 """
 
 from __future__ import annotations
