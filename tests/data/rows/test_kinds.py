@@ -41,7 +41,8 @@ class PreferenceEncoder(Encoder):
         pairs = zip(batch["prompt"], batch["chosen"], batch["rejected"], strict=True)
         for number, (prompt, chosen, rejected) in enumerate(pairs):
             good, bad = self.tokens([prompt + chosen, prompt + rejected])["input_ids"]
-            yield number, {"input_ids": good, "negative_ids": bad, "length": len(good), "targets": len(good)}
+            sample = {"input_ids": good, "negative_ids": bad, "length": len(good), "targets": len(good), "cut": False}
+            yield number, sample
 
 
 PREFERENCE = Kind(
@@ -75,6 +76,7 @@ def test_a_new_kind_needs_one_registration(put: Put, byte_tokenizer: PreTrainedT
     found = examine(data, task)
     assert (found.kind, found.rows, found.usable) == ("preference", 22, 20)
     assert {group.code for group in found.issues} == {"empty", "null"}
+    assert examine(data, task, byte_tokenizer).lengths.figures()["longest"] == len("Say 19.") + len("19")
     prepared = prepare(data, task, byte_tokenizer, seed=0)
     held_out = prepared.held_out
     assert prepared.report.kind == "preference" and held_out is not None and len(held_out) >= 1
