@@ -74,7 +74,7 @@ def dora() -> Iterator[None]:
 
 def adapted(**more: Any) -> PeftModel:
     torch.manual_seed(4)
-    return get_peft_model(make("llama"), LoraConfig(use_dora=True, **{**SETTINGS, **more}))
+    return get_peft_model(make("llama"), LoraConfig(**{"use_dora": True, **SETTINGS, **more}))
 
 
 def shaken(**more: Any) -> PeftModel:
@@ -97,7 +97,7 @@ def test_a_new_adapter_changes_nothing_and_its_parameters_are_trained(dora: None
     magnitudes = {name: p for name, p in model.named_parameters() if MAGNITUDE in name}
     assert len(magnitudes) == 6
     before = {name: p.detach().clone() for name, p in magnitudes.items()}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.5)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.05)
     losses = []
     for _ in range(10):
         loss = model(input_ids=IDS, labels=IDS).loss
