@@ -66,7 +66,7 @@ def prepare(
     kind, source = read.layout.kind, read.description
     filled = usable(read.data, kind)
     if not filled:
-        raise DataError(f"nothing to learn in {source}: all {len(read.data):,} rows are empty")
+        raise DataError(f"nothing to learn in {source}: all {len(read.data):,} rows are empty", "check data.columns")
     used = read.select(filled)
     rows, label_column = used.data, find_kind(kind).labels
     labels = find_labels(rows[label_column][:], used.locations, task, source) if label_column else None

@@ -53,7 +53,7 @@ def evaluate(
         DataError: there are no rows, or no row has a target.
     """
     if not len(dataset):
-        raise DataError("there is nothing to evaluate: the data has no samples")
+        raise DataError("there is nothing to evaluate: the data has no samples", "give data with rows")
     lengths = [len(row["input_ids"]) for row in dataset]
     rank, world = _world()
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))[rank::world]
@@ -75,5 +75,7 @@ def evaluate(
         sums = sums.to(device)
         torch.distributed.all_reduce(sums)
     if not sums[1]:
-        raise DataError("there is nothing to evaluate: no token of the data is a target")
+        raise DataError(
+            "there is nothing to evaluate: no token of the data is a target", "check data.learn and data.max_length"
+        )
     return loss_and_perplexity(float(sums[0]), int(sums[1]))
