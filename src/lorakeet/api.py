@@ -55,11 +55,23 @@ def evaluate_data(
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Held-out figures of all rows (or of the held-out part that a run with this seed leaves out).
+    """Measure the loss or the task's metrics on data.
+
+    Args:
+        opened: The model with its adapters.
+        adapter: The active adapter; None: the base alone.
+        data: Settings of the data.
+        held_out_only: Use only the rows that a run with this ``seed`` and ``data.eval_fraction`` holds out.
+        seed: Seed of the run.
+        batch_size: Rows per forward pass.
+        progress: Function of the rows done and their number.
 
     Returns:
-        ``{"loss", "perplexity", "tokens"}``, loss in nats per token, the end token included; for other tasks than writing on
-        the figures of the task, such as ``accuracy``.
+        For CAUSAL_LM ``{"loss", "perplexity", "tokens"}``, the loss in nats per target token, end token included; for other
+        tasks their metrics, such as ``accuracy``.
+
+    Raises:
+        DataError: The data cannot be read, or no rows are held out.
     """
     data = data if held_out_only else data.model_copy(update={"eval_fraction": 0.0})
     tokenizer, task = opened.base.tokenizer, opened.task

@@ -57,7 +57,7 @@ def test_as_many_targets_however_the_samples_are_batched(size: int) -> None:
     [
         ([], "no samples"),
         ([{"input_ids": [1]}, {"input_ids": []}], "sample 1 of a batch has no tokens"),
-        ([{"input_ids": [1, 2], "labels": [1]}], "1 labels for 2 tokens"),
+        ([{"input_ids": [1, 2], "labels": [1]}], "1 labels, expected 2, one per token"),
     ],
 )
 def test_what_cannot_be_a_batch(samples: list[dict[str, list[int]]], words: str) -> None:

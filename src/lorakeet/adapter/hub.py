@@ -151,4 +151,4 @@ def _push_error(error: BaseException, repo_id: str, secret: str) -> AdapterError
         return AdapterError(f"the hub has no {repo_id!r}: {message}", "check the name, the branch, and HF_ENDPOINT")
     if status and (status == 429 or status >= 500):
         return AdapterError(f"the hub at {hub} answers {status}: {message}", "wait a little, then push again")
-    return AdapterError(f"pushing to {repo_id!r} failed: {message}")
+    return AdapterError(f"pushing to {repo_id!r} failed: {message}", "check the connection and try again")

@@ -150,7 +150,10 @@ def make_collator(task: TaskSettings, tokenizer: Any, model: Any = None) -> Coll
     """
     pad = tokenizer.pad_token_id
     if pad is None and task.type not in ("CAUSAL_LM", "FEATURE_EXTRACTION"):
-        raise BaseModelError(f"the tokenizer of {tokenizer.name_or_path} has no padding token and no end token")
+        raise BaseModelError(
+            f"the tokenizer of {tokenizer.name_or_path} has no padding token and no end token",
+            "use a model whose tokenizer has one",
+        )
     if task.type == "MASKED_LM" and tokenizer.mask_token_id is None:
         raise BaseModelError(
             f"the tokenizer of {tokenizer.name_or_path} has no mask token, so no token can be masked",
@@ -181,7 +184,7 @@ def _row(number: int, sample: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     targets = sample.get("labels")
     labels = ids if targets is None else torch.as_tensor(targets, dtype=torch.int64)
     if not len(ids):
-        raise DataError(f"sample {number} of a batch has no tokens")
+        raise DataError(f"sample {number} of a batch has no tokens", "remove empty samples")
     if labels.shape != ids.shape:
-        raise DataError(f"sample {number} of a batch has {len(labels)} labels for {len(ids)} tokens")
+        raise DataError(f"sample {number} of a batch has {len(labels)} labels, expected {len(ids)}, one per token")
     return ids, labels

@@ -115,7 +115,9 @@ def _examine(rows: Rows, task: TaskSettings, settings: DataSettings) -> _Examine
     """Examine all rows: keep the usable ones, gather their labels, and log the issues or refuse the data."""
     found = examine_rows(rows, task, settings)
     if not found.usable:
-        raise DataError(f"nothing to learn in {rows.description}: all {len(rows):,} rows are empty")
+        raise DataError(
+            f"nothing to learn in {rows.description}: all {len(rows):,} rows are empty", "check data.columns"
+        )
     usable = rows if len(found.usable) == len(rows) else rows.select(found.usable)
     column = find_kind(rows.layout.kind).labels
     labels = None

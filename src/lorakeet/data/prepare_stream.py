@@ -212,4 +212,4 @@ def _nothing(
                     "raise data.max_length, or hold out less: data.eval_fraction",
                 )
             return nothing_learnable(sample, source, encoder, task)
-    return DataError(f"nothing to learn in {source}: all rows are empty")
+    return DataError(f"nothing to learn in {source}: all rows are empty", "check data.columns")

@@ -145,4 +145,4 @@ def nothing_learnable(sample: dict[str, Any], source: str, encoder: Encoder, tas
     """
     lost, hint = ("; all targets were cut away", "raise data.max_length") if sample["lost"] else ("", None)
     shown = describe_sample(encoder.tokenizer, sample, task.type)
-    return DataError(f"nothing to learn in {source}: no sample has a target{lost}; the first one is\n{shown}", hint)
+    return DataError(f"nothing to learn in {source}: no sample has a target{lost}; the first one is {shown}", hint)

@@ -72,7 +72,10 @@ def combine(model: Any, adapters: Sequence[str], weights: Sequence[float], way: 
     matrices: dict[str, Matrices] = {}
     for name, layer in layers.items():
         if not isinstance(layer, (LoraLinear, LoraEmbedding)):
-            raise AdapterError(f"{name} is a {type(layer).__name__}, whose adapters cannot be combined")
+            raise AdapterError(
+                f"{name} is a {type(layer).__name__}, whose adapters cannot be combined",
+                "merge the adapters one after the other",
+            )
         terms = [
             (weight * layer.scaling[adapter], *(matrix.detach() for matrix in matrices_of(layer, adapter)))
             for adapter, weight in zip(adapters, weights, strict=True)

@@ -177,7 +177,7 @@ class PeftConfig(LoraSettings):
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise AdapterError(f"{path} is not JSON: {error}") from None
+            raise AdapterError(f"{path} is not JSON: {error}", "download or save the adapter again") from None
         if not isinstance(values, dict):
             raise AdapterError(f"{path} is a JSON {type(values).__name__}, expected an object")
         return cls.from_dict({**values, **{key: kwargs[key] for key in kwargs if key in cls.model_fields}})

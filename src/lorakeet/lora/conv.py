@@ -46,7 +46,7 @@ class LoraConv(LoraPair):
 
     def delta(self, adapter: str) -> Tensor:
         if error := self.merge_error():
-            raise MergeError(f"this layer {error}")
+            raise MergeError(f"this layer {error}", "use the adapter unmerged")
         a, b = self.pair(adapter)
         ba = self.scaling[adapter] * (b.weight.flatten(1) @ a.weight.flatten(1))  # [out, in · kernel]
         return ba.view_as(self.base_layer.weight)

@@ -172,7 +172,7 @@ def _check_mergeable(model: Any, layers: list[LoraLayer], adapters: list[str]) -
     if any(layer.merged_adapters for layer in layers):
         raise MergeError("an adapter is merged already", "unmerge first")
     if not layers:
-        raise MergeError(f"adapter {', '.join(adapters)} has no LoRA layer in this model")
+        raise MergeError(f"adapter {', '.join(adapters)} has no LoRA layer in this model", "check the adapter's name")
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             _check_layer(name, layer, [adapter for adapter in adapters if adapter in layer.r])
@@ -182,7 +182,10 @@ def _check_layer(name: str, layer: LoraLayer, adapters: list[str]) -> None:
     """Raise a :class:`MergeError` if the layer's weight or bias cannot hold the updates of ``adapters``."""
     weight = layer.base_layer.weight
     if weight.is_meta:
-        raise MergeError(f"{name} is on the meta device or offloaded: its weight is not here to merge into")
+        raise MergeError(
+            f"{name} is on the meta device or offloaded: its weight is not here to merge into",
+            "load the whole base on one device",
+        )
     if _tolerance(layer) is None:
         raise MergeError(
             f"{name} has its weight in {_dtype_name(weight)}, where the update would be lost in rounding",
@@ -192,7 +195,9 @@ def _check_layer(name: str, layer: LoraLayer, adapters: list[str]) -> None:
         raise MergeError(f"{name} {error}", "use the adapter unmerged, or train it with this layer in exclude_modules")
     has_bias = getattr(layer.base_layer, "bias", None) is not None
     if not has_bias and any(layer.bias_delta(adapter) is not None for adapter in adapters):
-        raise MergeError(f"{name} has no bias, so the adapter's lora_bias cannot be merged into it")
+        raise MergeError(
+            f"{name} has no bias, so the adapter's lora_bias cannot be merged into it", "use the adapter unmerged"
+        )
 
 
 def _tolerance(layer: LoraLayer) -> Any:

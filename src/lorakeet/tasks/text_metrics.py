@@ -156,7 +156,7 @@ def rouge(texts: Sequence[str], right: Sequence[str]) -> Figures:
 
 def nothing_to_measure(labels: Any) -> DataError:
     """Return the error that every label is ignored."""
-    return DataError(f"there is nothing to measure: no label among {len(labels)} rows")
+    return DataError(f"there is nothing to measure: no label among {len(labels)} rows", "give rows with labels")
 
 
 def _library(name: str) -> Any:

@@ -108,7 +108,7 @@ def evaluate(
         DataError: There are no rows, or no row has a target.
     """
     if not len(dataset):
-        raise DataError("there is nothing to evaluate: the data has no samples")
+        raise DataError("there is nothing to evaluate: the data has no samples", "give data with rows")
     task = task or Task()
     rank, world = _rank_and_world()
     rows = longest_first(dataset)
@@ -124,7 +124,9 @@ def evaluate(
         sums = held_out_sums(model, passes, _scorer(model, measure, tokenizer), after_batch)
         sums = _of_all_processes(sums, world)
         if not sums.targets:
-            raise DataError("there is nothing to evaluate: no token of the data is a target")
+            raise DataError(
+                "there is nothing to evaluate: no token of the data is a target", "check data.learn and data.max_length"
+            )
         return measure.figures(sums)
 
 

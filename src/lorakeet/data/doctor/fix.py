@@ -219,7 +219,7 @@ def _fixers(
             name = task_of(name, family, types, settings)
             layouts[source.name] = find_layout(types, settings, name, source.name)
     if not layouts:
-        raise DataError(f"no record of {', '.join(source.name for source in sources)} can be read")
+        raise DataError(f"no record of {', '.join(source.name for source in sources)} can be read", "check data.format")
     merge_layouts(layouts)
     first, *others = layouts.items()
     for other in others:

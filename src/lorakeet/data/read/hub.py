@@ -25,9 +25,11 @@ def hub_table(name: str, subset: str | None, split: str) -> datasets.Dataset:
     try:
         rows = datasets.load_dataset(name, subset, split=split, cache_dir=str(home))
     except Exception as error:  # whatever the network, the hub or the files of a stranger may raise
-        raise DataError(f"cannot read {name!r} from the hub: {_first_line(error)}") from error
+        raise DataError(
+            f"cannot read {name!r} from the hub: {_first_line(error)}", "check its files, data.subset and data.split"
+        ) from error
     if not len(rows):
-        raise DataError(f"split {split!r} of {name!r} is empty")
+        raise DataError(f"split {split!r} of {name!r} is empty", "choose another data.split")
     return rows
 
 

@@ -109,7 +109,10 @@ def data_files(folder: Path, split: str) -> list[Path]:
     if left:
         info(f"data: left out {', '.join(left)}")
     if not kept:
-        raise DataError(f"folder {folder} holds no data" + (f" of split {split!r}" if left else ""))
+        raise DataError(
+            f"folder {folder} holds no data" + (f" of split {split!r}" if left else ""),
+            "check data.path and data.split",
+        )
     return list(kept.values())
 
 

@@ -145,7 +145,9 @@ def _format(path: Path, settings: DataSettings) -> str:
     try:
         return recognize(path) if settings.format == "auto" else settings.format
     except (OSError, EOFError) as error:
-        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise DataError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or error}", "check the file and its permissions"
+        ) from None
 
 
 def iter_rows(settings: DataSettings) -> Iterator[Record]:

@@ -160,7 +160,7 @@ def _check_names(labels: LabelSet, given: Sequence[str] | None, source: str) -> 
         return
     if len(set(labels.names)) < len(labels.names):
         twice = [name for name, count in Counter(labels.names).items() if count > 1]
-        raise DataError(f"task.labels has {', '.join(map(repr, twice))} more than once")
+        raise DataError(f"task.labels has {', '.join(map(repr, twice))} more than once", "list each label once")
     if len(labels.names) < (1 if labels.problem == "multi_label" else 2):
         only = f"only the label {labels.names[0]!r}" if labels.names else "no label"
         raise DataError(f"{source} has {only}: there is nothing to tell apart", "give rows of at least two classes")
