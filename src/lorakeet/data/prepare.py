@@ -35,6 +35,9 @@ from lorakeet.data.rows.load import Rows, read_rows, select
 from lorakeet.data.rows.split import split_digests
 from lorakeet.errors import DataError
 
+#: Hint for data without a usable row.
+_EMPTY_HINT = "check that data.columns names the right columns; `lorakeet doctor` counts what is missing"
+
 
 def prepare(
     settings: DataSettings, task: TaskSettings, tokenizer: Any, *, seed: int, max_positions: int | None = None
@@ -115,9 +118,7 @@ def _examine(rows: Rows, task: TaskSettings, settings: DataSettings) -> _Examine
     """Examine all rows: keep the usable ones, gather their labels, and log the issues or refuse the data."""
     found = examine_rows(rows, task, settings)
     if not found.usable:
-        raise DataError(
-            f"nothing to learn in {rows.description}: all {len(rows):,} rows are empty", "check data.columns"
-        )
+        raise DataError(f"nothing to learn in {rows.description}: all {len(rows):,} rows are empty", _EMPTY_HINT)
     usable = rows if len(found.usable) == len(rows) else rows.select(found.usable)
     column = find_kind(rows.layout.kind).labels
     labels = None
