@@ -191,13 +191,13 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
     assert torch.equal(
         logits(load_base(str(tmp_path / "int8"), bits=8).model), logits(load_base(str(folder), bits=8).model)
     )
-    with pytest.raises(BaseModelError, match="written in 8 bits"):
+    with pytest.raises(BaseModelError, match="stored in 8 bits"):
         load_base(str(tmp_path / "int8"), bits=32)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
         json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
     )
-    with pytest.raises(BaseModelError, match=r"quantised already \(gptq\)"):
+    with pytest.raises(BaseModelError, match=r"quantized already \(gptq\)"):
         load_base(str(folder), bits=8)
 
 
@@ -331,6 +331,6 @@ def test_quantize_writes_a_base_that_keeps_its_name(tmp_path: Path, capsys: pyte
     assert figures["bytes"] == sum(p.numel() * p.element_size() for p in opened.model.parameters())
     assert figures["full_bytes"] == sum(p.numel() * 4 for p in load_base(str(folder), dtype="fp32").model.parameters())
     assert main(["quantize", "--model", str(out), "--out", str(tmp_path / "twice")]) == 2
-    assert "quantised already" in capsys.readouterr().err and not (tmp_path / "twice").exists()
+    assert "quantized already" in capsys.readouterr().err and not (tmp_path / "twice").exists()
     assert main(["quantize", "--model", str(folder), "--out", str(out)]) == 2
     assert "not empty" in capsys.readouterr().err

@@ -105,7 +105,7 @@ def test_twice_is_no_more_than_once_and_other_formats_are_refused(folder: Path) 
     model = load_base(str(folder), bits=8).model
     assert quantize_(model) == 0
     model.config.quantization_config = {"quant_method": "other"}
-    with pytest.raises(BaseModelError, match="quantised already"):
+    with pytest.raises(BaseModelError, match="quantized already"):
         quantize_(model)
 
 

@@ -216,7 +216,7 @@ def foreign_method(config: Any) -> str | None:
 def foreign_method_error(name: str, method: str) -> BaseModelError:
     """Build the error for a base that another method has quantized already."""
     return BaseModelError(
-        f"{name} is quantised already ({method})", "load it as it is, or give the full-precision model"
+        f"{name} is quantized already ({method})", "load it as it is, or give the full-precision model"
     )
 
 
