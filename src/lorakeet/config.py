@@ -146,8 +146,8 @@ class DataSettings(Section):
     split: str = Field("train", description="split of a hub data set or of a folder")
     learn: Literal["auto", "all", "completion"] = Field(
         "auto",
-        description="tokens in the loss: all; completion: only completions and assistant turns; auto: completion for rows with "
-        "prompts or turns",
+        description="tokens in the loss: all; completion: only completions and assistant turns; auto: completion for rows "
+        "with prompts or turns",
     )
     max_length: Annotated[int, Field(gt=1)] = Field(
         512, description="tokens per sample, end token included; longer samples are truncated"
@@ -172,9 +172,9 @@ class TaskSettings(Section):
 
     type: TaskName = Field(
         "auto",
-        description="CAUSAL_LM generates text, SEQ_CLS classifies texts, TOKEN_CLS tags words, SEQ_2_SEQ_LM maps text to text, "
-        "QUESTION_ANS finds an answer in a text, FEATURE_EXTRACTION embeds texts, MASKED_LM predicts masked tokens; auto: by "
-        "model and columns",
+        description="CAUSAL_LM generates text, SEQ_CLS classifies texts, TOKEN_CLS tags words, SEQ_2_SEQ_LM maps text "
+        "to text, QUESTION_ANS finds an answer in a text, FEATURE_EXTRACTION embeds texts, MASKED_LM predicts masked "
+        "tokens; auto: by model and columns",
     )
     problem: Literal["auto", "single_label", "multi_label", "regression"] = Field(
         "auto", description="problem type of SEQ_CLS; auto: multi_label for lists of labels, regression for fractions"
@@ -220,8 +220,8 @@ class TrainSettings(Section):
     )
     gradient_checkpointing: bool | PositiveInt | Literal["auto"] = Field(
         "auto",
-        description="recompute layers in the backward pass: less memory, more time; true: all; n: layer 0 and every n-th after "
-        "it; auto: as few as a step needs to fit into memory (reported)",
+        description="recompute layers in the backward pass: less memory, more time; true: all; n: layer 0 and every n-th "
+        "after it; auto: as few as a step needs to fit into memory (reported)",
     )
     padding_free: bool = Field(True, description="skip the computation of padding, where the architecture allows it")
     fused_loss: bool = Field(
@@ -234,7 +234,8 @@ class TrainSettings(Section):
     )
     token_budget: Annotated[int, Field(ge=0)] | None = Field(
         None,
-        description="tokens, without padding, up to which micro-batches of a step run as one forward pass (with padding_free); "
+        description="tokens, without padding, up to which micro-batches of a step run as one forward pass (with "
+        "padding_free); "
         "default: batch_size x data.max_length, on a CPU at most 768, or 1024 in 8 bits; 0: one pass per micro-batch",
     )
 

@@ -54,6 +54,7 @@ class PeftModel(LoraModel):
             subfolder: Folder in the repository or folder.
             allow_other_base: Accept a base that is not the one the adapter was trained on.
             allow_untrained: Accept an adapter whose every B is zero.
+            **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
             AdapterError: no such adapter; tensors are missing, unexpected, not finite, all zero or of the wrong shape; a
@@ -103,7 +104,19 @@ class PeftModel(LoraModel):
         If there is an adapter of this name already, its weights are replaced (they must have the same shapes).
 
         Args:
-            model_id: See :meth:`from_pretrained`, also for the other arguments and the errors.
+            model_id: Folder or hub id of the adapter.
+            adapter_name: The name to give it here.
+            is_trainable: Whether to continue its training; left out: frozen.
+            config: Used instead of the adapter's own ``adapter_config.json``.
+            revision: Revision of the hub repository.
+            subfolder: Folder in the repository or folder.
+            allow_other_base: Accept a base that is not the one the adapter was trained on.
+            allow_untrained: Accept an adapter whose every B is zero.
+            **peft_only: Arguments that only PEFT has; each is refused by name.
+
+        Raises:
+            AdapterError: As :meth:`from_pretrained`.
+            TargetError: As :meth:`from_pretrained`.
         """
         refuse_unknown("load_adapter", peft_only, _LOADING)
         config = config or PeftConfig.from_pretrained(model_id, revision=revision, subfolder=subfolder)
@@ -147,6 +160,7 @@ class PeftModel(LoraModel):
             is_main_process: Only the main process of several writes.
             push_to_hub: Also upload.
             repo_id: Name on the hub; left out: the folder's name.
+            **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
             AdapterError: NaN or infinite values, or ``safe_serialization=False``.
@@ -189,6 +203,7 @@ class PeftModel(LoraModel):
             commit_message: Message of the commit.
             revision: Branch to push to; left out: ``main``.
             token: Token for the hub; left out: that of the login, or ``HF_TOKEN``. It is never shown.
+            **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Returns:
             The address of the repository's page.
@@ -218,6 +233,7 @@ def get_peft_model(
         adapter_name: Name of the adapter.
         autocast_adapter_dtype: Keep the adapter in fp32 where the base is in half precision, as PEFT does; False: in
             the base's dtype.
+        **peft_only: Arguments that only PEFT has; each is refused by name.
 
     Raises:
         AdapterError: the model has adapters already.

@@ -57,8 +57,8 @@ def _with_parameters(names: dict[str, str], model: LoraModel, adapter: str) -> d
     """Add the tensors of adapted parameters to ``names``.
 
     PEFT wraps the module that owns them once for each, the first one innermost, and the file's keys show it. Of two
-    parameters of ``experts`` the first is at ``experts.base_layer.lora_A.weight``, the second at ``experts.lora_A.weight``. The other
-    tensors inside are at ``experts.base_layer.base_layer...``.
+    parameters of ``experts`` the first is at ``experts.base_layer.lora_A.weight``, the second at
+    ``experts.lora_A.weight``. The other tensors inside are at ``experts.base_layer.base_layer...``.
     """
     for path, table in [(path, module) for path, module in model.named_modules() if isinstance(module, LoraParameters)]:
         owner = path.removesuffix(".lora_parameters")

@@ -65,7 +65,7 @@ def check_task(task: str, config: PreTrainedConfig, name: str) -> None:
         return
     fitting = [other for other, auto in AUTO_CLASSES.items() if type(config) in auto._model_mapping]
     raise BaseModelError(
-        f"{name} is a {config.model_type} model, which does not support {task}, expected one of {', '.join(fitting) or 'none'}",
+        f"{name} is a {config.model_type} model, which does not support {task}, expected {', '.join(fitting) or 'none'}",
         "choose another task with --task, or another base with --model",
     )
 

@@ -74,8 +74,8 @@ def config_page() -> str:
     schema = RunConfig.model_json_schema()
     flags = {dotted: flag for flag, dotted in TRAIN_FLAGS.items()}
     intro = (
-        "The settings of a run's YAML file, and of `lorakeet train section.key=value` on the command line. Those of `lora` are "
-        "also the arguments of `LoraConfig`. Unknown keys are refused, with the most similar name."
+        "The settings of a run's YAML file, and of `lorakeet train section.key=value` on the command line. Those of `lora` "
+        "are also the arguments of `LoraConfig`. Unknown keys are refused, with the most similar name."
     )
     parts = [f"{NOTE}\n\n# Settings\n\n{intro}"]
     top_level = {}

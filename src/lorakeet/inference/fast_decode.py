@@ -137,9 +137,10 @@ class _Quick:
         )
 
     def look(self) -> bool:
-        """Whether the layer is supported: in eval mode, without hooks, quantized, with at most one plain LoRA per linear layer.
+        """Whether the layer is supported now.
 
-        Prepares the compiled layer again if a weight or a scaling has changed.
+        It must be in eval mode, without hooks, quantized, with at most one plain LoRA per linear layer. This also
+        prepares the compiled layer again if a weight or a scaling has changed.
         """
         linears = [table[name] for table, name in self.linears]
         norms = [table.get(name) for table, name in self.norms]

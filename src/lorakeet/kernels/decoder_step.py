@@ -3,7 +3,8 @@
     a = x + W_o·attention(rope(W_q·n), rope(W_k·n), W_v·n)        n  = norm(x)
     h = a + W_down·(silu(W_gate·m) ∘ W_up·m)                      m  = norm(a)
 
-At batch one the products read a quarter of fp32's bytes. The operations between them, some twenty modules of plain torch, would
+At batch one the products read a quarter of fp32's bytes. The operations between them, some twenty modules of plain
+torch, would
 cost more than the products. The reference is the layer's own forward: :mod:`lorakeet.inference.fast_decode` compares them.
 """
 

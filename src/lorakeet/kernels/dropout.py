@@ -67,7 +67,7 @@ def _hash(seed: int, count: int) -> Tensor:
 
 
 def _halves(seed: int) -> tuple[int, int]:
-    """Mix the bits of a seed (splitmix64, Steele et al. 2014), so that close seeds differ in all of them; low and high half."""
+    """Mix the bits of a seed (splitmix64, Steele et al. 2014), so that close seeds differ in all; low, high half."""
     bits = seed + 0x9E3779B97F4A7C15 & _64_BITS
     bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
     bits = (bits ^ bits >> 27) * 0x94D049BB133111EB & _64_BITS

@@ -1,7 +1,8 @@
 """Combine several adapters into one: ΔW = Σ wᵢ·sᵢ·BᵢAᵢ, layer by layer.
 
 - ``cat``: A and B are concatenated. Exact; the rank is the sum of the ranks.
-- ``svd``: the nearest ΔW of a given rank (Eckart and Young 1936). ΔW is never formed: after QR decompositions of both sides of
+- ``svd``: the nearest ΔW of a given rank (Eckart and Young 1936). ΔW is never formed: after QR decompositions of both
+  sides of
   the concatenated pair, only a small square matrix is left to decompose.
 - ``linear``: Σ √|wᵢsᵢ|·Aᵢ (with the sign) and Σ √|wᵢsᵢ|·Bᵢ. Ranks must be equal; the product has cross terms BᵢAⱼ.
 """

@@ -66,6 +66,7 @@ class MergeMethods(nn.Module):
             adapter_names: Names of the adapters; left out: the active ones.
             probe: Keyword arguments of ``forward`` to compare on; left out: a fixed batch of token ids.
             tolerance: Largest accepted difference, as a share of the largest output; left out: by dtype.
+            **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
             MergeError: merged and unmerged outputs differ by more, or the base cannot hold the update. The model is as
@@ -101,7 +102,12 @@ class MergeMethods(nn.Module):
         Args:
             progressbar: Accepted for code written for PEFT, without effect.
             safe_merge: The same; every merge is checked.
-            adapter_names: See :meth:`merge_adapter`, also for ``probe``, ``tolerance`` and the errors.
+            adapter_names: Names of the adapters; left out: the active ones.
+            probe: As in :meth:`merge_adapter`.
+            tolerance: As in :meth:`merge_adapter`.
+
+        Raises:
+            MergeError: As in :meth:`merge_adapter`.
         """
         if not any(layer.merged_adapters for layer in self.lora_layers()):
             self.merge_adapter(adapter_names, probe=probe, tolerance=tolerance)

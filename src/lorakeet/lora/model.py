@@ -135,6 +135,7 @@ class LoraModel(MergeMethods):
             combination_type: ``cat`` is exact, with the sum of the ranks. ``svd`` gives the nearest ΔW of rank ``svd_rank``
                 (Eckart and Young 1936). ``linear`` adds the A and the B, which is cheap but has cross terms.
             svd_rank: Left out: the largest rank of the adapters.
+            **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
             AdapterError: no such adapter; one of them has more than A and B; or they cannot be combined in this way.

@@ -62,7 +62,7 @@ class QuantizedWeight(Protocol):
         """Return W [out, in] in a floating dtype."""
 
     def requantize(self, weight: Tensor) -> Self:
-        """Quantize a dense weight [out, in] as this one is quantized; the tensors have the shapes and dtypes of this one's."""
+        """Quantize a dense weight [out, in] as this one is quantized; shapes and dtypes are those of this one's tensors."""
 
     def is_rounding_of(self, weight: Tensor) -> bool:
         """Whether this is ``weight`` [out, in] up to the rounding of the format."""

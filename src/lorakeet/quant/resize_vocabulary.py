@@ -29,9 +29,10 @@ def _quantized_vocabulary(model: PreTrainedModel) -> dict[str, QuantizedLayer]:
 
 @torch.no_grad()
 def resize(model: PreTrainedModel, *args: Any, **settings: Any) -> nn.Embedding:
-    """Resize the vocabulary as transformers' ``resize_token_embeddings`` does; new rows are quantized, old ones keep their bytes.
+    """Resize the vocabulary as transformers' ``resize_token_embeddings`` does.
 
-    A row has its own scale, so that quantizing a dequantized row again gives the same bytes.
+    New rows are quantized, old ones keep their bytes. A row has its own scale, so
+    that quantizing a dequantized row again gives the same bytes.
 
     Raises:
         BaseModelError: A device map moves the weight of the embedding or head about.

@@ -1,4 +1,4 @@
-"""The C sources under the address and undefined-behaviour sanitizers: kernels pass their own tests on such a build."""
+"""The C sources under the address and undefined-behaviour sanitizers: kernels pass their own tests on that build."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -18,19 +18,17 @@ from typing import Any
 import datasets
 
 from lorakeet.config import DataSettings, TaskName, TaskSettings, TrainSettings
-from lorakeet.data.doctor.checks import Problems, check_row, diagnose, is_sound
-from lorakeet.data.doctor.diagnosis import Examination, steps_of
-from lorakeet.data.doctor.duplicates import Inputs, Repeats, hash_inputs
+from lorakeet.data.doctor.checks import Problems, check_row, is_sound
+from lorakeet.data.doctor.diagnosis import Examination
+from lorakeet.data.doctor.examiner import Examiner
 from lorakeet.data.doctor.issues import Issues
-from lorakeet.data.doctor.label_stats import LabelStats
 from lorakeet.data.doctor.leakage import other_rows
-from lorakeet.data.doctor.token_stats import TokenStats
 from lorakeet.data.read.column_types import ColumnTypes
 from lorakeet.data.read.record import Location, Record
 from lorakeet.data.read.source import DataSource, find_sources
 from lorakeet.data.rows.column_mapping import Family, choose_task, find_layout, merge_layouts
 from lorakeet.data.rows.content import ContentHash, content
-from lorakeet.data.rows.kinds import Kind, Layout, find_kind
+from lorakeet.data.rows.kinds import Layout, find_kind
 from lorakeet.data.rows.load import Rows
 from lorakeet.data.rows.split import normalized
 from lorakeet.errors import DataError
@@ -84,16 +82,22 @@ def examine(
             layouts[source.name] = layout
             examiner.begin(layout, name, typed=source.format != "csv")
             _misspelt_optional(source, types, layout, examiner.found)
-        before = examiner.rows
-        for row in chain(head, rows):
-            examiner.read(row, layout)
-            if progress and examiner.rows % 1000 == 0:
-                progress(examiner.rows)
-        left = None if left is None else left - (examiner.rows - before)
+        count = _read_rows(chain(head, rows), layout, examiner, progress)
+        left = None if left is None else left - count
     _merge(layouts, examiner.found)
     examiner.finish()
     _find_leakage(sources, settings, name, examiner)
     return examiner.examination(name, layouts, [source.name for source in sources], train or TrainSettings())
+
+
+def _read_rows(records: Iterable[Record], layout: Layout | None, examiner: Examiner, progress: Progress | None) -> int:
+    """Pass records to the examiner; return how many rows they were."""
+    before = examiner.rows
+    for record in records:
+        examiner.read(record, layout)
+        if progress and examiner.rows % 1000 == 0:
+            progress(examiner.rows)
+    return examiner.rows - before
 
 
 @dataclass(frozen=True)
@@ -183,136 +187,6 @@ def examine_heads(
             examiner.read(row, layout)
     examiner.finish()
     return examiner.examination(task.type, {"": mapped[0][1]}, [], TrainSettings())
-
-
-class Examiner:
-    """Takes rows one by one and keeps counts, hashes and lengths.
-
-    Args:
-        settings: of the data.
-        task: given labels and problem.
-        tokenizer: of the base model, or None.
-        shown: issues of each code that are kept.
-        samples: decoded samples to keep; None: no statistics of the samples.
-
-    Attributes:
-        found: the issues so far.
-        rows: records so far, the broken ones included.
-        usable: rows that a sample can be made of.
-    """
-
-    def __init__(
-        self,
-        settings: DataSettings,
-        task: TaskSettings,
-        tokenizer: Any = None,
-        *,
-        shown: int = 3,
-        samples: int | None = None,
-    ) -> None:
-        self.found = Issues(shown)
-        self.rows = self.usable = 0
-        self.repeats = Repeats()
-        self.labels = LabelStats(task, shown=shown)
-        self.kind: Kind | None = None
-        self.typed = True
-        self.stats = TokenStats(settings, task, tokenizer, self.found, samples or 0)
-        self._measured = samples is not None
-
-    def begin(self, layout: Layout, task: TaskName, *, typed: bool = True) -> None:
-        """Set the ``layout`` of the rows that follow; ``typed``: their source tells numbers from strings."""
-        self.typed = typed
-        self.kind = find_kind(layout.kind)
-        self.labels.begin(self.kind)
-        if self._measured:
-            self.stats.begin(layout, task)
-
-    def read(self, record: Record, layout: Layout | None) -> None:
-        """Take a record as it was found, perhaps with a fault."""
-        location = record.location
-        self.rows += location.number > 0
-        if record.fault is not None:
-            self.found.add(record.fault.code, location, record.fault.message, record.fault.hint)
-        elif layout is not None:
-            values, problems, texts = diagnose(record, layout, typed=self.typed)
-            if values is None:
-                for code, message in problems.items():
-                    self.found.add(code, location, message)
-            elif self.take(lambda: location, values, problems, texts) is not None:
-                self.repeats.locations.append(location)
-
-    def take(
-        self, locate: Callable[[], Location], values: Mapping[str, Any], problems: Problems, texts: Sequence[str]
-    ) -> Inputs | None:
-        """Take a canonical row; the location of a usable one is the caller's to add to ``repeats``.
-
-        Args:
-            locate: returns the location of the row, where it is needed.
-            values: canonical columns.
-            problems: of the row alone, by code.
-            texts: all texts of a usable row.
-
-        Returns:
-            The hashes of a usable row, None for another one.
-        """
-        assert self.kind is not None
-        inputs = None
-        if not problems.keys() & {"null", "empty"}:
-            self.usable += 1
-            inputs = hash_inputs(values, self.kind, texts)
-            self.repeats.add(inputs)
-            column = self.kind.labels
-            if column and (unknown := self.labels.add(locate(), values[column])):
-                problems["label_unknown"] = unknown
-        elif "misspelt_column" in problems:
-            problems.pop("null", None)  # it follows from the misspelt name
-        for code, message in problems.items():
-            self.found.add(code, locate(), message)
-        if self._measured and inputs is not None and not problems.keys() & {"role", "answer_place"}:
-            self.stats.add(locate(), values, texts)
-        return inputs
-
-    def finish(self) -> None:
-        """Add the issues that only all rows together show."""
-        self.stats.finish()
-        self.labels.find(self.found)
-        locations = self.repeats.locations
-        for repeat in self.repeats.found():
-            self.found.add(repeat.code, locations[repeat.row], f"as {locations[repeat.first]}")
-
-    def examination(
-        self, task: TaskName, layouts: Mapping[str, Layout], sources: list[str], train: TrainSettings
-    ) -> Examination:
-        """Return the result.
-
-        Args:
-            task: that was examined for.
-            layouts: of the sources, by name.
-            sources: names of the sources.
-            train: batch size and epochs, for an estimate of the steps.
-        """
-        layout = next(iter(layouts.values()), None)
-        if self.rows and not self.usable and not any(group.severity == "stops" for group in self.found):
-            self.found.add(
-                "nothing", Location(sources[0] if sources else ""), f"none of {self.rows:,} rows can be used"
-            )
-        counted = self.stats.lengths.unit == "tokens"
-        return Examination(
-            sources=sources,
-            task=task,
-            kind=layout.kind if layout else None,
-            columns=layout.columns if layout else {},
-            rows=self.rows,
-            usable=self.usable,
-            issues=list(self.found),
-            labels=dict(self.labels.counts),
-            lengths=self.stats.lengths,
-            tokens=self.stats.tokens if counted else None,
-            targets=self.stats.targets if counted else None,
-            unknown=self.stats.unknown if counted else None,
-            steps=steps_of(self.usable, train),
-            samples=self.stats.samples,
-        )
 
 
 def task_of(

@@ -4,7 +4,7 @@
 |---------|--------------------------------------------------------------------------------------------------------|
 | columns | the name of a column that the record lacks, but for case or a letter, and that no whole record has     |
 | numbers | labels and tags written as strings where the others are numbers, or the other way round; CSV's numbers |
-| texts   | letters garbled on their way, control characters, halves of characters (:mod:`~lorakeet.data.doctor.text_damage`)  |
+| texts   | letters garbled on their way, control characters, halves of characters (``text_damage``)              |
 | answers | starts that moved with their text, or that are wrong where the answer stands only once in its context  |
 | turns   | names of members and roles likewise; turns after the last of the assistant, from which nothing is learned |
 | labels  | a label that differs from the usual or given one in case or separators alone                           |

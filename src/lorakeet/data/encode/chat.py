@@ -82,7 +82,7 @@ class ChatEncoder(CausalEncoder):
 
 @dataclass(frozen=True)
 class InstructionEncoder(CompletionEncoder):
-    """Instructions for a model without chat template: all turns before the answer, a blank line after each, are the prompt."""
+    """Instructions, for a model without template: the prompt is all turns before the answer, a blank line after each."""
 
     def samples(self, batch: Batch) -> Iterator[tuple[int, Sample | Fault]]:
         conversations = [json.loads(messages) for messages in batch["messages"]]

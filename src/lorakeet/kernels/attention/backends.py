@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lorakeet.kernels.attention.pattern import Pattern
 
-#: Names. cpu: the compiled kernel, or torch's CPU flash kernel batch by batch, as one autograd node. torch_varlen, flash_attn:
+#: Names. cpu: the compiled kernel, or torch's CPU flash kernel batch by batch, as one autograd node. torch_varlen,
+#: flash_attn:
 #: the whole row at once on a GPU. sdpa: torch's scaled_dot_product_attention for each run of equal lengths. softcap: plain
 #: torch with capped scores, for each run of equal lengths.
 Backend = Literal["cpu", "torch_varlen", "flash_attn", "sdpa", "softcap"]

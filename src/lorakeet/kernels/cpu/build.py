@@ -1,7 +1,7 @@
 """The library of compiled loops: compiled once with the machine's own C compiler, and kept in the cache.
 
-Without a compiler, or with ``LORAKEET_NATIVE=0``, :func:`library` is None and the callers compute the same in plain torch. The
-library shares torch's threads: both use the one OpenMP runtime of the process.
+Without a compiler, or with ``LORAKEET_NATIVE=0``, :func:`library` is None and the callers compute the same in plain
+torch. The library shares torch's threads: both use the one OpenMP runtime of the process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Features of this processor that decide which kernel runs; no other module asks for them.
 
-The compiled library answers through one C function (``csrc/features.c``). It lists a feature only if it has code for it and the
-operating system permits it. Without a library torch answers, for its own int8 product.
+The compiled library answers through one C function (``csrc/features.c``). It lists a feature only if it has code for it
+and the operating system permits it. Without a library torch answers, for its own int8 product.
 
 ``LORAKEET_CPU_FEATURES`` overrides the answer with a list such as ``avx2,vnni``; an empty list means no feature. It selects
 kernels for tests and comparisons, and it cannot name a feature whose kernels would not run here.

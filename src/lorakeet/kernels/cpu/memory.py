@@ -1,6 +1,7 @@
 """Short-lived CPU buffers, sized to avoid heap fragmentation (training uses a third less memory).
 
-torch allocates with glibc's ``posix_memalign``, which searches for up to 96 bytes more than it is asked for. A tensor then does
+torch allocates with glibc's ``posix_memalign``, which searches for up to 96 bytes more than it is asked for. A tensor
+then does
 not fit into the hole that one of its own size left. So each layer of a forward pass leaves a hole for every result that it
 frees. Here these results are padded, each a little less than the one before. The next tensor, short-lived or not, then fits
 into the hole.

@@ -1,7 +1,7 @@
 """The back end ``blocked``, for every device: a few rows of W₈ at a time become x's dtype, which holds every int8 exactly.
 
-A block is small enough to stay in the processor's cache. The scales multiply the result, or g before the product. So nothing is
-rounded but the weight. A few tokens in fp32 are multiplied in C, by the bytes as they are read (``gemv_w8.c``).
+A block is small enough to stay in the processor's cache. The scales multiply the result, or g before the product. So
+nothing is rounded but the weight. A few tokens in fp32 are multiplied in C, by the bytes as they are read (``gemv_w8.c``).
 """
 
 from __future__ import annotations

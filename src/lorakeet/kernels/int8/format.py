@@ -1,15 +1,17 @@
 """The int8 format of a frozen weight: W₀ ≈ diag(s)·W₈·diag(c), and how it is made.
 
 W₈ is int8 [out, in], with a row scale s for each output channel. For a finer rounding it has a column scale c for each input
-channel too. Column scales balance the columns of the weight: a column of small values, which usually meets large activations, is
-not rounded with the step of the others. x·diag(c) is flatter than x for the same reason. They are powers of two, so multiplying
-by them is exact.
+channel too. Column scales balance the columns of the weight: a column of small values, which usually meets large
+activations, is
+not rounded with the step of the others. x·diag(c) is flatter than x for the same reason. They are powers of two, so
+multiplying by them is exact.
 
-Some weights narrow (in > out), as the last layer of a feed-forward block does. The columns of their largest values are outlier
+Some weights narrow (in > out), as the last layer of a feed-forward block does. The columns of their largest values are
+outlier
 columns and stay fp32. A few weights there make the activations of a text's first token some thousand times larger than all
 others, and remove them again. They are the super weights of Yu et al. 2024 ("The Super Weight in Large Language Models",
-arXiv:2411.07191). Rounded, an outlier column does more harm than all others together. It has c = 0, and x times its fp32 values
-is added.
+arXiv:2411.07191). Rounded, an outlier column does more harm than all others together. It has c = 0, and x times its
+fp32 values is added.
 
 All numbers that belong to a weight's bytes are one fp32 vector ``scale``: s [out]; or s, c [out + in]; or s, c, the values of
 the outlier columns and their positions [out + in + OUTLIERS·(out + 1)].

@@ -2,11 +2,13 @@
 
     h  = (x·diag(c))·W₈ᵀ·diag(s) + b            ∂x = (g·diag(s))·W₈·diag(c)
 
-:mod:`lorakeet.kernels.int8.format` describes the weight, its scales and its outlier columns. Both directions read the one stored
+:mod:`lorakeet.kernels.int8.format` describes the weight, its scales and its outlier columns. Both directions read the
+one stored
 weight, and neither ever forms the whole of it in a wider format. The registry (:mod:`lorakeet.kernels.int8.registry`) chooses
 one of four back ends:
 
-- ``blocked``: a few rows of W₈ at a time become x's dtype, which holds every int8 exactly. They are multiplied while they are in
+- ``blocked``: a few rows of W₈ at a time become x's dtype, which holds every int8 exactly. They are multiplied while
+  they are in
   the processor's cache. The scales multiply the result, or g before the product. Exact except for the weight's own rounding.
   For processors without 8-bit dot products, and for every other device.
   A few tokens are multiplied by the bytes as they are read (``gemv_w8.c``).
@@ -14,12 +16,15 @@ one of four back ends:
   Adjacent pairs are multiplied and summed in int32 (``gemm_w8a16.c``). Rounding x to int16 loses less than bfloat16 would, so
   x is not split, and an instruction computes twice as many products as in fp32. Needs AVX2.
 - ``vnni``: the same forward, and a backward that is twice as fast (``gemm_w8a8_grouped.c``). The gradient is rounded to int8
-  with one scale for each token and 64 adjacent channels. 64 int8 products at a time are summed in int32, then scaled and added in
+  with one scale for each token and 64 adjacent channels. 64 int8 products at a time are summed in int32, then scaled
+  and added in
   fp32. The rounding error is noise in the gradient, far below that of a batch; forward it would be a share of the loss.
   For x86 processors with VNNI.
-- ``triton``: kernels for NVIDIA GPUs (:mod:`lorakeet.kernels.int8.triton`). x and the gradient are rounded to int8 with one scale
+- ``triton``: kernels for NVIDIA GPUs (:mod:`lorakeet.kernels.int8.triton`). x and the gradient are rounded to int8 with
+  one scale
   for each token. Columns of x that int8 cannot represent are multiplied apart, in x's dtype. That is the split of LLM.int8()
-  (Dettmers et al. 2022, arXiv:2208.07339, section 3.2), with outliers found by the tensor's own size, not by a fixed threshold.
+  (Dettmers et al. 2022, arXiv:2208.07339, section 3.2), with outliers found by the tensor's own size, not by a fixed
+  threshold.
 """
 
 from __future__ import annotations

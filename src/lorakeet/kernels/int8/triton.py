@@ -3,15 +3,17 @@
     h  = (diag(a)·x₈·W₈ᵀ + x[:, c]·W₈[:, c]ᵀ)·diag(s) + b + u·vᵀ
     ∂x = diag(a)·(g·diag(s))₈·W₈ + u·vᵀ
 
-x₈ is x rounded to int8 by one scale a for each row, without the outlier columns c of x, which keep their dtype. That is the split
+x₈ is x rounded to int8 by one scale a for each row, without the outlier columns c of x, which keep their dtype. That is
+the split
 of LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339, section 3.2), with outliers found by the tensor's own size. The input
 gradient is an int8 product too (SwitchBack, Wortsman et al. 2023, arXiv:2304.13013), with the weight's scales folded into g
 before it is rounded. u·vᵀ is a low-rank product, LoRA's own.
 
-Nothing synchronizes with the GPU, and shapes are static: there are always :data:`SLOTS` columns c, of which the unused ones are
+Nothing synchronizes with the GPU, and shapes are static: there are always :data:`SLOTS` columns c, of which the unused
+ones are
 zeros. Three small kernels read x: column maxima, the choice of c, rounding. A fourth multiplies, and its epilogue adds and
-rescales while the sum is in registers. Interpreted (``TRITON_INTERPRET=1`` before the first import of Triton), everything runs
-on a CPU too, slowly.
+rescales while the sum is in registers. Interpreted (``TRITON_INTERPRET=1`` before the first import of Triton),
+everything runs on a CPU too, slowly.
 """
 
 from __future__ import annotations
@@ -125,7 +127,8 @@ def split_columns(x: Tensor) -> Split | None:
     """Find the outlier columns of x [n, in]; None if x is too narrow for any.
 
     Returns:
-        int32 [SLOTS + 1]: their numbers, 0 in each unused slot, and their count last. int8 [in]: 0 for them, 1 for the others.
+        int32 [SLOTS + 1]: their numbers, 0 in each unused slot, and their count last. int8 [in]: 0 for them, 1 for the
+        others.
     """
     (n, width), most = x.shape, min(SLOTS, x.shape[1] // 16)
     if not most:
@@ -154,8 +157,8 @@ def quantize_activations(
     """Round x·diag(factor), x [n, in], to int8 by the largest value of each row, halves to even.
 
     Returns:
-        int8 [n, in], with zeros for the columns in ``split``. Scales fp32 [n], 1 for a row of zeros. The columns in ``split``,
-        not rounded, [n, SLOTS] in x's dtype.
+        int8 [n, in], with zeros for the columns in ``split``. Scales fp32 [n], 1 for a row of zeros. The columns in
+        ``split``, not rounded, [n, SLOTS] in x's dtype.
     """
     n, width = x.shape
     rounded, scales = x.new_empty(n, width, dtype=torch.int8), x.new_empty(n, dtype=torch.float32)
