@@ -134,7 +134,8 @@ def test_the_adapter_is_written_once(settings, tmp_path, monkeypatch):
     assert len(written) == 1 and "adapter" in written[0]
 
 
-def test_an_adapter_survives_an_error_after_the_training(settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize("failing", ["summarize", "add_notes"])
+def test_an_adapter_survives_an_error_after_the_training(failing, settings, tmp_path, monkeypatch):
     """Its figures are lost; its weights are those of a run without the error."""
     weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     run_training(settings())
@@ -143,7 +144,7 @@ def test_an_adapter_survives_an_error_after_the_training(settings, tmp_path, mon
     def fail(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(module, "summarize", fail)
+    monkeypatch.setattr(module, failing, fail)
     with pytest.raises(MemoryError):
         run_training(settings(), overwrite=True)
     assert weights.read_bytes() == whole

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from lorakeet._version import __version__
 from lorakeet.adapter.fingerprint import fingerprint, mismatch
+from lorakeet.adapter.model_card import write_card
 from lorakeet.adapter.tensor_checks import compare, is_untrained, nonfinite_error
 from lorakeet.adapter.tensor_names import PREFIX, is_token_rows, mirrored_names, tensor_names, vocabulary_names
 from lorakeet.errors import AdapterError, OutputError
 from lorakeet.files import PICKLE_SUFFIXES, write_file, write_json
 from lorakeet.log import info, warn
-from lorakeet.lora.config import find_adapter_file
+from lorakeet.lora.config import PeftConfig, find_adapter_file
 from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.model import LoraModel
 from lorakeet.lora.modules_to_save import SavedModule
@@ -79,6 +80,22 @@ def write_adapter(
     config.save_pretrained(folder)
     base = {"name": config.base_model_name_or_path, "fingerprint": fingerprint(model)}
     write_json(folder / OWN_NAME, {"format": 1, "lorakeet": __version__, "base": base, **(notes or {})})
+
+
+def add_notes(folder: Path, config: PeftConfig, notes: Mapping[str, Any]) -> None:
+    """Add facts to the ``lorakeet.json`` of a saved adapter, and write its model card again; the weights stay.
+
+    Args:
+        folder: Where the adapter was saved.
+        config: The adapter's settings.
+        notes: Facts to add, for example the final losses.
+
+    Raises:
+        OutputError: the folder cannot be written to.
+    """
+    both = {**read_notes(folder), **notes}
+    write_json(folder / OWN_NAME, both)
+    write_card(folder, config, both)
 
 
 def resize_reason(model: LoraModel, adapter: str) -> str | None:

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from lorakeet.adapter.peft_model import PeftModel, get_peft_model
+from lorakeet.adapter.serialization import add_notes
 from lorakeet.base.architectures import AUTO_CLASSES
 from lorakeet.base.load import Base, inspect_model, load_base
 from lorakeet.base.quiet import quiet
@@ -200,7 +201,7 @@ class Run:
             warn(f"warm-up takes {train.warmup} of {steps:.0f} steps: the learning rate never reaches its peak")
 
     def train(self, stop: StopAfterStep, resume: bool, any_checkpoint: bool) -> dict[str, Any]:
-        """Measure, train, measure again, then write adapter, plots and summary."""
+        """Measure, train, write the adapter, measure again, then write its figures, plots and summary."""
         progress = ProgressCallback(self.folder / "metrics.jsonl")
         trainer = self._trainer([progress, stop], any_checkpoint)
         with ExitStack() as patches:
@@ -211,14 +212,11 @@ class Run:
                 patches.enter_context(fused_layers(self.model))
             patches.enter_context(self._with_checkpointing(trainer))
             self._fit(trainer, progress, stop, resume, any_checkpoint)
-            try:
-                self._measure(trainer, trainer.state.global_step)
-                summary = self._summary(trainer, progress)
-            except BaseException:  # without its figures, but not lost
-                self._save({})
-                raise
-        self._save(summary)
+            self._save()  # before anything else can fail
+            self._measure(trainer, trainer.state.global_step)
+        summary = self._summary(trainer, progress)
         if self.args.process_index == 0:
+            add_notes(self.folder / "adapter", self.model.peft_config["default"], _notes(summary))
             self._finish(trainer, summary)
         trainer.accelerator.wait_for_everyone()
         return summary
@@ -312,14 +310,12 @@ class Run:
         }
         return summarize(self.folder, self.base, self.model, self.task, self.data, done, settings)
 
-    def _save(self, summary: dict[str, Any]) -> None:
-        """Write the adapter with its tokenizer, chat template and figures, complete or not at all."""
+    def _save(self) -> None:
+        """Write the adapter with its tokenizer and chat template, complete or not at all."""
         if self.args.process_index == 0:
             with write_folder(self.folder / "adapter") as aside:
-                # without the adapter's path on this machine
-                notes = {key: value for key, value in summary.items() if key != "adapter_path"}
                 origin = {"task": self.task.notes(), "data": self.data.report.content_hash}
-                self.model.save_pretrained(aside, notes={**notes, **origin})
+                self.model.save_pretrained(aside, notes=origin)
                 self.base.tokenizer.save_pretrained(aside)
             info(f"adapter    {self.folder / 'adapter'}")
 
@@ -339,3 +335,8 @@ class Run:
         write_json(self.folder / "summary.json", summary)
         for line in compare_figures(summary):
             info(line)
+
+
+def _notes(summary: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures for the adapter's notes: not the path on this machine, nor what the notes have already."""
+    return {key: value for key, value in summary.items() if key not in ("adapter_path", "task", "data")}
