@@ -20,8 +20,10 @@ from transformers.utils import logging
 from helpers.bytewise import byte_tokenizer
 from lorakeet.base.device_dtype import bytes_by_dtype, check_dtypes, choose_device, choose_dtype
 from lorakeet.base.load import Base, load_base
-from lorakeet.config import BaseSettings
+from lorakeet.config import QUANTIZED_FORMATS, BaseSettings
 from lorakeet.errors import BaseModelError, ConfigError
+from lorakeet.quant.hf_quantizer import CONFIGS, Int8Config
+from lorakeet.quant.protocol import has_quantized
 
 CPU = torch.device("cpu")
 IDS = torch.arange(2, 40).reshape(2, 19)
@@ -208,3 +210,15 @@ def test_on_cuda(folder: Path) -> None:
     assert base.device.type == "cuda" and {p.device for p in base.model.parameters()} == {torch.device("cuda", 0)}
     assert base.dtype in (torch.bfloat16, torch.float16)
     assert base.model(IDS.cuda()).logits.isfinite().all()
+
+
+def test_a_quantized_format_is_loaded_by_its_entry(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def config() -> Int8Config:
+        made.append(Int8Config())
+        return made[-1]
+
+    monkeypatch.setitem(QUANTIZED_FORMATS, 4, "fake")
+    monkeypatch.setitem(CONFIGS, "fake", config)
+    assert has_quantized(load_base(str(folder), bits=4, device="cpu").model) and len(made) == 1

@@ -191,7 +191,7 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
     assert torch.equal(
         logits(load_base(str(tmp_path / "int8"), bits=8).model), logits(load_base(str(folder), bits=8).model)
     )
-    with pytest.raises(BaseModelError, match="stored in 8 bits"):
+    with pytest.raises(BaseModelError, match="stored quantized, in 8 bits"):
         load_base(str(tmp_path / "int8"), bits=32)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(

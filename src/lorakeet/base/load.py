@@ -27,11 +27,11 @@ from lorakeet.base.checkpoint_files import check_folder
 from lorakeet.base.device_dtype import bytes_by_dtype, check_dtypes, choose_device, choose_dtype, dtype_name, some
 from lorakeet.base.quiet import quiet
 from lorakeet.base.source import find_source, local_folder
-from lorakeet.config import BaseSettings, settings_error
+from lorakeet.config import QUANTIZED_FORMATS, BaseSettings, settings_error
 from lorakeet.errors import BaseModelError
 from lorakeet.kernels.int8.registry import best_on
 from lorakeet.log import warn
-from lorakeet.quant.hf_quantizer import METHOD, Int8Config, foreign_method, foreign_method_error
+from lorakeet.quant.hf_quantizer import CONFIGS, foreign_method, foreign_method_error
 from lorakeet.quant.protocol import quantized_layers, weight_shape
 
 
@@ -156,14 +156,15 @@ def _rounding(folder: Path, bits: int | None, name: str, remote: Mapping[str, An
         BaseModelError: The checkpoint is quantized in another format than ``bits``.
     """
     method = getattr(_config(folder, name, remote), "quantization_config", None)
-    if bits == 8 and (other := foreign_method(method)):
+    quantized = None if bits is None else QUANTIZED_FORMATS.get(bits)
+    if quantized and (other := foreign_method(method)):
         raise foreign_method_error(name, other)
     if bits in (16, 32) and method is not None and not foreign_method(method):
         raise BaseModelError(
-            f"{name} is stored in 8 bits ({METHOD}), and bits={bits} is set",
+            f"{name} is stored quantized, in 8 bits, and bits={bits} is set",
             "remove --bits, or give the full-precision model",
         )
-    return {"quantization_config": Int8Config()} if bits == 8 and method is None else {}
+    return {"quantization_config": CONFIGS[quantized]()} if quantized and method is None else {}
 
 
 def _settings(settings: BaseSettings | str | None, overrides: Mapping[str, Any]) -> BaseSettings:

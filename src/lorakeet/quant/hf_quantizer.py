@@ -8,7 +8,7 @@ the quantized base. Its file shows which layers are in 8 bits, and opening it co
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -54,6 +54,10 @@ class Int8Config(QuantizationConfigMixin):
         self.quant_method: Any = METHOD
         self.embeddings = embeddings
         self.modules_to_not_convert = list(modules_to_not_convert or ())
+
+
+#: Name of a quantized format (``config.QUANTIZED_FORMATS``) -> the ``quantization_config`` that loads a base in it.
+CONFIGS: dict[str, Callable[[], QuantizationConfigMixin]] = {"int8": Int8Config}
 
 
 @register_quantizer(METHOD)
