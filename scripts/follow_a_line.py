@@ -4,8 +4,9 @@ Run it with ``python scripts/follow_a_line.py``; ``--functions`` also lists the 
 
 Definitions, so that two versions of the package can be compared:
 
-- An *entry* is the first call of a function or method in ``lorakeet/data``. Later calls of the same function do not count,
-  nor do comprehensions, lambdas and module bodies.
+- An *entry* is the first call of a function or method in ``lorakeet/data`` that takes or returns the line: its text, in a
+  string, a record, a row or a table. With ``--calls`` it is the first call of any function, also of those that only see
+  settings or paths. Later calls of the same function do not count, nor do comprehensions, lambdas and module bodies.
 - A *stay* is a maximal run of consecutive entries in one file.
 - A *return* is a stay in a file that has had an earlier stay.
 """
@@ -55,22 +56,60 @@ class Way:
         return sum(stay.is_return for stay in self.stays)
 
 
-class Recorder:
-    """Record the first call of each function below ``folder``, while it is the profile function of the thread."""
+def holds(value: Any, text: str, depth: int = 4) -> bool:
+    """Whether ``text`` is in ``value``: a string, bytes, a container, a table with columns, or an object of ``lorakeet``."""
+    if isinstance(value, str):
+        return text in value
+    if isinstance(value, bytes):
+        return text.encode() in value
+    if depth == 0 or value is None:
+        return False
+    if isinstance(value, dict):
+        parts: Any = value.values()
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        parts = value
+    elif isinstance(getattr(value, "column_names", None), list):  # a Dataset or an Arrow table
+        return bool({"text", "input_ids"} & set(value.column_names))
+    elif type(value).__module__.startswith("lorakeet."):
+        slots = [name for base in type(value).__mro__ for name in getattr(base, "__slots__", ())]
+        parts = (
+            [*vars(value).values()] if hasattr(value, "__dict__") else [getattr(value, name, None) for name in slots]
+        )
+    else:
+        return False
+    return any(holds(part, text, depth - 1) for part in list(parts)[:50])
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = f"{folder}{os.sep}"
+
+class Recorder:
+    """Record the first entry of each function below ``folder``, while it is the profile function of the thread.
+
+    Args:
+        folder: Files that count.
+        text: What an argument or a result must hold; None: every call counts.
+    """
+
+    def __init__(self, folder: Path, text: str | None = None) -> None:
+        self._folder, self._text = f"{folder}{os.sep}", text
         self._seen: set[CodeType] = set()
         self.entries: list[tuple[str, str]] = []
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         """Take one event of ``sys.setprofile``."""
         code = frame.f_code
-        if event != "call" or code in self._seen or not code.co_filename.startswith(self._folder):
+        if event not in ("call", "return") or code in self._seen or not code.co_filename.startswith(self._folder):
+            return
+        if code.co_name.startswith("<") or not self._counts(frame, event, argument):
             return
         self._seen.add(code)
-        if not code.co_name.startswith("<"):
-            self.entries.append((code.co_filename.removeprefix(self._folder), code.co_qualname))
+        self.entries.append((code.co_filename.removeprefix(self._folder), code.co_qualname))
+
+    def _counts(self, frame: FrameType, event: str, argument: Any) -> bool:
+        if self._text is None:
+            return event == "call"
+        if event == "return":
+            return holds(argument, self._text)
+        names = frame.f_code.co_varnames[: frame.f_code.co_argcount + frame.f_code.co_kwonlyargcount]
+        return any(holds(frame.f_locals.get(name), self._text) for name in names)
 
 
 def stays(entries: list[tuple[str, str]]) -> Iterator[Stay]:
@@ -81,9 +120,9 @@ def stays(entries: list[tuple[str, str]]) -> Iterator[Stay]:
         left.add(file)
 
 
-def follow(call: Callable[[], object], folder: Path) -> Way:
-    """Return the way that ``call`` takes through the files below ``folder``."""
-    recorder = Recorder(folder)
+def follow(call: Callable[[], object], folder: Path, text: str | None = None) -> Way:
+    """Return the way that ``call`` takes through the files below ``folder``; with ``text`` that of functions that hold it."""
+    recorder = Recorder(folder, text)
     before = sys.getprofile()
     sys.setprofile(recorder)
     try:
@@ -93,8 +132,8 @@ def follow(call: Callable[[], object], folder: Path) -> Way:
     return Way(tuple(stays(recorder.entries)))
 
 
-def follow_a_line() -> Way:
-    """Return the way of one row from a file to a sample."""
+def follow_a_line(*, calls: bool = False) -> Way:
+    """Return the way of one row from a file to a sample; with ``calls`` that of all functions that are called for it."""
     sys.path.insert(0, str(ROOT / "tests"))
     import lorakeet.data
     from helpers.bytewise import byte_tokenizer
@@ -108,7 +147,9 @@ def follow_a_line() -> Way:
         path.write_text(json.dumps(LINE) + "\n", encoding="utf-8")
         settings, task = DataSettings(path=str(path), eval_fraction=0.0), TaskSettings(type="CAUSAL_LM")
         try:
-            return follow(lambda: prepare(settings, task, tokenizer, seed=0), Path(str(lorakeet.data.__file__)).parent)
+            folder_of_data = Path(str(lorakeet.data.__file__)).parent
+            text = None if calls else LINE["text"][:20]
+            return follow(lambda: prepare(settings, task, tokenizer, seed=0), folder_of_data, text)
         finally:
             os.environ.pop("LORAKEET_HOME")
             os.environ.update({} if before is None else {"LORAKEET_HOME": before})
@@ -129,7 +170,11 @@ def main() -> None:
     parser.add_argument(
         "--functions", action="store_true", help="list the functions of each stay, not only their number"
     )
-    print(table(follow_a_line(), functions=parser.parse_args().functions))
+    parser.add_argument(
+        "--calls", action="store_true", help="count every function that is called, with the line or not"
+    )
+    options = parser.parse_args()
+    print(table(follow_a_line(calls=options.calls), functions=options.functions))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from follow_a_line import follow, follow_a_line, table
+from follow_a_line import follow, follow_a_line, holds, table
 
-#: Most files of ``data/`` that one line enters, and most returns to a file already left. Lower both as data/ gets simpler.
-MOST_FILES, MOST_RETURNS = 32, 49
+#: Most files of ``data/`` with a function that takes or returns the line, and most returns to a file already left.
+MOST_FILES, MOST_RETURNS = 15, 9
+#: The same for all functions that are called, with the line or not. Lower both as data/ gets simpler.
+MOST_FILES_CALLED, MOST_RETURNS_CALLED = 29, 54
 
 
 @pytest.fixture
@@ -46,5 +48,20 @@ def test_other_folders_do_not_count(walk: Callable[[], object], tmp_path: Path) 
 
 def test_a_line_passes_few_files() -> None:
     way = follow_a_line()
-    assert way.stays[0].file == "prepare.py"
+    assert way.stays[0].file == "read/text_formats.py" and way.stays[-1].file == "prepare.py", table(way)
     assert way.files <= MOST_FILES and way.returns <= MOST_RETURNS, table(way)
+
+
+def test_the_calls_for_a_line_are_in_few_files() -> None:
+    way = follow_a_line(calls=True)
+    assert way.stays[0].file == "prepare.py"
+    assert way.files <= MOST_FILES_CALLED and way.returns <= MOST_RETURNS_CALLED, table(way)
+
+
+def test_only_functions_with_the_text_count(walk: Callable[[], object], tmp_path: Path) -> None:
+    assert follow(walk, tmp_path, "a text that no function holds").files == 0
+
+
+@pytest.mark.parametrize("value", ["a line", b"a line", {"text": ["a line"]}, [("a line",)], {1: {2: "a line"}}])
+def test_a_text_is_found_in_a_value(value: object) -> None:
+    assert holds(value, "line") and not holds(value, "other")

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from helpers.tiny_tasks import rows_for, save_tiny, write_rows
 from helpers.tiny_training import WORDS, tiny_llama, tiny_tokenizer
 from lorakeet.adapter.peft_model import PeftModel
-from lorakeet.base.load import load_base
+from lorakeet.base.load import inspect_model, load_base
 from lorakeet.config import RunConfig, TaskSettings, make_run, read_run
 from lorakeet.data.collate import PaddingCollator
 from lorakeet.data.prepare import prepare
@@ -25,7 +25,6 @@ from lorakeet.errors import BaseModelError, DataError, OutputError, TargetError,
 from lorakeet.runs.metrics_log import read_metrics
 from lorakeet.tasks import setup
 from lorakeet.train import interrupt as stop_module
-from lorakeet.train import run
 from lorakeet.train import run as module
 from lorakeet.train.evaluate import evaluate
 from lorakeet.train.interrupt import StopAfterStep
@@ -203,8 +202,8 @@ def test_padding_and_logits_can_be_computed_with_the_same_losses(settings, tmp_p
     """A run skips padding and logits unless its settings demand them; its losses are the same either way."""
     used = []
     for name in ("padding_free", "fused_loss"):
-        real = getattr(run, name)
-        monkeypatch.setattr(run, name, lambda model, name=name, real=real: used.append(name) or real(model))
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda model, name=name, real=real: used.append(name) or real(model))
     losses = {}
     for padding_free in (True, False):
         for fused_loss in (True, False):
@@ -223,7 +222,7 @@ def test_named_columns_decide_the_task(tmp_path):
         tmp_path / "a.jsonl", [{"body": row["text"], "queue": row["label"]} for row in rows_for("SEQ_CLS")]
     )
     tree = {"base": {"model": str(base)}, "data": {"path": str(data), "columns": {"text": "body", "label": "queue"}}}
-    assert setup.task_settings(make_run(tree), run.inspect_model(make_run(tree).base)).type == "SEQ_CLS"
+    assert setup.task_settings(make_run(tree), inspect_model(make_run(tree).base)).type == "SEQ_CLS"
 
 
 def test_data_is_not_opened_for_the_task_of_a_decoder(tmp_path):
@@ -232,7 +231,8 @@ def test_data_is_not_opened_for_the_task_of_a_decoder(tmp_path):
         "base": {"model": str(save_tiny(tmp_path / "llama", "llama"))},
         "data": {"path": str(tmp_path / "none.jsonl")},
     }
-    assert run.choose(make_run(tree), run.inspect_model(make_run(tree).base)).type == "CAUSAL_LM"
+    config = make_run(tree)
+    assert setup.task_settings(config, inspect_model(config.base)).type == "CAUSAL_LM"
 
 
 # ---- refused, and nothing written -----------------------------------------------------------------------------------
