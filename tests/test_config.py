@@ -84,6 +84,10 @@ def test_data_in_the_place_of_the_settings_is_recognized(tmp_path: Path, text: s
     with pytest.raises(ConfigError) as caught:
         read_run(settings)
     assert "--data" not in (caught.value.hint or "")
+    settings.write_text("- text: a row")
+    with pytest.raises(ConfigError, match="holds list") as caught:
+        read_run(settings)
+    assert f"--data {settings}" in (caught.value.hint or "")
 
 
 def test_a_missing_file_and_a_section_that_is_a_value(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ class DataSettings(Section):
     weights: list[Positive] | None = Field(
         None, description="sampling weight of each path of a list; default: all rows of every path"
     )
-    format: Literal["auto", "json", "jsonl", "csv", "parquet", "arrow", "text", "fortune"] = Field(
+    format: Literal["auto", "json", "jsonl", "yaml", "csv", "parquet", "arrow", "text", "fortune"] = Field(
         "auto", description="file format; auto: by suffix and content"
     )
     columns: dict[str, str] = Field(

@@ -9,7 +9,7 @@ import yaml
 
 from lorakeet.errors import ConfigError
 
-#: File name suffixes of a run's settings; any other file is taken for data that was given in the wrong place.
+#: File name suffixes of a run's settings; any other file, and a list, is taken for data that was given in the wrong place.
 SUFFIXES = (".yaml", ".yml")
 
 
@@ -43,7 +43,8 @@ def read_tree(path: str | Path, sections: list[str]) -> dict[str, Any]:
         ConfigError: The file is missing, is no YAML mapping, or has the same key twice.
     """
     suffix = Path(path).suffix.lower()
-    hint = None if suffix in SUFFIXES else f"if {path} is data to train on, give it as --data {path}"
+    as_data = f"if {path} is data to train on, give it as --data {path}"
+    hint = None if suffix in SUFFIXES else as_data
     try:
         tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -55,6 +56,7 @@ def read_tree(path: str | Path, sections: list[str]) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}", hint) from None
     if not isinstance(tree, dict):
+        hint = as_data if isinstance(tree, list) else hint
         raise ConfigError(f"{path} holds {type(tree).__name__}, expected the sections {', '.join(sections)}", hint)
     return tree
 

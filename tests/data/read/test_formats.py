@@ -13,6 +13,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -42,6 +43,8 @@ def told(path: Path) -> list[tuple[int, str | None]]:
         ("a.json", "[]", "json"),
         ("a.jsonl", "{}", "jsonl"),
         ("a.NDJSON", "{}", "jsonl"),
+        ("a.yaml", "- text: x", "yaml"),
+        ("a.yml", "", "yaml"),
         ("a.csv", "text\nx", "csv"),
         ("a.tsv", "text\nx", "csv"),
         ("a.parquet", "", "parquet"),
@@ -86,6 +89,17 @@ def test_the_only_list_of_an_object_may_follow_short_members(put: Put) -> None:
     assert values_of(put("a.json", '{"version": 1,\n "data": [\n {"text": "x"}\n]}')) == ["x"]
 
 
+def test_yaml(put: Put) -> None:
+    path = put("a.yaml", yaml.safe_dump([{"text": text} for text in TEXTS], allow_unicode=True))
+    assert values_of(path) == TEXTS
+    path = put(
+        "a.yml",
+        "# two\n- text: |\n    a\n\n    b\n  n: 1\n-\n  {n: 2, text: 'c\u2028d'}\n- <<: {n: 3, text: x}\n  text: e",
+    )
+    assert values_of(path) == ["a\n\nb\n", "c\u2028d", "e"] and values_of(path, "n") == [1, 2, 3]
+    assert [str(row.location) for row in read_file(path)] == [f"{path}:{line}" for line in (2, 8, 9)]
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_line_ends_and_byte_order_marks(put: Put, end: str, mark: str) -> None:
@@ -95,6 +109,7 @@ def test_line_ends_and_byte_order_marks(put: Put, end: str, mark: str) -> None:
         ("a.txt", ["a", "b"], "text"),
         ("a.txt", ["a", "%", "b", "%"], "text"),
         ("a.json", ['[{"text": "a"},', '{"text": "b"}]'], "text"),
+        ("a.yaml", ["- text: a", "- text: b"], "text"),
     ):
         assert values_of(put(name, mark + end.join(lines) + end), column) == ["a", "b"]
 
@@ -200,6 +215,25 @@ def test_plain_text(put: Put) -> None:
         ("a.json", b'["a",\n"\xff"]', {0: "line 2: byte 0xff"}),
         ("a.json", '{"a": [], "b": []}', {0: "2 lists (a, b)"}),
         ("a.json", "17", {0: "holds int, expected a list"}),
+        ("a.yaml", "- text: a\n- b\n-\n- [c]\n- text: d", {2: "str, expected a mapping", 3: "NoneType", 4: "list"}),
+        ("a.yaml", "- text: a\n- n: 1\n  no: x\n- text: d", {2: "key 'no' is not text"}),
+        (
+            "a.yaml",
+            "- text: a\n- [a]: x\n- {text: b, text: c}\n- !!map x",
+            {2: "a key", 3: "'text' is given", 4: "mapping"},
+        ),
+        (
+            "a.yaml",
+            "- n: !!int ''\n- n: !!python/none\n- &a\n  text: [*a]",
+            {1: "not a YAML", 2: "tag", 3: "recursive"},
+        ),
+        ("a.yaml", "- text: a\n- {text: b\n- text: c", {0: "line 3: not YAML"}),
+        ("a.yaml", "- text: a\u2028\n- text: \x01", {0: "line 2: not YAML: character U+0001"}),
+        ("a.yaml", "- text: a\n" + "[" * 100_000, {0: "line 2: "}),
+        ("a.yaml", b"- text: a\n- text: \xff", {0: "line 2: byte 0xff"}),
+        ("a.yaml", "- text: a\n---\n- text: b", {0: "line 2: not YAML: expected one document, found a second one"}),
+        ("a.yaml", "base:\n  model: x", {0: "holds a mapping, expected a list of mappings"}),
+        ("a.yaml", "nothing but prose", {0: "holds a single value, expected a list"}),
         ("a.csv", "id,text\n1,a\n2,b, c\n3\n4,d", {3: "3 fields, expected 2", 4: "1 field, expected 2"}),
         ("a.csv", 'text\nfine\n"left open\nfor ever', {3: "not CSV"}),
         ("a.csv", 'text,n\n"a "b" c",1\nd,2', {2: "not CSV"}),
@@ -217,6 +251,8 @@ def test_plain_text(put: Put) -> None:
         ("a.txt", " \n\n", {0: "empty"}),
         ("a.json", "", {0: "empty"}),
         ("a.json", "[]", {0: "empty"}),
+        ("a.yaml", "# no row\n", {0: "empty"}),
+        ("a.yaml", "[]", {0: "empty"}),
         ("a.jsonl", "\n", {0: "empty"}),
         ("a.csv", "", {0: "empty"}),
         ("a.csv", "text\n", {0: "empty"}),
@@ -246,7 +282,7 @@ def test_the_rest_of_a_broken_file(put: Put) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
 @given(
     content=st.binary(max_size=200) | st.text(st.sampled_from("{}[]\"\\',;\t\n\r%a1: é\ufeff"), max_size=80),
-    name=st.sampled_from(["a.json", "a.jsonl", "a.csv", "a.txt", "a", "a.parquet", "a.arrow", "a.csv.gz"]),
+    name=st.sampled_from(["a.json", "a.jsonl", "a.yaml", "a.csv", "a.txt", "a", "a.parquet", "a.arrow", "a.csv.gz"]),
 )
 def test_nothing_at_all_stops_the_reading(put: Put, content: str | bytes, name: str) -> None:
     lines = (content.encode() if isinstance(content, str) else content).replace(b"\r", b"\n").count(b"\n") + 1

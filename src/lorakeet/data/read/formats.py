@@ -4,6 +4,7 @@
 |---------|------------------------|----------------------------------------------------------------------------------|
 | json    | .json                  | a list of objects or strings, alone or under a key (the split, or the only list) |
 | jsonl   | .jsonl .ndjson         | one object or string a line                                                      |
+| yaml    | .yaml .yml             | the mappings of a list                                                           |
 | csv     | .csv .tsv              | one a line below the header, which shows whether by comma, semicolon or tab      |
 | parquet | .parquet               | one a row; only the columns that are needed are read                             |
 | arrow   | .arrow                 | the same; a file or a stream, as ``datasets`` writes it                          |
@@ -29,6 +30,8 @@ SUFFIXES = {
     ".json": "json",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".yaml": "yaml",
+    ".yml": "yaml",
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",

@@ -1,6 +1,6 @@
 """Readers of text files: each yields number and values, or number and fault, of the records of one file.
 
-They run in constant memory; only a ``.json`` file is read whole. Text is UTF-8, with or without a byte order mark; every
+They run in constant memory; only JSON and YAML files are read whole. Text is UTF-8, with or without a byte order mark; every
 other encoding is a fault, never a guess. Lines end as on any system.
 """
 
@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from lorakeet.data.read.fortune import is_rotated, parse_fortunes
 from lorakeet.data.read.record import Fault, FaultError
+from lorakeet.data.read.yaml_rows import parse_rows
 
 #: Number of a record, and its values by column or its fault.
 Read = tuple[int, Mapping[str, Any] | Fault]
@@ -61,6 +62,20 @@ def encoding_fault(text: str, path: Path) -> Fault | None:
     return None
 
 
+def _all_lines(path: Path) -> list[str]:
+    """Return the lines of ``path``.
+
+    Raises:
+        FaultError: one of them is not UTF-8 text.
+    """
+    lines = []
+    for number, line in enumerate(read_lines(path), start=1):
+        if fault := encoding_fault(line, path):
+            raise FaultError(fault.code, f"line {number}: {fault.message}", fault.hint)
+        lines.append(line)
+    return lines
+
+
 def is_json(text: str) -> bool:
     """Whether ``text`` is one JSON value."""
     try:
@@ -97,11 +112,7 @@ def _parse_line(line: str) -> Any:
 
 
 def _json(path: Path, split: str) -> Iterator[Read]:
-    lines = []
-    for number, line in enumerate(read_lines(path), start=1):
-        if fault := encoding_fault(line, path):
-            raise FaultError(fault.code, f"line {number}: {fault.message}", fault.hint)
-        lines.append(line)
+    lines = _all_lines(path)
     text = "".join(lines)
     try:
         value = json.loads(text) if text.strip() else []
@@ -140,6 +151,10 @@ class _Records:
             return value
         expected = "a string like the first" if self._texts else "an object"
         return Fault("broken", f"holds {type(value).__name__}, expected {expected}", _AS_JSON)
+
+
+def _yaml(path: Path, split: str) -> Iterator[Read]:
+    yield from parse_rows(_all_lines(path))
 
 
 def _csv(path: Path, split: str) -> Iterator[Read]:
@@ -224,6 +239,7 @@ def _fortune(path: Path, split: str) -> Iterator[Read]:
 TEXT_READERS: dict[str, Callable[[Path, str], Iterator[Read]]] = {
     "json": _json,
     "jsonl": _jsonl,
+    "yaml": _yaml,
     "csv": _csv,
     "text": _text,
     "fortune": _fortune,
