@@ -150,8 +150,7 @@ def _split(samples: _Samples, examined: _Examined, settings: DataSettings, seed:
     classes = None
     if examined.labels is not None and examined.labels.names:
         classes = [examined.labels.classes(label) for label in examined.labels_of(rows)]
-    digests = examined.found.digests
-    split = split_digests((digests[row] for row in rows), settings.eval_fraction, seed, classes)
+    split = split_digests(examined.found.digests[rows], settings.eval_fraction, seed, classes)
     is_held_out = np.zeros(len(examined.rows), dtype=bool)
     is_held_out[rows[split.held_out]] = True
     side = is_held_out[row_of]
@@ -163,7 +162,8 @@ def _split(samples: _Samples, examined: _Examined, settings: DataSettings, seed:
             "training sample",
             "raise data.max_length, or split the texts",
         )
-    train, held_out = np.union1d(train, moved), np.setdiff1d(held_out, moved)
+    if len(moved):
+        train, held_out = np.union1d(train, moved), np.setdiff1d(held_out, moved)
     train_rows, held_out_rows = (np.unique(samples.counts["row"][part]) for part in (train, held_out))
     return _Sides(train, held_out, train_rows, held_out_rows, split.distinct, len(moved))
 

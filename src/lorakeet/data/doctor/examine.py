@@ -16,6 +16,7 @@ from itertools import chain, islice
 from typing import Any
 
 import datasets
+import numpy as np
 
 from lorakeet.config import DataSettings, TaskName, TaskSettings, TrainSettings
 from lorakeet.data.doctor.checks import Problems, check_row, diagnose, is_sound
@@ -32,7 +33,7 @@ from lorakeet.data.rows.column_mapping import Family, choose_task, find_layout, 
 from lorakeet.data.rows.content import ContentHash, content
 from lorakeet.data.rows.kinds import Kind, Layout, find_kind
 from lorakeet.data.rows.load import Rows
-from lorakeet.data.rows.split import normalized
+from lorakeet.data.rows.split import as_digests, normalized
 from lorakeet.errors import DataError
 
 #: Rows of a file from which its columns and their types are inferred.
@@ -103,13 +104,13 @@ class ExaminedRows:
     Attributes:
         result: counts and issues, without those of tokens.
         usable: numbers of the usable rows.
-        digests: SHA-256 of the normalized content of each usable row, for the split.
+        digests: SHA-256 of the normalized content of each usable row, for the split; uint8 [usable rows, 32].
         content_hash: hash of all usable rows in their order.
     """
 
     result: Examination
     usable: list[int]
-    digests: list[bytes]
+    digests: np.ndarray
     content_hash: str
 
 
@@ -124,7 +125,7 @@ def examine_rows(rows: Rows, task: TaskSettings, settings: DataSettings) -> Exam
     kind = find_kind(rows.layout.kind)
     examiner = Examiner(settings, task)
     examiner.begin(rows.layout, task.type)
-    usable, digests, whole = [], [], ContentHash(rows.data.column_names)
+    usable, digests, whole = [], bytearray(), ContentHash(rows.data.column_names)
     text_columns = [column.name for column in kind.columns if column.is_text and column.name in rows.data.features]
     all_text = kind.texts is None and all(rows.data.features[name] == datasets.Value("string") for name in text_columns)
     all_text &= set(rows.data.column_names) <= {kind.labels, *text_columns}
@@ -141,12 +142,12 @@ def examine_rows(rows: Rows, task: TaskSettings, settings: DataSettings) -> Exam
             usable.append(number)
             whole.add(values)
             text = " ".join(filter(None, inputs.texts)) if of_all_texts else normalized(content(values, kind.name))
-            digests.append(hashlib.sha256(text.encode()).digest())
+            digests += hashlib.sha256(text.encode()).digest()
     examiner.rows = len(rows)
     examiner.repeats.locations = rows.locations if len(usable) == len(rows) else rows.locations.select(usable)
     examiner.finish()
     result = examiner.examination(task.type, {"": rows.layout}, [], TrainSettings())
-    return ExaminedRows(result, usable, digests, whole.hexdigest())
+    return ExaminedRows(result, usable, as_digests(digests), whole.hexdigest())
 
 
 def _rows_of(batch: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,7 @@ class TextEncoder(CausalEncoder):
 
     def samples(self, batch: Batch) -> Iterator[tuple[int, Sample | Fault]]:
         end = self.tokenizer.eos_token_id
-        for number, ids in enumerate(self.tokens(batch["text"])["input_ids"]):
+        for number, ids in enumerate(self.token_ids(batch["text"])):
             ids = with_end(ids, end)
             sample = self.sample(ids, () if self.learn_all else [True] * len(ids))
             sample["ended"] = not sample["cut"] and end is not None and ids[-1:] == [end]
