@@ -14,7 +14,7 @@ from lorakeet.data.doctor.examine import ExaminedRows, examine_rows
 from lorakeet.data.doctor.issues import COUNTED
 from lorakeet.data.encode.cache import tokenize
 from lorakeet.data.encode.encoder import Encoder
-from lorakeet.data.encode.make import make_encoder
+from lorakeet.data.encode.kinds import make_encoder
 from lorakeet.data.prepare_report import PrepareReport
 from lorakeet.data.prepare_stream import prepare_stream
 from lorakeet.data.prepared import (
@@ -124,7 +124,7 @@ def _examine(rows: Rows, task: TaskSettings, settings: DataSettings) -> _Examine
     labels = None
     if column is not None:
         labels = find_labels(usable.data[column][:], usable.locations, task, rows.description)
-    log_issues(group for group in found.result.issues if group.code not in COUNTED)
+    log_issues(group for group in found.issues if group.code not in COUNTED)
     return _Examined(usable, labels, found)
 
 
@@ -183,7 +183,7 @@ def _report(
     read: Rows, examined: _Examined, samples: _Samples, sides: _Sides, settings: DataSettings, task: TaskSettings
 ) -> Prepared:
     """Build the report and log its warnings; returns it with the samples of both sides."""
-    rows, found, labels = examined.rows, examined.found.result, examined.labels
+    rows, issues, labels = examined.rows, examined.found.issues, examined.labels
     learnable = len(np.union1d(sides.train_rows, sides.held_out_rows))
     report = PrepareReport(
         source=rows.description,
@@ -193,14 +193,14 @@ def _report(
         empty=len(read) - len(rows),
         unlearnable=len(rows) - learnable,
         distinct=sides.distinct,
-        duplicates=found.count("duplicate") + found.count("near_duplicate"),
+        duplicates=issues.count("duplicate") + issues.count("near_duplicate"),
         moved=sides.moved,
         **figures("train", samples.counts, sides.train),
         **figures("held_out", samples.counts, sides.held_out),
         **shape(samples.counts, samples.numbers),
         max_length=settings.max_length,
         end_token=samples.encoder.tokenizer.eos_token,
-        damaged=found.count("lost_character"),
+        damaged=issues.count("lost_character"),
         labels=labels.count(examined.labels_of(sides.train_rows)) if labels and labels.names else None,
         streamed=False,
         content_hash=examined.found.content_hash,

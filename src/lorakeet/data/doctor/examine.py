@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -25,21 +25,20 @@ from lorakeet.data.doctor.duplicates import Inputs, Repeats, hash_inputs
 from lorakeet.data.doctor.issues import Issues
 from lorakeet.data.doctor.label_stats import LabelStats
 from lorakeet.data.doctor.leakage import other_rows
+from lorakeet.data.doctor.length_histogram import Lengths
 from lorakeet.data.doctor.token_stats import TokenStats
+from lorakeet.data.encode.cache import ContentHash
 from lorakeet.data.read.column_types import ColumnTypes
 from lorakeet.data.read.record import Location, Record
 from lorakeet.data.read.source import DataSource, find_sources
 from lorakeet.data.rows.column_mapping import Family, choose_task, find_layout, merge_layouts
-from lorakeet.data.rows.content import ContentHash, content
 from lorakeet.data.rows.kinds import Kind, Layout, find_kind
-from lorakeet.data.rows.load import Rows
+from lorakeet.data.rows.load import Rows, iter_values
 from lorakeet.data.rows.split import as_digests, normalized
 from lorakeet.errors import DataError
 
 #: Rows of a file from which its columns and their types are inferred.
 _HEAD = 1000
-#: Rows converted from Arrow to Python together.
-_BATCH = 1000
 Progress = Callable[[int], None]
 
 
@@ -102,13 +101,13 @@ class ExaminedRows:
     """Result of :func:`examine_rows`.
 
     Attributes:
-        result: counts and issues, without those of tokens.
+        issues: of all rows, without those of tokens.
         usable: numbers of the usable rows.
         digests: SHA-256 of the normalized content of each usable row, for the split; uint8 [usable rows, 32].
         content_hash: hash of all usable rows in their order.
     """
 
-    result: Examination
+    issues: Issues
     usable: list[int]
     digests: np.ndarray
     content_hash: str
@@ -132,7 +131,7 @@ def examine_rows(rows: Rows, task: TaskSettings, settings: DataSettings) -> Exam
     of_all_texts = [
         name for name in kind.content_columns() if name in rows.data.features
     ] == text_columns  # the texts of a row are what the split goes by
-    for number, values in enumerate(row for batch in rows.data.iter(_BATCH) for row in _rows_of(batch)):
+    for number, values in enumerate(iter_values(rows.data)):
         texts: Sequence[str] = [values[name] for name in text_columns] if all_text else ()
         problems: Problems = {}
         if not (all_text and all(map(is_sound, texts)) and not kind.missing(values)):
@@ -141,19 +140,12 @@ def examine_rows(rows: Rows, task: TaskSettings, settings: DataSettings) -> Exam
         if inputs is not None:
             usable.append(number)
             whole.add(values)
-            text = " ".join(filter(None, inputs.texts)) if of_all_texts else normalized(content(values, kind.name))
+            text = " ".join(filter(None, inputs.texts)) if of_all_texts else normalized(kind.content(values))
             digests += hashlib.sha256(text.encode()).digest()
     examiner.rows = len(rows)
     examiner.repeats.locations = rows.locations if len(usable) == len(rows) else rows.locations.select(usable)
     examiner.finish()
-    result = examiner.examination(task.type, {"": rows.layout}, [], TrainSettings())
-    return ExaminedRows(result, usable, as_digests(digests), whole.hexdigest())
-
-
-def _rows_of(batch: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
-    names = list(batch)
-    for values in zip(*batch.values(), strict=True):
-        yield dict(zip(names, values, strict=True))
+    return ExaminedRows(examiner.found, usable, as_digests(digests), whole.hexdigest())
 
 
 def examine_heads(
@@ -217,15 +209,14 @@ class Examiner:
         self.labels = LabelStats(task, shown=shown)
         self.kind: Kind | None = None
         self.typed = True
-        self.stats = TokenStats(settings, task, tokenizer, self.found, samples or 0)
-        self._measured = samples is not None
+        self.stats = None if samples is None else TokenStats(settings, task, tokenizer, self.found, samples)
 
     def begin(self, layout: Layout, task: TaskName, *, typed: bool = True) -> None:
         """Set the ``layout`` of the rows that follow; ``typed``: their source tells numbers from strings."""
         self.typed = typed
         self.kind = find_kind(layout.kind)
         self.labels.begin(self.kind)
-        if self._measured:
+        if self.stats is not None:
             self.stats.begin(layout, task)
 
     def read(self, record: Record, layout: Layout | None) -> None:
@@ -269,13 +260,14 @@ class Examiner:
             problems.pop("null", None)  # it follows from the misspelt name
         for code, message in problems.items():
             self.found.add(code, locate(), message)
-        if self._measured and inputs is not None and not problems.keys() & {"role", "answer_place"}:
+        if self.stats is not None and inputs is not None and not problems.keys() & {"role", "answer_place"}:
             self.stats.add(locate(), values, texts)
         return inputs
 
     def finish(self) -> None:
         """Add the issues that only all rows together show."""
-        self.stats.finish()
+        if self.stats is not None:
+            self.stats.finish()
         self.labels.find(self.found)
         locations = self.repeats.locations
         for repeat in self.repeats.found():
@@ -297,7 +289,8 @@ class Examiner:
             self.found.add(
                 "nothing", Location(sources[0] if sources else ""), f"none of {self.rows:,} rows can be used"
             )
-        counted = self.stats.lengths.unit == "tokens"
+        lengths = Lengths("characters") if self.stats is None else self.stats.lengths
+        counted = self.stats if lengths.unit == "tokens" else None
         return Examination(
             sources=sources,
             task=task,
@@ -307,12 +300,12 @@ class Examiner:
             usable=self.usable,
             issues=list(self.found),
             labels=dict(self.labels.counts),
-            lengths=self.stats.lengths,
-            tokens=self.stats.tokens if counted else None,
-            targets=self.stats.targets if counted else None,
-            unknown=self.stats.unknown if counted else None,
+            lengths=lengths,
+            tokens=counted.tokens if counted else None,
+            targets=counted.targets if counted else None,
+            unknown=counted.unknown if counted else None,
             steps=steps_of(self.usable, train),
-            samples=self.stats.samples,
+            samples=self.stats.samples if self.stats else (),
         )
 
 

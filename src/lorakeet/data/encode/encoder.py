@@ -25,12 +25,15 @@ from typing import Any, NamedTuple
 
 import datasets
 
-from lorakeet.data.read.record import Fault
+from lorakeet.data.read.record import Fault, Location
+from lorakeet.errors import DataError
 from lorakeet.ignore_index import IGNORE_INDEX
 
 Batch = Mapping[str, list[Any]]
 Sample = dict[str, Any]
 
+#: Rows that cannot be samples and are written out in an error; further ones are counted.
+_SHOWN = 3
 #: Type of a column of token ids: int32 [length].
 IDS = datasets.List(datasets.Value("int32"))
 _COUNTS = {
@@ -211,3 +214,11 @@ class CausalEncoder(Encoder):
                 token if flag else IGNORE_INDEX for token, flag in zip(kept, in_loss[:most], strict=True)
             ]
         return sample
+
+
+def cannot_encode(faults: Sequence[tuple[Location | str, Fault]], source: str) -> DataError:
+    """Return one error for all rows that cannot be samples, given by location and fault."""
+    more = f"; and {len(faults) - _SHOWN:,} more" if len(faults) > _SHOWN else ""
+    shown = "; ".join(f"{location}: {fault.message}" for location, fault in faults[:_SHOWN])
+    hint = next((fault.hint for _, fault in faults if fault.hint), None)
+    return DataError(f"{len(faults):,} row{'s' * (len(faults) > 1)} of {source} cannot be learned: {shown}{more}", hint)

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from helpers.task_tokenizers import bpe_tokenizer, layout, piece_tokenizer, wordpiece_tokenizer
 from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data.encode.chat import ChatEncoder, InstructionEncoder
-from lorakeet.data.encode.encoder import Encoder, Fault, Sample
-from lorakeet.data.encode.make import cannot_encode, make_encoder
+from lorakeet.data.encode.encoder import Encoder, Fault, Sample, cannot_encode
+from lorakeet.data.encode.kinds import make_encoder
 from lorakeet.data.encode.text import CompletionEncoder, TextEncoder
 from lorakeet.errors import BaseModelError, DataError
 
