@@ -9,7 +9,7 @@ Five steps, each with the modules of its room in reading order:
 3. ``encode``, rows to token ids and labels: ``encoder``, ``kinds``, ``text``, ``chat``, ``classification``,
    ``tagging``, ``seq2seq``, ``pairs``, ``masked``, ``question``, ``cache``, ``render``.
 4. ``doctor``, the issues of rows: ``issues``, ``checks``, ``text_damage``, ``duplicates``, ``leakage``, ``label_stats``,
-   ``token_stats``, ``length_histogram``, ``examine``, ``diagnosis``; ``record_fixes`` and ``fix`` correct them.
+   ``token_stats``, ``length_histogram``, ``examiner``, ``examine``, ``diagnosis``; ``record_fixes`` and ``fix`` correct them.
 5. Samples for a run: ``prepare``, ``prepare_stream``, ``prepared``, ``prepare_report``, and ``collate`` for batches.
 """
 

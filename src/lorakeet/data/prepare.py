@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 
 from lorakeet.config import DataSettings, TaskSettings
-from lorakeet.data.doctor.examine import ExaminedRows, examine_rows
+from lorakeet.data.doctor.examiner import ExaminedRows, examine_rows
 from lorakeet.data.doctor.issues import COUNTED
 from lorakeet.data.encode.cache import tokenize
 from lorakeet.data.encode.encoder import Encoder
