@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import datasets
@@ -89,17 +88,14 @@ class _Samples:
     Attributes:
         encoder: made them.
         tokens: all samples.
+        counts: columns of counts of all samples, each [samples].
         numbers: of the samples that have a target, int64 [samples with a target].
     """
 
     encoder: Encoder
     tokens: datasets.Dataset
+    counts: dict[str, np.ndarray]
     numbers: np.ndarray
-
-    @cached_property
-    def counts(self) -> dict[str, np.ndarray]:
-        """Columns of counts of all samples, each [samples]."""
-        return count_columns(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -140,7 +136,7 @@ def _encode(
     if not len(numbers):
         raise nothing_learnable(tokens[0], rows.description, encoder, task)
     check_length(int(counts["length"][numbers].max()), max_positions)
-    return _Samples(encoder, tokens, numbers)
+    return _Samples(encoder, tokens, counts, numbers)
 
 
 def _split(samples: _Samples, examined: _Examined, settings: DataSettings, seed: int) -> _Sides:
@@ -184,6 +180,10 @@ def _report(
 ) -> Prepared:
     """Build the report and log its warnings; returns it with the samples of both sides."""
     rows, issues, labels = examined.rows, examined.found.issues, examined.labels
+    tokens = select(samples.tokens, sides.train), select(samples.tokens, sides.held_out)
+    canonical = select(rows.data, sides.train_rows), select(rows.data, sides.held_out_rows)
+    if not len(sides.held_out):
+        tokens, canonical = (tokens[0], None), (canonical[0], None)
     learnable = len(np.union1d(sides.train_rows, sides.held_out_rows))
     report = PrepareReport(
         source=rows.description,
@@ -205,8 +205,4 @@ def _report(
         streamed=False,
         content_hash=examined.found.content_hash,
     )
-    tokens = select(samples.tokens, sides.train), select(samples.tokens, sides.held_out)
-    canonical = select(rows.data, sides.train_rows), select(rows.data, sides.held_out_rows)
-    if not len(sides.held_out):
-        tokens, canonical = (tokens[0], None), (canonical[0], None)
     return finish(report, samples.encoder, labels, rows.layout, tokens, canonical)

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,11 +23,10 @@ from lorakeet.data.doctor.issues import Issues
 from lorakeet.data.doctor.label_stats import LabelStats
 from lorakeet.data.doctor.length_histogram import Lengths
 from lorakeet.data.doctor.token_stats import TokenStats
-from lorakeet.data.encode.cache import ContentHash
 from lorakeet.data.read.record import Location, Record
 from lorakeet.data.rows.kinds import Kind, Layout, find_kind
 from lorakeet.data.rows.load import Rows, iter_values
-from lorakeet.data.rows.split import as_digests, normalized
+from lorakeet.data.rows.split import normalized
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,47 @@ def examine_rows(rows: Rows, task: TaskSettings, settings: DataSettings) -> Exam
             whole.add(values)
             text = " ".join(filter(None, inputs.texts)) if splits_by_texts else normalized(kind.content(values))
             digests += hashlib.sha256(text.encode()).digest()
-    examiner.rows = len(rows)
-    examiner.repeats.locations = rows.locations if len(usable) == len(rows) else rows.locations.select(usable)
+    examiner.rows = len(rows.data)
+    examiner.repeats.locations = rows.locations if len(usable) == examiner.rows else rows.locations.select(usable)
     examiner.finish()
-    return ExaminedRows(examiner.found, usable, as_digests(digests), whole.hexdigest())
+    of_rows = np.frombuffer(digests, dtype=np.uint8).reshape(-1, 32)
+    return ExaminedRows(examiner.found, usable, of_rows, whole.hexdigest())
 
 
 def _is_plain(rows: Rows, kind: Kind, text_columns: Sequence[str]) -> bool:
     """Whether rows are texts in ``text_columns``, perhaps with a label, so that sound texts make a sound row."""
     strings = all(rows.data.features[name] == datasets.Value("string") for name in text_columns)
     return kind.texts is None and strings and set(rows.data.column_names) <= {kind.labels, *text_columns}
+
+
+class ContentHash:
+    """SHA-256 of rows in their order, labels included; of the texts themselves, where there is nothing else.
+
+    Args:
+        columns: of the rows.
+    """
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self._only_text = list(columns) == ["text"]
+        self._digest = hashlib.sha256()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add a row."""
+        text = row["text"] if self._only_text else json.dumps(row, sort_keys=True, ensure_ascii=False)
+        data = text.encode()
+        self._digest.update(b"%d:" % len(data) + data)
+
+    def hexdigest(self) -> str:
+        """Return the hash of the rows so far, in hexadecimal."""
+        return self._digest.hexdigest()
+
+
+def content_hash(texts: Iterable[str]) -> str:
+    """Return the :class:`ContentHash` of rows of text alone."""
+    digest = ContentHash(["text"])
+    for text in texts:
+        digest.add({"text": text})
+    return digest.hexdigest()
 
 
 class Examiner:

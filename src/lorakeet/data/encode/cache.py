@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,33 +106,3 @@ def _cache_key(content: str, encoder: Encoder) -> str | None:
         content,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-class ContentHash:
-    """SHA-256 of rows in their order, labels included; of the texts themselves, where there is nothing else.
-
-    Args:
-        columns: of the rows.
-    """
-
-    def __init__(self, columns: Sequence[str]) -> None:
-        self._only_text = list(columns) == ["text"]
-        self._digest = hashlib.sha256()
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Add a row."""
-        text = row["text"] if self._only_text else json.dumps(row, sort_keys=True, ensure_ascii=False)
-        data = text.encode()
-        self._digest.update(b"%d:" % len(data) + data)
-
-    def hexdigest(self) -> str:
-        """Return the hash of the rows so far, in hexadecimal."""
-        return self._digest.hexdigest()
-
-
-def content_hash(texts: Iterable[str]) -> str:
-    """Return the :class:`ContentHash` of rows of text alone."""
-    digest = ContentHash(["text"])
-    for text in texts:
-        digest.add({"text": text})
-    return digest.hexdigest()

@@ -216,6 +216,19 @@ class CausalEncoder(Encoder):
         return sample
 
 
+def with_end(ids: Sequence[int], end: int | None) -> list[int]:
+    """Append the end token to ``ids``, unless they end with it already or there is none."""
+    return [*ids] if end is None or (len(ids) and ids[-1] == end) else [*ids, end]
+
+
+def without_end(ids: Sequence[int], end: int | None) -> list[int]:
+    """Return ``ids`` without the end tokens at their end."""
+    count = len(ids)
+    while count and ids[count - 1] == end:
+        count -= 1
+    return list(ids[:count])
+
+
 def cannot_encode(faults: Sequence[tuple[Location | str, Fault]], source: str) -> DataError:
     """Return one error for all rows that cannot be samples, given by location and fault."""
     more = f"; and {len(faults) - _SHOWN:,} more" if len(faults) > _SHOWN else ""

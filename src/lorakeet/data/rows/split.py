@@ -47,10 +47,10 @@ def split_texts(
         DataError: a part is to be held out of fewer than two distinct texts.
     """
     digests = b"".join(hashlib.sha256(normalized(text).encode()).digest() for text in texts)
-    return split_digests(as_digests(digests), fraction, seed, classes)
+    return split_digests(_as_digests(digests), fraction, seed, classes)
 
 
-def as_digests(joined: bytes | bytearray) -> np.ndarray:
+def _as_digests(joined: bytes) -> np.ndarray:
     """Return SHA-256 digests that stand one after the other as an array, uint8 [digests, 32]."""
     return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 32)
 
@@ -108,7 +108,7 @@ def _lottery(distinct: np.ndarray, seed: int) -> np.ndarray:
     """Return the numbers of the texts in the order in which they are held out [texts]."""
     joined, prefix = distinct.tobytes(), b"%d:" % seed
     drawn = b"".join(hashlib.sha256(prefix + joined[at : at + 32]).digest() for at in range(0, len(joined), 32))
-    return _order(as_digests(drawn))
+    return _order(_as_digests(drawn))
 
 
 def _names_by_text(text_of: np.ndarray, count: int, classes: Sequence[Iterable[str]]) -> list[set[str]]:
