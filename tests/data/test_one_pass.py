@@ -12,7 +12,7 @@ import pytest
 from helpers.kind_rows import HEALTHY
 from helpers.task_tokenizers import bpe_tokenizer, wordpiece_tokenizer
 from lorakeet.config import DataSettings, TaskSettings
-from lorakeet.data.doctor import examine
+from lorakeet.data.doctor import examiner
 from lorakeet.data.prepare import prepare
 from lorakeet.data.rows import load
 
@@ -33,7 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return run
 
     monkeypatch.setattr(load, "canonical", counting("normalized", load.canonical))
-    monkeypatch.setattr(examine, "hash_inputs", counting("hashed", examine.hash_inputs))
+    monkeypatch.setattr(examiner, "hash_inputs", counting("hashed", examiner.hash_inputs))
     return counted
 
 

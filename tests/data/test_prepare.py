@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data import PaddingCollator, Prepared, prepare
-from lorakeet.data.rows.content import content_hash
+from lorakeet.data.doctor.examiner import content_hash
 from lorakeet.errors import DataError
 from lorakeet.files import cache_home
 

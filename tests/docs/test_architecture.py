@@ -60,7 +60,7 @@ def test_a_circle_is_found_however_it_is_imported(tmp_path: Path) -> None:
     ("module", "imports"),
     [
         ("errors", "config"),
-        ("data.read.record", "data.rows.content"),
+        ("data.read.record", "data.rows.split"),
         ("kernels.cpu.memory", "kernels.int8.linear"),
         ("adapter.inspect", "inference.predict"),  # one layer, two rooms
     ],

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import datasets
 import numpy as np
 
 from lorakeet.config import DataSettings, TaskSettings
-from lorakeet.data.doctor.examine import ExaminedRows, examine_rows
+from lorakeet.data.doctor.examiner import ExaminedRows, examine_rows
 from lorakeet.data.doctor.issues import COUNTED
 from lorakeet.data.encode.cache import tokenize
 from lorakeet.data.encode.encoder import Encoder
-from lorakeet.data.encode.make import make_encoder
+from lorakeet.data.encode.kinds import make_encoder
 from lorakeet.data.prepare_report import PrepareReport
 from lorakeet.data.prepare_stream import prepare_stream
 from lorakeet.data.prepared import (
@@ -89,17 +88,14 @@ class _Samples:
     Attributes:
         encoder: made them.
         tokens: all samples.
+        counts: columns of counts of all samples, each [samples].
         numbers: of the samples that have a target, int64 [samples with a target].
     """
 
     encoder: Encoder
     tokens: datasets.Dataset
+    counts: dict[str, np.ndarray]
     numbers: np.ndarray
-
-    @cached_property
-    def counts(self) -> dict[str, np.ndarray]:
-        """Columns of counts of all samples, each [samples]."""
-        return count_columns(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,7 @@ def _examine(rows: Rows, task: TaskSettings, settings: DataSettings) -> _Examine
     labels = None
     if column is not None:
         labels = find_labels(usable.data[column][:], usable.locations, task, rows.description)
-    log_issues(group for group in found.result.issues if group.code not in COUNTED)
+    log_issues(group for group in found.issues if group.code not in COUNTED)
     return _Examined(usable, labels, found)
 
 
@@ -140,7 +136,7 @@ def _encode(
     if not len(numbers):
         raise nothing_learnable(tokens[0], rows.description, encoder, task)
     check_length(int(counts["length"][numbers].max()), max_positions)
-    return _Samples(encoder, tokens, numbers)
+    return _Samples(encoder, tokens, counts, numbers)
 
 
 def _split(samples: _Samples, examined: _Examined, settings: DataSettings, seed: int) -> _Sides:
@@ -150,8 +146,7 @@ def _split(samples: _Samples, examined: _Examined, settings: DataSettings, seed:
     classes = None
     if examined.labels is not None and examined.labels.names:
         classes = [examined.labels.classes(label) for label in examined.labels_of(rows)]
-    digests = examined.found.digests
-    split = split_digests((digests[row] for row in rows), settings.eval_fraction, seed, classes)
+    split = split_digests(examined.found.digests[rows], settings.eval_fraction, seed, classes)
     is_held_out = np.zeros(len(examined.rows), dtype=bool)
     is_held_out[rows[split.held_out]] = True
     side = is_held_out[row_of]
@@ -163,7 +158,8 @@ def _split(samples: _Samples, examined: _Examined, settings: DataSettings, seed:
             "training sample",
             "raise data.max_length, or split the texts",
         )
-    train, held_out = np.union1d(train, moved), np.setdiff1d(held_out, moved)
+    if len(moved):
+        train, held_out = np.union1d(train, moved), np.setdiff1d(held_out, moved)
     train_rows, held_out_rows = (np.unique(samples.counts["row"][part]) for part in (train, held_out))
     return _Sides(train, held_out, train_rows, held_out_rows, split.distinct, len(moved))
 
@@ -183,7 +179,11 @@ def _report(
     read: Rows, examined: _Examined, samples: _Samples, sides: _Sides, settings: DataSettings, task: TaskSettings
 ) -> Prepared:
     """Build the report and log its warnings; returns it with the samples of both sides."""
-    rows, found, labels = examined.rows, examined.found.result, examined.labels
+    rows, issues, labels = examined.rows, examined.found.issues, examined.labels
+    tokens = select(samples.tokens, sides.train), select(samples.tokens, sides.held_out)
+    canonical = select(rows.data, sides.train_rows), select(rows.data, sides.held_out_rows)
+    if not len(sides.held_out):
+        tokens, canonical = (tokens[0], None), (canonical[0], None)
     learnable = len(np.union1d(sides.train_rows, sides.held_out_rows))
     report = PrepareReport(
         source=rows.description,
@@ -193,20 +193,16 @@ def _report(
         empty=len(read) - len(rows),
         unlearnable=len(rows) - learnable,
         distinct=sides.distinct,
-        duplicates=found.count("duplicate") + found.count("near_duplicate"),
+        duplicates=issues.count("duplicate") + issues.count("near_duplicate"),
         moved=sides.moved,
         **figures("train", samples.counts, sides.train),
         **figures("held_out", samples.counts, sides.held_out),
         **shape(samples.counts, samples.numbers),
         max_length=settings.max_length,
         end_token=samples.encoder.tokenizer.eos_token,
-        damaged=found.count("lost_character"),
+        damaged=issues.count("lost_character"),
         labels=labels.count(examined.labels_of(sides.train_rows)) if labels and labels.names else None,
         streamed=False,
         content_hash=examined.found.content_hash,
     )
-    tokens = select(samples.tokens, sides.train), select(samples.tokens, sides.held_out)
-    canonical = select(rows.data, sides.train_rows), select(rows.data, sides.held_out_rows)
-    if not len(sides.held_out):
-        tokens, canonical = (tokens[0], None), (canonical[0], None)
     return finish(report, samples.encoder, labels, rows.layout, tokens, canonical)

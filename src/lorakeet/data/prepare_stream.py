@@ -13,8 +13,8 @@ import numpy as np
 
 from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data.doctor.examine import examine_heads
-from lorakeet.data.encode.encoder import Encoder
-from lorakeet.data.encode.make import cannot_encode, make_encoder
+from lorakeet.data.encode.encoder import Encoder, cannot_encode
+from lorakeet.data.encode.kinds import make_encoder
 from lorakeet.data.prepare_report import PrepareReport
 from lorakeet.data.prepared import (
     Prepared,
@@ -29,10 +29,9 @@ from lorakeet.data.prepared import (
     shape,
 )
 from lorakeet.data.read.record import Fault
-from lorakeet.data.rows.content import usable
 from lorakeet.data.rows.kinds import find_kind
 from lorakeet.data.rows.label_set import given_labels
-from lorakeet.data.rows.load import Rows
+from lorakeet.data.rows.load import Rows, usable
 from lorakeet.data.rows.stream import LOCATION, held_out_rows, map_sources, stream_rows
 from lorakeet.errors import DataError
 from lorakeet.log import warn

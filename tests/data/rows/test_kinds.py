@@ -18,9 +18,8 @@ from lorakeet.data.doctor.examine import examine
 from lorakeet.data.doctor.issues import PROBLEMS
 from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample
 from lorakeet.data.prepare import prepare
-from lorakeet.data.rows.content import usable
 from lorakeet.data.rows.kinds import Column, Kind, Roles, all_kinds, find_kind, register, role, unregister
-from lorakeet.data.rows.load import read_rows
+from lorakeet.data.rows.load import read_rows, usable
 from lorakeet.errors import DataError
 
 Put = Callable[..., Path]

@@ -1,42 +1,31 @@
 """Examination of data before training: one pass, in constant memory, every issue with its location.
 
 Of each row only hashes, its location and its length are kept, about forty bytes; no text. :func:`examine` reads the
-data itself. :func:`examine_rows` takes rows that a run has read, :func:`examine_heads` the beginnings of a stream.
+data itself, :func:`examine_heads` the beginnings of a stream; :mod:`lorakeet.data.doctor.examiner` takes the rows.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from functools import partial
 from itertools import chain, islice
 from typing import Any
 
-import datasets
-
 from lorakeet.config import DataSettings, TaskName, TaskSettings, TrainSettings
-from lorakeet.data.doctor.checks import Problems, check_row, is_sound
 from lorakeet.data.doctor.diagnosis import Examination
 from lorakeet.data.doctor.examiner import Examiner
 from lorakeet.data.doctor.issues import Issues
 from lorakeet.data.doctor.leakage import other_rows
 from lorakeet.data.read.column_types import ColumnTypes
-from lorakeet.data.read.record import Location, Record
+from lorakeet.data.read.record import Location
 from lorakeet.data.read.source import DataSource, find_sources
 from lorakeet.data.rows.column_mapping import Family, choose_task, find_layout, merge_layouts
-from lorakeet.data.rows.content import ContentHash, content
 from lorakeet.data.rows.kinds import Layout, find_kind
-from lorakeet.data.rows.load import Rows
-from lorakeet.data.rows.split import normalized
 from lorakeet.errors import DataError
 
 #: Rows of a file from which its columns and their types are inferred.
 _HEAD = 1000
-#: Rows converted from Arrow to Python together.
-_BATCH = 1000
 Progress = Callable[[int], None]
 
 
@@ -82,81 +71,16 @@ def examine(
             layouts[source.name] = layout
             examiner.begin(layout, name, typed=source.format != "csv")
             _misspelt_optional(source, types, layout, examiner.found)
-        count = _read_rows(chain(head, rows), layout, examiner, progress)
-        left = None if left is None else left - count
+        before = examiner.rows
+        for row in chain(head, rows):
+            examiner.read(row, layout)
+            if progress and examiner.rows % 1000 == 0:
+                progress(examiner.rows)
+        left = None if left is None else left - (examiner.rows - before)
     _merge(layouts, examiner.found)
     examiner.finish()
     _find_leakage(sources, settings, name, examiner)
     return examiner.examination(name, layouts, [source.name for source in sources], train or TrainSettings())
-
-
-def _read_rows(records: Iterable[Record], layout: Layout | None, examiner: Examiner, progress: Progress | None) -> int:
-    """Pass records to the examiner; return how many rows they were."""
-    before = examiner.rows
-    for record in records:
-        examiner.read(record, layout)
-        if progress and examiner.rows % 1000 == 0:
-            progress(examiner.rows)
-    return examiner.rows - before
-
-
-@dataclass(frozen=True)
-class ExaminedRows:
-    """Result of :func:`examine_rows`.
-
-    Attributes:
-        result: counts and issues, without those of tokens.
-        usable: numbers of the usable rows.
-        digests: SHA-256 of the normalized content of each usable row, for the split.
-        content_hash: hash of all usable rows in their order.
-    """
-
-    result: Examination
-    usable: list[int]
-    digests: list[bytes]
-    content_hash: str
-
-
-def examine_rows(rows: Rows, task: TaskSettings, settings: DataSettings) -> ExaminedRows:
-    """Examine canonical rows that a run has read. They are not tokenized, so there are no issues of tokens.
-
-    Args:
-        rows: canonical columns, their layout and locations.
-        task: with a concrete ``type``.
-        settings: of the data.
-    """
-    kind = find_kind(rows.layout.kind)
-    examiner = Examiner(settings, task)
-    examiner.begin(rows.layout, task.type)
-    usable, digests, whole = [], [], ContentHash(rows.data.column_names)
-    text_columns = [column.name for column in kind.columns if column.is_text and column.name in rows.data.features]
-    all_text = kind.texts is None and all(rows.data.features[name] == datasets.Value("string") for name in text_columns)
-    all_text &= set(rows.data.column_names) <= {kind.labels, *text_columns}
-    of_all_texts = [
-        name for name in kind.content_columns() if name in rows.data.features
-    ] == text_columns  # the texts of a row are what the split goes by
-    for number, values in enumerate(row for batch in rows.data.iter(_BATCH) for row in _rows_of(batch)):
-        texts: Sequence[str] = [values[name] for name in text_columns] if all_text else ()
-        problems: Problems = {}
-        if not (all_text and all(map(is_sound, texts)) and not kind.missing(values)):
-            problems, texts = check_row(values, kind)
-        inputs = examiner.take(partial(rows.locations.__getitem__, number), values, problems, texts)
-        if inputs is not None:
-            usable.append(number)
-            whole.add(values)
-            text = " ".join(filter(None, inputs.texts)) if of_all_texts else normalized(content(values, kind.name))
-            digests.append(hashlib.sha256(text.encode()).digest())
-    examiner.rows = len(rows)
-    examiner.repeats.locations = rows.locations if len(usable) == len(rows) else rows.locations.select(usable)
-    examiner.finish()
-    result = examiner.examination(task.type, {"": rows.layout}, [], TrainSettings())
-    return ExaminedRows(result, usable, digests, whole.hexdigest())
-
-
-def _rows_of(batch: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
-    names = list(batch)
-    for values in zip(*batch.values(), strict=True):
-        yield dict(zip(names, values, strict=True))
 
 
 def examine_heads(

@@ -137,6 +137,10 @@ class Issues:
         if len(group.first) < self.shown:
             group.first.append(Issue(code, location, message, hint))
 
+    def count(self, code: str) -> int:
+        """Return the number of issues of this code."""
+        return self._groups[code].count if code in self._groups else 0
+
     def __iter__(self) -> Iterator[IssueGroup]:
         """Iterate over the groups in the order of :data:`PROBLEMS`: those that stop a run come first."""
         return (self._groups[code] for code in PROBLEMS if code in self._groups)

@@ -13,7 +13,7 @@ from lorakeet.data.doctor.diagnosis import Shown
 from lorakeet.data.doctor.issues import Issues
 from lorakeet.data.doctor.length_histogram import Lengths
 from lorakeet.data.encode.encoder import Encoder, Sample
-from lorakeet.data.encode.make import make_encoder
+from lorakeet.data.encode.kinds import make_encoder
 from lorakeet.data.encode.render import describe_sample
 from lorakeet.data.read.column_types import FLOAT, STR
 from lorakeet.data.read.record import Fault, Location

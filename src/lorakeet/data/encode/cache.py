@@ -12,8 +12,7 @@ import datasets
 import pyarrow
 import tokenizers
 
-from lorakeet.data.encode.encoder import Encoder
-from lorakeet.data.encode.make import cannot_encode
+from lorakeet.data.encode.encoder import Encoder, cannot_encode
 from lorakeet.data.read.record import Fault
 from lorakeet.data.rows.load import Rows
 from lorakeet.files import cache_home, write_file

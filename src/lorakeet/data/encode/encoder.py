@@ -25,12 +25,15 @@ from typing import Any, NamedTuple
 
 import datasets
 
-from lorakeet.data.read.record import Fault
+from lorakeet.data.read.record import Fault, Location
+from lorakeet.errors import DataError
 from lorakeet.ignore_index import IGNORE_INDEX
 
 Batch = Mapping[str, list[Any]]
 Sample = dict[str, Any]
 
+#: Rows that cannot be samples and are written out in an error; further ones are counted.
+_SHOWN = 3
 #: Type of a column of token ids: int32 [length].
 IDS = datasets.List(datasets.Value("int32"))
 _COUNTS = {
@@ -98,16 +101,14 @@ class Encoder:
             batch: canonical columns, equally long.
             rows: number of each row in the data set.
         """
-        columns: dict[str, list[Any]] = {name: [] for name in self.features()}
-        faults = []
+        samples: list[Sample] = []
+        faults: list[tuple[int, Fault]] = []
         for at, sample in self.samples(batch):
             if isinstance(sample, Fault):
                 faults.append((rows[at], sample))
-                continue
-            sample["row"] = rows[at]
-            for name, column in columns.items():
-                column.append(sample[name] if name in sample else _DEFAULTS[name])
-        return Encoded(columns, faults)
+            else:
+                samples.append({**_DEFAULTS, **sample, "row": rows[at]})
+        return Encoded({name: [sample[name] for sample in samples] for name in self.features()}, faults)
 
     def samples(self, batch: Batch) -> Iterator[tuple[int, Sample | Fault]]:
         """Yield the number of a row within the batch, and a sample of it or its fault; a row may give several samples.
@@ -133,6 +134,17 @@ class Encoder:
         options = {"return_attention_mask": False, "return_token_type_ids": False, **options}
         return self.tokenizer(list(texts), padding=False, truncation=False, verbose=False, **options)
 
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts as :meth:`tokens` does, without offsets where the tokenizer can leave them out.
+
+        ``transformers`` always asks its back end for offsets, which cost a quarter of the time. So only the first text
+        goes through it, which also sets the options of the back end. A tokenizer of its own behavior gets all texts.
+        """
+        if not _is_plain(self.tokenizer):
+            return list(self.tokens(texts)["input_ids"])
+        self.tokens(texts[:1])
+        return [encoding.ids for encoding in self.tokenizer.backend_tokenizer.encode_batch_fast(list(texts))]
+
     def shortened(self, *texts: Sequence[Any], **options: Any) -> list[Shortened]:
         """Tokenize texts, or pairs of them, and cut them to ``max_length`` tokens; special tokens are kept.
 
@@ -148,6 +160,18 @@ class Encoder:
             for number, at in enumerate(long):
                 made[at] = Shortened(cut, number, made[at].whole)
         return made
+
+
+def _is_plain(tokenizer: Any) -> bool:
+    """Whether ``tokenizer`` gives texts to its back end as they are: no class of its own changes how it is called."""
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    own = type(tokenizer)
+    return (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and own.__call__ is PreTrainedTokenizerBase.__call__
+        and own._encode_plus is PreTrainedTokenizerFast._encode_plus
+    )
 
 
 @dataclass(frozen=True)
@@ -190,3 +214,24 @@ class CausalEncoder(Encoder):
                 token if flag else IGNORE_INDEX for token, flag in zip(kept, in_loss[:most], strict=True)
             ]
         return sample
+
+
+def with_end(ids: Sequence[int], end: int | None) -> list[int]:
+    """Append the end token to ``ids``, unless they end with it already or there is none."""
+    return [*ids] if end is None or (len(ids) and ids[-1] == end) else [*ids, end]
+
+
+def without_end(ids: Sequence[int], end: int | None) -> list[int]:
+    """Return ``ids`` without the end tokens at their end."""
+    count = len(ids)
+    while count and ids[count - 1] == end:
+        count -= 1
+    return list(ids[:count])
+
+
+def cannot_encode(faults: Sequence[tuple[Location | str, Fault]], source: str) -> DataError:
+    """Return one error for all rows that cannot be samples, given by location and fault."""
+    more = f"; and {len(faults) - _SHOWN:,} more" if len(faults) > _SHOWN else ""
+    shown = "; ".join(f"{location}: {fault.message}" for location, fault in faults[:_SHOWN])
+    hint = next((fault.hint for _, fault in faults if fault.hint), None)
+    return DataError(f"{len(faults):,} row{'s' * (len(faults) > 1)} of {source} cannot be learned: {shown}{more}", hint)

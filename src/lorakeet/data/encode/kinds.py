@@ -34,7 +34,7 @@ from lorakeet.data.read.column_types import INT, INT_LIST, STR_LIST, ColumnTypes
 from lorakeet.data.rows import normalize
 from lorakeet.data.rows.column_mapping import LABEL_NAMES, label_type, tag_type
 from lorakeet.data.rows.conversations import message_texts
-from lorakeet.data.rows.kinds import Column, Kind, Layout, Roles, register, role
+from lorakeet.data.rows.kinds import Column, Kind, Layout, Roles, find_kind, register, role
 from lorakeet.data.rows.label_set import LabelSet
 from lorakeet.errors import DataError
 
@@ -229,3 +229,26 @@ def register_kinds() -> None:
     """Register all of these; of those for one task, the last is tried first."""
     for kind in (QUESTION, TRANSLATION, PAIRS, TAGS, CLASSES, TEXT, COMPLETION, MESSAGES):
         register(kind)
+
+
+def make_encoder(
+    layout: Layout, task: TaskSettings, settings: DataSettings, tokenizer: Any, labels: LabelSet | None = None
+) -> Encoder:
+    """Make the encoder for rows of ``layout`` and a concrete ``task``.
+
+    Args:
+        layout: Kind and columns of the rows.
+        task: What is trained.
+        settings: ``max_length`` and ``learn``.
+        tokenizer: Of ``transformers``.
+        labels: Names of the classes or tags, where the kind has any.
+
+    Raises:
+        DataError: ``data.learn`` asks for completions of rows that have none, or the rows are not for this task.
+        BaseModelError: the tokenizer cannot do what the task needs.
+    """
+    make = find_kind(layout.kind).encoders.get(task.type)
+    if make is None:
+        raise DataError(f"rows of {layout.kind} are not for {task.type}", "choose another task: task.type")
+    encoder: Encoder = make(layout, task, settings, tokenizer, labels)
+    return encoder

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample
-from lorakeet.data.encode.text import with_end
+from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample, with_end
 from lorakeet.data.read.record import Fault
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorakeet.data.encode.encoder import Batch, CausalEncoder, Sample
+from lorakeet.data.encode.encoder import Batch, CausalEncoder, Sample, with_end, without_end
 from lorakeet.data.read.record import Fault
 
 
@@ -16,7 +16,7 @@ class TextEncoder(CausalEncoder):
 
     def samples(self, batch: Batch) -> Iterator[tuple[int, Sample | Fault]]:
         end = self.tokenizer.eos_token_id
-        for number, ids in enumerate(self.tokens(batch["text"])["input_ids"]):
+        for number, ids in enumerate(self.token_ids(batch["text"])):
             ids = with_end(ids, end)
             sample = self.sample(ids, () if self.learn_all else [True] * len(ids))
             sample["ended"] = not sample["cut"] and end is not None and ids[-1:] == [end]
@@ -65,19 +65,6 @@ class CompletionEncoder(CausalEncoder):
             apart = all(start >= 1 for start, _ in offsets[count:])
             made.append(ids[count:] if apart else self.tokens([text], add_special_tokens=False)["input_ids"][0])
         return made
-
-
-def with_end(ids: Sequence[int], end: int | None) -> list[int]:
-    """Append the end token to ``ids``, unless they end with it already or there is none."""
-    return [*ids] if end is None or (len(ids) and ids[-1] == end) else [*ids, end]
-
-
-def without_end(ids: Sequence[int], end: int | None) -> list[int]:
-    """Return ``ids`` without the end tokens at their end."""
-    count = len(ids)
-    while count and ids[count - 1] == end:
-        count -= 1
-    return list(ids[:count])
 
 
 def _adds_space(tokenizer: Any) -> bool:

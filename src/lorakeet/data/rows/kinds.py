@@ -177,6 +177,11 @@ class Kind:
         """Return the columns whose text decides between training and held-out part."""
         return [column.name for column in self.columns if column.in_content]
 
+    def content(self, row: Row) -> str:
+        """Return the text that decides between training and held-out part; equal texts never straddle the split."""
+        values = (row.get(name) for name in self.content_columns())
+        return "\n".join(" ".join(value) if isinstance(value, list) else value or "" for value in values)
+
     @cached_property
     def _required(self) -> list[Column]:
         return [column for column in self.columns if column.required]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -17,13 +17,14 @@ from lorakeet.data.read.column_types import ColumnTypes, TypeInference
 from lorakeet.data.read.record import Fault, Location, Locations, Record, faults_error
 from lorakeet.data.read.source import DataSource, find_sources
 from lorakeet.data.rows.column_mapping import find_layout, label_columns, merge_layouts
-from lorakeet.data.rows.kinds import Layout, RowError, canonical
+from lorakeet.data.rows.kinds import Layout, RowError, canonical, find_kind
 from lorakeet.data.rows.mixing import draw, interleave, shares
 from lorakeet.errors import DataError
 from lorakeet.log import info
 
 _FIRST = 1000  # records whose types decide how a source without a schema is read first
 _CHUNK = 10_000  # rows of a chunk of Arrow columns
+_BATCH = 1000  # rows converted from Arrow to Python together
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,20 @@ def select(data: datasets.Dataset, numbers: Sequence[int] | np.ndarray) -> datas
         return data
     name = hashlib.sha256(data._fingerprint.encode() + chosen.tobytes()).hexdigest()[:32]
     return data.select(chosen, new_fingerprint=name)
+
+
+def usable(data: datasets.Dataset, kind: str) -> list[int]:
+    """Return the numbers of the rows that a sample can be made of."""
+    is_usable = find_kind(kind).is_usable
+    return [number for number, row in enumerate(iter_values(data)) if is_usable(row)]
+
+
+def iter_values(data: datasets.Dataset) -> Iterator[dict[str, Any]]:
+    """Yield the values of each row by column, converted from Arrow a batch at a time."""
+    for batch in data.iter(_BATCH):
+        names = list(batch)
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(names, values, strict=True))
 
 
 def read_rows(settings: DataSettings, task: TaskName = "CAUSAL_LM", *, seed: int = 0) -> Rows:

@@ -7,15 +7,17 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from lorakeet.errors import DataError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
-    """Row numbers of the two parts, each in the order of the data, and the number of distinct texts."""
+    """Row numbers of the two parts, each int64 in the order of the data, and the number of distinct texts."""
 
-    train: list[int]
-    held_out: list[int]
+    train: np.ndarray
+    held_out: np.ndarray
     distinct: int
 
 
@@ -44,18 +46,22 @@ def split_texts(
     Raises:
         DataError: a part is to be held out of fewer than two distinct texts.
     """
-    return split_digests(
-        (hashlib.sha256(normalized(text).encode()).digest() for text in texts), fraction, seed, classes
-    )
+    digests = b"".join(hashlib.sha256(normalized(text).encode()).digest() for text in texts)
+    return split_digests(_as_digests(digests), fraction, seed, classes)
+
+
+def _as_digests(joined: bytes) -> np.ndarray:
+    """Return SHA-256 digests that stand one after the other as an array, uint8 [digests, 32]."""
+    return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 32)
 
 
 def split_digests(
-    digests: Iterable[bytes], fraction: float, seed: int, classes: Sequence[Iterable[str]] | None = None
+    digests: np.ndarray, fraction: float, seed: int, classes: Sequence[Iterable[str]] | None = None
 ) -> Split:
     """Split as :func:`split_texts` does, by the SHA-256 of each normalized text.
 
     Args:
-        digests: of the texts, in the order of the rows.
+        digests: of the texts, in the order of the rows, uint8 [rows, 32].
         fraction: share of the distinct texts to hold out.
         seed: chooses them.
         classes: names of the classes of each row.
@@ -63,36 +69,63 @@ def split_digests(
     Raises:
         DataError: a part is to be held out of fewer than two distinct texts.
     """
-    rows: dict[bytes, list[int]] = {}
-    for number, digest in enumerate(digests):
-        rows.setdefault(digest, []).append(number)
-    count = max(1, round(fraction * len(rows))) if fraction > 0 else 0
-    if count and len(rows) < 2:
+    distinct, text_of = _distinct(digests)
+    count = max(1, round(fraction * len(distinct))) if fraction > 0 else 0
+    if count and len(distinct) < 2:
         raise DataError(
-            f"{len(rows)} distinct text: too few to learn from one part and measure on another",
+            f"{len(distinct)} distinct text: too few to learn from one part and measure on another",
             "give more texts, or measure nothing: data.eval_fraction=0",
         )
-    lottery = sorted(rows, key=lambda content: hashlib.sha256(b"%d:" % seed + content).digest())
-    held_out = lottery[: min(count, len(rows) - 1)]
-    if classes is not None:
-        names = {content: {name for number in rows[content] for name in classes[number]} for content in lottery}
-        held_out = _give_back(held_out, lottery[len(held_out) :], names)
-    kept = set(held_out)
-    return Split(
-        train=sorted(number for content in lottery if content not in kept for number in rows[content]),
-        held_out=sorted(number for content in held_out for number in rows[content]),
-        distinct=len(rows),
-    )
+    is_held_out = np.zeros(len(distinct), dtype=bool)
+    if count:
+        lottery = _lottery(distinct, seed)
+        held_out, train = np.split(lottery, [min(count, len(distinct) - 1)])
+        if classes is not None:
+            held_out = _give_back(held_out, train, _names_by_text(text_of, len(distinct), classes))
+        is_held_out[held_out] = True
+    side = is_held_out[text_of]
+    return Split(train=np.flatnonzero(~side), held_out=np.flatnonzero(side), distinct=len(distinct))
 
 
-def _give_back(held_out: list[bytes], train: list[bytes], names: dict[bytes, set[str]]) -> list[bytes]:
+def _order(digests: np.ndarray) -> np.ndarray:
+    """Return the numbers of ``digests`` in ascending order, as bytes are compared."""
+    words = digests.view(">u8").astype(np.uint64)
+    return np.lexsort(words.T[::-1])
+
+
+def _distinct(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct ``digests``, and for each row the number of its own among them [rows]."""
+    order = _order(digests)
+    ordered = digests[order]
+    is_first = np.ones(len(digests), dtype=bool)
+    is_first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    text_of = np.empty(len(digests), dtype=np.int64)
+    text_of[order] = np.cumsum(is_first) - 1
+    return ordered[is_first], text_of
+
+
+def _lottery(distinct: np.ndarray, seed: int) -> np.ndarray:
+    """Return the numbers of the texts in the order in which they are held out [texts]."""
+    joined, prefix = distinct.tobytes(), b"%d:" % seed
+    drawn = b"".join(hashlib.sha256(prefix + joined[at : at + 32]).digest() for at in range(0, len(joined), 32))
+    return _order(_as_digests(drawn))
+
+
+def _names_by_text(text_of: np.ndarray, count: int, classes: Sequence[Iterable[str]]) -> list[set[str]]:
+    """Return the names of the classes of each of ``count`` texts."""
+    names: list[set[str]] = [set() for _ in range(count)]
+    for text, of_row in zip(text_of.tolist(), classes, strict=True):
+        names[text].update(of_row)
+    return names
+
+
+def _give_back(held_out: np.ndarray, train: np.ndarray, names: Sequence[set[str]]) -> np.ndarray:
     """Return ``held_out`` without the texts that ``train`` needs to have each class."""
-    known = {name for content in train for name in names[content]}
-    kept: list[bytes] = []
-    for at in range(len(held_out) - 1, -1, -1):
-        content = held_out[at]
-        if names[content] <= known or not (kept or at):
-            kept.append(content)
+    known = {name for text in train.tolist() for name in names[text]}
+    kept: list[int] = []
+    for at, text in reversed(list(enumerate(held_out.tolist()))):
+        if names[text] <= known or not (kept or at):
+            kept.append(text)
         else:
-            known |= names[content]
-    return kept[::-1]
+            known |= names[text]
+    return np.array(kept, dtype=np.int64)

@@ -26,7 +26,6 @@ from lorakeet.config import DataSettings, TaskName
 from lorakeet.data.read.record import Location, Locations
 from lorakeet.data.read.source import DataSource, find_sources
 from lorakeet.data.rows.column_mapping import find_layout, merge_layouts
-from lorakeet.data.rows.content import content
 from lorakeet.data.rows.kinds import Layout, RowError, canonical, find_kind
 from lorakeet.data.rows.load import Rows, describe_sources
 from lorakeet.data.rows.mixing import shares
@@ -184,7 +183,8 @@ def _held_out(
 
 def split_number(row: Mapping[str, Any], kind: str, seed: int) -> int | None:
     """Return the number from 0 to 2^64 that decides whether a canonical row is held out; None without content."""
-    if row.get(find_kind(kind).content_columns()[0]) is None:
+    found = find_kind(kind)
+    if row.get(found.content_columns()[0]) is None:
         return None
-    inner = hashlib.sha256(normalized(content(row, kind)).encode()).digest()
+    inner = hashlib.sha256(normalized(found.content(row)).encode()).digest()
     return int.from_bytes(hashlib.sha256(b"%d:" % seed + inner).digest()[:8], "big")

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from helpers.task_tokenizers import bpe_tokenizer, layout, piece_tokenizer
+from helpers.task_tokenizers import bpe_tokenizer, layout, piece_tokenizer, wordpiece_tokenizer
 from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data.encode.chat import ChatEncoder, InstructionEncoder
-from lorakeet.data.encode.encoder import Fault, Sample
-from lorakeet.data.encode.make import cannot_encode, make_encoder
+from lorakeet.data.encode.encoder import Encoder, Fault, Sample, cannot_encode
+from lorakeet.data.encode.kinds import make_encoder
 from lorakeet.data.encode.text import CompletionEncoder, TextEncoder
 from lorakeet.errors import BaseModelError, DataError
 
@@ -49,6 +49,22 @@ def test_a_text_and_its_end(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     assert (long["cut"], long["lost"], byte_tokenizer.decode(long["input_ids"])) == (True, 3, "abcd")
     assert lone["input_ids"] == [end] and lone["targets"] == 0  # nothing stands before its only token
     assert "labels" not in short
+
+
+@pytest.mark.parametrize("tokenizer", [bpe_tokenizer(), piece_tokenizer(), wordpiece_tokenizer()])
+@settings(deadline=None)
+@given(texts=st.lists(st.text("ab ir\n<|end>éß中", max_size=12), min_size=1, max_size=4))
+def test_ids_without_offsets_are_those_with_them(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> None:
+    encoder = TextEncoder(tokenizer, 99, True)
+    tokenizer("ab ir", truncation=True, max_length=1, padding="max_length")  # options of the last call are not kept
+    with pytest.MonkeyPatch.context() as patch:
+        given_whole = []
+        patch.setattr(
+            type(encoder), "tokens", lambda self, batch: given_whole.extend(batch) or Encoder.tokens(self, batch)
+        )
+        ids = encoder.token_ids(texts)
+    assert ids == [tokenizer(text)["input_ids"] for text in texts]
+    assert given_whole == texts[:1]
 
 
 @settings(deadline=None)
