@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,18 @@ def test_what_would_spoil_a_run_stops_it(tmp_path: Path, byte_tokenizer: Tokeniz
     path.write_text("\n".join(json.dumps({"text": f"text {n}", "label": "same"}) for n in range(9)))
     with pytest.raises(DataError, match="same"):
         prepare(DataSettings(path=str(path)), TaskSettings(type="SEQ_CLS"), byte_tokenizer, seed=1)
+
+
+def test_labels_are_those_of_the_usable_rows(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
+    path = tmp_path / "labels.jsonl"
+    rows = [(f"text {number}", "ab"[number % 3 == 0]) for number in range(12)]
+    rows[2:2], rows[5:5] = [("", "c")], [("rain", None)]  # the usable rows do not follow each other
+    path.write_text(
+        "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows), encoding="utf-8"
+    )
+    prepared = prepare(DataSettings(path=str(path)), TaskSettings(type="SEQ_CLS"), byte_tokenizer, seed=1)
+    assert prepared.train_rows is not None and prepared.labels == ("a", "b")
+    assert prepared.report.labels == dict(Counter(prepared.train_rows["label"][:])) and prepared.report.empty == 2
 
 
 def test_content_hash_sees_order_and_borders() -> None:

@@ -77,8 +77,7 @@ class _Examined:
 
     def labels_of(self, numbers: np.ndarray) -> list[Any]:
         """Return the labels of the rows with these ``numbers``."""
-        column = self.rows.data.data.column(self.label_column)
-        return list(column.take(numbers).to_pylist())
+        return list(select(self.rows.data, numbers)[self.label_column][:])
 
 
 @dataclass(frozen=True)
