@@ -9,8 +9,8 @@ from typing import Any
 import typer
 from pydantic import BaseModel
 
-from lorakeet.config import BaseSettings, RunConfig, read_run, setting_names
-from lorakeet.setting_types import plain_types
+from lorakeet.config import BaseSettings, RunConfig, read_run
+from lorakeet.setting_types import plain_types, setting_names
 
 #: Base class of typer's usage errors; releases of typer keep click in different places.
 UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -137,13 +137,6 @@ def _value(dotted: str, text: str | None) -> Any:
 def base_settings(settings: dict[str, Any]) -> BaseSettings:
     """Return the base section of dotted settings."""
     return read_run(None, values={key: value for key, value in settings.items() if key.startswith("base.")}).base
-
-
-def target_names(text: str) -> list[str] | str:
-    """Parse ``--target-modules``: a comma-separated list, a regular expression or ``all-linear``."""
-    if text == "all-linear" or any(sign in text for sign in r"\*+?[](){}|^$"):
-        return text
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def parse_and_call(command: Callable[..., Any], name: str, words: list[str]) -> int | None:

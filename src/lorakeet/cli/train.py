@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import TRAIN_FLAGS, target_names, with_settings
+from lorakeet.cli.options import TRAIN_FLAGS, with_settings
 from lorakeet.config import read_run
 from lorakeet.errors import ConfigError
 
@@ -48,8 +48,6 @@ def train(
             f"{stray[0]!r} is no override, expected section.key=value",
             "give at most one YAML file, before the overrides",
         )
-    if isinstance(names := settings.get("lora.target_modules"), str):
-        settings["lora.target_modules"] = target_names(names)
     config = read_run(file, words, settings)
     from lorakeet.train.run import run_training
 
