@@ -23,8 +23,8 @@ OUT_OF_BOUNDS = {
     "base.bits=7": "base.bits = 7: expected 8, 16 or 32",
     "base.bits=true": "base.bits = True: expected a number",
     "out=": "out = None: expected",
-    'out=""': "out = '': expected the name of a folder",
-    "out=' '": "out = ' ': expected the name of a folder",
+    'out=""': "out = '': expected text that is not empty",
+    "out=' '": "out = ' ': expected text that is not empty",
     "lora.trainable_token_indices=[3, 3]": "expected a list without repeated tokens",
     "lora.rank_pattern=true": "lora.rank_pattern = True: expected a valid dictionary",
     "lora.rank_pattern={q_proj: true}": "lora.rank_pattern.q_proj = True: expected a number",
@@ -54,7 +54,9 @@ BAD_REGEXES = ["*.q_proj", "(q_proj", "[", "q{2,1}", "a**", "(?P<a", "q\\", "a{9
 def test_a_bad_regular_expression_is_refused_when_the_settings_are_made(setting: str, pattern: str) -> None:
     value = {pattern: 4} if setting in ("rank_pattern", "alpha_pattern") else pattern
     for make in (lambda **values: config.make_run({"lora": values}), LoraConfig):
-        with pytest.raises(ConfigError, match=f"{setting}.*expected.*a regular expression or a list of names") as caught:
+        with pytest.raises(
+            ConfigError, match=f"{setting}.*expected.*a regular expression or a list of names"
+        ) as caught:
             make(**{setting: value})
         assert setting in (caught.value.hint or "")
 

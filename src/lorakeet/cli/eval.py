@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import BASE_FLAGS, DATA_FLAGS, base_settings, with_settings
+from lorakeet.cli.options import BASE_FLAGS, DATA_FLAGS, base_settings, bounded, with_settings
 from lorakeet.cli.progress import progress_bar
 from lorakeet.config import read_run
 from lorakeet.errors import DataError
+from lorakeet.setting_types import Count, Fraction, Seed
 
 
 @with_settings({**BASE_FLAGS, **DATA_FLAGS})
@@ -18,10 +19,13 @@ def eval(
     settings: dict[str, Any],
     adapter: Annotated[str | None, typer.Option(help="folder or hub id of an adapter; default: the base alone")] = None,
     eval_fraction: Annotated[
-        float | None, typer.Option(help="evaluate only the rows that a run with this fraction and --seed holds out")
+        float | None,
+        typer.Option(
+            callback=bounded(Fraction), help="evaluate only the rows that a run with this fraction and --seed holds out"
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="seed of the run, for --eval-fraction")] = 42,
-    batch_size: Annotated[int, typer.Option(min=1, help="rows per forward pass")] = 8,
+    seed: Annotated[int, typer.Option(callback=bounded(Seed), help="seed of the run, for --eval-fraction")] = 42,
+    batch_size: Annotated[int, typer.Option(callback=bounded(Count), help="rows per forward pass")] = 8,
     allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:

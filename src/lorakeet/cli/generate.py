@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import BASE_FLAGS, base_settings, with_settings
+from lorakeet.cli.options import BASE_FLAGS, base_settings, bounded, with_settings
 from lorakeet.errors import DataError
+from lorakeet.setting_types import Count, Positive, Seed, Share
 
 
 @with_settings(BASE_FLAGS)
@@ -22,11 +23,16 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="treat prompts as user turns; without a prompt: chat at the terminal")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="maximum number of new tokens")] = 60,
+    max_new_tokens: Annotated[int, typer.Option(callback=bounded(Count), help="maximum number of new tokens")] = 60,
     greedy: Annotated[bool, typer.Option("--greedy", help="take the most likely token instead of sampling")] = False,
-    temperature: Annotated[float, typer.Option(help="sampling temperature; below 1: more predictable text")] = 0.8,
-    top_p: Annotated[float, typer.Option(help="sample from the most likely tokens of this total probability")] = 0.95,
-    seed: Annotated[int | None, typer.Option(help="seed of the sampling")] = None,
+    temperature: Annotated[
+        float, typer.Option(callback=bounded(Positive), help="sampling temperature; below 1: more predictable text")
+    ] = 0.8,
+    top_p: Annotated[
+        float,
+        typer.Option(callback=bounded(Share), help="sample from the most likely tokens of this total probability"),
+    ] = 0.95,
+    seed: Annotated[int | None, typer.Option(callback=bounded(Seed), help="seed of the sampling")] = None,
     allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object per line: adapter, prompt, text")

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import BASE_FLAGS, base_settings, with_settings
+from lorakeet.cli.options import BASE_FLAGS, base_settings, bounded, with_settings
 from lorakeet.errors import DataError
+from lorakeet.setting_types import Count
 
 
 @with_settings(BASE_FLAGS)
@@ -22,7 +23,7 @@ def predict(
         Path | None, typer.Option(help="file with one text per line (.jsonl: key 'text', or 'question' and 'context')")
     ] = None,
     question: Annotated[str | None, typer.Option(help="question to answer from --text, for QUESTION_ANS")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="texts per forward pass")] = 8,
+    batch_size: Annotated[int, typer.Option(callback=bounded(Count), help="texts per forward pass")] = 8,
     allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object per line")] = False,
 ) -> None:
