@@ -26,8 +26,8 @@ from lorakeet.runs.metrics_log import read_metrics
 from lorakeet.tasks import setup
 from lorakeet.train import interrupt as stop_module
 from lorakeet.train import run as module
+from lorakeet.train.callbacks.interrupt import StopAfterStep
 from lorakeet.train.evaluate import evaluate
-from lorakeet.train.interrupt import StopAfterStep
 from lorakeet.train.run import InterruptedRunError, run_training
 
 

@@ -39,13 +39,13 @@ from lorakeet.runs.metrics_log import read_metrics
 from lorakeet.runs.run_folder import check_run_folder, claim_folder, refuse_other_settings
 from lorakeet.tasks.setup import adapter_config, task_settings
 from lorakeet.tasks.task import Task
+from lorakeet.train.callbacks.interrupt import StopAfterStep
+from lorakeet.train.callbacks.progress import ProgressCallback
 from lorakeet.train.checkpoint import latest_checkpoint
 from lorakeet.train.evaluate import longest_first
-from lorakeet.train.interrupt import StopAfterStep
 from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.memory_plan import every_that_fits, free_memory
 from lorakeet.train.microbatch_packing import default_token_budget
-from lorakeet.train.progress_callback import ProgressCallback
 from lorakeet.train.summary import Progress, compare_figures, samples_seen, summarize
 from lorakeet.train.task_trainer import TaskTrainer
 from lorakeet.train.trainer import Trainer

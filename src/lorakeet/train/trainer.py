@@ -32,12 +32,12 @@ from lorakeet.patches.fused_loss import fused_sample_losses
 from lorakeet.rng import random_state, same_random_state, set_random_state
 from lorakeet.tasks.measure import Measure, Sums, TokenMeasure
 from lorakeet.train import preflight
+from lorakeet.train.callbacks.step import StepCallback
 from lorakeet.train.checkpoint import ResumableTrainer, SteadyCollator
 from lorakeet.train.evaluate import gather_samples, held_out_sums, longest_first
 from lorakeet.train.length_sampler import LengthWindows
 from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.microbatch_packing import ForwardGroups, why_model_separates
-from lorakeet.train.step_callback import StepCallback
 from lorakeet.train.step_state import Batch, ForwardPass, StepState
 
 

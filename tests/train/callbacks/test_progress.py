@@ -11,7 +11,7 @@ import pytest
 from helpers.tiny_training import tiny_data, tiny_peft
 from lorakeet.runs.metrics_log import read_metrics
 from lorakeet.train import progress_callback
-from lorakeet.train.progress_callback import ProgressCallback, clock
+from lorakeet.train.callbacks.progress import ProgressCallback, clock
 from lorakeet.train.trainer import Trainer
 
 
