@@ -15,10 +15,10 @@ import yaml
 from transformers import AutoTokenizer, TrainerCallback
 
 from helpers.tiny_tasks import rows_for, save_tiny, write_rows
-from helpers.tiny_training import WORDS, tiny_llama, tiny_tokenizer
+from helpers.tiny_training import WORDS
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.base.load import inspect_model, load_base
-from lorakeet.config import RunConfig, TaskSettings, make_run, read_run
+from lorakeet.config import TaskSettings, make_run, read_run
 from lorakeet.data.collate import PaddingCollator
 from lorakeet.data.prepare import prepare
 from lorakeet.errors import BaseModelError, DataError, OutputError, TargetError, TrainingError
@@ -30,42 +30,6 @@ from lorakeet.train.callbacks.interrupt import StopAfterStep
 from lorakeet.train.callbacks.progress import ProgressCallback
 from lorakeet.train.evaluate import evaluate
 from lorakeet.train.run import InterruptedRunError, run_training
-
-
-@pytest.fixture
-def base_folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "base"
-    tiny_llama(initializer_range=0.2).save_pretrained(folder)
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def settings(base_folder, tmp_path):
-    data = tmp_path / "texts.txt"
-    words = len(WORDS)
-    lines = [" ".join(WORDS[(i * k) % words] for k in range(1, 3 + i % 9)) + f" {WORDS[i % words]}" for i in range(60)]
-    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-    def make(**changes) -> RunConfig:
-        tree = {
-            "base": {"model": str(base_folder), "device": "cpu", "dtype": "fp32"},
-            "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
-            "data": {"path": str(data), "eval_fraction": 0.2},
-            "train": {"steps": 6, "batch_size": 4, "grad_accum": 2, "lr": 0.05, "warmup": 1},
-            "out": str(tmp_path / "run"),
-        }
-        for name, value in changes.items():
-            section, _, key = name.partition("__")
-            if key:
-                tree[section][key] = value
-            else:
-                tree[section] = value
-        return make_run(tree)
-
-    return make
 
 
 def files(folder: Path) -> set[str]:

@@ -166,10 +166,11 @@ def outcome(
     if before is None or after is None:
         return "diverged" if last > first * (1 + CLEAR) else "learned"
     change = after["loss"] / before["loss"] - 1 if before["loss"] else 0.0
-    if not math.isfinite(after["loss"]) or (change > CLEAR and last >= first):
+    rose = last >= min(first, before["loss"])  # the first steps of a run that explodes have a high loss already
+    if not math.isfinite(after["loss"]) or (change > CLEAR and rose):
         return "diverged"
     if change > NOTICEABLE:
-        return "worse" if last >= first else "overfitted"
+        return "worse" if rose else "overfitted"
     if change > -NOTICEABLE:
         return "learned nothing"
     scores = [name for name in plain if name in after and name not in _COUNTS]
