@@ -131,8 +131,8 @@ def write_file(path: str | Path) -> Iterator[Path]:
 def write_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder, and give ``path`` its contents if the block raises nothing.
 
-    A new ``path`` appears by a rename. A folder that is there is filled, so the current folder, a mount point and the
-    target of a link stay what they are; its old contents are removed last.
+    A new ``path`` appears by a rename. A folder that is there is filled, and its old contents are removed last. So the
+    current folder, a mount point and the target of a link stay what they are.
 
     Raises:
         OutputError: The folder is not writable, or the disk is full; ``path`` is as it was then.
