@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from lorakeet.adapter.inspect import inspect_adapter
 from lorakeet.errors import OutputError, TrainingError
+from lorakeet.train import checkpoint
 from lorakeet.train import run as module
 from lorakeet.train.callbacks.progress import ProgressCallback
 from lorakeet.train.run import run_training
@@ -91,3 +93,19 @@ def test_a_run_without_room_ends_before_its_first_step(settings, tmp_path: Path,
     with pytest.raises(OutputError, match=r"0\.1 MB free"):
         run_training(settings())
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_checkpoint_that_does_not_fit_is_left_out_and_the_run_goes_on(settings, monkeypatch, caplog) -> None:
+    real = checkpoint.write_manifest
+
+    def full(folder: Path, *rest) -> None:
+        if "checkpoint-2." in folder.name:
+            raise OSError(errno.ENOSPC, "full")
+        real(folder, *rest)
+
+    monkeypatch.setattr(checkpoint, "write_manifest", full)
+    summary = run_training(settings(train__save_every=2))
+    assert summary["steps"] == 6
+    assert "step 2 has no checkpoint" in caplog.text
+    folder = Path(summary["adapter_path"]).parent / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-4", "checkpoint-6"]

@@ -30,9 +30,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from lorakeet.adapter.peft_model import PeftModel
-from lorakeet.errors import TrainingError
+from lorakeet.errors import OutputError, TrainingError
 from lorakeet.files import check_output, write_folder
-from lorakeet.log import info
+from lorakeet.log import info, warn
 from lorakeet.rng import same_random_state
 from lorakeet.train import preflight
 
@@ -221,6 +221,20 @@ class ResumableTrainer(transformers.Trainer):
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write a checkpoint; one that the disk has no room for is left out with a warning, and the training goes on.
+
+        Raises:
+            OutputError: The disk has no room, and the run ends with this checkpoint, or other processes wait for it.
+        """
+        ends_early = self.control.should_training_stop and self.state.global_step < self.state.max_steps
+        try:
+            self._write_checkpoint(trial)
+        except OutputError as error:
+            if ends_early or self.args.world_size > 1:
+                raise
+            warn(f"{error.message}: step {self.state.global_step} has no checkpoint, and the training goes on")
+
+    def _write_checkpoint(self, trial: Any) -> None:
         """Write all that resuming needs: all processes write to a temporary folder, one renames it."""
         run_folder = Path(self._get_output_dir(trial))
         folder = run_folder / f"checkpoint-{self.state.global_step}"
