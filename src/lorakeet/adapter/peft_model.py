@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorakeet.adapter.adapter_folders import adapter_folders, saved_adapters
 from lorakeet.adapter.model_card import write_card
 from lorakeet.adapter.serialization import check_base, load_tensors, read_notes, read_tensors, write_adapter
 from lorakeet.errors import AdapterError
@@ -136,6 +137,32 @@ class PeftModel(LoraModel):
         if is_trainable and adapter_name in self.active_adapters:
             self.set_adapter(self.active_adapters)
 
+    def restore_adapters(self, root: str | Path) -> list[str]:
+        """Load every adapter of this model again from where :meth:`save_pretrained` put it below ``root``.
+
+        Each keeps its name, and stays active or not, trainable or not: the state of a checkpoint or of the best step.
+
+        Returns:
+            Names of the adapters; one that neither trains nor acts may be missing in ``root``.
+
+        Raises:
+            AdapterError: ``root`` lacks an adapter that trains or acts, or one does not fit. The model is as before then.
+        """
+        folders = adapter_folders(root, self.peft_config)
+        saved = saved_adapters(root)
+        if missing := [
+            name for name in folders if name not in saved and (self.trains(name) or name in self.switch.active)
+        ]:
+            listed = ", ".join(map(repr, saved)) or "none"
+            raise AdapterError(
+                f"{root} has no adapter {', '.join(map(repr, missing))}, it has {listed}",
+                "name the adapters as in the run that saved them",
+            )
+        present = [name for name in folders if name in saved]
+        for name in present:
+            self.load_adapter(folders[name], name, is_trainable=self.trains(name), allow_untrained=True)
+        return present
+
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | Path,
@@ -174,10 +201,11 @@ class PeftModel(LoraModel):
         if any(layer.merged_adapters for layer in self.lora_layers()):
             raise AdapterError("an adapter is merged into the base, so it would be saved twice", "unmerge first")
         folder = Path(save_directory)
-        for name in selected_adapters or list(self.peft_config):
+        chosen = list(selected_adapters or self.peft_config)
+        for name in chosen:
             self._check_known(name)
+        for name, path in adapter_folders(folder, chosen).items():
             if is_main_process:
-                path = folder if name == "default" else folder / name
                 write_adapter(self, name, path, state_dict=state_dict, notes=notes)
                 write_card(path, self.peft_config[name], notes or {})
         if push_to_hub and is_main_process:

@@ -140,6 +140,11 @@ class LoraLayer(nn.Module):
         return self.variants[adapter].update(self, adapter, x, h)
 
     @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that have a part here."""
+        return list(self.r)
+
+    @property
     def acting(self) -> list[str]:
         """The adapters that act on all rows; none while merged, since the weight holds them."""
         if not self.switch.enabled or self.merged_adapters or self.switch.rows is not None:

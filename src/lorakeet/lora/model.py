@@ -11,20 +11,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakeet.errors import AdapterError, ConfigError, did_you_mean
 from lorakeet.log import warn
 from lorakeet.lora.combine import combine
 from lorakeet.lora.config import PeftConfig, refuse_unknown
 from lorakeet.lora.default_targets import resolve_config
+from lorakeet.lora.guard.adapter_names import BARE, check_adapter_name
 from lorakeet.lora.inject import InjectionPlan, Part, inject, plan_injection, restore
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer
 from lorakeet.lora.merge import MergeMethods
 from lorakeet.lora.modules_to_save import SavedModule
-
-#: Name of the base without an adapter in a mixed batch; PEFT's.
-BARE = "__base__"
 
 _classes: dict[tuple[type, type], type] = {}
 
@@ -61,6 +59,15 @@ class LoraModel(MergeMethods):
         """Return every LoRA layer."""
         return [part for part in self.lora_parts() if isinstance(part, LoraLayer)]
 
+    def trains(self, adapter_name: str) -> bool:
+        """Whether any parameter of the adapter is trainable."""
+        return any(parameter.requires_grad for parameter in self.adapter_parameters(adapter_name))
+
+    def adapter_parameters(self, adapter_name: str) -> list[Tensor]:
+        """Return the parameters of one adapter."""
+        here = [part for part in self.lora_parts() if adapter_name in part.adapters]
+        return [parameter for part in here for parameter in part.parts(adapter_name)]
+
     def add_adapter(
         self, adapter_name: str, peft_config: PeftConfig, strict: bool = True, **peft_only: Any
     ) -> InjectionPlan:
@@ -84,13 +91,9 @@ class LoraModel(MergeMethods):
         return plan
 
     def _check_new(self, name: str, config: PeftConfig) -> None:
+        check_adapter_name(name)
         if name in self.peft_config:
             raise AdapterError(f"there is an adapter {name!r} already", "choose another name, or delete_adapter first")
-        taken = name in ("weight", "bias", BARE) or hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name)
-        if not name or "." in name or taken:  # a ModuleDict has attributes: half, train, keys
-            raise AdapterError(
-                f"an adapter cannot be named {name!r}", "use letters, digits, '-' and '_', or another word"
-            )
         biased = [other for other, known in self.peft_config.items() if known.bias != "none"]
         if self.peft_config and (biased or config.bias != "none"):
             raise ConfigError(
