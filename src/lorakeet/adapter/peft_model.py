@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from lorakeet.adapter.adapter_folders import adapter_folders, saved_adapters
 from lorakeet.adapter.model_card import write_card
 from lorakeet.adapter.serialization import check_base, load_tensors, read_notes, read_tensors, write_adapter
+from lorakeet.adapter.unfrozen import NOTE
 from lorakeet.errors import AdapterError
 from lorakeet.lora.config import PeftConfig, refuse_unknown
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import plan_injection, set_trainable
+from lorakeet.lora.interop.wrappers import bare
 from lorakeet.lora.model import LoraModel, adopt
 from lorakeet.quant.protocol import weight_dtype
 
@@ -63,6 +65,7 @@ class PeftModel(LoraModel):
             TargetError: the adapter's layers are not in this model.
         """
         refuse_unknown("from_pretrained", peft_only, _LOADING)
+        model = bare(model)
         fresh = not isinstance(model, LoraModel)
         peft = adopt(model, cls)
         assert isinstance(peft, PeftModel)
@@ -129,7 +132,14 @@ class PeftModel(LoraModel):
         if not known:
             self.add_adapter(adapter_name, config.model_copy(update={"inference_mode": not is_trainable}), strict=False)
         try:
-            load_tensors(self, adapter_name, tensors, model_id, allow_untrained=allow_untrained or is_trainable)
+            load_tensors(
+                self,
+                adapter_name,
+                tensors,
+                model_id,
+                allow_untrained=allow_untrained or is_trainable,
+                unfrozen=notes.get(NOTE, ()),
+            )
         except BaseException:
             if not known:
                 self.delete_adapter(adapter_name)
@@ -268,6 +278,7 @@ def get_peft_model(
         TargetError: some of ``target_modules`` match nothing, with the nearest names; the model is as before then.
     """
     refuse_unknown("get_peft_model", peft_only, {"low_cpu_mem_usage", "mixed"})
+    model = bare(model)
     if isinstance(model, LoraModel):
         raise AdapterError("this model has adapters already", "call add_adapter on it")
     plan_injection(model, resolve_config(model, peft_config))  # raises before anything is changed

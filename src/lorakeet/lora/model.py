@@ -20,6 +20,9 @@ from lorakeet.lora.config import PeftConfig, refuse_unknown
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.guard.adapter_names import BARE, check_adapter_name
 from lorakeet.lora.inject import InjectionPlan, Part, inject, plan_injection, restore
+from lorakeet.lora.interop.peft_classes import AnswersAsPeft
+from lorakeet.lora.interop.trainer_hooks import hook_trainer
+from lorakeet.lora.interop.wrappers import bare
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer
 from lorakeet.lora.merge import MergeMethods
 from lorakeet.lora.modules_to_save import SavedModule
@@ -27,7 +30,7 @@ from lorakeet.lora.modules_to_save import SavedModule
 _classes: dict[tuple[type, type], type] = {}
 
 
-class LoraModel(MergeMethods):
+class LoraModel(AnswersAsPeft, MergeMethods):
     """The methods that a model gains with its first adapter. Never constructed: see :func:`adopt`.
 
     Attributes:
@@ -35,6 +38,7 @@ class LoraModel(MergeMethods):
         switch: The active adapters, shared with all layers.
     """
 
+    peft_class = ("peft", "PeftModel")
     peft_config: dict[str, PeftConfig]
     switch: ActiveAdapters
     _parts: list[Part]  # collected at each injection, so that switching does not walk the whole model
@@ -80,6 +84,7 @@ class LoraModel(MergeMethods):
         """
         refuse_unknown("add_adapter", peft_only, {"low_cpu_mem_usage", "autocast_adapter_dtype"})
         self._check_new(adapter_name, peft_config)
+        bare(self)
         config = resolve_config(self, peft_config, fresh=strict)
         plan = plan_injection(self, config, strict=strict)
         touched = inject(self, plan, config, adapter_name, self.switch)
@@ -263,13 +268,14 @@ class LoraModel(MergeMethods):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made at run time and cannot be found by name: pickle and deepcopy make it again.
         own, base = _parents(type(self))
-        return _blank, (own, base), self.__dict__
+        return _blank, (own, base), self.__getstate__()  # torch leaves out what is compiled
 
 
 def adopt(model: Any, own: type[LoraModel]) -> LoraModel:
     """Give ``model`` the methods of ``own``, in place. It has no adapter yet."""
     if isinstance(model, LoraModel):
         return model
+    hook_trainer()
     backbone = getattr(model, "base_model", None)
     for module in (backbone if isinstance(backbone, nn.Module) else model, model):
         if not hasattr(module, "model"):  # PEFT's path model.base_model.model leads to the model
@@ -298,7 +304,8 @@ def _subclass(own: type, base: type) -> type:
 
 
 def _parents(made: type) -> tuple[type, type]:
-    return next(key for key, value in _classes.items() if value is made)
+    parents = {value: key for key, value in _classes.items()}
+    return next(parents[kind] for kind in made.__mro__ if kind in parents)  # FSDP makes a subclass of its own
 
 
 def _blank(own: type, base: type) -> Any:

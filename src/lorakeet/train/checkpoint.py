@@ -32,7 +32,8 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import TrainingError
 from lorakeet.files import check_output, write_folder
-from lorakeet.log import info
+from lorakeet.log import info, warn
+from lorakeet.lora.interop.trainer_hooks import missing_parts
 from lorakeet.rng import same_random_state
 from lorakeet.train import preflight
 
@@ -295,12 +296,27 @@ class ResumableTrainer(transformers.Trainer):
                 refuse_other_run(folder, self.fingerprint())
             if not self.any_checkpoint or (folder / MANIFEST).exists():  # the parent's have none
                 self._resumed = read_manifest(folder)["progress"]
+            self._check_parts(folder)
         return super().train(str(folder) if folder else None, *rest, **settings)
+
+    def _check_parts(self, folder: Path) -> None:
+        """Refuse a checkpoint that does not hold the whole state; with ``any_checkpoint`` only warn."""
+        missing = missing_parts(folder, scaled=self.args.fp16)
+        message = f"checkpoint {folder} does not hold {', '.join(missing)}, so these would begin afresh"
+        if missing and not self.any_checkpoint:
+            raise TrainingError(
+                f"{message} (was it saved with save_only_model=True?)",
+                "resume from a whole checkpoint, or pass Trainer(..., any_checkpoint=True) to begin them afresh",
+            )
+        if missing:
+            warn(message)
+        if self.args.ignore_data_skip:
+            warn("ignore_data_skip=True: the resumed run reads the data from its first sample again")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model
         if isinstance(model, PeftModel):
-            model.load_adapter(resume_from_checkpoint, model.active_adapters[0], is_trainable=True)
+            model.restore_adapters(resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
