@@ -68,6 +68,11 @@ def write_adapter(
     if reason := resize_reason(model, adapter):
         info(reason)
         names |= vocabulary_names(model)
+    if lost := sorted(key for key, name in names.items() if name not in source):
+        raise AdapterError(
+            f"adapter {adapter!r} is not saved: the model has no tensor {lost[0]} ({len(lost)} are missing)",
+            "save it before another tool replaces its layers, and give a whole state dict",
+        )
     tensors = {key: read_weight(model, source, name).detach().cpu().contiguous() for key, name in names.items()}
     for key, (first, transposed) in mirrored_names(model, adapter).items():
         if not is_token_rows(key):
@@ -81,7 +86,7 @@ def write_adapter(
         # safetensors refuses tensors that share memory: a tied head and embedding are written as two copies
         save_file(_unshared(tensors), aside, metadata={"format": "pt"})
     config.save_pretrained(folder)
-    base = {"name": config.base_model_name_or_path, "fingerprint": fingerprint(model, leave_out=unfrozen)}
+    base = {"name": config.base_model_name_or_path, "fingerprint": fingerprint(model, source, leave_out=unfrozen)}
     further = {NOTE: sorted(map(canonical, unfrozen))} if unfrozen else {}
     write_json(folder / OWN_NAME, {"format": 1, "lorakeet": __version__, "base": base, **further, **(notes or {})})
 

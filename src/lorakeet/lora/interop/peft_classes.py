@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import copyreg
 import sys
+import types
 from typing import Any, ClassVar
 
 from lorakeet.lora.interop.trainer_hooks import hook_peft, hook_trainer
 
+#: (Own class, peft's class) -> the class that isinstance sees.
 _twins: dict[tuple[type, type], type] = {}
+#: Class that a tool built on a twin -> the same class, built on the own class.
+_rebuilt: dict[type, type] = {}
 
 
 class AnswersAsPeft:
@@ -35,7 +39,7 @@ class AnswersAsPeft:
         return _twins.get((own, asked)) or _twin(own, asked)
 
     def _set_class(self, value: type) -> None:
-        object.__dict__["__class__"].__set__(self, value)
+        object.__dict__["__class__"].__set__(self, _without_twin(value))
 
     __class__ = property(_class, _set_class)  # type: ignore[assignment]
 
@@ -43,6 +47,20 @@ class AnswersAsPeft:
         made, arguments, *rest = tuple(super().__reduce_ex__(protocol))
         # pickle compares the class that copyreg makes with __class__
         return (_new if made is copyreg.__newobj__ else made), arguments, *rest  # type: ignore[attr-defined]
+
+
+def _without_twin(value: type) -> type:
+    """Return the class that a tool built on ``__class__`` (FSDP does), built on the object's own class instead."""
+    own = {twin: key[0] for key, twin in _twins.items()}
+    if value in own:
+        return own[value]
+    if not any(base in own for base in value.__bases__):
+        return value
+    if value not in _rebuilt:
+        bases = tuple(own.get(base, base) for base in value.__bases__)
+        namespace = {name: kept for name, kept in vars(value).items() if name not in ("__dict__", "__weakref__")}
+        _rebuilt[value] = types.new_class(value.__name__, bases, exec_body=lambda body: body.update(namespace))
+    return _rebuilt[value]
 
 
 def _new(made: type, *arguments: Any) -> Any:
