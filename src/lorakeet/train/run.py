@@ -42,9 +42,9 @@ from lorakeet.tasks.task import Task
 from lorakeet.train.arguments import training_arguments
 from lorakeet.train.callbacks.interrupt import StopAfterStep
 from lorakeet.train.callbacks.progress import ProgressCallback
-from lorakeet.train.checkpoint import latest_checkpoint
 from lorakeet.train.evaluate import longest_first
 from lorakeet.train.loraplus import LoraPlus
+from lorakeet.train.manifest import latest_checkpoint
 from lorakeet.train.memory_plan import every_that_fits, free_memory
 from lorakeet.train.microbatch_packing import default_token_budget
 from lorakeet.train.preflight import checkpoint_bytes

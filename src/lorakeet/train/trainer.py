@@ -79,6 +79,7 @@ class Trainer(ResumableTrainer):
         args = TrainingArguments("tmp_trainer") if args is None else args
         if model is not None:
             preflight.check_precision(model, args)
+            preflight.expect_all_gradients(model, args)
         preflight.use_one_gpu(args)
         super().__init__(model, args, *rest, **settings)
         self.non_finite, self.any_checkpoint = non_finite, any_checkpoint
@@ -221,8 +222,7 @@ class Trainer(ResumableTrainer):
     @property
     def running_model(self) -> nn.Module:
         """The model to call outside the training loop: sharded weights are whole only inside of the wrapper."""
-        model: nn.Module = self.model_wrapped if self.is_fsdp_enabled else self.model
-        return model
+        return self.model_wrapped if self.is_fsdp_enabled else self.model
 
     # ---- what helpers of a step ask for (lorakeet.train.step_state.StepHost) ------------------------------------
 
@@ -242,6 +242,7 @@ class Trainer(ResumableTrainer):
         """Check that the training can run, save and evaluate; restore the logged losses of a resumed run."""
         self._groups.restart()
         preflight.check_sharded(self.model_wrapped, self.args)
+        preflight.announce_unfrozen(self.model)
         self.rehearse()
         self._restore_progress()
 
