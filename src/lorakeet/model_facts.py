@@ -108,12 +108,10 @@ def _first_position(config: Any, positions: int) -> int:
 
     if getattr(config, "model_type", None) not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return 0
-    shallow = copy.deepcopy(config)
-    shallow.num_hidden_layers = 1
     try:
         with torch.device("meta"):
-            model = AutoModel.from_config(shallow)
-    except (ValueError, TypeError, AttributeError, RuntimeError):  # an architecture of remote code
+            model = AutoModel.from_config(copy.deepcopy(config))
+    except Exception:  # an architecture of remote code, or one that cannot be built: its loading says why
         return 0
     for name, module in model.named_modules():
         padding, table = getattr(module, "padding_idx", None), getattr(module, "weight", None)
