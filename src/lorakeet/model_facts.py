@@ -35,8 +35,8 @@ def text_config(config: Any) -> Any:
 def padding_token(config: Any, tokenizer: Any = None) -> int | None:
     """Return the id of the padding token; None: there is none.
 
-    It is the config's, since classifiers and encoders look for that one in their input; if the model has no row for it or
-    it is an ordinary word, the tokenizer's; and if that has none, the end token.
+    It is the config's, since classifiers and encoders look for that one in their input. If the model has no row for it, or
+    it is an ordinary word, it is the tokenizer's. If that has none, it is the end token.
 
     Args:
         config: Of the model; None: unknown.
@@ -144,7 +144,7 @@ def embedding_rows(model: Any) -> int | None:
 
 
 def tokens_without_row(tokenizer: Any, rows: int | None) -> dict[int, str]:
-    """Return the tokens of a tokenizer for which an embedding of so many rows has none, by id."""
+    """Return the tokens of a tokenizer beyond the rows of an embedding, by id."""
     if rows is None or max(len(tokenizer) - 1, *tokenizer.added_tokens_decoder, -1) < rows:
         return {}
     return {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
@@ -168,7 +168,7 @@ def check_token_ids(ids: Iterable[int], tokenizer: Any, rows: int | None, what: 
 
 
 def no_row(token: int, tokenizer: Any, rows: int) -> str:
-    """Name a token that has no row in an embedding of so many rows."""
+    """Name a token that is beyond the rows of an embedding."""
     name = tokenizer.convert_ids_to_tokens(token)
     return f"the token {name!r} (id {token}), but the base's embedding has {rows:,} rows"
 

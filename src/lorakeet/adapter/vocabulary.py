@@ -46,7 +46,7 @@ def fit_vocabulary(
     trained = {token for adapter in adapters for token in _trained_tokens(adapter)}
     known = tokens_without_row(own_tokenizer, rows)
     beyond = {number: token for number, token in tokens_without_row(tokenizer, rows).items() if number not in known}
-    wanted = next(iter(saved.values()), max(rows - 1, *trained, *beyond) + 1)
+    wanted = next(iter(saved.values()), max([rows - 1, *trained, *beyond]) + 1)
     if wanted == rows:
         return
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
