@@ -27,6 +27,7 @@ from lorakeet.log import info
 from lorakeet.lora.config import LoraConfig
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import plan_injection
+from lorakeet.model_facts import embedding_rows, window
 from lorakeet.quant.protocol import quantized_bytes
 from lorakeet.tasks.task import Task
 from lorakeet.train.evaluate import evaluate
@@ -78,7 +79,8 @@ def evaluate_data(
     chosen = TaskSettings.model_validate(
         {"type": task.name, "problem": task.problem or "auto", "labels": list(task.labels) if task.labels else None}
     )
-    prepared = prepare(data, chosen, tokenizer, seed=seed, max_positions=_window(opened.model))
+    limits = {"max_positions": window(opened.model.config), "vocabulary": embedding_rows(opened.model)}
+    prepared = prepare(data, chosen, tokenizer, seed=seed, **limits)
     rows = prepared.held_out if held_out_only else prepared.train
     if rows is None:
         raise DataError("nothing is held out: eval_fraction is 0", "give --eval-fraction as in the run")
@@ -95,10 +97,6 @@ def evaluate_data(
             seed=seed,
             progress=progress,
         )
-
-
-def _window(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def generate(

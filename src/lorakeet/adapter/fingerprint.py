@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lorakeet.lora.interop.wrappers import canonical
+from lorakeet.model_facts import embedding_rows
 from lorakeet.quant.protocol import QuantizedLayer, quantized_layers, weight_rows, weight_shape
 
 #: Largest accepted relative difference (L2) of the sampled values: above rounding to bf16 (0.4 %) and int8 (1 %).
@@ -103,15 +104,8 @@ def _base_of(model: nn.Module, state: Mapping[str, Tensor]) -> _Base:
     transposed = {
         _base_name(f"{name}.weight") for name, module in model.named_modules() if getattr(module, "transposed", False)
     }
-    return _Base(parameters, quantized, frozenset(transposed), _vocabulary_rows(model))
-
-
-def _vocabulary_rows(model: nn.Module) -> int:
-    get_embedding: Any = getattr(model, "get_input_embeddings", lambda: None)
-    embedding = get_embedding()
-    if embedding is None:
-        return -1
-    return weight_shape(getattr(embedding, "base_layer", getattr(embedding, "original_module", embedding)))[0]
+    rows = embedding_rows(model)
+    return _Base(parameters, quantized, frozenset(transposed), -1 if rows is None else rows)
 
 
 def fingerprint(

@@ -31,6 +31,7 @@ from lorakeet.data.prepared import Prepared
 from lorakeet.errors import OutputError, TrainingError
 from lorakeet.files import write_elsewhere, write_folder, write_json
 from lorakeet.log import info, log, warn
+from lorakeet.model_facts import vocabulary_size, window
 from lorakeet.patches.fused_layers import fused_layers
 from lorakeet.patches.fused_loss import fused_loss
 from lorakeet.patches.gradient_checkpointing import gradient_checkpointing
@@ -99,11 +100,11 @@ def run_training(
     state = PartialState()
     state.wait_for_everyone()  # no process writes to the folder before all have checked it
     with state.main_process_first():  # damaged data is reported before a base of many gigabytes is read
-        limit = getattr(model_info.config.get_text_config(), "max_position_embeddings", None)
-        data = prepare(config.data, chosen, model_info.tokenizer, seed=config.train.seed, max_positions=limit)
+        limits = {"max_positions": window(model_info.config), "vocabulary": vocabulary_size(model_info.config)}
+        data = prepare(config.data, chosen, model_info.tokenizer, seed=config.train.seed, **limits)
     task = Task(chosen.type, data.problem, data.labels)
-    options = task.model_options()
-    base = load_base(config.base, auto_class=AUTO_CLASSES[task.name], model_options=options, for_training=True)
+    options: dict[str, Any] = {"model_options": task.model_options(), "seed": config.train.seed}
+    base = load_base(config.base, auto_class=AUTO_CLASSES[task.name], for_training=True, **options)
     info(f"base       {base.describe()}")
     args = training_arguments(config, base)
     args.eval_strategy = "no" if data.held_out is None else args.eval_strategy
