@@ -39,6 +39,7 @@ from lorakeet.runs.metrics_log import read_metrics
 from lorakeet.runs.run_folder import check_run_folder, claim_folder, refuse_other_settings
 from lorakeet.tasks.setup import adapter_config, task_settings
 from lorakeet.tasks.task import Task
+from lorakeet.tasks.taught import NOTES, taught_notes
 from lorakeet.train.checkpoint import latest_checkpoint
 from lorakeet.train.evaluate import longest_first
 from lorakeet.train.interrupt import StopAfterStep
@@ -279,7 +280,10 @@ class Run:
             "token_budget": budget,
             "loraplus": self.loraplus,
         }
-        trainer = Trainer(**settings) if self.task.name == "CAUSAL_LM" else TaskTrainer(**settings, task=self.task)
+        if self.task.name == "CAUSAL_LM":
+            trainer = Trainer(**settings)
+        else:
+            trainer = TaskTrainer(**settings, task=self.task, answers=data.rows)
         trainer.remove_callback(PrinterCallback)  # prints to stdout
         return trainer
 
@@ -314,7 +318,8 @@ class Run:
         """Write the adapter with its tokenizer and chat template, complete or not at all."""
         if self.args.process_index == 0:
             with write_folder(self.folder / "adapter") as aside:
-                origin = {"task": self.task.notes(), "data": self.data.report.content_hash}
+                taught = taught_notes(self.config, self.data.layout)
+                origin = {"task": self.task.notes(), "data": self.data.report.content_hash, NOTES: taught}
                 self.model.save_pretrained(aside, notes=origin)
                 self.base.tokenizer.save_pretrained(aside)
             info(f"adapter    {self.folder / 'adapter'}")
