@@ -28,7 +28,7 @@ def predict(
     file: Annotated[
         Path | None,
         typer.Option(
-            help="file with one text per line; or a table (.jsonl, .json, .csv, .parquet) with columns as in training"
+            help="file with one text per line, or a table (.jsonl, .csv, .parquet) with columns as in training"
         ),
     ] = None,
     question: Annotated[str | None, typer.Option(help="question to answer from --text, for QUESTION_ANS")] = None,

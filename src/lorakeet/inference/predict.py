@@ -197,7 +197,7 @@ class _Asking:
         ]
 
     def _fillings(self) -> list[dict[str, Any]]:
-        """Propose tokens for the masked one of each text."""
+        """Find the likely tokens for the masked one of each text."""
         token, mask = self.tokenizer.mask_token, self.tokenizer.mask_token_id
         for number, row in enumerate(self.rows, start=1):
             if (count := row["text"].count(token)) != 1:
@@ -224,7 +224,7 @@ class _Asking:
         return {"text": text, "token": self.tokenizer.decode([token]), "score": score}
 
     def _tags(self) -> list[dict[str, Any]]:
-        """Tag the words of each text; one that is too long goes on with its first word without a tag."""
+        """Find the tag of each word; a text that is too long goes on with its first word without a tag."""
         found: list[dict[int, Tag]] = [{} for _ in self.rows]  # by number of the word
         self._all_samples()
         waiting = dict.fromkeys(range(len(self.rows)), 0)  # row -> first word without a tag

@@ -3,8 +3,8 @@
 A mean of batch means changes with the batch size and the order. Here losses are summed, and divided once by the number
 of targets. Both callers sort the samples, share passes and leave out padding alike, so their figures are equal.
 
-Under several processes each one collates all batches, and runs every so manieth pass. So passes are the same as those of
-a single process, no sample is run twice to even out the processes, and the sums are added in the same order.
+Under several processes each one collates all batches and runs its share of the passes. So the passes are those of a single
+process, and their sums are added in the same order. No sample is run twice to even out the processes.
 """
 
 from __future__ import annotations
