@@ -210,4 +210,4 @@ def _report(
         streamed=False,
         content_hash=examined.found.content_hash,
     )
-    return finish(report, samples.encoder, labels, rows.layout, tokens, canonical)
+    return finish(report, samples.encoder, labels, rows.layout, tokens, canonical, rows.data)

@@ -26,6 +26,7 @@ from lorakeet.data.prepared import (
     id_columns,
     log_issues,
     nothing_learnable,
+    sample_columns,
     shape,
 )
 from lorakeet.data.read.record import Fault
@@ -112,7 +113,8 @@ def prepare_stream(
         sound=sound,
         content_hash=hashlib.sha256(json.dumps([source, settings.model_dump(), seed]).encode()).hexdigest(),
     )
-    return finish(report, encoder, labels, layout, (train, tokens if len(tokens) else None))
+    held_out = tokens if len(tokens) else None
+    return finish(report, encoder, labels, layout, (train, held_out), usable=rows.data)
 
 
 def _check(settings: DataSettings, task: TaskSettings) -> tuple[int, int]:
@@ -184,7 +186,7 @@ def _samples(
     encoded = stream.map(
         encode, batched=True, batch_size=_BATCH, remove_columns=list(stream.features), features=encoder.features()
     )
-    return encoded.filter(learnable).select_columns([*encoder.model_columns(), "length"])
+    return encoded.filter(learnable).select_columns(sample_columns(encoder))
 
 
 def _count(before: int, now: int) -> None:

@@ -140,10 +140,10 @@ def evaluation_passes(batches: Iterable[Batch], budget: int, has_padding_token: 
 
     Args:
         batches: Batches whose rows have losses of their own.
-        budget: Real tokens of a pass; 0: each batch has its own, and none is fetched before the last one has run.
+        budget: Real tokens of a pass; 0: each batch has its own.
         has_padding_token: Whether the model itself names a padding token.
     """
-    if not budget:  # a loader of several processes knows only of its current batch which rows are duplicates
+    if not budget:
         yield from ([batch] for batch in batches)
         return
     together: list[Batch] = []
@@ -232,8 +232,8 @@ class ForwardGroups:
         return batches[0] if len(batches) == 1 else join_batches(batches, self._padding_token()[0])
 
     def of_an_evaluation(self, batches: Iterable[Batch]) -> Iterator[list[Batch]]:
-        """Yield the batches of an evaluation by pass; several processes, which would have to agree, do not join."""
-        joins = self.budget and self.host.accelerator.num_processes == 1 and self.host.why_separate() is None
+        """Yield the batches of an evaluation by pass."""
+        joins = self.budget and self.host.why_separate() is None
         return evaluation_passes(batches, self.budget if joins else 0, self._padding_token()[1])
 
     def _decide(self, batches: Sequence[Batch]) -> None:

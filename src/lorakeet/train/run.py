@@ -40,6 +40,7 @@ from lorakeet.runs.metrics_log import MetricsLog
 from lorakeet.runs.run_folder import check_run_folder, claim_folder, is_run, refuse_other_settings
 from lorakeet.tasks.setup import adapter_config, task_settings
 from lorakeet.tasks.task import Task
+from lorakeet.tasks.taught import NOTES, taught_notes
 from lorakeet.train.arguments import training_arguments
 from lorakeet.train.callbacks.interrupt import StopAfterStep
 from lorakeet.train.callbacks.progress import ProgressCallback
@@ -255,7 +256,10 @@ class Run:
             "token_budget": budget,
             "loraplus": self.loraplus,
         }
-        trainer = Trainer(**settings) if self.task.name == "CAUSAL_LM" else TaskTrainer(**settings, task=self.task)
+        if self.task.name == "CAUSAL_LM":
+            trainer = Trainer(**settings)
+        else:
+            trainer = TaskTrainer(**settings, task=self.task, answers=data.rows)
         trainer.remove_callback(PrinterCallback)  # prints to stdout
         return trainer
 
@@ -303,7 +307,8 @@ class Run:
 
     def _write_adapter(self, folder: Path) -> None:
         """Write the adapter with its tokenizer and chat template."""
-        origin = {"task": self.task.notes(), "data": self.data.report.content_hash}
+        taught = taught_notes(self.config, self.data.layout)
+        origin = {"task": self.task.notes(), "data": self.data.report.content_hash, NOTES: taught}
         self.model.save_pretrained(folder, notes=origin)
         self.base.tokenizer.save_pretrained(folder)
 

@@ -101,7 +101,7 @@ def summarize(
         "train_loss_last": last,
         "eval_loss_before": before["loss"] if before else None,
         "eval_loss_after": after["loss"] if after else None,
-        "eval_tokens": data.report.held_out_targets,
+        "eval_tokens": data.report.held_out_targets if after is None else after.get("tokens", after.get("targets")),
         "before": before,
         "after": after,
         "baseline": plain,

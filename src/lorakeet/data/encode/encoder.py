@@ -14,7 +14,10 @@ Columns of a sample:
 | `ended`     | whether its end token is in the loss                                                           |
 | `row`       | number of the row that the sample was made from                                                |
 
-Further inputs of the model, such as `token_type_ids`, have columns of their own.
+Further inputs of the model, such as `token_type_ids`, have columns of their own, and so has what decodes its answers
+(:meth:`Encoder.answer_columns`).
+
+Rows that are only asked about lack the columns of answers. They give the same samples, without `labels`.
 """
 
 from __future__ import annotations
@@ -141,9 +144,13 @@ class Encoder:
         """Return the columns that the model takes, with their types."""
         return {"input_ids": IDS}
 
+    def answer_columns(self) -> dict[str, Any]:
+        """Return the columns that no model takes and that its answers are decoded with, with their types."""
+        return {}
+
     def features(self) -> datasets.Features:
         """Return all columns of a sample with their types."""
-        return datasets.Features({**self.model_columns(), **_COUNTS, **_NUMBER})
+        return datasets.Features({**self.model_columns(), **self.answer_columns(), **_COUNTS, **_NUMBER})
 
     def settings(self) -> list[Any]:
         """Return the settings that shape the samples, besides the tokenizer's own: part of the name of a cache."""

@@ -63,11 +63,12 @@ def _masked(layout: Layout, task: TaskSettings, settings: DataSettings, tokenize
 
 
 def _classes(layout: Layout, task: TaskSettings, settings: DataSettings, tokenizer: Any, labels: Any) -> Encoder:
-    return ClassificationEncoder(tokenizer, settings.max_length, _known(labels), "text_pair" in layout.columns)
+    names = _known(labels) if "label" in layout.columns else None
+    return ClassificationEncoder(tokenizer, settings.max_length, names, "text_pair" in layout.columns)
 
 
 def _tags(layout: Layout, task: TaskSettings, settings: DataSettings, tokenizer: Any, labels: Any) -> Encoder:
-    return TaggingEncoder(tokenizer, settings.max_length, _known(labels))
+    return TaggingEncoder(tokenizer, settings.max_length, _known(labels) if "tags" in layout.columns else None)
 
 
 def _translation(layout: Layout, task: TaskSettings, settings: DataSettings, tokenizer: Any, labels: Any) -> Encoder:
@@ -75,11 +76,12 @@ def _translation(layout: Layout, task: TaskSettings, settings: DataSettings, tok
 
 
 def _question(layout: Layout, task: TaskSettings, settings: DataSettings, tokenizer: Any, labels: Any) -> Encoder:
-    return QuestionEncoder(tokenizer, settings.max_length)
+    return QuestionEncoder(tokenizer, settings.max_length, "answers" in layout.columns)
 
 
 def _pairs(layout: Layout, task: TaskSettings, settings: DataSettings, tokenizer: Any, labels: Any) -> Encoder:
-    return PairEncoder(tokenizer, settings.max_length, "negative" in layout.columns)
+    texts = tuple(name for name in ("anchor", "positive", "negative") if name in layout.columns)
+    return PairEncoder(tokenizer, settings.max_length, texts)
 
 
 def _known(labels: LabelSet | None) -> LabelSet:
@@ -95,6 +97,9 @@ def _some_list(types: Mapping[str, ColumnTypes]) -> bool:
 #: Names of a column of text; the first wins, two of the others are ambiguous.
 _TEXTS = ("text", "quote", "quotation", "content", "sentence", "document", "body", "passage", "story")
 _SOME_TEXT = role(*_TEXTS, takes_rest=True)
+_CLASSIFIED = {"text": role(*_TEXTS, "text1", "sentence1", "premise", takes_rest=True)}
+_SECOND_TEXT = {"text_pair": role("text_pair", "text2", "sentence2", "hypothesis")}
+_ASKED = {"question": role("question"), "context": role("context", "passage")}
 _PARTS = {
     "prompt": role("prompt", holds=("str", "list")),
     "completion": role("completion", "response", holds=("str", "list")),
@@ -112,6 +117,7 @@ TEXT = Kind(
     columns=(Column("text"),),
     normalize=None,
     encoders={"CAUSAL_LM": _text, "MASKED_LM": _masked},
+    asked=Roles({"text": _SOME_TEXT}),
 )
 COMPLETION = Kind(
     "completion",
@@ -141,11 +147,8 @@ CLASSES = Kind(
     "classes",
     roles=(
         Roles(
-            {
-                "text": role(*_TEXTS, "text1", "sentence1", "premise", takes_rest=True),
-                "label": role(*LABEL_NAMES, holds=("str", "int", "float", "bool", "list")),
-            },
-            {"text_pair": role("text_pair", "text2", "sentence2", "hypothesis")},
+            {**_CLASSIFIED, "label": role(*LABEL_NAMES, holds=("str", "int", "float", "bool", "list"))},
+            _SECOND_TEXT,
         ),
     ),
     columns=(
@@ -155,6 +158,7 @@ CLASSES = Kind(
     ),
     normalize=normalize.labelled_text,
     encoders={"SEQ_CLS": _classes},
+    asked=Roles(_CLASSIFIED, _SECOND_TEXT),
     labels="label",
 )
 TAGS = Kind(
@@ -173,6 +177,7 @@ TAGS = Kind(
     ),
     normalize=normalize.tagged_tokens,
     encoders={"TOKEN_CLS": _tags},
+    asked=Roles({"tokens": role("tokens", "words", *_TEXTS, holds=("list", "str"), takes_rest=True)}),
     labels="tags",
 )
 PAIRS = Kind(
@@ -189,6 +194,7 @@ PAIRS = Kind(
     columns=(Column("anchor"), Column("positive"), Column("negative", optional=True, in_content=False)),
     normalize=None,
     encoders={"FEATURE_EXTRACTION": _pairs},
+    asked=Roles({"anchor": role("anchor", *_TEXTS, "query", "sentence1", "text1", "question", takes_rest=True)}),
 )
 TRANSLATION = Kind(
     "translation",
@@ -209,8 +215,7 @@ QUESTION = Kind(
     roles=(
         Roles(
             {
-                "question": role("question"),
-                "context": role("context", "passage"),
+                **_ASKED,
                 "answers": role("answers", "answer", holds=("dict", "list", "str")),
             },
             {"answer_start": role("answer_start", holds=("list", "int"))},
@@ -224,6 +229,7 @@ QUESTION = Kind(
     ),
     normalize=normalize.question,
     encoders={"QUESTION_ANS": _question},
+    asked=Roles(_ASKED),
 )
 
 
