@@ -86,20 +86,20 @@ class _Base:
         return [float(f"{value:.6g}") for value in line[::step][:_VALUES].float().tolist()]
 
 
-def _base_name(name: str) -> str:
+def base_name(name: str) -> str:
     """Return the name that a parameter has in the model without adapters."""
     return re.sub(r"\.(base_layer|original_module)\.", ".", name)
 
 
 def _base_of(model: nn.Module) -> _Base:
     parameters = {
-        _base_name(name): parameter
+        base_name(name): parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if not re.search(r"\.(lora_\w+|modules_to_save)\.", name) and name.endswith((".weight", ".bias"))
     }
-    quantized = {_base_name(f"{name}.weight"): layer for name, layer in quantized_layers(model)}
+    quantized = {base_name(f"{name}.weight"): layer for name, layer in quantized_layers(model)}
     transposed = {
-        _base_name(f"{name}.weight") for name, module in model.named_modules() if getattr(module, "transposed", False)
+        base_name(f"{name}.weight") for name, module in model.named_modules() if getattr(module, "transposed", False)
     }
     return _Base(parameters, quantized, frozenset(transposed), _vocabulary_rows(model))
 

@@ -262,7 +262,11 @@ class LoraLayer(nn.Module):
     def _replace_parameter(self, name: str, value: Tensor) -> None:
         old = getattr(self.base_layer, name)
         self.originals.setdefault(name, old)
-        setattr(self.base_layer, name, nn.Parameter(value.detach().to(old.dtype).contiguous(), requires_grad=old.requires_grad))
+        setattr(
+            self.base_layer,
+            name,
+            nn.Parameter(value.detach().to(old.dtype).contiguous(), requires_grad=old.requires_grad),
+        )
 
     def __getattr__(self, name: str) -> Any:
         # ``weight``, ``bias``, ``in_features`` and the like, for code that does not know about adapters

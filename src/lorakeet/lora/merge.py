@@ -17,11 +17,19 @@ from torch import Tensor, nn
 
 from lorakeet.errors import MergeError
 from lorakeet.log import info, warn
-from lorakeet.lora.checks.merge_loss import ACCEPTED_LOSS, LayerLoss, merge_layer, worst_loss
+from lorakeet.lora.checks.merge_loss import (
+    ACCEPTED_LOSS,
+    LayerLoss,
+    Store,
+    merge_layer,
+    round_merged,
+    stored_copies,
+    worst_loss,
+)
 from lorakeet.lora.checks.merge_probe import Probe, evaluating, largest_difference
 from lorakeet.lora.config import refuse_unknown
 from lorakeet.lora.layer import LoraLayer
-from lorakeet.quant.protocol import is_quantized, weight_dtype
+from lorakeet.quant.protocol import is_quantized
 
 #: Share of the adapter's effect. Largest accepted difference of the outputs beyond their own rounding: a merged weight that
 #: is formed wrongly differs by more, and sums in another order by far less.
@@ -59,7 +67,7 @@ class MergeReport:
         """Return one line of text."""
         return (
             f"merged {self.layers} layers, formed in {'float64' if self.stored == 'float64' else 'float32'} and stored in "
-            f"{self.stored}: rounding takes at most {self.lost:.2g} of a layer's update; merged and unmerged outputs differ "
+            f"{self.stored}: the rounding error is at most {self.lost:.2g} of a layer's update; merged and unmerged outputs differ "
             f"by at most {self.error:.2g} (the adapter changes them by up to {self.effect:.2g}; the largest is "
             f"{self.scale:.3g})"
         )
@@ -76,7 +84,7 @@ class MergeMethods(nn.Module):
         probe: dict[str, Tensor] | None = None,
         tolerance: float | None = None,
         accept_loss: bool | None = None,
-        store: torch.dtype | None = None,
+        store: Store | None = None,
         **peft_only: Any,
     ) -> MergeReport:
         """Merge ΔW into the base's weights, measured; :meth:`unmerge` restores the very same bits.
@@ -91,7 +99,7 @@ class MergeMethods(nn.Module):
             tolerance: Largest accepted difference of the outputs, as a share of the adapter's effect.
             accept_loss: Whether to merge although rounding takes more than half of a layer's update. Left out: with a
                 warning in floating formats, not in quantized ones.
-            store: Number format that the caller stores the weights in, if it is not that of the base.
+            store: Number format that the caller stores a parameter in, if it is not the parameter's own.
             **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
@@ -170,7 +178,7 @@ def checked_merge(
     probe: dict[str, Tensor] | None = None,
     tolerance: float | None = None,
     accept_loss: bool | None = None,
-    store: torch.dtype | None = None,
+    store: Store | None = None,
 ) -> MergeReport:
     """Merge the adapters into every layer of ``model``, measure, and undo it if the merge is wrong or loses the update.
 
@@ -196,22 +204,8 @@ def checked_merge(
         with evaluating(model):
             model.unmerge()
             model.switch.active, model.switch.enabled = tuple(adapters), True
-            probes = Probe(model, list(layers.values()), probe)
-            expected = probes.outputs()
-            with model.switch.disabled():
-                bare = probes.outputs()
-            losses = [loss for name, layer in layers.items() if (loss := merge_layer(name, layer, adapters, store))]
-            worst, formats = worst_loss(losses), {_stored(layer, store) for layer in layers.values()}
-            report = MergeReport(
-                len(layers),
-                largest_difference(expected, probes.outputs()),
-                largest_difference(expected, bare),
-                max((float(x.abs().max()) for x in expected), default=0.0),
-                TOLERANCE if tolerance is None else tolerance,
-                worst.share if worst else 0.0,
-                " and ".join(sorted(formats)),
-            )
-        _check_outputs(report, probes.noise if tolerance is None else probes.noise or 0.0)
+            report, losses = _measured_merge(model, layers, adapters, probe, tolerance, store)
+        worst = worst_loss(losses)
         if worst and worst.share > ACCEPTED_LOSS:
             _tell_loss(worst, losses, report, accept_loss)
     except BaseException:
@@ -227,15 +221,60 @@ def checked_merge(
     return report
 
 
-def _check_outputs(report: MergeReport, noise: float | None) -> None:
-    """Raise a :class:`MergeError` if the outputs differ by more than a share of the effect and their own rounding."""
-    if noise is None:
+def _measured_merge(
+    model: Any,
+    layers: dict[str, LoraLayer],
+    adapters: list[str],
+    probe: dict[str, Tensor] | None,
+    tolerance: float | None,
+    store: Store | None,
+) -> tuple[MergeReport, list[LayerLoss]]:
+    """Merge every layer, and measure outputs and weights; the adapters are active and unmerged.
+
+    Raises:
+        MergeError: the outputs differ, or a merged weight is not finite.
+    """
+    probes = Probe(model, list(layers.values()), probe)
+    expected = probes.outputs()
+    with model.switch.disabled():
+        effect = largest_difference(expected, probes.outputs())
+    losses = [loss for name, layer in layers.items() if (loss := merge_layer(name, layer, adapters, store))]
+    merged, scale = probes.outputs(), max((float(x.abs().max()) for x in expected), default=0.0)
+    _check_outputs(largest_difference(expected, merged), effect, scale, probes.noise, tolerance)
+    if store:
+        losses += stored_copies(model, adapters, store)
+        round_merged(layers.values(), store)
+        merged = probes.outputs()
+    worst, formats = worst_loss(losses), {_stored(layer, store) for layer in layers.values()}
+    report = MergeReport(
+        len(layers),
+        largest_difference(expected, merged),
+        effect,
+        scale,
+        TOLERANCE if tolerance is None else tolerance,
+        worst.share if worst else 0.0,
+        " and ".join(sorted(formats)),
+    )
+    return report, losses
+
+
+def _check_outputs(error: float, effect: float, scale: float, noise: float | None, tolerance: float | None) -> None:
+    """Raise a :class:`MergeError` if outputs differ by more than a share of the effect and their own rounding.
+
+    Args:
+        error: Largest difference between merged and unmerged outputs.
+        effect: Largest difference between outputs with and without the adapter.
+        scale: Largest output.
+        noise: Share of the largest output that the outputs' own rounding makes; None: not known.
+        tolerance: Accepted share of the effect; None: :data:`TOLERANCE` where the rounding is known.
+    """
+    if noise is None and tolerance is None:
         return
-    limit = report.tolerance * report.effect + noise * report.scale
-    if not report.error <= limit:  # also when it is NaN
+    limit = (TOLERANCE if tolerance is None else tolerance) * effect + (noise or 0.0) * scale
+    if not error <= limit:  # also when it is NaN
         raise MergeError(
-            f"merged and unmerged outputs differ by {report.error:.3g}, where the adapter changes them by "
-            f"{report.effect:.3g} (limit {limit:.3g}); nothing was merged",
+            f"merged and unmerged outputs differ by {error:.3g}, where the adapter changes them by {effect:.3g} "
+            f"(limit {limit:.3g}); nothing was merged",
             "use the adapter unmerged",
         )
 
@@ -244,8 +283,8 @@ def _tell_loss(worst: LayerLoss, losses: Sequence[LayerLoss], report: MergeRepor
     """Warn of a merge that loses an update, or raise a :class:`MergeError` if it is not accepted."""
     count = sum(loss.share > ACCEPTED_LOSS for loss in losses)
     message = (
-        f"{report.stored} is too coarse for this adapter: in {count} of {len(losses)} layers rounding takes more than "
-        f"{ACCEPTED_LOSS:.0%} of the update ({worst.share:.0%} in {worst.name})"
+        f"{report.stored} is too coarse for this adapter: in {count} of {len(losses)} layers the rounding error is more "
+        f"than {ACCEPTED_LOSS:.0%} of the update ({worst.share:.0%} in {worst.name})"
     )
     if accepted is False:
         raise MergeError(f"{message}; nothing was merged", LOSS_HINT)
@@ -256,10 +295,11 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _stored(layer: LoraLayer, store: torch.dtype | None) -> str:
+def _stored(layer: LoraLayer, store: Store | None) -> str:
     """Return the number format that a layer's merged weight is stored in."""
     quantized = is_quantized(layer.base_layer)
-    return _dtype_name(layer.base_layer.weight.dtype if quantized else store or weight_dtype(layer.base_layer))
+    own = layer.originals.get("weight", layer.base_layer.weight)
+    return _dtype_name(own.dtype if quantized or store is None else store(own))
 
 
 def _check_mergeable(layers: dict[str, LoraLayer], adapters: list[str], accept_loss: bool | None) -> None:

@@ -1,7 +1,7 @@
 """Outputs of a model or of its layers on a fixed batch, to compare merged with unmerged.
 
-In fp32 and fp64 the whole model runs. In half precision the rounding of its activations is as large as the effect of a small
-adapter, so each layer runs on its own, widened to fp32.
+In fp32 and fp64 the whole model runs. In half precision its activations are rounded by as much as a small adapter changes
+them. There each layer runs on its own, widened to fp32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorakeet.lora.target_parameters import LoraParameter
 from lorakeet.quant.protocol import is_quantized, weight_dtype
 
 #: Share of the largest output. Rounding error of the outputs of a whole model, by the number format that it computes in:
-#: about 100 times the format's own, for its many sums. In other formats outputs are told but not judged.
+#: about 100 times the format's own, for its many sums. In other formats outputs are reported but not judged.
 OUTPUT_NOISE = {torch.float64: 1e-12, torch.float32: 5e-5}
 
 
@@ -39,7 +39,7 @@ class Probe:
     @torch.no_grad()
     def outputs(self) -> list[Tensor]:
         """Compute the outputs, in fp32 or wider."""
-        if self.whole:
+        if self.inputs is not None and self.whole:
             return [_widened(_first_tensor(self.model(**self.inputs)))]
         return [output for layer in self.layers if (output := _layer_output(layer)) is not None]
 
