@@ -73,8 +73,7 @@ def open_model(
         BaseModelError: See :func:`lorakeet.base.load.load_base`.
     """
     configs = [PeftConfig.from_pretrained(adapter) for adapter in adapters]
-    if configs and settings.model == DEFAULT_MODEL and (named := configs[0].base_model_name_or_path):
-        settings = settings.model_copy(update={"model": named})
+    settings = settings_of_base(settings, configs[0]) if configs else settings
     tasks = {adapter: adapter_task(adapter, config) for adapter, config in zip(adapters, configs, strict=True)}
     if len(set(tasks.values())) > 1:
         listed = "; ".join(f"{adapter}: {task.name} {', '.join(task.labels or ())}" for adapter, task in tasks.items())
@@ -91,6 +90,12 @@ def open_model(
         names[adapter] = f"adapter{number}"
         PeftModel.from_pretrained(base.model, adapter, names[adapter], allow_other_base=allow_other_base)
     return LoadedModel(base, names, task)
+
+
+def settings_of_base(settings: BaseSettings, config: PeftConfig) -> BaseSettings:
+    """Return the settings with the base that an adapter names, if they name the default model."""
+    named = config.base_model_name_or_path
+    return settings.model_copy(update={"model": named}) if settings.model == DEFAULT_MODEL and named else settings
 
 
 def adapter_task(adapter: str, config: PeftConfig) -> Task:

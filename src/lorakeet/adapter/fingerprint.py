@@ -89,20 +89,20 @@ class _Base:
         return [float(f"{value:.6g}") for value in line[::step][:_VALUES].float().tolist()]
 
 
-def _base_name(name: str) -> str:
+def base_name(name: str) -> str:
     """Return the name that a parameter has in the model without adapters."""
     return re.sub(r"\.(base_layer|original_module)\.", ".", canonical(name))
 
 
 def _base_of(model: nn.Module, state: Mapping[str, Tensor]) -> _Base:
     parameters = {
-        _base_name(name): state.get(name, parameter) if isinstance(parameter, DTensor) else parameter
+        base_name(name): state.get(name, parameter) if isinstance(parameter, DTensor) else parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if not re.search(r"\.(lora_\w+|modules_to_save)\.", name) and name.endswith((".weight", ".bias"))
     }
-    quantized = {_base_name(f"{name}.weight"): layer for name, layer in quantized_layers(model)}
+    quantized = {base_name(f"{name}.weight"): layer for name, layer in quantized_layers(model)}
     transposed = {
-        _base_name(f"{name}.weight") for name, module in model.named_modules() if getattr(module, "transposed", False)
+        base_name(f"{name}.weight") for name, module in model.named_modules() if getattr(module, "transposed", False)
     }
     rows = embedding_rows(model)
     return _Base(parameters, quantized, frozenset(transposed), -1 if rows is None else rows)
@@ -121,7 +121,7 @@ def fingerprint(
         leave_out: Names of parameters whose values are trained, so the base has other ones.
     """
     base = _base_of(model, state or {})
-    trained = set(map(_base_name, leave_out))
+    trained = set(map(base_name, leave_out))
     if not base.parameters or any(p.is_meta or isinstance(p, DTensor) for p in base.parameters.values()):
         return None
     return {
