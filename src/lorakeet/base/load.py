@@ -27,7 +27,7 @@ from lorakeet.base.checkpoint_files import check_folder
 from lorakeet.base.device_dtype import bytes_by_dtype, check_dtypes, choose_device, choose_dtype, dtype_name, some
 from lorakeet.base.quiet import quiet
 from lorakeet.base.source import find_source, local_folder
-from lorakeet.config import QUANTIZED_FORMATS, BaseSettings, settings_error
+from lorakeet.config import QUANTIZED_FORMATS, BaseSettings
 from lorakeet.errors import BaseModelError
 from lorakeet.kernels.int8.registry import best_on
 from lorakeet.log import warn
@@ -35,6 +35,7 @@ from lorakeet.model_facts import agree_on_padding, embedding_rows, tokens_withou
 from lorakeet.quant.hf_quantizer import CONFIGS, foreign_method, foreign_method_error
 from lorakeet.quant.protocol import quantized_layers
 from lorakeet.rng import seeded
+from lorakeet.setting_types import settings_error
 
 
 @dataclass(frozen=True)
