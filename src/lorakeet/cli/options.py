@@ -60,7 +60,7 @@ KNOWN_ELSEWHERE = {
 }
 
 #: Commands that take settings as ``section.key=value``.
-WITH_OVERRIDES = ("train", "doctor", "plan")
+WITH_OVERRIDES = ("train", "doctor", "plan", "eval", "predict")
 
 #: Dotted setting -> help text, for flags that set one entry of a table.
 HELP = {"data.columns.text": "column of the text; default: found by name"}
@@ -142,6 +142,28 @@ def _value(dotted: str, text: str | None) -> Any:
 def base_settings(settings: dict[str, Any]) -> BaseSettings:
     """Return the base section of dotted settings."""
     return read_run(None, values={key: value for key, value in settings.items() if key.startswith("base.")}).base
+
+
+def read_overrides(
+    overrides: list[str] | None, settings: dict[str, Any], sections: tuple[str, ...] = ("base", "data", "task")
+) -> RunConfig:
+    """Return the settings of a command that has no YAML file: from flags, then from overrides.
+
+    Args:
+        overrides: Words of the form ``section.key=value``.
+        settings: Settings set by flags, by dotted name.
+        sections: Sections that the command uses.
+
+    Raises:
+        ConfigError: A word is no override, or of another section.
+    """
+    for word in overrides or []:
+        name, equals, _ = word.partition("=")
+        section, dot, _ = name.strip().partition(".")
+        if not (equals and dot) or section not in sections:
+            allowed = ", ".join(f"{each}.*" for each in sections)
+            raise ConfigError(f"{word!r} is no setting of this command, expected {allowed}", "write section.key=value")
+    return read_run(None, overrides or (), settings)
 
 
 def bounded(kind: Any) -> Callable[..., Any]:

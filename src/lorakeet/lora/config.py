@@ -17,6 +17,8 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 from lorakeet.config import LoraSettings
 from lorakeet.errors import AdapterError, ConfigError, LorakeetError, did_you_mean
 from lorakeet.files import hub_file, write_json
+from lorakeet.lora.interop.peft_classes import AnswersAsPeft
+from lorakeet.lora.interop.trainer_hooks import hook_trainer
 from lorakeet.lora.variants import Variant, chosen_variant, variant_settings
 from lorakeet.setting_types import settings_error
 
@@ -56,7 +58,7 @@ class TaskType(enum.StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-class PeftConfig(LoraSettings):
+class PeftConfig(AnswersAsPeft, LoraSettings):
     """Settings of one adapter and the other keys of its file; ``PeftConfig.from_pretrained`` reads any.
 
     Raises:
@@ -65,6 +67,7 @@ class PeftConfig(LoraSettings):
     """
 
     model_config = ConfigDict(frozen=False, extra="forbid", use_enum_values=True)
+    peft_class: ClassVar[tuple[str, str]] = ("peft", "PeftConfig")
 
     words_are_names: ClassVar[bool] = False
 
@@ -79,6 +82,7 @@ class PeftConfig(LoraSettings):
     _foreign: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     def __init__(self, **values: Any) -> None:
+        hook_trainer()
         unknown = set(values) - set(type(self).model_fields) - set(NEUTRAL) - set(variant_settings())
         if unknown:
             raise ConfigError(
@@ -188,6 +192,8 @@ class PeftConfig(LoraSettings):
 
 class LoraConfig(PeftConfig):
     """Settings of one LoRA adapter, with the names and defaults of ``peft.LoraConfig``."""
+
+    peft_class = ("peft", "LoraConfig")
 
 
 def find_adapter_file(
