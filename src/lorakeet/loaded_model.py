@@ -15,7 +15,7 @@ from lorakeet.base.load import Base, load_base
 from lorakeet.config import DEFAULT_MODEL, BaseSettings
 from lorakeet.errors import AdapterError
 from lorakeet.log import info
-from lorakeet.lora.config import PeftConfig, find_adapter_file
+from lorakeet.lora.config import PeftConfig, adapter_folder, find_adapter_file
 from lorakeet.lora.model import LoraModel
 from lorakeet.model_facts import agree_on_padding
 from lorakeet.tasks.task import Task
@@ -121,4 +121,5 @@ def _adapter_tokenizer(adapter: str) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(adapter)
+    folder = adapter_folder(adapter)
+    return AutoTokenizer.from_pretrained(folder if folder.is_dir() else adapter)

@@ -103,6 +103,9 @@ def run_training(
     with state.main_process_first():  # damaged data is reported before a base of many gigabytes is read
         limits = {"max_positions": window(model_info.config), "vocabulary": vocabulary_size(model_info.config)}
         data = prepare(config.data, chosen, model_info.tokenizer, seed=config.train.seed, **limits)
+    left_out, config = config.train.epochs is None, config.with_length(data.report.train_samples, state.num_processes)
+    if left_out and (config.train.epochs or 1) > 1:
+        info(f"small data: {config.train.epochs:g} passes, since train.steps and train.epochs are left out")
     task = Task(chosen.type, data.problem, data.labels)
     options: dict[str, Any] = {"model_options": task.model_options(), "seed": config.train.seed}
     base = load_base(config.base, auto_class=AUTO_CLASSES[task.name], for_training=True, **options)
@@ -145,6 +148,7 @@ class Run:
         train, lora, world = self.config.train, self.config.lora, self.args.world_size
         per_step = train.batch_size * train.grad_accum * world
         rows = self.data.report.train_samples
+        assert train.epochs and train.lr  # chosen by the data where they were left out
         steps = train.steps or -(-rows * train.epochs // per_step)
         processes = f" x {world} processes" if world > 1 else ""
         length = f"{steps:.0f} steps of {per_step} samples ({train.batch_size} x {train.grad_accum}{processes})"
