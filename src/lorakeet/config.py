@@ -227,6 +227,10 @@ class TrainSettings(Section):
     """The training loop: length, batches, optimizer, reports and memory."""
 
     steps: Count | None = Field(None, description="optimizer steps; default: as many as train.epochs takes")
+    init_adapter: Text | None = Field(
+        None,
+        description="folder or hub id of an adapter to continue from, with its settings of LoRA; default: a new one",
+    )
     epochs: Annotated[Float, Field(gt=0, le=10**6)] | None = Field(
         None,
         description="passes over the data, if train.steps is not set; default: 1; of small data as many as 100 steps take, "
@@ -303,10 +307,6 @@ class RunConfig(Section):
     task: TaskSettings = Field(default_factory=TaskSettings, description="the task")
     train: TrainSettings = Field(default_factory=TrainSettings, description="the training")
     out: Text = Field("lorakeet-run", description="folder of the run: run.yaml, metrics.jsonl, summary.json, adapter/")
-
-    def with_length(self, rows: int, processes: int) -> RunConfig:
-        """Return these settings with what they leave out, see :meth:`TrainSettings.for_rows`."""
-        return self.model_copy(update={"train": self.train.for_rows(rows, processes)})
 
     def to_yaml(self) -> str:
         """Return the complete configuration as YAML, in the order of the classes above."""

@@ -33,6 +33,21 @@ def open_plain(path: Path) -> IO[bytes]:
     return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
+#: First bytes of files that are no text -> what they are, and what to do.
+OTHER_FILES = {
+    b"%PDF": ("a PDF document", "extract its text first, for example with pdftotext"),
+    b"\x89PNG": ("a picture (PNG)", "give text; text in a picture must be recognized (OCR) first"),
+    b"\xff\xd8\xff": ("a picture (JPEG)", "give text; text in a picture must be recognized (OCR) first"),
+    b"GIF8": ("a picture (GIF)", "give text; text in a picture must be recognized (OCR) first"),
+    b"PK\x03\x04": ("a zip archive, as documents of Word and Excel are", "unpack it, or save its text as .txt or .csv"),
+    b"\xd0\xcf\x11\xe0": ("a document of an old Word or Excel", "save its text as .txt or .csv"),
+    b"{\\rtf": ("a document in rich text", "save its text as .txt"),
+    b"SQLite format 3": ("a database (SQLite)", "export its table as .csv or .jsonl"),
+    b"RIFF": ("sound, a film or a picture", "give text"),
+    b"ID3": ("sound (MP3)", "give text; speech must be transcribed first"),
+}
+
+
 def read_lines(path: Path) -> Iterator[str]:
     """Yield the lines of ``path`` with their ``\\n``; other bytes than UTF-8 become half characters (:func:`encoding_fault`).
 
@@ -40,7 +55,11 @@ def read_lines(path: Path) -> Iterator[str]:
         Fault: it is UTF-16.
     """
     with open_plain(path) as file:
-        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        start = file.read(max(map(len, OTHER_FILES)))
+        for mark, (kind, hint) in OTHER_FILES.items():
+            if start.startswith(mark):
+                raise FaultError("encoding", f"{kind}, expected text", hint)
+        if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise FaultError("encoding", "UTF-16, expected UTF-8", f"convert it: iconv -f UTF-16 -t UTF-8 {path}")
         file.seek(0)
         with TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape") as text:
