@@ -16,12 +16,12 @@ from lorakeet.chat_template import render_chat
 from lorakeet.config import DataSettings, LoraSettings, TaskName, TaskSettings
 from lorakeet.data.collate import make_collator
 from lorakeet.data.prepare import prepare
-from lorakeet.errors import AdapterError, DataError
+from lorakeet.errors import DataError
 from lorakeet.export import check_empty, merge, quantize
 from lorakeet.inference.generate import complete
 from lorakeet.inference.predict import predict as predict_rows
 from lorakeet.inference.questions import Question
-from lorakeet.loaded_model import LoadedModel, open_model
+from lorakeet.loaded_model import LoadedModel, check_verb, open_model
 from lorakeet.lora.config import LoraConfig, PeftConfig
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import plan_injection
@@ -128,9 +128,11 @@ def generate(
         The new text of each prompt.
 
     Raises:
+        AdapterError: The model generates no text.
         ConfigError: A setting is out of range.
         DataError: A prompt is empty or too long.
     """
+    check_verb(opened.task, "generate")
     tokenizer = opened.base.tokenizer
     if chat:
         prompts = [render_chat(tokenizer, [{"role": "user", "content": prompt}], True) for prompt in prompts]
@@ -163,11 +165,7 @@ def predict(
         AdapterError: The model generates text.
         DataError: A row is empty, or not of the form that the task needs.
     """
-    if opened.task.name in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
-        raise AdapterError(
-            f"this is a {opened.task.name} model; `predict` needs a classifier, tagger or encoder",
-            "use `lorakeet generate`",
-        )
+    check_verb(opened.task, "predict")
     taught = Taught() if adapter is None else Taught.from_notes(read_notes(adapter))
     settings: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length or taught.max_length}
     with opened.answering(adapter):

@@ -57,7 +57,7 @@ def generate(
     base, adapters = base_settings(settings), list(dict.fromkeys(adapter or []))
     from lorakeet import api
 
-    opened = api.open_model(base, adapters, allow_other_base=allow_other_base)
+    opened = api.open_model(base, adapters, allow_other_base=allow_other_base, verb="generate")
     sampling = {
         "max_new_tokens": max_new_tokens,
         "greedy": greedy,

@@ -46,7 +46,7 @@ from lorakeet.train.arguments import training_arguments
 from lorakeet.train.callbacks.interrupt import StopAfterStep, resume_command
 from lorakeet.train.callbacks.progress import ProgressCallback
 from lorakeet.train.evaluate import longest_first
-from lorakeet.train.init_adapter import put_adapter, with_init_adapter
+from lorakeet.train.init_adapter import loading_options, put_adapter, with_init_adapter
 from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.manifest import latest_checkpoint
 from lorakeet.train.memory_plan import every_that_fits, free_memory
@@ -108,7 +108,7 @@ def run_training(
         data = prepare(config.data, chosen, model_info.tokenizer, seed=config.train.seed, **limits)
     config = with_length(config, data.report.train_samples, state.num_processes)
     task = Task(chosen.type, data.problem, data.labels)
-    options: dict[str, Any] = {"model_options": task.model_options(), "seed": config.train.seed}
+    options = loading_options(config, task)
     base = load_base(config.base, auto_class=AUTO_CLASSES[task.name], for_training=True, **options)
     info(f"base       {base.describe()}")
     args = training_arguments(config, base)
