@@ -5,10 +5,11 @@ Each takes settings and returns plain values; nothing here prints to stdout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lorakeet.adapter.peft_model import get_peft_model
+from lorakeet.adapter.serialization import read_notes
 from lorakeet.base.architectures import AUTO_CLASSES, DEFAULT_TASKS, check_task, family
 from lorakeet.base.meta_device import meta_model, read_config
 from lorakeet.chat_template import render_chat
@@ -19,11 +20,14 @@ from lorakeet.errors import AdapterError, DataError
 from lorakeet.export import check_empty, merge, quantize
 from lorakeet.inference.generate import complete
 from lorakeet.inference.predict import predict as predict_rows
+from lorakeet.inference.questions import Question
 from lorakeet.loaded_model import LoadedModel, open_model
 from lorakeet.lora.config import LoraConfig
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import plan_injection
+from lorakeet.model_facts import embedding_rows, window
 from lorakeet.tasks.task import Task
+from lorakeet.tasks.taught import Taught
 from lorakeet.train.evaluate import evaluate
 from lorakeet.train.microbatch_packing import default_token_budget
 
@@ -47,19 +51,22 @@ def evaluate_data(
     data: DataSettings,
     *,
     held_out_only: bool = False,
-    seed: int = 42,
-    batch_size: int = 8,
+    task_settings: TaskSettings | None = None,
+    seed: int | None = None,
+    batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure the loss or the task's metrics on data.
+    """Measure the loss or the task's metrics on data, by default with the settings that the adapter was taught with.
 
     Args:
         opened: The model with its adapters.
         adapter: The active adapter; None: the base alone.
-        data: Settings of the data.
+        data: Settings of the data. Those that are not set are taken from the adapter's notes: columns, ``learn``,
+            ``max_length`` and so on.
         held_out_only: Use only the rows that a run with this ``seed`` and ``data.eval_fraction`` holds out.
-        seed: Seed of the run.
-        batch_size: Rows per forward pass.
+        task_settings: Settings of the masks; those that are not set are taken from the adapter's notes.
+        seed: Seed of the run; None: that of the adapter's notes, else 42.
+        batch_size: Rows per forward pass; None: that of the adapter's notes, else 8.
         progress: Function of the rows done and their number.
 
     Returns:
@@ -69,12 +76,16 @@ def evaluate_data(
     Raises:
         DataError: The data cannot be read, or no rows are held out.
     """
-    data = data if held_out_only else data.model_copy(update={"eval_fraction": 0.0})
     tokenizer, task = opened.base.tokenizer, opened.task
-    chosen = TaskSettings.model_validate(
-        {"type": task.name, "problem": task.problem or "auto", "labels": list(task.labels) if task.labels else None}
-    )
-    prepared = prepare(data, chosen, tokenizer, seed=seed, max_positions=_window(opened.model))
+    taught = Taught() if adapter is None else Taught.from_notes(read_notes(adapter))
+    data = taught.data_settings(data, held_out_only=held_out_only)
+    data = data if held_out_only else data.model_copy(update={"eval_fraction": 0.0})
+    seed = taught.train.get("seed", 42) if seed is None else seed
+    batch_size = taught.train.get("batch_size", 8) if batch_size is None else batch_size
+    own = {"type": task.name, "problem": task.problem or "auto", "labels": list(task.labels) if task.labels else None}
+    chosen = taught.task_settings(task_settings or TaskSettings()).model_copy(update=own)
+    limits = {"max_positions": window(opened.model.config), "vocabulary": embedding_rows(opened.model)}
+    prepared = prepare(data, chosen, tokenizer, seed=seed, **limits)
     rows = prepared.held_out if held_out_only else prepared.train
     if rows is None:
         raise DataError("nothing is held out: eval_fraction is 0", "give --eval-fraction as in the run")
@@ -87,14 +98,18 @@ def evaluate_data(
             batch_size,
             task=task,
             tokenizer=tokenizer,
-            token_budget=default_token_budget(opened.model, opened.base.device, batch_size * data.max_length),
+            answers=prepared.rows,
+            token_budget=_token_budget(opened, taught, batch_size * data.max_length),
+            skip_padding=taught.train.get("padding_free", True),
             seed=seed,
             progress=progress,
         )
 
 
-def _window(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _token_budget(opened: LoadedModel, taught: Taught, micro_batch_tokens: int) -> int:
+    """Return the tokens that batches may share a pass of, as in the training."""
+    noted = taught.train.get("token_budget")
+    return default_token_budget(opened.model, opened.base.device, micro_batch_tokens) if noted is None else noted
 
 
 def generate(
@@ -124,15 +139,22 @@ def generate(
 
 
 def predict(
-    opened: LoadedModel, adapter: str | None, rows: Sequence[str | Mapping[str, str]], *, batch_size: int = 8
+    opened: LoadedModel,
+    adapter: str | None,
+    rows: Sequence[Question],
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
 ) -> list[dict[str, Any]]:
     """Predict the answer of the model's task for each text; see :func:`lorakeet.inference.predict.predict`.
 
     Args:
         opened: The model with its adapters.
         adapter: The active adapter; None: the base alone.
-        rows: Texts; for QUESTION_ANS mappings with ``question`` and ``context``.
+        rows: Texts; mappings with ``text`` and ``text_pair`` for a classifier of pairs, with ``question`` and ``context``
+            for QUESTION_ANS.
         batch_size: Rows per batch.
+        max_length: Tokens of the longest sample; None: as in the training of the adapter.
 
     Returns:
         A dictionary for each row, with keys by task.
@@ -146,8 +168,10 @@ def predict(
             f"this is a {opened.task.name} model; `predict` needs a classifier, tagger or encoder",
             "use `lorakeet generate`",
         )
+    taught = Taught() if adapter is None else Taught.from_notes(read_notes(adapter))
+    settings: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length or taught.max_length}
     with opened.answering(adapter):
-        return predict_rows(opened.model, opened.base.tokenizer, opened.task.name, rows, batch_size=batch_size)
+        return predict_rows(opened.model, opened.base.tokenizer, opened.task.name, rows, pairs=taught.pairs, **settings)
 
 
 def compare(opened: LoadedModel, adapters: Sequence[str], prompts: Sequence[str], **settings: Any) -> Iterator[dict]:

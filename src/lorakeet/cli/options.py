@@ -10,6 +10,7 @@ import typer
 from pydantic import BaseModel
 
 from lorakeet.config import BaseSettings, RunConfig, read_run, setting_names
+from lorakeet.errors import ConfigError
 from lorakeet.setting_types import plain_types
 
 #: Base class of typer's usage errors; releases of typer keep click in different places.
@@ -137,6 +138,28 @@ def _value(dotted: str, text: str | None) -> Any:
 def base_settings(settings: dict[str, Any]) -> BaseSettings:
     """Return the base section of dotted settings."""
     return read_run(None, values={key: value for key, value in settings.items() if key.startswith("base.")}).base
+
+
+def read_overrides(
+    overrides: list[str] | None, settings: dict[str, Any], sections: tuple[str, ...] = ("base", "data", "task")
+) -> RunConfig:
+    """Return the settings of a command that has no YAML file: from flags, then from overrides.
+
+    Args:
+        overrides: Words of the form ``section.key=value``.
+        settings: Settings set by flags, by dotted name.
+        sections: Sections that the command uses.
+
+    Raises:
+        ConfigError: A word is no override, or of another section.
+    """
+    for word in overrides or []:
+        name, equals, _ = word.partition("=")
+        section, dot, _ = name.strip().partition(".")
+        if not (equals and dot) or section not in sections:
+            allowed = ", ".join(f"{each}.*" for each in sections)
+            raise ConfigError(f"{word!r} is no setting of this command, expected {allowed}", "write section.key=value")
+    return read_run(None, overrides or (), settings)
 
 
 def target_names(text: str) -> list[str] | str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorakeet.errors import AdapterError
 from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.interop.peft_classes import AnswersAsPeft
 from lorakeet.lora.variants import Variant
 from lorakeet.quant.protocol import dense_weight, is_quantized, weight_dtype
 
@@ -55,7 +56,7 @@ class ActiveAdapters:
             self.rows = before
 
 
-class LoraLayer(nn.Module):
+class LoraLayer(AnswersAsPeft, nn.Module):
     """A frozen base layer and its adapters. A subclass computes the low-rank output of one layer type.
 
     Attributes:
@@ -70,6 +71,7 @@ class LoraLayer(nn.Module):
         merged_adapters: Names of the merged adapters.
     """
 
+    peft_class = ("peft.tuners.tuners_utils", "BaseTunerLayer")
     linear = False  # whether target_modules="all-linear" includes the layer type
     base_layer: Any
 
@@ -138,6 +140,11 @@ class LoraLayer(nn.Module):
     def update(self, adapter: str, x: Tensor, h: Tensor) -> Tensor:
         """Apply the adapter to the output ``h`` for the input ``x``."""
         return self.variants[adapter].update(self, adapter, x, h)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that have a part here."""
+        return list(self.r)
 
     @property
     def acting(self) -> list[str]:

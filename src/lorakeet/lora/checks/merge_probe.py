@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.target_parameters import LoraParameter
+from lorakeet.model_facts import embedding_rows, padding_token
 from lorakeet.quant.protocol import is_quantized, weight_dtype
 
 #: Share of the largest output. Rounding error of the outputs of a whole model, by the number format that it computes in:
@@ -71,12 +72,12 @@ def token_probe(model: Any) -> dict[str, Tensor] | None:
     ends with the only end token in it, the position that BART's and T5's classifiers use.
     """
     config = getattr(model, "config", None)
-    vocabulary = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
+    vocabulary = embedding_rows(model)
     if not vocabulary or getattr(model, "main_input_name", None) != "input_ids":
         return None
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (2, 16), generator=generator).to(model.get_input_embeddings().weight.device)
-    ids = ids if getattr(config, "pad_token_id", None) is not None else ids[:1]
+    ids = ids if padding_token(config) is not None else ids[:1]
     end = getattr(config, "eos_token_id", None)
     if isinstance(end, int) and getattr(config, "is_encoder_decoder", False):
         ids[ids == end] = (end + 1) % vocabulary
