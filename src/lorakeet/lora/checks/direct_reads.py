@@ -93,7 +93,7 @@ def leave_fast_path(model: nn.Module, name: str, layer: nn.Module | None = None)
     """Make the parent of a layer call it, if that is an encoder layer of torch.
 
     In evaluation ``nn.TransformerEncoderLayer`` computes with the weights of its children in one function, unless one of them
-    has a hook; ``nn.TransformerEncoder`` then hands it nested tensors, which only that function takes.
+    has a hook. ``nn.TransformerEncoder`` hands it nested tensors, which only that function takes.
 
     Args:
         model: The model.
@@ -125,7 +125,7 @@ def _ancestors(name: str) -> list[str]:
 
 
 def _called(module: nn.Module, args: Any) -> None:
-    """Do nothing: a hook makes the parent call its children."""
+    """Return nothing: the hook alone makes the parent call its children."""
 
 
 # -- layers that are never called ---------------------------------------------------------------------------------------
