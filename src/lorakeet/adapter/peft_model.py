@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorakeet.adapter.adapter_folders import adapter_folders, saved_adapters
 from lorakeet.adapter.model_card import write_card
+from lorakeet.adapter.older_names import with_current_names
 from lorakeet.adapter.serialization import check_base, load_tensors, read_notes, read_tensors, write_adapter
 from lorakeet.adapter.unfrozen import NOTE
 from lorakeet.errors import AdapterError
@@ -127,7 +128,9 @@ class PeftModel(LoraModel):
         notes = read_notes(model_id, revision=revision, subfolder=subfolder)
         if not allow_other_base:
             check_base(model_id, notes, self)
-        tensors = read_tensors(model_id, revision=revision, subfolder=subfolder)
+        config, tensors = with_current_names(
+            self, config, read_tensors(model_id, revision=revision, subfolder=subfolder)
+        )
         known = adapter_name in self.peft_config
         if not known:
             self.add_adapter(adapter_name, config.model_copy(update={"inference_mode": not is_trainable}), strict=False)
