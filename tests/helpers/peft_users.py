@@ -6,12 +6,8 @@ The functions run with ``peft`` installed, and in a process of their own in whic
 from __future__ import annotations
 
 import copy
-import importlib.machinery
-import importlib.metadata
-import importlib.util
 import logging
 import pickle
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -63,28 +59,6 @@ def own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     """Whether two state dicts have the same keys and values."""
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
-def hide_peft() -> None:
-    """Let this process find no ``peft``: neither the package nor its metadata."""
-
-    class Finder:
-        def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-            if name.partition(".")[0] == "peft":
-                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-    real_spec, real_version = importlib.util.find_spec, importlib.metadata.version
-
-    def find_spec(name: str, *rest: Any) -> importlib.machinery.ModuleSpec | None:
-        return None if name.partition(".")[0] == "peft" else real_spec(name, *rest)
-
-    def version(name: str) -> str:
-        if name == "peft":
-            raise importlib.metadata.PackageNotFoundError(name)
-        return real_version(name)
-
-    sys.meta_path.insert(0, Finder())  # type: ignore[arg-type]
-    importlib.util.find_spec, importlib.metadata.version = find_spec, version
 
 
 # -- trainers ---------------------------------------------------------------------------------------------------------

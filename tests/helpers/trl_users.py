@@ -42,6 +42,9 @@ def trained(name: str, folder: Path, *, ready: bool, resume: bool = False, adapt
         torch.manual_seed(0)
         model = tf.LlamaForSequenceClassification(model.config)
     more: dict[str, Any] = {"peft_config": settings}
+    if not tf.utils.is_peft_available():  # TRL loads the reference from where the base came from
+        model.save_pretrained(folder.parent / "base")
+        model.config._name_or_path = str(folder.parent / "base")
     if ready:
         model, more = get_peft_model(model, settings, adapter), {}
     data = datasets.Dataset.from_dict(_ROWS[name])

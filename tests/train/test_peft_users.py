@@ -20,10 +20,11 @@ QUICK = {("SFTTrainer", False), ("DPOTrainer", True)}
 #: Run in a process of its own: every user, and TRL's trainers with a ready model, without peft.
 WITHOUT = """
 from pathlib import Path
-from helpers import peft_users
-peft_users.hide_peft()
+from helpers.without_peft import hide_peft
+hide_peft()
 import transformers
 assert not transformers.utils.is_peft_available()
+from helpers import peft_users
 for number, function in enumerate(peft_users.USERS.values()):
     folder = Path({folder!r}) / str(number)
     folder.mkdir()

@@ -19,6 +19,7 @@ from lorakeet.errors import AdapterError, ConfigError, LorakeetError, did_you_me
 from lorakeet.files import hub_file, write_json
 from lorakeet.lora.interop.peft_classes import AnswersAsPeft
 from lorakeet.lora.interop.trainer_hooks import hook_trainer
+from lorakeet.lora.interop.wrappers import canonical_settings
 from lorakeet.lora.variants import Variant, chosen_variant, variant_settings
 
 CONFIG_NAME = "adapter_config.json"
@@ -89,6 +90,7 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
         self._check_and_set(values)
 
     def _check_and_set(self, values: dict[str, Any]) -> None:
+        values = canonical_settings(values)
         own = {key: value for key, value in values.items() if key in type(self).model_fields}
         foreign = {key: value for key, value in values.items() if key not in own}
         supported = chosen_variant(foreign).settings
