@@ -120,15 +120,15 @@ def test_a_checkpoint_without_the_adapter_is_refused_before_the_first_step(fit, 
 
 
 def test_unfrozen_parameters_are_named_before_the_first_step(fit, caplog: pytest.LogCaptureFixture) -> None:
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def stop(*_: Any, **__: Any) -> None:
-        raise Stop
+        raise StopError
 
     model = unfrozen()
     model.register_forward_pre_hook(stop)
-    with caplog.at_level("WARNING", logger="lorakeet"), pytest.raises(Stop):
+    with caplog.at_level("WARNING", logger="lorakeet"), pytest.raises(StopError):
         fit(model, "run", eval_strategy="no")
     assert "2 tensors of the base are trained" in caplog.text and "model.norm.weight" in caplog.text
 

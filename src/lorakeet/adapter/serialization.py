@@ -28,11 +28,10 @@ from lorakeet.files import PICKLE_SUFFIXES, write_file, write_json
 from lorakeet.log import info, warn
 from lorakeet.lora.config import PeftConfig, find_adapter_file
 from lorakeet.lora.interop.wrappers import canonical, state_of
-from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.model import LoraModel
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.trainable_tokens import TiedLayer, TrainableTokens
-from lorakeet.quant.protocol import weight_shape
+from lorakeet.model_facts import embedding_rows, vocabulary_size
 from lorakeet.quant.state_dict import has_weight, read_weight, write_weight
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -115,9 +114,8 @@ def resize_reason(model: LoraModel, adapter: str) -> str | None:
     if not layers or file is None:
         return None  # the base's own vocabulary is unknown
     values = json.loads(file.read_text(encoding="utf-8"))
-    original = values.get("vocab_size", (values.get("text_config") or {}).get("vocab_size"))
-    rows = weight_shape(_base_layer(layers[0]))[0]
-    if not isinstance(original, int) or original == rows:
+    original, rows = vocabulary_size(values), embedding_rows(model)
+    if original is None or rows is None or original == rows:
         return None
     if all(_saves(layer, adapter, range(original, rows)) for layer in layers):
         return None
@@ -130,12 +128,6 @@ def _base_config(name: str) -> Path | None:
         return Path(name) / "config.json"
     cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 and not name.startswith(".") else None
     return Path(cached) if isinstance(cached, str) else None
-
-
-def _base_layer(layer: Any) -> Any:
-    if isinstance(layer, SavedModule):
-        return layer.original_module
-    return layer.base_layer if isinstance(layer, LoraLayer) else layer
 
 
 def _saves(layer: Any, adapter: str, rows: range) -> bool:

@@ -8,7 +8,7 @@ layers of a model, holds the names of those that act. There is a subclass for ea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -235,11 +235,21 @@ class LoraLayer(AnswersAsPeft, nn.Module):
         self.merged_adapters = mine
 
     def merged_weight(self, adapters: list[str]) -> Tensor:
-        """Return the base layer's weight with these adapters in it, in the wider of both dtypes."""
-        weight = dense_weight(self.base_layer, self.delta(adapters[0]).dtype)
+        """Return the base layer's weight with these adapters in it, in fp32; in fp64 for a base in fp64."""
+        weight = dense_weight(self.base_layer, self._adapter_dtype())
         for adapter in adapters:
             weight = self.variants[adapter].merged_weight(self, adapter, weight)
         return weight
+
+    def weight_updates(self, adapters: list[str]) -> Iterable[Tensor]:
+        """Return ΔW of these adapters together, in the slices that :meth:`weight_slices` makes of the weight."""
+        if all(adapter not in self.variants or self.variants[adapter].additive for adapter in adapters):
+            return [sum((self.delta(adapter) for adapter in adapters[1:]), self.delta(adapters[0]))]
+        return [self.merged_weight(adapters) - dense_weight(self.base_layer, self._adapter_dtype())]
+
+    def weight_slices(self, weight: Tensor) -> Sequence[Tensor]:
+        """Return the base layer's weight in the parts that a merge is measured in: one, or one for each expert."""
+        return [weight]
 
     def bias_delta(self, adapter: str) -> Tensor | None:
         """Return what merging adds to the base layer's bias; None, if nothing."""
@@ -259,7 +269,11 @@ class LoraLayer(AnswersAsPeft, nn.Module):
     def _replace_parameter(self, name: str, value: Tensor) -> None:
         old = getattr(self.base_layer, name)
         self.originals.setdefault(name, old)
-        setattr(self.base_layer, name, nn.Parameter(value.detach().to(old.dtype), requires_grad=old.requires_grad))
+        setattr(
+            self.base_layer,
+            name,
+            nn.Parameter(value.detach().to(old.dtype).contiguous(), requires_grad=old.requires_grad),
+        )
 
     def __getattr__(self, name: str) -> Any:
         # ``weight``, ``bias``, ``in_features`` and the like, for code that does not know about adapters
