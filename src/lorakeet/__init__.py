@@ -16,36 +16,35 @@ if TYPE_CHECKING:
     from lorakeet.adapter.peft_model import PeftModel, get_peft_model
     from lorakeet.base.kbit import prepare_model_for_kbit_training
     from lorakeet.base.load import load_base
-    from lorakeet.lora.config import LoraConfig, PeftConfig, TaskType
+    from lorakeet.lora.config import LoraConfig, PeftConfig, PeftType, TaskType
     from lorakeet.quant.hf_quantizer import Int8Config
     from lorakeet.train.trainer import Trainer
 
-#: Public name -> module that defines it.
-_MODULES = {
-    "LoraConfig": "lorakeet.lora.config",
-    "PeftConfig": "lorakeet.lora.config",
-    "TaskType": "lorakeet.lora.config",
-    "PeftModel": "lorakeet.adapter.peft_model",
-    "get_peft_model": "lorakeet.adapter.peft_model",
-    "prepare_model_for_kbit_training": "lorakeet.base.kbit",
-    "load_base": "lorakeet.base.load",
-    "Int8Config": "lorakeet.quant.hf_quantizer",
-    "Trainer": "lorakeet.train.trainer",
+#: Module -> public names that it defines.
+_NAMES = {
+    "lora.config": "LoraConfig PeftConfig PeftType TaskType",
+    "lora.layer": "LoraLayer",
+    "lora.model": "LoraModel",
+    "adapter.peft_model": "PeftModel get_peft_model",
+    "base.kbit": "prepare_model_for_kbit_training",
+    "base.load": "load_base",
+    "log": "LorakeetWarning",
+    "quant.hf_quantizer": "Int8Config",
+    "train.trainer": "Trainer",
+    "peft_api.auto_model": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
+    "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
+    "AutoPeftModelForTokenClassification",
+    "peft_api.injection": "inject_adapter_in_model",
+    "peft_api.other_names": "AuxiliaryTrainingWrapper BaseTuner BaseTunerLayer ModulesToSaveWrapper TrainableTokensWrapper "
+    "get_layer_status get_model_status get_peft_config prepare_model_for_gradient_checkpointing",
+    "peft_api.state_dict": "get_base_model_state_dict get_peft_model_state_dict set_peft_model_state_dict",
+    "peft_api.task_models": "PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
+    "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification",
 }
+#: Public name -> module that defines it.
+_MODULES = {name: f"lorakeet.{module}" for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = [
-    "Int8Config",
-    "LoraConfig",
-    "LorakeetError",
-    "PeftConfig",
-    "PeftModel",
-    "TaskType",
-    "Trainer",
-    "__version__",
-    "get_peft_model",
-    "load_base",
-    "prepare_model_for_kbit_training",
-]
+__all__ = sorted(["LorakeetError", "__version__", *_MODULES])  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -17,8 +17,13 @@ from lorakeet.lora.inject import plan_injection, set_trainable
 from lorakeet.lora.model import LoraModel, adopt
 from lorakeet.quant.protocol import weight_dtype
 
-#: PEFT's arguments that only choose a way to load: accepted, without effect.
-_LOADING = {"autocast_adapter_dtype", "ephemeral_gpu_offload", "low_cpu_mem_usage", "torch_device"}
+#: PEFT's arguments that only choose a way to load: accepted, without effect. An adapter is made where its base is.
+_LOADING = {
+    *("device_map", "dtype", "ephemeral_gpu_offload", "ignore_mismatched_sizes", "low_cpu_mem_usage", "max_memory"),
+    *("offload_dir", "offload_folder", "offload_index", "torch_device", "torch_dtype", "use_safetensors"),
+}
+#: Arguments that find and download files on the hub.
+_HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
 class PeftModel(LoraModel):
@@ -61,7 +66,7 @@ class PeftModel(LoraModel):
                 pickle; a damaged file; another base. The model is as before then.
             TargetError: the adapter's layers are not in this model.
         """
-        refuse_unknown("from_pretrained", peft_only, _LOADING)
+        refuse_unknown("from_pretrained", peft_only, {*_LOADING, *_HUB})
         fresh = not isinstance(model, LoraModel)
         peft = adopt(model, cls)
         assert isinstance(peft, PeftModel)
@@ -75,6 +80,7 @@ class PeftModel(LoraModel):
                 subfolder=subfolder,
                 allow_other_base=allow_other_base,
                 allow_untrained=allow_untrained,
+                **peft_only,
             )
         except BaseException:
             if fresh:
@@ -118,12 +124,14 @@ class PeftModel(LoraModel):
             AdapterError: As :meth:`from_pretrained`.
             TargetError: As :meth:`from_pretrained`.
         """
+        where = {"revision": revision, "subfolder": subfolder}
+        where |= {key: peft_only.pop(key) for key in _HUB if key in peft_only}
         refuse_unknown("load_adapter", peft_only, _LOADING)
-        config = config or PeftConfig.from_pretrained(model_id, revision=revision, subfolder=subfolder)
-        notes = read_notes(model_id, revision=revision, subfolder=subfolder)
+        config = config or PeftConfig.from_pretrained(model_id, **where)
+        notes = read_notes(model_id, **where)
         if not allow_other_base:
             check_base(model_id, notes, self)
-        tensors = read_tensors(model_id, revision=revision, subfolder=subfolder)
+        tensors = read_tensors(model_id, **where)
         known = adapter_name in self.peft_config
         if not known:
             self.add_adapter(adapter_name, config.model_copy(update={"inference_mode": not is_trainable}), strict=False)
@@ -147,6 +155,7 @@ class PeftModel(LoraModel):
         is_main_process: bool = True,
         push_to_hub: bool = False,
         repo_id: str | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
         **peft_only: Any,
     ) -> None:
         """Write the adapter (several: ``default`` here, each other in a subfolder of its name) and a model card.
@@ -160,6 +169,8 @@ class PeftModel(LoraModel):
             is_main_process: Only the main process of several writes.
             push_to_hub: Also upload.
             repo_id: Name on the hub; left out: the folder's name.
+            save_embedding_layers: Whether to save the embedding and the head too; ``auto``: if they are adapted or were
+                resized.
             **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
@@ -178,7 +189,9 @@ class PeftModel(LoraModel):
             self._check_known(name)
             if is_main_process:
                 path = folder if name == "default" else folder / name
-                write_adapter(self, name, path, state_dict=state_dict, notes=notes)
+                write_adapter(
+                    self, name, path, state_dict=state_dict, notes=notes, save_embedding_layers=save_embedding_layers
+                )
                 write_card(path, self.peft_config[name], notes or {})
         if push_to_hub and is_main_process:
             from lorakeet.adapter.hub import push_folder

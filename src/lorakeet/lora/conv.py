@@ -21,11 +21,11 @@ from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.layer import noise
 from lorakeet.lora.linear import LoraPair
 
-_CLASSES = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the number of the weight's dimensions
-
 
 class LoraConv(LoraPair):
-    """LoRA on ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` (weight [out, in / groups, *kernel])."""
+    """LoRA on a convolution (weight [out, in / groups, *kernel]); a subclass for each number of dimensions."""
+
+    conv: type[nn.Module]
 
     @classmethod
     def rank_error(cls, base_layer: nn.Module, r: int) -> str | None:
@@ -34,7 +34,7 @@ class LoraConv(LoraPair):
 
     def make(self, adapter: str, config: PeftConfig, r: int) -> None:
         base = self.base_layer
-        conv: Any = _CLASSES[base.weight.ndim]
+        conv: Any = self.conv
         like_base = {
             key: getattr(base, key) for key in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
         }
@@ -60,3 +60,21 @@ class LoraConv(LoraPair):
     def merge_error(self) -> str | None:
         groups = self.base_layer.groups
         return f"has {groups} groups, and its update mixes channels across them" if groups > 1 else None
+
+
+class LoraConv1d(LoraConv):
+    """LoRA on ``nn.Conv1d``."""
+
+    conv, shown_as = nn.Conv1d, "lora.Conv1d"
+
+
+class LoraConv2d(LoraConv):
+    """LoRA on ``nn.Conv2d``."""
+
+    conv, shown_as = nn.Conv2d, "lora.Conv2d"
+
+
+class LoraConv3d(LoraConv):
+    """LoRA on ``nn.Conv3d``."""
+
+    conv, shown_as = nn.Conv3d, "lora.Conv3d"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakeet.lora.conv import LoraConv
+from lorakeet.lora.conv import LoraConv1d, LoraConv2d, LoraConv3d
 from lorakeet.lora.embedding import LoraEmbedding
 from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.linear import LoraLinear
@@ -23,7 +23,7 @@ def layer_class(module: nn.Module) -> type[LoraLayer] | None:
         return LoraEmbedding
     if isinstance(module, (nn.Linear, Conv1D)) or is_quantized(module):
         return LoraLinear
-    return LoraConv if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else None
+    return next((layer for layer in (LoraConv1d, LoraConv2d, LoraConv3d) if isinstance(module, layer.conv)), None)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -22,6 +22,8 @@ from lorakeet.lora.inject import InjectionPlan, Part, inject, plan_injection, re
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer
 from lorakeet.lora.merge import MergeMethods
 from lorakeet.lora.modules_to_save import SavedModule
+from lorakeet.lora.peft_names.base_view import lead_to_model
+from lorakeet.lora.peft_names.model import ModelNames
 
 #: Name of the base without an adapter in a mixed batch; PEFT's.
 BARE = "__base__"
@@ -29,7 +31,7 @@ BARE = "__base__"
 _classes: dict[tuple[type, type], type] = {}
 
 
-class LoraModel(MergeMethods):
+class LoraModel(ModelNames, MergeMethods):
     """The methods that a model gains with its first adapter. Never constructed: see :func:`adopt`.
 
     Attributes:
@@ -114,6 +116,7 @@ class LoraModel(MergeMethods):
         self._check_conflict(names)
         self.switch.active = names
         for part in parts:
+            part.switch = self.switch
             for name in self.peft_config:
                 part.set_trainable(name, name in names and not inference_mode)
 
@@ -235,7 +238,7 @@ class LoraModel(MergeMethods):
         _, base_class = _parents(type(self))
         del self.peft_config, self.switch, self._parts
         for module in self.modules():
-            if module.__dict__.get("model") is self:
+            if module.__dict__.get("model") is module:
                 del module.__dict__["model"]
         self.__class__ = base_class
         return self
@@ -267,10 +270,7 @@ def adopt(model: Any, own: type[LoraModel]) -> LoraModel:
     """Give ``model`` the methods of ``own``, in place. It has no adapter yet."""
     if isinstance(model, LoraModel):
         return model
-    backbone = getattr(model, "base_model", None)
-    for module in (backbone if isinstance(backbone, nn.Module) else model, model):
-        if not hasattr(module, "model"):  # PEFT's path model.base_model.model leads to the model
-            module.__dict__["model"] = model
+    lead_to_model(model)
     model.peft_config, model._parts = {}, []
     model.switch = ActiveAdapters()
     model.__class__ = _subclass(own, type(model))

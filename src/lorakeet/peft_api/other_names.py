@@ -1,0 +1,40 @@
+"""PEFT's other names for Lorakeet's classes and functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorakeet.lora.config import LoraConfig, PeftConfig
+from lorakeet.lora.layer import LoraLayer
+from lorakeet.lora.model import LoraModel
+from lorakeet.lora.modules_to_save import SavedModule
+from lorakeet.lora.peft_names.model import prepare_for_gradient_checkpointing
+from lorakeet.lora.peft_names.saved_module import SavedModuleNames
+from lorakeet.lora.peft_names.status import layer_status, model_status
+from lorakeet.lora.trainable_tokens import TrainableTokens
+
+__all__ = [
+    "AuxiliaryTrainingWrapper",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "ModulesToSaveWrapper",
+    "TrainableTokensWrapper",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_config",
+    "prepare_model_for_gradient_checkpointing",
+]
+
+BaseTuner = LoraModel
+BaseTunerLayer = LoraLayer
+ModulesToSaveWrapper = SavedModule
+TrainableTokensWrapper = TrainableTokens
+#: In PEFT the parent of both wrappers.
+AuxiliaryTrainingWrapper = SavedModuleNames
+get_layer_status, get_model_status = layer_status, model_status
+prepare_model_for_gradient_checkpointing = prepare_for_gradient_checkpointing
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """Make the settings of an adapter from a dictionary with its ``peft_type``."""
+    return LoraConfig.from_dict(config_dict)
