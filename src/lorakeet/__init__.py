@@ -37,7 +37,8 @@ _NAMES = {
     "peft_api.injection": "inject_adapter_in_model",
     "peft_api.other_names": "AuxiliaryTrainingWrapper BaseTuner BaseTunerLayer ModulesToSaveWrapper TrainableTokensWrapper "
     "get_layer_status get_model_status get_peft_config prepare_model_for_gradient_checkpointing",
-    "peft_api.state_dict": "get_base_model_state_dict get_peft_model_state_dict set_peft_model_state_dict",
+    "peft_api.state_dict": "get_base_model_state_dict get_peft_model_state_dict set_base_model_state_dict "
+    "set_peft_model_state_dict",
     "peft_api.task_models": "PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
     "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification",
 }

@@ -15,7 +15,6 @@ from lorakeet.lora.config import PeftConfig, refuse_unknown
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import plan_injection, set_trainable
 from lorakeet.lora.model import LoraModel, adopt
-from lorakeet.quant.protocol import weight_dtype
 
 #: PEFT's arguments that only choose a way to load: accepted, without effect. An adapter is made where its base is.
 _LOADING = {
@@ -45,6 +44,7 @@ class PeftModel(LoraModel):
         subfolder: str | None = None,
         allow_other_base: bool = False,
         allow_untrained: bool = False,
+        autocast_adapter_dtype: bool = True,
         **peft_only: Any,
     ) -> PeftModel:
         """Put a saved adapter on ``model``, in place, and activate it.
@@ -59,6 +59,7 @@ class PeftModel(LoraModel):
             subfolder: Folder in the repository or folder.
             allow_other_base: Accept a base that is not the one the adapter was trained on.
             allow_untrained: Accept an adapter whose every B is zero.
+            autocast_adapter_dtype: Keep the adapter in fp32 where the base is in half precision; False: in the base's dtype.
             **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
@@ -80,6 +81,7 @@ class PeftModel(LoraModel):
                 subfolder=subfolder,
                 allow_other_base=allow_other_base,
                 allow_untrained=allow_untrained,
+                autocast_adapter_dtype=autocast_adapter_dtype,
                 **peft_only,
             )
         except BaseException:
@@ -103,6 +105,7 @@ class PeftModel(LoraModel):
         subfolder: str | None = None,
         allow_other_base: bool = False,
         allow_untrained: bool = False,
+        autocast_adapter_dtype: bool = True,
         **peft_only: Any,
     ) -> None:
         """Load a saved adapter beside the others; it is inactive until ``set_adapter``.
@@ -118,6 +121,7 @@ class PeftModel(LoraModel):
             subfolder: Folder in the repository or folder.
             allow_other_base: Accept a base that is not the one the adapter was trained on.
             allow_untrained: Accept an adapter whose every B is zero.
+            autocast_adapter_dtype: Keep the adapter in fp32 where the base is in half precision; False: in the base's dtype.
             **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
@@ -134,7 +138,8 @@ class PeftModel(LoraModel):
         tensors = read_tensors(model_id, **where)
         known = adapter_name in self.peft_config
         if not known:
-            self.add_adapter(adapter_name, config.model_copy(update={"inference_mode": not is_trainable}), strict=False)
+            config.inference_mode = not is_trainable
+            self.add_adapter(adapter_name, config, strict=False, autocast_adapter_dtype=autocast_adapter_dtype)
         try:
             load_tensors(self, adapter_name, tensors, model_id, allow_untrained=allow_untrained or is_trainable)
         except BaseException:
@@ -192,7 +197,9 @@ class PeftModel(LoraModel):
                 write_adapter(
                     self, name, path, state_dict=state_dict, notes=notes, save_embedding_layers=save_embedding_layers
                 )
-                write_card(path, self.peft_config[name], notes or {})
+                named = hasattr(self, "config")  # a base without a configuration has no public name
+                config = self.peft_config[name]
+                write_card(path, config if named else config.model_copy(update={"base_model_name_or_path": None}), notes or {})
         if push_to_hub and is_main_process:
             from lorakeet.adapter.hub import push_folder
 
@@ -258,11 +265,7 @@ def get_peft_model(
     plan_injection(model, resolve_config(model, peft_config))  # raises before anything is changed
     peft = adopt(model, PeftModel)
     assert isinstance(peft, PeftModel)
-    peft.add_adapter(adapter_name, peft_config)
+    peft.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
     set_trainable(peft, peft.peft_config[adapter_name], peft.lora_parts())
     peft.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
-    if not autocast_adapter_dtype:
-        for layer in peft.lora_layers():
-            for parameter in layer.parts(adapter_name):
-                parameter.data = parameter.data.to(weight_dtype(layer.base_layer))
     return peft

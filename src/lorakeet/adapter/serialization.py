@@ -69,7 +69,7 @@ def write_adapter(
         raise AdapterError(f"adapter {adapter!r} is not saved: {error}", "lower the learning rate and train again")
     if is_untrained(tensors):
         warn(f"adapter {adapter!r} changes nothing: every B is zero. Has it been trained?")
-    config = model.peft_config[adapter].model_copy(update={"inference_mode": True})
+    config = model.peft_config[adapter].as_made().model_copy(update={"inference_mode": True})
     with write_file(folder / WEIGHTS_NAME) as aside:
         # safetensors refuses tensors that share memory: a tied head and embedding are written as two copies
         save_file(_unshared(tensors), aside, metadata={"format": "pt"})

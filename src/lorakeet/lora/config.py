@@ -18,6 +18,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 from lorakeet.config import LoraSettings, settings_error
 from lorakeet.errors import AdapterError, ConfigError, LorakeetError, did_you_mean
 from lorakeet.files import hub_file, write_json
+from lorakeet.log import warn
 from lorakeet.lora.variants import Variant, chosen_variant, variant_settings
 
 CONFIG_NAME = "adapter_config.json"
@@ -84,6 +85,7 @@ class PeftConfig(LoraSettings):
     peft_version: str | None = Field(None, description="release of PEFT that wrote the file")
 
     _foreign: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _made: dict[str, Any] | None = PrivateAttr(None)
 
     def __init__(self, **values: Any) -> None:
         unknown = set(values) - set(type(self).model_fields) - set(NEUTRAL) - set(variant_settings())
@@ -121,6 +123,27 @@ class PeftConfig(LoraSettings):
                 f"target_parameters={self.target_parameters} cannot be adapted with {', '.join(given)}",
                 "leave it out, or train two adapters",
             )
+
+    # -- what was made of it ----------------------------------------------------------------------------------------
+
+    def keep(self, resolved: PeftConfig) -> None:
+        """Take the values of the settings with which an adapter was made, and remember them.
+
+        As in PEFT, a model keeps the very object that it was given, with the names that were found filled in.
+        """
+        for name in type(self).model_fields:
+            setattr(self, name, getattr(resolved, name))
+        self._made = {name: getattr(self, name) for name in LoraSettings.model_fields}
+
+    def as_made(self) -> PeftConfig:
+        """Return a copy with the settings that the adapter was made with, for its file.
+
+        A program may change the object for its next model; the adapter that was made before stays as it is.
+        """
+        made = self._made or {}
+        if changed := [name for name, value in made.items() if getattr(self, name) != value]:
+            warn(f"{', '.join(changed)} changed after the adapter was made: the file gets the values that it was made with")
+        return self.model_copy(update=made)
 
     # -- PEFT's attributes ------------------------------------------------------------------------------------------
 

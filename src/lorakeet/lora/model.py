@@ -28,6 +28,9 @@ from lorakeet.lora.peft_names.model import ModelNames
 #: Name of the base without an adapter in a mixed batch; PEFT's.
 BARE = "__base__"
 
+#: PEFT's arguments for ways to combine adapters, and to decompose, that are not needed here.
+_UNUSED = {"svd_full_matrices", "svd_driver", "svd_clamp", "density", "majority_sign_method"}
+
 _classes: dict[tuple[type, type], type] = {}
 
 
@@ -51,9 +54,9 @@ class LoraModel(ModelNames, MergeMethods):
         return list(self.switch.active)
 
     @property
-    def active_adapter(self) -> str:
-        """The active adapter; the first, where several are."""
-        return self.switch.active[0]
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter; a list, where several are."""
+        return self.switch.active[0] if len(self.switch.active) == 1 else list(self.switch.active)
 
     def lora_parts(self) -> list[Part]:
         """Return every LoRA layer and every module trained whole."""
@@ -64,16 +67,28 @@ class LoraModel(ModelNames, MergeMethods):
         return [part for part in self.lora_parts() if isinstance(part, LoraLayer)]
 
     def add_adapter(
-        self, adapter_name: str, peft_config: PeftConfig, strict: bool = True, **peft_only: Any
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        strict: bool = True,
+        autocast_adapter_dtype: bool = True,
+        **peft_only: Any,
     ) -> InjectionPlan:
         """Add a further, new adapter on the same base; it is frozen and inactive until :meth:`set_adapter`.
+
+        Args:
+            adapter_name: Its name.
+            peft_config: Its settings; the model keeps the object.
+            strict: Whether a name in the settings that matches nothing is an error.
+            autocast_adapter_dtype: Keep the adapter in fp32 where the base is in half precision; False: in the base's dtype.
+            **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
             AdapterError: the name is taken or not usable as one.
             TargetError: see :func:`lorakeet.lora.inject.plan_injection`; nothing has been changed then.
             ConfigError: a second adapter beside one that trains the base's own biases.
         """
-        refuse_unknown("add_adapter", peft_only, {"low_cpu_mem_usage", "autocast_adapter_dtype"})
+        refuse_unknown("add_adapter", peft_only, {"low_cpu_mem_usage"})
         self._check_new(adapter_name, peft_config)
         config = resolve_config(self, peft_config, fresh=strict)
         plan = plan_injection(self, config, strict=strict)
@@ -82,7 +97,10 @@ class LoraModel(ModelNames, MergeMethods):
             part.set_trainable(adapter_name, False)
             part.train(self.training)
         self._parts = [module for module in self.modules() if isinstance(module, (LoraLayer, SavedModule))]
-        self.peft_config[adapter_name] = config
+        if not autocast_adapter_dtype:
+            self.store_in_base_dtype(adapter_name)
+        peft_config.keep(config)
+        self.peft_config[adapter_name] = peft_config
         return plan
 
     def _check_new(self, name: str, config: PeftConfig) -> None:
@@ -143,7 +161,7 @@ class LoraModel(ModelNames, MergeMethods):
         Raises:
             AdapterError: no such adapter; one of them has more than A and B; or they cannot be combined in this way.
         """
-        refuse_unknown("add_weighted_adapter", peft_only, {"svd_full_matrices", "svd_driver"})
+        refuse_unknown("add_weighted_adapter", peft_only, _UNUSED)
         for name in adapters:
             self._check_known(name)
         combined = combine(self, adapters, weights, combination_type, svd_rank)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.adapter.serialization import LoadResult, adapter_tensors, put_tensors
@@ -37,8 +37,8 @@ def get_peft_model_state_dict(
     Raises:
         AdapterError: the model has no such adapter.
     """
-    model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
-    tensors = adapter_tensors(_checked(model, adapter_name), adapter_name, state_dict, save_embedding_layers)
+    model = _checked(getattr(model, "_orig_mod", model) if unwrap_compiled else model, adapter_name)
+    tensors = adapter_tensors(model, adapter_name, state_dict, save_embedding_layers)
     if isinstance(model, PeftModel):
         return tensors
     return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
@@ -76,14 +76,41 @@ def set_peft_model_state_dict(
 
 def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
     """Return the base's tensors by the base's own keys, as if it had no adapter."""
-    tensors = {}
-    for key, tensor in model.state_dict().items():
-        if not any(mark in f".{key}" for mark in OWN):
-            tensors[re.sub(r"\.(base_layer|original_module)(?=\.)", "", key)] = tensor
-    return tensors
+    state = model.state_dict()
+    return {own: state[key] for own, key in _base_keys(model).items()}
+
+
+def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
+    """Copy the base's tensors into a model with adapters.
+
+    Args:
+        model: The model.
+        state_dict: The tensors by the base's own keys.
+        strict: Whether a key that is missing or unknown is an error.
+
+    Returns:
+        Missing and unknown keys.
+
+    Raises:
+        AdapterError: with ``strict``, a key is missing or unknown.
+    """
+    own = _base_keys(model)
+    missing, unknown = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+    if strict and (missing or unknown):
+        raise AdapterError(f"state dict of the base: missing keys {missing[:5]}, unexpected keys {unknown[:5]}")
+    model.load_state_dict({own[key]: value for key, value in state_dict.items() if key in own}, strict=False)
+    return LoadResult(missing, unknown)
+
+
+def _base_keys(model: Any) -> dict[str, str]:
+    """Map the base's own keys to those of the model with adapters."""
+    keys = [key for key in model.state_dict() if not any(mark in f".{key}" for mark in OWN)]
+    return {re.sub(r"\.(base_layer|original_module)(?=\.)", "", key): key for key in keys}
 
 
 def _checked(model: Any, adapter: str) -> LoraModel:
+    while not isinstance(model, LoraModel) and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module  # DDP, FSDP
     if not isinstance(model, LoraModel):
         raise AdapterError(f"a {type(model).__name__} has no adapter", "call get_peft_model first")
     model._check_known(adapter)

@@ -13,6 +13,7 @@ from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.peft_names.base_view import view_of
 from lorakeet.lora.peft_names.status import LayerStatus, ModelStatus, layer_status, model_status
+from lorakeet.quant.protocol import weight_dtype
 
 
 class ModelNames(nn.Module):
@@ -29,8 +30,8 @@ class ModelNames(nn.Module):
 
     @property
     def active_peft_config(self: Any) -> PeftConfig:
-        """The settings of the active adapter."""
-        return self.peft_config[self.active_adapter]
+        """The settings of the active adapter; of the first, where several are."""
+        return self.peft_config[self.switch.active[0]]
 
     @property
     def peft_type(self: Any) -> str:
@@ -65,6 +66,19 @@ class ModelNames(nn.Module):
             for name, layer in self.named_modules()
             if isinstance(layer, LoraLayer) and ".lora_parameters." in f".{name}"
         ]
+
+    def store_in_base_dtype(self: Any, adapter: str) -> None:
+        """Store the adapter in the number format of each base layer (``autocast_adapter_dtype=False``)."""
+        for layer in self.lora_layers():
+            for parameter in layer.parts(adapter) if adapter in layer.r else ():
+                parameter.data = parameter.data.to(weight_dtype(layer.base_layer))
+
+    @staticmethod
+    def get_model_config(model: Any) -> dict[str, Any]:
+        """Return the base's configuration as a dictionary; ``{"model_type": "custom"}`` where it has none."""
+        config = getattr(model, "config", None)
+        values = config.to_dict() if hasattr(config, "to_dict") else config
+        return values if isinstance(values, dict) else {"model_type": "custom"}
 
     def disable_adapter_layers(self: Any) -> None:
         """Let no adapter act, until :meth:`enable_adapter_layers`."""
