@@ -45,7 +45,7 @@ _NAMES = {
 #: Public name -> module that defines it.
 _MODULES = {name: f"lorakeet.{module}" for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = sorted(["LorakeetError", "__version__", *_MODULES])  # noqa: PLE0605
+__all__ = sorted(["LorakeetError", "__version__", *_MODULES])
 
 
 def __getattr__(name: str) -> Any:

@@ -163,7 +163,13 @@ def compare(opened: LoadedModel, adapters: Sequence[str], prompts: Sequence[str]
 
 
 def merge(
-    settings: BaseSettings, adapter: str, out: str | Path, *, overwrite: bool = False, allow_other_base: bool = False
+    settings: BaseSettings,
+    adapter: str,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    allow_other_base: bool = False,
+    allow_untrained: bool = False,
 ) -> dict[str, Any]:
     """Merge an adapter into its base, check the outputs, and save a plain model that any tool loads.
 
@@ -173,6 +179,7 @@ def merge(
         out: Folder to write, atomically.
         overwrite: Replace the contents of ``out``.
         allow_other_base: Accept an adapter that was trained on another base.
+        allow_untrained: Accept an adapter that changes nothing.
 
     Returns:
         ``{"path", "layers", "error", "effect", "scale"}``, see :class:`lorakeet.lora.merge.MergeReport`.
@@ -183,7 +190,7 @@ def merge(
     """
     folder = check_empty(out, overwrite)
     with write_folder(folder) as aside:  # fails before the expensive part if the folder is not writable
-        opened = open_model(settings, [adapter], allow_other_base=allow_other_base)
+        opened = open_model(settings, [adapter], allow_other_base=allow_other_base, allow_untrained=allow_untrained)
         report = opened.model.merge_adapter()
         merged = opened.model.merge_and_unload()
         with quiet():

@@ -43,7 +43,7 @@ class PeftModel(LoraModel):
         revision: str | None = None,
         subfolder: str | None = None,
         allow_other_base: bool = False,
-        allow_untrained: bool = False,
+        allow_untrained: bool = True,
         autocast_adapter_dtype: bool = True,
         **peft_only: Any,
     ) -> PeftModel:
@@ -58,13 +58,12 @@ class PeftModel(LoraModel):
             revision: Revision of the hub repository.
             subfolder: Folder in the repository or folder.
             allow_other_base: Accept a base that is not the one the adapter was trained on.
-            allow_untrained: Accept an adapter whose every B is zero.
+            allow_untrained: Load an adapter whose every B is zero, with a warning; False: refuse it.
             autocast_adapter_dtype: Keep the adapter in fp32 where the base is in half precision; False: in the base's dtype.
             **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
-            AdapterError: no such adapter; tensors are missing, unexpected, not finite, all zero or of the wrong shape; a
-                pickle; a damaged file; another base. The model is as before then.
+            AdapterError: no such adapter; tensors are missing, unexpected, not finite or of the wrong shape; a pickle; a damaged file; another base. The model is as before then.
             TargetError: the adapter's layers are not in this model.
         """
         refuse_unknown("from_pretrained", peft_only, {*_LOADING, *_HUB})
@@ -104,7 +103,7 @@ class PeftModel(LoraModel):
         revision: str | None = None,
         subfolder: str | None = None,
         allow_other_base: bool = False,
-        allow_untrained: bool = False,
+        allow_untrained: bool = True,
         autocast_adapter_dtype: bool = True,
         **peft_only: Any,
     ) -> None:
@@ -120,7 +119,7 @@ class PeftModel(LoraModel):
             revision: Revision of the hub repository.
             subfolder: Folder in the repository or folder.
             allow_other_base: Accept a base that is not the one the adapter was trained on.
-            allow_untrained: Accept an adapter whose every B is zero.
+            allow_untrained: Load an adapter whose every B is zero, with a warning; False: refuse it.
             autocast_adapter_dtype: Keep the adapter in fp32 where the base is in half precision; False: in the base's dtype.
             **peft_only: Arguments that only PEFT has; each is refused by name.
 
@@ -199,7 +198,9 @@ class PeftModel(LoraModel):
                 )
                 named = hasattr(self, "config")  # a base without a configuration has no public name
                 config = self.peft_config[name]
-                write_card(path, config if named else config.model_copy(update={"base_model_name_or_path": None}), notes or {})
+                write_card(
+                    path, config if named else config.model_copy(update={"base_model_name_or_path": None}), notes or {}
+                )
         if push_to_hub and is_main_process:
             from lorakeet.adapter.hub import push_folder
 

@@ -253,7 +253,7 @@ def load_tensors(
     if is_untrained(tensors):
         message = f"adapter {str(name)!r} is untrained: every B is zero, so it changes nothing"
         if not allow_untrained:
-            raise AdapterError(message, "train it; allow_untrained=True loads it all the same")
+            raise AdapterError(message, "train it; allow_untrained=True (--allow-untrained) takes it all the same")
         warn(message)
     _copy_in(model, differences.names, tensors, state)
 

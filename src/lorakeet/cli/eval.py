@@ -23,6 +23,7 @@ def eval(
     seed: Annotated[int, typer.Option(help="seed of the run, for --eval-fraction")] = 42,
     batch_size: Annotated[int, typer.Option(min=1, help="rows per forward pass")] = 8,
     allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
+    allow_untrained: Annotated[bool, typer.Option(help="accept an adapter that never learned")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Measure the mean loss per target token, the perplexity and the number of target tokens, over all rows of the data.
@@ -47,7 +48,9 @@ def eval(
     base = base_settings(settings)
     from lorakeet.api import evaluate_data, open_model
 
-    opened = open_model(base, [adapter] if adapter else [], allow_other_base=allow_other_base)
+    opened = open_model(
+        base, [adapter] if adapter else [], allow_other_base=allow_other_base, allow_untrained=allow_untrained
+    )
     with progress_bar("evaluating") as progress:
         figures = evaluate_data(
             opened,

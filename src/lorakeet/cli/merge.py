@@ -17,6 +17,7 @@ def merge(
     out: Annotated[str, typer.Option(help="folder to save the merged model in")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the contents of --out")] = False,
     allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
+    allow_untrained: Annotated[bool, typer.Option(help="accept an adapter that never learned")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     """Merge an adapter into its base and save a plain model that any tool loads.
@@ -34,5 +35,6 @@ def merge(
     """
     from lorakeet import api
 
-    figures = api.merge(base_settings(settings), adapter, out, overwrite=overwrite, allow_other_base=allow_other_base)
+    accepted = {"allow_other_base": allow_other_base, "allow_untrained": allow_untrained}
+    figures = api.merge(base_settings(settings), adapter, out, overwrite=overwrite, **accepted)
     print(json.dumps(figures) if as_json else figures["path"])

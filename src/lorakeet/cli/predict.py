@@ -24,6 +24,7 @@ def predict(
     question: Annotated[str | None, typer.Option(help="question to answer from --text, for QUESTION_ANS")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="texts per forward pass")] = 8,
     allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
+    allow_untrained: Annotated[bool, typer.Option(help="accept an adapter that never learned")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object per line")] = False,
 ) -> None:
     """Predict classes, tags, answers, vectors or masked tokens for texts, by the task of the adapter.
@@ -46,7 +47,9 @@ def predict(
     base = base_settings(settings)
     from lorakeet import api
 
-    opened = api.open_model(base, [adapter] if adapter else [], allow_other_base=allow_other_base)
+    opened = api.open_model(
+        base, [adapter] if adapter else [], allow_other_base=allow_other_base, allow_untrained=allow_untrained
+    )
     for row, found in zip(rows, api.predict(opened, adapter, rows, batch_size=batch_size), strict=True):
         given = {"text": row} if isinstance(row, str) else dict(row)
         print(json.dumps({**given, **found}, ensure_ascii=False) if as_json else _line(row, found))

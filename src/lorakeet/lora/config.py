@@ -142,7 +142,9 @@ class PeftConfig(LoraSettings):
         """
         made = self._made or {}
         if changed := [name for name, value in made.items() if getattr(self, name) != value]:
-            warn(f"{', '.join(changed)} changed after the adapter was made: the file gets the values that it was made with")
+            warn(
+                f"{', '.join(changed)} changed after the adapter was made: the file gets the values that it was made with"
+            )
         return self.model_copy(update=made)
 
     # -- PEFT's attributes ------------------------------------------------------------------------------------------

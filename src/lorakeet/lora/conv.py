@@ -21,11 +21,11 @@ from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.layer import noise
 from lorakeet.lora.linear import LoraPair
 
+_CLASSES = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the number of the weight's dimensions
+
 
 class LoraConv(LoraPair):
     """LoRA on a convolution (weight [out, in / groups, *kernel]); a subclass for each number of dimensions."""
-
-    conv: type[nn.Module]
 
     @classmethod
     def rank_error(cls, base_layer: nn.Module, r: int) -> str | None:
@@ -34,7 +34,7 @@ class LoraConv(LoraPair):
 
     def make(self, adapter: str, config: PeftConfig, r: int) -> None:
         base = self.base_layer
-        conv: Any = self.conv
+        conv: Any = _CLASSES[base.weight.ndim]
         like_base = {
             key: getattr(base, key) for key in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
         }
@@ -65,16 +65,16 @@ class LoraConv(LoraPair):
 class LoraConv1d(LoraConv):
     """LoRA on ``nn.Conv1d``."""
 
-    conv, shown_as = nn.Conv1d, "lora.Conv1d"
+    shown_as = "lora.Conv1d"
 
 
 class LoraConv2d(LoraConv):
     """LoRA on ``nn.Conv2d``."""
 
-    conv, shown_as = nn.Conv2d, "lora.Conv2d"
+    shown_as = "lora.Conv2d"
 
 
 class LoraConv3d(LoraConv):
     """LoRA on ``nn.Conv3d``."""
 
-    conv, shown_as = nn.Conv3d, "lora.Conv3d"
+    shown_as = "lora.Conv3d"

@@ -73,7 +73,9 @@ class AutoPeftModel:
         base = base_class.from_pretrained(settings.base_model_name_or_path, revision=settings.revision, **kwargs)
         if find_adapter_file(name, "tokenizer_config.json", **where) is not None:
             trust = kwargs.get("trust_remote_code", False)
-            _make_room(base, transformers.AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust))
+            _make_room(
+                base, transformers.AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust)
+            )
         return PeftModel.from_pretrained(
             base, name, adapter_name, is_trainable, config, revision=revision, **own, **hub
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -57,7 +56,11 @@ def _targeting(config: PeftConfig, model: nn.Module, state_dict: Mapping[str, Te
     """Return the settings with the layers that the tensors name; a warning, if the settings name others."""
     if config.target_parameters:
         raise ConfigError("layers cannot be found from a state dict with target_parameters", "leave state_dict out")
-    names = {key.removeprefix("_orig_mod.").rpartition(".lora_")[0].removeprefix(PREFIX) for key in state_dict if ".lora_" in key}
+    names = {
+        key.removeprefix("_orig_mod.").rpartition(".lora_")[0].removeprefix(PREFIX)
+        for key in state_dict
+        if ".lora_" in key
+    }
     planned = {target.name for target in plan_injection(model, resolve_config(model, config), strict=False).targets}
     if planned != names:
         warn(
