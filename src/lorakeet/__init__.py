@@ -9,16 +9,50 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lorakeet._version import __version__
-from lorakeet.errors import LorakeetError
+from lorakeet._version import __version__ as __version__
+from lorakeet.errors import LorakeetError as LorakeetError
 
 if TYPE_CHECKING:
-    from lorakeet.adapter.peft_model import PeftModel, get_peft_model
-    from lorakeet.base.kbit import prepare_model_for_kbit_training
-    from lorakeet.base.load import load_base
-    from lorakeet.lora.config import LoraConfig, PeftConfig, PeftType, TaskType
-    from lorakeet.quant.hf_quantizer import Int8Config
-    from lorakeet.train.trainer import Trainer
+    from lorakeet.adapter.peft_model import PeftModel as PeftModel
+    from lorakeet.adapter.peft_model import get_peft_model as get_peft_model
+    from lorakeet.base.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+    from lorakeet.base.load import load_base as load_base
+    from lorakeet.log import LorakeetWarning as LorakeetWarning
+    from lorakeet.lora.config import LoraConfig as LoraConfig
+    from lorakeet.lora.config import PeftConfig as PeftConfig
+    from lorakeet.lora.config import PeftType as PeftType
+    from lorakeet.lora.config import TaskType as TaskType
+    from lorakeet.lora.layer import LoraLayer as LoraLayer
+    from lorakeet.lora.model import LoraModel as LoraModel
+    from lorakeet.peft_api.auto_model import AutoPeftModel as AutoPeftModel
+    from lorakeet.peft_api.auto_model import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+    from lorakeet.peft_api.auto_model import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+    from lorakeet.peft_api.auto_model import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+    from lorakeet.peft_api.auto_model import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+    from lorakeet.peft_api.auto_model import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+    from lorakeet.peft_api.auto_model import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+    from lorakeet.peft_api.injection import inject_adapter_in_model as inject_adapter_in_model
+    from lorakeet.peft_api.other_names import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
+    from lorakeet.peft_api.other_names import BaseTuner as BaseTuner
+    from lorakeet.peft_api.other_names import BaseTunerLayer as BaseTunerLayer
+    from lorakeet.peft_api.other_names import ModulesToSaveWrapper as ModulesToSaveWrapper
+    from lorakeet.peft_api.other_names import TrainableTokensWrapper as TrainableTokensWrapper
+    from lorakeet.peft_api.other_names import get_layer_status as get_layer_status
+    from lorakeet.peft_api.other_names import get_model_status as get_model_status
+    from lorakeet.peft_api.other_names import get_peft_config as get_peft_config
+    from lorakeet.peft_api.other_names import prepare_model_for_gradient_checkpointing as prepare_model_for_gradient_checkpointing
+    from lorakeet.peft_api.state_dict import get_base_model_state_dict as get_base_model_state_dict
+    from lorakeet.peft_api.state_dict import get_peft_model_state_dict as get_peft_model_state_dict
+    from lorakeet.peft_api.state_dict import set_base_model_state_dict as set_base_model_state_dict
+    from lorakeet.peft_api.state_dict import set_peft_model_state_dict as set_peft_model_state_dict
+    from lorakeet.peft_api.task_models import PeftModelForCausalLM as PeftModelForCausalLM
+    from lorakeet.peft_api.task_models import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+    from lorakeet.peft_api.task_models import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+    from lorakeet.peft_api.task_models import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+    from lorakeet.peft_api.task_models import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+    from lorakeet.peft_api.task_models import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from lorakeet.quant.hf_quantizer import Int8Config as Int8Config
+    from lorakeet.train.trainer import Trainer as Trainer
 
 #: Module -> public names that it defines.
 _NAMES = {

@@ -82,7 +82,7 @@ def open_model(
     names: dict[str, str] = {}
     for number, adapter in enumerate(dict.fromkeys(map(str, adapters))):
         names[adapter] = f"adapter{number}"
-        accepted = {"allow_other_base": allow_other_base, "allow_untrained": allow_untrained}
+        accepted: dict[str, Any] = {"allow_other_base": allow_other_base, "allow_untrained": allow_untrained}
         PeftModel.from_pretrained(base.model, adapter, names[adapter], **accepted)
     return LoadedModel(_with_tokenizer(base, adapters), names, task)
 

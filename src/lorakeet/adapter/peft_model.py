@@ -63,7 +63,8 @@ class PeftModel(LoraModel):
             **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
-            AdapterError: no such adapter; tensors are missing, unexpected, not finite or of the wrong shape; a pickle; a damaged file; another base. The model is as before then.
+            AdapterError: no such adapter; tensors are missing, unexpected, not finite or of the wrong shape; a pickle; a
+                damaged file; another base. The model is as before then.
             TargetError: the adapter's layers are not in this model.
         """
         refuse_unknown("from_pretrained", peft_only, {*_LOADING, *_HUB})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,5 +28,5 @@ def push(
     """
     from lorakeet.adapter.hub import push_folder
 
-    options = {"private": private or None, "message": message, "revision": revision, "allow_untrained": allow_untrained}
+    options: dict[str, Any] = {"private": private or None, "message": message, "revision": revision, "allow_untrained": allow_untrained}
     print(push_folder(adapter, repo, **options))
