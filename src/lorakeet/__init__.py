@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from lorakeet.peft_api.auto_model import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
     from lorakeet.peft_api.auto_model import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
     from lorakeet.peft_api.auto_model import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
-    from lorakeet.peft_api.auto_model import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+    from lorakeet.peft_api.auto_model import (
+        AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
+    )
     from lorakeet.peft_api.auto_model import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
     from lorakeet.peft_api.injection import inject_adapter_in_model as inject_adapter_in_model
     from lorakeet.peft_api.other_names import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
@@ -40,7 +42,9 @@ if TYPE_CHECKING:
     from lorakeet.peft_api.other_names import get_layer_status as get_layer_status
     from lorakeet.peft_api.other_names import get_model_status as get_model_status
     from lorakeet.peft_api.other_names import get_peft_config as get_peft_config
-    from lorakeet.peft_api.other_names import prepare_model_for_gradient_checkpointing as prepare_model_for_gradient_checkpointing
+    from lorakeet.peft_api.other_names import (
+        prepare_model_for_gradient_checkpointing as prepare_model_for_gradient_checkpointing,
+    )
     from lorakeet.peft_api.state_dict import get_base_model_state_dict as get_base_model_state_dict
     from lorakeet.peft_api.state_dict import get_peft_model_state_dict as get_peft_model_state_dict
     from lorakeet.peft_api.state_dict import set_base_model_state_dict as set_base_model_state_dict

@@ -55,7 +55,7 @@ class AdapterError(LorakeetError, ValueError, KeyError, RuntimeError):
 
 
 class MergeError(LorakeetError, RuntimeError, ValueError):
-    """Merged and unmerged outputs differ, or a layer cannot be merged."""
+    """A merge would be wrong or lose the update, or a layer cannot be merged. (PEFT raises a ValueError.)"""
 
 
 class TrainingError(LorakeetError, RuntimeError):

@@ -28,5 +28,10 @@ def push(
     """
     from lorakeet.adapter.hub import push_folder
 
-    options: dict[str, Any] = {"private": private or None, "message": message, "revision": revision, "allow_untrained": allow_untrained}
+    options: dict[str, Any] = {
+        "private": private or None,
+        "message": message,
+        "revision": revision,
+        "allow_untrained": allow_untrained,
+    }
     print(push_folder(adapter, repo, **options))

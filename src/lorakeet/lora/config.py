@@ -15,11 +15,14 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
-from lorakeet.config import LoraSettings, settings_error
+from lorakeet.config import LoraSettings
 from lorakeet.errors import AdapterError, ConfigError, LorakeetError, did_you_mean
 from lorakeet.files import hub_file, write_json
 from lorakeet.log import warn
+from lorakeet.lora.interop.peft_classes import AnswersAsPeft
+from lorakeet.lora.interop.trainer_hooks import hook_trainer
 from lorakeet.lora.variants import Variant, chosen_variant, variant_settings
+from lorakeet.setting_types import settings_error
 
 CONFIG_NAME = "adapter_config.json"
 #: Release of PEFT whose file format is read and written.
@@ -66,7 +69,7 @@ class TaskType(enum.StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-class PeftConfig(LoraSettings):
+class PeftConfig(AnswersAsPeft, LoraSettings):
     """Settings of one adapter and the other keys of its file; ``PeftConfig.from_pretrained`` reads any.
 
     Raises:
@@ -75,6 +78,9 @@ class PeftConfig(LoraSettings):
     """
 
     model_config = ConfigDict(frozen=False, extra="forbid")
+    peft_class: ClassVar[tuple[str, str]] = ("peft", "PeftConfig")
+
+    words_are_names: ClassVar[bool] = False
 
     task_type: TaskType | None = Field(None, description="what the model is for")
     peft_type: PeftType = Field(PeftType.LORA, description="the method; always LORA")
@@ -88,6 +94,7 @@ class PeftConfig(LoraSettings):
     _made: dict[str, Any] | None = PrivateAttr(None)
 
     def __init__(self, **values: Any) -> None:
+        hook_trainer()
         unknown = set(values) - set(type(self).model_fields) - set(NEUTRAL) - set(variant_settings())
         if unknown:
             raise ConfigError(
@@ -232,6 +239,8 @@ class PeftConfig(LoraSettings):
 
 class LoraConfig(PeftConfig):
     """Settings of one LoRA adapter, with the names and defaults of ``peft.LoraConfig``."""
+
+    peft_class = ("peft", "LoraConfig")
 
 
 def _dataclass_fields(config: type[PeftConfig]) -> dict[str, Any]:

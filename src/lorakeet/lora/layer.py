@@ -8,7 +8,7 @@ layers of a model, holds the names of those that act. There is a subclass for ea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorakeet.errors import AdapterError
 from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.interop.peft_classes import AnswersAsPeft
 from lorakeet.lora.peft_names.layer import LayerNames
 from lorakeet.lora.variants import Variant
 from lorakeet.quant.protocol import dense_weight, is_quantized, weight_dtype
@@ -56,7 +57,7 @@ class ActiveAdapters:
             self.rows = before
 
 
-class LoraLayer(LayerNames):
+class LoraLayer(AnswersAsPeft, LayerNames):
     """A frozen base layer and its adapters. A subclass computes the low-rank output of one layer type.
 
     Attributes:
@@ -73,6 +74,7 @@ class LoraLayer(LayerNames):
         merged_adapters: Names of the merged adapters.
     """
 
+    peft_class = ("peft.tuners.tuners_utils", "BaseTunerLayer")
     linear = False  # whether target_modules="all-linear" includes the layer type
     shown_as = "LoraLayer"  # name in the model's repr; PEFT's
     base_layer: Any
@@ -149,6 +151,11 @@ class LoraLayer(LayerNames):
         """Return the probability of the adapter's dropout."""
         # straight to the table, as nn.Module's attribute look-up is slow; an Identity has no p
         return self._modules["lora_dropout"]._modules[adapter].__dict__.get("p", 0.0)  # type: ignore[union-attr]
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that have a part here."""
+        return list(self.r)
 
     @property
     def acting(self) -> list[str]:
@@ -243,11 +250,21 @@ class LoraLayer(LayerNames):
         self.merged_adapters = mine
 
     def merged_weight(self, adapters: list[str]) -> Tensor:
-        """Return the base layer's weight with these adapters in it, in the wider of both dtypes."""
-        weight = dense_weight(self.base_layer, self.delta(adapters[0]).dtype)
+        """Return the base layer's weight with these adapters in it, in fp32; in fp64 for a base in fp64."""
+        weight = dense_weight(self.base_layer, self._adapter_dtype())
         for adapter in adapters:
             weight = self.variants[adapter].merged_weight(self, adapter, weight)
         return weight
+
+    def weight_updates(self, adapters: list[str]) -> Iterable[Tensor]:
+        """Return ΔW of these adapters together, in the slices that :meth:`weight_slices` makes of the weight."""
+        if all(adapter not in self.variants or self.variants[adapter].additive for adapter in adapters):
+            return [sum((self.delta(adapter) for adapter in adapters[1:]), self.delta(adapters[0]))]
+        return [self.merged_weight(adapters) - dense_weight(self.base_layer, self._adapter_dtype())]
+
+    def weight_slices(self, weight: Tensor) -> Sequence[Tensor]:
+        """Return the base layer's weight in the parts that a merge is measured in: one, or one for each expert."""
+        return [weight]
 
     def bias_delta(self, adapter: str) -> Tensor | None:
         """Return what merging adds to the base layer's bias; None, if nothing."""
@@ -267,7 +284,11 @@ class LoraLayer(LayerNames):
     def _replace_parameter(self, name: str, value: Tensor) -> None:
         old = getattr(self.base_layer, name)
         self.originals.setdefault(name, old)
-        setattr(self.base_layer, name, nn.Parameter(value.detach().to(old.dtype), requires_grad=old.requires_grad))
+        setattr(
+            self.base_layer,
+            name,
+            nn.Parameter(value.detach().to(old.dtype).contiguous(), requires_grad=old.requires_grad),
+        )
 
     def _get_name(self) -> str:
         return self.shown_as

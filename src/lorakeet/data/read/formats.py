@@ -18,13 +18,14 @@ The readers of text are in :mod:`~lorakeet.data.read.text_formats`, those of tab
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from lorakeet.data.read.fortune import DELIMITER
-from lorakeet.data.read.record import Fault, FaultError, Location, Record, Unit
+from lorakeet.data.read.record import Fault, FaultError, Location, Record, Unit, faults_error
 from lorakeet.data.read.table_formats import TABLE_READERS
-from lorakeet.data.read.text_formats import TEXT_READERS, is_json, open_plain
+from lorakeet.data.read.text_formats import TEXT_READERS, is_json, open_plain, read_lines
 
 SUFFIXES = {
     ".json": "json",
@@ -106,6 +107,19 @@ def read_file(
     else:
         if empty:
             yield _unreadable(source, unit, f"empty, no {'quotation' if format == 'fortune' else 'row'} in it")
+
+
+def read_inputs(path: Path, column: str) -> list[tuple[Location, Mapping[str, Any]]]:
+    format = SUFFIXES.get(suffix(path)) or (recognize(path) if path.is_file() else "text")
+    if format in ("text", "fortune"):
+        lines = enumerate(read_lines(path), start=1)
+        return [
+            (Location(str(path), n, "line"), {column: line.removesuffix("\n")}) for n, line in lines if line.strip()
+        ]
+    records = list(read_file(path, format))
+    if faults := [(record.location, record.fault) for record in records if record.fault]:
+        raise faults_error(faults)
+    return [(record.location, record.values) for record in records if record.values is not None]
 
 
 def _unreadable(source: str, unit: Unit, message: str, hint: str | None = None) -> Record:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lorakeet.lora.peft_names.own_switch import own_switch
 
@@ -39,10 +39,6 @@ class SavedModuleNames(nn.Module):
         return sorted(self.modules_to_save)
 
     _get_available_adapters = available_adapters
-
-    def parts(self: Any, adapter: str) -> list[Tensor]:
-        """Return the parameters of the adapter's copy."""
-        return list(self.modules_to_save[adapter].parameters()) if adapter in self.modules_to_save else []
 
     def enable_adapters(self: Any, enabled: bool) -> None:
         """Let the copies run, or the base's own module."""

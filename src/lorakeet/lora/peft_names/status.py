@@ -137,7 +137,10 @@ def model_status(model: Any) -> ModelStatus:
         merged_adapters="irregular" if partly else sorted(merged),
         requires_grad={k: _all_or_none(v) for k, v in _by_adapter(layer.requires_grad for layer in layers).items()},
         available_adapters=sorted({name for layer in layers for name in layer.available_adapters}),
-        devices={k: sorted({device for devices in v for device in devices}) for k, v in _by_adapter(layer.devices for layer in layers).items()},
+        devices={
+            k: sorted({device for devices in v for device in devices})
+            for k, v in _by_adapter(layer.devices for layer in layers).items()
+        },
         quantization_backend=_same(layer.quantization_backend for layer in layers),
     )
 
