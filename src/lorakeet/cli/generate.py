@@ -28,6 +28,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="sample from the most likely tokens of this total probability")] = 0.95,
     seed: Annotated[int | None, typer.Option(help="seed of the sampling")] = None,
     allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
+    allow_untrained: Annotated[bool, typer.Option(help="accept an adapter that never learned")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object per line: adapter, prompt, text")
     ] = False,
@@ -51,7 +52,7 @@ def generate(
     base, adapters = base_settings(settings), list(dict.fromkeys(adapter or []))
     from lorakeet import api
 
-    opened = api.open_model(base, adapters, allow_other_base=allow_other_base)
+    opened = api.open_model(base, adapters, allow_other_base=allow_other_base, allow_untrained=allow_untrained)
     sampling = {
         "max_new_tokens": max_new_tokens,
         "greedy": greedy,
