@@ -69,20 +69,16 @@ def _line(row: str | Mapping[str, str], found: Mapping[str, Any]) -> str:
 
 
 def _read(path: Path) -> list[Any]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read texts from {path}: {error}", "give a UTF-8 text file") from None
-    if path.suffix != ".jsonl":
-        return [line for line in lines if line.strip()]
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            found.append({key: row[key] for key in ("question", "context")} if "question" in row else row["text"])
-        except (json.JSONDecodeError, KeyError, TypeError):
+    """Read the texts of a file, or its questions with their contexts."""
+    from lorakeet.data.read.formats import read_inputs
+
+    rows = []
+    for location, row in read_inputs(path, "text"):
+        names = ("question", "context") if "question" in row else ("text",)
+        if not all(isinstance(row.get(name), str) for name in names):
             raise DataError(
-                f"line {number} of {path} has no text, expected a JSON object with 'text', or 'question' and 'context'",
-                'write each line as {"text": "..."}',
-            ) from None
-    return found
+                f"{location.phrase} has no text, expected 'text', or 'question' and 'context'",
+                'write each row as {"text": "..."}',
+            )
+        rows.append({name: row[name] for name in names} if len(names) > 1 else row["text"])
+    return rows

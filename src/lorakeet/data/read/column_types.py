@@ -103,12 +103,16 @@ class TypeInference:
         return NULL if value is None else ColumnType(type(value).__name__)
 
 
+#: Words for a number or a label that is missing, as data frames and spreadsheets write them.
+MISSING = ("NaN", "nan", "NAN", "<NA>", "#N/A", "null", "NULL")
 _FIELD_TYPES = {"int": INT, "float": FLOAT, "str": STR, "": None}
 
 
 def reads_as(text: str) -> str:
-    """Return the type that a CSV field reads as: ``int``, ``float`` or ``str``; empty for an empty field."""
-    return "int" if _INT.fullmatch(text) else "float" if _FLOAT.fullmatch(text) else "str" if text else ""
+    """Return the type that a CSV field reads as: ``int``, ``float`` or ``str``; empty for one that is empty or missing."""
+    if _INT.fullmatch(text):
+        return "int"
+    return "float" if _FLOAT.fullmatch(text) else "str" if text and text.strip() not in MISSING else ""
 
 
 def schema_types(schema: pyarrow.Schema) -> dict[str, ColumnTypes]:

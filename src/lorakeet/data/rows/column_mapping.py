@@ -7,7 +7,7 @@ Each kind has sets of roles, each role known by a few column names, without rega
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lorakeet.config import DataSettings, TaskName
@@ -36,7 +36,7 @@ def find_layout(types: Types, settings: DataSettings, task: TaskName, source: st
             are recognised, or several may be meant for one role.
     """
     task = "CAUSAL_LM" if task == "auto" else task
-    given = settings.columns
+    given = {role: name if name in types else name.strip() for role, name in settings.columns.items()}
     _check_given(types, given, task, source)
     matches = list(_matches(types, given, kinds_for(task)))
     match = next((match for match in matches if not match.missing), None)
@@ -255,6 +255,12 @@ def merge_layouts(layouts: Mapping[str, Layout]) -> Layout:
         for name, type in layout.types.items():
             types[name] = _one_type(types.get(name, type), type, name, source)
     return Layout(next(iter(kinds)), columns, types)
+
+
+def with_columns_of(merged: Layout, layouts: Mapping[str, Layout]) -> dict[str, Layout]:
+    """Return ``layouts`` with the optional columns of all of them; a source without one has no value in it."""
+    names = set(merged.column_names)
+    return {source: replace(one, absent=frozenset(names - set(one.column_names))) for source, one in layouts.items()}
 
 
 def _one_type(first: ColumnType, second: ColumnType, name: str, source: str) -> ColumnType:
