@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lorakeet.chat_template import Message, assistant_turns, check_offsets, learned_tokens, render_chat
+from lorakeet.chat_messages import Message
+from lorakeet.chat_template import assistant_turns, check_offsets, learned_tokens, render_chat
 from lorakeet.data.encode.encoder import Batch, CausalEncoder, Sample
 from lorakeet.data.encode.text import CompletionEncoder
 from lorakeet.data.read.record import Fault
