@@ -6,7 +6,7 @@ Each kind has sets of roles, each role known by a few column names, without rega
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -52,6 +52,33 @@ def find_layout(types: Types, settings: DataSettings, task: TaskName, source: st
         if not isinstance(column.type, ColumnType) and column.name in match.columns
     }
     return Layout(match.kind.name, match.columns, resolved)
+
+
+def question_columns(
+    types: Types, given: Mapping[str, str], task: TaskName, source: str, without: Collection[str] = ()
+) -> Mapping[str, str]:
+    """Return role -> column of the rows of ``source`` that a model is asked about; columns of answers are not needed.
+
+    Args:
+        types: Column -> types of its values.
+        given: Role -> column, of the roles that are mapped by hand.
+        task: What the model was trained for.
+        source: Name of the source, for messages.
+        without: Optional roles that the model does not take.
+
+    Raises:
+        DataError: a role that the task needs has no column, or several may be meant for it.
+    """
+    kind, asked = next((kind, kind.asked) for kind in kinds_for(task) if kind.asked is not None)
+    roles = Roles(asked.required, {name: role for name, role in asked.optional.items() if name not in without})
+    given = {role: column for role, column in given.items() if role in roles.all}
+    _check_given(types, given, task, source)
+    match = _match(kind, roles, types, given)
+    if match.missing:
+        raise _nothing_found(types, [match], task, source)
+    if match.unclear:
+        raise _ambiguous(match, source)
+    return match.columns
 
 
 def label_type(types: ColumnTypes, column: str) -> ColumnType:

@@ -133,6 +133,7 @@ class Kind:
             of the role of its name.
         encoders: Task that trains on such rows -> factory of its encoder.
         labels: The canonical column of labels (classes or tags), if it has one.
+        asked: Roles of a row that a model is asked about: without its answer. None: a model is not asked about such rows.
         texts: All texts of a usable row; left out: those of its text columns.
     """
 
@@ -142,6 +143,7 @@ class Kind:
     normalize: Callable[[Values], dict[str, Any]] | None
     encoders: Mapping[TaskName, EncoderFactory]
     labels: str | None = None
+    asked: Roles | None = None
     texts: Callable[[Row], Iterable[str]] | None = None
 
     def column(self, name: str) -> Column:
