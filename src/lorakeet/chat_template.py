@@ -181,10 +181,10 @@ def _render(
         )
     if problems := _problems(messages):
         raise DataError(f"malformed conversation: {'; '.join(problems)}", "give each message a role and a content")
+    _check_calls(tokenizer, messages)
     listed = None if tools is None else [dict(tool) for tool in tools]
     try:
         template = tokenizer.get_chat_template(tools=listed)
-        _check_calls(tokenizer, template, messages)
         try:
             return _apply(tokenizer, template, [plain_message(message) for message in messages], listed, prompt)
         except (UndefinedError, TypeError):  # e.g. a text is added to a content that is missing
@@ -197,10 +197,10 @@ def _render(
         ) from error
 
 
-def _check_calls(tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message]) -> None:
+def _check_calls(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> None:
     """Refuse calls of tools to a template that would leave them out: the turn would be rendered as an empty one."""
     calling = [str(number) for number, message in enumerate(messages, start=1) if message.get("tool_calls")]
-    if calling and "tool_calls" not in template:
+    if calling and "tool_calls" not in str(tokenizer.chat_template):
         raise DataError(
             f"the chat template of {tokenizer.name_or_path} has no rule for tool calls (message {', '.join(calling)})",
             "use a model whose template renders them, or leave these conversations out",

@@ -81,6 +81,7 @@ def examine_heads(
     *,
     settings: DataSettings,
     most: int,
+    tokenizer: Any = None,
     shown: int = 3,
 ) -> Examination:
     """Examine the beginnings of sources that will be streamed: equally many rows of each source.
@@ -92,9 +93,10 @@ def examine_heads(
         task: with a concrete ``type``.
         settings: of the data.
         most: rows of all sources together; at least twenty of each.
+        tokenizer: whose chat template renders conversations.
         shown: issues of each code that are kept; all are counted.
     """
-    examiner = Examiner(settings, task, shown=shown)
+    examiner = Examiner(settings, task, tokenizer, shown=shown)
     left = math.inf if settings.limit is None or settings.weights else settings.limit
     for source, layout in mapped:
         examiner.begin(layout, task.type, typed=False)

@@ -20,6 +20,8 @@ Types = Mapping[str, ColumnTypes]
 
 #: Names by which a column of labels is known.
 LABEL_NAMES = ("label", "labels", "class", "category", "score", "rating")
+#: Names of columns that tell what to learn, or what belongs to a text; no kind of rows has a use for them.
+_TELLING = ("weight", "train", "loss_mask", "mask", "train_on_input", "train_on_inputs", "images", "videos", "audios")
 
 
 def find_layout(types: Types, settings: DataSettings, task: TaskName, source: str) -> Layout:
@@ -300,7 +302,7 @@ def _one_type(first: ColumnType, second: ColumnType, name: str, source: str) -> 
     raise DataError(f"{source} has {name} of type {second}, others have {first}", "write all labels in the same way")
 
 
-def label_columns(types: Types, layout: Layout | None) -> list[str]:
-    """Return columns of labels that ``layout`` leaves unused."""
+def unused_columns(types: Types, layout: Layout | None) -> list[str]:
+    """Return columns of labels, marks of what is learned, and media that ``layout`` leaves unused."""
     used = layout.columns.values() if layout is not None else ()
-    return [name for name in types if name.lower() in LABEL_NAMES and name not in used]
+    return [name for name in types if name.lower() in (*LABEL_NAMES, *_TELLING) and name not in used]
