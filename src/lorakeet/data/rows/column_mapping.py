@@ -303,6 +303,6 @@ def _one_type(first: ColumnType, second: ColumnType, name: str, source: str) -> 
 
 
 def unused_columns(types: Types, layout: Layout | None) -> list[str]:
-    """Return columns of labels, marks of what is learned, and media that ``layout`` leaves unused."""
+    """Return columns of labels, of marks such as a weight, and of media that ``layout`` leaves unused."""
     used = layout.columns.values() if layout is not None else ()
     return [name for name in types if name.lower() in (*LABEL_NAMES, *_TELLING) and name not in used]
