@@ -119,24 +119,15 @@ def _show(piece: str) -> None:
 
 
 def _read_prompts(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read prompts from {path}: {error}", "give a UTF-8 text file") from None
+    """Read the prompts of a file."""
+    from lorakeet.data.read.formats import read_inputs
+
     found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
-            found.append(line)
-            continue
-        try:
-            found.append(json.loads(line)["prompt"])
-        except (json.JSONDecodeError, KeyError, TypeError):
+    for location, row in read_inputs(path, "prompt"):
+        prompt = row.get("prompt")
+        if not isinstance(prompt, str):
             raise DataError(
-                f"line {number} of {path} is no prompt, expected a JSON object with the key 'prompt'",
-                'write each line as {"prompt": "..."}',
-            ) from None
-    if not found:
-        raise DataError(f"{path} has no prompts", "write one prompt per line")
+                f"{location.phrase} has no prompt, expected a text in 'prompt'", 'write each row as {"prompt": "..."}'
+            )
+        found.append(prompt)
     return found
