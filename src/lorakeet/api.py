@@ -6,30 +6,26 @@ Each takes settings and returns plain values; nothing here prints to stdout.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.adapter.serialization import read_notes
-from lorakeet.base.architectures import AUTO_CLASSES, DEFAULT_TASKS, check_task, family, own_class
-from lorakeet.base.load import inspect_model, load_base
+from lorakeet.base.architectures import AUTO_CLASSES, DEFAULT_TASKS, check_task, family
 from lorakeet.base.meta_device import meta_model, read_config
-from lorakeet.base.quiet import quiet
 from lorakeet.chat_template import render_chat
-from lorakeet.config import BaseSettings, DataSettings, LoraSettings, TaskName, TaskSettings
+from lorakeet.config import DataSettings, LoraSettings, TaskName, TaskSettings
 from lorakeet.data.collate import make_collator
 from lorakeet.data.prepare import prepare
-from lorakeet.errors import AdapterError, BaseModelError, DataError, OutputError
-from lorakeet.files import write_folder, write_json
+from lorakeet.errors import AdapterError, DataError
+from lorakeet.export import check_empty, merge, quantize
 from lorakeet.inference.generate import complete
 from lorakeet.inference.predict import predict as predict_rows
 from lorakeet.inference.questions import Question
 from lorakeet.loaded_model import LoadedModel, open_model
-from lorakeet.log import info
-from lorakeet.lora.config import LoraConfig
+from lorakeet.lora.config import LoraConfig, PeftConfig
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import plan_injection
-from lorakeet.quant.protocol import quantized_bytes
+from lorakeet.model_facts import embedding_rows, window
 from lorakeet.tasks.task import Task
 from lorakeet.tasks.taught import Taught
 from lorakeet.train.evaluate import evaluate
@@ -37,6 +33,7 @@ from lorakeet.train.microbatch_packing import default_token_budget
 
 __all__ = [
     "LoadedModel",
+    "check_empty",
     "compare",
     "evaluate_data",
     "generate",
@@ -87,7 +84,8 @@ def evaluate_data(
     batch_size = taught.train.get("batch_size", 8) if batch_size is None else batch_size
     own = {"type": task.name, "problem": task.problem or "auto", "labels": list(task.labels) if task.labels else None}
     chosen = taught.task_settings(task_settings or TaskSettings()).model_copy(update=own)
-    prepared = prepare(data, chosen, tokenizer, seed=seed, max_positions=_window(opened.model))
+    limits = {"max_positions": window(opened.model.config), "vocabulary": embedding_rows(opened.model)}
+    prepared = prepare(data, chosen, tokenizer, seed=seed, **limits)
     rows = prepared.held_out if held_out_only else prepared.train
     if rows is None:
         raise DataError("nothing is held out: eval_fraction is 0", "give --eval-fraction as in the run")
@@ -112,10 +110,6 @@ def _token_budget(opened: LoadedModel, taught: Taught, micro_batch_tokens: int) 
     """Return the tokens that batches may share a pass of, as in the training."""
     noted = taught.train.get("token_budget")
     return default_token_budget(opened.model, opened.base.device, micro_batch_tokens) if noted is None else noted
-
-
-def _window(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def generate(
@@ -188,89 +182,6 @@ def compare(opened: LoadedModel, adapters: Sequence[str], prompts: Sequence[str]
             yield {"adapter": adapter, "prompt": prompt, "text": text}
 
 
-def merge(
-    settings: BaseSettings, adapter: str, out: str | Path, *, overwrite: bool = False, allow_other_base: bool = False
-) -> dict[str, Any]:
-    """Merge an adapter into its base, check the outputs, and save a plain model that any tool loads.
-
-    Args:
-        settings: Settings of the base.
-        adapter: Folder or hub id.
-        out: Folder to write, atomically.
-        overwrite: Replace the contents of ``out``.
-        allow_other_base: Accept an adapter that was trained on another base.
-
-    Returns:
-        ``{"path", "layers", "error", "effect", "scale"}``, see :class:`lorakeet.lora.merge.MergeReport`.
-
-    Raises:
-        MergeError: Merged and unmerged outputs differ, or a layer cannot be merged.
-        OutputError: ``out`` is not empty or not writable.
-    """
-    folder = check_empty(out, overwrite)
-    with write_folder(folder) as aside:  # fails before the expensive part if the folder is not writable
-        opened = open_model(settings, [adapter], allow_other_base=allow_other_base)
-        report = opened.model.merge_adapter()
-        merged = opened.model.merge_and_unload()
-        with quiet():
-            merged.save_pretrained(aside)
-        opened.base.tokenizer.save_pretrained(aside)
-        figures = {"layers": report.layers, "error": report.error, "effect": report.effect, "scale": report.scale}
-        write_json(aside / "lorakeet.json", {"merged": {"base": opened.base.name, "adapter": str(adapter), **figures}})
-    return {"path": str(folder), **figures}
-
-
-def quantize(settings: BaseSettings, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Quantize a base to 8 bits and save it. The folder loads in seconds; its weights are read from disk on demand.
-
-    Args:
-        settings: Settings of the base.
-        out: Folder to write, atomically.
-        overwrite: Replace the contents of ``out``.
-
-    Returns:
-        ``{"path", "base", "layers", "bytes", "full_bytes"}``: layers in 8 bits, bytes of all weights after and before.
-
-    Raises:
-        BaseModelError: The base is quantized already, incomplete, or has weights that are not finite.
-        OutputError: ``out`` is not empty or not writable.
-    """
-    folder = check_empty(out, overwrite)
-    config = inspect_model(settings).config
-    if method := getattr(config, "quantization_config", None):
-        name = method.get("quant_method", "") if isinstance(method, dict) else ""
-        raise BaseModelError(f"{settings.model} is quantized already ({name})", "give the full-precision model")
-    with write_folder(folder) as aside:  # fails before the expensive part if the folder is not writable
-        base = load_base(settings.model_copy(update={"bits": 8}), auto_class=own_class(config))
-        if base.fresh:
-            raise BaseModelError(
-                f"weights are missing and would be random: {', '.join(base.fresh[:5])}", "download its files again"
-            )
-        info(base.describe())
-        with quiet():
-            base.model.save_pretrained(aside)
-        base.tokenizer.save_pretrained(aside)
-        sizes = quantized_bytes(base.model, base.dtype)
-        write_json(aside / "lorakeet.json", {"quantised": {"base": base.name, **sizes}})
-    return {"path": str(folder), "base": base.name, **sizes}
-
-
-def check_empty(out: str | Path, overwrite: bool) -> Path:
-    """Check that an output folder is missing or empty, unless it may be replaced; return its path.
-
-    Raises:
-        OutputError: It is not empty, or a file, or its name is empty.
-    """
-    folder = Path(out)
-    if not str(out).strip():
-        raise OutputError("the output folder has no name, expected a path", "choose another --out")
-    if folder.is_file():
-        raise OutputError(f"{folder} is a file, expected a folder", "choose another --out")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise OutputError(f"{folder} is not empty", "choose another --out, or --overwrite to replace it")
-    return folder
-
-
 def plan_layers(model: str, lora: LoraSettings, task: TaskName = "auto") -> dict[str, Any]:
     """List the layers that the settings select, and count the trainable parameters; reads no weights.
 
@@ -290,8 +201,9 @@ def plan_layers(model: str, lora: LoraSettings, task: TaskName = "auto") -> dict
     task = DEFAULT_TASKS[family(config)] if task == "auto" else task
     check_task(task, config, model)
     ghost = meta_model(config, auto_class=AUTO_CLASSES[task])
-    adapter = LoraConfig(**lora.model_dump(), task_type=Task(task).peft_type)
-    targets = plan_injection(ghost, resolve_config(ghost, adapter))
+    adapter: PeftConfig = LoraConfig(**lora.model_dump(), task_type=Task(task).peft_type)
+    adapter = resolve_config(ghost, adapter)
+    targets = plan_injection(ghost, adapter)
     trainable, total = get_peft_model(ghost, adapter).get_nb_trainable_parameters()
     return {
         "base_model": model,

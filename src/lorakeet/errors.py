@@ -53,8 +53,8 @@ class AdapterError(LorakeetError, ValueError):
     """An adapter, on disk or in memory, is missing, damaged or does not fit."""
 
 
-class MergeError(LorakeetError, RuntimeError):
-    """Merged and unmerged outputs differ, or a layer cannot be merged."""
+class MergeError(LorakeetError, RuntimeError, ValueError):
+    """A merge would be wrong or lose the update, or a layer cannot be merged. (PEFT raises a ValueError.)"""
 
 
 class TrainingError(LorakeetError, RuntimeError):

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from lorakeet._version import __version__
+from lorakeet.adapter.adapter_folders import saved_adapters
 from lorakeet.adapter.model_card import CARD_NAME, public_name
 from lorakeet.adapter.serialization import OWN_NAME, WEIGHTS_NAME, read_tensors
 from lorakeet.adapter.tensor_checks import is_untrained, nonfinite_error
@@ -89,20 +90,13 @@ def _checked_files(folder: Path, repo_id: str) -> list[str]:
         raise AdapterError(f"{repo_id!r} cannot be a name on the hub: {error}", "write it as user/name") from None
     if not folder.is_dir():
         raise AdapterError(f"{folder} is not a folder", "give the folder that save_pretrained wrote")
-    adapters = _adapters(folder)
+    adapters = list(saved_adapters(folder).values())
     if (folder / "run.yaml").is_file() and adapters == [folder / "adapter"]:
         raise AdapterError(f"{folder} is the folder of a run, not of an adapter", f"push {folder / 'adapter'}")
     for adapter in adapters or [folder]:
         _check_adapter(adapter)
     paths = [adapter / name for adapter in adapters for name in FILES]
     return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
-
-
-def _adapters(folder: Path) -> list[Path]:
-    """Return the folder itself and its subfolders, as far as they have adapters; checkpoints do not count."""
-    inner = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
-    named = [path for path in inner if not path.name.startswith((".", "checkpoint"))]
-    return ([folder] if (folder / CONFIG_NAME).is_file() else []) + named
 
 
 def _check_adapter(folder: Path) -> None:

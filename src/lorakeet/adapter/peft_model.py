@@ -8,12 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorakeet.adapter.adapter_folders import adapter_folders, saved_adapters
 from lorakeet.adapter.model_card import write_card
 from lorakeet.adapter.serialization import check_base, load_tensors, read_notes, read_tensors, write_adapter
+from lorakeet.adapter.unfrozen import NOTE
 from lorakeet.errors import AdapterError
 from lorakeet.lora.config import PeftConfig, refuse_unknown
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import plan_injection, set_trainable
+from lorakeet.lora.interop.wrappers import bare
 from lorakeet.lora.model import LoraModel, adopt
 from lorakeet.quant.protocol import weight_dtype
 
@@ -62,6 +65,7 @@ class PeftModel(LoraModel):
             TargetError: the adapter's layers are not in this model.
         """
         refuse_unknown("from_pretrained", peft_only, _LOADING)
+        model = bare(model)
         fresh = not isinstance(model, LoraModel)
         peft = adopt(model, cls)
         assert isinstance(peft, PeftModel)
@@ -128,13 +132,46 @@ class PeftModel(LoraModel):
         if not known:
             self.add_adapter(adapter_name, config.model_copy(update={"inference_mode": not is_trainable}), strict=False)
         try:
-            load_tensors(self, adapter_name, tensors, model_id, allow_untrained=allow_untrained or is_trainable)
+            load_tensors(
+                self,
+                adapter_name,
+                tensors,
+                model_id,
+                allow_untrained=allow_untrained or is_trainable,
+                unfrozen=notes.get(NOTE, ()),
+            )
         except BaseException:
             if not known:
                 self.delete_adapter(adapter_name)
             raise
         if is_trainable and adapter_name in self.active_adapters:
             self.set_adapter(self.active_adapters)
+
+    def restore_adapters(self, root: str | Path) -> list[str]:
+        """Load every adapter of this model again from where :meth:`save_pretrained` put it below ``root``.
+
+        Each keeps its name, and stays active or not, trainable or not: the state of a checkpoint or of the best step.
+
+        Returns:
+            Names of the adapters; one that neither trains nor acts may be missing in ``root``.
+
+        Raises:
+            AdapterError: ``root`` lacks an adapter that trains or acts, or one does not fit. The model is as before then.
+        """
+        folders = adapter_folders(root, self.peft_config)
+        saved = saved_adapters(root)
+        if missing := [
+            name for name in folders if name not in saved and (self.trains(name) or name in self.switch.active)
+        ]:
+            listed = ", ".join(map(repr, saved)) or "none"
+            raise AdapterError(
+                f"{root} has no adapter {', '.join(map(repr, missing))}, it has {listed}",
+                "name the adapters as in the run that saved them",
+            )
+        present = [name for name in folders if name in saved]
+        for name in present:
+            self.load_adapter(folders[name], name, is_trainable=self.trains(name), allow_untrained=True)
+        return present
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -174,10 +211,11 @@ class PeftModel(LoraModel):
         if any(layer.merged_adapters for layer in self.lora_layers()):
             raise AdapterError("an adapter is merged into the base, so it would be saved twice", "unmerge first")
         folder = Path(save_directory)
-        for name in selected_adapters or list(self.peft_config):
+        chosen = list(selected_adapters or self.peft_config)
+        for name in chosen:
             self._check_known(name)
+        for name, path in adapter_folders(folder, chosen).items():
             if is_main_process:
-                path = folder if name == "default" else folder / name
                 write_adapter(self, name, path, state_dict=state_dict, notes=notes)
                 write_card(path, self.peft_config[name], notes or {})
         if push_to_hub and is_main_process:
@@ -240,9 +278,11 @@ def get_peft_model(
         TargetError: some of ``target_modules`` match nothing, with the nearest names; the model is as before then.
     """
     refuse_unknown("get_peft_model", peft_only, {"low_cpu_mem_usage", "mixed"})
+    model = bare(model)
     if isinstance(model, LoraModel):
         raise AdapterError("this model has adapters already", "call add_adapter on it")
-    plan_injection(model, resolve_config(model, peft_config))  # raises before anything is changed
+    peft_config = resolve_config(model, peft_config)
+    plan_injection(model, peft_config)  # raises before anything is changed
     peft = adopt(model, PeftModel)
     assert isinstance(peft, PeftModel)
     peft.add_adapter(adapter_name, peft_config)

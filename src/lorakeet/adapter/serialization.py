@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,16 @@ from lorakeet.adapter.fingerprint import fingerprint, mismatch
 from lorakeet.adapter.model_card import write_card
 from lorakeet.adapter.tensor_checks import compare, is_untrained, nonfinite_error
 from lorakeet.adapter.tensor_names import PREFIX, is_token_rows, mirrored_names, tensor_names, vocabulary_names
+from lorakeet.adapter.unfrozen import NOTE, remember, unfrozen_keys, unfrozen_names
 from lorakeet.errors import AdapterError, OutputError
 from lorakeet.files import PICKLE_SUFFIXES, write_file, write_json
 from lorakeet.log import info, warn
 from lorakeet.lora.config import PeftConfig, find_adapter_file
-from lorakeet.lora.layer import LoraLayer
+from lorakeet.lora.interop.wrappers import canonical, state_of
 from lorakeet.lora.model import LoraModel
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.trainable_tokens import TiedLayer, TrainableTokens
-from lorakeet.quant.protocol import weight_shape
+from lorakeet.model_facts import embedding_rows, vocabulary_size
 from lorakeet.quant.state_dict import has_weight, read_weight, write_weight
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -60,11 +61,17 @@ def write_adapter(
     """
     if folder.is_file():
         raise OutputError(f"{folder} is a file, expected a folder to save the adapter in")
-    source = model.state_dict() if state_dict is None else state_dict
-    names = tensor_names(model, adapter)
+    source = state_of(model, state_dict)
+    unfrozen = unfrozen_names(model)
+    names = tensor_names(model, adapter) | unfrozen_keys(model, unfrozen)
     if reason := resize_reason(model, adapter):
         info(reason)
         names |= vocabulary_names(model)
+    if lost := sorted(key for key, name in names.items() if name not in source):
+        raise AdapterError(
+            f"adapter {adapter!r} is not saved: the model has no tensor {lost[0]} ({len(lost)} are missing)",
+            "save it before another tool replaces its layers, and give a whole state dict",
+        )
     tensors = {key: read_weight(model, source, name).detach().cpu().contiguous() for key, name in names.items()}
     for key, (first, transposed) in mirrored_names(model, adapter).items():
         if not is_token_rows(key):
@@ -78,8 +85,9 @@ def write_adapter(
         # safetensors refuses tensors that share memory: a tied head and embedding are written as two copies
         save_file(_unshared(tensors), aside, metadata={"format": "pt"})
     config.save_pretrained(folder)
-    base = {"name": config.base_model_name_or_path, "fingerprint": fingerprint(model)}
-    write_json(folder / OWN_NAME, {"format": 1, "lorakeet": __version__, "base": base, **(notes or {})})
+    base = {"name": config.base_model_name_or_path, "fingerprint": fingerprint(model, source, leave_out=unfrozen)}
+    further = {NOTE: sorted(map(canonical, unfrozen))} if unfrozen else {}
+    write_json(folder / OWN_NAME, {"format": 1, "lorakeet": __version__, "base": base, **further, **(notes or {})})
 
 
 def add_notes(folder: Path, config: PeftConfig, notes: Mapping[str, Any]) -> None:
@@ -106,9 +114,8 @@ def resize_reason(model: LoraModel, adapter: str) -> str | None:
     if not layers or file is None:
         return None  # the base's own vocabulary is unknown
     values = json.loads(file.read_text(encoding="utf-8"))
-    original = values.get("vocab_size", (values.get("text_config") or {}).get("vocab_size"))
-    rows = weight_shape(_base_layer(layers[0]))[0]
-    if not isinstance(original, int) or original == rows:
+    original, rows = vocabulary_size(values), embedding_rows(model)
+    if original is None or rows is None or original == rows:
         return None
     if all(_saves(layer, adapter, range(original, rows)) for layer in layers):
         return None
@@ -121,12 +128,6 @@ def _base_config(name: str) -> Path | None:
         return Path(name) / "config.json"
     cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 and not name.startswith(".") else None
     return Path(cached) if isinstance(cached, str) else None
-
-
-def _base_layer(layer: Any) -> Any:
-    if isinstance(layer, SavedModule):
-        return layer.original_module
-    return layer.base_layer if isinstance(layer, LoraLayer) else layer
 
 
 def _saves(layer: Any, adapter: str, rows: range) -> bool:
@@ -167,7 +168,7 @@ def read_tensors(name: str | Path, *, revision: str | None = None, subfolder: st
             )
         raise AdapterError(f"{name} has no {WEIGHTS_NAME}", "give the folder that save_pretrained wrote")
     try:
-        return load_file(path)
+        return {canonical(key): tensor for key, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise AdapterError(
             f"{path} is damaged or not a safetensors file ({error})", "copy it again; was the transfer complete?"
@@ -207,7 +208,13 @@ def check_base(name: str | Path, notes: Mapping[str, Any], model: LoraModel) -> 
 
 
 def load_tensors(
-    model: LoraModel, adapter: str, tensors: Mapping[str, Tensor], name: str | Path, *, allow_untrained: bool = False
+    model: LoraModel,
+    adapter: str,
+    tensors: Mapping[str, Tensor],
+    name: str | Path,
+    *,
+    allow_untrained: bool = False,
+    unfrozen: Iterable[str] = (),
 ) -> None:
     """Check the tensors against the adapter that ``model`` expects, then copy them in.
 
@@ -217,29 +224,46 @@ def load_tensors(
         tensors: The tensors of the file.
         name: Folder or hub id, for messages.
         allow_untrained: Only warn if every B is zero.
+        unfrozen: Names of parameters of the base that the adapter's notes list.
 
     Raises:
         AdapterError: tensors are missing, unexpected, of the wrong shape or not finite, or the adapter is untrained.
     """
     state = model.state_dict()
-    differences = compare(model, adapter, tensors, state)
+    base_keys = unfrozen_keys(model, unfrozen)
+    differences = compare(model, adapter, tensors, state, base_keys)
     differences.raise_if_any(name)
     if is_untrained(tensors):
         message = f"adapter {str(name)!r} is untrained: every B is zero, so it changes nothing"
         if not allow_untrained:
             raise AdapterError(message, "train it; allow_untrained=True loads it all the same")
         warn(message)
-    _copy_in(model, differences.names, tensors, state)
+    _copy_in(model, differences.names, tensors, state, base_keys)
+    remember(model, base_keys.values())
+
+
+def check_tensors(model: LoraModel, adapter: str, folder: Path) -> None:
+    """Check that the files in ``folder`` fit the adapter of ``model``, without loading them.
+
+    Raises:
+        AdapterError: see :func:`load_tensors`.
+    """
+    base_keys = unfrozen_keys(model, read_notes(folder).get(NOTE, ()))
+    compare(model, adapter, read_tensors(folder), model.state_dict(), base_keys).raise_if_any(folder)
 
 
 @torch.no_grad()
 def _copy_in(
-    model: LoraModel, names: Mapping[str, str], tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    model: LoraModel,
+    names: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    unfrozen: Mapping[str, str],
 ) -> None:
     """Copy the tensors into the state dict, quantized where that is; the base's own only where they differ."""
-    vocabulary = vocabulary_names(model)
+    of_the_base = {**vocabulary_names(model), **unfrozen}
     for key, own in names.items():
-        if own.endswith(".base_layer.weight") or key in vocabulary:
+        if own.endswith(".base_layer.weight") or key in of_the_base:
             if has_weight(model, state, own, tensors[key]):
                 continue
             info(f"{key.removeprefix(PREFIX)} is taken from the adapter: it differs from the base's")

@@ -6,6 +6,7 @@ is still in the loss. Random numbers come from torch's own generator.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -177,6 +178,8 @@ def make_collator(task: TaskSettings, tokenizer: Any, model: Any = None) -> Coll
     Raises:
         BaseModelError: no token to pad with, or for MASKED_LM none that marks a gap.
     """
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.padding_side = "right"  # positions count from the left: a text has the same ones alone and in a batch
     pad = tokenizer.pad_token_id
     if pad is None and task.type not in ("CAUSAL_LM", "FEATURE_EXTRACTION"):
         raise BaseModelError(

@@ -39,7 +39,13 @@ _EMPTY_HINT = "check that data.columns names the right columns; `lorakeet doctor
 
 
 def prepare(
-    settings: DataSettings, task: TaskSettings, tokenizer: Any, *, seed: int, max_positions: int | None = None
+    settings: DataSettings,
+    task: TaskSettings,
+    tokenizer: Any,
+    *,
+    seed: int,
+    max_positions: int | None = None,
+    vocabulary: int | None = None,
 ) -> Prepared:
     """Read ``settings.path`` and make samples of it.
 
@@ -49,16 +55,19 @@ def prepare(
         tokenizer: of ``transformers``; its end token is put after every text that is not cut.
         seed: chooses the held-out rows.
         max_positions: tokens of the longest sample that the model takes; None: no limit.
+        vocabulary: rows of the model's embedding; None: enough for every token.
 
     Raises:
-        DataError: data that is missing, broken, without columns for the task or samples, or too long for the model.
+        DataError: data that is missing, broken, without columns for the task or samples, or that the model cannot read.
         BaseModelError: the tokenizer cannot do what the task needs, such as render a conversation.
     """
     if settings.stream:
-        return prepare_stream(settings, task, tokenizer, seed=seed, max_positions=max_positions)
+        limits = {"max_positions": max_positions, "vocabulary": vocabulary}
+        return prepare_stream(settings, task, tokenizer, seed=seed, **limits)
     rows = read_rows(settings, task.type, seed=seed)
     examined = _examine(rows, task, settings)
-    samples = _encode(examined, task, settings, tokenizer, max_positions)
+    encoder = make_encoder(examined.rows.layout, task, settings, tokenizer, examined.labels, vocabulary)
+    samples = _encode(examined, encoder, task, max_positions)
     sides = _split(samples, examined, settings, seed)
     return _report(rows, examined, samples, sides, settings, task)
 
@@ -123,12 +132,9 @@ def _examine(rows: Rows, task: TaskSettings, settings: DataSettings) -> _Examine
     return _Examined(usable, labels, found)
 
 
-def _encode(
-    examined: _Examined, task: TaskSettings, settings: DataSettings, tokenizer: Any, max_positions: int | None
-) -> _Samples:
+def _encode(examined: _Examined, encoder: Encoder, task: TaskSettings, max_positions: int | None) -> _Samples:
     """Tokenize the usable rows, or read their samples from the cache."""
     rows = examined.rows
-    encoder = make_encoder(rows.layout, task, settings, tokenizer, examined.labels)
     tokens = tokenize(rows, examined.found.content_hash, encoder)
     counts = count_columns(tokens)
     numbers = np.flatnonzero(counts["targets"])

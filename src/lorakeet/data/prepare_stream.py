@@ -50,7 +50,13 @@ _LOGGED_LATER = ("broken", "encoding", "wrong_type", "half_character", "tag_coun
 
 
 def prepare_stream(
-    settings: DataSettings, task: TaskSettings, tokenizer: Any, *, seed: int, max_positions: int | None = None
+    settings: DataSettings,
+    task: TaskSettings,
+    tokenizer: Any,
+    *,
+    seed: int,
+    max_positions: int | None = None,
+    vocabulary: int | None = None,
 ) -> Prepared:
     """Prepare a stream: the training part is an ``IterableDataset``, the held-out part is in memory.
 
@@ -63,6 +69,7 @@ def prepare_stream(
         tokenizer: of ``transformers``.
         seed: chooses the held-out rows and the order.
         max_positions: tokens of the longest sample that the model takes; None: no limit.
+        vocabulary: rows of the model's embedding; None: enough for every token.
 
     Raises:
         DataError: as :func:`lorakeet.data.prepare.prepare`, as far as the beginning of the data shows.
@@ -72,7 +79,7 @@ def prepare_stream(
     label_column = find_kind(kind).labels
     labels = given_labels(layout.types[label_column], task) if label_column else None
     checked, sound = _check(settings, task)
-    encoder = make_encoder(layout, task, settings, tokenizer, labels)
+    encoder = make_encoder(layout, task, settings, tokenizer, labels, vocabulary)
     rows = held.select(usable(held.data, kind))
     tokens = _held_out(rows, encoder, source)
     measured = {digest(sample) for sample in tokens.select_columns(id_columns(encoder.model_columns()))}

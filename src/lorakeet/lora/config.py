@@ -10,14 +10,17 @@ from __future__ import annotations
 import enum
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
-from lorakeet.config import LoraSettings, settings_error
+from lorakeet.config import LoraSettings
 from lorakeet.errors import AdapterError, ConfigError, LorakeetError, did_you_mean
 from lorakeet.files import hub_file, write_json
+from lorakeet.lora.interop.peft_classes import AnswersAsPeft
+from lorakeet.lora.interop.trainer_hooks import hook_trainer
 from lorakeet.lora.variants import Variant, chosen_variant, variant_settings
+from lorakeet.setting_types import settings_error
 
 CONFIG_NAME = "adapter_config.json"
 #: Release of PEFT whose file format is read and written.
@@ -55,7 +58,7 @@ class TaskType(enum.StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-class PeftConfig(LoraSettings):
+class PeftConfig(AnswersAsPeft, LoraSettings):
     """Settings of one adapter and the other keys of its file; ``PeftConfig.from_pretrained`` reads any.
 
     Raises:
@@ -64,6 +67,9 @@ class PeftConfig(LoraSettings):
     """
 
     model_config = ConfigDict(frozen=False, extra="forbid", use_enum_values=True)
+    peft_class: ClassVar[tuple[str, str]] = ("peft", "PeftConfig")
+
+    words_are_names: ClassVar[bool] = False
 
     task_type: TaskType | None = Field(None, description="what the model is for")
     peft_type: str = Field("LORA", pattern="^LORA$", description="the method; always LORA")
@@ -76,6 +82,7 @@ class PeftConfig(LoraSettings):
     _foreign: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     def __init__(self, **values: Any) -> None:
+        hook_trainer()
         unknown = set(values) - set(type(self).model_fields) - set(NEUTRAL) - set(variant_settings())
         if unknown:
             raise ConfigError(
@@ -185,6 +192,8 @@ class PeftConfig(LoraSettings):
 
 class LoraConfig(PeftConfig):
     """Settings of one LoRA adapter, with the names and defaults of ``peft.LoraConfig``."""
+
+    peft_class = ("peft", "LoraConfig")
 
 
 def find_adapter_file(

@@ -8,7 +8,7 @@ layers of a model, holds the names of those that act. There is a subclass for ea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorakeet.errors import AdapterError
 from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.interop.peft_classes import AnswersAsPeft
 from lorakeet.lora.variants import Variant
 from lorakeet.quant.protocol import dense_weight, is_quantized, weight_dtype
 
@@ -55,7 +56,7 @@ class ActiveAdapters:
             self.rows = before
 
 
-class LoraLayer(nn.Module):
+class LoraLayer(AnswersAsPeft, nn.Module):
     """A frozen base layer and its adapters. A subclass computes the low-rank output of one layer type.
 
     Attributes:
@@ -70,6 +71,7 @@ class LoraLayer(nn.Module):
         merged_adapters: Names of the merged adapters.
     """
 
+    peft_class = ("peft.tuners.tuners_utils", "BaseTunerLayer")
     linear = False  # whether target_modules="all-linear" includes the layer type
     base_layer: Any
 
@@ -138,6 +140,11 @@ class LoraLayer(nn.Module):
     def update(self, adapter: str, x: Tensor, h: Tensor) -> Tensor:
         """Apply the adapter to the output ``h`` for the input ``x``."""
         return self.variants[adapter].update(self, adapter, x, h)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that have a part here."""
+        return list(self.r)
 
     @property
     def acting(self) -> list[str]:
@@ -228,11 +235,21 @@ class LoraLayer(nn.Module):
         self.merged_adapters = mine
 
     def merged_weight(self, adapters: list[str]) -> Tensor:
-        """Return the base layer's weight with these adapters in it, in the wider of both dtypes."""
-        weight = dense_weight(self.base_layer, self.delta(adapters[0]).dtype)
+        """Return the base layer's weight with these adapters in it, in fp32; in fp64 for a base in fp64."""
+        weight = dense_weight(self.base_layer, self._adapter_dtype())
         for adapter in adapters:
             weight = self.variants[adapter].merged_weight(self, adapter, weight)
         return weight
+
+    def weight_updates(self, adapters: list[str]) -> Iterable[Tensor]:
+        """Return ΔW of these adapters together, in the slices that :meth:`weight_slices` makes of the weight."""
+        if all(adapter not in self.variants or self.variants[adapter].additive for adapter in adapters):
+            return [sum((self.delta(adapter) for adapter in adapters[1:]), self.delta(adapters[0]))]
+        return [self.merged_weight(adapters) - dense_weight(self.base_layer, self._adapter_dtype())]
+
+    def weight_slices(self, weight: Tensor) -> Sequence[Tensor]:
+        """Return the base layer's weight in the parts that a merge is measured in: one, or one for each expert."""
+        return [weight]
 
     def bias_delta(self, adapter: str) -> Tensor | None:
         """Return what merging adds to the base layer's bias; None, if nothing."""
@@ -252,7 +269,11 @@ class LoraLayer(nn.Module):
     def _replace_parameter(self, name: str, value: Tensor) -> None:
         old = getattr(self.base_layer, name)
         self.originals.setdefault(name, old)
-        setattr(self.base_layer, name, nn.Parameter(value.detach().to(old.dtype), requires_grad=old.requires_grad))
+        setattr(
+            self.base_layer,
+            name,
+            nn.Parameter(value.detach().to(old.dtype).contiguous(), requires_grad=old.requires_grad),
+        )
 
     def __getattr__(self, name: str) -> Any:
         # ``weight``, ``bias``, ``in_features`` and the like, for code that does not know about adapters

@@ -61,7 +61,9 @@ class LoraPair(LoraLayer):
 
     def low_rank_output(self, adapter: str, x: Tensor) -> Tensor:
         a, b = self.pair(adapter)
-        dropped = dropout(x.to(a.weight.dtype), self.lora_dropout[adapter], self.training)
+        weight = a.weight  # a function, once torch.ao has quantized the layer
+        dtype = weight.dtype if isinstance(weight, Tensor) else x.dtype
+        dropped = dropout(x.to(dtype), self.lora_dropout[adapter], self.training)
         low_rank: Tensor = b(a(dropped)) * self.scaling[adapter]
         return low_rank
 

@@ -11,25 +11,26 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakeet.errors import AdapterError, ConfigError, did_you_mean
 from lorakeet.log import warn
 from lorakeet.lora.combine import combine
 from lorakeet.lora.config import PeftConfig, refuse_unknown
 from lorakeet.lora.default_targets import resolve_config
+from lorakeet.lora.guard.adapter_names import BARE, check_adapter_name
 from lorakeet.lora.inject import InjectionPlan, Part, inject, plan_injection, restore
+from lorakeet.lora.interop.peft_classes import AnswersAsPeft
+from lorakeet.lora.interop.trainer_hooks import hook_trainer
+from lorakeet.lora.interop.wrappers import bare
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer
 from lorakeet.lora.merge import MergeMethods
 from lorakeet.lora.modules_to_save import SavedModule
 
-#: Name of the base without an adapter in a mixed batch; PEFT's.
-BARE = "__base__"
-
 _classes: dict[tuple[type, type], type] = {}
 
 
-class LoraModel(MergeMethods):
+class LoraModel(AnswersAsPeft, MergeMethods):
     """The methods that a model gains with its first adapter. Never constructed: see :func:`adopt`.
 
     Attributes:
@@ -37,6 +38,7 @@ class LoraModel(MergeMethods):
         switch: The active adapters, shared with all layers.
     """
 
+    peft_class = ("peft", "PeftModel")
     peft_config: dict[str, PeftConfig]
     switch: ActiveAdapters
     _parts: list[Part]  # collected at each injection, so that switching does not walk the whole model
@@ -61,6 +63,15 @@ class LoraModel(MergeMethods):
         """Return every LoRA layer."""
         return [part for part in self.lora_parts() if isinstance(part, LoraLayer)]
 
+    def trains(self, adapter_name: str) -> bool:
+        """Whether any parameter of the adapter is trainable."""
+        return any(parameter.requires_grad for parameter in self.adapter_parameters(adapter_name))
+
+    def adapter_parameters(self, adapter_name: str) -> list[Tensor]:
+        """Return the parameters of one adapter."""
+        here = [part for part in self.lora_parts() if adapter_name in part.adapters]
+        return [parameter for part in here for parameter in part.parts(adapter_name)]
+
     def add_adapter(
         self, adapter_name: str, peft_config: PeftConfig, strict: bool = True, **peft_only: Any
     ) -> InjectionPlan:
@@ -73,6 +84,7 @@ class LoraModel(MergeMethods):
         """
         refuse_unknown("add_adapter", peft_only, {"low_cpu_mem_usage", "autocast_adapter_dtype"})
         self._check_new(adapter_name, peft_config)
+        bare(self)
         config = resolve_config(self, peft_config, fresh=strict)
         plan = plan_injection(self, config, strict=strict)
         touched = inject(self, plan, config, adapter_name, self.switch)
@@ -84,13 +96,9 @@ class LoraModel(MergeMethods):
         return plan
 
     def _check_new(self, name: str, config: PeftConfig) -> None:
+        check_adapter_name(name)
         if name in self.peft_config:
             raise AdapterError(f"there is an adapter {name!r} already", "choose another name, or delete_adapter first")
-        taken = name in ("weight", "bias", BARE) or hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name)
-        if not name or "." in name or taken:  # a ModuleDict has attributes: half, train, keys
-            raise AdapterError(
-                f"an adapter cannot be named {name!r}", "use letters, digits, '-' and '_', or another word"
-            )
         biased = [other for other, known in self.peft_config.items() if known.bias != "none"]
         if self.peft_config and (biased or config.bias != "none"):
             raise ConfigError(
@@ -260,13 +268,14 @@ class LoraModel(MergeMethods):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made at run time and cannot be found by name: pickle and deepcopy make it again.
         own, base = _parents(type(self))
-        return _blank, (own, base), self.__dict__
+        return _blank, (own, base), self.__getstate__()  # torch leaves out what is compiled
 
 
 def adopt(model: Any, own: type[LoraModel]) -> LoraModel:
     """Give ``model`` the methods of ``own``, in place. It has no adapter yet."""
     if isinstance(model, LoraModel):
         return model
+    hook_trainer()
     backbone = getattr(model, "base_model", None)
     for module in (backbone if isinstance(backbone, nn.Module) else model, model):
         if not hasattr(module, "model"):  # PEFT's path model.base_model.model leads to the model
@@ -295,7 +304,8 @@ def _subclass(own: type, base: type) -> type:
 
 
 def _parents(made: type) -> tuple[type, type]:
-    return next(key for key, value in _classes.items() if value is made)
+    parents = {value: key for key, value in _classes.items()}
+    return next(parents[kind] for kind in made.__mro__ if kind in parents)  # FSDP makes a subclass of its own
 
 
 def _blank(own: type, base: type) -> Any:

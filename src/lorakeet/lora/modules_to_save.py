@@ -19,6 +19,11 @@ class SavedModule(nn.Module):
         self.modules_to_save = nn.ModuleDict()
         self.switch = switch
 
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that have a copy."""
+        return list(self.modules_to_save)
+
     def add_adapter(self, adapter: str) -> None:
         """Add the adapter's copy, with the base's values, in a number format that can be trained."""
         clone = dequantized_copy(self.original_module)
@@ -39,6 +44,10 @@ class SavedModule(nn.Module):
         """Make the adapter's copy trainable, or freeze it."""
         if adapter in self.modules_to_save:
             self.modules_to_save[adapter].requires_grad_(trainable)
+
+    def parts(self, adapter: str) -> list[nn.Parameter]:
+        """Return the parameters of the adapter's copy."""
+        return list(self.modules_to_save[adapter].parameters())
 
     def share_weight(self, source: SavedModule, adapter: str) -> None:
         """Let the adapter's copy train the very weight that its copy of ``source`` trains."""

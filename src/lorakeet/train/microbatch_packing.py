@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lorakeet.ignore_index import IGNORE_INDEX
 from lorakeet.log import info
+from lorakeet.model_facts import padding_token as chosen_padding_token
 from lorakeet.patches.causal_loss import count_targets, shifts_labels
 from lorakeet.patches.fused_loss import computes_logits
 from lorakeet.patches.padding_free import is_padding_free
@@ -158,9 +159,8 @@ def evaluation_passes(batches: Iterable[Batch], budget: int, has_padding_token: 
 
 def padding_token(model: Any, tokenizer: Any) -> tuple[int, bool]:
     """Return the id that pads token ids, and whether the model itself names it."""
-    from_model = getattr(getattr(model, "config", None), "pad_token_id", None)
-    from_tokenizer = getattr(tokenizer, "pad_token_id", None)
-    return (from_tokenizer or 0, False) if from_model is None else (int(from_model), True)
+    own = chosen_padding_token(getattr(model, "config", None))
+    return (chosen_padding_token(None, tokenizer) or 0, False) if own is None else (own, True)
 
 
 def sample_prefix(batch: Batch, length: int) -> dict[str, Tensor]:

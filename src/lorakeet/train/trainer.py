@@ -31,12 +31,12 @@ from lorakeet.patches.fused_loss import fused_sample_losses
 from lorakeet.rng import random_state, same_random_state, set_random_state
 from lorakeet.tasks.measure import Measure, Sums, TokenMeasure
 from lorakeet.train import preflight
+from lorakeet.train.callbacks.step import StepCallback
 from lorakeet.train.checkpoint import ResumableTrainer, SteadyCollator
 from lorakeet.train.evaluate import all_batches, held_out_sums, longest_first
 from lorakeet.train.length_sampler import LengthWindows
 from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.microbatch_packing import ForwardGroups, why_model_separates
-from lorakeet.train.step_callback import StepCallback
 from lorakeet.train.step_state import Batch, ForwardPass, StepState
 
 
@@ -78,6 +78,7 @@ class Trainer(ResumableTrainer):
         args = TrainingArguments("tmp_trainer") if args is None else args
         if model is not None:
             preflight.check_precision(model, args)
+            preflight.expect_all_gradients(model, args)
         preflight.use_one_gpu(args)
         super().__init__(model, args, *rest, **settings)
         self.non_finite, self.any_checkpoint = non_finite, any_checkpoint
@@ -220,8 +221,7 @@ class Trainer(ResumableTrainer):
     @property
     def running_model(self) -> nn.Module:
         """The model to call outside the training loop: sharded weights are whole only inside of the wrapper."""
-        model: nn.Module = self.model_wrapped if self.is_fsdp_enabled else self.model
-        return model
+        return self.model_wrapped if self.is_fsdp_enabled else self.model
 
     # ---- what helpers of a step ask for (lorakeet.train.step_state.StepHost) ------------------------------------
 
@@ -241,6 +241,7 @@ class Trainer(ResumableTrainer):
         """Check that the training can run, save and evaluate; restore the logged losses of a resumed run."""
         self._groups.restart()
         preflight.check_sharded(self.model_wrapped, self.args)
+        preflight.announce_unfrozen(self.model)
         self.rehearse()
         self._restore_progress()
 

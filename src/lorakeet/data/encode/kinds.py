@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lorakeet.config import DataSettings, TaskSettings
@@ -37,6 +38,7 @@ from lorakeet.data.rows.conversations import message_texts
 from lorakeet.data.rows.kinds import Column, Kind, Layout, Roles, find_kind, register, role
 from lorakeet.data.rows.label_set import LabelSet
 from lorakeet.errors import DataError
+from lorakeet.model_facts import tokens_without_row
 
 
 def _text(layout: Layout, task: TaskSettings, settings: DataSettings, tokenizer: Any, labels: Any) -> Encoder:
@@ -238,7 +240,12 @@ def register_kinds() -> None:
 
 
 def make_encoder(
-    layout: Layout, task: TaskSettings, settings: DataSettings, tokenizer: Any, labels: LabelSet | None = None
+    layout: Layout,
+    task: TaskSettings,
+    settings: DataSettings,
+    tokenizer: Any,
+    labels: LabelSet | None = None,
+    vocabulary: int | None = None,
 ) -> Encoder:
     """Make the encoder for rows of ``layout`` and a concrete ``task``.
 
@@ -248,6 +255,7 @@ def make_encoder(
         settings: ``max_length`` and ``learn``.
         tokenizer: Of ``transformers``.
         labels: Names of the classes or tags, where the kind has any.
+        vocabulary: Rows of the model's embedding; None: enough for every token.
 
     Raises:
         DataError: ``data.learn`` asks for completions of rows that have none, or the rows are not for this task.
@@ -257,4 +265,4 @@ def make_encoder(
     if make is None:
         raise DataError(f"rows of {layout.kind} are not for {task.type}", "choose another task: task.type")
     encoder: Encoder = make(layout, task, settings, tokenizer, labels)
-    return encoder
+    return replace(encoder, vocabulary=vocabulary) if tokens_without_row(tokenizer, vocabulary) else encoder
