@@ -30,7 +30,7 @@ SOURCES = Path(lorakeet.__file__).parent
 #: Fields of configurations and tokenizers that only model_facts reads.
 FIELDS = {"pad_token_id", "max_position_embeddings", "model_max_length", "vocab_size", "torch_dtype", "n_positions"}
 #: Uses that are none of a base's: a tokenizer after agree_on_padding, and names of parameters.
-OWN = {"data/collate.py", "patches/fused_loss.py", "inference/predict.py", "inference/generate.py"}
+OWN = {"data/collate.py", "patches/fused_loss.py", "inference/generate.py"}
 
 
 def fields_read(source: str) -> Iterator[str]:

@@ -307,7 +307,7 @@ class Run:
 
     def _write_adapter(self, folder: Path) -> None:
         """Write the adapter with its tokenizer and chat template."""
-        taught = taught_notes(self.config, self.data.layout)
+        taught = taught_notes(self.config, self.data.layout, self.data.chat)
         origin = {"task": self.task.notes(), "data": self.data.report.content_hash, NOTES: taught}
         self.model.save_pretrained(folder, notes=origin)
         self.base.tokenizer.save_pretrained(folder)
