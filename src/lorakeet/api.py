@@ -17,6 +17,8 @@ from lorakeet.data.collate import make_collator
 from lorakeet.data.prepare import prepare
 from lorakeet.errors import AdapterError, DataError
 from lorakeet.export import check_empty, merge, quantize
+from lorakeet.facts.vocabulary import embedding_rows
+from lorakeet.facts.window import window
 from lorakeet.inference.generate import Prompt, complete
 from lorakeet.inference.predict import predict as predict_rows
 from lorakeet.inference.questions import Question
@@ -25,7 +27,6 @@ from lorakeet.log import info, warn
 from lorakeet.lora.config import LoraConfig
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import plan_injection
-from lorakeet.model_facts import embedding_rows, window
 from lorakeet.tasks.task import Task
 from lorakeet.tasks.taught import Taught
 from lorakeet.train.evaluate import evaluate

@@ -14,10 +14,10 @@ from lorakeet.base.architectures import AUTO_CLASSES
 from lorakeet.base.load import Base, load_base
 from lorakeet.config import DEFAULT_MODEL, BaseSettings
 from lorakeet.errors import AdapterError
+from lorakeet.facts.padding import agree_on_padding
 from lorakeet.log import info
 from lorakeet.lora.config import PeftConfig, find_adapter_file
 from lorakeet.lora.model import LoraModel
-from lorakeet.model_facts import agree_on_padding
 from lorakeet.tasks.task import Task
 from lorakeet.tasks.taught import Taught
 

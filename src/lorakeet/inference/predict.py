@@ -20,6 +20,8 @@ from lorakeet.config import TaskSettings
 from lorakeet.data.collate import make_collator
 from lorakeet.data.encode.encoder import Sample
 from lorakeet.errors import DataError
+from lorakeet.facts.vocabulary import embedding_rows
+from lorakeet.facts.window import longest_text
 from lorakeet.inference.answers import (
     Tag,
     answer_texts,
@@ -32,7 +34,6 @@ from lorakeet.inference.answers import (
 from lorakeet.inference.generate import evaluating
 from lorakeet.inference.questions import Question, canonical_questions, question_encoder, word_starts
 from lorakeet.log import warn
-from lorakeet.model_facts import embedding_rows, longest_text
 
 #: Tokens that are proposed for a masked one.
 FILLINGS = 5

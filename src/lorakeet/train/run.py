@@ -29,9 +29,10 @@ from lorakeet.data.encode.render import describe_sample
 from lorakeet.data.prepare import prepare
 from lorakeet.data.prepared import Prepared
 from lorakeet.errors import OutputError, TrainingError
+from lorakeet.facts.vocabulary import vocabulary_size
+from lorakeet.facts.window import window
 from lorakeet.files import write_elsewhere, write_folder, write_json
 from lorakeet.log import info, log, warn
-from lorakeet.model_facts import vocabulary_size, window
 from lorakeet.patches.fused_layers import fused_layers
 from lorakeet.patches.fused_loss import fused_loss
 from lorakeet.patches.gradient_checkpointing import gradient_checkpointing

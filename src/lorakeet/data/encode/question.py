@@ -12,7 +12,7 @@ from lorakeet.chat_template import check_offsets
 from lorakeet.data.encode.classification import type_id_columns
 from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample
 from lorakeet.data.read.record import Fault
-from lorakeet.special_tokens import kept_positions
+from lorakeet.facts.special_tokens import kept_positions
 
 #: Share of a window's tokens that the next window repeats: 1 / _OVERLAP.
 _OVERLAP = 6
