@@ -24,7 +24,7 @@ from lorakeet.inference.predict import predict as predict_rows
 from lorakeet.inference.questions import Question
 from lorakeet.loaded_model import LoadedModel, open_model
 from lorakeet.log import info, warn
-from lorakeet.lora.config import LoraConfig
+from lorakeet.lora.config import LoraConfig, PeftConfig
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import plan_injection
 from lorakeet.tasks.task import Task
@@ -247,8 +247,9 @@ def plan_layers(model: str, lora: LoraSettings, task: TaskName = "auto") -> dict
     task = DEFAULT_TASKS[family(config)] if task == "auto" else task
     check_task(task, config, model)
     ghost = meta_model(config, auto_class=AUTO_CLASSES[task])
-    adapter = LoraConfig(**lora.model_dump(), task_type=Task(task).peft_type)
-    targets = plan_injection(ghost, resolve_config(ghost, adapter))
+    adapter: PeftConfig = LoraConfig(**lora.model_dump(), task_type=Task(task).peft_type)
+    adapter = resolve_config(ghost, adapter)
+    targets = plan_injection(ghost, adapter)
     trainable, total = get_peft_model(ghost, adapter).get_nb_trainable_parameters()
     return {
         "base_model": model,

@@ -281,7 +281,8 @@ def get_peft_model(
     model = bare(model)
     if isinstance(model, LoraModel):
         raise AdapterError("this model has adapters already", "call add_adapter on it")
-    plan_injection(model, resolve_config(model, peft_config))  # raises before anything is changed
+    peft_config = resolve_config(model, peft_config)
+    plan_injection(model, peft_config)  # raises before anything is changed
     peft = adopt(model, PeftModel)
     assert isinstance(peft, PeftModel)
     peft.add_adapter(adapter_name, peft_config)

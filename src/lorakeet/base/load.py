@@ -27,7 +27,7 @@ from lorakeet.base.checkpoint_files import check_folder
 from lorakeet.base.device_dtype import bytes_by_dtype, check_dtypes, choose_device, choose_dtype, dtype_name, some
 from lorakeet.base.quiet import quiet
 from lorakeet.base.source import find_source, local_folder
-from lorakeet.config import QUANTIZED_FORMATS, BaseSettings, settings_error
+from lorakeet.config import QUANTIZED_FORMATS, BaseSettings
 from lorakeet.errors import BaseModelError
 from lorakeet.facts.padding import agree_on_padding
 from lorakeet.facts.vocabulary import embedding_rows, tokens_without_row
@@ -36,6 +36,7 @@ from lorakeet.log import warn
 from lorakeet.quant.hf_quantizer import CONFIGS, foreign_method, foreign_method_error
 from lorakeet.quant.protocol import quantized_layers
 from lorakeet.rng import seeded
+from lorakeet.setting_types import settings_error
 
 
 @dataclass(frozen=True)

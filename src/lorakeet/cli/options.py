@@ -9,9 +9,9 @@ from typing import Any
 import typer
 from pydantic import BaseModel
 
-from lorakeet.config import BaseSettings, RunConfig, read_run, setting_names
+from lorakeet.config import BaseSettings, RunConfig, read_run
 from lorakeet.errors import ConfigError
-from lorakeet.setting_types import plain_types
+from lorakeet.setting_types import plain_types, setting_names
 
 #: Base class of typer's usage errors; releases of typer keep click in different places.
 UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -160,13 +160,6 @@ def read_overrides(
             allowed = ", ".join(f"{each}.*" for each in sections)
             raise ConfigError(f"{word!r} is no setting of this command, expected {allowed}", "write section.key=value")
     return read_run(None, overrides or (), settings)
-
-
-def target_names(text: str) -> list[str] | str:
-    """Parse ``--target-modules``: a comma-separated list, a regular expression or ``all-linear``."""
-    if text == "all-linear" or any(sign in text for sign in r"\*+?[](){}|^$"):
-        return text
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def parse_and_call(command: Callable[..., Any], name: str, words: list[str]) -> int | None:

@@ -14,12 +14,13 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
-from lorakeet.config import LoraSettings, settings_error
+from lorakeet.config import LoraSettings
 from lorakeet.errors import AdapterError, ConfigError, LorakeetError, did_you_mean
 from lorakeet.files import hub_file, write_json
 from lorakeet.lora.interop.peft_classes import AnswersAsPeft
 from lorakeet.lora.interop.trainer_hooks import hook_trainer
 from lorakeet.lora.variants import Variant, chosen_variant, variant_settings
+from lorakeet.setting_types import settings_error
 
 CONFIG_NAME = "adapter_config.json"
 #: Release of PEFT whose file format is read and written.
@@ -67,6 +68,8 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
 
     model_config = ConfigDict(frozen=False, extra="forbid", use_enum_values=True)
     peft_class: ClassVar[tuple[str, str]] = ("peft", "PeftConfig")
+
+    words_are_names: ClassVar[bool] = False
 
     task_type: TaskType | None = Field(None, description="what the model is for")
     peft_type: str = Field("LORA", pattern="^LORA$", description="the method; always LORA")

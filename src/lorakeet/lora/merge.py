@@ -67,8 +67,8 @@ class MergeReport:
         """Return one line of text."""
         return (
             f"merged {self.layers} layers, formed in {'float64' if self.stored == 'float64' else 'float32'} and stored in "
-            f"{self.stored}: the rounding error is at most {self.lost:.2g} of a layer's update; merged and unmerged outputs differ "
-            f"by at most {self.error:.2g} (the adapter changes them by up to {self.effect:.2g}; the largest is "
+            f"{self.stored}: the rounding error is at most {self.lost:.2g} of a layer's update; merged and unmerged outputs "
+            f"differ by at most {self.error:.2g} (the adapter changes them by up to {self.effect:.2g}; the largest is "
             f"{self.scale:.3g})"
         )
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lorakeet.config import DataSettings, RunConfig, TaskSettings, settings_error
+from lorakeet.config import DataSettings, RunConfig, TaskSettings
 from lorakeet.data.rows.kinds import Layout
+from lorakeet.setting_types import settings_error
 
 #: Entry of ``lorakeet.json`` with the settings.
 NOTES = "taught"
