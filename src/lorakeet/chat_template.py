@@ -67,6 +67,18 @@ def render_chat(
     return _render(tokenizer, messages, tools, add_generation_prompt)[0]
 
 
+def with_system_turn(messages: Sequence[Message], system: str | None) -> list[Message]:
+    """Return a conversation that begins with a system turn: its own if it has one, else ``system`` unless that is empty."""
+    if not system or has_system_turn(messages):
+        return list(messages)
+    return [{"role": "system", "content": system}, *messages]
+
+
+def has_system_turn(messages: Sequence[Message]) -> bool:
+    """Whether a conversation begins with a system turn."""
+    return bool(messages) and messages[0].get("role") in ("system", "developer")
+
+
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools | None = None, given: int = 0
 ) -> tuple[list[int], list[bool]]:

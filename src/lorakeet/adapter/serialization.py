@@ -25,6 +25,7 @@ from lorakeet.adapter.tensor_checks import compare, is_untrained, nonfinite_erro
 from lorakeet.adapter.tensor_names import PREFIX, is_token_rows, mirrored_names, tensor_names, vocabulary_names
 from lorakeet.adapter.unfrozen import NOTE, remember, unfrozen_keys, unfrozen_names
 from lorakeet.errors import AdapterError, OutputError
+from lorakeet.facts.vocabulary import embedding_rows, vocabulary_size
 from lorakeet.files import PICKLE_SUFFIXES, write_file, write_json
 from lorakeet.log import info, warn
 from lorakeet.lora.config import PeftConfig, find_adapter_file
@@ -32,7 +33,6 @@ from lorakeet.lora.interop.wrappers import canonical, state_of
 from lorakeet.lora.model import LoraModel
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.trainable_tokens import TiedLayer, TrainableTokens
-from lorakeet.model_facts import embedding_rows, vocabulary_size
 from lorakeet.quant.state_dict import has_weight, read_weight, write_weight
 
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -29,9 +29,10 @@ from lorakeet.base.quiet import quiet
 from lorakeet.base.source import find_source, local_folder
 from lorakeet.config import QUANTIZED_FORMATS, BaseSettings
 from lorakeet.errors import BaseModelError
+from lorakeet.facts.padding import agree_on_padding
+from lorakeet.facts.vocabulary import embedding_rows, tokens_without_row
 from lorakeet.kernels.int8.registry import best_on
 from lorakeet.log import warn
-from lorakeet.model_facts import agree_on_padding, embedding_rows, tokens_without_row
 from lorakeet.quant.hf_quantizer import CONFIGS, foreign_method, foreign_method_error
 from lorakeet.quant.protocol import quantized_layers
 from lorakeet.rng import seeded
@@ -44,7 +45,7 @@ class Base:
 
     Attributes:
         model: The model in eval mode; no parameter requires a gradient.
-        tokenizer: The tokenizer, with the padding token of :func:`lorakeet.model_facts.padding_token`.
+        tokenizer: The tokenizer, with the padding token of :func:`lorakeet.facts.padding.padding_token`.
         name: The name that an adapter records; the public name, if known.
         dtype: Number format of the floating-point weights.
         device: Device of the weights.

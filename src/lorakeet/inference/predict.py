@@ -20,6 +20,8 @@ from lorakeet.config import TaskSettings
 from lorakeet.data.collate import make_collator
 from lorakeet.data.encode.encoder import Sample, cannot_encode
 from lorakeet.errors import DataError
+from lorakeet.facts.vocabulary import embedding_rows
+from lorakeet.facts.window import longest_text
 from lorakeet.inference.answers import (
     Tag,
     answer_texts,
@@ -32,13 +34,12 @@ from lorakeet.inference.answers import (
 from lorakeet.inference.generate import evaluating
 from lorakeet.inference.questions import Question, canonical_questions, question_encoder, word_starts
 from lorakeet.log import warn
-from lorakeet.model_facts import embedding_rows, longest_text
 
 #: Tokens that are proposed for a masked one.
 FILLINGS = 5
 #: Words of a long text that are tokenized at once, per token of the longest sample.
 _WORDS_PER_TOKEN = 4
-#: Tokens of the longest sample of a model that takes any number.
+#: Tokens of the longest sample where neither model, tokenizer nor training limits them.
 _NO_LIMIT = 1 << 20
 #: Columns of a batch that are no input of the model.
 _NO_INPUTS = ("labels", "row", "no_answer", "starts", "ends")
@@ -83,8 +84,8 @@ def predict(
     Raises:
         DataError: A row is empty, or not of the form that the task needs.
     """
-    window = longest_text(model.config, tokenizer) or _NO_LIMIT
-    asking = _Asking(model, tokenizer, task, rows, batch_size, min(max_length or window, window), pairs)
+    lengths = [most for most in (max_length, longest_text(model.config, tokenizer)) if most is not None]
+    asking = _Asking(model, tokenizer, task, rows, batch_size, min(lengths, default=_NO_LIMIT), pairs)
     with evaluating(model), quiet():
         return asking.answers() if rows else []
 

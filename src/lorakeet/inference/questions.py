@@ -48,7 +48,7 @@ def question_encoder(
     settings = TaskSettings.model_validate({"type": task})
     [kind] = kinds_for(settings.type)
     layout = Layout(kind.name, {role: role for role in roles})
-    return make_encoder(layout, settings, DataSettings(max_length=max_length), tokenizer, None, vocabulary)
+    return make_encoder(layout, settings, DataSettings(max_length=max_length), tokenizer, vocabulary=vocabulary)
 
 
 def read_questions(

@@ -30,9 +30,9 @@ import datasets
 
 from lorakeet.data.read.record import Fault, Location
 from lorakeet.errors import DataError
+from lorakeet.facts.special_tokens import added_tokens, kept_positions, once, text_ids
+from lorakeet.facts.vocabulary import NO_ROW_HINT, no_row
 from lorakeet.ignore_index import IGNORE_INDEX
-from lorakeet.model_facts import NO_ROW_HINT, no_row
-from lorakeet.special_tokens import added_tokens, kept_positions, once, text_ids
 
 Batch = Mapping[str, list[Any]]
 Sample = dict[str, Any]

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorakeet.data.encode.encoder import Batch, CausalEncoder, Sample, with_end
 from lorakeet.data.read.record import Fault
-from lorakeet.special_tokens import prompt_ids
+from lorakeet.facts.special_tokens import prompt_ids
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class CompletionEncoder(CausalEncoder):
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of the prompts, as generation has them.
 
-        See :func:`lorakeet.special_tokens.prompt_ids`.
+        See :func:`lorakeet.facts.special_tokens.prompt_ids`.
         """
         return prompt_ids(self.tokenizer, texts)
 

@@ -16,8 +16,11 @@ has the member ``train: false`` afterwards. A mark that may mean either, or part
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import datasets
 
 from lorakeet.chat_messages import parse_object
 from lorakeet.data.read.record import FaultError
@@ -25,6 +28,8 @@ from lorakeet.data.rows.values import Values
 
 Message = dict[str, Any]
 
+#: Conversations that are read for their system turn.
+_LOOKED_AT = 1000
 #: Role of each speaker of sharegpt.
 SPEAKERS = {
     "human": "user",
@@ -63,6 +68,24 @@ def message_texts(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             text = part.get("text") if isinstance(part, Mapping) else part
             if isinstance(text, str):
                 yield text
+
+
+def system_turn_notes(rows: datasets.Dataset | None) -> dict[str, Any]:
+    """Return the system turn that conversations begin with, for the notes of an adapter that learns from them.
+
+    Args:
+        rows: Rows with ``messages``, of which the first :data:`_LOOKED_AT` are read; None: unknown.
+
+    Returns:
+        ``system``: the most common system turn if most conversations begin with it, else None; ``share``: of the
+        conversations, those that begin with any.
+    """
+    conversations = [] if rows is None else rows.select(range(min(len(rows), _LOOKED_AT)))["messages"][:]
+    firsts = [(json.loads(text) or [{}])[0] for text in conversations]
+    contents = [first["content"] for first in firsts if first.get("role") == "system"]
+    found = Counter(content for content in contents if isinstance(content, str))
+    most = [content for content, count in found.most_common(1) if count * 2 > len(firsts)]
+    return {"system": next(iter(most), None), "share": len(contents) / len(firsts) if firsts else 0.0}
 
 
 def as_messages(values: Values, role: str, speaker: str | None = None) -> list[Message] | None:

@@ -13,8 +13,8 @@ from helpers.tiny_tasks import rows_for, save_tiny, word_tokenizer, write_rows
 from lorakeet.base.load import load_base
 from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data.prepare import prepare
+from lorakeet.facts.special_tokens import added_tokens, kept_positions, prompt_ids, target_ids, text_ids
 from lorakeet.inference import generate
-from lorakeet.special_tokens import added_tokens, kept_positions, prompt_ids, target_ids, text_ids
 
 START, END = 3, 1
 
