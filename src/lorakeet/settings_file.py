@@ -30,6 +30,20 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _load(text: str) -> Any:
+    """Return the value of a YAML text.
+
+    Raises:
+        yaml.YAMLError: It is not YAML, or a value does not fit its tag, or it is nested too deeply.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # the constructors of dates and of tagged values raise many kinds
+        raise yaml.YAMLError(f"a value cannot be read ({error})") from None
+
+
 def read_tree(path: str | Path, sections: list[str]) -> dict[str, Any]:
     """Read a YAML file of settings.
 
@@ -47,7 +61,7 @@ def read_tree(path: str | Path, sections: list[str]) -> dict[str, Any]:
     as_data = f"if {path} is data to train on, give it as --data {path}"
     hint = None if suffix in SUFFIXES else as_data
     try:
-        tree = yaml.load(read_text(path), _Loader)
+        tree = _load(read_text(path))
     except OSError as error:
         raise ConfigError(
             f"cannot read {path}: {error.strerror}", hint or "give the YAML file of a run, or only flags"
@@ -83,7 +97,7 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 def _scalar(text: str) -> Any:
     """Return a YAML value; ``1e-4`` is a number here, although YAML 1.1 reads it as text."""
-    value = yaml.load(text, _Loader)
+    value = _load(text)
     if isinstance(value, str):
         try:
             return float(value)
