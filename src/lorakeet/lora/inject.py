@@ -19,7 +19,7 @@ from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.default_targets import TASK_HEADS, resolve_targets
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer
 from lorakeet.lora.layer_types import ADAPTABLE, adaptable, inside_adapter, layer_class, unwrapped
-from lorakeet.lora.modules_to_save import SavedModule
+from lorakeet.lora.modules_to_save import SavedModule, chosen_modules
 from lorakeet.lora.target_parameters import LoraParameter
 from lorakeet.lora.targeting import (
     ALL_LINEAR,
@@ -100,8 +100,10 @@ def plan_injection(model: nn.Module, config: PeftConfig, *, strict: bool = True)
     errors += layer_errors + parameter_errors
     if strict and not errors:
         errors += missing_layers(config, modules) + unmatched_patterns(config, [*layers, *parameters])
-    saved, saved_errors = _chosen_modules(config, modules)
-    errors += saved_errors if strict else []
+    saved, saved_errors = chosen_modules(
+        modules, config.modules_to_save or (), [*layers, *parameters], TASK_HEADS.get(config.task_type or "", [])
+    )
+    errors += [error for error, missing in saved_errors if strict or not missing]
     tokens, token_errors = trained_tokens(model, config, modules, [*layers, *saved])
     tying = plan_tying(model, config, modules, TyingPlan(tuple(layers), saved, tokens))
     errors += [*token_errors, *tying.errors]
@@ -177,19 +179,6 @@ def _chosen_parameters(
     if found and layer_indices(config):
         warn("layers_to_transform applies to target_modules only; to choose among parameters, write their full names")
     return list(found), errors
-
-
-def _chosen_modules(config: PeftConfig, modules: Modules) -> tuple[tuple[str, ...], list[str]]:
-    """Return the names of the modules that ``modules_to_save`` means, and errors."""
-    names: list[str] = []
-    errors = []
-    for key in config.modules_to_save or ():
-        found = [name for name in modules if name and matches(name, [key])]
-        if not found and key not in TASK_HEADS.get(config.task_type or "", []):
-            similar = ", ".join(nearest(key, {name.rpartition(".")[2] for name in modules if name})) or "none"
-            errors.append(f"modules_to_save names {key!r}, which is not in this model (similar: {similar})")
-        names += found
-    return tuple(dict.fromkeys(names)), errors
 
 
 def _hint(wanted: list[str] | str, modules: Modules) -> str:
@@ -301,12 +290,29 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def restore(model: nn.Module) -> None:
     """Put every base layer back where it was: the inverse of all injections, whatever the adapters."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, LoraParameter):
-            module.release()
-        elif isinstance(module, LoraLayer):
-            _replace(model, name, module.base_layer)
-        elif isinstance(module, SavedModule):
-            _replace(model, name, module.original_module)
+        _release(model, name, module)
+
+
+def release_unused(model: nn.Module) -> None:
+    """Put those base layers back whose adapters are all deleted, so that the next one may adapt them in another way."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (LoraLayer, SavedModule)) and not module.adapters:
+            _release(model, name, module)
+
+
+def _release(model: nn.Module, name: str, module: nn.Module) -> None:
+    if isinstance(module, LoraParameter):
+        module.release()
+    elif isinstance(module, LoraLayer):
+        _replace(model, name, module.base_layer)
+    elif isinstance(module, SavedModule):
+        _replace(model, name, module.original_module)
+
+
+def base_biases(model: nn.Module) -> list[nn.Parameter]:
+    """Return the biases of the base, which the setting ``bias`` may train."""
+    named = model.named_parameters()
+    return [bias for name, bias in named if name.endswith(".bias") and not any(mark in name for mark in OWN)]
 
 
 def set_trainable(model: nn.Module, config: PeftConfig, parts: Iterable[Part]) -> None:
