@@ -14,7 +14,7 @@ from lorakeet.adapter.put_adapter import put_adapter
 from lorakeet.adapter.serialization import check_base, read_notes, read_tensors, write_adapter
 from lorakeet.errors import AdapterError
 from lorakeet.lora.config import PeftConfig, refuse_unknown
-from lorakeet.lora.inject import set_trainable
+from lorakeet.lora.inject import freeze_base
 from lorakeet.lora.lifecycle.adoption import adopt
 from lorakeet.lora.lifecycle.merged import unmerged
 from lorakeet.lora.lifecycle.rollback import all_or_nothing
@@ -93,7 +93,7 @@ class PeftModel(LoraModel):
                 allow_untrained=allow_untrained,
             )
             if fresh:
-                set_trainable(peft, peft.peft_config[adapter_name], peft.lora_parts() if is_trainable else ())
+                freeze_base(peft)
                 peft.eval()
             peft.set_adapter(adapter_name, inference_mode=not is_trainable)
         return peft
@@ -284,7 +284,7 @@ def get_peft_model(
         peft = adopt(model, PeftModel)
         assert isinstance(peft, PeftModel)
         peft.add_adapter(adapter_name, peft_config)
-        set_trainable(peft, peft.peft_config[adapter_name], peft.lora_parts())
+        freeze_base(peft)
         peft.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
         if not autocast_adapter_dtype:
             for layer in peft.lora_layers():

@@ -6,11 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from lorakeet.errors import TargetError, nearest
@@ -309,27 +308,22 @@ def _release(model: nn.Module, name: str, module: nn.Module) -> None:
         _replace(model, name, module.original_module)
 
 
-def base_biases(model: nn.Module) -> list[nn.Parameter]:
-    """Return the biases of the base, which the setting ``bias`` may train."""
-    named = model.named_parameters()
-    return [bias for name, bias in named if name.endswith(".bias") and not any(mark in name for mark in OWN)]
-
-
-def set_trainable(model: nn.Module, config: PeftConfig, parts: Iterable[Part]) -> None:
-    """Freeze everything except the biases that ``config.bias`` names and the adapters' own parameters.
-
-    Args:
-        model: A model with adapters; each adapter makes its own parameters trainable itself.
-        config: The adapter's settings.
-        parts: The result of :func:`inject`, for ``bias="lora_only"``.
-    """
+def freeze_base(model: nn.Module) -> None:
+    """Freeze everything except the adapters' own parameters; each adapter makes its own trainable itself."""
     for name, parameter in model.named_parameters():
-        own = any(mark in name for mark in OWN)
-        replaced = ".original_module." in name  # its trained copy runs in its place, so it would get no gradient
-        if not own:
-            parameter.requires_grad_(config.bias == "all" and name.endswith(".bias") and not replaced)
+        if not any(mark in name for mark in OWN):
+            parameter.requires_grad_(False)
+
+
+def trained_biases(model: nn.Module, config: PeftConfig, adapter: str) -> list[nn.Parameter]:
+    """Return the biases of the base that the setting ``bias`` trains with the adapter."""
     if config.bias == "lora_only":
-        for part in parts:
-            bias = getattr(part.base_layer, "bias", None) if isinstance(part, LoraLayer) else None
-            if isinstance(bias, torch.Tensor):
-                bias.requires_grad_(True)
+        layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and adapter in layer.adapters]
+        biases = [getattr(layer.base_layer, "bias", None) for layer in layers]
+        return [bias for bias in biases if isinstance(bias, nn.Parameter)]
+    if config.bias == "none":
+        return []
+    # the trained copy of a module runs in its place, so the original would get no gradient
+    other = (*OWN, ".original_module.")
+    named = model.named_parameters()
+    return [bias for name, bias in named if name.endswith(".bias") and not any(mark in name for mark in other)]

@@ -18,7 +18,7 @@ from lorakeet.log import warn
 from lorakeet.lora.combine import combine
 from lorakeet.lora.config import PeftConfig, refuse_unknown
 from lorakeet.lora.default_targets import resolve_config
-from lorakeet.lora.inject import InjectionPlan, Part, base_biases, inject, plan_injection, release_unused, restore
+from lorakeet.lora.inject import InjectionPlan, Part, inject, plan_injection, release_unused, restore, trained_biases
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer
 from lorakeet.lora.lifecycle.adapter_names import BARE, check_adapter_name
 from lorakeet.lora.lifecycle.adoption import abandon, blank, parents
@@ -91,8 +91,8 @@ class LoraModel(MergeMethods):
                 part.train(self.training)
             self._parts = [module for module in self.modules() if isinstance(module, (LoraLayer, SavedModule))]
             self.peft_config[adapter_name] = config
-            if config.bias != "none":
-                self._base_biases = [(bias, bias.detach().clone()) for bias in base_biases(self)]
+            biases = trained_biases(self, config, adapter_name)
+            self._base_biases = [(bias, bias.detach().clone()) for bias in biases]
         return plan
 
     def _check_new(self, name: str, config: PeftConfig) -> None:
@@ -120,9 +120,8 @@ class LoraModel(MergeMethods):
         self._check_conflict(names)
         take_apart(self, f"{', '.join(names)} shall act")
         self.switch.active = names
-        for part in self.lora_parts():
-            for name in part.adapters:
-                part.set_trainable(name, name in names and not inference_mode)
+        for name in self.peft_config:
+            self._set_trainable(name, name in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make adapters trainable, or freeze them; which of them act does not change.
@@ -132,9 +131,15 @@ class LoraModel(MergeMethods):
         """
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         self._check_names(names)
+        for name in names:
+            self._set_trainable(name, requires_grad)
+
+    def _set_trainable(self, name: str, trainable: bool) -> None:
         for part in self.lora_parts():
-            for name in names:
-                part.set_trainable(name, requires_grad)
+            part.set_trainable(name, trainable)
+        if self.peft_config[name].bias != "none":
+            for bias, _ in self._base_biases:
+                bias.requires_grad_(trainable)
 
     def add_weighted_adapter(
         self,
@@ -198,8 +203,10 @@ class LoraModel(MergeMethods):
     @torch.no_grad()
     def _restore_biases(self) -> None:
         """Put the base's own biases back in place of trained ones."""
-        for bias, original in self.__dict__.pop("_base_biases", ()):
+        for bias, original in self._base_biases:
+            bias.requires_grad_(False)
             bias.data = original.to(bias.device)
+        self._base_biases = []
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -280,8 +287,7 @@ class LoraModel(MergeMethods):
                 self.unmerge()
                 self._restore_biases()
             restore(self)
-            del self.peft_config, self.switch, self._parts
-            self.__dict__.pop("_base_biases", None)
+            del self.peft_config, self.switch, self._parts, self._base_biases
             abandon(self)
         return self
 

@@ -20,7 +20,7 @@ def adopt(model: Any, own: type) -> Any:
     for module in (backbone if isinstance(backbone, nn.Module) else model, model):
         if not hasattr(module, "model"):  # PEFT's path model.base_model.model leads to the model
             module.__dict__["model"] = model
-    model.peft_config, model._parts = {}, []
+    model.peft_config, model._parts, model._base_biases = {}, [], []
     model.switch = ActiveAdapters()
     model.__class__ = _subclass(own, type(model))
     return model
