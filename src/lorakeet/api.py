@@ -5,35 +5,39 @@ Each takes settings and returns plain values; nothing here prints to stdout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lorakeet.adapter.peft_model import get_peft_model
-from lorakeet.base.architectures import AUTO_CLASSES, DEFAULT_TASKS, check_task, family, own_class
-from lorakeet.base.load import inspect_model, load_base
+from lorakeet.base.architectures import AUTO_CLASSES, DEFAULT_TASKS, check_task, family
 from lorakeet.base.meta_device import meta_model, read_config
-from lorakeet.base.quiet import quiet
-from lorakeet.chat_template import render_chat
-from lorakeet.config import BaseSettings, DataSettings, LoraSettings, TaskName, TaskSettings
+from lorakeet.chat_template import has_system_turn, with_system_turn
+from lorakeet.config import DataSettings, LoraSettings, TaskName, TaskSettings
 from lorakeet.data.collate import make_collator
 from lorakeet.data.prepare import prepare
-from lorakeet.errors import AdapterError, BaseModelError, DataError, OutputError
-from lorakeet.files import write_folder, write_json
-from lorakeet.inference.generate import complete
+from lorakeet.errors import AdapterError, DataError
+from lorakeet.export import check_empty, merge, quantize
+from lorakeet.facts.vocabulary import embedding_rows
+from lorakeet.facts.window import window
+from lorakeet.inference.generate import Prompt, complete
 from lorakeet.inference.predict import predict as predict_rows
+from lorakeet.inference.questions import Question
 from lorakeet.loaded_model import LoadedModel, open_model
-from lorakeet.log import info
-from lorakeet.lora.config import LoraConfig
+from lorakeet.log import info, warn
+from lorakeet.lora.config import LoraConfig, PeftConfig
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import plan_injection
-from lorakeet.quant.protocol import quantized_bytes
 from lorakeet.tasks.task import Task
+from lorakeet.tasks.taught import Taught
 from lorakeet.train.evaluate import evaluate
 from lorakeet.train.microbatch_packing import default_token_budget
 
+#: Share of conversations with a system turn from which on one without is warned of.
+_MOST = 0.5
+
 __all__ = [
     "LoadedModel",
+    "check_empty",
     "compare",
     "evaluate_data",
     "generate",
@@ -42,6 +46,7 @@ __all__ = [
     "plan_layers",
     "predict",
     "quantize",
+    "system_turn",
 ]
 
 
@@ -51,19 +56,22 @@ def evaluate_data(
     data: DataSettings,
     *,
     held_out_only: bool = False,
-    seed: int = 42,
-    batch_size: int = 8,
+    task_settings: TaskSettings | None = None,
+    seed: int | None = None,
+    batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure the loss or the task's metrics on data.
+    """Measure the loss or the task's metrics on data, by default with the settings that the adapter was taught with.
 
     Args:
         opened: The model with its adapters.
         adapter: The active adapter; None: the base alone.
-        data: Settings of the data.
+        data: Settings of the data. Those that are not set are taken from the adapter's notes: columns, ``learn``,
+            ``max_length`` and so on.
         held_out_only: Use only the rows that a run with this ``seed`` and ``data.eval_fraction`` holds out.
-        seed: Seed of the run.
-        batch_size: Rows per forward pass.
+        task_settings: Settings of the masks; those that are not set are taken from the adapter's notes.
+        seed: Seed of the run; None: that of the adapter's notes, else 42.
+        batch_size: Rows per forward pass; None: that of the adapter's notes, else 8.
         progress: Function of the rows done and their number.
 
     Returns:
@@ -73,12 +81,16 @@ def evaluate_data(
     Raises:
         DataError: The data cannot be read, or no rows are held out.
     """
-    data = data if held_out_only else data.model_copy(update={"eval_fraction": 0.0})
     tokenizer, task = opened.base.tokenizer, opened.task
-    chosen = TaskSettings.model_validate(
-        {"type": task.name, "problem": task.problem or "auto", "labels": list(task.labels) if task.labels else None}
-    )
-    prepared = prepare(data, chosen, tokenizer, seed=seed, max_positions=_window(opened.model))
+    taught = opened.taught(adapter)
+    data = taught.data_settings(data, held_out_only=held_out_only)
+    data = data if held_out_only else data.model_copy(update={"eval_fraction": 0.0})
+    seed = taught.train.get("seed", 42) if seed is None else seed
+    batch_size = taught.train.get("batch_size", 8) if batch_size is None else batch_size
+    own = {"type": task.name, "problem": task.problem or "auto", "labels": list(task.labels) if task.labels else None}
+    chosen = taught.task_settings(task_settings or TaskSettings()).model_copy(update=own)
+    limits = {"max_positions": window(opened.model.config), "vocabulary": embedding_rows(opened.model)}
+    prepared = prepare(data, chosen, tokenizer, seed=seed, **limits)
     rows = prepared.held_out if held_out_only else prepared.train
     if rows is None:
         raise DataError("nothing is held out: eval_fraction is 0", "give --eval-fraction as in the run")
@@ -91,26 +103,38 @@ def evaluate_data(
             batch_size,
             task=task,
             tokenizer=tokenizer,
-            token_budget=default_token_budget(opened.model, opened.base.device, batch_size * data.max_length),
+            answers=prepared.rows,
+            token_budget=_token_budget(opened, taught, batch_size * data.max_length),
+            skip_padding=taught.train.get("padding_free", True),
             seed=seed,
             progress=progress,
         )
 
 
-def _window(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _token_budget(opened: LoadedModel, taught: Taught, micro_batch_tokens: int) -> int:
+    """Return the tokens that batches may share a pass of, as in the training."""
+    noted = taught.train.get("token_budget")
+    return default_token_budget(opened.model, opened.base.device, micro_batch_tokens) if noted is None else noted
 
 
 def generate(
-    opened: LoadedModel, adapter: str | None, prompts: Sequence[str], *, chat: bool = False, **settings: Any
+    opened: LoadedModel,
+    adapter: str | None,
+    prompts: Sequence[Prompt],
+    *,
+    chat: bool = False,
+    system: str | None = None,
+    **settings: Any,
 ) -> list[str]:
     """Complete prompts; see :func:`lorakeet.inference.generate.complete`.
 
     Args:
         opened: The model with its adapters.
         adapter: The active adapter; None: the base alone.
-        prompts: Texts to complete.
-        chat: Treat each prompt as a user turn, rendered with the chat template.
+        prompts: Texts to complete; or conversations (lists of messages) to continue with an assistant turn.
+        chat: Treat each text as a user turn.
+        system: System turn of conversations that have none; None: that which the adapter was taught with, if any; empty:
+            none.
         **settings: Further arguments of ``complete``, such as ``max_new_tokens`` and ``greedy``.
 
     Returns:
@@ -120,23 +144,63 @@ def generate(
         ConfigError: A setting is out of range.
         DataError: A prompt is empty or too long.
     """
-    tokenizer = opened.base.tokenizer
     if chat:
-        prompts = [render_chat(tokenizer, [{"role": "user", "content": prompt}], True) for prompt in prompts]
+        prompts = [[{"role": "user", "content": one}] if isinstance(one, str) else one for one in prompts]
+    conversations = [one for one in prompts if not isinstance(one, str)]
+    if len(conversations) < len(prompts):
+        _check_plain(opened, adapter)
+    if not all(map(has_system_turn, conversations)):
+        turn = system_turn(opened, adapter, system)
+        prompts = [one if isinstance(one, str) else with_system_turn(one, turn) for one in prompts]
     with opened.answering(adapter):
-        return complete(opened.model, tokenizer, list(prompts), **settings)
+        return complete(opened.model, opened.base.tokenizer, prompts, **settings)
+
+
+def system_turn(opened: LoadedModel, adapter: str | None, given: str | None = None) -> str | None:
+    """Return the system turn for conversations with an adapter, and log where it comes from.
+
+    Args:
+        opened: The model with its adapters.
+        adapter: The active adapter; None: the base alone.
+        given: The system turn that is asked for; None: that of the adapter's training; empty: none.
+    """
+    chat = opened.taught(adapter).chat
+    taught = chat.get("system")
+    if given is None and taught:
+        info(f"system     {taught!r}, as the adapter was taught (--system gives another)")
+        return str(taught)
+    if given and taught and given != taught:
+        warn(f"the adapter was taught with another system turn: {taught!r}")
+    elif not given and taught:
+        warn(f"no system turn, but the adapter was taught with {taught!r}")
+    elif not given and chat.get("share", 0) > _MOST:
+        warn("the adapter was taught with system turns of many kinds, and there is none here: give one with --system")
+    return given or None
+
+
+def _check_plain(opened: LoadedModel, adapter: str | None) -> None:
+    """Warn where an adapter that was taught on conversations completes plain text."""
+    if opened.taught(adapter).chat:
+        warn("the adapter was taught on conversations, and the prompt is plain text: --chat makes it a user turn")
 
 
 def predict(
-    opened: LoadedModel, adapter: str | None, rows: Sequence[str | Mapping[str, str]], *, batch_size: int = 8
+    opened: LoadedModel,
+    adapter: str | None,
+    rows: Sequence[Question],
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
 ) -> list[dict[str, Any]]:
     """Predict the answer of the model's task for each text; see :func:`lorakeet.inference.predict.predict`.
 
     Args:
         opened: The model with its adapters.
         adapter: The active adapter; None: the base alone.
-        rows: Texts; for QUESTION_ANS mappings with ``question`` and ``context``.
+        rows: Texts; mappings with ``text`` and ``text_pair`` for a classifier of pairs, with ``question`` and ``context``
+            for QUESTION_ANS.
         batch_size: Rows per batch.
+        max_length: Tokens of the longest sample; None: as in the training of the adapter.
 
     Returns:
         A dictionary for each row, with keys by task.
@@ -150,99 +214,18 @@ def predict(
             f"this is a {opened.task.name} model; `predict` needs a classifier, tagger or encoder",
             "use `lorakeet generate`",
         )
+    taught = opened.taught(adapter)
+    settings: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length or taught.max_length}
     with opened.answering(adapter):
-        return predict_rows(opened.model, opened.base.tokenizer, opened.task.name, rows, batch_size=batch_size)
+        return predict_rows(opened.model, opened.base.tokenizer, opened.task.name, rows, pairs=taught.pairs, **settings)
 
 
-def compare(opened: LoadedModel, adapters: Sequence[str], prompts: Sequence[str], **settings: Any) -> Iterator[dict]:
+def compare(opened: LoadedModel, adapters: Sequence[str], prompts: Sequence[Prompt], **settings: Any) -> Iterator[dict]:
     """Yield ``{"adapter", "prompt", "text"}`` for each prompt of each adapter in turn; without adapters, of the base."""
     for adapter in adapters or [None]:  # type: ignore[list-item]
         texts = generate(opened, adapter, prompts, **settings)
         for prompt, text in zip(prompts, texts, strict=True):
             yield {"adapter": adapter, "prompt": prompt, "text": text}
-
-
-def merge(
-    settings: BaseSettings, adapter: str, out: str | Path, *, overwrite: bool = False, allow_other_base: bool = False
-) -> dict[str, Any]:
-    """Merge an adapter into its base, check the outputs, and save a plain model that any tool loads.
-
-    Args:
-        settings: Settings of the base.
-        adapter: Folder or hub id.
-        out: Folder to write, atomically.
-        overwrite: Replace the contents of ``out``.
-        allow_other_base: Accept an adapter that was trained on another base.
-
-    Returns:
-        ``{"path", "layers", "error", "effect", "scale"}``, see :class:`lorakeet.lora.merge.MergeReport`.
-
-    Raises:
-        MergeError: Merged and unmerged outputs differ, or a layer cannot be merged.
-        OutputError: ``out`` is not empty or not writable.
-    """
-    folder = check_empty(out, overwrite)
-    with write_folder(folder) as aside:  # fails before the expensive part if the folder is not writable
-        opened = open_model(settings, [adapter], allow_other_base=allow_other_base)
-        report = opened.model.merge_adapter()
-        merged = opened.model.merge_and_unload()
-        with quiet():
-            merged.save_pretrained(aside)
-        opened.base.tokenizer.save_pretrained(aside)
-        figures = {"layers": report.layers, "error": report.error, "effect": report.effect, "scale": report.scale}
-        write_json(aside / "lorakeet.json", {"merged": {"base": opened.base.name, "adapter": str(adapter), **figures}})
-    return {"path": str(folder), **figures}
-
-
-def quantize(settings: BaseSettings, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Quantize a base to 8 bits and save it. The folder loads in seconds; its weights are read from disk on demand.
-
-    Args:
-        settings: Settings of the base.
-        out: Folder to write, atomically.
-        overwrite: Replace the contents of ``out``.
-
-    Returns:
-        ``{"path", "base", "layers", "bytes", "full_bytes"}``: layers in 8 bits, bytes of all weights after and before.
-
-    Raises:
-        BaseModelError: The base is quantized already, incomplete, or has weights that are not finite.
-        OutputError: ``out`` is not empty or not writable.
-    """
-    folder = check_empty(out, overwrite)
-    config = inspect_model(settings).config
-    if method := getattr(config, "quantization_config", None):
-        name = method.get("quant_method", "") if isinstance(method, dict) else ""
-        raise BaseModelError(f"{settings.model} is quantized already ({name})", "give the full-precision model")
-    with write_folder(folder) as aside:  # fails before the expensive part if the folder is not writable
-        base = load_base(settings.model_copy(update={"bits": 8}), auto_class=own_class(config))
-        if base.fresh:
-            raise BaseModelError(
-                f"weights are missing and would be random: {', '.join(base.fresh[:5])}", "download its files again"
-            )
-        info(base.describe())
-        with quiet():
-            base.model.save_pretrained(aside)
-        base.tokenizer.save_pretrained(aside)
-        sizes = quantized_bytes(base.model, base.dtype)
-        write_json(aside / "lorakeet.json", {"quantised": {"base": base.name, **sizes}})
-    return {"path": str(folder), "base": base.name, **sizes}
-
-
-def check_empty(out: str | Path, overwrite: bool) -> Path:
-    """Check that an output folder is missing or empty, unless it may be replaced; return its path.
-
-    Raises:
-        OutputError: It is not empty, or a file, or its name is empty.
-    """
-    folder = Path(out)
-    if not str(out).strip():
-        raise OutputError("the output folder has no name, expected a path", "choose another --out")
-    if folder.is_file():
-        raise OutputError(f"{folder} is a file, expected a folder", "choose another --out")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise OutputError(f"{folder} is not empty", "choose another --out, or --overwrite to replace it")
-    return folder
 
 
 def plan_layers(model: str, lora: LoraSettings, task: TaskName = "auto") -> dict[str, Any]:
@@ -264,8 +247,9 @@ def plan_layers(model: str, lora: LoraSettings, task: TaskName = "auto") -> dict
     task = DEFAULT_TASKS[family(config)] if task == "auto" else task
     check_task(task, config, model)
     ghost = meta_model(config, auto_class=AUTO_CLASSES[task])
-    adapter = LoraConfig(**lora.model_dump(), task_type=Task(task).peft_type)
-    targets = plan_injection(ghost, resolve_config(ghost, adapter))
+    adapter: PeftConfig = LoraConfig(**lora.model_dump(), task_type=Task(task).peft_type)
+    adapter = resolve_config(ghost, adapter)
+    targets = plan_injection(ghost, adapter)
     trainable, total = get_peft_model(ghost, adapter).get_nb_trainable_parameters()
     return {
         "base_model": model,

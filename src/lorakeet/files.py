@@ -1,16 +1,18 @@
 """Atomic writes of files and folders, the cache folder, and single files of the hub.
 
-:func:`write_file` and :func:`write_folder` write to a temporary path, flush it to disk and rename it.
+:func:`write_file` and :func:`write_folder` write to a temporary path, flush it to disk and rename it. Links, mount
+points and the current folder stay what they are.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,74 +30,181 @@ def cache_home() -> Path:
     return Path(root) / "lorakeet"
 
 
+#: Error numbers of a full, limited or read-only disk.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+#: Names of torch's writer, which loses the error number of a failed write.
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
+#: Folder that a new ext4 file system has at its root.
+_LOST_AND_FOUND = "lost+found"
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """Return why the disk refused a write, or None if the error has another cause.
+
+    safetensors and torch raise their own errors, which hold the system's message as text at best.
+    """
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return os.strerror(error.errno)
+    text = str(error)
+    for number in _DISK_ERRORS:
+        if os.strerror(number) in text:
+            return os.strerror(number)
+    return "a file could not be written" if any(name in text for name in _TORCH_WRITER) else None
+
+
+@contextmanager
+def _disk_problems(path: Path) -> Iterator[None]:
+    """Raise an OutputError for a write that the disk refuses inside the block, whichever library writes."""
+    try:
+        yield
+    except LorakeetError:
+        raise
+    except Exception as error:
+        if reason := disk_problem(error):
+            raise OutputError(f"cannot write {path}: {reason}", "free some space or choose another folder") from error
+        raise
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Raise an OutputError for any error of the file system inside the block."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}", "choose a folder that you may write to"
+        ) from error
+
+
 def _fsync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError:
+        if path.is_file():  # some network file systems cannot flush a folder
+            raise
     finally:
         os.close(fd)
+
+
+def _chmod(path: Path, mode: int) -> None:
+    with suppress(OSError):  # FAT and some network file systems have no modes
+        path.chmod(mode)
 
 
 @contextmanager
 def write_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``, and rename it to ``path`` if the block raises nothing.
 
+    A link stays a link: the file that it points to is replaced. A device or pipe is written to.
+
     Raises:
-        OutputError: The folder is not writable.
+        OutputError: The folder is not writable, or the disk is full; ``path`` is as it was then.
     """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    with _refusals(path):
+        place = Path(os.path.realpath(path))
+        if place.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        special = place.exists() and not place.is_file()
+        mode = place.stat().st_mode & 0o777 if place.is_file() else 0o644
+        place.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.gettempdir()) if special else place.parent
+        fd, name = tempfile.mkstemp(prefix=f".{place.name}.", suffix=".tmp", dir=folder)
         os.close(fd)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}", "choose a folder that you may write to"
-        ) from error
     aside = Path(name)
     try:
-        yield aside
-        aside.chmod(0o644)
-        _fsync(aside)
-        aside.replace(path)
-        _fsync(path.parent)
+        with _disk_problems(path):
+            yield aside
+            if special:
+                place.write_bytes(aside.read_bytes())
+                return
+            _chmod(aside, mode)
+            _fsync(aside)
+            aside.replace(place)
+            _fsync(place.parent)
     finally:
         aside.unlink(missing_ok=True)
 
 
 @contextmanager
 def write_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder next to ``path``, and replace ``path`` by it if the block raises nothing.
+    """Yield a temporary folder, and give ``path`` its contents if the block raises nothing.
+
+    A new ``path`` appears by a rename. A folder that is there is filled, and its old contents are removed last. So the
+    current folder, a mount point and the target of a link stay what they are.
 
     Raises:
-        OutputError: The parent folder is not writable.
+        OutputError: The folder is not writable, or the disk is full; ``path`` is as it was then.
     """
     path = Path(path)
+    with _refusals(path):
+        place = Path(os.path.realpath(path))
+        if place.exists() and not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        parent = place if place.is_dir() else place.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=parent))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}", "choose a folder that you may write to"
-        ) from error
-    try:
-        yield aside
-        aside.chmod(0o755)
-        for file in aside.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)  # some writers create files that only their owner may read
-                _fsync(file)
-        if path.exists():
-            old = path.with_name(f".{path.name}.old.tmp")
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-            aside.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            aside.rename(path)
-        _fsync(path.parent)
+        with _disk_problems(path):
+            yield aside
+            _chmod(aside, 0o755)
+            for file in aside.rglob("*"):
+                if file.is_file():
+                    _chmod(file, 0o644)  # some writers create files that only their owner may read
+                    _fsync(file)
+            if place.is_dir():
+                _fill(place, aside)
+            else:
+                aside.rename(place)
+            _fsync(parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _fill(place: Path, aside: Path) -> None:
+    """Replace the contents of ``place`` by those of ``aside``, a folder in it; put the old ones back after an error."""
+    old = Path(tempfile.mkdtemp(prefix=".replaced.", suffix=".tmp", dir=place))
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for entry in contents(place):
+            if entry not in (aside, old):
+                moved.append((entry, entry.rename(old / entry.name)))
+        for entry in contents(aside):
+            moved.append((entry, entry.rename(place / entry.name)))
+    except OSError:
+        for origin, now in reversed(moved):
+            now.rename(origin)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def contents(folder: Path) -> list[Path]:
+    """Return the entries of a folder, without the ``lost+found`` of a new file system."""
+    return [entry for entry in folder.iterdir() if entry.name != _LOST_AND_FOUND]
+
+
+def write_elsewhere(name: str, write: Callable[[Path], None]) -> Path | None:
+    """Write a folder where there is still room: in the cache folder, else in the system's temporary folder.
+
+    Args:
+        name: Start of the folder's name.
+        write: Function that writes into a folder.
+
+    Returns:
+        The folder; None if there is no room anywhere.
+    """
+    for root in (cache_home() / "rescued", Path(tempfile.gettempdir()) / "lorakeet-rescued"):
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            place = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=root))
+            with write_folder(place) as aside:
+                write(aside)
+        except OSError:  # an OutputError is one
+            continue
+        return place
+    return None
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -104,7 +213,9 @@ def write_json(path: str | Path, value: Any) -> None:
         aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def hub_file(repo: str, filename: str, *, revision: str | None = None, repo_type: str = "model") -> Path | None:
+def hub_file(
+    repo: str, filename: str, *, revision: str | None = None, repo_type: str = "model", **download: Any
+) -> Path | None:
     """Download one file of a hub repository into the hub's own cache.
 
     The token, if any, is that of ``hf auth login`` or of ``HF_TOKEN``; no message contains it.
@@ -114,6 +225,7 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None, repo_type
         filename: Path inside the repository.
         revision: Branch, tag or commit; the main branch by default.
         repo_type: ``model`` or ``dataset``.
+        download: Further arguments of ``hf_hub_download``: ``token``, ``cache_dir``, ``local_files_only``, ….
 
     Returns:
         The cached file; None if the repository has no such file.
@@ -125,7 +237,7 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None, repo_type
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repo, filename, revision=revision, repo_type=repo_type))
+        return Path(hf_hub_download(repo, filename, revision=revision, repo_type=repo_type, **download))
     except LocalEntryNotFoundError as error:
         raise LorakeetError(
             f"{filename} of {repo!r} is not in the cache, and the hub cannot be reached",
@@ -148,18 +260,24 @@ def check_output(folder: str | Path, need: int = 0) -> None:
         OutputError: The folder is not writable, or has less free space.
     """
     folder = Path(folder)
-    probe = folder / ".lorakeet-probe.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"lorakeet")
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(
-            f"cannot write to {folder}: {error.strerror or error}", "choose a folder that you may write to"
-        ) from error
-    free = shutil.disk_usage(folder).free
+    with _refusals(folder):
+        place = Path(os.path.realpath(folder))
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    check_room(place, need)
+
+
+def check_room(folder: str | Path, need: int) -> None:
+    """Check that the disk of ``folder`` has ``need`` bytes free; creates nothing.
+
+    Raises:
+        OutputError: It has less free space.
+    """
+    place = Path(os.path.realpath(folder))
+    free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
     if free < need:
         raise OutputError(
-            f"{folder} has {free / 1e6:,.0f} MB free, and a checkpoint needs {need / 1e6:,.0f} MB",
+            f"{folder} has {free / 1e6:,.1f} MB free, and {need / 1e6:,.1f} MB will be written",
             "free some space or choose another folder",
         )

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.adapter.serialization import read_notes, read_tensors
+from lorakeet.adapter.vocabulary import fit_vocabulary
 from lorakeet.base.architectures import AUTO_CLASSES
 from lorakeet.base.load import Base, load_base
 from lorakeet.config import DEFAULT_MODEL, BaseSettings
 from lorakeet.errors import AdapterError
+from lorakeet.facts.padding import agree_on_padding
 from lorakeet.log import info
 from lorakeet.lora.config import PeftConfig, find_adapter_file
 from lorakeet.lora.model import LoraModel
 from lorakeet.tasks.task import Task
+from lorakeet.tasks.taught import Taught
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class LoadedModel:
         """The model, with the adapters on it."""
         return self.base.model
 
+    def taught(self, adapter: str | None) -> Taught:
+        """Return the settings that an adapter was taught with; empty for the base alone."""
+        return Taught() if adapter is None else Taught.from_notes(read_notes(adapter))
+
     def answering(self, adapter: str | None) -> Any:
         """Return a context in which this adapter is active; None: in which no adapter is."""
         if adapter is not None:
@@ -47,37 +54,56 @@ class LoadedModel:
 
 
 def open_model(
-    settings: BaseSettings, adapters: Sequence[str] = (), *, allow_other_base: bool = False, task: Task | None = None
+    settings: BaseSettings,
+    adapters: Sequence[str] = (),
+    *,
+    allow_other_base: bool = False,
+    allow_untrained: bool = False,
+    task: Task | None = None,
+    seed: int = 42,
 ) -> LoadedModel:
     """Load a base with the head of its task, and put every adapter on it.
 
-    The tokenizer is that saved with the first adapter, if any.
+    The tokenizer is that saved with the first adapter, if any. If it has tokens that the base has no row for, or the adapter
+    has more rows, the base's embedding is resized.
 
     Args:
         settings: Settings of the base. If they name the default model, the base that the first adapter names is loaded.
         adapters: Folders or hub ids.
         allow_other_base: Accept an adapter that was trained on another base.
+        allow_untrained: Accept an adapter whose every B is zero, so that it changes nothing.
         task: Task of the model; by default that of the adapters, or else CAUSAL_LM.
+        seed: Seed of weights that neither the base nor an adapter has.
 
     Raises:
         AdapterError: The adapters were trained for different tasks or labels.
         BaseModelError: See :func:`lorakeet.base.load.load_base`.
     """
     configs = [PeftConfig.from_pretrained(adapter) for adapter in adapters]
-    if configs and settings.model == DEFAULT_MODEL and (named := configs[0].base_model_name_or_path):
-        settings = settings.model_copy(update={"model": named})
+    settings = settings_of_base(settings, configs[0]) if configs else settings
     tasks = {adapter: adapter_task(adapter, config) for adapter, config in zip(adapters, configs, strict=True)}
     if len(set(tasks.values())) > 1:
         listed = "; ".join(f"{adapter}: {task.name} {', '.join(task.labels or ())}" for adapter, task in tasks.items())
         raise AdapterError(f"the adapters were trained for different tasks ({listed})", "load one of them at a time")
     task = task or next(iter(tasks.values()), Task())
-    base = load_base(settings, auto_class=AUTO_CLASSES[task.name], model_options=task.model_options())
+    base = load_base(settings, auto_class=AUTO_CLASSES[task.name], model_options=task.model_options(), seed=seed)
     info(base.describe())
+    if adapters:
+        own, base = base.tokenizer, replace(base, tokenizer=_adapter_tokenizer(adapters[0]) or base.tokenizer)
+        fit_vocabulary(base.model, base.tokenizer, own, adapters, seed=seed)
+        agree_on_padding(base.tokenizer, base.model.config, getattr(base.model, "generation_config", None))
     names: dict[str, str] = {}
     for number, adapter in enumerate(dict.fromkeys(map(str, adapters))):
         names[adapter] = f"adapter{number}"
-        PeftModel.from_pretrained(base.model, adapter, names[adapter], allow_other_base=allow_other_base)
-    return LoadedModel(_with_tokenizer(base, adapters), names, task)
+        accepted: dict[str, Any] = {"allow_other_base": allow_other_base, "allow_untrained": allow_untrained}
+        PeftModel.from_pretrained(base.model, adapter, names[adapter], **accepted)
+    return LoadedModel(base, names, task)
+
+
+def settings_of_base(settings: BaseSettings, config: PeftConfig) -> BaseSettings:
+    """Return the settings with the base that an adapter names, if they name the default model."""
+    named = config.base_model_name_or_path
+    return settings.model_copy(update={"model": named}) if settings.model == DEFAULT_MODEL and named else settings
 
 
 def adapter_task(adapter: str, config: PeftConfig) -> Task:
@@ -97,13 +123,10 @@ def adapter_task(adapter: str, config: PeftConfig) -> Task:
     return Task(name, None, tuple(f"LABEL_{number}" for number in range(count)))
 
 
-def _with_tokenizer(base: Base, adapters: Sequence[str]) -> Base:
-    """Return the base with the tokenizer saved with the first adapter, which may have its own chat template or tokens."""
-    if not adapters or find_adapter_file(adapters[0], "tokenizer_config.json") is None:
-        return base
+def _adapter_tokenizer(adapter: str) -> Any:
+    """Return the tokenizer saved with an adapter, which may have its own chat template or tokens; None: there is none."""
+    if find_adapter_file(adapter, "tokenizer_config.json") is None:
+        return None
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(adapters[0])
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return Base(base.model, tokenizer, base.name, base.dtype, base.device)
+    return AutoTokenizer.from_pretrained(adapter)

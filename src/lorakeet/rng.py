@@ -29,6 +29,19 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 @contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Draw every random number inside from ``seed``, and none from the caller; None: from the caller, as without it."""
+    if seed is None:
+        yield
+        return
+    with same_random_state():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def same_random_state() -> Iterator[None]:
     """Restore the random state at the end, so that nothing inside draws a random number from the caller."""
     state = random_state()

@@ -21,7 +21,7 @@ class FakeWeight:
     weight: Tensor
     steps: Tensor
     shape: tuple[int, int]
-    merge_tolerance: ClassVar[float | None]
+    mergeable: ClassVar[bool]
 
     @property
     def out_features(self) -> int:
@@ -62,7 +62,7 @@ class FakeWeight:
 class Fake16(FakeWeight):
     """16-bit codes in one run [out·in], with one scale; fine enough to merge into."""
 
-    merge_tolerance = 5e-3
+    mergeable = True
 
     @classmethod
     def quantize(cls, dense: Tensor, vocabulary: bool = False) -> Self:
@@ -76,7 +76,7 @@ class Fake16(FakeWeight):
 class Fake4(FakeWeight):
     """4-bit codes packed in pairs [out, ⌈in/2⌉], with a scale for each row; too coarse to merge into."""
 
-    merge_tolerance = None
+    mergeable = False
 
     @classmethod
     def quantize(cls, dense: Tensor, vocabulary: bool = False) -> Self:

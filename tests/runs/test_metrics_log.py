@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 
-from lorakeet.runs.metrics_log import append_metrics, first_and_last, peak_rss_bytes, read_metrics
+from helpers.disk import files_of_at_most
+from lorakeet.runs.metrics_log import MetricsLog, append_metrics, first_and_last, peak_rss_bytes, read_metrics
 
 
 def test_first_and_last_are_means_of_a_few():
@@ -28,6 +29,21 @@ def test_a_line_that_a_crash_truncated_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_a_line_that_the_disk_refuses_is_written_with_a_later_one(tmp_path, caplog):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append({"step": 1})
+    before = log.path.read_bytes()
+    with files_of_at_most(len(before) + 5):
+        log.append({"step": 2, "loss": 1.5})
+        log.append({"step": 3, "loss": 1.0})
+        assert log.path.read_bytes() == before
+        assert [line["step"] for line in log.read()] == [1, 2, 3]
+    assert caplog.text.count("tried again") == 1
+    log.append({"step": 4})
+    assert [line["step"] for line in read_metrics(log.path)] == [1, 2, 3, 4]
+    assert log.keep_until(2) == read_metrics(log.path) == [{"step": 1}, {"step": 2, "loss": 1.5}]
 
 
 def test_peak_memory_never_falls():

@@ -9,7 +9,7 @@ import pytest
 
 from lorakeet.config import make_run
 from lorakeet.errors import OutputError
-from lorakeet.runs.run_folder import check_run_folder, claim_folder, read_summary
+from lorakeet.runs.run_folder import check_run_folder, claim_folder, folder_of, is_run, read_summary
 
 
 def test_the_summary_of_a_run_that_has_not_finished(tmp_path: Path) -> None:
@@ -33,8 +33,45 @@ def test_a_folder_is_claimed_once(tmp_path: Path) -> None:
     check_run_folder(folder, resume=True)
     claim_folder(folder, config, resume=False)
     assert sorted(path.name for path in folder.iterdir()) == ["mine.txt", "run.yaml"]
-    with pytest.raises(OutputError, match="is a file|cannot write|holds no run"):
-        check_run_folder(tmp_path / "other", resume=True)
+    (folder / "run.yaml").unlink()
+    (folder / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(OutputError, match="no run.yaml"):
+        check_run_folder(folder, resume=True)
+
+
+def test_a_run_that_was_killed_before_it_began_is_resumed_from_nothing(tmp_path: Path) -> None:
+    check_run_folder(tmp_path / "other", resume=True)
+    assert not is_run(tmp_path / "other")
+
+
+def test_a_moved_run_is_resumed_where_it_is(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    claim_folder(old, make_run({"data": {"path": "a.jsonl"}, "out": str(old)}), resume=False)
+    assert folder_of(old / "run.yaml", str(old)) == str(old)
+    (old / "checkpoints").mkdir()
+    old.rename(new)
+    assert folder_of(new / "run.yaml", str(old)) == str(new)
+    assert folder_of(tmp_path / "settings.yaml", str(old)) == str(old)
+
+
+def test_links_of_a_run_stay_links(tmp_path: Path) -> None:
+    folder, disk = tmp_path / "run", tmp_path / "disk"
+    (disk / "adapter").mkdir(parents=True)
+    (disk / "adapter" / "old.safetensors").write_text("old")
+    (disk / "metrics.jsonl").write_text("{}\n")
+    folder.mkdir()
+    for name in ("adapter", "metrics.jsonl"):
+        (folder / name).symlink_to(disk / name)
+    claim_folder(folder, make_run({"data": {"path": "a.jsonl"}, "out": str(folder)}), resume=False)
+    assert sorted(path.name for path in folder.iterdir() if path.is_symlink()) == ["adapter", "metrics.jsonl"]
+    assert sorted(path.name for path in disk.rglob("*")) == ["adapter"]
+
+
+def test_a_disk_without_room_is_refused_and_nothing_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(OutputError, match="will be written"):
+        claim_folder(tmp_path, make_run({"data": {"path": "a.jsonl"}}), resume=False, need=10**18)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_the_folder_is_checked_without_touching_it(tmp_path):
@@ -45,8 +82,6 @@ def test_the_folder_is_checked_without_touching_it(tmp_path):
     for folder in (file, file / "run"):
         with pytest.raises(OutputError, match="Not a directory"):
             check_run_folder(folder)
-    with pytest.raises(OutputError, match="holds no run to resume"):
-        check_run_folder(tmp_path / "new", resume=True)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

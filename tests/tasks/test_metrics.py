@@ -17,6 +17,7 @@ from transformers.data.metrics import squad_metrics
 
 from lorakeet.errors import DataError
 from lorakeet.tasks import metrics
+from lorakeet.tasks import retrieval as retrieval_module
 from lorakeet.tasks.metrics import compute_metrics_for, preprocess_logits_for_metrics
 from lorakeet.tasks.text_metrics import MissingLibraryError, answering, has_spans, rouge, span_f1
 
@@ -250,7 +251,7 @@ def test_small_logits_are_kept_unchanged() -> None:
 
 
 def test_each_anchor_finds_its_positive(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "CHUNK", 7)
+    monkeypatch.setattr(retrieval_module, "CHUNK", 7)
     anchors, positives = rng.normal(size=(2, 30, 5))
     positives += 2 * anchors * rng.random((30, 1))
     similar = sklearn.metrics.pairwise.cosine_similarity(anchors, positives)
@@ -264,11 +265,11 @@ def test_each_anchor_finds_its_positive(rng: np.random.Generator, monkeypatch: p
 
 def test_equal_vectors_find_nothing() -> None:
     same = np.ones((4, 3), np.float32)
-    assert metrics.retrieval(same, same) == pytest.approx(
+    assert retrieval_module.retrieval(same, same) == pytest.approx(
         {"accuracy_at_1": 1 / 4, "mrr": (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4}
     )
     two = np.array([[1.0, 0], [1, 0], [0, 1]])  # the first two positives are the same text
-    assert metrics.retrieval(two, two) == pytest.approx({"accuracy_at_1": 2 / 3, "mrr": (0.75 + 0.75 + 1) / 3})
+    assert retrieval_module.retrieval(two, two) == pytest.approx({"accuracy_at_1": 2 / 3, "mrr": (0.75 + 0.75 + 1) / 3})
 
 
 # ---- what is missing --------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakeet.tasks.task import Task, pair_loss
+from lorakeet.tasks.retrieval import pair_loss
+from lorakeet.tasks.task import Task
 
 
 def test_the_loss_of_pairs_is_that_of_its_equation() -> None:

@@ -14,7 +14,7 @@ from transformers import DataCollatorForLanguageModeling, TrainerCallback
 from helpers.tiny_training import tiny_data, tiny_llama, tiny_peft, tiny_tokenizer
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import TrainingError
-from lorakeet.train import checkpoint
+from lorakeet.train import checkpoint, manifest
 from lorakeet.train.trainer import Trainer
 
 
@@ -206,14 +206,14 @@ def test_partial_checkpoints_are_removed(make_args, collator, tmp_path):
 def test_an_incomplete_checkpoint_is_skipped_and_refused_by_name(make_args, collator, tmp_path):
     args = saved(make_args, collator)
     out = tmp_path / "out"
-    assert checkpoint.latest_checkpoint(out) == out / "checkpoint-4"
+    assert manifest.latest_checkpoint(out) == out / "checkpoint-4"
     weights = out / "checkpoint-4" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    assert checkpoint.latest_checkpoint(out) == out / "checkpoint-2"
+    assert manifest.latest_checkpoint(out) == out / "checkpoint-2"
     with pytest.raises(TrainingError, match=r"incomplete: adapter_model\.safetensors \(expected \d+ bytes, got \d+\)"):
         run(args, collator=collator, resume=str(out / "checkpoint-4"))
-    (out / "checkpoint-2" / checkpoint.MANIFEST).unlink()
-    assert checkpoint.latest_checkpoint(out) is None
+    (out / "checkpoint-2" / manifest.MANIFEST).unlink()
+    assert manifest.latest_checkpoint(out) is None
     with pytest.raises(TrainingError, match="no complete checkpoint"):
         run(args, collator=collator, resume=True)
     shutil.rmtree(out)
@@ -261,20 +261,20 @@ def test_settings_that_do_not_change_the_result_may_differ(make_args, collator):
 
 def test_number_of_processes_is_part_of_the_fingerprint(make_args):
     args = make_args()
-    one = checkpoint.run_fingerprint(args, tiny_peft(), tiny_data(4))
+    one = manifest.run_fingerprint(args, tiny_peft(), tiny_data(4))
     assert one["processes"] == "1"
     assert json.loads(json.dumps(one)) == one
 
 
 def test_the_data_hash_depends_on_order_content_and_selection():
     data = tiny_data(30)
-    assert checkpoint.data_hash(data) == checkpoint.data_hash(datasets.Dataset.from_list(list(data)))
-    assert checkpoint.data_hash(data) == checkpoint.data_hash(data.select(range(30)))
-    assert checkpoint.data_hash(data) != checkpoint.data_hash(data.select([1, 0, *range(2, 30)]))
-    assert checkpoint.data_hash(data) != checkpoint.data_hash(data.select(range(29)))
-    assert checkpoint.data_hash(list(data)) != checkpoint.data_hash(list(data)[1:])
+    assert manifest.data_hash(data) == manifest.data_hash(datasets.Dataset.from_list(list(data)))
+    assert manifest.data_hash(data) == manifest.data_hash(data.select(range(30)))
+    assert manifest.data_hash(data) != manifest.data_hash(data.select([1, 0, *range(2, 30)]))
+    assert manifest.data_hash(data) != manifest.data_hash(data.select(range(29)))
+    assert manifest.data_hash(list(data)) != manifest.data_hash(list(data)[1:])
 
 
 def test_data_hash_of_a_large_set_reads_a_part(monkeypatch):
-    monkeypatch.setattr(checkpoint, "HASHED_ROWS", 10)
-    assert checkpoint.data_hash(tiny_data(25)) != checkpoint.data_hash(tiny_data(26))
+    monkeypatch.setattr(manifest, "HASHED_ROWS", 10)
+    assert manifest.data_hash(tiny_data(25)) != manifest.data_hash(tiny_data(26))

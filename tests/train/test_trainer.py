@@ -277,7 +277,7 @@ def test_a_full_disk_is_noticed_before_the_first_step(make_args, collator, monke
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10_000})())
     model = tiny_peft()
     args = make_args(save_strategy="steps", save_steps=2)
-    with pytest.raises(OutputError, match="0 MB free, and a checkpoint needs"):
+    with pytest.raises(OutputError, match="0 MB free, and .* will be written"):
         Trainer(model, args, train_dataset=tiny_data(), data_collator=collator).train()
     assert not any(p.grad is not None for p in model.parameters())
 

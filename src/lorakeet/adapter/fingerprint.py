@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from lorakeet.facts.vocabulary import embedding_rows
+from lorakeet.lora.interop.wrappers import canonical
 from lorakeet.quant.protocol import QuantizedLayer, quantized_layers, weight_rows, weight_shape
 
 #: Largest accepted relative difference (L2) of the sampled values: above rounding to bf16 (0.4 %) and int8 (1 %).
@@ -86,44 +89,47 @@ class _Base:
         return [float(f"{value:.6g}") for value in line[::step][:_VALUES].float().tolist()]
 
 
-def _base_name(name: str) -> str:
+def base_name(name: str) -> str:
     """Return the name that a parameter has in the model without adapters."""
-    return re.sub(r"\.(base_layer|original_module)\.", ".", name)
+    return re.sub(r"\.(base_layer|original_module)\.", ".", canonical(name))
 
 
-def _base_of(model: nn.Module) -> _Base:
+def _base_of(model: nn.Module, state: Mapping[str, Tensor]) -> _Base:
     parameters = {
-        _base_name(name): parameter
+        base_name(name): state.get(name, parameter) if isinstance(parameter, DTensor) else parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if not re.search(r"\.(lora_\w+|modules_to_save)\.", name) and name.endswith((".weight", ".bias"))
     }
-    quantized = {_base_name(f"{name}.weight"): layer for name, layer in quantized_layers(model)}
+    quantized = {base_name(f"{name}.weight"): layer for name, layer in quantized_layers(model)}
     transposed = {
-        _base_name(f"{name}.weight") for name, module in model.named_modules() if getattr(module, "transposed", False)
+        base_name(f"{name}.weight") for name, module in model.named_modules() if getattr(module, "transposed", False)
     }
-    return _Base(parameters, quantized, frozenset(transposed), _vocabulary_rows(model))
+    rows = embedding_rows(model)
+    return _Base(parameters, quantized, frozenset(transposed), -1 if rows is None else rows)
 
 
-def _vocabulary_rows(model: nn.Module) -> int:
-    get_embedding: Any = getattr(model, "get_input_embeddings", lambda: None)
-    embedding = get_embedding()
-    if embedding is None:
-        return -1
-    return weight_shape(getattr(embedding, "base_layer", getattr(embedding, "original_module", embedding)))[0]
-
-
-def fingerprint(model: nn.Module) -> dict[str, Any] | None:
-    """Return the base's architecture, a hash of its parameters' shapes, and sampled values; None on the meta device.
+def fingerprint(
+    model: nn.Module, state: Mapping[str, Tensor] | None = None, *, leave_out: Iterable[str] = ()
+) -> dict[str, Any] | None:
+    """Return the base's architecture, a hash of its parameters' shapes, and sampled values; None where values are not here.
 
     Adapter parameters do not count, nor does the number of tokens (a vocabulary may be resized).
+
+    Args:
+        model: The base, with adapters or without.
+        state: Gathered tensors of a sharded model; left out: the model's own.
+        leave_out: Names of parameters whose values are trained, so the base has other ones.
     """
-    base = _base_of(model)
-    if not base.parameters or any(parameter.is_meta for parameter in base.parameters.values()):
+    base = _base_of(model, state or {})
+    trained = {id(base.parameters[name]) for name in map(base_name, leave_out) if name in base.parameters}
+    if not base.parameters or any(p.is_meta or isinstance(p, DTensor) for p in base.parameters.values()):
         return None
     return {
         "architecture": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
         "shapes": base.shapes_hash(),
-        "values": {name: base.sample(name) for name in base.sampled_names()},
+        "values": {
+            name: base.sample(name) for name in base.sampled_names() if id(base.parameters[name]) not in trained
+        },
     }
 
 

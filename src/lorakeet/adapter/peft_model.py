@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -12,29 +12,24 @@ from lorakeet.adapter.adapter_folders import adapter_folders, saved_adapters
 from lorakeet.adapter.model_card import write_card
 from lorakeet.adapter.put_adapter import put_adapter
 from lorakeet.adapter.serialization import check_base, read_notes, read_tensors, write_adapter
+from lorakeet.adapter.tensor_loading import LoadResult
+from lorakeet.adapter.unfrozen import NOTE
 from lorakeet.errors import AdapterError
 from lorakeet.lora.config import PeftConfig, refuse_unknown
 from lorakeet.lora.inject import freeze_base
+from lorakeet.lora.interop.wrappers import bare
 from lorakeet.lora.lifecycle.adoption import adopt
 from lorakeet.lora.lifecycle.merged import unmerged
 from lorakeet.lora.lifecycle.rollback import all_or_nothing
 from lorakeet.lora.model import LoraModel
-from lorakeet.quant.protocol import weight_dtype
 
-#: PEFT's arguments that only choose a way to load: accepted, without effect.
-_LOADING = {"autocast_adapter_dtype", "ephemeral_gpu_offload", "low_cpu_mem_usage", "torch_device"}
-
-
-class LoadResult(NamedTuple):
-    """Keys that an adapter's file lacked, and keys that the model lacks.
-
-    Attributes:
-        missing_keys: Keys of the model.
-        unexpected_keys: Keys of the file.
-    """
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
+#: PEFT's arguments that only choose a way to load: accepted, without effect. An adapter is made where its base is.
+_LOADING = {
+    *("device_map", "dtype", "ephemeral_gpu_offload", "ignore_mismatched_sizes", "low_cpu_mem_usage", "max_memory"),
+    *("offload_dir", "offload_folder", "offload_index", "torch_device", "torch_dtype", "use_safetensors"),
+}
+#: Arguments that find and download files on the hub.
+_HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
 class PeftModel(LoraModel):
@@ -55,7 +50,8 @@ class PeftModel(LoraModel):
         revision: str | None = None,
         subfolder: str | None = None,
         allow_other_base: bool = False,
-        allow_untrained: bool = False,
+        allow_untrained: bool = True,
+        autocast_adapter_dtype: bool = True,
         **peft_only: Any,
     ) -> PeftModel:
         """Put a saved adapter on ``model``, in place, and activate it.
@@ -69,15 +65,17 @@ class PeftModel(LoraModel):
             revision: Revision of the hub repository.
             subfolder: Folder in the repository or folder.
             allow_other_base: Accept a base that is not the one the adapter was trained on.
-            allow_untrained: Accept an adapter whose every B is zero.
+            allow_untrained: Load an adapter whose every B is zero, with a warning; False: refuse it.
+            autocast_adapter_dtype: Keep the adapter in fp32 where the base is in half precision; False: in the base's dtype.
             **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
-            AdapterError: no such adapter; tensors are missing, unexpected, not finite, all zero or of the wrong shape; a
-                pickle; a damaged file; another base. The model is as before then.
+            AdapterError: no such adapter; tensors are missing, unexpected, not finite or of the wrong shape; a pickle; a
+                damaged file; another base. The model is as before then.
             TargetError: the adapter's layers are not in this model.
         """
-        refuse_unknown("from_pretrained", peft_only, _LOADING)
+        refuse_unknown("from_pretrained", peft_only, {*_LOADING, *_HUB})
+        model = bare(model)
         fresh = not isinstance(model, LoraModel)
         with all_or_nothing(model):
             peft = adopt(model, cls)
@@ -91,6 +89,8 @@ class PeftModel(LoraModel):
                 subfolder=subfolder,
                 allow_other_base=allow_other_base,
                 allow_untrained=allow_untrained,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                **peft_only,
             )
             if fresh:
                 freeze_base(peft)
@@ -108,7 +108,8 @@ class PeftModel(LoraModel):
         revision: str | None = None,
         subfolder: str | None = None,
         allow_other_base: bool = False,
-        allow_untrained: bool = False,
+        allow_untrained: bool = True,
+        autocast_adapter_dtype: bool = True,
         **peft_only: Any,
     ) -> LoadResult:
         """Load a saved adapter beside the others; it is inactive until ``set_adapter``.
@@ -124,7 +125,8 @@ class PeftModel(LoraModel):
             revision: Revision of the hub repository.
             subfolder: Folder in the repository or folder.
             allow_other_base: Accept a base that is not the one the adapter was trained on.
-            allow_untrained: Accept an adapter whose every B is zero.
+            allow_untrained: Load an adapter whose every B is zero, with a warning; False: refuse it.
+            autocast_adapter_dtype: Keep the adapter in fp32 where the base is in half precision; False: in the base's dtype.
             **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Returns:
@@ -134,14 +136,24 @@ class PeftModel(LoraModel):
             AdapterError: As :meth:`from_pretrained`.
             TargetError: As :meth:`from_pretrained`.
         """
+        where = {"revision": revision, "subfolder": subfolder}
+        where |= {key: peft_only.pop(key) for key in _HUB if key in peft_only}
         refuse_unknown("load_adapter", peft_only, _LOADING)
-        config = config or PeftConfig.from_pretrained(model_id, revision=revision, subfolder=subfolder)
-        notes = read_notes(model_id, revision=revision, subfolder=subfolder)
+        config = config or PeftConfig.from_pretrained(model_id, **where)
+        notes = read_notes(model_id, **where)
         if not allow_other_base:
             check_base(model_id, notes, self)
-        tensors = read_tensors(model_id, revision=revision, subfolder=subfolder)
-        allow_untrained = allow_untrained or is_trainable
-        put_adapter(self, adapter_name, config, tensors, model_id, is_trainable, allow_untrained=allow_untrained)
+        put_adapter(
+            self,
+            adapter_name,
+            config,
+            read_tensors(model_id, **where),
+            model_id,
+            is_trainable,
+            autocast_adapter_dtype,
+            allow_untrained=allow_untrained or is_trainable,
+            unfrozen=notes.get(NOTE, ()),
+        )
         return LoadResult([], [])
 
     def restore_adapters(self, root: str | Path) -> list[str]:
@@ -168,10 +180,10 @@ class PeftModel(LoraModel):
         present = [name for name in folders if name in saved]
         with all_or_nothing(self):
             for name in present:
-                config, tensors = PeftConfig.from_pretrained(folders[name]), read_tensors(folders[name])
-                check_base(folders[name], read_notes(folders[name]), self)
-                accept = {"allow_untrained": True, "allow_new_base": True}
-                put_adapter(self, name, config, tensors, folders[name], **accept)
+                config, notes = PeftConfig.from_pretrained(folders[name]), read_notes(folders[name])
+                check_base(folders[name], notes, self)
+                accept = {"allow_untrained": True, "allow_new_base": True, "unfrozen": notes.get(NOTE, ())}
+                put_adapter(self, name, config, read_tensors(folders[name]), folders[name], **accept)
         return present
 
     def save_pretrained(  # type: ignore[override]
@@ -185,6 +197,7 @@ class PeftModel(LoraModel):
         is_main_process: bool = True,
         push_to_hub: bool = False,
         repo_id: str | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
         **peft_only: Any,
     ) -> None:
         """Write the adapter (several: ``default`` here, each other in a subfolder of its name) and a model card.
@@ -198,6 +211,8 @@ class PeftModel(LoraModel):
             is_main_process: Only the main process of several writes.
             push_to_hub: Also upload.
             repo_id: Name on the hub; left out: the folder's name.
+            save_embedding_layers: Whether to save the embedding and the head too; ``auto``: if they are adapted or were
+                resized.
             **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
@@ -216,8 +231,14 @@ class PeftModel(LoraModel):
         folders = adapter_folders(folder, chosen)
         with unmerged(self):
             for name, path in folders.items() if is_main_process else ():
-                write_adapter(self, name, path, state_dict=state_dict, notes=notes)
-                write_card(path, self.peft_config[name], notes or {})
+                write_adapter(
+                    self, name, path, state_dict=state_dict, notes=notes, save_embedding_layers=save_embedding_layers
+                )
+                named = hasattr(self, "config")  # a base without a configuration has no public name
+                config = self.peft_config[name]
+                write_card(
+                    path, config if named else config.model_copy(update={"base_model_name_or_path": None}), notes or {}
+                )
         if push_to_hub and is_main_process:
             from lorakeet.adapter.hub import push_folder
 
@@ -278,16 +299,13 @@ def get_peft_model(
         TargetError: some of ``target_modules`` match nothing, with the nearest names; the model is as before then.
     """
     refuse_unknown("get_peft_model", peft_only, {"low_cpu_mem_usage", "mixed"})
+    model = bare(model)
     if isinstance(model, LoraModel):
         raise AdapterError("this model has adapters already", "call add_adapter on it")
     with all_or_nothing(model):
         peft = adopt(model, PeftModel)
         assert isinstance(peft, PeftModel)
-        peft.add_adapter(adapter_name, peft_config)
+        peft.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
         freeze_base(peft)
         peft.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
-        if not autocast_adapter_dtype:
-            for layer in peft.lora_layers():
-                for parameter in layer.parts(adapter_name):
-                    parameter.data = parameter.data.to(weight_dtype(layer.base_layer))
     return peft

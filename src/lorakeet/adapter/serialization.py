@@ -7,11 +7,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,18 +19,19 @@ from torch import Tensor
 from lorakeet._version import __version__
 from lorakeet.adapter.fingerprint import fingerprint, mismatch
 from lorakeet.adapter.model_card import write_card
-from lorakeet.adapter.tensor_checks import compare, is_untrained, nonfinite_error
-from lorakeet.adapter.tensor_names import PREFIX, is_token_rows, mirrored_names, tensor_names, vocabulary_names
+from lorakeet.adapter.tensor_checks import is_untrained, nonfinite_error
+from lorakeet.adapter.tensor_names import is_token_rows, mirrored_names, tensor_names, vocabulary_names
+from lorakeet.adapter.unfrozen import NOTE, unfrozen_keys, unfrozen_names
 from lorakeet.errors import AdapterError, OutputError
+from lorakeet.facts.vocabulary import embedding_rows, vocabulary_size
 from lorakeet.files import PICKLE_SUFFIXES, write_file, write_json
 from lorakeet.log import info, warn
 from lorakeet.lora.config import PeftConfig, find_adapter_file
-from lorakeet.lora.layer import LoraLayer
+from lorakeet.lora.interop.wrappers import canonical, state_of
 from lorakeet.lora.model import LoraModel
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.trainable_tokens import TiedLayer, TrainableTokens
-from lorakeet.quant.protocol import weight_shape
-from lorakeet.quant.state_dict import has_weight, read_weight, write_weight
+from lorakeet.quant.state_dict import read_weight
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 OWN_NAME = "lorakeet.json"
@@ -44,6 +44,7 @@ def write_adapter(
     *,
     state_dict: Mapping[str, Tensor] | None = None,
     notes: Mapping[str, Any] | None = None,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> None:
     """Write one adapter's files into ``folder``, each whole or not at all.
 
@@ -53,6 +54,7 @@ def write_adapter(
         folder: Made if it does not exist.
         state_dict: Gathered tensors of a sharded model; left out: the model's own.
         notes: Further facts for ``lorakeet.json``, for example the final losses.
+        save_embedding_layers: As in :func:`adapter_tensors`.
 
     Raises:
         AdapterError: a tensor has NaN or infinite values; nothing is written then.
@@ -60,26 +62,57 @@ def write_adapter(
     """
     if folder.is_file():
         raise OutputError(f"{folder} is a file, expected a folder to save the adapter in")
-    source = model.state_dict() if state_dict is None else state_dict
-    names = tensor_names(model, adapter)
-    if reason := resize_reason(model, adapter):
-        info(reason)
-        names |= vocabulary_names(model)
-    tensors = {key: read_weight(model, source, name).detach().cpu().contiguous() for key, name in names.items()}
-    for key, (first, transposed) in mirrored_names(model, adapter).items():
-        if not is_token_rows(key):
-            tensors[key] = (tensors[first].T if transposed else tensors[first]).contiguous()
+    source = state_of(model, state_dict)
+    unfrozen = unfrozen_names(model)
+    raw = adapter_tensors(model, adapter, state_dict, save_embedding_layers)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in raw.items()}
     if error := nonfinite_error(tensors):
         raise AdapterError(f"adapter {adapter!r} is not saved: {error}", "lower the learning rate and train again")
     if is_untrained(tensors):
         warn(f"adapter {adapter!r} changes nothing: every B is zero. Has it been trained?")
-    config = model.peft_config[adapter].model_copy(update={"inference_mode": True})
+    config = model.peft_config[adapter].as_made().model_copy(update={"inference_mode": True})
     with write_file(folder / WEIGHTS_NAME) as aside:
         # safetensors refuses tensors that share memory: a tied head and embedding are written as two copies
         save_file(_unshared(tensors), aside, metadata={"format": "pt"})
     config.save_pretrained(folder)
-    base = {"name": config.base_model_name_or_path, "fingerprint": fingerprint(model)}
-    write_json(folder / OWN_NAME, {"format": 1, "lorakeet": __version__, "base": base, **(notes or {})})
+    base = {"name": config.base_model_name_or_path, "fingerprint": fingerprint(model, source, leave_out=unfrozen)}
+    further = {NOTE: sorted(map(canonical, unfrozen))} if unfrozen else {}
+    write_json(folder / OWN_NAME, {"format": 1, "lorakeet": __version__, "base": base, **further, **(notes or {})})
+
+
+def adapter_tensors(
+    model: LoraModel,
+    adapter: str,
+    state_dict: Mapping[str, Tensor] | None = None,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> dict[str, Tensor]:
+    """Return the tensors of one adapter by the keys of its file; they share memory with the model.
+
+    Args:
+        model: A model that has the adapter.
+        adapter: The adapter's name.
+        state_dict: Gathered tensors of a sharded model; left out: the model's own.
+        save_embedding_layers: Whether to add the embedding and the head; ``auto``: if they are adapted or were resized.
+    """
+    source = state_of(model, state_dict)
+    names = tensor_names(model, adapter) | unfrozen_keys(model, unfrozen_names(model))
+    if save_embedding_layers is False:
+        names = {key: name for key, name in names.items() if not key.endswith(".base_layer.weight")}
+    elif save_embedding_layers is True:
+        names |= vocabulary_names(model)
+    elif reason := resize_reason(model, adapter):
+        info(reason)
+        names |= vocabulary_names(model)
+    if lost := sorted(key for key, name in names.items() if name not in source):
+        raise AdapterError(
+            f"adapter {adapter!r} is not saved: the model has no tensor {lost[0]} ({len(lost)} are missing)",
+            "save it before another tool replaces its layers, and give a whole state dict",
+        )
+    tensors = {key: read_weight(model, source, name) for key, name in names.items()}
+    for key, (first, transposed) in mirrored_names(model, adapter).items():
+        if not is_token_rows(key):
+            tensors[key] = tensors[first].T if transposed else tensors[first]
+    return tensors
 
 
 def add_notes(folder: Path, config: PeftConfig, notes: Mapping[str, Any]) -> None:
@@ -106,9 +139,8 @@ def resize_reason(model: LoraModel, adapter: str) -> str | None:
     if not layers or file is None:
         return None  # the base's own vocabulary is unknown
     values = json.loads(file.read_text(encoding="utf-8"))
-    original = values.get("vocab_size", (values.get("text_config") or {}).get("vocab_size"))
-    rows = weight_shape(_base_layer(layers[0]))[0]
-    if not isinstance(original, int) or original == rows:
+    original, rows = vocabulary_size(values), embedding_rows(model)
+    if original is None or rows is None or original == rows:
         return None
     if all(_saves(layer, adapter, range(original, rows)) for layer in layers):
         return None
@@ -121,12 +153,6 @@ def _base_config(name: str) -> Path | None:
         return Path(name) / "config.json"
     cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 and not name.startswith(".") else None
     return Path(cached) if isinstance(cached, str) else None
-
-
-def _base_layer(layer: Any) -> Any:
-    if isinstance(layer, SavedModule):
-        return layer.original_module
-    return layer.base_layer if isinstance(layer, LoraLayer) else layer
 
 
 def _saves(layer: Any, adapter: str, rows: range) -> bool:
@@ -149,17 +175,17 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return unshared
 
 
-def read_tensors(name: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> dict[str, Tensor]:
-    """Read the tensors of the adapter ``name`` (folder or hub id), on the CPU.
+def read_tensors(name: str | Path, **where: Any) -> dict[str, Tensor]:
+    """Read the tensors of the adapter ``name`` (folder or hub id), on the CPU; ``where``: see :func:`find_adapter_file`.
 
     Raises:
         AdapterError: there is no safetensors file, only a pickle; or the file is damaged.
     """
-    path = find_adapter_file(name, WEIGHTS_NAME, revision=revision, subfolder=subfolder)
+    path = find_adapter_file(name, WEIGHTS_NAME, **where)
     if path is None:
-        folder = Path(name) / (subfolder or "")
+        folder = Path(name) / (where.get("subfolder") or "")
         pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLE_SUFFIXES)
-        if pickles or find_adapter_file(name, "adapter_model.bin", revision=revision, subfolder=subfolder):
+        if pickles or find_adapter_file(name, "adapter_model.bin", **where):
             raise AdapterError(
                 f"{name} has its weights in a pickle ({', '.join(pickles) or 'adapter_model.bin'}), which may run "
                 "code when opened; expected safetensors",
@@ -167,20 +193,20 @@ def read_tensors(name: str | Path, *, revision: str | None = None, subfolder: st
             )
         raise AdapterError(f"{name} has no {WEIGHTS_NAME}", "give the folder that save_pretrained wrote")
     try:
-        return load_file(path)
+        return {canonical(key): tensor for key, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise AdapterError(
             f"{path} is damaged or not a safetensors file ({error})", "copy it again; was the transfer complete?"
         ) from None
 
 
-def read_notes(name: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> dict[str, Any]:
-    """Read ``lorakeet.json``; empty if another tool made the adapter.
+def read_notes(name: str | Path, **where: Any) -> dict[str, Any]:
+    """Read ``lorakeet.json``; empty if another tool made the adapter. ``where``: see :func:`find_adapter_file`.
 
     Raises:
         AdapterError: the file is not a JSON object.
     """
-    path = find_adapter_file(name, OWN_NAME, revision=revision, subfolder=subfolder)
+    path = find_adapter_file(name, OWN_NAME, **where)
     try:
         notes = json.loads(path.read_text(encoding="utf-8")) if path else {}
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -204,76 +230,3 @@ def check_base(name: str | Path, notes: Mapping[str, Any], model: LoraModel) -> 
             f"adapter {str(name)!r} was trained on {base.get('name')!r}, this base is {here!r}: {difference}",
             "load the base it was trained on; allow_other_base=True (--allow-other-base) accepts this one",
         )
-
-
-def load_tensors(
-    model: LoraModel,
-    adapter: str,
-    tensors: Mapping[str, Tensor],
-    name: str | Path,
-    *,
-    allow_untrained: bool = False,
-    allow_new_base: bool = False,
-) -> None:
-    """Check the tensors against the adapter that ``model`` expects, then copy them in.
-
-    Args:
-        model: A model that has the adapter.
-        adapter: The adapter's name in the model.
-        tensors: The tensors of the file.
-        name: Folder or hub id, for messages.
-        allow_untrained: Only warn if every B is zero.
-        allow_new_base: Accept that other adapters on the base get the embedding that this one brings.
-
-    Raises:
-        AdapterError: tensors are missing, unexpected, of the wrong shape or not finite, or the adapter is untrained. Or it
-            brings weights of the base that would change the answers of other adapters.
-    """
-    state = model.state_dict()
-    differences = compare(model, adapter, tensors, state)
-    differences.raise_if_any(name)
-    if is_untrained(tensors):
-        message = f"adapter {str(name)!r} is untrained: every B is zero, so it changes nothing"
-        if not allow_untrained:
-            raise AdapterError(message, "train it; allow_untrained=True loads it all the same")
-        warn(message)
-    names = dict(differences.names)
-    of_base = _base_keys(model, names)
-    same = [key for key in of_base if has_weight(model, state, names[key], tensors[key])]
-    if len(same) < len(of_base):
-        _check_base_weights(model, adapter, [key for key in of_base if key not in same], allow_new_base)
-    _copy_in(model, {key: own for key, own in names.items() if key not in same}, tensors, state)
-
-
-def _check_base_weights(model: LoraModel, adapter: str, keys: Sequence[str], allow: bool) -> None:
-    """Refuse weights that differ from this base's while it has other adapters, which would answer with them."""
-    listed = ", ".join(key.removeprefix(PREFIX) for key in keys)
-    others = [other for other in model.peft_config if other != adapter]
-    if others and not allow:
-        raise AdapterError(
-            f"adapter {adapter!r} brings its own {listed}, which would change the answers of {', '.join(others)}",
-            "load it on a base of its own",
-        )
-    info(f"{listed} is taken from the adapter: it differs from the base's")
-
-
-def _base_keys(model: LoraModel, names: Mapping[str, str]) -> list[str]:
-    """Return the keys of the base's own weights, which PEFT saves with an adapted or resized embedding."""
-    vocabulary = vocabulary_names(model)
-    return [key for key, own in names.items() if own.endswith(".base_layer.weight") or key in vocabulary]
-
-
-@torch.no_grad()
-def _copy_in(
-    model: LoraModel, names: Mapping[str, str], tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
-) -> None:
-    """Copy the tensors into the state dict, quantized where that is; all or none of them."""
-    written: list[tuple[Tensor, Tensor]] = []
-    try:
-        for key, own in names.items():
-            written.append((state[own], state[own].clone()))
-            write_weight(model, state, own, tensors[key])
-    except BaseException:
-        for tensor, before in written:
-            tensor.copy_(before)
-        raise

@@ -63,7 +63,13 @@ class Differences:
         raise AdapterError(f"adapter {str(name)!r} does not fit this model: {'; '.join(errors)}", hint)
 
 
-def compare(model: LoraModel, adapter: str, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Differences:
+def compare(
+    model: LoraModel,
+    adapter: str,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    unfrozen: Mapping[str, str] | None = None,
+) -> Differences:
     """Compare the tensors of a file with those that the model expects.
 
     Args:
@@ -71,8 +77,9 @@ def compare(model: LoraModel, adapter: str, tensors: Mapping[str, Tensor], state
         adapter: The adapter's name in the model.
         tensors: The tensors of the file.
         state: The model's state dict.
+        unfrozen: Key of the file -> key of the state dict, for parameters of the base that trained with the adapter.
     """
-    expected, vocabulary = tensor_names(model, adapter), vocabulary_names(model)
+    expected, vocabulary = tensor_names(model, adapter) | (dict(unfrozen or {})), vocabulary_names(model)
     # the embedding's own weight is in the file only if PEFT saved it
     missing = sorted(key for key in expected if key not in tensors and not key.endswith(".base_layer.weight"))
     names = {key: own for key, own in {**expected, **vocabulary}.items() if key in tensors}

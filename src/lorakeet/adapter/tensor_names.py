@@ -10,6 +10,7 @@ import re
 
 from torch import nn
 
+from lorakeet.lora.interop.wrappers import canonical
 from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.model import LoraModel
 from lorakeet.lora.modules_to_save import SavedModule
@@ -46,7 +47,10 @@ def tensor_names(model: LoraModel, adapter: str) -> dict[str, str]:
     names |= _bias_names(model, adapter)
     names |= _embedding_names(model, adapter)
     names = _with_parameters(names, model, adapter)
-    return {PREFIX + key: value for key, value in names.items()}
+    if any(canonical(name) != name for name in names.values()):  # some wrappers hide themselves in a state dict
+        own = {canonical(key): key for key in model.state_dict()}
+        names = {key: own[canonical(name)] for key, name in names.items()}
+    return {PREFIX + canonical(key): value for key, value in names.items()}
 
 
 def _layer_names(file_path: str, path: str, layer: LoraLayer, adapter: str) -> dict[str, str]:
@@ -111,7 +115,7 @@ def mirrored_names(model: LoraModel, adapter: str) -> dict[str, tuple[str, bool]
     for path, module in model.named_modules():
         if not isinstance(module, TiedLayer) or adapter not in module.r:
             continue
-        source, here = PREFIX + paths[id(module.source)], PREFIX + path
+        source, here = PREFIX + canonical(paths[id(module.source)]), PREFIX + canonical(path)
         if isinstance(module.source, TrainableTokens):
             names[f"{here}.{TOKENS}"] = (f"{source}.{TOKENS}", False)
         elif isinstance(module.base_layer, nn.Embedding):
@@ -139,5 +143,5 @@ def vocabulary_names(model: LoraModel) -> dict[str, str]:
         own = ".base_layer" if isinstance(layer, LoraLayer) else ""
         rows = layer.source if isinstance(layer, TiedLayer) else layer
         inner = ".token_adapter" if isinstance(rows, TrainableTokens) else ""
-        names[f"{PREFIX}{path}{inner}{own}.weight"] = f"{path}{own}.weight"
+        names[f"{PREFIX}{canonical(path)}{inner}{own}.weight"] = f"{path}{own}.weight"
     return names

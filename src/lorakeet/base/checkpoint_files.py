@@ -80,14 +80,26 @@ def adapter_not_model(path: str, adapter_config: Path) -> BaseModelError:
     )
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold the weights of the model in ``folder``: one, or those that its index names.
+
+    Raises:
+        ValueError: The index is not readable.
+    """
+    if not (folder / INDEX).exists():
+        return [folder / WEIGHTS]
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        return [folder / name for name in sorted({str(name) for name in index["weight_map"].values()})]
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{INDEX} is not readable") from error
+
+
 def _weight_problems(folder: Path) -> list[str]:
-    files = [WEIGHTS]
-    if (folder / INDEX).exists():
-        try:
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            files = sorted({str(name) for name in index["weight_map"].values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return [f"{INDEX} is not readable"]
+    try:
+        files = [file.name for file in weight_files(folder)]
+    except ValueError:
+        return [f"{INDEX} is not readable"]
     missing = [name for name in files if not (folder / name).exists()]
     if missing:
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)

@@ -27,12 +27,16 @@ from lorakeet.base.checkpoint_files import check_folder
 from lorakeet.base.device_dtype import bytes_by_dtype, check_dtypes, choose_device, choose_dtype, dtype_name, some
 from lorakeet.base.quiet import quiet
 from lorakeet.base.source import find_source, local_folder
-from lorakeet.config import QUANTIZED_FORMATS, BaseSettings, settings_error
+from lorakeet.config import QUANTIZED_FORMATS, BaseSettings
 from lorakeet.errors import BaseModelError
+from lorakeet.facts.padding import agree_on_padding
+from lorakeet.facts.vocabulary import embedding_rows, tokens_without_row
 from lorakeet.kernels.int8.registry import best_on
 from lorakeet.log import warn
 from lorakeet.quant.hf_quantizer import CONFIGS, foreign_method, foreign_method_error
-from lorakeet.quant.protocol import quantized_layers, weight_shape
+from lorakeet.quant.protocol import quantized_layers
+from lorakeet.rng import seeded
+from lorakeet.setting_types import settings_error
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Base:
 
     Attributes:
         model: The model in eval mode; no parameter requires a gradient.
-        tokenizer: The tokenizer, with a pad token (the end token if it had none; padding is masked by position).
+        tokenizer: The tokenizer, with the padding token of :func:`lorakeet.facts.padding.padding_token`.
         name: The name that an adapter records; the public name, if known.
         dtype: Number format of the floating-point weights.
         device: Device of the weights.
@@ -91,8 +95,9 @@ def inspect_model(settings: BaseSettings) -> ModelInfo:
     folder = local_folder(source, settings.trust_remote_code)
     check_folder(folder, source.name)
     remote = {"trust_remote_code": settings.trust_remote_code}
-    tokenizer = load_tokenizer(folder, source.name, remote)
-    return ModelInfo(source.name, _config(folder, source.name, remote), tokenizer)
+    tokenizer, config = load_tokenizer(folder, source.name, remote), _config(folder, source.name, remote)
+    agree_on_padding(tokenizer, config)
+    return ModelInfo(source.name, config, tokenizer)
 
 
 def load_base(
@@ -101,6 +106,7 @@ def load_base(
     auto_class: Any = AutoModelForCausalLM,
     for_training: bool = False,
     model_options: Mapping[str, Any] | None = None,
+    seed: int | None = None,
     **overrides: Any,
 ) -> Base:
     """Load a base model, frozen.
@@ -111,6 +117,7 @@ def load_base(
             with a warning; for a language model it is an error.
         for_training: Refuse a number format that cannot be trained in.
         model_options: Further arguments of ``from_pretrained``, such as ``num_labels``.
+        seed: Seed of weights that the checkpoint lacks; None: they are drawn from torch's own state.
         **overrides: Single settings by name, e.g. ``dtype="bf16"``; ``load_in_8bit=True`` means ``bits=8``.
 
     Returns:
@@ -129,11 +136,11 @@ def load_base(
     remote = {"trust_remote_code": chosen.trust_remote_code}
     tokenizer = load_tokenizer(folder, source.name, remote)
     options = {"dtype": dtype, **remote, **_rounding(folder, chosen.bits, source.name, remote), **(model_options or {})}
-    model, fresh = _load_model(folder, source.name, auto_class, device, options)
+    with seeded(seed):
+        model, fresh = _load_model(folder, source.name, auto_class, device, options)
     check_dtypes(model, dtype, source.name)
     _check_vocabulary(model, tokenizer, source.name)
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    agree_on_padding(tokenizer, model.config, model.generation_config if model.can_generate() else None)
     # Adapters, model cards and checkpoints record this name, not the folder of the cache.
     model.name_or_path = model.config._name_or_path = source.name
     model.requires_grad_(False).eval()
@@ -179,7 +186,7 @@ def _settings(settings: BaseSettings | str | None, overrides: Mapping[str, Any])
 
 
 def load_tokenizer(folder: Path, name: str, remote: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder, and set its pad token if it has none.
+    """Load the tokenizer of a model folder, as it is.
 
     Args:
         folder: Folder of the model.
@@ -199,8 +206,6 @@ def load_tokenizer(folder: Path, name: str, remote: Mapping[str, Any]) -> PreTra
     for key in ("is_local", "local_files_only"):  # save_pretrained would save them
         tokenizer.init_kwargs.pop(key, None)
     tokenizer.name_or_path = name
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -259,11 +264,11 @@ def _check_weights(info: Mapping[str, Any], name: str, must_be_complete: bool, p
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Warn of tokens without an embedding: a text with one of them would end a run with an error."""
-    vocabulary = weight_shape(model.get_input_embeddings())[0]
-    beyond = [token for token, number in tokenizer.get_added_vocab().items() if number >= vocabulary]
-    if beyond:
+    rows = embedding_rows(model)
+    if beyond := tokens_without_row(tokenizer, rows):
         warn(
-            f"{name} has embeddings of {vocabulary} tokens, its tokenizer has more: no text may contain {some(beyond)}"
+            f"{name} has embeddings of {rows} tokens, its tokenizer has more: no text may contain "
+            f"{some([*beyond.values()])}"
         )
 
 

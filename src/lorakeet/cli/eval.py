@@ -7,33 +7,43 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import BASE_FLAGS, DATA_FLAGS, base_settings, with_settings
+from lorakeet.cli.options import BASE_FLAGS, DATA_FLAGS, read_overrides, with_settings
 from lorakeet.cli.progress import progress_bar
-from lorakeet.config import read_run
 from lorakeet.errors import DataError
 
 
 @with_settings({**BASE_FLAGS, **DATA_FLAGS})
 def eval(
     settings: dict[str, Any],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="further settings of base, data or task, as of a run"),
+    ] = None,
     adapter: Annotated[str | None, typer.Option(help="folder or hub id of an adapter; default: the base alone")] = None,
     eval_fraction: Annotated[
         float | None, typer.Option(help="evaluate only the rows that a run with this fraction and --seed holds out")
     ] = None,
-    seed: Annotated[int, typer.Option(help="seed of the run, for --eval-fraction")] = 42,
-    batch_size: Annotated[int, typer.Option(min=1, help="rows per forward pass")] = 8,
+    seed: Annotated[
+        int | None, typer.Option(help="seed of the run, for --eval-fraction; default: the adapter's, else 42")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="rows per forward pass; default: the adapter's, else 8")
+    ] = None,
     allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
+    allow_untrained: Annotated[bool, typer.Option(help="accept an adapter that never learned")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Measure the mean loss per target token, the perplexity and the number of target tokens, over all rows of the data.
 
     Target tokens include the end token. For an adapter of another task, the metrics of that task, such as accuracy.
+    Columns, length and what counts as a target are those that the adapter was taught with, unless you say otherwise.
 
     \b
     examples:
       lorakeet eval --data quotes.jsonl
       lorakeet eval --adapter my-run/adapter --data quotes.jsonl --json
       lorakeet eval --adapter my-run/adapter --data quotes.jsonl --eval-fraction 0.05
+      lorakeet eval --adapter my-run/adapter --data tickets.csv data.columns.label=queue
     \f
 
     Args:
@@ -41,18 +51,20 @@ def eval(
     """
     if eval_fraction is not None:
         settings["data.eval_fraction"] = eval_fraction
-    data = read_run(None, values={key: value for key, value in settings.items() if key.startswith("data.")}).data
-    if not data.path:
+    config = read_overrides(overrides, settings)
+    if not config.data.path:
         raise DataError("no data to evaluate on", "give --data FILE")
-    base = base_settings(settings)
     from lorakeet.api import evaluate_data, open_model
 
-    opened = open_model(base, [adapter] if adapter else [], allow_other_base=allow_other_base)
+    opened = open_model(
+        config.base, [adapter] if adapter else [], allow_other_base=allow_other_base, allow_untrained=allow_untrained
+    )
     with progress_bar("evaluating") as progress:
         figures = evaluate_data(
             opened,
             adapter,
-            data,
+            config.data,
+            task_settings=config.task,
             held_out_only=eval_fraction is not None,
             seed=seed,
             batch_size=batch_size,

@@ -17,11 +17,16 @@ def merge(
     out: Annotated[str, typer.Option(help="folder to save the merged model in")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the contents of --out")] = False,
     allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
+    allow_untrained: Annotated[bool, typer.Option(help="accept an adapter that never learned")] = False,
+    accept_loss: Annotated[
+        bool, typer.Option("--accept-loss", help="merge although the stored number format loses most of the update")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     """Merge an adapter into its base and save a plain model that any tool loads.
 
-    The merge is refused, and nothing is written, if merged and unmerged outputs differ on a probe batch.
+    The weights are formed in fp32 and stored in the base's own number format, unless --dtype names one. If that format would
+    lose the update, or merged and unmerged outputs differ on a probe batch, the merge is refused and nothing is written.
 
     \b
     examples:
@@ -34,5 +39,13 @@ def merge(
     """
     from lorakeet import api
 
-    figures = api.merge(base_settings(settings), adapter, out, overwrite=overwrite, allow_other_base=allow_other_base)
+    figures = api.merge(
+        base_settings(settings),
+        adapter,
+        out,
+        overwrite=overwrite,
+        allow_other_base=allow_other_base,
+        allow_untrained=allow_untrained,
+        accept_loss=accept_loss,
+    )
     print(json.dumps(figures) if as_json else figures["path"])

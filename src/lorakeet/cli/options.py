@@ -9,8 +9,9 @@ from typing import Any
 import typer
 from pydantic import BaseModel
 
-from lorakeet.config import BaseSettings, RunConfig, read_run, setting_names
-from lorakeet.setting_types import plain_types
+from lorakeet.config import BaseSettings, RunConfig, read_run
+from lorakeet.errors import ConfigError
+from lorakeet.setting_types import plain_types, setting_names
 
 #: Base class of typer's usage errors; releases of typer keep click in different places.
 UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -139,11 +140,26 @@ def base_settings(settings: dict[str, Any]) -> BaseSettings:
     return read_run(None, values={key: value for key, value in settings.items() if key.startswith("base.")}).base
 
 
-def target_names(text: str) -> list[str] | str:
-    """Parse ``--target-modules``: a comma-separated list, a regular expression or ``all-linear``."""
-    if text == "all-linear" or any(sign in text for sign in r"\*+?[](){}|^$"):
-        return text
-    return [name.strip() for name in text.split(",") if name.strip()]
+def read_overrides(
+    overrides: list[str] | None, settings: dict[str, Any], sections: tuple[str, ...] = ("base", "data", "task")
+) -> RunConfig:
+    """Return the settings of a command that has no YAML file: from flags, then from overrides.
+
+    Args:
+        overrides: Words of the form ``section.key=value``.
+        settings: Settings set by flags, by dotted name.
+        sections: Sections that the command uses.
+
+    Raises:
+        ConfigError: A word is no override, or of another section.
+    """
+    for word in overrides or []:
+        name, equals, _ = word.partition("=")
+        section, dot, _ = name.strip().partition(".")
+        if not (equals and dot) or section not in sections:
+            allowed = ", ".join(f"{each}.*" for each in sections)
+            raise ConfigError(f"{word!r} is no setting of this command, expected {allowed}", "write section.key=value")
+    return read_run(None, overrides or (), settings)
 
 
 def parse_and_call(command: Callable[..., Any], name: str, words: list[str]) -> int | None:

@@ -19,7 +19,8 @@ def quantize(
 ) -> None:
     """Quantize a base to 8 bits and save it. The folder is a model for every command; its weights are read on demand.
 
-    Only one weight at a time is in memory in full precision. Adapters trained on it also fit the full-precision base.
+    Only one weight at a time is in memory in full precision. What stays unquantized keeps the base's own number format,
+    unless --dtype names one. Adapters trained on it also fit the full-precision base.
 
     \b
     examples:

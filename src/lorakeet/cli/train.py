@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import TRAIN_FLAGS, target_names, with_settings
+from lorakeet.cli.options import TRAIN_FLAGS, with_settings
 from lorakeet.config import read_run
 from lorakeet.errors import ConfigError
+from lorakeet.runs.run_folder import folder_of
 
 
 @with_settings(TRAIN_FLAGS)
@@ -48,9 +49,10 @@ def train(
             f"{stray[0]!r} is no override, expected section.key=value",
             "give at most one YAML file, before the overrides",
         )
-    if isinstance(names := settings.get("lora.target_modules"), str):
-        settings["lora.target_modules"] = target_names(names)
     config = read_run(file, words, settings)
+    given = settings.get("out") is not None or any(word.split("=")[0].strip() == "out" for word in words)
+    if resume and file and not given:
+        config = config.model_copy(update={"out": folder_of(file, config.out)})
     from lorakeet.train.run import run_training
 
     summary = run_training(config, resume=resume, overwrite=overwrite, any_checkpoint=any_checkpoint)

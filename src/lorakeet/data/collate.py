@@ -6,6 +6,7 @@ is still in the loss. Random numbers come from torch's own generator.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,35 @@ class OnlyColumns:
 
 
 @dataclass(frozen=True)
+class QuestionCollator:
+    """Collator of windows, padded on the right whatever the tokenizer says: positions count from the left.
+
+    A batch has ``input_ids``, ``attention_mask``, what else the model takes, and the columns that decode its answers
+    (:meth:`lorakeet.data.encode.question.QuestionEncoder.answer_columns`).
+
+    Args:
+        tokenizer: has a padding token.
+    """
+
+    tokenizer: Any
+
+    def __call__(self, samples: Samples) -> dict[str, Tensor]:
+        filling = {
+            "input_ids": self.tokenizer.pad_token_id,
+            "token_type_ids": self.tokenizer.pad_token_type_id,
+            "starts": -1,
+            "ends": -1,
+        }
+        columns = {name: [sample[name] for sample in samples] for name in samples[0] if name != "length"}
+        mask = [torch.ones(len(ids), dtype=torch.int64) for ids in columns["input_ids"]]
+        batch = {"attention_mask": padded(mask, 0)}
+        for name, values in columns.items():
+            rows = [torch.as_tensor(value, dtype=torch.int64) for value in values]
+            batch[name] = padded(rows, filling[name]) if name in filling else torch.stack(rows)
+        return batch
+
+
+@dataclass(frozen=True)
 class MaskingCollator:
     """Collator of masked positions (Devlin et al. 2018, arXiv:1810.04805, section 3.1).
 
@@ -148,6 +178,8 @@ def make_collator(task: TaskSettings, tokenizer: Any, model: Any = None) -> Coll
     Raises:
         BaseModelError: no token to pad with, or for MASKED_LM none that marks a gap.
     """
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.padding_side = "right"  # positions count from the left: a text has the same ones alone and in a batch
     pad = tokenizer.pad_token_id
     if pad is None and task.type not in ("CAUSAL_LM", "FEATURE_EXTRACTION"):
         raise BaseModelError(
@@ -167,9 +199,7 @@ def make_collator(task: TaskSettings, tokenizer: Any, model: Any = None) -> Coll
         "SEQ_CLS": lambda: OnlyColumns(DataCollatorWithPadding(tokenizer), (*inputs, "labels")),
         "TOKEN_CLS": lambda: OnlyColumns(DataCollatorForTokenClassification(tokenizer), (*inputs, "labels")),
         "SEQ_2_SEQ_LM": lambda: OnlyColumns(DataCollatorForSeq2Seq(tokenizer, model), ("input_ids", "labels")),
-        "QUESTION_ANS": lambda: OnlyColumns(
-            DataCollatorWithPadding(tokenizer), (*inputs, "start_positions", "end_positions")
-        ),
+        "QUESTION_ANS": lambda: QuestionCollator(tokenizer),
     }
     return makers[task.type]()
 

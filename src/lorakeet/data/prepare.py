@@ -39,7 +39,13 @@ _EMPTY_HINT = "check that data.columns names the right columns; `lorakeet doctor
 
 
 def prepare(
-    settings: DataSettings, task: TaskSettings, tokenizer: Any, *, seed: int, max_positions: int | None = None
+    settings: DataSettings,
+    task: TaskSettings,
+    tokenizer: Any,
+    *,
+    seed: int,
+    max_positions: int | None = None,
+    vocabulary: int | None = None,
 ) -> Prepared:
     """Read ``settings.path`` and make samples of it.
 
@@ -49,16 +55,19 @@ def prepare(
         tokenizer: of ``transformers``; its end token is put after every text that is not cut.
         seed: chooses the held-out rows.
         max_positions: tokens of the longest sample that the model takes; None: no limit.
+        vocabulary: rows of the model's embedding; None: enough for every token.
 
     Raises:
-        DataError: data that is missing, broken, without columns for the task or samples, or too long for the model.
+        DataError: data that is missing, broken, without columns for the task or samples, or that the model cannot read.
         BaseModelError: the tokenizer cannot do what the task needs, such as render a conversation.
     """
     if settings.stream:
-        return prepare_stream(settings, task, tokenizer, seed=seed, max_positions=max_positions)
+        limits = {"max_positions": max_positions, "vocabulary": vocabulary}
+        return prepare_stream(settings, task, tokenizer, seed=seed, **limits)
     rows = read_rows(settings, task.type, seed=seed)
-    examined = _examine(rows, task, settings)
-    samples = _encode(examined, task, settings, tokenizer, max_positions)
+    examined = _examine(rows, task, settings, tokenizer)
+    encoder = make_encoder(examined.rows.layout, task, settings, tokenizer, examined.labels, vocabulary)
+    samples = _encode(examined, encoder, task, max_positions)
     sides = _split(samples, examined, settings, seed)
     return _report(rows, examined, samples, sides, settings, task)
 
@@ -109,9 +118,9 @@ class _Sides:
     moved: int
 
 
-def _examine(rows: Rows, task: TaskSettings, settings: DataSettings) -> _Examined:
+def _examine(rows: Rows, task: TaskSettings, settings: DataSettings, tokenizer: Any) -> _Examined:
     """Examine all rows: keep the usable ones, gather their labels, and log the issues or refuse the data."""
-    found = examine_rows(rows, task, settings)
+    found = examine_rows(rows, task, settings, tokenizer)
     if not found.usable:
         raise DataError(f"nothing to learn in {rows.description}: all {len(rows):,} rows are empty", _EMPTY_HINT)
     usable = rows if len(found.usable) == len(rows) else rows.select(found.usable)
@@ -123,12 +132,9 @@ def _examine(rows: Rows, task: TaskSettings, settings: DataSettings) -> _Examine
     return _Examined(usable, labels, found)
 
 
-def _encode(
-    examined: _Examined, task: TaskSettings, settings: DataSettings, tokenizer: Any, max_positions: int | None
-) -> _Samples:
+def _encode(examined: _Examined, encoder: Encoder, task: TaskSettings, max_positions: int | None) -> _Samples:
     """Tokenize the usable rows, or read their samples from the cache."""
     rows = examined.rows
-    encoder = make_encoder(rows.layout, task, settings, tokenizer, examined.labels)
     tokens = tokenize(rows, examined.found.content_hash, encoder)
     counts = count_columns(tokens)
     numbers = np.flatnonzero(counts["targets"])
@@ -204,4 +210,4 @@ def _report(
         streamed=False,
         content_hash=examined.found.content_hash,
     )
-    return finish(report, samples.encoder, labels, rows.layout, tokens, canonical)
+    return finish(report, samples.encoder, labels, rows.layout, tokens, canonical, rows.data)

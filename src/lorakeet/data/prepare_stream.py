@@ -26,6 +26,7 @@ from lorakeet.data.prepared import (
     id_columns,
     log_issues,
     nothing_learnable,
+    sample_columns,
     shape,
 )
 from lorakeet.data.read.record import Fault
@@ -49,7 +50,13 @@ _LOGGED_LATER = ("broken", "encoding", "wrong_type", "half_character", "tag_coun
 
 
 def prepare_stream(
-    settings: DataSettings, task: TaskSettings, tokenizer: Any, *, seed: int, max_positions: int | None = None
+    settings: DataSettings,
+    task: TaskSettings,
+    tokenizer: Any,
+    *,
+    seed: int,
+    max_positions: int | None = None,
+    vocabulary: int | None = None,
 ) -> Prepared:
     """Prepare a stream: the training part is an ``IterableDataset``, the held-out part is in memory.
 
@@ -62,6 +69,7 @@ def prepare_stream(
         tokenizer: of ``transformers``.
         seed: chooses the held-out rows and the order.
         max_positions: tokens of the longest sample that the model takes; None: no limit.
+        vocabulary: rows of the model's embedding; None: enough for every token.
 
     Raises:
         DataError: as :func:`lorakeet.data.prepare.prepare`, as far as the beginning of the data shows.
@@ -70,8 +78,8 @@ def prepare_stream(
     layout, kind, source = held.layout, held.layout.kind, held.description
     label_column = find_kind(kind).labels
     labels = given_labels(layout.types[label_column], task) if label_column else None
-    checked, sound = _check(settings, task)
-    encoder = make_encoder(layout, task, settings, tokenizer, labels)
+    checked, sound = _check(settings, task, tokenizer)
+    encoder = make_encoder(layout, task, settings, tokenizer, labels, vocabulary)
     rows = held.select(usable(held.data, kind))
     tokens = _held_out(rows, encoder, source)
     measured = {digest(sample) for sample in tokens.select_columns(id_columns(encoder.model_columns()))}
@@ -105,17 +113,19 @@ def prepare_stream(
         sound=sound,
         content_hash=hashlib.sha256(json.dumps([source, settings.model_dump(), seed]).encode()).hexdigest(),
     )
-    return finish(report, encoder, labels, layout, (train, tokens if len(tokens) else None))
+    held_out = tokens if len(tokens) else None
+    return finish(report, encoder, labels, layout, (train, held_out), usable=rows.data)
 
 
-def _check(settings: DataSettings, task: TaskSettings) -> tuple[int, int]:
+def _check(settings: DataSettings, task: TaskSettings, tokenizer: Any) -> tuple[int, int]:
     """Log the issues of the beginning of each source; returns the rows examined, and how many of them are usable.
 
     Raises:
         DataError: something would spoil the run.
     """
     mapped, _ = map_sources(settings, task.type)
-    found = examine_heads([(item.source, item.layout) for item in mapped], task, settings=settings, most=_CHECKED)
+    heads = [(item.source, item.layout) for item in mapped]
+    found = examine_heads(heads, task, settings=settings, most=_CHECKED, tokenizer=tokenizer)
     among = f" among the first {found.rows:,} rows"
     later: tuple[str, ...] = _LOGGED_LATER
     if found.count("one_label") and found.rows >= _CHECKED // len(mapped):  # else no source has more
@@ -177,7 +187,7 @@ def _samples(
     encoded = stream.map(
         encode, batched=True, batch_size=_BATCH, remove_columns=list(stream.features), features=encoder.features()
     )
-    return encoded.filter(learnable).select_columns([*encoder.model_columns(), "length"])
+    return encoded.filter(learnable).select_columns(sample_columns(encoder))
 
 
 def _count(before: int, now: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -13,9 +13,11 @@ import numpy as np
 
 from lorakeet.config import TaskSettings
 from lorakeet.data.doctor.issues import IssueGroup
+from lorakeet.data.encode.chat import ChatEncoder
 from lorakeet.data.encode.encoder import Encoder
 from lorakeet.data.encode.render import describe_sample
 from lorakeet.data.prepare_report import PrepareReport
+from lorakeet.data.rows.conversations import system_turn_notes
 from lorakeet.data.rows.kinds import Layout
 from lorakeet.data.rows.label_set import LabelSet, Problem
 from lorakeet.errors import DataError
@@ -34,6 +36,8 @@ class Prepared:
         problem: kind of a SEQ_CLS, else None.
         layout: kind of the rows, and which column of the source plays which part.
         train_rows, held_out_rows: the rows that the samples were made of, in canonical columns (None for a stream).
+    rows: all usable rows (of a stream the held-out ones), as the column ``row`` of samples numbers them; for a task whose
+        samples have that column.
     """
 
     train: datasets.Dataset | datasets.IterableDataset
@@ -44,6 +48,8 @@ class Prepared:
     layout: Layout
     train_rows: datasets.Dataset | None = None
     held_out_rows: datasets.Dataset | None = None
+    rows: datasets.Dataset | None = None
+    chat: Mapping[str, Any] = field(default_factory=dict)
 
 
 def log_issues(groups: Iterable[IssueGroup], among: str = "") -> None:
@@ -71,6 +77,7 @@ def finish(
     layout: Layout,
     samples: tuple[Any, datasets.Dataset | None],
     rows: tuple[datasets.Dataset | None, datasets.Dataset | None] = (None, None),
+    usable: datasets.Dataset | None = None,
 ) -> Prepared:
     """Build the result, with only the columns that a model takes, and log the warnings of the report.
 
@@ -81,13 +88,23 @@ def finish(
         layout: of the rows.
         samples: training and held-out samples.
         rows: the rows of both.
+        usable: all rows that samples were made of.
     """
     for warning in report.warnings():
         warn(warning)
-    columns = [*encoder.model_columns(), "length"]
+    columns = sample_columns(encoder)
     train, held_out = (part if part is None else part.select_columns(columns) for part in samples)
     names = labels.names if labels is not None and labels.names else None
-    return Prepared(train, held_out, report, names, labels.problem if labels else None, layout, *rows)
+    problem = labels.problem if labels else None
+    answers = usable if "row" in columns else None
+    chat = system_turn_notes(usable) if isinstance(encoder, ChatEncoder) else {}
+    return Prepared(train, held_out, report, names, problem, layout, *rows, answers, chat)
+
+
+def sample_columns(encoder: Encoder) -> list[str]:
+    """Return the columns that are kept of a sample: for the model, for decoding its answers, and the length."""
+    answer = encoder.answer_columns()
+    return [*encoder.model_columns(), *answer, *(["row"] if answer else []), "length"]
 
 
 def check_length(longest: int, max_positions: int | None) -> None:

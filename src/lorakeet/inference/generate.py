@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from lorakeet.chat_messages import Message
+from lorakeet.chat_template import render_chat
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.facts.padding import padding_token
+from lorakeet.facts.special_tokens import prompt_ids, rendered_ids, text_ids
+from lorakeet.facts.vocabulary import check_token_ids, embedding_rows
+from lorakeet.facts.window import window
 from lorakeet.inference.fast_decode import fast_decode
 from lorakeet.log import warn
+from lorakeet.rng import seeded
+
+#: Plain text, or a conversation.
+Prompt = str | Sequence[Message]
 
 #: Tokens of the prompt that are decoded before the new ones, so that the first new word keeps its leading space.
 CONTEXT = 8
@@ -21,7 +30,7 @@ CONTEXT = 8
 def complete(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int = 128,
     greedy: bool = False,
@@ -39,7 +48,7 @@ def complete(
     Args:
         model: The model, with or without an active adapter.
         tokenizer: Its tokenizer.
-        prompts: Plain texts, or conversations rendered by :func:`lorakeet.chat_template.render_chat`.
+        prompts: Plain texts; or conversations (lists of messages), which the model continues with an assistant turn.
         max_new_tokens: Largest number of new tokens; fewer, with a warning, if the model's context window ends.
         greedy: Take the most likely token; ``temperature``, ``top_p`` and ``seed`` are then ignored.
         temperature: Sampling temperature; below 1 the text is more predictable.
@@ -54,17 +63,17 @@ def complete(
 
     Raises:
         ConfigError: A setting is out of range, or there are several prompts to stream.
-        DataError: A prompt is empty, or fills the model's context window.
+        DataError: A prompt is empty, fills the model's context window, or has a token that the model cannot read.
+        BaseModelError: The tokenizer has no chat template for a conversation.
     """
     _check(prompts, max_new_tokens, temperature, top_p, stream)
-    encoded = [_encode(model, tokenizer, prompt) for prompt in prompts]
+    encoded = _encode(model, tokenizer, prompts)
     device = next(model.parameters()).device
     settings = _settings(model, tokenizer, _fitting_tokens(model, encoded, max_new_tokens))
     if not greedy:
         settings.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     texts: list[str] = []
-    seeded = _seeded(None if greedy else seed, device)
-    with evaluating(model), fast_decode(model), seeded, torch.inference_mode():
+    with evaluating(model), fast_decode(model), seeded(None if greedy else seed), torch.inference_mode():
         for start in range(0, len(encoded), batch_size):
             batch = encoded[start : start + batch_size]
             ids, mask = _left_padded(batch, settings.pad_token_id, device)
@@ -82,7 +91,11 @@ def complete(
 
 
 def _check(
-    prompts: Sequence[str], max_new_tokens: int, temperature: float, top_p: float, stream: Callable[[str], None] | None
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    stream: Callable[[str], None] | None,
 ) -> None:
     problems = []
     if max_new_tokens < 1:
@@ -99,42 +112,48 @@ def _check(
         raise DataError(f"prompt {', '.join(empty)} is empty, expected text", "remove empty prompts")
 
 
-def _encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the token ids of a prompt; a rendered conversation has a start token already and gets no second one."""
-    rendered = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
-    ids: list[int] = tokenizer(prompt, add_special_tokens=not rendered)["input_ids"]
-    if not model.config.is_encoder_decoder and not prompt.endswith(tokenizer.eos_token or "\0"):
-        while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers add an end token to every text
-            ids.pop()
-    return ids
+def _encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Return the token ids of each prompt, as in training."""
+    rows, to_ids = embedding_rows(model), text_ids if model.config.is_encoder_decoder else prompt_ids
+    encoded = []
+    for number, prompt in enumerate(prompts, start=1):
+        if isinstance(prompt, str):
+            [ids] = to_ids(tokenizer, [prompt])
+        else:
+            ids = rendered_ids(tokenizer, render_chat(tokenizer, prompt, True))
+        if not ids:
+            raise DataError(f"prompt {number} has no token that the model knows", "remove it, or write another text")
+        check_token_ids(ids, tokenizer, rows, f"prompt {number}")
+        encoded.append(ids)
+    return encoded
 
 
 def _fitting_tokens(model: PreTrainedModel, encoded: Sequence[Sequence[int]], requested: int) -> int:
     """Return the number of new tokens, at most ``requested``, that fit the context window after the longest prompt."""
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if window is None or model.config.is_encoder_decoder:
+    most, longest = window(model.config), max(map(len, encoded), default=0)
+    if most is None:
         return requested
-    longest = max(map(len, encoded), default=0)
-    if longest >= window:
+    if longest >= most:
         raise DataError(
-            f"a prompt has {longest} tokens, expected fewer than the model's window of {window}", "shorten the prompt"
+            f"a prompt has {longest} tokens, expected fewer than the model's window of {most}", "shorten the prompt"
         )
-    if longest + requested > window:
-        warn(f"only {window - longest} of {requested} new tokens fit the model's window of {window} tokens")
-    return min(requested, window - longest)
+    before = 1 if model.config.is_encoder_decoder else longest  # a decoder of its own begins with its start token
+    if before + requested > most:
+        warn(f"only {most - before} of {requested} new tokens fit the model's window of {most} tokens")
+    return min(requested, most - before)
 
 
 def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
     """Build greedy settings that stop at the end tokens of the model and of the tokenizer."""
     ends = model.generation_config.eos_token_id
     stops = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
+    pad = padding_token(model.config, tokenizer)
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         use_cache=True,
         eos_token_id=sorted(stops) or None,
-        pad_token_id=pad,
+        pad_token_id=min(stops, default=0) if pad is None else pad,
     )
 
 
@@ -205,13 +224,3 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[Any]:
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

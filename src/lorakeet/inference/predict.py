@@ -1,22 +1,48 @@
-"""Prediction for texts: classes with scores, tagged words, answer spans, embeddings, masked tokens."""
+"""Prediction for texts: classes with scores, tagged words, answer spans, embeddings, masked tokens.
+
+Rows are encoded as in training (:mod:`lorakeet.inference.questions`), so the model reads the tokens that it was taught on.
+Answers are decoded as for held-out figures (:mod:`lorakeet.inference.answers`).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, pipeline
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakeet.base.quiet import quiet
+from lorakeet.config import TaskSettings
+from lorakeet.data.collate import make_collator
+from lorakeet.data.encode.encoder import Sample, cannot_encode
 from lorakeet.errors import DataError
+from lorakeet.facts.vocabulary import embedding_rows
+from lorakeet.facts.window import longest_text
+from lorakeet.inference.answers import (
+    Tag,
+    answer_texts,
+    best_answers,
+    class_answer,
+    span_logits,
+    window_answers,
+    word_tags,
+)
 from lorakeet.inference.generate import evaluating
+from lorakeet.inference.questions import Question, canonical_questions, question_encoder, word_starts
+from lorakeet.log import warn
 
-#: Tokens. Longest answer span of QUESTION_ANS.
-LONGEST_ANSWER = 30
+#: Tokens that are proposed for a masked one.
+FILLINGS = 5
+#: Words of a long text that are tokenized at once, per token of the longest sample.
+_WORDS_PER_TOKEN = 4
+#: Tokens of the longest sample where neither model, tokenizer nor training limits them.
+_NO_LIMIT = 1 << 20
+#: Columns of a batch that are no input of the model.
+_NO_INPUTS = ("labels", "row", "no_answer", "starts", "ends")
 
 
 @torch.inference_mode()
@@ -24,24 +50,33 @@ def predict(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: str,
-    rows: Sequence[str | Mapping[str, str]],
+    rows: Sequence[Question],
     *,
     batch_size: int = 8,
+    max_length: int | None = None,
+    pairs: bool | None = None,
 ) -> list[dict[str, Any]]:
     """Predict the answer of a task for each text.
+
+    A text of more than ``max_length`` tokens is cut as in training, with a warning; its words are tagged in parts. A long
+    context is read in overlapping windows.
 
     Args:
         model: The model with the head of the task.
         tokenizer: Its tokenizer.
         task: SEQ_CLS, TOKEN_CLS, QUESTION_ANS, FEATURE_EXTRACTION or MASKED_LM.
-        rows: Texts; for QUESTION_ANS mappings with ``question`` and ``context``.
+        rows: Texts, or mappings: ``text`` and ``text_pair`` for SEQ_CLS, ``tokens`` (a list of words) for TOKEN_CLS,
+            ``question`` and ``context`` for QUESTION_ANS.
         batch_size: Rows per batch.
+        max_length: Tokens of the longest sample, as in training; None: as many as the model takes.
+        pairs: Whether the classifier was trained on pairs of texts; None: as the first row has it.
 
     Returns:
         A dictionary for each row, by task:
 
         - SEQ_CLS: ``{"label", "score", "scores"}``; multi-label ``{"labels", "scores"}``; regression ``{"value"}``.
-        - TOKEN_CLS: ``{"words": [{"word", "tag", "score", "start", "end"}]}``.
+        - TOKEN_CLS: ``{"words": [{"word", "tag", "score", "start", "end"}]}``, words being separated by white space; a word
+          for which the tokenizer has no token has the tag None.
         - QUESTION_ANS: ``{"answer", "start", "end", "score"}``; an empty answer means that the text has none.
         - FEATURE_EXTRACTION: ``{"embedding"}``.
         - MASKED_LM: ``{"text", "fillings": [{"text", "token", "score"}]}``.
@@ -49,17 +84,10 @@ def predict(
     Raises:
         DataError: A row is empty, or not of the form that the task needs.
     """
-    _check(task, rows)
+    lengths = [most for most in (max_length, longest_text(model.config, tokenizer)) if most is not None]
+    asking = _Asking(model, tokenizer, task, rows, batch_size, min(lengths, default=_NO_LIMIT), pairs)
     with evaluating(model), quiet():
-        if task == "SEQ_CLS":
-            return _classes(model, tokenizer, rows, batch_size)
-        if task == "TOKEN_CLS":
-            return _tags(model, tokenizer, rows, batch_size)
-        if task == "MASKED_LM":
-            return _fillings(model, tokenizer, rows, batch_size)
-        if task == "FEATURE_EXTRACTION":
-            return [{"embedding": vector} for vector in _vectors(model, tokenizer, rows, batch_size)]
-        return [_answer(model, tokenizer, row["question"], row["context"]) for row in rows]  # type: ignore[index]
+        return asking.answers() if rows else []
 
 
 def embed(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -78,122 +106,157 @@ def embed(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor
     return F.normalize((states * real).sum(1) / real.sum(1).clamp(min=1), dim=-1)
 
 
-def _check(task: str, rows: Sequence[str | Mapping[str, str]]) -> None:
-    needs = ("question", "context") if task == "QUESTION_ANS" else ()
-    problems = []
-    for number, row in enumerate(rows, start=1):
-        if needs and not (isinstance(row, Mapping) and all(isinstance(row.get(key), str) for key in needs)):
-            problems.append(f"row {number} is {row!r:.60}, expected question and context")
-        elif not needs and not (isinstance(row, str) and row.strip()):
-            problems.append(f"row {number} is {row!r:.60}, expected text")
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise DataError(f"invalid rows for {task}: {'; '.join(problems[:3])}{more}", "fix or remove these rows")
+class _Asking:
+    """Rows that one model is asked about.
 
-
-def _classes(model: Any, tokenizer: Any, rows: Sequence[Any], batch_size: int) -> list[dict[str, Any]]:
-    problem = model.config.problem_type
-    function = {"regression": "none", "multi_label_classification": "sigmoid"}.get(problem, "softmax")
-    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device=model.device)
-    answers = classify(list(rows), top_k=None, function_to_apply=function, batch_size=batch_size, truncation=True)
-    found: list[dict[str, Any]] = []
-    for scores in answers:
-        table = {item["label"]: float(item["score"]) for item in scores}
-        best = max(table, key=table.__getitem__)
-        if function == "none":
-            found.append({"value": table[best]})
-        elif function == "sigmoid":
-            found.append({"labels": [name for name, score in table.items() if score > 0.5], "scores": table})
-        else:
-            found.append({"label": best, "score": table[best], "scores": table})
-    return found
-
-
-def _tags(model: Any, tokenizer: Any, rows: Sequence[Any], batch_size: int) -> list[dict[str, Any]]:
-    """Predict the tag of each word, from its first token, as in training."""
-    found: list[dict[str, Any]] = []
-    for start in range(0, len(rows), batch_size):
-        texts = list(rows[start : start + batch_size])
-        encoded = tokenizer(texts, padding=True, truncation=True, return_offsets_mapping=True, return_tensors="pt")
-        offsets = encoded.pop("offset_mapping").tolist()
-        scores, tags = model(**encoded.to(model.device)).logits.float().softmax(-1).max(-1)  # [B, T]
-        for number, text in enumerate(texts):
-            pieces: dict[int, list[int]] = {}  # word -> positions of its tokens
-            for position, word in enumerate(encoded.word_ids(number)):
-                if word is not None:
-                    pieces.setdefault(word, []).append(position)
-            words = [_word(text, offsets[number], p, tags[number], scores[number], model) for p in pieces.values()]
-            found.append({"words": words})
-    return found
-
-
-def _word(text: str, offsets: Any, pieces: Sequence[int], tags: Tensor, scores: Tensor, model: Any) -> dict[str, Any]:
-    start, end, first = offsets[pieces[0]][0], offsets[pieces[-1]][1], pieces[0]
-    tag = model.config.id2label[int(tags[first])]
-    return {"word": text[start:end], "tag": tag, "score": float(scores[first]), "start": start, "end": end}
-
-
-def _fillings(model: Any, tokenizer: Any, rows: Sequence[Any], batch_size: int) -> list[dict[str, Any]]:
-    if bad := [number for number, row in enumerate(rows, start=1) if row.count(tokenizer.mask_token) != 1]:
-        raise DataError(
-            f"row {bad[0]} has {rows[bad[0] - 1].count(tokenizer.mask_token)} masked tokens, expected 1",
-            f"write {tokenizer.mask_token} for the token to predict",
-        )
-    fill = pipeline("fill-mask", model=model, tokenizer=tokenizer, device=model.device)
-    answers = fill(list(rows), batch_size=batch_size)
-    answers = [answers] if len(rows) == 1 else answers
-    return [
-        {
-            "text": row,
-            "fillings": [
-                {"text": item["sequence"], "token": item["token_str"], "score": float(item["score"])} for item in best
-            ],
-        }
-        for row, best in zip(rows, answers, strict=True)
-    ]
-
-
-def _vectors(model: Any, tokenizer: Any, rows: Sequence[Any], batch_size: int) -> Iterator[list[float]]:
-    for start in range(0, len(rows), batch_size):
-        batch = tokenizer(list(rows[start : start + batch_size]), padding=True, truncation=True, return_tensors="pt")
-        yield from embed(model, *(batch[name].to(model.device) for name in ("input_ids", "attention_mask"))).tolist()
-
-
-def _answer(model: Any, tokenizer: Any, question: str, context: str) -> dict[str, Any]:
-    """Find the most likely span of the context, over all windows of a long one.
-
-    The score of a span is the sum of the log-probabilities of its start and its end. The first token of a window stands for
-    "no answer in this window".
+    Args:
+        model, tokenizer, task, rows, batch_size, pairs: As for :func:`predict`.
+        max_length: Tokens of the longest sample.
     """
-    window = min(tokenizer.model_max_length, model.config.max_position_embeddings)
-    encoded = tokenizer(
-        question,
-        context,
-        truncation="only_second",
-        max_length=window,
-        stride=min(128, window // 4),
-        return_overflowing_tokens=True,
-        return_offsets_mapping=True,
-        padding=True,
-        return_tensors="pt",
-    )
-    offsets = encoded.pop("offset_mapping")
-    encoded.pop("overflow_to_sample_mapping", None)
-    outputs = model(**encoded.to(model.device))
-    best, answer = -float("inf"), {"answer": "", "start": 0, "end": 0}
-    for number, spans in enumerate(offsets.tolist()):
-        inside = torch.tensor([part == 1 for part in encoded.sequence_ids(number)])
-        start, end = (outputs[name][number].float().log_softmax(-1).cpu() for name in ("start_logits", "end_logits"))
-        allowed = (
-            inside[:, None]
-            & inside[None, :]
-            & torch.ones(len(inside), len(inside), dtype=torch.bool).triu().tril(LONGEST_ANSWER - 1)
-        )
-        both = (start[:, None] + end[None, :]).masked_fill(~allowed, -float("inf"))
-        score, at = both.flatten().max(0)
-        first, last = divmod(int(at), len(inside))
-        no_answer = float(start[0] + end[0])
-        if float(score) > max(best, no_answer):
-            best, begin, stop = float(score), spans[first][0], spans[last][1]
-            answer = {"answer": context[begin:stop], "start": begin, "end": stop}
-    return {**answer, "score": math.exp(best)}
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        task: str,
+        rows: Sequence[Question],
+        batch_size: int,
+        max_length: int,
+        pairs: bool | None,
+    ) -> None:
+        self.model, self.tokenizer, self.task = model, tokenizer, task
+        self.given, self.rows = rows, canonical_questions(task, rows, pairs)
+        self.batch_size, self.max_length = batch_size, max_length
+        roles = list(self.rows[0]) if rows else ["text"]
+        self.encoder = question_encoder(task, tokenizer, max_length, roles, embedding_rows(model))
+        # nothing is masked here: a text with a masked token is padded as one with a class
+        self.collator = make_collator(TaskSettings(type="SEQ_CLS" if task == "MASKED_LM" else task), tokenizer)  # type: ignore[arg-type]
+
+    def answers(self) -> list[dict[str, Any]]:
+        """Return the answer to each row."""
+        by_task: Mapping[str, Callable[[], list[dict[str, Any]]]] = {
+            "SEQ_CLS": self._classes,
+            "TOKEN_CLS": self._tags,
+            "MASKED_LM": self._fillings,
+            "FEATURE_EXTRACTION": self._vectors,
+            "QUESTION_ANS": self._spans,
+        }
+        return by_task[self.task]()
+
+    # ---- samples and batches ------------------------------------------------------------------------------------
+
+    def _all_samples(self) -> list[Sample]:
+        """Encode all rows, say how many of them are cut, and refuse a row without a token."""
+        samples = self._samples(self.rows)
+        if empty := [sample["row"] + 1 for sample in samples if not sample["length"]]:
+            raise DataError(f"row {empty[0]} has no token that the model knows", "leave out this row")
+        if cut := len({sample["row"] for sample in samples if sample["cut"]}):
+            then = "are tagged in parts" if self.task == "TOKEN_CLS" else "are cut: what is beyond is not read"
+            warn(f"{cut:,} of {len(self.rows):,} texts have more than {self.max_length:,} tokens and {then}")
+        return samples
+
+    def _samples(self, rows: Sequence[dict[str, Any]]) -> list[Sample]:
+        """Encode rows as in training."""
+        columns, faults = self.encoder({name: [row[name] for row in rows] for name in rows[0]}, range(len(rows)))
+        if faults:
+            raise cannot_encode([(f"row {number + 1}", fault) for number, fault in faults], "the texts")
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def _batches(self, samples: Sequence[Sample]) -> Iterator[dict[str, Tensor]]:
+        """Yield batches of samples, on the model's device."""
+        columns = [*self.encoder.model_columns(), *self.encoder.answer_columns(), "row"]
+        for start in range(0, len(samples), self.batch_size):
+            some = samples[start : start + self.batch_size]
+            batch = self.collator([{name: sample[name] for name in columns} for sample in some])
+            yield {name: value.to(self.model.device) for name, value in batch.items()}
+
+    def _outputs(self, batch: Mapping[str, Tensor]) -> Any:
+        return self.model(**{name: value for name, value in batch.items() if name not in _NO_INPUTS})
+
+    # ---- one method for each task -------------------------------------------------------------------------------
+
+    def _classes(self) -> list[dict[str, Any]]:
+        problem, names = self.model.config.problem_type, self.model.config.id2label
+        batches = self._batches(self._all_samples())
+        return [class_answer(logits, problem, names) for batch in batches for logits in self._outputs(batch).logits]
+
+    def _vectors(self) -> list[dict[str, Any]]:
+        batches = self._batches(self._all_samples())
+        vectors = (embed(self.model, batch["input_ids"], batch["attention_mask"]).tolist() for batch in batches)
+        return [{"embedding": vector} for some in vectors for vector in some]
+
+    def _spans(self) -> list[dict[str, Any]]:
+        """Find the most likely span of each context, over all windows of a long one."""
+        windows = []
+        for batch in self._batches(self._all_samples()):
+            logits = span_logits(self._outputs(batch), batch["attention_mask"].eq(0))
+            windows += window_answers(*logits, batch)
+        best = best_answers(windows)
+        return [
+            {"answer": text, "start": answer.start, "end": answer.end, "score": math.exp(answer.score)}
+            for answer, text in zip(best.values(), answer_texts(best, self.rows), strict=True)
+        ]
+
+    def _fillings(self) -> list[dict[str, Any]]:
+        """Find the likely tokens for the masked one of each text."""
+        token, mask = self.tokenizer.mask_token, self.tokenizer.mask_token_id
+        for number, row in enumerate(self.rows, start=1):
+            if (count := row["text"].count(token)) != 1:
+                raise DataError(f"row {number} has {count} masked tokens, expected 1", f"write {token} for the token")
+        samples = self._all_samples()
+        if beyond := [sample["row"] + 1 for sample in samples if sample["input_ids"].count(mask) != 1]:
+            raise DataError(
+                f"the masked token of row {beyond[0]} is not among its first {self.max_length:,} tokens",
+                "shorten the text before it",
+            )
+        found: list[dict[str, Any]] = []
+        for batch in self._batches(samples):
+            masked = batch["input_ids"].eq(mask)
+            best = self._outputs(batch).logits[masked].float().softmax(-1).topk(FILLINGS)  # [B, FILLINGS]
+            for scores, tokens in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                sample = samples[len(found)]
+                fillings = [self._filling(sample, mask, *each) for each in zip(tokens, scores, strict=True)]
+                found.append({"text": self.rows[sample["row"]]["text"], "fillings": fillings})
+        return found
+
+    def _filling(self, sample: Sample, mask: int, token: int, score: float) -> dict[str, Any]:
+        filled = [token if each == mask else each for each in sample["input_ids"]]
+        text = self.tokenizer.decode(filled, skip_special_tokens=True)
+        return {"text": text, "token": self.tokenizer.decode([token]), "score": score}
+
+    def _tags(self) -> list[dict[str, Any]]:
+        """Find the tag of each word; a text that is too long goes on with its first word without a tag."""
+        found: list[dict[int, Tag]] = [{} for _ in self.rows]  # by number of the word
+        self._all_samples()
+        waiting = dict.fromkeys(range(len(self.rows)), 0)  # row -> first word without a tag
+        while waiting:
+            starts, waiting = waiting, {}
+            most = _WORDS_PER_TOKEN * self.max_length
+            parts = [self.rows[row]["tokens"][first : first + most] for row, first in starts.items()]
+            samples = self._samples([{"tokens": part} for part in parts])
+            for (row, first), part, sample, tags in zip(
+                starts.items(), parts, samples, self._tagged(samples), strict=True
+            ):
+                found[row] |= {first + tag.word: tag for tag in tags}
+                done = max((tag.word for tag in tags), default=0) + 1 if sample["cut"] else len(part)
+                if first + done < len(self.rows[row]["tokens"]):
+                    waiting[row] = first + done
+        return [{"words": list(self._words(*each))} for each in zip(self.given, self.rows, found, strict=True)]
+
+    def _tagged(self, samples: Sequence[Sample]) -> list[list[Tag]]:
+        """Return the tags of each sample; none of one without a token."""
+        tags: list[list[Tag]] = [[] for _ in samples]
+        filled = [at for at, sample in enumerate(samples) if sample["length"]]
+        numbers = iter(filled)
+        for batch in self._batches([samples[at] for at in filled]):
+            for logits, words in zip(self._outputs(batch).logits, batch["labels"], strict=True):
+                tags[next(numbers)] = word_tags(logits, words)
+        return tags
+
+    def _words(self, given: Question, row: Mapping[str, Any], tags: Mapping[int, Tag]) -> Iterator[dict[str, Any]]:
+        """Yield each word with its tag and its place in the text."""
+        words = row["tokens"]
+        for number, (word, start) in enumerate(zip(words, word_starts(given, words), strict=True)):
+            found = tags.get(number)
+            tag, score = (None, 0.0) if found is None else (self.model.config.id2label[found.tag], found.score)
+            yield {"word": word, "tag": tag, "score": score, "start": start, "end": start + len(word)}

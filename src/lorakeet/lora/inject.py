@@ -15,13 +15,12 @@ from torch import nn
 from lorakeet.errors import TargetError, nearest
 from lorakeet.log import warn
 from lorakeet.lora.config import PeftConfig
-from lorakeet.lora.default_targets import TASK_HEADS, resolve_targets
+from lorakeet.lora.default_targets import TASK_HEADS, resolve_targets, stacked_parameters
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer
 from lorakeet.lora.layer_types import ADAPTABLE, adaptable, inside_adapter, layer_class, unwrapped
 from lorakeet.lora.modules_to_save import SavedModule, chosen_modules
 from lorakeet.lora.target_parameters import LoraParameter
 from lorakeet.lora.targeting import (
-    ALL_LINEAR,
     Target,
     excluded,
     layer_indices,
@@ -186,24 +185,12 @@ def _hint(wanted: list[str] | str, modules: Modules) -> str:
     near = [leaf for word in words for leaf in nearest(word.rpartition(".")[2], leaves)]
     listed = ", ".join(dict.fromkeys(near)) or ", ".join(leaves[:12])
     text = f"layers that can be adapted here: {listed or 'none'}; or target_modules='all-linear'"
-    experts = _stacked_parameters(modules)
+    experts = stacked_parameters(modules.values())
     return text + (f"; the weights of the experts are parameters: target_parameters={experts}" if experts else "")
 
 
-def _stacked_parameters(modules: Modules) -> list[str]:
-    """List the last parts of the names of parameters that stack the weights of several experts."""
-    owners = [module for module in modules.values() if layer_class(unwrapped(module)) is None]
-    return sorted({name for owner in owners for name, p in owner._parameters.items() if p is not None and p.ndim == 3})
-
-
 def _warn_of_gaps(layers: Collection[str], modules: Modules, config: PeftConfig) -> None:
-    """Warn if all-linear leaves out the experts, or a name is in some layers only and the settings do not choose them."""
-    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
-    if all_linear and not config.target_parameters and (experts := _stacked_parameters(modules)):
-        warn(
-            f"the weights of the experts ({', '.join(experts)}) are not linear layers, so all-linear does not adapt them; "
-            f"target_parameters={experts} does"
-        )
+    """Warn if a name is in some layers only and the settings do not choose them."""
     for key, present, total in partly_adapted(config, layers, modules):
         warn(f"{key!r} is in {present} of {total} layers; the others are not adapted")
 

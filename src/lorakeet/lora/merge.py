@@ -1,7 +1,9 @@
-"""Merge adapters into the base, W' = W₀ + s·B·A, and check that the outputs stay the same.
+"""Merge adapters into the base, W' = W₀ + s·B·A, and measure what the merge loses.
 
-Hu et al. 2021, section 4.1: no additional inference latency. Before the original weights are released, the merged and the
-unmerged model run a probe batch, and the largest difference of their outputs is reported.
+Hu et al. 2021, section 4.1: no additional inference latency. Each weight is formed in fp32 (fp64 for a base in fp64) and
+rounded once to the base's own number format. Two things are measured before the original weights are released: the share
+of each layer's update that rounding takes (:mod:`lorakeet.lora.checks.merge_loss`), and the largest difference between
+merged and unmerged outputs on a probe (:mod:`lorakeet.lora.checks.merge_probe`). Both are held against the adapter's effect.
 """
 
 from __future__ import annotations
@@ -15,37 +17,59 @@ from torch import Tensor, nn
 
 from lorakeet.errors import MergeError
 from lorakeet.log import info, warn
+from lorakeet.lora.checks.merge_loss import (
+    ACCEPTED_LOSS,
+    LayerLoss,
+    Store,
+    merge_layer,
+    round_merged,
+    stored_copies,
+    worst_loss,
+)
+from lorakeet.lora.checks.merge_probe import Probe, evaluating, largest_difference
 from lorakeet.lora.config import refuse_unknown
 from lorakeet.lora.layer import LoraLayer
-from lorakeet.quant.protocol import is_quantized, weight_dtype
+from lorakeet.quant.protocol import is_quantized
 
-#: Share of the largest output. Largest accepted difference between merged and unmerged outputs, by the weights' dtype.
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+#: Share of the adapter's effect. Largest accepted difference of the outputs beyond their own rounding: a merged weight that
+#: is formed wrongly differs by more, and sums in another order by far less.
+TOLERANCE = 1e-3
+#: The next steps for a merge that loses the update.
+LOSS_HINT = (
+    "store it in a wider format: --dtype fp32 (in memory: model.float() first); "
+    "--accept-loss (accept_loss=True) merges all the same"
+)
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """The effect of a merge, measured on the probe.
+    """The effect of a merge, measured on the probe and in the weights.
 
     Attributes:
         layers: Number of merged layers.
         error: Largest absolute difference between merged and unmerged outputs.
         effect: Largest absolute difference between the outputs with the adapter and without.
         scale: Largest absolute output of the unmerged model.
-        tolerance: Largest accepted ``error / scale``.
+        tolerance: Largest accepted ``error / effect``, beside the outputs' own rounding.
+        lost: Largest share of a layer's update that the stored weight does not have.
+        stored: Number format of the merged weights, such as ``float32``.
     """
 
     layers: int
     error: float
     effect: float
     scale: float
-    tolerance: float
+    tolerance: float = TOLERANCE
+    lost: float = 0.0
+    stored: str = ""
 
     def describe(self) -> str:
         """Return one line of text."""
         return (
-            f"merged {self.layers} layers: merged and unmerged outputs differ by at most {self.error:.2g} "
-            f"(the adapter changes them by up to {self.effect:.2g}; the largest is {self.scale:.3g})"
+            f"merged {self.layers} layers, formed in {'float64' if self.stored == 'float64' else 'float32'} and stored in "
+            f"{self.stored}: the rounding error is at most {self.lost:.2g} of a layer's update; merged and unmerged outputs "
+            f"differ by at most {self.error:.2g} (the adapter changes them by up to {self.effect:.2g}; the largest is "
+            f"{self.scale:.3g})"
         )
 
 
@@ -55,29 +79,48 @@ class MergeMethods(nn.Module):
     def merge_adapter(
         self: Any,
         adapter_names: Sequence[str] | None = None,
+        safe_merge: bool = True,
         *,
         probe: dict[str, Tensor] | None = None,
         tolerance: float | None = None,
+        accept_loss: bool | None = None,
+        store: Store | None = None,
         **peft_only: Any,
     ) -> MergeReport:
-        """Merge ΔW into the base's weights, checked on a probe batch; :meth:`unmerge` restores the very same bits.
+        """Merge ΔW into the base's weights, measured; :meth:`unmerge` restores the very same bits.
+
+        Adapters that are merged already stay so. Those of one call after another give the weights of one call with all of
+        them, since the sum is rounded once.
 
         Args:
             adapter_names: Names of the adapters; left out: the active ones.
+            safe_merge: Accepted for code written for PEFT; every merge is checked.
             probe: Keyword arguments of ``forward`` to compare on; left out: a fixed batch of token ids.
-            tolerance: Largest accepted difference, as a share of the largest output; left out: by dtype.
+            tolerance: Largest accepted difference of the outputs, as a share of the adapter's effect.
+            accept_loss: Whether to merge although rounding takes more than half of a layer's update. Left out: with a
+                warning in floating formats, not in quantized ones.
+            store: Number format that the caller stores a parameter in, if it is not the parameter's own.
             **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
-            MergeError: merged and unmerged outputs differ by more, or the base cannot hold the update. The model is as
-                before then.
+            MergeError: merged and unmerged outputs differ, the base cannot hold the update, or the merged weights are not
+                finite. The model is as before then.
         """
-        refuse_unknown("merge_adapter", peft_only, {"safe_merge"})
+        refuse_unknown("merge_adapter", peft_only, set())
         names = list(adapter_names or self.active_adapters)
         for name in names:
             self._check_known(name)
-        self._check_conflict(names)
-        return checked_merge(self, names, probe=probe, tolerance=tolerance)
+        already = merged_adapters(self)
+        new = [name for name in dict.fromkeys(names) if name not in already]
+        if not new:
+            warn(f"adapters {', '.join(already)} are merged already, so there is nothing to do")
+            return MergeReport(0, 0.0, 0.0, 0.0)
+        if already:
+            warn(f"adapters {', '.join(already)} are merged already; {', '.join(new)} is added to them")
+        self._check_conflict([*already, *new])
+        return checked_merge(
+            self, [*already, *new], probe=probe, tolerance=tolerance, accept_loss=accept_loss, store=store
+        )
 
     def unmerge(self: Any) -> None:
         """Undo :meth:`merge_adapter`, bit for bit."""
@@ -94,6 +137,7 @@ class MergeMethods(nn.Module):
         *,
         probe: dict[str, Tensor] | None = None,
         tolerance: float | None = None,
+        accept_loss: bool | None = None,
     ) -> nn.Module:
         """Merge, then return the plain model without any LoRA layer.
 
@@ -105,12 +149,13 @@ class MergeMethods(nn.Module):
             adapter_names: Names of the adapters; left out: the active ones.
             probe: As in :meth:`merge_adapter`.
             tolerance: As in :meth:`merge_adapter`.
+            accept_loss: As in :meth:`merge_adapter`.
 
         Raises:
             MergeError: As in :meth:`merge_adapter`.
         """
-        if not any(layer.merged_adapters for layer in self.lora_layers()):
-            self.merge_adapter(adapter_names, probe=probe, tolerance=tolerance)
+        if {*(adapter_names or self.active_adapters)} - {*merged_adapters(self)}:
+            self.merge_adapter(adapter_names, probe=probe, tolerance=tolerance, accept_loss=accept_loss)
         for part in self.lora_parts():
             if isinstance(part, LoraLayer):
                 part.forget_originals()
@@ -121,147 +166,170 @@ class MergeMethods(nn.Module):
         return model
 
 
+def merged_adapters(model: Any) -> list[str]:
+    """Return the names of the merged adapters, in the order of their merges."""
+    return list(dict.fromkeys(name for layer in model.lora_layers() for name in layer.merged_adapters))
+
+
 def checked_merge(
-    model: Any, adapters: list[str], *, probe: dict[str, Tensor] | None = None, tolerance: float | None = None
+    model: Any,
+    adapters: list[str],
+    *,
+    probe: dict[str, Tensor] | None = None,
+    tolerance: float | None = None,
+    accept_loss: bool | None = None,
+    store: Store | None = None,
 ) -> MergeReport:
-    """Merge the adapters into every layer of ``model``, compare on the probe, and unmerge if the outputs differ too much.
+    """Merge the adapters into every layer of ``model``, measure, and undo it if the merge is wrong or loses the update.
 
     Args:
         model: A :class:`~lorakeet.lora.model.LoraModel`.
-        adapters: Names of the adapters.
+        adapters: Names of the adapters, including those that are merged already.
         probe: Keyword arguments of ``forward`` to compare on; None: a fixed batch.
-        tolerance: Largest accepted difference, as a share of the largest output; None: as the weights' format has it.
+        tolerance: Largest accepted difference of the outputs, as a share of the effect; None: by the number format.
+        accept_loss: As in :meth:`MergeMethods.merge_adapter`.
+        store: As in :meth:`MergeMethods.merge_adapter`.
 
     Raises:
-        MergeError: a weight cannot hold the update, or the outputs differ by more; the model is as before then.
+        MergeError: a weight cannot hold the update, or the outputs differ; the model is as before then.
     """
-    layers: list[LoraLayer] = [layer for layer in model.lora_layers() if any(name in layer.r for name in adapters)]
-    _check_mergeable(model, layers, adapters)
-    accepted = max(map(_tolerance, layers)) if tolerance is None else tolerance
-    was_training, was_active = model.training, model.switch.active
-    model.eval()
-    model.switch.active = tuple(adapters)
-    probes = _Probe(model, layers, probe)
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and any(adapter in layer.r for adapter in adapters)
+    }
+    _check_mergeable(layers, adapters, accept_loss)
+    already, was = merged_adapters(model), (model.switch.active, model.switch.enabled)
     try:
-        expected = probes.outputs()
-        with model.disable_adapter():
-            bare = probes.outputs()
-        with torch.no_grad():
-            for layer in layers:
-                layer.merge_(adapters)
-        report = _compare(expected, probes.outputs(), bare, len(layers), accepted)
+        with evaluating(model):
+            model.unmerge()
+            model.switch.active, model.switch.enabled = tuple(adapters), True
+            report, losses = _measured_merge(model, layers, adapters, probe, tolerance, store)
+        worst = worst_loss(losses)
+        if worst and worst.share > ACCEPTED_LOSS:
+            _tell_loss(worst, losses, report, accept_loss)
     except BaseException:
         model.unmerge()
-        model.switch.active = was_active
+        for layer in layers.values() if already else ():
+            layer.merge_(already)
+        model.switch.active, model.switch.enabled = was
         raise
-    finally:
-        model.train(was_training)
-    if not report.error <= accepted * report.scale:  # also when it is NaN
-        model.unmerge()
-        model.switch.active = was_active
-        raise MergeError(
-            f"merged and unmerged outputs differ by {report.error:.3g} (limit {accepted * report.scale:.3g}); "
-            "nothing was merged",
-            f"merge in a wider number format than {_dtype_name(layers[0].base_layer.weight)}",
-        )
+    model.switch.enabled = was[1]
     info(report.describe())
-    if report.effect == 0.0:
-        warn(f"adapter {', '.join(adapters)} changes nothing on the probe: has it been trained?")
+    if not any(loss.update for loss in losses):
+        warn(f"adapter {', '.join(adapters)} changes nothing: has it been trained?")
     return report
 
 
-def _dtype_name(weight: Tensor) -> str:
-    return str(weight.dtype).removeprefix("torch.")
+def _measured_merge(
+    model: Any,
+    layers: dict[str, LoraLayer],
+    adapters: list[str],
+    probe: dict[str, Tensor] | None,
+    tolerance: float | None,
+    store: Store | None,
+) -> tuple[MergeReport, list[LayerLoss]]:
+    """Merge every layer, and measure outputs and weights; the adapters are active and unmerged.
+
+    Raises:
+        MergeError: the outputs differ, or a merged weight is not finite.
+    """
+    probes = Probe(model, list(layers.values()), probe)
+    expected = probes.outputs()
+    with model.switch.disabled():
+        effect = largest_difference(expected, probes.outputs())
+    losses = [loss for name, layer in layers.items() if (loss := merge_layer(name, layer, adapters, store))]
+    merged, scale = probes.outputs(), max((float(x.abs().max()) for x in expected), default=0.0)
+    _check_outputs(largest_difference(expected, merged), effect, scale, probes.noise, tolerance)
+    if store:
+        losses += stored_copies(model, adapters, store)
+        round_merged(layers.values(), store)
+        merged = probes.outputs()
+    worst, formats = worst_loss(losses), {_stored(layer, store) for layer in layers.values()}
+    report = MergeReport(
+        len(layers),
+        largest_difference(expected, merged),
+        effect,
+        scale,
+        TOLERANCE if tolerance is None else tolerance,
+        worst.share if worst else 0.0,
+        " and ".join(sorted(formats)),
+    )
+    return report, losses
 
 
-def _check_mergeable(model: Any, layers: list[LoraLayer], adapters: list[str]) -> None:
-    if any(layer.merged_adapters for layer in layers):
-        raise MergeError("an adapter is merged already", "unmerge first")
+def _check_outputs(error: float, effect: float, scale: float, noise: float | None, tolerance: float | None) -> None:
+    """Raise a :class:`MergeError` if outputs differ by more than a share of the effect and their own rounding.
+
+    Args:
+        error: Largest difference between merged and unmerged outputs.
+        effect: Largest difference between outputs with and without the adapter.
+        scale: Largest output.
+        noise: Share of the largest output that the outputs' own rounding makes; None: not known.
+        tolerance: Accepted share of the effect; None: :data:`TOLERANCE` where the rounding is known.
+    """
+    if noise is None and tolerance is None:
+        return
+    limit = (TOLERANCE if tolerance is None else tolerance) * effect + (noise or 0.0) * scale
+    if not error <= limit:  # also when it is NaN
+        raise MergeError(
+            f"merged and unmerged outputs differ by {error:.3g}, where the adapter changes them by {effect:.3g} "
+            f"(limit {limit:.3g}); nothing was merged",
+            "use the adapter unmerged",
+        )
+
+
+def _tell_loss(worst: LayerLoss, losses: Sequence[LayerLoss], report: MergeReport, accepted: bool | None) -> None:
+    """Warn of a merge that loses an update, or raise a :class:`MergeError` if it is not accepted."""
+    count = sum(loss.share > ACCEPTED_LOSS for loss in losses)
+    message = (
+        f"{report.stored} is too coarse for this adapter: in {count} of {len(losses)} layers the rounding error is more "
+        f"than {ACCEPTED_LOSS:.0%} of the update ({worst.share:.0%} in {worst.name})"
+    )
+    if accepted is False:
+        raise MergeError(f"{message}; nothing was merged", LOSS_HINT)
+    warn(f"{message}: the merged model is not the adapter's; {LOSS_HINT}")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _stored(layer: LoraLayer, store: Store | None) -> str:
+    """Return the number format that a layer's merged weight is stored in."""
+    quantized = is_quantized(layer.base_layer)
+    own = layer.originals.get("weight", layer.base_layer.weight)
+    return _dtype_name(own.dtype if quantized or store is None else store(own))
+
+
+def _check_mergeable(layers: dict[str, LoraLayer], adapters: list[str], accept_loss: bool | None) -> None:
     if not layers:
         raise MergeError(f"adapter {', '.join(adapters)} has no LoRA layer in this model", "check the adapter's name")
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            _check_layer(name, layer, [adapter for adapter in adapters if adapter in layer.r])
+    for name, layer in layers.items():
+        _check_layer(name, layer, [adapter for adapter in adapters if adapter in layer.r], accept_loss)
 
 
-def _check_layer(name: str, layer: LoraLayer, adapters: list[str]) -> None:
+def _check_layer(name: str, layer: LoraLayer, adapters: list[str], accept_loss: bool | None) -> None:
     """Raise a :class:`MergeError` if the layer's weight or bias cannot hold the updates of ``adapters``."""
-    weight = layer.base_layer.weight
+    base, weight = layer.base_layer, layer.base_layer.weight
     if weight.is_meta:
         raise MergeError(
             f"{name} is on the meta device or offloaded: its weight is not here to merge into",
             "load the whole base on one device",
         )
-    if _tolerance(layer) is None:
+    coarse = not base.quantized_weight().mergeable if is_quantized(base) else not weight.is_floating_point()
+    if coarse and not (accept_loss and is_quantized(base)):
         raise MergeError(
-            f"{name} has its weight in {_dtype_name(weight)}, where the update would be lost in rounding",
-            "load the base in full precision (fp32 or bf16) and merge there",
+            f"{name} has its weight in {_dtype_name(weight.dtype)}, where the update would be lost in rounding",
+            "load the base in full precision (fp32 or bf16) and merge there: the adapter fits it",
         )
-    if adapters and (error := layer.merge_error()):
+    if error := layer.merge_error():
         raise MergeError(f"{name} {error}", "use the adapter unmerged, or train it with this layer in exclude_modules")
-    has_bias = getattr(layer.base_layer, "bias", None) is not None
+    has_bias = getattr(base, "bias", None) is not None
     if not has_bias and any(layer.bias_delta(adapter) is not None for adapter in adapters):
         raise MergeError(
             f"{name} has no bias, so the adapter's lora_bias cannot be merged into it", "use the adapter unmerged"
         )
-
-
-def _tolerance(layer: LoraLayer) -> Any:
-    """Return the largest accepted difference as a share of the largest output; None: merging would lose the update."""
-    base = layer.base_layer
-    return base.quantized_weight().merge_tolerance if is_quantized(base) else TOLERANCE.get(weight_dtype(base))
-
-
-class _Probe:
-    """A fixed batch: outputs of the whole model if it reads token ids, else of each layer on its own."""
-
-    def __init__(self, model: Any, layers: list[LoraLayer], given: dict[str, Tensor] | None) -> None:
-        self.model, self.layers = model, layers
-        self.inputs = given if given is not None else token_probe(model)
-
-    @torch.no_grad()
-    def outputs(self) -> list[Tensor]:
-        if self.inputs is not None:
-            return [_first_tensor(self.model(**self.inputs)).float()]
-        return [layer(layer.probe()).float() for layer in self.layers]
-
-
-def token_probe(model: Any) -> dict[str, Tensor] | None:
-    """Build two rows of 16 fixed pseudo-random token ids, for a model that reads ``input_ids``; else None.
-
-    One row where no padding token is known: some classifiers refuse two rows without one. For an encoder-decoder each row
-    ends with the only end token in it, the position that BART's and T5's classifiers use.
-    """
-    config = getattr(model, "config", None)
-    vocabulary = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
-    if not vocabulary or getattr(model, "main_input_name", None) != "input_ids":
-        return None
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (2, 16), generator=generator).to(model.get_input_embeddings().weight.device)
-    ids = ids if getattr(config, "pad_token_id", None) is not None else ids[:1]
-    end = getattr(config, "eos_token_id", None)
-    if isinstance(end, int) and getattr(config, "is_encoder_decoder", False):
-        ids[ids == end] = (end + 1) % vocabulary
-        ids[:, -1] = end
-    both = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {**both, "decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else both
-
-
-def _first_tensor(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    return logits if isinstance(logits, Tensor) else output[0]
-
-
-def _compare(
-    expected: list[Tensor], merged: list[Tensor], bare: list[Tensor], layers: int, accepted: float
-) -> MergeReport:
-    def largest(a: list[Tensor], b: list[Tensor]) -> float:
-        return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
-
-    scale = max(float(x.abs().max()) for x in expected)
-    return MergeReport(layers, largest(expected, merged), largest(expected, bare), scale, accepted)
 
 
 def untie(model: nn.Module) -> None:

@@ -19,6 +19,8 @@ from lorakeet.lora.combine import combine
 from lorakeet.lora.config import PeftConfig, refuse_unknown
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import InjectionPlan, Part, inject, plan_injection, release_unused, restore, trained_biases
+from lorakeet.lora.interop.peft_classes import AnswersAsPeft
+from lorakeet.lora.interop.wrappers import bare
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer
 from lorakeet.lora.lifecycle.adapter_names import BARE, check_adapter_name
 from lorakeet.lora.lifecycle.adoption import abandon, blank, parents
@@ -26,9 +28,13 @@ from lorakeet.lora.lifecycle.merged import merged_names, take_apart, unmerged
 from lorakeet.lora.lifecycle.rollback import all_or_nothing
 from lorakeet.lora.merge import MergeMethods
 from lorakeet.lora.modules_to_save import SavedModule
+from lorakeet.lora.peft_names.model import ModelNames
+
+#: PEFT's arguments for ways to combine adapters, and to decompose, that are not needed here.
+_UNUSED = {"svd_full_matrices", "svd_driver", "svd_clamp", "density", "majority_sign_method"}
 
 
-class LoraModel(MergeMethods):
+class LoraModel(AnswersAsPeft, ModelNames, MergeMethods):
     """The methods that a model gains with its first adapter. Never constructed: see :mod:`.lifecycle.adoption`.
 
     Attributes:
@@ -36,6 +42,7 @@ class LoraModel(MergeMethods):
         switch: The active adapters, shared with all layers.
     """
 
+    peft_class = ("peft", "PeftModel")
     peft_config: dict[str, PeftConfig]
     switch: ActiveAdapters
     _parts: list[Part]  # collected at each injection, so that switching does not walk the whole model
@@ -49,9 +56,9 @@ class LoraModel(MergeMethods):
         return list(self.switch.active)
 
     @property
-    def active_adapter(self) -> str:
-        """The active adapter; the first, where several are."""
-        return self.switch.active[0]
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter; a list, where several are."""
+        return self.switch.active[0] if len(self.switch.active) == 1 else list(self.switch.active)
 
     def lora_parts(self) -> list[Part]:
         """Return every LoRA layer and every module trained whole."""
@@ -71,17 +78,30 @@ class LoraModel(MergeMethods):
         return [parameter for part in here for parameter in part.parts(adapter_name)]
 
     def add_adapter(
-        self, adapter_name: str, peft_config: PeftConfig, strict: bool = True, **peft_only: Any
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        strict: bool = True,
+        autocast_adapter_dtype: bool = True,
+        **peft_only: Any,
     ) -> InjectionPlan:
         """Add a further, new adapter on the same base; it is frozen and inactive until :meth:`set_adapter`.
+
+        Args:
+            adapter_name: Its name.
+            peft_config: Its settings; the model keeps the object.
+            strict: Whether a name in the settings that matches nothing is an error.
+            autocast_adapter_dtype: Keep the adapter in fp32 where the base is in half precision; False: in the base's dtype.
+            **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
             AdapterError: the name is taken or not usable as one.
             TargetError: see :func:`lorakeet.lora.inject.plan_injection`; nothing has been changed then.
             ConfigError: a second adapter beside one that trains the base's own biases.
         """
-        refuse_unknown("add_adapter", peft_only, {"low_cpu_mem_usage", "autocast_adapter_dtype"})
+        refuse_unknown("add_adapter", peft_only, {"low_cpu_mem_usage"})
         self._check_new(adapter_name, peft_config)
+        bare(self)
         with all_or_nothing(self), unmerged(self):
             release_unused(self)
             config = resolve_config(self, peft_config, fresh=strict)
@@ -90,9 +110,12 @@ class LoraModel(MergeMethods):
                 part.set_trainable(adapter_name, False)
                 part.train(self.training)
             self._parts = [module for module in self.modules() if isinstance(module, (LoraLayer, SavedModule))]
-            self.peft_config[adapter_name] = config
+            if not autocast_adapter_dtype:
+                self.store_in_base_dtype(adapter_name)
             biases = trained_biases(self, config, adapter_name)
             self._base_biases = [(bias, bias.detach().clone()) for bias in biases]
+            peft_config.keep(config)
+            self.peft_config[adapter_name] = peft_config
         return plan
 
     def _check_new(self, name: str, config: PeftConfig) -> None:
@@ -118,13 +141,15 @@ class LoraModel(MergeMethods):
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
         self._check_names(names)
         self._check_conflict(names)
-        take_apart(self, f"{', '.join(names)} shall act")
+        take_apart(self, f"{', '.join(names)} is activated")
         self.switch.active = names
+        for part in self.lora_parts():
+            part.switch = self.switch
         for name in self.peft_config:
-            self._set_trainable(name, name in names and not inference_mode)
+            self.set_trainable(name, name in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Make adapters trainable, or freeze them; which of them act does not change.
+        """Make adapters trainable, or freeze them, whether they are active or not.
 
         Raises:
             AdapterError: no such adapter.
@@ -132,12 +157,13 @@ class LoraModel(MergeMethods):
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         self._check_names(names)
         for name in names:
-            self._set_trainable(name, requires_grad)
+            self.set_trainable(name, requires_grad)
 
-    def _set_trainable(self, name: str, trainable: bool) -> None:
+    def set_trainable(self, adapter_name: str, trainable: bool) -> None:
+        """Make the adapter's parameters and the base's biases that it trains trainable, or freeze them."""
         for part in self.lora_parts():
-            part.set_trainable(name, trainable)
-        if self.peft_config[name].bias != "none":
+            part.set_trainable(adapter_name, trainable)
+        if self.peft_config[adapter_name].bias != "none":
             for bias, _ in self._base_biases:
                 bias.requires_grad_(trainable)
 
@@ -164,7 +190,7 @@ class LoraModel(MergeMethods):
         Raises:
             AdapterError: no such adapter; one of them has more than A and B; or they cannot be combined in this way.
         """
-        refuse_unknown("add_weighted_adapter", peft_only, {"svd_full_matrices", "svd_driver"})
+        refuse_unknown("add_weighted_adapter", peft_only, _UNUSED)
         for name in adapters:
             self._check_known(name)
         combined = combine(self, adapters, weights, combination_type, svd_rank)
@@ -310,4 +336,4 @@ class LoraModel(MergeMethods):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made at run time and cannot be found by name: pickle and deepcopy make it again.
-        return blank, parents(type(self)), self.__dict__
+        return blank, parents(type(self)), self.__getstate__()  # torch leaves out what is compiled

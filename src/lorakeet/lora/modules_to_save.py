@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lorakeet.errors import TargetError, nearest
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer, row_indices
+from lorakeet.lora.peft_names.saved_module import SavedModuleNames
 from lorakeet.quant.protocol import dequantized_copy
 
 #: Containers whose ``forward`` is never called, so a copy in their place would never run.
@@ -57,7 +58,7 @@ def _module_error(module: nn.Module, adapted: Sequence[str]) -> str | None:
     return None
 
 
-class SavedModule(nn.Module):
+class SavedModule(SavedModuleNames):
     """The base's module and a trainable copy for each adapter that asked for it; the active adapter's copy runs."""
 
     def __init__(self, original_module: nn.Module, switch: ActiveAdapters) -> None:

@@ -12,6 +12,7 @@ gradient.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,8 @@ class LoraParameter(LoraPair):
         experts: Number of stacked weights; 1 for a matrix.
         transposed: Whether they are stored as [experts, in, out].
     """
+
+    shown_as = "lora.ParamWrapper"
 
     def __init__(self, base_layer: Slot, switch: ActiveAdapters) -> None:
         super().__init__(base_layer, switch)
@@ -146,3 +149,12 @@ class LoraParameter(LoraPair):
         for expert in range(self.experts):  # one expert's ΔW at a time
             merged[expert] = LowRankWeight(total.weight[expert], total.left[expert], total.right[expert]).dense()
         return merged
+
+    def weight_updates(self, adapters: list[str]) -> Iterable[Tensor]:
+        if self.base_layer.weight.ndim == 2:
+            return super().weight_updates(adapters)
+        total = self.low_rank_sum(adapters)
+        return (left @ right for left, right in zip(total.left, total.right, strict=True))  # one expert's at a time
+
+    def weight_slices(self, weight: Tensor) -> Sequence[Tensor]:
+        return super().weight_slices(weight) if weight.ndim == 2 else weight.unbind()

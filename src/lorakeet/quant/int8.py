@@ -30,9 +30,9 @@ class Int8Weight(NamedTuple):
     scale: Tensor
 
     @property
-    def merge_tolerance(self) -> float | None:
-        """None: 8 bits would lose the update."""
-        return None
+    def mergeable(self) -> bool:
+        """Whether the format is fine enough to merge into: no, 8 bits would lose the update."""
+        return False
 
     @property
     def out_features(self) -> int:

@@ -26,11 +26,8 @@ class QuantizedWeight(Protocol):
     """
 
     @property
-    def merge_tolerance(self) -> float | None:
-        """Largest accepted difference between merged and unmerged outputs, as a share of the largest output.
-
-        None: the format is too coarse, and merging into it is refused.
-        """
+    def mergeable(self) -> bool:
+        """Whether the format is fine enough to merge into; otherwise a merge is refused unless its loss is accepted."""
 
     @property
     def out_features(self) -> int:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from lorakeet.files import write_file
+from lorakeet.log import warn
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -22,10 +26,61 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return lines
 
 
-def append_metrics(path: str | Path, line: Mapping[str, Any]) -> None:
-    """Add one line to a ``metrics.jsonl``."""
-    with Path(path).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+def append_metrics(path: str | Path, *lines: Mapping[str, Any]) -> None:
+    """Add lines to a ``metrics.jsonl``: all of them, or none if the disk refuses.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    text = memoryview("".join(json.dumps(line) + "\n" for line in lines).encode())
+    with Path(path).open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            while text:
+                text = text[file.write(text) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+class MetricsLog:
+    """The ``metrics.jsonl`` of a run that trains: a line that the disk refuses is kept and written with a later one.
+
+    Args:
+        path: Path of the file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._pending: list[dict[str, Any]] = []
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return all lines, the pending ones too."""
+        return [*read_metrics(self.path), *self._pending]
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add one line; a disk that refuses it gives a warning, the first time."""
+        refused = bool(self._pending)
+        self._pending.append(dict(line))
+        try:
+            append_metrics(self.path, *self._pending)
+        except OSError as error:
+            if not refused:
+                warn(f"cannot write {self.path}: {error.strerror}; its lines are kept in memory and tried again")
+            return
+        self._pending.clear()
+
+    def keep_until(self, step: int) -> list[dict[str, Any]]:
+        """Drop the lines after ``step``; return those that stay.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        kept = [line for line in self.read() if line["step"] <= step]
+        with write_file(self.path) as aside:
+            aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._pending.clear()
+        return kept
 
 
 def first_and_last(lines: Iterable[Mapping[str, Any]]) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from itertools import chain
@@ -11,7 +12,7 @@ from typing import Any
 
 from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import OutputError, TrainingError
-from lorakeet.files import check_output, write_file
+from lorakeet.files import check_output, contents, write_file
 
 #: Files and folders that a run writes.
 FILES = ("run.yaml", "metrics.jsonl", "summary.json", "loss_curve.png", "confusion.png", "adapter", "checkpoints")
@@ -24,11 +25,14 @@ def check_run_folder(folder: Path, *, resume: bool = False, overwrite: bool = Fa
     """Check that a run may write to ``folder``; creates nothing.
 
     Raises:
-        OutputError: The folder is a file, cannot be written to, holds a run already, or holds none to resume.
+        OutputError: The folder is a file, cannot be written to, holds a run already, or one without its settings.
     """
     present = [name for name in FILES if (folder / name).exists()]
-    if resume and "run.yaml" not in present:
-        raise OutputError(f"{folder} holds no run to resume", "start a run without --resume")
+    if resume and present and not is_run(folder):
+        raise OutputError(
+            f"{folder} holds {', '.join(present)} but no run.yaml, so the run cannot be resumed",
+            "repeat it with --overwrite, or choose another --out",
+        )
     if resume and "summary.json" in present:
         raise OutputError(f"the run in {folder} is finished", "repeat it with --overwrite, or choose another --out")
     if present and not (resume or overwrite):
@@ -45,6 +49,23 @@ def check_run_folder(folder: Path, *, resume: bool = False, overwrite: bool = Fa
             f"cannot write to {folder}: {error.strerror or error}: {existing}",
             "choose a folder that you may write to with --out",
         ) from None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder holds a run, finished or not; a run that was killed before it began has left none."""
+    return (folder / "run.yaml").exists()
+
+
+def folder_of(file: str | Path, out: str) -> str:
+    """Return the folder to resume in: the one of the ``run.yaml`` given, if the run was moved or copied there.
+
+    Args:
+        file: The file of settings.
+        out: The folder that the settings name.
+    """
+    here = Path(file).parent
+    other = Path(file).name == "run.yaml" and here.resolve() != Path(out).resolve()
+    return str(here) if other and any((here / name).exists() for name in ("checkpoints", "metrics.jsonl")) else out
 
 
 def refuse_other_settings(config: RunConfig, folder: Path) -> None:
@@ -82,12 +103,32 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
     return dict(chain.from_iterable(pairs))
 
 
-def claim_folder(folder: Path, config: RunConfig, *, resume: bool) -> None:
-    """Make the folder this run's: remove the files of an earlier run, and write ``run.yaml``."""
-    check_output(folder)
+def claim_folder(folder: Path, config: RunConfig, *, resume: bool, need: int = 0) -> None:
+    """Make the folder this run's: remove the files of an earlier run, and write ``run.yaml``.
+
+    Args:
+        folder: The run's folder; made if it does not exist.
+        config: Settings of the run.
+        resume: Keep the files that are there.
+        need: Bytes that the run will write.
+
+    Raises:
+        OutputError: The folder is not writable, or its disk has less free space.
+    """
+    check_output(folder, need)
     if not resume:
         for name in FILES:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            _remove(folder / name)
     with write_file(folder / "run.yaml") as aside:
         aside.write_text(f"# lorakeet train {folder / 'run.yaml'}\n{config.to_yaml()}", encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder; a link stays, and what it points to is removed or emptied."""
+    if not path.is_dir():
+        Path(os.path.realpath(path)).unlink(missing_ok=True)
+        return
+    for entry in contents(path):
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    if not path.is_symlink() and not path.is_mount():
+        path.rmdir()

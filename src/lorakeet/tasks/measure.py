@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from lorakeet.ignore_index import IGNORE_INDEX
+from lorakeet.inference.answers import answer_texts, best_answers, span_logits, window_answers
 from lorakeet.patches.causal_loss import count_targets
 from lorakeet.patches.fused_loss import fused_sample_losses
 from lorakeet.tasks.metrics import compute_metrics_for, loss_and_perplexity
-from lorakeet.tasks.task import Task, embed_pairs, pair_loss, span_logits, span_loss
+from lorakeet.tasks.retrieval import CandidateTexts, pair_loss, retrieval, summed_pair_loss
+from lorakeet.tasks.task import Task, embed_pairs, span_loss
+from lorakeet.tasks.text_metrics import answering
 
 #: Held-out texts that a sequence-to-sequence model generates for its figures; all of them count for the loss.
 GENERATED = 100
@@ -23,14 +25,8 @@ GENERATED = 100
 OWN_LOSS = ("FEATURE_EXTRACTION", "QUESTION_ANS")
 #: Tasks whose loss is a mean over tokens, so that a perplexity makes sense.
 PER_TOKEN = ("SEQ_2_SEQ_LM", "MASKED_LM")
-
-#: Gathers values of samples from all processes, without the samples that only fill up the last batch.
-Gather = Callable[[Any], Any]
-
-
-def this_process(values: Any) -> Any:
-    """Return the values unchanged: the :data:`Gather` of a single process."""
-    return values
+#: Columns of a batch that the model takes, where the loss is computed here.
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass
@@ -41,13 +37,13 @@ class Sums:
         loss: Summed loss of all targets, in nats.
         targets: Number of targets.
         samples: Number of samples.
-        outcomes: Prediction and right value of each sample that has any.
+        outcomes: What the figures need of each sample: mostly its prediction and its right value.
     """
 
     loss: float = 0.0
     targets: int = 0
     samples: int = 0
-    outcomes: list[tuple[Any, Any]] = field(default_factory=list)
+    outcomes: list[Any] = field(default_factory=list)
 
     def add(self, other: Sums) -> None:
         """Add the sums of further samples."""
@@ -60,8 +56,8 @@ class Sums:
 class Measure(Protocol):
     """Scores of batches, and the figures of all scores together."""
 
-    def score(self, model: nn.Module, batch: Mapping[str, Any], gather: Gather = this_process) -> Sums:
-        """Return the sums of one batch that lies on the model's device."""
+    def score(self, model: nn.Module, batch: Mapping[str, Any], before: int = 0) -> Sums:
+        """Return the sums of one batch that lies on the model's device, ``before`` samples behind the first one."""
 
     def figures(self, sums: Sums) -> dict[str, Any]:
         """Return ``{"loss", ...}`` of all samples."""
@@ -70,9 +66,9 @@ class Measure(Protocol):
 class TokenMeasure:
     """Mean loss per target token of a causal language model, and its perplexity."""
 
-    def score(self, model: nn.Module, batch: Mapping[str, Any], gather: Gather = this_process) -> Sums:
-        """Return the sums of one batch over all processes; no logits are held whole where the model allows it."""
-        losses, targets = gather(fused_sample_losses(model, batch))
+    def score(self, model: nn.Module, batch: Mapping[str, Any], before: int = 0) -> Sums:
+        """Return the sums of one batch; no logits are held whole where the model allows it."""
+        losses, targets = fused_sample_losses(model, batch)
         return Sums(float(losses.cpu().double().sum()), int(targets.sum()), len(targets))
 
     def figures(self, sums: Sums) -> dict[str, Any]:
@@ -85,49 +81,55 @@ class TaskMeasure:
 
     Args:
         task: The task; its labels name the figures.
-        tokenizer: Decodes answers and generated texts; None where the task has none.
-        generated: Texts that a sequence-to-sequence model generates at most.
+        tokenizer: Decodes generated texts; None where the task has none.
+        rows: Rows with ``context`` and ``answers``, as the samples of QUESTION_ANS number them.
+        generated: Texts that a sequence-to-sequence model generates at most, those of the first samples.
 
     Attributes:
         predictions: Predictions and labels of all samples, once :meth:`figures` has been called; for plots.
     """
 
-    def __init__(self, task: Task, tokenizer: Any, generated: int = GENERATED) -> None:
-        self.task, self.tokenizer, self.generated = task, tokenizer, generated
+    def __init__(
+        self, task: Task, tokenizer: Any, rows: Sequence[Mapping[str, Any]] | None = None, generated: int = GENERATED
+    ) -> None:
+        self.task, self.tokenizer, self.rows, self.generated = task, tokenizer, rows, generated
         self.predictions: EvalPrediction | None = None
 
-    def score(self, model: nn.Module, batch: Mapping[str, Any], gather: Gather = this_process) -> Sums:
-        """Return the sums of one batch of this process, and the outcomes of all processes."""
-        if self.task.name in OWN_LOSS:
+    def score(self, model: nn.Module, batch: Mapping[str, Any], before: int = 0) -> Sums:
+        """Return the sums and the outcomes of one batch."""
+        count, name = count_targets(batch, shifted=False), self.task.name
+        if name == "FEATURE_EXTRACTION":  # its loss is that of all samples together
+            outcomes = _embedded(embed_pairs(model, batch), batch)
+            return Sums(0.0, count, len(outcomes), outcomes)
+        if name == "QUESTION_ANS":
             loss, outputs = own_loss(self.task, model, batch)
         else:
             outputs = model(**batch)
             loss = outputs.loss
-        if self.task.name == "SEQ_2_SEQ_LM" and self.generated > 0:
-            outcomes = self._generated(model, batch)
-            self.generated -= len(outcomes)
-        else:
-            outcomes = self._predicted(outputs, batch)
-        count = count_targets(batch, shifted=False)
-        gathered = gather(outcomes)
-        return Sums((float(loss) if count else 0.0) * count, count, len(gathered), gathered)
+        outcomes = self._predicted(outputs, batch)
+        if name == "SEQ_2_SEQ_LM" and before < self.generated:
+            outcomes = self._generated(model, {key: value[: self.generated - before] for key, value in batch.items()})
+        return Sums((float(loss) if count else 0.0) * count, count, len(batch["input_ids"]), outcomes)
 
     def figures(self, sums: Sums) -> dict[str, Any]:
         """Return ``{"loss", "targets", ...}`` with the figures of the task."""
-        # a process sends its sum in fp32, so a single process rounds it alike
-        figures: dict[str, Any] = loss_and_perplexity(float(np.float32(sums.loss)), sums.targets)
+        loss: float = sums.loss
+        further: Mapping[str, Any] = {}
+        if self.task.name == "FEATURE_EXTRACTION" and sums.outcomes:
+            loss, further = _pair_figures(sums.outcomes)
+        elif self.task.name == "QUESTION_ANS" and sums.outcomes:
+            further = self._answer_figures(sums.outcomes)
+        elif sums.outcomes:
+            predicted, right = (_stack(list(part)) for part in zip(*sums.outcomes, strict=True))
+            self.predictions = EvalPrediction(predictions=predicted, label_ids=right)
+            further = compute_metrics_for(self.task.name, self.task.problem, self.task.labels)(self.predictions)
+        figures: dict[str, Any] = loss_and_perplexity(loss, sums.targets)
         figures["targets"] = figures.pop("tokens")
         if self.task.name not in PER_TOKEN:
             figures.pop("perplexity")
-        if sums.outcomes:
-            predicted, right = (_stack(list(part)) for part in zip(*sums.outcomes, strict=True))
-            self.predictions = EvalPrediction(predictions=predicted, label_ids=right)
-            figures |= compute_metrics_for(self.task.name, self.task.problem, self.task.labels)(self.predictions)
-        return figures
+        return {**figures, **further}
 
-    def _predicted(self, outputs: Any, batch: Mapping[str, Tensor]) -> list[tuple[Any, Any]]:
-        if self.task.name == "FEATURE_EXTRACTION":
-            return list(zip(*map(_rows, outputs["embeddings"][:2]), strict=True))
+    def _predicted(self, outputs: Any, batch: Mapping[str, Tensor]) -> list[Any]:
         if self.task.name == "SEQ_CLS":
             return list(zip(_rows(outputs.logits.float()), _rows(batch["labels"]), strict=True))
         if self.task.name in ("TOKEN_CLS", "MASKED_LM"):
@@ -135,18 +137,15 @@ class TaskMeasure:
             real = labels.ne(IGNORE_INDEX)
             return [(b[r].cpu().numpy(), y[r].cpu().numpy()) for b, y, r in zip(best, labels, real, strict=True)]
         if self.task.name == "QUESTION_ANS":
-            spans = torch.stack([logits.argmax(-1) for logits in span_logits(outputs, batch)], dim=1)
-            right = torch.stack([batch["start_positions"], batch["end_positions"]], dim=1)
-            return [
-                (self._answer(ids, guess), self._answer(ids, answer))
-                for ids, guess, answer in zip(batch["input_ids"], spans, right, strict=True)
-            ]
+            return list(window_answers(*span_logits(outputs, batch["attention_mask"].eq(0)), batch))
         return []
 
-    def _answer(self, ids: Tensor, span: Tensor) -> str:
-        """Return the text between two positions; empty where both point at the first token, which means no answer."""
-        start, end = span.tolist()
-        return "" if end == 0 else self._decode(ids[start : end + 1])
+    def _answer_figures(self, windows: Sequence[Any]) -> dict[str, float]:
+        """Return the figures of the answers, one for each question over all of its windows."""
+        if self.rows is None:
+            raise ValueError("the figures of answers need the rows of the questions")
+        best = best_answers(windows)
+        return answering(answer_texts(best, self.rows), [self.rows[number]["answers"] for number in best])
 
     def _generated(self, model: Any, batch: Mapping[str, Tensor]) -> list[tuple[str, str]]:
         """Return the text that the model generates greedily from each source, and the target."""
@@ -160,18 +159,45 @@ class TaskMeasure:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def measure_for(task: Task, tokenizer: Any) -> Measure:
-    """Return a fresh measure of a task."""
-    return TokenMeasure() if task.name == "CAUSAL_LM" else TaskMeasure(task, tokenizer)
+def measure_for(task: Task, tokenizer: Any, rows: Sequence[Mapping[str, Any]] | None = None) -> Measure:
+    """Return a fresh measure of a task; ``rows`` as for :class:`TaskMeasure`."""
+    return TokenMeasure() if task.name == "CAUSAL_LM" else TaskMeasure(task, tokenizer, rows)
 
 
 def own_loss(task: Task, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
     """Return loss and outputs for a task of :data:`OWN_LOSS`."""
     if task.name == "FEATURE_EXTRACTION":
-        vectors = embed_pairs(model, batch)
-        return pair_loss(*vectors), {"embeddings": vectors}
-    outputs = model(**{name: value for name, value in batch.items() if not name.endswith("_positions")})
+        anchors, positives, *negatives = vectors = embed_pairs(model, batch)
+        own, *others = pair_texts(batch)
+        texts = CandidateTexts(own, [text for part in others for text in part])
+        return pair_loss(anchors, positives, negatives[0] if negatives else None, texts), {"embeddings": vectors}
+    outputs = model(**{name: batch[name] for name in _INPUTS if name in batch})
     return span_loss(outputs, batch), outputs
+
+
+def pair_texts(batch: Mapping[str, Tensor]) -> list[list[bytes]]:
+    """Return the texts of the anchors, the positives and, if present, the negatives, as token ids without padding."""
+    texts = []
+    for part in ("", "positive_", "negative_"):
+        if f"{part}input_ids" in batch:
+            ids, mask = (batch[part + name].cpu() for name in ("input_ids", "attention_mask"))
+            texts.append([row[real].numpy().tobytes() for row, real in zip(ids, mask.bool(), strict=True)])
+    return texts
+
+
+def _embedded(vectors: Sequence[Tensor], batch: Mapping[str, Tensor]) -> list[Any]:
+    """Return the vectors and the texts of each row: of its anchor, its positive and, if present, its negative."""
+    texts = zip(*pair_texts(batch), strict=True)
+    return list(zip(zip(*map(_rows, vectors), strict=True), texts, strict=True))
+
+
+def _pair_figures(outcomes: Sequence[Any]) -> tuple[float, dict[str, float]]:
+    """Return the summed loss and the figures of finding each positive among the texts of all outcomes."""
+    vectors, texts = (list(zip(*part, strict=True)) for part in zip(*outcomes, strict=True))
+    anchors, positives, *negatives = map(np.stack, vectors)
+    further = [text for part in texts[1:] for text in part]
+    loss = summed_pair_loss(anchors, np.concatenate([positives, *negatives]), CandidateTexts(texts[0], further))
+    return loss, retrieval(anchors, positives, CandidateTexts(texts[0], texts[1]))
 
 
 def _rows(values: Tensor) -> list[Any]:

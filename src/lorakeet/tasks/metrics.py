@@ -18,7 +18,9 @@ from transformers import EvalPrediction
 
 from lorakeet._optional_imports import allow_sklearn
 from lorakeet.ignore_index import IGNORE_INDEX
+from lorakeet.inference.answers import chosen_labels
 from lorakeet.log import warn
+from lorakeet.tasks.retrieval import retrieval
 from lorakeet.tasks.text_metrics import (
     Figures,
     MissingLibraryError,
@@ -31,11 +33,6 @@ from lorakeet.tasks.text_metrics import (
 )
 
 Array = NDArray[Any]
-
-#: Difference of cosine similarities below which two are a tie.
-TIE = 1e-6
-#: Anchors that are compared with all positives at once; bounds the matrix of similarities.
-CHUNK = 1024
 
 
 # ---- SEQ_CLS ----------------------------------------------------------------------------------------------------
@@ -71,7 +68,7 @@ def multi_label(logits: Array, labels: Array) -> Figures:
     counts = labels != IGNORE_INDEX
     if not counts.any():
         raise nothing_to_measure(labels)
-    predicted, right = (logits > 0) & counts, (labels > 0.5) & counts
+    predicted, right = chosen_labels(logits) & counts, (labels > 0.5) & counts
     return {
         "micro_f1": float(f1_score(right, predicted, average="micro", zero_division=0)),
         "macro_f1": float(f1_score(right, predicted, average="macro", zero_division=0)),
@@ -146,41 +143,6 @@ def token_prediction(scores: Array, labels: Array, losses: Array | None = None) 
         return figures
     both = loss_and_perplexity(total, len(right))
     return {**figures, "loss": both["loss"], "perplexity": both["perplexity"]}
-
-
-# ---- FEATURE_EXTRACTION -----------------------------------------------------------------------------------------
-
-
-def retrieval(anchors: Array, positives: Array) -> Figures:
-    """Compute ``accuracy_at_1`` and ``mrr`` (mean reciprocal rank) of each anchor's own positive, by cosine similarity.
-
-    Ties are broken at random, and the expected value is returned: a model that gives every text the same vector gets
-    1/N, not 1.
-
-    Args:
-        anchors, positives: [N, hidden]; row i of one belongs to row i of the other.
-
-    Raises:
-        DataError: There are no pairs.
-    """
-    if not len(anchors):
-        raise nothing_to_measure(anchors)
-    left, right = (_unit(vectors) for vectors in (anchors, positives))
-    first, reciprocal = 0.0, 0.0
-    harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, len(left) + 1))])  # 1 + 1/2 + … + 1/n
-    for start in range(0, len(left), CHUNK):
-        cosines = left[start : start + CHUNK] @ right.T  # [≤CHUNK, N]
-        own = cosines[np.arange(len(cosines)), np.arange(start, start + len(cosines))][:, None]
-        above = (cosines > own + TIE).sum(1)
-        level = (np.abs(cosines - own) <= TIE).sum(1)  # ties, with itself
-        first += float(((above == 0) / level).sum())
-        reciprocal += float(((harmonic[above + level] - harmonic[above]) / level).sum())
-    return {"accuracy_at_1": first / len(left), "mrr": reciprocal / len(left)}
-
-
-def _unit(vectors: Array) -> Array:
-    floats = np.asarray(vectors, np.float64)
-    return floats / np.maximum(np.linalg.norm(floats, axis=1, keepdims=True), 1e-12)
 
 
 # ---- QUESTION_ANS, without the texts ----------------------------------------------------------------------------

@@ -11,11 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakeet.config import TaskName
+from lorakeet.inference.answers import span_logits
 from lorakeet.inference.predict import embed
 from lorakeet.lora.config import TaskType
-
-#: Factor of cosine similarities before the softmax, as in sentence-transformers (an inverse temperature).
-SCALE = 20.0
 
 _PROBLEMS = {
     "single_label": "single_label_classification",
@@ -79,34 +77,10 @@ def embed_pairs(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
     return list(embed(model, ids, mask).chunk(len(parts)))
 
 
-def pair_loss(anchors: Tensor, positives: Tensor, negatives: Tensor | None = None) -> Tensor:
-    """Compute the loss of finding each anchor's own positive among all of the batch.
-
-    Henderson et al. 2017, arXiv:1705.00652, section 4.4 (multiple negatives ranking).
-
-    Args:
-        anchors, positives, negatives: [B, hidden], of length 1.
-
-    Returns:
-        The mean over the anchors of −log softmax(:data:`SCALE`·cos), a scalar.
-    """
-    candidates = positives if negatives is None else torch.cat([positives, negatives])
-    own = torch.arange(len(anchors), device=anchors.device)
-    return F.cross_entropy(SCALE * anchors @ candidates.T, own)
-
-
-def span_logits(outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the scores of each token as start and as end of the answer, fp32 [B, T]; padding is no candidate."""
-    padding = batch["attention_mask"].eq(0)
-    both = (outputs.start_logits, outputs.end_logits)
-    start, end = (logits.float().masked_fill(padding, torch.finfo(torch.float32).min) for logits in both)
-    return start, end
-
-
 def span_loss(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Compute the mean of the cross-entropies of start and end over real tokens, as in BERT (arXiv:1810.04805, 4.2).
 
     The models' own loss includes padding, so it depends on the longest row of the batch.
     """
-    start, end = span_logits(outputs, batch)
+    start, end = span_logits(outputs, batch["attention_mask"].eq(0))
     return (F.cross_entropy(start, batch["start_positions"]) + F.cross_entropy(end, batch["end_positions"])) / 2

@@ -2,6 +2,9 @@
 
 A mean of batch means changes with the batch size and the order. Here losses are summed, and divided once by the number
 of targets. Both callers sort the samples, share passes and leave out padding alike, so their figures are equal.
+
+Under several processes each one collates all batches and runs its share of the passes. So the passes are those of a single
+process, and their sums are added in the same order. No sample is run twice to even out the processes.
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lorakeet.errors import DataError
 from lorakeet.patches.fused_loss import fused_loss
@@ -32,31 +36,54 @@ Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 def held_out_sums(
     model: nn.Module,
     passes: Iterable[list[Batch]],
-    score: Callable[[list[Batch]], Sums],
+    score: Callable[[list[Batch], int], Sums],
     after_batch: Callable[[], None],
+    process: tuple[int, int] = (0, 1),
 ) -> Sums:
-    """Return the sums over all passes; leaves the model in evaluation mode.
+    """Return the sums over all passes, the same in every process; leaves the model in evaluation mode.
 
     Args:
         model: The model that ``score`` runs.
-        passes: Batches, those that share a forward pass together.
-        score: Runs one pass.
-        after_batch: Called once for each batch of a pass that has run.
+        passes: All batches, those that share a forward pass together.
+        score: Runs one pass, given its batches and the number of samples before them.
+        after_batch: Called once for each batch, whichever process runs it.
+        process: Rank of this process, and how many there are.
     """
     model.eval()
-    sums = Sums()
-    for batches in passes:
-        sums.add(score(batches))
+    rank, processes = process
+    found: dict[int, Sums] = {}
+    batches, count, samples = list[Batch](), 0, 0
+    for count, batches in enumerate(passes, start=1):
+        if (count - 1) % processes == rank:
+            found[count - 1] = score(batches, samples)
+        samples += sum(len(batch["input_ids"]) for batch in batches)
         for _ in batches:
             after_batch()
+    if 0 < count % processes <= rank:  # sharded weights are gathered by all processes in each pass
+        score(batches, samples)
+    sums = Sums()
+    for _, of_pass in sorted(_of_all_processes(found, processes).items()):
+        sums.add(of_pass)
     return sums
 
 
-def gather_samples(accelerator: Any, values: Any) -> Any:
-    """Gather values of samples from all processes, without the samples that only fill up the last batch."""
-    if accelerator.num_processes == 1:
-        return values
-    return accelerator.gather_for_metrics(values, use_gather_object=isinstance(values, list))
+def all_batches(loader: Any, batch_size: int, processes: int) -> Iterable[Batch]:
+    """Return the batches of a loader before accelerate shares its samples out to processes, which repeats some.
+
+    Args:
+        loader: A data loader that accelerate has prepared.
+        batch_size: Rows per batch, of a stream.
+        processes: How many there are.
+    """
+    if processes == 1:
+        return loader
+    data, sampler = loader.dataset, loader.batch_sampler
+    data = data.dataset if isinstance(data, IterableDatasetShard) else data
+    if isinstance(data, IterableDataset):
+        return DataLoader(data, batch_size=batch_size, collate_fn=loader.collate_fn)
+    while isinstance(sampler, BatchSamplerShard):
+        sampler = sampler.batch_sampler
+    return DataLoader(data, batch_sampler=sampler, collate_fn=loader.collate_fn)
 
 
 def longest_first(rows: Any) -> Any:
@@ -81,7 +108,9 @@ def evaluate(
     *,
     task: Task | None = None,
     tokenizer: Any = None,
+    answers: Sequence[Mapping[str, Any]] | None = None,
     token_budget: int = 0,
+    skip_padding: bool = True,
     seed: int = 42,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -97,9 +126,11 @@ def evaluate(
         batch_size: Rows per batch.
         task: The task; left out: causal language modelling.
         tokenizer: Decodes the texts that a task's figures compare.
+        answers: Rows with ``context`` and ``answers``, as the samples of QUESTION_ANS number them.
         token_budget: Real tokens of a forward pass that batches of a language model may share; 0: no sharing.
+        skip_padding: Do not compute padding where the architecture allows it.
         seed: Of masks that the collator draws, as in a run.
-        progress: Called after each batch with rows done and rows in total (of this process).
+        progress: Called after each batch with rows done and rows in total (of all processes).
 
     Returns:
         ``{"loss", "perplexity", "tokens"}``, loss in nats per token; for other tasks the task's figures.
@@ -110,19 +141,17 @@ def evaluate(
     if not len(dataset):
         raise DataError("there is nothing to evaluate: the data has no samples", "give data with rows")
     task = task or Task()
-    rank, world = _rank_and_world()
+    process = _rank_and_world()
     rows = longest_first(dataset)
-    rows = rows.select(range(rank, len(rows), world)) if isinstance(rows, datasets.Dataset) else rows[rank::world]
-    measure = measure_for(task, tokenizer)
-    with _evaluating(model):
+    measure = measure_for(task, tokenizer, answers)
+    with _evaluating(model, skip_padding):
         if task.name != "CAUSAL_LM":
             torch.manual_seed(seed)  # the same tokens are masked in every measurement
         loader = DataLoader(rows, batch_size=batch_size, collate_fn=collator)
-        joins = task.name == "CAUSAL_LM" and world == 1 and why_model_separates(model) is None
+        joins = task.name == "CAUSAL_LM" and why_model_separates(model) is None
         passes = evaluation_passes(loader, token_budget if joins else 0, padding_token(model, tokenizer)[1])
         after_batch = _counter(batch_size, len(rows), progress)
-        sums = held_out_sums(model, passes, _scorer(model, measure, tokenizer), after_batch)
-        sums = _of_all_processes(sums, world)
+        sums = held_out_sums(model, passes, _scorer(model, measure, tokenizer), after_batch, process)
         if not sums.targets:
             raise DataError(
                 "there is nothing to evaluate: no token of the data is a target", "check data.learn and data.max_length"
@@ -131,13 +160,13 @@ def evaluate(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module, skip_padding: bool) -> Iterator[None]:
     """Compute fast, draw no random number from the caller, and restore the training mode of ``model``."""
     was_training = model.training
     try:
         with ExitStack() as stack:
             stack.enter_context(same_random_state())
-            if not is_padding_free(model) and why_padded(model) is None:
+            if skip_padding and not is_padding_free(model) and why_padded(model) is None:
                 stack.enter_context(padding_free(model))
             stack.enter_context(fused_loss(model))
             yield
@@ -157,16 +186,16 @@ def _counter(batch_size: int, total: int, progress: Callable[[int, int], None] |
     return after_batch
 
 
-def _scorer(model: nn.Module, measure: Measure, tokenizer: Any) -> Callable[[list[Batch]], Sums]:
+def _scorer(model: nn.Module, measure: Measure, tokenizer: Any) -> Callable[[list[Batch], int], Sums]:
     """Return the function that moves the batches of a pass to the model, joins and scores them."""
     device = next(model.parameters()).device
     pad_token_id, _ = padding_token(model, tokenizer)
 
-    def score(batches: list[Batch]) -> Sums:
+    def score(batches: list[Batch], before: int) -> Sums:
         batch = batches[0] if len(batches) == 1 else join_batches(batches, pad_token_id)
         batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
         with _autocast(model, device):
-            return measure.score(model, batch)
+            return measure.score(model, batch, before)
 
     return score
 
@@ -183,13 +212,10 @@ def _rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def _of_all_processes(sums: Sums, world: int) -> Sums:
-    """Return the sums of all processes together, the same in each."""
-    if world == 1:
-        return sums
-    parts: list[Any] = [None] * world
-    torch.distributed.all_gather_object(parts, sums)
-    together = Sums()
-    for part in parts:
-        together.add(part)
-    return together
+def _of_all_processes(found: dict[int, Sums], processes: int) -> dict[int, Sums]:
+    """Return the sums of every pass, by its number."""
+    if processes == 1:
+        return found
+    parts: list[Any] = [None] * processes
+    torch.distributed.all_gather_object(parts, found)
+    return {number: sums for part in parts for number, sums in part.items()}

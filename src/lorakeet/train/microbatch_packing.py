@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakeet.facts.padding import padding_token as chosen_padding_token
 from lorakeet.ignore_index import IGNORE_INDEX
 from lorakeet.log import info
 from lorakeet.patches.causal_loss import count_targets, shifts_labels
@@ -139,10 +140,10 @@ def evaluation_passes(batches: Iterable[Batch], budget: int, has_padding_token: 
 
     Args:
         batches: Batches whose rows have losses of their own.
-        budget: Real tokens of a pass; 0: each batch has its own, and none is fetched before the last one has run.
+        budget: Real tokens of a pass; 0: each batch has its own.
         has_padding_token: Whether the model itself names a padding token.
     """
-    if not budget:  # a loader of several processes knows only of its current batch which rows are duplicates
+    if not budget:
         yield from ([batch] for batch in batches)
         return
     together: list[Batch] = []
@@ -158,9 +159,8 @@ def evaluation_passes(batches: Iterable[Batch], budget: int, has_padding_token: 
 
 def padding_token(model: Any, tokenizer: Any) -> tuple[int, bool]:
     """Return the id that pads token ids, and whether the model itself names it."""
-    from_model = getattr(getattr(model, "config", None), "pad_token_id", None)
-    from_tokenizer = getattr(tokenizer, "pad_token_id", None)
-    return (from_tokenizer or 0, False) if from_model is None else (int(from_model), True)
+    own = chosen_padding_token(getattr(model, "config", None))
+    return (chosen_padding_token(None, tokenizer) or 0, False) if own is None else (own, True)
 
 
 def sample_prefix(batch: Batch, length: int) -> dict[str, Tensor]:
@@ -232,8 +232,8 @@ class ForwardGroups:
         return batches[0] if len(batches) == 1 else join_batches(batches, self._padding_token()[0])
 
     def of_an_evaluation(self, batches: Iterable[Batch]) -> Iterator[list[Batch]]:
-        """Yield the batches of an evaluation by pass; several processes, which would have to agree, do not join."""
-        joins = self.budget and self.host.accelerator.num_processes == 1 and self.host.why_separate() is None
+        """Yield the batches of an evaluation by pass."""
+        joins = self.budget and self.host.why_separate() is None
         return evaluation_passes(batches, self.budget if joins else 0, self._padding_token()[1])
 
     def _decide(self, batches: Sequence[Batch]) -> None:

@@ -17,7 +17,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from lorakeet.adapter.adapter_folders import adapter_folders
 from lorakeet.adapter.peft_model import PeftModel
+from lorakeet.adapter.tensor_loading import check_tensors
+from lorakeet.adapter.unfrozen import unfrozen_names
 from lorakeet.errors import TrainingError
 from lorakeet.log import info, log, warn
 
@@ -102,13 +105,40 @@ def check_sharded(model: nn.Module, args: TrainingArguments) -> None:
 
 
 def rehearse_save(model: PeftModel, folder: str | Path) -> None:
-    """Write the adapter to a temporary folder, so that an error of saving shows before the training, not after it."""
+    """Write the adapters to a temporary folder, and compare the files with what a resumed run would expect there.
+
+    So an error of saving or restoring shows before the training, not after it.
+
+    Raises:
+        AdapterError: An adapter cannot be saved, or its file would not fit this model.
+    """
     with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=folder) as aside:
         log.disabled = True  # the warning that the adapter is untrained
         try:
             model.save_pretrained(aside)
         finally:
             log.disabled = False
+        for adapter, path in adapter_folders(aside, model.peft_config).items():
+            check_tensors(model, adapter, path)
+
+
+def announce_unfrozen(model: nn.Module) -> None:
+    """Warn of parameters of the base that train beside the adapters: they change the base of every adapter."""
+    if isinstance(model, PeftModel) and (names := unfrozen_names(model)):
+        warn(
+            f"{len(names)} tensors of the base are trained and saved with the adapter: {_some(names)}; "
+            "other tools may ignore them, and modules_to_save keeps a copy for each adapter instead"
+        )
+
+
+def expect_all_gradients(model: nn.Module, args: TrainingArguments) -> None:
+    """Tell DDP not to search for parameters without a gradient, of which it would warn on every rank.
+
+    An adapter has none (:func:`check_gradients`). Among experts, some may see no token in a step.
+    """
+    has_experts = any("expert" in name for name in vars(getattr(model, "config", object)))
+    if args.ddp_find_unused_parameters is None and isinstance(model, PeftModel) and not has_experts:
+        args.ddp_find_unused_parameters = False
 
 
 def checkpoint_bytes(model: nn.Module) -> int:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from lorakeet.adapter.peft_model import PeftModel, get_peft_model
@@ -28,29 +28,38 @@ from lorakeet.data.collate import make_collator
 from lorakeet.data.encode.render import describe_sample
 from lorakeet.data.prepare import prepare
 from lorakeet.data.prepared import Prepared
-from lorakeet.errors import TrainingError
-from lorakeet.files import write_folder, write_json
+from lorakeet.errors import OutputError, TrainingError
+from lorakeet.facts.vocabulary import vocabulary_size
+from lorakeet.facts.window import window
+from lorakeet.files import write_elsewhere, write_folder, write_json
 from lorakeet.log import info, log, warn
 from lorakeet.patches.fused_layers import fused_layers
 from lorakeet.patches.fused_loss import fused_loss
 from lorakeet.patches.gradient_checkpointing import gradient_checkpointing
 from lorakeet.patches.padding_free import padding_free, why_padded
-from lorakeet.runs.metrics_log import read_metrics
-from lorakeet.runs.run_folder import check_run_folder, claim_folder, refuse_other_settings
+from lorakeet.runs.metrics_log import MetricsLog
+from lorakeet.runs.run_folder import check_run_folder, claim_folder, is_run, refuse_other_settings
 from lorakeet.tasks.setup import adapter_config, task_settings
 from lorakeet.tasks.task import Task
-from lorakeet.train.checkpoint import latest_checkpoint
+from lorakeet.tasks.taught import NOTES, taught_notes
+from lorakeet.train.arguments import training_arguments
+from lorakeet.train.callbacks.interrupt import StopAfterStep
+from lorakeet.train.callbacks.progress import ProgressCallback
 from lorakeet.train.evaluate import longest_first
-from lorakeet.train.interrupt import StopAfterStep
 from lorakeet.train.loraplus import LoraPlus
+from lorakeet.train.manifest import latest_checkpoint
 from lorakeet.train.memory_plan import every_that_fits, free_memory
 from lorakeet.train.microbatch_packing import default_token_budget
-from lorakeet.train.progress_callback import ProgressCallback
-from lorakeet.train.summary import Progress, compare_figures, samples_seen, summarize
+from lorakeet.train.preflight import checkpoint_bytes
+from lorakeet.train.summary import Progress, compare_figures, report_outcome, samples_seen, summarize
 from lorakeet.train.task_trainer import TaskTrainer
 from lorakeet.train.trainer import Trainer
 
-__all__ = ["InterruptedRunError", "Run", "check_run_folder", "run_training", "training_arguments"]
+__all__ = ["InterruptedRunError", "Run", "check_run_folder", "run_training"]
+
+
+#: Bytes of a run's small files at most: figures, plots, settings, model card. Measured: 0.2 MB for 200 steps.
+FIGURES_BYTES = 300_000
 
 
 class InterruptedRunError(TrainingError):
@@ -86,18 +95,18 @@ def run_training(
         log.setLevel("ERROR")
     folder = Path(config.out)
     check_run_folder(folder, resume=resume, overwrite=overwrite)
-    if resume and not any_checkpoint:
+    if resume and not any_checkpoint and is_run(folder):
         refuse_other_settings(config, folder)
     model_info = inspect_model(config.base)
     chosen = task_settings(config, model_info)
     state = PartialState()
     state.wait_for_everyone()  # no process writes to the folder before all have checked it
     with state.main_process_first():  # damaged data is reported before a base of many gigabytes is read
-        limit = getattr(model_info.config.get_text_config(), "max_position_embeddings", None)
-        data = prepare(config.data, chosen, model_info.tokenizer, seed=config.train.seed, max_positions=limit)
+        limits = {"max_positions": window(model_info.config), "vocabulary": vocabulary_size(model_info.config)}
+        data = prepare(config.data, chosen, model_info.tokenizer, seed=config.train.seed, **limits)
     task = Task(chosen.type, data.problem, data.labels)
-    options = task.model_options()
-    base = load_base(config.base, auto_class=AUTO_CLASSES[task.name], model_options=options, for_training=True)
+    options: dict[str, Any] = {"model_options": task.model_options(), "seed": config.train.seed}
+    base = load_base(config.base, auto_class=AUTO_CLASSES[task.name], for_training=True, **options)
     info(f"base       {base.describe()}")
     args = training_arguments(config, base)
     args.eval_strategy = "no" if data.held_out is None else args.eval_strategy
@@ -106,55 +115,9 @@ def run_training(
     run = Run(config, folder, base, model, data, chosen, task, args, began)
     run.announce()
     if args.process_index == 0:
-        claim_folder(folder, config, resume=resume)
+        claim_folder(folder, config, resume=resume, need=run.bytes_to_write(resume))
     with quiet(), StopAfterStep() as stop:
         return run.train(stop, resume, any_checkpoint)
-
-
-def training_arguments(config: RunConfig, base: Base) -> TrainingArguments:
-    """Return the run's settings as ``TrainingArguments``.
-
-    Raises:
-        TrainingError: The base is on another GPU than this process trains on.
-    """
-    train = config.train
-    args = TrainingArguments(
-        output_dir=str(Path(config.out) / "checkpoints"),
-        max_steps=train.steps or -1,
-        num_train_epochs=train.epochs,
-        per_device_train_batch_size=train.batch_size,
-        per_device_eval_batch_size=train.batch_size,
-        gradient_accumulation_steps=train.grad_accum,
-        learning_rate=train.lr,
-        warmup_steps=train.warmup,
-        # plain "constant" would ignore the warm-up silently
-        lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        seed=train.seed,
-        data_seed=train.seed,
-        bf16=base.dtype == torch.bfloat16,
-        fp16=base.dtype == torch.float16,
-        logging_steps=train.log_every,
-        eval_strategy="steps" if train.eval_every else "no",
-        eval_steps=train.eval_every,
-        save_strategy="steps" if train.save_every else "no",
-        save_steps=train.save_every or 500,
-        save_total_limit=2,
-        include_num_input_tokens_seen="non_padding",
-        use_cpu=base.device.type == "cpu",
-        dataloader_pin_memory=base.device.type == "cuda",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to="none",
-    )
-    here = args.device  # the first use: joins the other processes, if there are any
-    if base.device.type == "cuda" and (base.device.index or 0) != (here.index or 0):
-        raise TrainingError(
-            f"the base is on {base.device}, this process trains on {here}",
-            f"use --device auto, and CUDA_VISIBLE_DEVICES={base.device.index} to choose a GPU",
-        )
-    return args
 
 
 @dataclass
@@ -213,13 +176,26 @@ class Run:
             patches.enter_context(self._with_checkpointing(trainer))
             self._fit(trainer, progress, stop, resume, any_checkpoint)
             self._save()  # before anything else can fail
-            self._measure(trainer, trainer.state.global_step)
+            self._measure(trainer, trainer.state.global_step, progress.log)
         summary = self._summary(trainer, progress)
         if self.args.process_index == 0:
             add_notes(self.folder / "adapter", self.model.peft_config["default"], _notes(summary))
-            self._finish(trainer, summary)
+            self._finish(trainer, summary, progress.log.read())
         trainer.accelerator.wait_for_everyone()
+        report_outcome(summary)
         return summary
+
+    def bytes_to_write(self, resume: bool) -> int:
+        """Return the disk space that the run needs: the adapter with its tokenizer, figures, and checkpoints.
+
+        Args:
+            resume: Whether the checkpoints of an earlier session are there already; they are replaced.
+        """
+        checkpoints = 0 if self.config.train.save_every is None else 1 if resume else self.args.save_total_limit + 1
+        backend = getattr(self.base.tokenizer, "backend_tokenizer", None)
+        tokenizer = len(backend.to_str().encode()) if backend is not None else 0
+        adapter = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        return adapter + tokenizer + FIGURES_BYTES + checkpoints * checkpoint_bytes(self.model)
 
     def _without_padding(self) -> AbstractContextManager[Any]:
         """Return the context in which layers skip padding, where that is proven to change nothing else."""
@@ -250,8 +226,10 @@ class Run:
             info(f"resuming from {start}" if start else "no complete checkpoint yet: starting from the beginning")
         try:
             if start is None:
-                self._measure(trainer, 0)
+                self._measure(trainer, 0, progress.log)
             trainer.train(resume_from_checkpoint=str(start) if start else None)
+        except OutputError as error:  # a checkpoint that does not fit
+            raise self._rescue(error) if trainer.state.global_step else error from error
         finally:
             progress.close()
         if stop.stopped:
@@ -279,16 +257,19 @@ class Run:
             "token_budget": budget,
             "loraplus": self.loraplus,
         }
-        trainer = Trainer(**settings) if self.task.name == "CAUSAL_LM" else TaskTrainer(**settings, task=self.task)
+        if self.task.name == "CAUSAL_LM":
+            trainer = Trainer(**settings)
+        else:
+            trainer = TaskTrainer(**settings, task=self.task, answers=data.rows)
         trainer.remove_callback(PrinterCallback)  # prints to stdout
         return trainer
 
-    def _measure(self, trainer: Trainer, step: int) -> None:
-        """Measure the held-out figures at this step, unless ``metrics.jsonl`` has them already."""
+    def _measure(self, trainer: Trainer, step: int, metrics: MetricsLog) -> None:
+        """Measure the held-out figures at this step, unless the main process has them already."""
         if self.data.held_out is None:
             return
-        lines = read_metrics(self.folder / "metrics.jsonl")
-        if not any(line["step"] == step and "eval_loss" in line for line in lines):
+        known = any(line["step"] == step and "eval_loss" in line for line in metrics.read())
+        if not broadcast_object_list([known])[0]:
             trainer.evaluate()
 
     def _summary(self, trainer: Trainer, progress: ProgressCallback) -> dict[str, Any]:
@@ -300,7 +281,7 @@ class Run:
             samples=samples_seen(steps, report.train_samples, per_step),
             tokens=trainer.state.num_input_tokens_seen,
             train_seconds=progress.seconds,
-            wall_seconds=time.perf_counter() - self.began,
+            wall_seconds=progress.earlier_seconds + time.perf_counter() - self.began,
         )
         settings = {
             "bits": self.config.base.bits,
@@ -308,18 +289,41 @@ class Run:
             "processes": self.args.world_size,
             "seed": train.seed,
         }
-        return summarize(self.folder, self.base, self.model, self.task, self.data, done, settings)
+        lines = progress.log.read()
+        return summarize(self.folder, self.base, self.model, self.task, self.data, done, settings, lines)
 
     def _save(self) -> None:
-        """Write the adapter with its tokenizer and chat template, complete or not at all."""
+        """Write the adapter, complete or not at all; elsewhere, if the run's folder has no room.
+
+        Raises:
+            OutputError: The run's folder has no room; the message says where the adapter is.
+        """
         if self.args.process_index == 0:
-            with write_folder(self.folder / "adapter") as aside:
-                origin = {"task": self.task.notes(), "data": self.data.report.content_hash}
-                self.model.save_pretrained(aside, notes=origin)
-                self.base.tokenizer.save_pretrained(aside)
+            try:
+                with write_folder(self.folder / "adapter") as aside:
+                    self._write_adapter(aside)
+            except OutputError as error:
+                raise self._rescue(error) from error
             info(f"adapter    {self.folder / 'adapter'}")
 
-    def _finish(self, trainer: Trainer, summary: dict[str, Any]) -> None:
+    def _write_adapter(self, folder: Path) -> None:
+        """Write the adapter with its tokenizer and chat template."""
+        taught = taught_notes(self.config, self.data.layout, self.data.chat)
+        origin = {"task": self.task.notes(), "data": self.data.report.content_hash, NOTES: taught}
+        self.model.save_pretrained(folder, notes=origin)
+        self.base.tokenizer.save_pretrained(folder)
+
+    def _rescue(self, error: OutputError) -> OutputError:
+        """Write the adapter where there is room; return the error that says where it is."""
+        place = write_elsewhere(self.folder.resolve().name, self._write_adapter)
+        if place is None:
+            return OutputError(f"{error.message}, and there is no room elsewhere: the adapter is lost", error.hint)
+        return OutputError(
+            f"{error.message}; what was learned is saved in {place}",
+            f"free some space, then move it: mv {place} {self.folder / 'adapter'}",
+        )
+
+    def _finish(self, trainer: Trainer, summary: dict[str, Any], lines: list[dict[str, Any]]) -> None:
         """Write the plots and the summary, and log the figures."""
         from lorakeet.tasks.plots import draw_confusion, draw_loss_curve  # which load matplotlib
 
@@ -327,7 +331,7 @@ class Run:
         if checkpoints.is_dir() and not any(checkpoints.iterdir()):
             checkpoints.rmdir()
         title = f"{self.base.name}, r={self.config.lora.r}"
-        draw_loss_curve(read_metrics(self.folder / "metrics.jsonl"), self.folder / "loss_curve.png", title)
+        draw_loss_curve(lines, self.folder / "loss_curve.png", title)
         predictions = getattr(trainer, "predictions", None)
         if self.task.problem == "single_label" and predictions is not None and self.task.labels:
             best = predictions.predictions.argmax(-1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,31 @@ from lorakeet._version import __version__
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.base.load import Base
 from lorakeet.data.prepared import Prepared
-from lorakeet.runs.metrics_log import first_and_last, peak_rss_bytes, read_metrics
+from lorakeet.errors import TrainingError
+from lorakeet.log import warn
+from lorakeet.runs.metrics_log import first_and_last, peak_rss_bytes
 from lorakeet.tasks.baselines import baseline
 from lorakeet.tasks.task import Task
 
 #: Figures that are no score.
 _COUNTS = ("loss", "perplexity", "tokens", "targets")
+#: Scores that are better when they are lower.
+_ERRORS = ("mse", "mae", "rmse")
+#: Change of a loss, as a share of it, that is more than noise between two short runs.
+NOTICEABLE = 0.01
+#: Rise of a loss, as a share of it, that no run that learns has.
+CLEAR = 0.2
+#: Outcome of a run -> message and hint for the user; a run that learned needs none.
+OUTCOMES = {
+    "diverged": ("the run diverged", "lower the learning rate: --lr"),
+    "worse": ("the run made the model worse", "lower the learning rate: --lr"),
+    "overfitted": ("the held-out loss rose while the training loss fell", "take fewer epochs, or more data"),
+    "learned nothing": ("the adapter learned next to nothing", "take more steps (--epochs), or a higher --lr"),
+    "no better than the baseline": (
+        "the adapter predicts no better than the baseline, which reads no text",
+        "take more steps (--epochs), a higher --lr, or more data",
+    ),
+}
 #: Settings of the adapter that the summary repeats.
 _LORA_SETTINGS = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias"}
 
@@ -34,7 +54,7 @@ class Progress:
         samples: Samples trained on, each pass over the data counted again.
         tokens: Real tokens trained on.
         train_seconds: Time in the training loop.
-        wall_seconds: Time since the run was started.
+        wall_seconds: Time since the run was started; of the sessions before a resumed run, their time of training.
     """
 
     steps: int
@@ -45,24 +65,32 @@ class Progress:
 
 
 def summarize(
-    folder: Path, base: Base, model: PeftModel, task: Task, data: Prepared, done: Progress, settings: Mapping[str, Any]
+    folder: Path,
+    base: Base,
+    model: PeftModel,
+    task: Task,
+    data: Prepared,
+    done: Progress,
+    settings: Mapping[str, Any],
+    lines: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Return the contents of ``summary.json``.
 
     Args:
-        folder: The run's folder, with its ``metrics.jsonl``.
+        folder: The run's folder.
         base: The base model.
         model: The base with the adapter.
         task: The run's task.
         data: The prepared data; its report is part of the summary.
         done: Work of the run.
         settings: Values for ``bits``, ``device``, ``processes`` and ``seed``.
+        lines: The lines of the metrics log.
     """
-    lines = read_metrics(folder / "metrics.jsonl")
     measured = [held_out_figures(line) for line in lines if "eval_loss" in line]
     before, after = (measured[0], measured[-1]) if measured else (None, None)
     first, last = first_and_last(lines)
     trainable, total = model.get_nb_trainable_parameters()
+    plain = baseline(task, data)
     return {
         "base_model": base.name,
         "task": task.notes(),
@@ -73,10 +101,11 @@ def summarize(
         "train_loss_last": last,
         "eval_loss_before": before["loss"] if before else None,
         "eval_loss_after": after["loss"] if after else None,
-        "eval_tokens": data.report.held_out_targets,
+        "eval_tokens": data.report.held_out_targets if after is None else after.get("tokens", after.get("targets")),
         "before": before,
         "after": after,
-        "baseline": baseline(task, data),
+        "baseline": plain,
+        "outcome": outcome(before, after, plain, (first, last)),
         "tokens_per_second": done.tokens / done.train_seconds if done.train_seconds else None,
         "train_seconds": done.train_seconds,
         "wall_seconds": done.wall_seconds,
@@ -120,6 +149,57 @@ def samples_seen(steps: int, rows: int, per_step: int) -> int:
 def held_out_figures(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return the figures of a held-out line of ``metrics.jsonl``, without their prefix."""
     return {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
+
+
+def outcome(
+    before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, plain: Mapping[str, Any], train: Sequence[float]
+) -> str:
+    """Return how a run ended: one of :data:`OUTCOMES`.
+
+    Args:
+        before: Held-out figures of the base; None without held-out rows.
+        after: Held-out figures at the end.
+        plain: Figures of the baseline that needs no model.
+        train: First and last training loss, in nats, see :func:`lorakeet.runs.metrics_log.first_and_last`.
+    """
+    first, last = train
+    if before is None or after is None:
+        return "diverged" if last > first * (1 + CLEAR) else "learned"
+    change = after["loss"] / before["loss"] - 1 if before["loss"] else 0.0
+    rose = last >= min(first, before["loss"])  # the first steps of a run that explodes have a high loss already
+    if not math.isfinite(after["loss"]) or (change > CLEAR and rose):
+        return "diverged"
+    if change > NOTICEABLE:
+        return "worse" if rose else "overfitted"
+    if change > -NOTICEABLE:
+        return "learned nothing"
+    scores = [name for name in plain if name in after and name not in _COUNTS]
+    if scores and not any(_better(name, after[name], plain[name]) for name in scores):
+        return "no better than the baseline"
+    return "learned"
+
+
+def _better(name: str, value: float, other: float) -> bool:
+    return value < other if name in _ERRORS else value > other
+
+
+def report_outcome(summary: Mapping[str, Any]) -> None:
+    """Warn of a run that did not learn.
+
+    Raises:
+        TrainingError: The run diverged. Its adapter and figures are written.
+    """
+    how = summary["outcome"]
+    if how == "learned":
+        return
+    message, hint = OUTCOMES[how]
+    losses = "training loss {train_loss_first:.4f} at first, {train_loss_last:.4f} at last"
+    if summary["before"] is not None:
+        losses = "held-out loss {before[loss]:.4f} before, {after[loss]:.4f} after"
+    text = f"{message} ({losses.format_map(summary)}, {summary['steps']} steps)"
+    if how == "diverged":
+        raise TrainingError(f"{text}; {summary['adapter_path']} holds its adapter", hint)
+    warn(f"{text}: {hint}")
 
 
 def compare_figures(summary: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from lorakeet.patches.causal_loss import count_targets
 from lorakeet.rng import same_random_state
-from lorakeet.tasks.measure import OWN_LOSS, Sums, TaskMeasure, own_loss
+from lorakeet.tasks.measure import OWN_LOSS, TaskMeasure, own_loss
 from lorakeet.tasks.task import Task
 from lorakeet.train.trainer import Trainer
 
@@ -21,11 +22,14 @@ class TaskTrainer(Trainer):
 
     Args:
         task: The task; its labels name the figures.
+        answers: Rows with ``context`` and ``answers``, as the samples of QUESTION_ANS number them.
     """
 
-    def __init__(self, *rest: Any, task: Task, **settings: Any) -> None:
+    def __init__(
+        self, *rest: Any, task: Task, answers: Sequence[Mapping[str, Any]] | None = None, **settings: Any
+    ) -> None:
         super().__init__(*rest, **settings)
-        self.task = task
+        self.task, self.answers = task, answers
         self.predictions: EvalPrediction | None = None  # of the last measurement, for plots
         if task.name in OWN_LOSS:
             self.model_accepts_loss_kwargs, self._counts_known = False, True
@@ -73,18 +77,13 @@ class TaskTrainer(Trainer):
             description, prediction_loss_only, ignore_keys: accepted as the parent does, and not used.
             metric_key_prefix: Begins the name of each figure.
         """
-        measure = TaskMeasure(self.task, self.processing_class)
+        measure = TaskMeasure(self.task, self.processing_class, self.answers)
         with same_random_state():
             torch.manual_seed(self.args.seed)  # the same tokens are masked in every measurement
-            passes = ([batch] for batch in dataloader)
-            output = self._measure(measure, self.model, passes, dataloader, metric_key_prefix)
+            batches = self._every_batch(dataloader)
+            output = self._measure(measure, self.model, ([batch] for batch in batches), batches, metric_key_prefix)
         self.predictions = measure.predictions or self.predictions
         return output
-
-    def _total(self, sums: Sums) -> Sums:
-        each = torch.tensor([[sums.loss, sums.targets]], device=self.args.device)
-        loss, targets = self.accelerator.gather(each).sum(0).tolist()
-        return Sums(loss, int(targets), sums.samples, sums.outcomes)
 
     def _rehearse_batch(self, batch: dict[str, Tensor]) -> None:
         TaskMeasure(self.task, self.processing_class, generated=0).score(self.model, batch)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
-from functools import partial
 from typing import Any, Literal
 
 import datasets
@@ -32,12 +31,12 @@ from lorakeet.patches.fused_loss import fused_sample_losses
 from lorakeet.rng import random_state, same_random_state, set_random_state
 from lorakeet.tasks.measure import Measure, Sums, TokenMeasure
 from lorakeet.train import preflight
+from lorakeet.train.callbacks.step import StepCallback
 from lorakeet.train.checkpoint import ResumableTrainer, SteadyCollator
-from lorakeet.train.evaluate import gather_samples, held_out_sums, longest_first
+from lorakeet.train.evaluate import all_batches, held_out_sums, longest_first
 from lorakeet.train.length_sampler import LengthWindows
 from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.microbatch_packing import ForwardGroups, why_model_separates
-from lorakeet.train.step_callback import StepCallback
 from lorakeet.train.step_state import Batch, ForwardPass, StepState
 
 
@@ -79,6 +78,7 @@ class Trainer(ResumableTrainer):
         args = TrainingArguments("tmp_trainer") if args is None else args
         if model is not None:
             preflight.check_precision(model, args)
+            preflight.expect_all_gradients(model, args)
         preflight.use_one_gpu(args)
         super().__init__(model, args, *rest, **settings)
         self.non_finite, self.any_checkpoint = non_finite, any_checkpoint
@@ -221,8 +221,7 @@ class Trainer(ResumableTrainer):
     @property
     def running_model(self) -> nn.Module:
         """The model to call outside the training loop: sharded weights are whole only inside of the wrapper."""
-        model: nn.Module = self.model_wrapped if self.is_fsdp_enabled else self.model
-        return model
+        return self.model_wrapped if self.is_fsdp_enabled else self.model
 
     # ---- what helpers of a step ask for (lorakeet.train.step_state.StepHost) ------------------------------------
 
@@ -242,6 +241,7 @@ class Trainer(ResumableTrainer):
         """Check that the training can run, save and evaluate; restore the logged losses of a resumed run."""
         self._groups.restart()
         preflight.check_sharded(self.model_wrapped, self.args)
+        preflight.announce_unfrozen(self.model)
         self.rehearse()
         self._restore_progress()
 
@@ -286,31 +286,32 @@ class Trainer(ResumableTrainer):
                 return super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )
-            passes = self._groups.of_an_evaluation(dataloader)
-            return self._measure(TokenMeasure(), self.running_model, passes, dataloader, metric_key_prefix)
+            batches = self._every_batch(dataloader)
+            passes = self._groups.of_an_evaluation(batches)
+            return self._measure(TokenMeasure(), self.running_model, passes, batches, metric_key_prefix)
+
+    def _every_batch(self, dataloader: Any) -> Any:
+        """Return the batches of all processes."""
+        return all_batches(dataloader, self.args.eval_batch_size, self.accelerator.num_processes)
 
     def _measure(
         self, measure: Measure, model: nn.Module, passes: Iterable[list[Batch]], dataloader: Any, prefix: str
     ) -> EvalLoopOutput:
         """Run the held-out loop over ``passes``, the batches of ``dataloader``."""
         self.callback_handler.eval_dataloader = dataloader
-        gather = partial(gather_samples, self.accelerator)
+        process = (self.accelerator.process_index, self.accelerator.num_processes)
 
-        def score(batches: list[Batch]) -> Sums:
+        def score(batches: list[Batch], before: int) -> Sums:
             batch = self._prepare_inputs(self._groups.join(batches))
             with self.accelerator.autocast():
-                return measure.score(model, batch, gather)
+                return measure.score(model, batch, before)
 
         def after_batch() -> None:
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
-        sums = self._total(held_out_sums(model, passes, score, after_batch))
+        sums = held_out_sums(model, passes, score, after_batch, process)
         figures = {f"{prefix}_{name}": value for name, value in measure.figures(sums).items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=figures, num_samples=sums.samples)
-
-    def _total(self, sums: Sums) -> Sums:
-        """Return the sums of all processes."""
-        return sums  # the losses of tokens have been gathered with their samples
 
     def rehearse(self) -> None:
         """Check before the first step that checkpoints can be saved and an evaluation fits into memory.

@@ -129,13 +129,13 @@ def test_offsets_of_words() -> None:
 
 
 def test_texts_that_belong_together() -> None:
-    encoder = PairEncoder(PIECES, 5, True)
+    encoder = PairEncoder(PIECES, 5, ("anchor", "positive", "negative"))
     [row] = samples(encoder, anchor=["the"], positive=["the bird sing world"], negative=["who"])
     assert [told(row, name) for name in ("input_ids", "positive_ids", "negative_ids")] == [
         "[CLS] the [SEP]", "[CLS] the bird sing [SEP]", "[CLS] who [SEP]"
     ]  # fmt: skip
     assert (row["length"], row["cut"], row["targets"]) == (5, True, 1)
-    assert set(PairEncoder(PIECES, 5, False).model_columns()) == {"input_ids", "positive_ids"}
+    assert set(PairEncoder(PIECES, 5, ("anchor", "positive")).model_columns()) == {"input_ids", "positive_ids"}
 
 
 def test_what_is_read_and_what_is_written() -> None:

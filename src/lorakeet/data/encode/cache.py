@@ -19,7 +19,7 @@ from lorakeet.files import cache_home, write_file
 from lorakeet.log import info, warn
 
 #: Number of the format of cached samples; raise it when the same rows and tokenizer give other columns than before.
-_FORMAT = 3
+_FORMAT = 4
 
 
 def tokenize(rows: Rows, content: str, encoder: Encoder) -> datasets.Dataset:

@@ -14,19 +14,24 @@ Columns of a sample:
 | `ended`     | whether its end token is in the loss                                                           |
 | `row`       | number of the row that the sample was made from                                                |
 
-Further inputs of the model, such as `token_type_ids`, have columns of their own.
+Further inputs of the model, such as `token_type_ids`, have columns of their own, and so has what decodes its answers
+(:meth:`Encoder.answer_columns`).
+
+Rows that are only asked about lack the columns of answers. They give the same samples, without `labels`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import datasets
 
 from lorakeet.data.read.record import Fault, Location
 from lorakeet.errors import DataError
+from lorakeet.facts.special_tokens import added_tokens, kept_positions, once, text_ids
+from lorakeet.facts.vocabulary import NO_ROW_HINT, no_row
 from lorakeet.ignore_index import IGNORE_INDEX
 
 Batch = Mapping[str, list[Any]]
@@ -65,21 +70,26 @@ class Shortened(NamedTuple):
     Attributes:
         batch: the output of the tokenizer in which it stands.
         at: its index there.
+        kept: positions of its tokens there, without special tokens that the text repeats.
         whole: tokens before it was cut.
     """
 
     batch: Any
     at: int
+    kept: Sequence[int]
     whole: int
 
     def column(self, name: str) -> list[Any]:
         """Return one column of the tokenizer's output, such as ``input_ids`` [length]."""
-        return list(self.batch[name][self.at])
+        return self.take(self.batch[name][self.at])
+
+    def take(self, values: Sequence[Any]) -> list[Any]:
+        """Return those of the values, one for each token of the tokenizer's output, that belong to the sample."""
+        return list(values) if len(self.kept) == len(values) else [values[at] for at in self.kept]
 
     def counts(self) -> Sample:
         """Return the columns ``length`` and ``cut``, and the length of the whole."""
-        length = len(self.batch["input_ids"][self.at])
-        return {"length": length, "whole": self.whole, "cut": length < self.whole}
+        return {"length": len(self.kept), "whole": self.whole, "cut": len(self.kept) < self.whole}
 
 
 @dataclass(frozen=True)
@@ -89,10 +99,12 @@ class Encoder:
     Attributes:
         tokenizer: of ``transformers``.
         max_length: tokens of the longest sample.
+        vocabulary: rows of the model's embedding, fewer than the tokenizer's tokens; None: enough for all of them.
     """
 
     tokenizer: Any
     max_length: int
+    vocabulary: int | None = field(default=None, kw_only=True)
 
     def __call__(self, batch: Batch, rows: Sequence[int]) -> Encoded:
         """Encode a batch of rows.
@@ -104,11 +116,22 @@ class Encoder:
         samples: list[Sample] = []
         faults: list[tuple[int, Fault]] = []
         for at, sample in self.samples(batch):
+            sample = self._readable(sample)
             if isinstance(sample, Fault):
                 faults.append((rows[at], sample))
             else:
                 samples.append({**_DEFAULTS, **sample, "row": rows[at]})
         return Encoded({name: [sample[name] for sample in samples] for name in self.features()}, faults)
+
+    def _readable(self, sample: Sample | Fault) -> Sample | Fault:
+        """Return the sample, or a fault where the model has no row for one of its tokens."""
+        if self.vocabulary is None or isinstance(sample, Fault):
+            return sample
+        columns = (values for name, values in sample.items() if name.endswith("_ids") or name == "labels")
+        highest = max((max(ids, default=-1) for ids in columns if isinstance(ids, list)), default=-1)
+        if highest < self.vocabulary:
+            return sample
+        return Fault("no_row", no_row(int(highest), self.tokenizer, self.vocabulary), NO_ROW_HINT)
 
     def samples(self, batch: Batch) -> Iterator[tuple[int, Sample | Fault]]:
         """Yield the number of a row within the batch, and a sample of it or its fault; a row may give several samples.
@@ -121,13 +144,17 @@ class Encoder:
         """Return the columns that the model takes, with their types."""
         return {"input_ids": IDS}
 
+    def answer_columns(self) -> dict[str, Any]:
+        """Return the columns that no model takes and that its answers are decoded with, with their types."""
+        return {}
+
     def features(self) -> datasets.Features:
         """Return all columns of a sample with their types."""
-        return datasets.Features({**self.model_columns(), **_COUNTS, **_NUMBER})
+        return datasets.Features({**self.model_columns(), **self.answer_columns(), **_COUNTS, **_NUMBER})
 
     def settings(self) -> list[Any]:
         """Return the settings that shape the samples, besides the tokenizer's own: part of the name of a cache."""
-        return [type(self).__name__, self.max_length]
+        return [type(self).__name__, self.max_length, self.vocabulary]
 
     def tokens(self, texts: Sequence[str], **options: Any) -> Any:
         """Tokenize texts without cutting them, and without the tokenizer's warning about their length."""
@@ -135,15 +162,17 @@ class Encoder:
         return self.tokenizer(list(texts), padding=False, truncation=False, verbose=False, **options)
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of texts as :meth:`tokens` does, without offsets where the tokenizer can leave them out.
+        """Return the ids of texts with special tokens, without offsets where the tokenizer can leave them out.
 
         ``transformers`` always asks its back end for offsets, which cost a quarter of the time. So only the first text
         goes through it, which also sets the options of the back end. A tokenizer of its own behavior gets all texts.
         """
         if not _is_plain(self.tokenizer):
-            return list(self.tokens(texts)["input_ids"])
+            return text_ids(self.tokenizer, texts)
         self.tokens(texts[:1])
-        return [encoding.ids for encoding in self.tokenizer.backend_tokenizer.encode_batch_fast(list(texts))]
+        around = added_tokens(self.tokenizer)
+        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(list(texts))
+        return [once(encoding.ids, *around) for encoding in encodings]
 
     def shortened(self, *texts: Sequence[Any], **options: Any) -> list[Shortened]:
         """Tokenize texts, or pairs of them, and cut them to ``max_length`` tokens; special tokens are kept.
@@ -151,15 +180,22 @@ class Encoder:
         Only texts that are too long are tokenized twice.
         """
         options = {"padding": False, "verbose": False, "return_attention_mask": False, **options}
+        options |= {"return_special_tokens_mask": True}
         whole = self.tokenizer(*map(list, texts), truncation=False, **options)
-        made = [Shortened(whole, at, len(ids)) for at, ids in enumerate(whole["input_ids"])]
+        kept = [_kept(whole, at) for at in range(len(whole["input_ids"]))]
+        made = [Shortened(whole, at, positions, len(positions)) for at, positions in enumerate(kept)]
         long = [at for at, encoding in enumerate(made) if encoding.whole > self.max_length]
         if long:
             some = [[text[at] for at in long] for text in texts]
             cut = self.tokenizer(*some, truncation=True, max_length=self.max_length, **options)
             for number, at in enumerate(long):
-                made[at] = Shortened(cut, number, made[at].whole)
+                made[at] = Shortened(cut, number, _kept(cut, number), made[at].whole)
         return made
+
+
+def _kept(batch: Any, at: int) -> Sequence[int]:
+    """Return the positions of a text in a tokenizer's output at which it does not repeat a special token."""
+    return kept_positions(batch["input_ids"][at], batch["special_tokens_mask"][at])
 
 
 def _is_plain(tokenizer: Any) -> bool:
@@ -219,14 +255,6 @@ class CausalEncoder(Encoder):
 def with_end(ids: Sequence[int], end: int | None) -> list[int]:
     """Append the end token to ``ids``, unless they end with it already or there is none."""
     return [*ids] if end is None or (len(ids) and ids[-1] == end) else [*ids, end]
-
-
-def without_end(ids: Sequence[int], end: int | None) -> list[int]:
-    """Return ``ids`` without the end tokens at their end."""
-    count = len(ids)
-    while count and ids[count - 1] == end:
-        count -= 1
-    return list(ids[:count])
 
 
 def cannot_encode(faults: Sequence[tuple[Location | str, Fault]], source: str) -> DataError:

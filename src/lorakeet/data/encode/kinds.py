@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lorakeet.config import DataSettings, TaskSettings
@@ -37,6 +38,7 @@ from lorakeet.data.rows.conversations import message_texts
 from lorakeet.data.rows.kinds import Column, Kind, Layout, Roles, find_kind, register, role
 from lorakeet.data.rows.label_set import LabelSet
 from lorakeet.errors import DataError
+from lorakeet.facts.vocabulary import tokens_without_row
 
 
 def _text(layout: Layout, task: TaskSettings, settings: DataSettings, tokenizer: Any, labels: Any) -> Encoder:
@@ -61,11 +63,12 @@ def _masked(layout: Layout, task: TaskSettings, settings: DataSettings, tokenize
 
 
 def _classes(layout: Layout, task: TaskSettings, settings: DataSettings, tokenizer: Any, labels: Any) -> Encoder:
-    return ClassificationEncoder(tokenizer, settings.max_length, _known(labels), "text_pair" in layout.columns)
+    names = _known(labels) if "label" in layout.columns else None
+    return ClassificationEncoder(tokenizer, settings.max_length, names, "text_pair" in layout.columns)
 
 
 def _tags(layout: Layout, task: TaskSettings, settings: DataSettings, tokenizer: Any, labels: Any) -> Encoder:
-    return TaggingEncoder(tokenizer, settings.max_length, _known(labels))
+    return TaggingEncoder(tokenizer, settings.max_length, _known(labels) if "tags" in layout.columns else None)
 
 
 def _translation(layout: Layout, task: TaskSettings, settings: DataSettings, tokenizer: Any, labels: Any) -> Encoder:
@@ -73,11 +76,12 @@ def _translation(layout: Layout, task: TaskSettings, settings: DataSettings, tok
 
 
 def _question(layout: Layout, task: TaskSettings, settings: DataSettings, tokenizer: Any, labels: Any) -> Encoder:
-    return QuestionEncoder(tokenizer, settings.max_length)
+    return QuestionEncoder(tokenizer, settings.max_length, "answers" in layout.columns)
 
 
 def _pairs(layout: Layout, task: TaskSettings, settings: DataSettings, tokenizer: Any, labels: Any) -> Encoder:
-    return PairEncoder(tokenizer, settings.max_length, "negative" in layout.columns)
+    texts = tuple(name for name in ("anchor", "positive", "negative") if name in layout.columns)
+    return PairEncoder(tokenizer, settings.max_length, texts)
 
 
 def _known(labels: LabelSet | None) -> LabelSet:
@@ -93,6 +97,9 @@ def _some_list(types: Mapping[str, ColumnTypes]) -> bool:
 #: Names of a column of text; the first wins, two of the others are ambiguous.
 _TEXTS = ("text", "quote", "quotation", "content", "sentence", "document", "body", "passage", "story")
 _SOME_TEXT = role(*_TEXTS, takes_rest=True)
+_CLASSIFIED = {"text": role(*_TEXTS, "text1", "sentence1", "premise", takes_rest=True)}
+_SECOND_TEXT = {"text_pair": role("text_pair", "text2", "sentence2", "hypothesis")}
+_ASKED = {"question": role("question"), "context": role("context", "passage")}
 _PARTS = {
     "prompt": role("prompt", holds=("str", "list")),
     "completion": role("completion", "response", holds=("str", "list")),
@@ -110,6 +117,7 @@ TEXT = Kind(
     columns=(Column("text"),),
     normalize=None,
     encoders={"CAUSAL_LM": _text, "MASKED_LM": _masked},
+    asked=Roles({"text": _SOME_TEXT}),
 )
 COMPLETION = Kind(
     "completion",
@@ -139,11 +147,8 @@ CLASSES = Kind(
     "classes",
     roles=(
         Roles(
-            {
-                "text": role(*_TEXTS, "text1", "sentence1", "premise", takes_rest=True),
-                "label": role(*LABEL_NAMES, holds=("str", "int", "float", "bool", "list")),
-            },
-            {"text_pair": role("text_pair", "text2", "sentence2", "hypothesis")},
+            {**_CLASSIFIED, "label": role(*LABEL_NAMES, holds=("str", "int", "float", "bool", "list"))},
+            _SECOND_TEXT,
         ),
     ),
     columns=(
@@ -153,6 +158,7 @@ CLASSES = Kind(
     ),
     normalize=normalize.labelled_text,
     encoders={"SEQ_CLS": _classes},
+    asked=Roles(_CLASSIFIED, _SECOND_TEXT),
     labels="label",
 )
 TAGS = Kind(
@@ -171,6 +177,7 @@ TAGS = Kind(
     ),
     normalize=normalize.tagged_tokens,
     encoders={"TOKEN_CLS": _tags},
+    asked=Roles({"tokens": role("tokens", "words", *_TEXTS, holds=("list", "str"), takes_rest=True)}),
     labels="tags",
 )
 PAIRS = Kind(
@@ -187,6 +194,7 @@ PAIRS = Kind(
     columns=(Column("anchor"), Column("positive"), Column("negative", optional=True, in_content=False)),
     normalize=None,
     encoders={"FEATURE_EXTRACTION": _pairs},
+    asked=Roles({"anchor": role("anchor", *_TEXTS, "query", "sentence1", "text1", "question", takes_rest=True)}),
 )
 TRANSLATION = Kind(
     "translation",
@@ -207,8 +215,7 @@ QUESTION = Kind(
     roles=(
         Roles(
             {
-                "question": role("question"),
-                "context": role("context", "passage"),
+                **_ASKED,
                 "answers": role("answers", "answer", holds=("dict", "list", "str")),
             },
             {"answer_start": role("answer_start", holds=("list", "int"))},
@@ -222,6 +229,7 @@ QUESTION = Kind(
     ),
     normalize=normalize.question,
     encoders={"QUESTION_ANS": _question},
+    asked=Roles(_ASKED),
 )
 
 
@@ -232,7 +240,12 @@ def register_kinds() -> None:
 
 
 def make_encoder(
-    layout: Layout, task: TaskSettings, settings: DataSettings, tokenizer: Any, labels: LabelSet | None = None
+    layout: Layout,
+    task: TaskSettings,
+    settings: DataSettings,
+    tokenizer: Any,
+    labels: LabelSet | None = None,
+    vocabulary: int | None = None,
 ) -> Encoder:
     """Make the encoder for rows of ``layout`` and a concrete ``task``.
 
@@ -242,6 +255,7 @@ def make_encoder(
         settings: ``max_length`` and ``learn``.
         tokenizer: Of ``transformers``.
         labels: Names of the classes or tags, where the kind has any.
+        vocabulary: Rows of the model's embedding; None: enough for every token.
 
     Raises:
         DataError: ``data.learn`` asks for completions of rows that have none, or the rows are not for this task.
@@ -251,4 +265,4 @@ def make_encoder(
     if make is None:
         raise DataError(f"rows of {layout.kind} are not for {task.type}", "choose another task: task.type")
     encoder: Encoder = make(layout, task, settings, tokenizer, labels)
-    return encoder
+    return replace(encoder, vocabulary=vocabulary) if tokens_without_row(tokenizer, vocabulary) else encoder

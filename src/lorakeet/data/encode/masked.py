@@ -32,9 +32,9 @@ class MaskedEncoder(Encoder):
         return [*super().settings(), self.whole_word]
 
     def samples(self, batch: Batch) -> Iterator[tuple[int, Sample | Fault]]:
-        for number, text in enumerate(self.shortened(batch["text"], return_special_tokens_mask=True)):
+        for number, text in enumerate(self.shortened(batch["text"])):
             ids, counts = text.column("input_ids"), text.counts()
             sample = {"input_ids": ids, **counts, "targets": len(ids) - sum(text.column("special_tokens_mask"))}
             if self.whole_word:
-                sample["words"] = [-1 if word is None else word for word in text.batch.word_ids(text.at)]
+                sample["words"] = [-1 if word is None else word for word in text.take(text.batch.word_ids(text.at))]
             yield number, sample

@@ -15,19 +15,19 @@ class PairEncoder(Encoder):
     """An anchor, a positive and perhaps a negative: ``input_ids``, ``positive_ids``, ``negative_ids``.
 
     Attributes:
-        negatives: every row has a negative.
+        texts: the texts that every row has; an anchor alone is asked for its embedding.
     """
 
-    negatives: bool
+    texts: tuple[str, ...]
 
     def model_columns(self) -> dict[str, Any]:
-        return dict.fromkeys(self._texts(), IDS)
+        return dict.fromkeys(map(_column, self.texts), IDS)
 
     def settings(self) -> list[Any]:
-        return [*super().settings(), self.negatives]
+        return [*super().settings(), self.texts]
 
     def samples(self, batch: Batch) -> Iterator[tuple[int, Sample | Fault]]:
-        encoded = {name: self.shortened(batch[role]) for name, role in self._texts().items()}
+        encoded = {_column(name): self.shortened(batch[name]) for name in self.texts}
         for number in range(len(batch["anchor"])):
             texts = {name: encodings[number] for name, encodings in encoded.items()}
             ids = {name: text.column("input_ids") for name, text in texts.items()}
@@ -42,6 +42,7 @@ class PairEncoder(Encoder):
                 },
             )
 
-    def _texts(self) -> dict[str, str]:
-        texts = {"input_ids": "anchor", "positive_ids": "positive"}
-        return {**texts, "negative_ids": "negative"} if self.negatives else texts
+
+def _column(text: str) -> str:
+    """Return the column of token ids of a text: anchor, positive or negative."""
+    return "input_ids" if text == "anchor" else f"{text}_ids"

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample, with_end
 from lorakeet.data.read.record import Fault
+from lorakeet.facts.special_tokens import target_ids
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,7 @@ class Seq2SeqEncoder(Encoder):
     def samples(self, batch: Batch) -> Iterator[tuple[int, Sample | Fault]]:
         end = self.tokenizer.eos_token_id
         sources = self.shortened(batch["source"])
-        options = {"padding": False, "truncation": False, "verbose": False, "return_attention_mask": False}
-        targets = self.tokenizer(text_target=list(batch["target"]), **options)["input_ids"]
+        targets = target_ids(self.tokenizer, batch["target"])
         for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
             ids, labels, counts = source.column("input_ids"), with_end(target, end), source.counts()
             kept = labels[: self.max_length]

@@ -23,10 +23,10 @@ class TaggingEncoder(Encoder):
     Words beyond ``max_length`` tokens are cut.
 
     Attributes:
-        names: the tags.
+        names: the tags; None: the rows have none, and the label of a word is its number.
     """
 
-    names: LabelSet
+    names: LabelSet | None
 
     def __post_init__(self) -> None:
         check_offsets(self.tokenizer)
@@ -35,13 +35,14 @@ class TaggingEncoder(Encoder):
         return {**super().model_columns(), "labels": IDS}
 
     def settings(self) -> list[Any]:
-        return [*super().settings(), self.names.names]
+        return [*super().settings(), *(() if self.names is None else self.names.names)]
 
     def samples(self, batch: Batch) -> Iterator[tuple[int, Sample | Fault]]:
         encodings = self.shortened([" ".join(words) for words in batch["tokens"]], return_offsets_mapping=True)
-        for number, (words, tags) in enumerate(zip(batch["tokens"], batch["tags"], strict=True)):
+        for number, words in enumerate(batch["tokens"]):
             try:
-                numbers = [self.names.number(tag) for tag in tags]
+                tags = range(len(words)) if self.names is None else map(self.names.number, batch["tags"][number])
+                numbers = list(tags)
             except ValueError as error:
                 yield number, Fault("label_unknown", str(error))
                 continue

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorakeet.data.encode.encoder import Batch, CausalEncoder, Sample, with_end, without_end
+from lorakeet.data.encode.encoder import Batch, CausalEncoder, Sample, with_end
 from lorakeet.data.read.record import Fault
+from lorakeet.facts.special_tokens import prompt_ids
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,9 @@ class CompletionEncoder(CausalEncoder):
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of the prompts, as generation has them.
 
-        A prompt that begins with a start token gets no second one. An end token that the tokenizer puts after every
-        text is left out.
+        See :func:`lorakeet.facts.special_tokens.prompt_ids`.
         """
-        first, last = self.tokenizer.bos_token or "\0", self.tokenizer.eos_token or "\0"
-        made = []
-        for text, ids in zip(texts, self.tokens(texts)["input_ids"], strict=True):
-            if text.startswith(first):
-                ids = self.tokens([text], add_special_tokens=False)["input_ids"][0]
-            made.append(ids if text.endswith(last) else without_end(ids, self.tokenizer.eos_token_id))
-        return made
+        return prompt_ids(self.tokenizer, texts)
 
     def completions(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of texts that continue another text."""

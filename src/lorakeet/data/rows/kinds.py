@@ -133,6 +133,7 @@ class Kind:
             of the role of its name.
         encoders: Task that trains on such rows -> factory of its encoder.
         labels: The canonical column of labels (classes or tags), if it has one.
+        asked: Roles of a row that a model is asked about: without its answer. None: a model is not asked about such rows.
         texts: All texts of a usable row; left out: those of its text columns.
     """
 
@@ -142,6 +143,7 @@ class Kind:
     normalize: Callable[[Values], dict[str, Any]] | None
     encoders: Mapping[TaskName, EncoderFactory]
     labels: str | None = None
+    asked: Roles | None = None
     texts: Callable[[Row], Iterable[str]] | None = None
 
     def column(self, name: str) -> Column:
@@ -234,17 +236,19 @@ class Layout:
         kind: Name of the kind.
         columns: Role -> column of the source.
         types: Canonical column -> type, of the columns whose type the source decides (labels, tags).
+        absent: Optional columns that only other sources have: null in every row of this one, which cannot be used.
     """
 
     kind: str
     columns: Mapping[str, str]
     types: Mapping[str, ColumnType] = field(default_factory=dict)
+    absent: frozenset[str] = frozenset()
 
     @cached_property
     def column_names(self) -> tuple[str, ...]:
         """The canonical columns that rows of this layout have."""
-        columns = find_kind(self.kind).columns
-        return tuple(column.name for column in columns if not column.optional or column.name in self.columns)
+        columns, named = find_kind(self.kind).columns, self.columns.keys() | self.absent
+        return tuple(column.name for column in columns if not column.optional or column.name in named)
 
     def features(self) -> datasets.Features:
         """Return the canonical columns with their types."""

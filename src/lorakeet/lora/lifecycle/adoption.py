@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
+from lorakeet.lora.interop.trainer_hooks import hook_trainer
 from lorakeet.lora.layer import ActiveAdapters
+from lorakeet.lora.peft_names.base_view import lead_to_model
 
 _classes: dict[tuple[type, type], type] = {}
 
 
 def adopt(model: Any, own: type) -> Any:
     """Give ``model`` the methods of ``own``, in place. It has no adapter yet; a model that has some stays as it is."""
-    if type(model) in _classes.values():
+    if isinstance(model, tuple(_classes.values())):
         return model
-    backbone = getattr(model, "base_model", None)
-    for module in (backbone if isinstance(backbone, nn.Module) else model, model):
-        if not hasattr(module, "model"):  # PEFT's path model.base_model.model leads to the model
-            module.__dict__["model"] = model
+    hook_trainer()
+    lead_to_model(model)
     model.peft_config, model._parts, model._base_biases = {}, [], []
     model.switch = ActiveAdapters()
     model.__class__ = _subclass(own, type(model))
@@ -29,14 +27,15 @@ def adopt(model: Any, own: type) -> Any:
 def abandon(model: Any) -> None:
     """Give ``model`` its former class back: the inverse of :func:`adopt`."""
     for module in model.modules():
-        if module.__dict__.get("model") is model:
+        if module.__dict__.get("model") is module:
             del module.__dict__["model"]
     model.__class__ = parents(type(model))[1]
 
 
 def parents(made: type) -> tuple[type, type]:
     """Return the class of the methods and the former class, of which ``made`` was made."""
-    return next(key for key, value in _classes.items() if value is made)
+    known = {value: key for key, value in _classes.items()}
+    return next(known[kind] for kind in made.__mro__ if kind in known)  # FSDP makes a subclass of its own
 
 
 def blank(own: type, base: type) -> Any:

@@ -12,7 +12,6 @@ A held-out line has ``step``, ``epoch``, ``eval_loss`` and the figures of its ta
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -23,9 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from lorakeet.files import write_file
 from lorakeet.log import info
-from lorakeet.runs.metrics_log import append_metrics, read_metrics
+from lorakeet.runs.metrics_log import MetricsLog
 
 #: Endings of figures that tell how long an evaluation took; the parent of the Trainer adds them.
 TIMES = ("_runtime", "_per_second")
@@ -43,8 +41,9 @@ class ProgressCallback(TrainerCallback):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.log = MetricsLog(path)
         self.seconds = 0.0  # of training, up to the last step
+        self.earlier_seconds = 0.0  # those of the sessions before a resumed run
         self._mark = 0.0  # last reading of the clock
         self._line = {"tokens": 0, "seconds": 0.0}  # of the last training line
         self._measured = 0  # batches of the current evaluation
@@ -53,11 +52,8 @@ class ProgressCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
-        with write_file(self.path) as aside:
-            aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        trained = [line for line in kept if "loss" in line]
-        self.seconds = trained[-1]["seconds"] if trained else 0.0
+        trained = [line for line in self.log.keep_until(state.global_step) if "loss" in line]
+        self.seconds = self.earlier_seconds = trained[-1]["seconds"] if trained else 0.0
         self._line = {"tokens": state.num_input_tokens_seen, "seconds": self.seconds}
         self._display.open(state.max_steps, state.global_step)
         self._mark = time.perf_counter()
@@ -88,7 +84,7 @@ class ProgressCallback(TrainerCallback):
             "tokens_per_second": round(rate, 2),
             "seconds": round(seconds, 3),
         }
-        append_metrics(self.path, line)
+        self.log.append(line)
         self._display.figures(logs["loss"], rate)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
@@ -105,7 +101,7 @@ class ProgressCallback(TrainerCallback):
                 for name, value in metrics.items()
                 if name.startswith("eval_") and isinstance(value, (int, float)) and not name.endswith(TIMES)
             }
-            append_metrics(self.path, {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **figures})
+            self.log.append({"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **figures})
             if "eval_loss" in figures:
                 info(f"step {state.global_step}: held-out loss {figures['eval_loss']:.4f}")
         self._mark, self._measured = time.perf_counter(), 0

@@ -10,8 +10,8 @@ import pytest
 
 from helpers.tiny_training import tiny_data, tiny_peft
 from lorakeet.runs.metrics_log import read_metrics
-from lorakeet.train import progress_callback
-from lorakeet.train.progress_callback import ProgressCallback, clock
+from lorakeet.train.callbacks import progress
+from lorakeet.train.callbacks.progress import ProgressCallback, clock
 from lorakeet.train.trainer import Trainer
 
 
@@ -88,7 +88,7 @@ def test_without_a_terminal_progress_is_logged_at_intervals(make_args, collator,
     train(make_args(include_num_input_tokens_seen="non_padding"), tmp_path / "m.jsonl", collator)
     spoken = [line for line in caplog.messages if line.startswith("step")]
     assert len(spoken) == 1 and spoken[0].startswith("step 6 of 6: loss ") and spoken[0].endswith("0:00 left")
-    monkeypatch.setattr(progress_callback, "LINE_INTERVAL", 0.0)
+    monkeypatch.setattr(progress, "LINE_INTERVAL", 0.0)
     caplog.clear()
     train(make_args(include_num_input_tokens_seen="non_padding"), tmp_path / "m.jsonl", collator)
     assert len([line for line in caplog.messages if line.startswith("step")]) == 6
@@ -116,7 +116,7 @@ def test_clock():
 
 def test_a_long_evaluation_logs_its_progress(make_args, collator, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="lorakeet")
-    monkeypatch.setattr(progress_callback, "LINE_INTERVAL", 0.0)
+    monkeypatch.setattr(progress, "LINE_INTERVAL", 0.0)
     args = make_args(max_steps=1, eval_strategy="steps", eval_steps=1)
     train(args, tmp_path / "m.jsonl", collator, eval_dataset=tiny_data(11, seed=1))
     spoken = [line for line in caplog.messages if line.startswith("measuring")]

@@ -1,0 +1,153 @@
+"""The number formats that a base is stored in, and writing a model in them.
+
+A base is loaded in the format that it is computed in. That choice belongs to this machine: bf16 on a processor with AMX,
+fp32 on another. The files of a model made from it must not depend on that, so they have the formats of the base's own files.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from lorakeet.base.checkpoint_files import weight_files
+from lorakeet.base.device_dtype import DTYPES, dtype_name
+from lorakeet.base.quiet import quiet
+from lorakeet.errors import BaseModelError
+from lorakeet.quant.protocol import quantized_layers
+
+GENERATION_CONFIG = "generation_config.json"
+#: Formats of safetensors -> torch dtype. fp64 is stored as fp32, the widest format that a base is loaded in.
+_FLOATING = {"F64": torch.float32, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StoredFormats:
+    """The number format of each floating tensor of a model's files.
+
+    Attributes:
+        by_name: Format of a tensor, by its name in the model without adapters.
+        common: Format of a tensor that has no entry.
+    """
+
+    by_name: Mapping[str, torch.dtype]
+    common: torch.dtype
+
+    def of(self, name: str) -> torch.dtype:
+        """Return the format of the tensor ``name``."""
+        return self.by_name.get(name, self.common)
+
+    def describe(self) -> str:
+        """Return the formats by name, the most frequent first, for example ``bf16 and fp32``."""
+        counts = Counter(map(dtype_name, self.by_name.values())) or Counter([dtype_name(self.common)])
+        return " and ".join(name for name, _ in counts.most_common())
+
+
+def widest_format(folder: Path) -> torch.dtype:
+    """Return the widest number format of the floating tensors in the files of ``folder``; fp32 if there is none."""
+    found = {dtype for file in weight_files(folder) for dtype in _formats(file).values()}
+    return max(found, key=lambda dtype: (dtype.itemsize, torch.finfo(dtype).max), default=torch.float32)
+
+
+def stored_formats(folder: Path, model: PreTrainedModel) -> StoredFormats:
+    """Read the number formats of the files that ``model`` was loaded from, by the names that it gives their tensors."""
+    steps = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if not isinstance(step, WeightRenaming)]
+    skeleton = model.state_dict()
+    formats: dict[str, torch.dtype] = {}
+    for file in weight_files(folder):
+        for key, dtype in sorted(_formats(file).items()):
+            name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, skeleton)
+            formats[name] = dtype
+    return StoredFormats(formats, widest_format(folder))
+
+
+def chosen_formats(name: str, model: PreTrainedModel) -> StoredFormats:
+    """Return one format for all tensors, except those that the architecture keeps in fp32.
+
+    Args:
+        name: A format's name in the settings, such as ``bf16``.
+        model: The model to store.
+    """
+    kept = {*(model._keep_in_fp32_modules_strict or ()), *(model._keep_in_fp32_modules or () if name == "fp16" else ())}
+    names = {key for key in model.state_dict() if any(part in key for part in kept)}
+    return StoredFormats(dict.fromkeys(names, torch.float32), DTYPES[name])
+
+
+def _formats(file: Path) -> dict[str, torch.dtype]:
+    """Return the number format of each floating tensor in a file; the scales of quantized weights are none of them."""
+    with safe_open(file, framework="pt") as opened:
+        names = opened.keys()
+        stored = {name: opened.get_slice(name).get_dtype() for name in names}
+    scales = {f"{name.removesuffix('.weight')}.scale" for name, kind in stored.items() if kind == "I8"}
+    return {name: _FLOATING[kind] for name, kind in stored.items() if kind in _FLOATING and name not in scales}
+
+
+@torch.no_grad()
+def store_in(model: PreTrainedModel, formats: StoredFormats) -> None:
+    """Convert the floating parameters and buffers of ``model`` to their stored formats, in place.
+
+    The tensors of quantized weights stay as they are.
+    """
+    kept = {id(t) for _, layer in quantized_layers(model) for t in layer.quantized_weight().tensors().values()}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and id(tensor) not in kept:
+            tensor.data = tensor.data.to(formats.of(name))
+
+
+def check_generation_config(folder: Path) -> None:
+    """Check that the generation config of a base can be read, before the work; its values are the author's own.
+
+    Raises:
+        BaseModelError: It is no JSON object.
+    """
+    file = folder / GENERATION_CONFIG
+    try:
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise BaseModelError(f"{file} is not readable as JSON: {error}", "download it again, or delete it") from error
+    if not isinstance(values, dict):
+        raise BaseModelError(f"{file} is a JSON {type(values).__name__}, expected an object", "download it again")
+
+
+def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path, source: Path) -> None:
+    """Write a model and its tokenizer, with the generation config of its base as that was given.
+
+    transformers refuses to save a generation config with a temperature but without ``do_sample``, and a model config with
+    settings of generation. Many public models have them, and reading them is no error.
+
+    Args:
+        model: A plain model.
+        tokenizer: Its tokenizer.
+        folder: Folder to write.
+        source: Folder of the base.
+    """
+    own, generation = source / GENERATION_CONFIG, getattr(model, "generation_config", None)
+    legacy = model.config._get_generation_parameters()
+    for key in legacy:
+        delattr(model.config, key)
+    try:
+        if generation is not None:
+            model.generation_config = GenerationConfig()
+        with quiet():
+            model.save_pretrained(folder)
+    finally:
+        model.generation_config = generation
+        for key, value in legacy.items():
+            setattr(model.config, key, value)
+    if own.is_file():
+        shutil.copyfile(own, folder / GENERATION_CONFIG)
+    elif generation is not None and model.can_generate():
+        generation.to_json_file(folder / GENERATION_CONFIG, use_diff=True)
+    tokenizer.save_pretrained(folder)
