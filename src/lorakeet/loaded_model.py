@@ -58,6 +58,7 @@ def open_model(
     adapters: Sequence[str] = (),
     *,
     allow_other_base: bool = False,
+    allow_untrained: bool = False,
     task: Task | None = None,
     seed: int = 42,
 ) -> LoadedModel:
@@ -70,6 +71,7 @@ def open_model(
         settings: Settings of the base. If they name the default model, the base that the first adapter names is loaded.
         adapters: Folders or hub ids.
         allow_other_base: Accept an adapter that was trained on another base.
+        allow_untrained: Accept an adapter whose every B is zero, so that it changes nothing.
         task: Task of the model; by default that of the adapters, or else CAUSAL_LM.
         seed: Seed of weights that neither the base nor an adapter has.
 
@@ -93,7 +95,8 @@ def open_model(
     names: dict[str, str] = {}
     for number, adapter in enumerate(dict.fromkeys(map(str, adapters))):
         names[adapter] = f"adapter{number}"
-        PeftModel.from_pretrained(base.model, adapter, names[adapter], allow_other_base=allow_other_base)
+        accepted: dict[str, Any] = {"allow_other_base": allow_other_base, "allow_untrained": allow_untrained}
+        PeftModel.from_pretrained(base.model, adapter, names[adapter], **accepted)
     return LoadedModel(base, names, task)
 
 

@@ -68,8 +68,10 @@ def test_an_untrained_adapter(tmp_path, caplog):
     model = get_peft_model(make("llama"), LoraConfig())
     model.save_pretrained(tmp_path)
     assert "changes nothing" in caplog.text
-    assert "is untrained" in refuse(tmp_path)
-    PeftModel.from_pretrained(make("llama"), tmp_path, allow_untrained=True)
+    with pytest.raises(AdapterError, match="is untrained"):
+        PeftModel.from_pretrained(make("llama"), tmp_path, allow_untrained=False)
+    with pytest.warns(UserWarning, match="is untrained"):
+        PeftModel.from_pretrained(make("llama"), tmp_path)
     PeftModel.from_pretrained(make("llama"), tmp_path, is_trainable=True)
 
 

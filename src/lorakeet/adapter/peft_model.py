@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -18,10 +18,14 @@ from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import plan_injection, set_trainable
 from lorakeet.lora.interop.wrappers import bare
 from lorakeet.lora.model import LoraModel, adopt
-from lorakeet.quant.protocol import weight_dtype
 
-#: PEFT's arguments that only choose a way to load: accepted, without effect.
-_LOADING = {"autocast_adapter_dtype", "ephemeral_gpu_offload", "low_cpu_mem_usage", "torch_device"}
+#: PEFT's arguments that only choose a way to load: accepted, without effect. An adapter is made where its base is.
+_LOADING = {
+    *("device_map", "dtype", "ephemeral_gpu_offload", "ignore_mismatched_sizes", "low_cpu_mem_usage", "max_memory"),
+    *("offload_dir", "offload_folder", "offload_index", "torch_device", "torch_dtype", "use_safetensors"),
+}
+#: Arguments that find and download files on the hub.
+_HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
 class PeftModel(LoraModel):
@@ -42,7 +46,8 @@ class PeftModel(LoraModel):
         revision: str | None = None,
         subfolder: str | None = None,
         allow_other_base: bool = False,
-        allow_untrained: bool = False,
+        allow_untrained: bool = True,
+        autocast_adapter_dtype: bool = True,
         **peft_only: Any,
     ) -> PeftModel:
         """Put a saved adapter on ``model``, in place, and activate it.
@@ -56,15 +61,16 @@ class PeftModel(LoraModel):
             revision: Revision of the hub repository.
             subfolder: Folder in the repository or folder.
             allow_other_base: Accept a base that is not the one the adapter was trained on.
-            allow_untrained: Accept an adapter whose every B is zero.
+            allow_untrained: Load an adapter whose every B is zero, with a warning; False: refuse it.
+            autocast_adapter_dtype: Keep the adapter in fp32 where the base is in half precision; False: in the base's dtype.
             **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
-            AdapterError: no such adapter; tensors are missing, unexpected, not finite, all zero or of the wrong shape; a
-                pickle; a damaged file; another base. The model is as before then.
+            AdapterError: no such adapter; tensors are missing, unexpected, not finite or of the wrong shape; a pickle; a
+                damaged file; another base. The model is as before then.
             TargetError: the adapter's layers are not in this model.
         """
-        refuse_unknown("from_pretrained", peft_only, _LOADING)
+        refuse_unknown("from_pretrained", peft_only, {*_LOADING, *_HUB})
         model = bare(model)
         fresh = not isinstance(model, LoraModel)
         peft = adopt(model, cls)
@@ -79,6 +85,8 @@ class PeftModel(LoraModel):
                 subfolder=subfolder,
                 allow_other_base=allow_other_base,
                 allow_untrained=allow_untrained,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                **peft_only,
             )
         except BaseException:
             if fresh:
@@ -100,7 +108,8 @@ class PeftModel(LoraModel):
         revision: str | None = None,
         subfolder: str | None = None,
         allow_other_base: bool = False,
-        allow_untrained: bool = False,
+        allow_untrained: bool = True,
+        autocast_adapter_dtype: bool = True,
         **peft_only: Any,
     ) -> None:
         """Load a saved adapter beside the others; it is inactive until ``set_adapter``.
@@ -115,22 +124,26 @@ class PeftModel(LoraModel):
             revision: Revision of the hub repository.
             subfolder: Folder in the repository or folder.
             allow_other_base: Accept a base that is not the one the adapter was trained on.
-            allow_untrained: Accept an adapter whose every B is zero.
+            allow_untrained: Load an adapter whose every B is zero, with a warning; False: refuse it.
+            autocast_adapter_dtype: Keep the adapter in fp32 where the base is in half precision; False: in the base's dtype.
             **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
             AdapterError: As :meth:`from_pretrained`.
             TargetError: As :meth:`from_pretrained`.
         """
+        where = {"revision": revision, "subfolder": subfolder}
+        where |= {key: peft_only.pop(key) for key in _HUB if key in peft_only}
         refuse_unknown("load_adapter", peft_only, _LOADING)
-        config = config or PeftConfig.from_pretrained(model_id, revision=revision, subfolder=subfolder)
-        notes = read_notes(model_id, revision=revision, subfolder=subfolder)
+        config = config or PeftConfig.from_pretrained(model_id, **where)
+        notes = read_notes(model_id, **where)
         if not allow_other_base:
             check_base(model_id, notes, self)
-        tensors = read_tensors(model_id, revision=revision, subfolder=subfolder)
+        tensors = read_tensors(model_id, **where)
         known = adapter_name in self.peft_config
         if not known:
-            self.add_adapter(adapter_name, config.model_copy(update={"inference_mode": not is_trainable}), strict=False)
+            config.inference_mode = not is_trainable
+            self.add_adapter(adapter_name, config, strict=False, autocast_adapter_dtype=autocast_adapter_dtype)
         try:
             load_tensors(
                 self,
@@ -184,6 +197,7 @@ class PeftModel(LoraModel):
         is_main_process: bool = True,
         push_to_hub: bool = False,
         repo_id: str | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
         **peft_only: Any,
     ) -> None:
         """Write the adapter (several: ``default`` here, each other in a subfolder of its name) and a model card.
@@ -197,6 +211,8 @@ class PeftModel(LoraModel):
             is_main_process: Only the main process of several writes.
             push_to_hub: Also upload.
             repo_id: Name on the hub; left out: the folder's name.
+            save_embedding_layers: Whether to save the embedding and the head too; ``auto``: if they are adapted or were
+                resized.
             **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
@@ -216,8 +232,14 @@ class PeftModel(LoraModel):
             self._check_known(name)
         for name, path in adapter_folders(folder, chosen).items():
             if is_main_process:
-                write_adapter(self, name, path, state_dict=state_dict, notes=notes)
-                write_card(path, self.peft_config[name], notes or {})
+                write_adapter(
+                    self, name, path, state_dict=state_dict, notes=notes, save_embedding_layers=save_embedding_layers
+                )
+                named = hasattr(self, "config")  # a base without a configuration has no public name
+                config = self.peft_config[name]
+                write_card(
+                    path, config if named else config.model_copy(update={"base_model_name_or_path": None}), notes or {}
+                )
         if push_to_hub and is_main_process:
             from lorakeet.adapter.hub import push_folder
 
@@ -281,15 +303,10 @@ def get_peft_model(
     model = bare(model)
     if isinstance(model, LoraModel):
         raise AdapterError("this model has adapters already", "call add_adapter on it")
-    peft_config = resolve_config(model, peft_config)
-    plan_injection(model, peft_config)  # raises before anything is changed
+    plan_injection(model, resolve_config(model, peft_config))  # raises before anything is changed
     peft = adopt(model, PeftModel)
     assert isinstance(peft, PeftModel)
-    peft.add_adapter(adapter_name, peft_config)
+    peft.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
     set_trainable(peft, peft.peft_config[adapter_name], peft.lora_parts())
     peft.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
-    if not autocast_adapter_dtype:
-        for layer in peft.lora_layers():
-            for parameter in layer.parts(adapter_name):
-                parameter.data = parameter.data.to(weight_dtype(layer.base_layer))
     return peft

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -45,6 +46,7 @@ def write_adapter(
     *,
     state_dict: Mapping[str, Tensor] | None = None,
     notes: Mapping[str, Any] | None = None,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> None:
     """Write one adapter's files into ``folder``, each whole or not at all.
 
@@ -54,6 +56,7 @@ def write_adapter(
         folder: Made if it does not exist.
         state_dict: Gathered tensors of a sharded model; left out: the model's own.
         notes: Further facts for ``lorakeet.json``, for example the final losses.
+        save_embedding_layers: As in :func:`adapter_tensors`.
 
     Raises:
         AdapterError: a tensor has NaN or infinite values; nothing is written then.
@@ -63,24 +66,13 @@ def write_adapter(
         raise OutputError(f"{folder} is a file, expected a folder to save the adapter in")
     source = state_of(model, state_dict)
     unfrozen = unfrozen_names(model)
-    names = tensor_names(model, adapter) | unfrozen_keys(model, unfrozen)
-    if reason := resize_reason(model, adapter):
-        info(reason)
-        names |= vocabulary_names(model)
-    if lost := sorted(key for key, name in names.items() if name not in source):
-        raise AdapterError(
-            f"adapter {adapter!r} is not saved: the model has no tensor {lost[0]} ({len(lost)} are missing)",
-            "save it before another tool replaces its layers, and give a whole state dict",
-        )
-    tensors = {key: read_weight(model, source, name).detach().cpu().contiguous() for key, name in names.items()}
-    for key, (first, transposed) in mirrored_names(model, adapter).items():
-        if not is_token_rows(key):
-            tensors[key] = (tensors[first].T if transposed else tensors[first]).contiguous()
+    raw = adapter_tensors(model, adapter, state_dict, save_embedding_layers)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in raw.items()}
     if error := nonfinite_error(tensors):
         raise AdapterError(f"adapter {adapter!r} is not saved: {error}", "lower the learning rate and train again")
     if is_untrained(tensors):
         warn(f"adapter {adapter!r} changes nothing: every B is zero. Has it been trained?")
-    config = model.peft_config[adapter].model_copy(update={"inference_mode": True})
+    config = model.peft_config[adapter].as_made().model_copy(update={"inference_mode": True})
     with write_file(folder / WEIGHTS_NAME) as aside:
         # safetensors refuses tensors that share memory: a tied head and embedding are written as two copies
         save_file(_unshared(tensors), aside, metadata={"format": "pt"})
@@ -88,6 +80,41 @@ def write_adapter(
     base = {"name": config.base_model_name_or_path, "fingerprint": fingerprint(model, source, leave_out=unfrozen)}
     further = {NOTE: sorted(map(canonical, unfrozen))} if unfrozen else {}
     write_json(folder / OWN_NAME, {"format": 1, "lorakeet": __version__, "base": base, **further, **(notes or {})})
+
+
+def adapter_tensors(
+    model: LoraModel,
+    adapter: str,
+    state_dict: Mapping[str, Tensor] | None = None,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> dict[str, Tensor]:
+    """Return the tensors of one adapter by the keys of its file; they share memory with the model.
+
+    Args:
+        model: A model that has the adapter.
+        adapter: The adapter's name.
+        state_dict: Gathered tensors of a sharded model; left out: the model's own.
+        save_embedding_layers: Whether to add the embedding and the head; ``auto``: if they are adapted or were resized.
+    """
+    source = state_of(model, state_dict)
+    names = tensor_names(model, adapter) | unfrozen_keys(model, unfrozen_names(model))
+    if save_embedding_layers is False:
+        names = {key: name for key, name in names.items() if not key.endswith(".base_layer.weight")}
+    elif save_embedding_layers is True:
+        names |= vocabulary_names(model)
+    elif reason := resize_reason(model, adapter):
+        info(reason)
+        names |= vocabulary_names(model)
+    if lost := sorted(key for key, name in names.items() if name not in source):
+        raise AdapterError(
+            f"adapter {adapter!r} is not saved: the model has no tensor {lost[0]} ({len(lost)} are missing)",
+            "save it before another tool replaces its layers, and give a whole state dict",
+        )
+    tensors = {key: read_weight(model, source, name) for key, name in names.items()}
+    for key, (first, transposed) in mirrored_names(model, adapter).items():
+        if not is_token_rows(key):
+            tensors[key] = tensors[first].T if transposed else tensors[first]
+    return tensors
 
 
 def add_notes(folder: Path, config: PeftConfig, notes: Mapping[str, Any]) -> None:
@@ -150,17 +177,17 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return unshared
 
 
-def read_tensors(name: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> dict[str, Tensor]:
-    """Read the tensors of the adapter ``name`` (folder or hub id), on the CPU.
+def read_tensors(name: str | Path, **where: Any) -> dict[str, Tensor]:
+    """Read the tensors of the adapter ``name`` (folder or hub id), on the CPU; ``where``: see :func:`find_adapter_file`.
 
     Raises:
         AdapterError: there is no safetensors file, only a pickle; or the file is damaged.
     """
-    path = find_adapter_file(name, WEIGHTS_NAME, revision=revision, subfolder=subfolder)
+    path = find_adapter_file(name, WEIGHTS_NAME, **where)
     if path is None:
-        folder = Path(name) / (subfolder or "")
+        folder = Path(name) / (where.get("subfolder") or "")
         pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLE_SUFFIXES)
-        if pickles or find_adapter_file(name, "adapter_model.bin", revision=revision, subfolder=subfolder):
+        if pickles or find_adapter_file(name, "adapter_model.bin", **where):
             raise AdapterError(
                 f"{name} has its weights in a pickle ({', '.join(pickles) or 'adapter_model.bin'}), which may run "
                 "code when opened; expected safetensors",
@@ -175,13 +202,13 @@ def read_tensors(name: str | Path, *, revision: str | None = None, subfolder: st
         ) from None
 
 
-def read_notes(name: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> dict[str, Any]:
-    """Read ``lorakeet.json``; empty if another tool made the adapter.
+def read_notes(name: str | Path, **where: Any) -> dict[str, Any]:
+    """Read ``lorakeet.json``; empty if another tool made the adapter. ``where``: see :func:`find_adapter_file`.
 
     Raises:
         AdapterError: the file is not a JSON object.
     """
-    path = find_adapter_file(name, OWN_NAME, revision=revision, subfolder=subfolder)
+    path = find_adapter_file(name, OWN_NAME, **where)
     try:
         notes = json.loads(path.read_text(encoding="utf-8")) if path else {}
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -236,7 +263,7 @@ def load_tensors(
     if is_untrained(tensors):
         message = f"adapter {str(name)!r} is untrained: every B is zero, so it changes nothing"
         if not allow_untrained:
-            raise AdapterError(message, "train it; allow_untrained=True loads it all the same")
+            raise AdapterError(message, "train it; allow_untrained=True (--allow-untrained) takes it all the same")
         warn(message)
     _copy_in(model, differences.names, tensors, state, base_keys)
     remember(model, base_keys.values())
@@ -250,6 +277,43 @@ def check_tensors(model: LoraModel, adapter: str, folder: Path) -> None:
     """
     base_keys = unfrozen_keys(model, read_notes(folder).get(NOTE, ()))
     compare(model, adapter, read_tensors(folder), model.state_dict(), base_keys).raise_if_any(folder)
+
+
+class LoadResult(NamedTuple):
+    """Keys that an adapter's tensors lacked, and keys that the model lacks.
+
+    Attributes:
+        missing_keys: Keys of the model.
+        unexpected_keys: Keys of the tensors.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def put_tensors(
+    model: LoraModel, adapter: str, tensors: Mapping[str, Tensor], *, skip_shapes: bool = False
+) -> LoadResult:
+    """Copy those tensors in that the model has a place for.
+
+    Args:
+        model: A model that has the adapter.
+        adapter: The adapter's name in the model.
+        tensors: Tensors by the keys of a file.
+        skip_shapes: Leave out tensors of another shape, with a warning.
+
+    Raises:
+        AdapterError: a tensor has another shape, or NaN or infinite values.
+    """
+    state = model.state_dict()
+    found = compare(model, adapter, tensors, state)
+    if skip_shapes and found.shapes:
+        warn(f"tensors of another shape are left out: {', '.join(found.shapes[:5])}")
+        unfit = {shape.partition(" is ")[0] for shape in found.shapes}
+        found = compare(model, adapter, {key: value for key, value in tensors.items() if key not in unfit}, state)
+    replace(found, missing=(), unexpected=()).raise_if_any(adapter)
+    _copy_in(model, found.names, tensors, state, {})
+    return LoadResult(list(found.missing), list(found.unexpected))
 
 
 @torch.no_grad()

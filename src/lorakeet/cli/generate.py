@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import BASE_FLAGS, base_settings, with_settings
+from lorakeet.cli.options import BASE_FLAGS, base_settings, bounded, with_settings
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.log import info
+from lorakeet.setting_types import Count, Positive, Seed, Share
 
 
 @with_settings(BASE_FLAGS)
@@ -29,12 +30,18 @@ def generate(
         str | None,
         typer.Option(help="system turn of a chat; default: that which the adapter was taught with; '': none"),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="maximum number of new tokens")] = 60,
+    max_new_tokens: Annotated[int, typer.Option(callback=bounded(Count), help="maximum number of new tokens")] = 60,
     greedy: Annotated[bool, typer.Option("--greedy", help="take the most likely token instead of sampling")] = False,
-    temperature: Annotated[float, typer.Option(help="sampling temperature; below 1: more predictable text")] = 0.8,
-    top_p: Annotated[float, typer.Option(help="sample from the most likely tokens of this total probability")] = 0.95,
-    seed: Annotated[int | None, typer.Option(help="seed of the sampling")] = None,
+    temperature: Annotated[
+        float, typer.Option(callback=bounded(Positive), help="sampling temperature; below 1: more predictable text")
+    ] = 0.8,
+    top_p: Annotated[
+        float,
+        typer.Option(callback=bounded(Share), help="sample from the most likely tokens of this total probability"),
+    ] = 0.95,
+    seed: Annotated[int | None, typer.Option(callback=bounded(Seed), help="seed of the sampling")] = None,
     allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
+    allow_untrained: Annotated[bool, typer.Option(help="accept an adapter that never learned")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object per line: adapter, prompt, text")
     ] = False,
@@ -62,7 +69,7 @@ def generate(
     base, adapters = base_settings(settings), list(dict.fromkeys(adapter or []))
     from lorakeet import api
 
-    opened = api.open_model(base, adapters, allow_other_base=allow_other_base)
+    opened = api.open_model(base, adapters, allow_other_base=allow_other_base, allow_untrained=allow_untrained)
     sampling = {
         "max_new_tokens": max_new_tokens,
         "greedy": greedy,

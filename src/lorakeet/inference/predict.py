@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakeet.base.quiet import quiet
 from lorakeet.config import TaskSettings
 from lorakeet.data.collate import make_collator
-from lorakeet.data.encode.encoder import Sample
+from lorakeet.data.encode.encoder import Sample, cannot_encode
 from lorakeet.errors import DataError
 from lorakeet.facts.vocabulary import embedding_rows
 from lorakeet.facts.window import longest_text
@@ -159,8 +159,7 @@ class _Asking:
         """Encode rows as in training."""
         columns, faults = self.encoder({name: [row[name] for row in rows] for name in rows[0]}, range(len(rows)))
         if faults:
-            number, fault = faults[0]
-            raise DataError(f"row {number + 1} cannot be read: {fault.message}", fault.hint)
+            raise cannot_encode([(f"row {number + 1}", fault) for number, fault in faults], "the texts")
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def _batches(self, samples: Sequence[Sample]) -> Iterator[dict[str, Tensor]]:

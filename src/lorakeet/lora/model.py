@@ -26,11 +26,16 @@ from lorakeet.lora.interop.wrappers import bare
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer
 from lorakeet.lora.merge import MergeMethods
 from lorakeet.lora.modules_to_save import SavedModule
+from lorakeet.lora.peft_names.base_view import lead_to_model
+from lorakeet.lora.peft_names.model import ModelNames
+
+#: PEFT's arguments for ways to combine adapters, and to decompose, that are not needed here.
+_UNUSED = {"svd_full_matrices", "svd_driver", "svd_clamp", "density", "majority_sign_method"}
 
 _classes: dict[tuple[type, type], type] = {}
 
 
-class LoraModel(AnswersAsPeft, MergeMethods):
+class LoraModel(AnswersAsPeft, ModelNames, MergeMethods):
     """The methods that a model gains with its first adapter. Never constructed: see :func:`adopt`.
 
     Attributes:
@@ -51,9 +56,9 @@ class LoraModel(AnswersAsPeft, MergeMethods):
         return list(self.switch.active)
 
     @property
-    def active_adapter(self) -> str:
-        """The active adapter; the first, where several are."""
-        return self.switch.active[0]
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter; a list, where several are."""
+        return self.switch.active[0] if len(self.switch.active) == 1 else list(self.switch.active)
 
     def lora_parts(self) -> list[Part]:
         """Return every LoRA layer and every module trained whole."""
@@ -73,16 +78,28 @@ class LoraModel(AnswersAsPeft, MergeMethods):
         return [parameter for part in here for parameter in part.parts(adapter_name)]
 
     def add_adapter(
-        self, adapter_name: str, peft_config: PeftConfig, strict: bool = True, **peft_only: Any
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        strict: bool = True,
+        autocast_adapter_dtype: bool = True,
+        **peft_only: Any,
     ) -> InjectionPlan:
         """Add a further, new adapter on the same base; it is frozen and inactive until :meth:`set_adapter`.
+
+        Args:
+            adapter_name: Its name.
+            peft_config: Its settings; the model keeps the object.
+            strict: Whether a name in the settings that matches nothing is an error.
+            autocast_adapter_dtype: Keep the adapter in fp32 where the base is in half precision; False: in the base's dtype.
+            **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
             AdapterError: the name is taken or not usable as one.
             TargetError: see :func:`lorakeet.lora.inject.plan_injection`; nothing has been changed then.
             ConfigError: a second adapter beside one that trains the base's own biases.
         """
-        refuse_unknown("add_adapter", peft_only, {"low_cpu_mem_usage", "autocast_adapter_dtype"})
+        refuse_unknown("add_adapter", peft_only, {"low_cpu_mem_usage"})
         self._check_new(adapter_name, peft_config)
         bare(self)
         config = resolve_config(self, peft_config, fresh=strict)
@@ -92,7 +109,10 @@ class LoraModel(AnswersAsPeft, MergeMethods):
             part.set_trainable(adapter_name, False)
             part.train(self.training)
         self._parts = [module for module in self.modules() if isinstance(module, (LoraLayer, SavedModule))]
-        self.peft_config[adapter_name] = config
+        if not autocast_adapter_dtype:
+            self.store_in_base_dtype(adapter_name)
+        peft_config.keep(config)
+        self.peft_config[adapter_name] = peft_config
         return plan
 
     def _check_new(self, name: str, config: PeftConfig) -> None:
@@ -122,6 +142,7 @@ class LoraModel(AnswersAsPeft, MergeMethods):
         self._check_conflict(names)
         self.switch.active = names
         for part in parts:
+            part.switch = self.switch
             for name in self.peft_config:
                 part.set_trainable(name, name in names and not inference_mode)
 
@@ -148,7 +169,7 @@ class LoraModel(AnswersAsPeft, MergeMethods):
         Raises:
             AdapterError: no such adapter; one of them has more than A and B; or they cannot be combined in this way.
         """
-        refuse_unknown("add_weighted_adapter", peft_only, {"svd_full_matrices", "svd_driver"})
+        refuse_unknown("add_weighted_adapter", peft_only, _UNUSED)
         for name in adapters:
             self._check_known(name)
         combined = combine(self, adapters, weights, combination_type, svd_rank)
@@ -243,7 +264,7 @@ class LoraModel(AnswersAsPeft, MergeMethods):
         _, base_class = _parents(type(self))
         del self.peft_config, self.switch, self._parts
         for module in self.modules():
-            if module.__dict__.get("model") is self:
+            if module.__dict__.get("model") is module:
                 del module.__dict__["model"]
         self.__class__ = base_class
         return self
@@ -276,10 +297,7 @@ def adopt(model: Any, own: type[LoraModel]) -> LoraModel:
     if isinstance(model, LoraModel):
         return model
     hook_trainer()
-    backbone = getattr(model, "base_model", None)
-    for module in (backbone if isinstance(backbone, nn.Module) else model, model):
-        if not hasattr(module, "model"):  # PEFT's path model.base_model.model leads to the model
-            module.__dict__["model"] = model
+    lead_to_model(model)
     model.peft_config, model._parts = {}, []
     model.switch = ActiveAdapters()
     model.__class__ = _subclass(own, type(model))

@@ -7,10 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorakeet.lora.layer import ActiveAdapters, row_indices
+from lorakeet.lora.peft_names.saved_module import SavedModuleNames
 from lorakeet.quant.protocol import dequantized_copy
 
 
-class SavedModule(nn.Module):
+class SavedModule(SavedModuleNames):
     """The base's module and a trainable copy for each adapter that asked for it; the active adapter's copy runs."""
 
     def __init__(self, original_module: nn.Module, switch: ActiveAdapters) -> None:
