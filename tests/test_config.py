@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lorakeet import config
+from lorakeet import LoraConfig, config
 from lorakeet.config import BaseSettings, RunConfig, read_run
 from lorakeet.errors import ConfigError
 
@@ -22,10 +23,18 @@ OUT_OF_BOUNDS = {
     "base.bits=7": "base.bits = 7: expected 8, 16 or 32",
     "base.bits=true": "base.bits = True: expected a number",
     "out=": "out = None: expected",
-    'out=""': "out = '': expected the name of a folder",
-    "out=' '": "out = ' ': expected the name of a folder",
+    'out=""': "out = '': expected text that is not empty",
+    "out=' '": "out = ' ': expected text that is not empty",
     "lora.trainable_token_indices=[3, 3]": "expected a list without repeated tokens",
     "lora.rank_pattern=true": "lora.rank_pattern = True: expected a valid dictionary",
+    "lora.rank_pattern={q_proj: true}": "lora.rank_pattern.q_proj = True: expected a number",
+    "lora.layers_to_transform=[true]": "expected a number",
+    "lora.layers_to_transform=-1": "or greater than or equal to 0",
+    "lora.target_modules=['']": "expected text that is not empty",
+    "lora.target_modules=''": "or text that is not empty",
+    "base.model=''": "base.model = '': expected text that is not empty",
+    'data.path="a\\0b"': "expected text in UTF-8 without a null character",
+    "train.lr=1e30": "train.lr = 1e+30: expected less than or equal to 1000",
 }
 
 
@@ -34,6 +43,58 @@ def test_a_value_out_of_bounds_is_refused(override: str) -> None:
     with pytest.raises(ConfigError) as caught:
         read_run(None, [override])
     assert OUT_OF_BOUNDS[override] in caught.value.message
+
+
+REGEX_SETTINGS = ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]
+BAD_REGEXES = ["*.q_proj", "(q_proj", "[", "q{2,1}", "a**", "(?P<a", "q\\", "a{99999999999999999999}"]
+
+
+@pytest.mark.parametrize("setting", REGEX_SETTINGS)
+@pytest.mark.parametrize("pattern", BAD_REGEXES)
+def test_a_bad_regular_expression_is_refused_when_the_settings_are_made(setting: str, pattern: str) -> None:
+    value = {pattern: 4} if setting in ("rank_pattern", "alpha_pattern") else pattern
+    for make in (lambda **values: config.make_run({"lora": values}), LoraConfig):
+        with pytest.raises(
+            ConfigError, match=f"{setting}.*expected.*a regular expression or a list of names"
+        ) as caught:
+            make(**{setting: value})
+        assert setting in (caught.value.hint or "")
+
+
+def test_a_pattern_must_also_be_valid_in_the_form_in_which_it_is_used() -> None:
+    for setting in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(ConfigError, match="global flags not at the start"):
+            LoraConfig(**{setting: {"(?i)q_proj": 4}})
+
+
+def test_comma_separated_names_are_a_list_wherever_names_belong() -> None:
+    for setting in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+        assert getattr(config.make_run({"lora": {setting: "q_proj, v_proj"}}).lora, setting) == ["q_proj", "v_proj"]
+        assert getattr(config.make_run({"lora": {setting: "q_proj"}}).lora, setting) == ["q_proj"]
+        assert getattr(LoraConfig(**{setting: "q_proj,v_proj"}), setting) == ["q_proj", "v_proj"]
+    assert LoraConfig(target_modules="q_proj").target_modules == "q_proj"  # PEFT's regular expression
+    assert read_run(None, [r"lora.target_modules=.*\.(q|v)_proj"]).lora.target_modules == r".*\.(q|v)_proj"
+    assert read_run(None, ["lora.target_modules=all-linear"]).lora.target_modules == "all-linear"
+    assert LoraConfig(target_modules={"v_proj", "q_proj"}).target_modules == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"target_modules": r".*\.q_proj", "layers_to_transform": [0]},
+        {"target_modules": r".*\.q_proj", "layers_to_transform": 0},
+        {"target_modules": r".*\.q_proj", "layers_pattern": "layers"},
+        {"target_modules": ["q_proj"], "layers_pattern": "layers"},
+        {"layers_pattern": ["layers", "h"]},
+    ],
+)
+def test_layers_are_chosen_in_one_way(values: dict[str, Any]) -> None:
+    for make in (lambda **values: config.make_run({"lora": values}), LoraConfig):
+        with pytest.raises(ConfigError, match=r"layers_(to_transform|pattern)") as caught:
+            make(**values)
+        assert caught.value.hint
+    LoraConfig(target_modules="all-linear", layers_to_transform=[0], layers_pattern="layers")
+    LoraConfig(target_modules=r".*\.q_proj", layers_to_transform=[])
 
 
 def test_values_at_the_bounds_are_taken() -> None:

@@ -9,24 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, WithJsonSchema, field_validator
+from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from lorakeet.errors import ConfigError, did_you_mean
 from lorakeet.setting_types import (
+    LARGEST,
     Count,
-    FolderName,
+    Float,
     Fraction,
+    Index,
+    Int,
+    LayersPattern,
+    NamePattern,
     NonNegative,
     Positive,
-    PositiveInt,
     PositiveNumber,
+    Rate,
     Section,
     Seed,
+    Selection,
+    Text,
     TokenIds,
+    contradiction,
+    names_in,
+    settings_error,
 )
 from lorakeet.settings_file import parse_override, put, read_tree
 
@@ -37,6 +46,9 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 QUANTIZED_FORMATS: dict[int, str] = {8: "int8"}
 #: Bits per weight of the floating-point formats of a base.
 FLOATING_BITS = (16, 32)
+
+#: Value of ``target_modules`` that means every linear layer but the head.
+ALL_LINEAR = "all-linear"
 
 DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -53,17 +65,17 @@ def _known_bits(bits: int) -> int:
     return bits
 
 
-Bits = Annotated[int, AfterValidator(_known_bits), WithJsonSchema({"enum": bits_choices()})]
+Bits = Annotated[Int, AfterValidator(_known_bits), WithJsonSchema({"enum": bits_choices()})]
 
 
 class BaseSettings(Section):
     """The base model, and its format in memory."""
 
-    model: str = Field(DEFAULT_MODEL, description="hub id, local folder or GGUF file of the base model")
-    revision: str | None = Field(None, description="branch, tag or commit of the hub repository")
+    model: Text = Field(DEFAULT_MODEL, description="hub id, local folder or GGUF file of the base model")
+    revision: Text | None = Field(None, description="branch, tag or commit of the hub repository")
     bits: Bits | None = Field(None, description="bits per base weight; default: those of the dtype")
     dtype: DtypeName = Field("auto", description="number format of the base and of its arithmetic")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    device: Text = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     trust_remote_code: bool = Field(
         False, description="run code that comes with the model (only if you trust its author)"
     )
@@ -72,30 +84,30 @@ class BaseSettings(Section):
 class LoraSettings(Section):
     """The settings of LoRA, with the names and defaults of the field (Hu et al. 2021, arXiv:2106.09685)."""
 
-    r: PositiveInt = Field(8, description="rank of the update B·A")
+    r: Count = Field(8, description="rank of the update B·A")
     lora_alpha: PositiveNumber = Field(8, description="the update is scaled by lora_alpha / r")
     lora_dropout: Fraction = Field(0.0, description="dropout probability of the inputs of A, in training")
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="biases to train: none, all, lora_only (those of adapted layers)"
     )
-    target_modules: list[str] | str | None = Field(
+    target_modules: Selection | None = Field(
         None,
         description="layers to adapt: names or suffixes, one regular expression, or 'all-linear'; default: by architecture",
     )
-    exclude_modules: list[str] | str | None = Field(
+    exclude_modules: Selection | None = Field(
         None, description="layers never to adapt: names, suffixes or one regular expression"
     )
-    modules_to_save: list[str] | None = Field(None, description="modules to train in full and save with the adapter")
-    layers_to_transform: list[int] | int | None = Field(
+    modules_to_save: list[Text] | None = Field(None, description="modules to train in full and save with the adapter")
+    layers_to_transform: list[Index] | Index | None = Field(
         None, description="numbers of the layers to adapt; default: all"
     )
-    layers_pattern: list[str] | str | None = Field(
+    layers_pattern: list[LayersPattern] | LayersPattern | None = Field(
         None, description="name of the module list that layers_to_transform indexes"
     )
-    rank_pattern: dict[str, PositiveInt] = Field(
+    rank_pattern: dict[NamePattern, Count] = Field(
         default_factory=dict, description="ranks of single layers, by name or regular expression"
     )
-    alpha_pattern: dict[str, PositiveNumber] = Field(
+    alpha_pattern: dict[NamePattern, PositiveNumber] = Field(
         default_factory=dict, description="alphas of single layers, by name or regular expression"
     )
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) (arXiv:2312.03732)")
@@ -105,11 +117,11 @@ class LoraSettings(Section):
         description="true: A Kaiming-uniform, B zero; gaussian: A normal, B zero; false: both random (for tests)",
     )
     lora_bias: bool = Field(False, description="add a bias to B")
-    target_parameters: list[str] | None = Field(
+    target_parameters: list[Text] | None = Field(
         None,
         description="parameters to adapt that belong to no linear layer, such as stacked expert weights: names or suffixes",
     )
-    trainable_token_indices: TokenIds | dict[str, TokenIds] | None = Field(
+    trainable_token_indices: TokenIds | dict[Text, TokenIds] | None = Field(
         None,
         description="token ids whose embedding rows (and rows of a tied head) to train and save; or such lists by layer name",
     )
@@ -117,18 +129,44 @@ class LoraSettings(Section):
         False, description="apply the adaptation or training of an embedding to all layers that share its weight"
     )
 
-    @field_validator("target_modules", "exclude_modules", "target_parameters", mode="before")
+    #: Whether a single word is a list with that name, as it is in a flag; else, as in PEFT, it is a regular expression.
+    words_are_names: ClassVar[bool] = True
+
+    @field_validator(
+        "target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "target_parameters", mode="before"
+    )
     @classmethod
     def _names_are_a_list(cls, value: Any) -> Any:
-        return (
-            sorted(value) if isinstance(value, (set, frozenset)) else list(value) if isinstance(value, tuple) else value
-        )
+        if isinstance(value, (set, frozenset)):
+            return sorted(value, key=str)
+        if isinstance(value, tuple):
+            return list(value)
+        if isinstance(value, str) and value.strip() and (cls.words_are_names or "," in value):
+            return names_in(value)
+        return value
+
+    @model_validator(mode="after")
+    def _layers_are_chosen_once(self) -> Self:
+        numbers, pattern, targets = self.layers_to_transform, self.layers_pattern, self.target_modules
+        chosen = [] if numbers in (None, []) else ["layers_to_transform"]
+        chosen += ["layers_pattern"] if pattern else []
+        if chosen and isinstance(targets, str) and targets.lower() != ALL_LINEAR:
+            raise contradiction(
+                f"`{chosen[0]}` cannot be used when `target_modules` is a str: {targets!r} is one regular expression",
+                "give target_modules as a list of names, or write the numbers of the layers into the expression",
+            )
+        if chosen == ["layers_pattern"]:
+            raise contradiction(
+                f"layers_pattern={pattern!r} is set without layers_to_transform, which names the layers of that list",
+                "give the numbers, for example layers_to_transform=[0, 1], or leave layers_pattern out",
+            )
+        return self
 
 
 class DataSettings(Section):
     """The training data, and its conversion to samples."""
 
-    path: str | list[str] | None = Field(
+    path: Text | list[Text] | None = Field(
         None,
         description="file, folder, pattern or hub id of the data, or a list of them; fortunes: embedded quotations",
     )
@@ -138,18 +176,18 @@ class DataSettings(Section):
     format: Literal["auto", "json", "jsonl", "yaml", "csv", "parquet", "arrow", "text", "fortune"] = Field(
         "auto", description="file format; auto: by suffix and content"
     )
-    columns: dict[str, str] = Field(
+    columns: dict[Text, Text] = Field(
         default_factory=dict,
         description="column of each role, where its name differs, e.g. text: body, label: category",
     )
-    subset: str | None = Field(None, description="configuration of a hub data set that has several")
-    split: str = Field("train", description="split of a hub data set or of a folder")
+    subset: Text | None = Field(None, description="configuration of a hub data set that has several")
+    split: Text = Field("train", description="split of a hub data set or of a folder")
     learn: Literal["auto", "all", "completion"] = Field(
         "auto",
         description="tokens in the loss: all; completion: only completions and assistant turns; auto: completion for rows "
         "with prompts or turns",
     )
-    max_length: Annotated[int, Field(gt=1)] = Field(
+    max_length: Annotated[Count, Field(gt=1)] = Field(
         512, description="tokens per sample, end token included; longer samples are truncated"
     )
     eval_fraction: Fraction = Field(0.05, description="share of the distinct texts that is held out for evaluation")
@@ -179,8 +217,10 @@ class TaskSettings(Section):
     problem: Literal["auto", "single_label", "multi_label", "regression"] = Field(
         "auto", description="problem type of SEQ_CLS; auto: multi_label for lists of labels, regression for fractions"
     )
-    labels: list[str] | None = Field(None, description="names of the classes or tags, in order; default: from the data")
-    mlm_probability: Annotated[float, Field(gt=0, lt=1)] = Field(0.15, description="share of the tokens to mask")
+    labels: list[Text] | None = Field(
+        None, description="names of the classes or tags, in order; default: from the data"
+    )
+    mlm_probability: Annotated[Float, Field(gt=0, lt=1)] = Field(0.15, description="share of the tokens to mask")
     whole_word: bool = Field(False, description="MASKED_LM masks whole words only")
 
 
@@ -188,21 +228,19 @@ class TrainSettings(Section):
     """The training loop: length, batches, optimizer, reports and memory."""
 
     steps: Count | None = Field(None, description="optimizer steps; default: as many as train.epochs takes")
-    epochs: Annotated[float, Field(gt=0, le=10**6)] = Field(
+    epochs: Annotated[Float, Field(gt=0, le=10**6)] = Field(
         1.0, description="passes over the data, if train.steps is not set"
     )
     batch_size: Count = Field(4, description="samples per micro-batch and process")
     grad_accum: Count = Field(4, description="micro-batches per optimizer step")
-    lr: Positive = Field(2e-4, description="peak learning rate")
-    loraplus_ratio: Annotated[float, Field(ge=1)] | None = Field(
+    lr: Rate = Field(2e-4, description="peak learning rate")
+    loraplus_ratio: Annotated[Float, Field(ge=1, le=LARGEST)] | None = Field(
         None, description="learning rate of B, as a multiple of that of A (LoRA+, arXiv:2402.12354); default: 1"
     )
-    loraplus_lr_embedding: Positive = Field(
+    loraplus_lr_embedding: Rate = Field(
         1e-6, description="peak learning rate of adapted embeddings, with loraplus_ratio"
     )
-    warmup: Annotated[int, Field(ge=0, le=10**9)] = Field(
-        0, description="steps of linear warm-up to the peak learning rate"
-    )
+    warmup: Index = Field(0, description="steps of linear warm-up to the peak learning rate")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="learning rate schedule after the warm-up"
     )
@@ -218,7 +256,7 @@ class TrainSettings(Section):
         "stop",
         description="on a loss or gradient that is not finite: stop, with the last good state saved, or skip the step",
     )
-    gradient_checkpointing: bool | PositiveInt | Literal["auto"] = Field(
+    gradient_checkpointing: bool | Count | Literal["auto"] = Field(
         "auto",
         description="recompute layers in the backward pass: less memory, more time; true: all; n: layer 0 and every n-th "
         "after it; auto: as few as a step needs to fit into memory (reported)",
@@ -232,7 +270,7 @@ class TrainSettings(Section):
         description="use fused norms, gated activations and rotary embeddings, for known architectures: less memory and less "
         "memory traffic",
     )
-    token_budget: Annotated[int, Field(ge=0)] | None = Field(
+    token_budget: Index | None = Field(
         None,
         description="tokens, without padding, up to which micro-batches of a step run as one forward pass (with "
         "padding_free); "
@@ -248,48 +286,11 @@ class RunConfig(Section):
     data: DataSettings = Field(default_factory=DataSettings, description="the data")
     task: TaskSettings = Field(default_factory=TaskSettings, description="the task")
     train: TrainSettings = Field(default_factory=TrainSettings, description="the training")
-    out: FolderName = Field(
-        "lorakeet-run", description="folder of the run: run.yaml, metrics.jsonl, summary.json, adapter/"
-    )
+    out: Text = Field("lorakeet-run", description="folder of the run: run.yaml, metrics.jsonl, summary.json, adapter/")
 
     def to_yaml(self) -> str:
         """Return the complete configuration as YAML, in the order of the classes above."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-#: Parts of a pydantic location that name a branch of a union, not a setting.
-_UNION_BRANCHES = ("str", "int", "bool", "float", "constrained-int", "constrained-float")
-
-
-def settings_error(error: ValidationError, section: type[BaseModel]) -> ConfigError:
-    """Return all problems that pydantic found as one error; unknown keys come with the most similar known name."""
-    expected: dict[str, list[str]] = {}  # problem -> expectation of each branch of a union
-    hint = None
-    for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"] if "[" not in str(part) and part not in _UNION_BRANCHES)
-        if item["type"] == "extra_forbidden":
-            hint = hint or did_you_mean(name, setting_names(section))
-            expected[f"unknown setting {name!r}"] = []
-        else:
-            wish = item["msg"].removeprefix("Input should be ")
-            expected.setdefault(f"{name} = {item['input']!r}", []).append(wish[0].lower() + wish[1:])
-    problems = [
-        problem + (f": expected {', or '.join(dict.fromkeys(wishes))}" if wishes else "")
-        for problem, wishes in expected.items()
-    ]
-    return ConfigError("; ".join(problems), hint)
-
-
-def setting_names(section: type[BaseModel]) -> list[str]:
-    """Return the dotted names of all settings below ``section``."""
-    names: list[str] = []
-    for name, field in section.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            names += [f"{name}.{sub}" for sub in setting_names(inner)]
-        else:
-            names.append(name)
-    return names
 
 
 def make_run(values: Mapping[str, Any]) -> RunConfig:

@@ -78,7 +78,9 @@ def saved(kind: str, folder: Path, keep_notes: bool = False, **settings: object)
 
 
 @pytest.mark.parametrize("kind", RENAMED)
-def test_an_older_adapter_loads_and_answers_the_same(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_older_adapter_loads_and_answers_the_same(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO", "lorakeet")
     wanted = saved(kind, tmp_path)
     model = PeftModel.from_pretrained(RENAMED[kind][0](), tmp_path)
@@ -147,6 +149,8 @@ def test_an_adapter_of_today_is_left_alone(tmp_path: Path, caplog: pytest.LogCap
     assert "other names" not in caplog.text
     wrong = shutil.copytree(tmp_path, tmp_path / "wrong")
     file = wrong / "adapter_model.safetensors"
-    save_file({k.replace("layers.0", "layers.7"): t for k, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    save_file(
+        {k.replace("layers.0", "layers.7"): t for k, t in load_file(file).items()}, file, metadata={"format": "pt"}
+    )
     with pytest.raises(AdapterError, match="unexpected tensors"):
         PeftModel.from_pretrained(qwen2_vl(), wrong, allow_other_base=True)

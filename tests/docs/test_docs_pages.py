@@ -26,8 +26,9 @@ from helpers.markdown_pages import (
 )
 from lorakeet.cli import COMMANDS, main, reference
 from lorakeet.cli.options import typer_command
-from lorakeet.config import RunConfig, read_run, setting_names
+from lorakeet.config import RunConfig, read_run
 from lorakeet.files import cache_home
+from lorakeet.setting_types import setting_names
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=name)
 PYPROJECT = ROOT / "pyproject.toml"

@@ -13,6 +13,7 @@ from torch import nn
 from helpers.tiny import token_ids
 from helpers.tiny_architectures import SIZES, build, tiny_config
 from lorakeet import LoraConfig, PeftModel, get_peft_model
+from lorakeet.errors import TargetError
 from lorakeet.lora.default_targets import TASK_HEADS, default_targets, task_heads
 from lorakeet.lora.inject import plan_injection
 
@@ -167,6 +168,45 @@ def test_a_model_that_sees_and_reads_is_adapted_where_it_reads():
     names = [target.name for target in plan_injection(model, LoraConfig()).targets]
     assert len(names) == 4 and all("language_model" in name for name in names)
     assert any("vision_tower" in name and name.endswith("q_proj") for name, _ in model.named_modules())
+
+
+def test_the_layers_of_a_default_regular_expression_can_be_chosen(tmp_path):
+    small = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = small | {"vocab_size": 61, "num_key_value_heads": 1, "head_dim": 8}
+    config = tf.Gemma3Config(text_config=text, vision_config=small | {"image_size": 28, "patch_size": 14})
+
+    def adapted(adapter: LoraConfig) -> list[str]:
+        with torch.device("meta"):
+            model = tf.Gemma3ForConditionalGeneration(config)
+        get_peft_model(model, adapter).peft_config["default"].save_pretrained(tmp_path)
+        return sorted({name.partition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name})
+
+    names = adapted(LoraConfig(layers_to_transform=[1]))
+    assert len(names) == 2 and all("language_model.layers.1." in name for name in names)
+    assert adapted(LoraConfig.from_pretrained(tmp_path)) == names  # the saved settings mean the same layers
+
+
+def test_all_linear_says_once_that_it_leaves_out_the_experts(caplog):
+    caplog.set_level("WARNING", "lorakeet")
+    get_peft_model(build(tf.AutoModelForCausalLM, "mixtral"), LoraConfig(target_modules="all-linear", r=2))
+    assert [record.message for record in caplog.records if "experts" in record.message] == [
+        "the weights of the experts (down_proj, gate_up_proj) are not linear layers, so all-linear does not adapt them; "
+        "target_parameters=['down_proj', 'gate_up_proj'] does"
+    ]
+
+
+@pytest.mark.parametrize("pattern", [None, "layers", ["layers", "h"], "(layers|h)"])
+def test_layers_are_numbered_at_the_root_and_by_patterns_with_groups(pattern):
+    for model in (build(tf.AutoModelForCausalLM, "llama"), build(tf.AutoModelForCausalLM, "llama").model):
+        config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], layers_pattern=pattern)
+        names = [target.name for target in plan_injection(model, config).targets]
+        assert len(names) == 1 and "layers.1." in names[0]
+
+
+def test_a_list_of_layers_that_is_not_there_is_named():
+    config = LoraConfig(target_modules=["q_proj"], layers_to_transform=[0], layers_pattern="h")
+    with pytest.raises(TargetError, match="no numbered layers in a list named 'h'"):
+        plan_injection(build(tf.AutoModelForCausalLM, "llama"), config)
 
 
 def test_speech_with_convolutions_as_targets(tmp_path):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lorakeet.facts.vocabulary import embedding_rows
 from lorakeet.lora.interop.wrappers import canonical
-from lorakeet.model_facts import embedding_rows
 from lorakeet.quant.protocol import QuantizedLayer, quantized_layers, weight_rows, weight_shape
 
 #: Largest accepted relative difference (L2) of the sampled values: above rounding to bf16 (0.4 %) and int8 (1 %).
@@ -121,13 +121,15 @@ def fingerprint(
         leave_out: Names of parameters whose values are trained, so the base has other ones.
     """
     base = _base_of(model, state or {})
-    trained = set(map(base_name, leave_out))
+    trained = {id(base.parameters[name]) for name in map(base_name, leave_out) if name in base.parameters}
     if not base.parameters or any(p.is_meta or isinstance(p, DTensor) for p in base.parameters.values()):
         return None
     return {
         "architecture": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
         "shapes": base.shapes_hash(),
-        "values": {name: base.sample(name) for name in base.sampled_names() if name not in trained},
+        "values": {
+            name: base.sample(name) for name in base.sampled_names() if id(base.parameters[name]) not in trained
+        },
     }
 
 

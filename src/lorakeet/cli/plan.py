@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import target_names, with_settings
+from lorakeet.cli.options import with_settings
 from lorakeet.config import DEFAULT_MODEL, read_run
 
 
@@ -33,8 +33,6 @@ def plan(
     Args:
         settings: Settings set by flags, by dotted name; every other parameter has its help text.
     """
-    if isinstance(names := settings.get("lora.target_modules"), str):
-        settings["lora.target_modules"] = target_names(names)
     run = read_run(None, overrides or [], {**settings, "task.type": task})
     from lorakeet.api import plan_layers
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import TRAIN_FLAGS, target_names, with_settings
+from lorakeet.cli.options import TRAIN_FLAGS, with_settings
 from lorakeet.config import read_run
 from lorakeet.errors import ConfigError
 from lorakeet.runs.run_folder import folder_of
@@ -49,8 +49,6 @@ def train(
             f"{stray[0]!r} is no override, expected section.key=value",
             "give at most one YAML file, before the overrides",
         )
-    if isinstance(names := settings.get("lora.target_modules"), str):
-        settings["lora.target_modules"] = target_names(names)
     config = read_run(file, words, settings)
     given = settings.get("out") is not None or any(word.split("=")[0].strip() == "out" for word in words)
     if resume and file and not given:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from lorakeet.config import ALL_LINEAR
 from lorakeet.errors import TargetError
 from lorakeet.log import warn
 from lorakeet.lora.checks.direct_reads import direct_read, left_out_text
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.layer_types import inside_adapter, layer_class, unwrapped
-from lorakeet.lora.targeting import ALL_LINEAR
+from lorakeet.lora.targeting import layer_indices, layer_wanted, matches
 
 #: Names of the query and value projections (section 4.2 of the paper); the first of these that a model has.
 PROJECTIONS: tuple[tuple[str, ...], ...] = (
@@ -44,11 +46,14 @@ TASK_HEADS: dict[str, list[str]] = {
 def resolve_targets(model: nn.Module, config: PeftConfig) -> list[str] | str:
     """Return ``target_modules`` as names or one regular expression: ``"all-linear"`` and "left out" become lists.
 
+    A default that is a regular expression (Gemma's) becomes a list too where ``layers_to_transform`` chooses layers.
+
     Raises:
         TargetError: left out, and the model has no query and value projections of a known name.
     """
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        _warn_of_experts(model, config)
         return all_linear(model, config)
     if targets is not None:
         return targets
@@ -60,7 +65,23 @@ def resolve_targets(model: nn.Module, config: PeftConfig) -> list[str] | str:
             f"no default target_modules for the architecture {_architecture(model)!r}",
             "name them, for example target_modules='all-linear'",
         )
+    if isinstance(found, str) and layer_indices(config):
+        return [name for name in _linear_names(model) if matches(name, found) and layer_wanted(name, config)]
     return found
+
+
+def _warn_of_experts(model: nn.Module, config: PeftConfig) -> None:
+    if not config.target_parameters and (experts := stacked_parameters(model.modules())):
+        warn(
+            f"the weights of the experts ({', '.join(experts)}) are not linear layers, so all-linear does not adapt them; "
+            f"target_parameters={experts} does"
+        )
+
+
+def stacked_parameters(modules: Iterable[nn.Module]) -> list[str]:
+    """List the last parts of the names of parameters that stack the weights of several experts."""
+    owners = [module for module in modules if layer_class(unwrapped(module)) is None]
+    return sorted({name for owner in owners for name, p in owner._parameters.items() if p is not None and p.ndim == 3})
 
 
 def _architecture(model: nn.Module) -> str | None:

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from lorakeet.lora.config import PeftConfig
+from lorakeet.setting_types import NAME_ENDS_WITH, NUMBERED_LIST
 
-ALL_LINEAR = "all-linear"
 #: Names of a list that a message shows.
 _SHOWN = 6
 
@@ -41,7 +41,7 @@ def _pattern_value(patterns: dict, name: str, default: float) -> float:
 
 
 def _matches_pattern(name: str, pattern: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return re.match(NAME_ENDS_WITH.replace("{}", pattern), name) is not None
 
 
 def matches(name: str, wanted: Iterable[str] | str) -> bool:
@@ -55,8 +55,8 @@ def excluded(name: str, config: PeftConfig) -> bool:
     """Whether ``exclude_modules`` names the layer, or it is inside a module that is trained whole."""
     if config.exclude_modules and matches(name, config.exclude_modules):
         return True
-    inside_saved = (rf"(^|.*\.){module}($|\..*)" for module in config.modules_to_save or ())
-    return any(re.match(pattern, name) for pattern in inside_saved)
+    saved = config.modules_to_save or ()
+    return any(f".{module}." in f".{name}." for module in saved)
 
 
 # -- layer numbers ----------------------------------------------------------------------------------------------------
@@ -66,22 +66,19 @@ def layer_index(name: str, config: PeftConfig) -> int | None:
     """Return the number of the decoder (or encoder) layer that ``name`` is in: its first numbered part."""
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
     if patterns:
-        regexes = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns]
+        regexes = [NUMBERED_LIST.replace("{}", p) for p in patterns]
     else:
         regexes = [r"(?:.*?\.)??[^.]*[^.\d][^.]*\.(\d+)\."]  # the number of an expert in it comes later
     for regex in regexes:
         if found := re.match(regex, name):
-            return int(found.group(1))
+            return int(found.group(found.re.groups))  # the pattern may have groups of its own before it
     return None
 
 
 def layer_wanted(name: str, config: PeftConfig) -> bool:
     """Whether ``layers_to_transform`` includes the layer."""
     indices = layer_indices(config)
-    # As in PEFT, layers_to_transform chooses among names and suffixes, not among the matches of a regular expression.
-    if not indices or (isinstance(config.target_modules, str) and config.target_modules.lower() != ALL_LINEAR):
-        return True
-    return layer_index(name, config) in indices
+    return not indices or layer_index(name, config) in indices
 
 
 def layer_indices(config: PeftConfig) -> list[int]:
@@ -101,8 +98,9 @@ def shown(wanted: list[str] | str) -> str:
 def unmatched(setting: str, wanted: list[str] | str | None, names: Collection[str]) -> list[str]:
     """Return an error for each entry of a list (or for a regular expression) that matches none of the names."""
     entries = [wanted] if isinstance(wanted, str) else [[entry] for entry in wanted or ()]
+    whole = "; one text is a regular expression for the whole name, names belong in a list"
     return [
-        f"{setting} {shown(entry)} matches nothing in this model"
+        f"{setting} {shown(entry)} matches nothing in this model{whole if isinstance(entry, str) else ''}"
         for entry in entries
         if not any(name and matches(name, entry) for name in names)
     ]
@@ -112,7 +110,10 @@ def missing_layers(config: PeftConfig, names: Iterable[str]) -> list[str]:
     """Return an error if ``layers_to_transform`` has numbers that no layer has."""
     present = {layer_index(name, config) for name in names} - {None}
     missing = [index for index in layer_indices(config) if index not in present]
-    span = f"{min(present)} to {max(present)}" if present else "without numbers"  # type: ignore[type-var]
+    if missing and not present:
+        of = f" in a list named {config.layers_pattern!r}" if config.layers_pattern else ""
+        return [f"layers_to_transform names {missing}, this model has no numbered layers{of}"]
+    span = f"{min(present)} to {max(present)}" if present else ""  # type: ignore[type-var]
     return [f"layers_to_transform names {missing}, this model has layers {span}"] if missing else []
 
 

@@ -27,7 +27,11 @@ class Attending(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.inner, self.attn, self.out = nn.Linear(16, 16), nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 4)
+        self.inner, self.attn, self.out = (
+            nn.Linear(16, 16),
+            nn.MultiheadAttention(16, 2, batch_first=True),
+            nn.Linear(16, 4),
+        )
 
     def forward(self, x):
         h = self.inner(x)
@@ -157,7 +161,9 @@ def test_a_layer_that_its_parent_does_not_call_is_told_once_for_each_mode(caplog
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
 def test_healthy_models_are_quiet(architecture, caplog):
-    model = get_peft_model(make(architecture), LoraConfig(r=2, target_modules="all-linear", modules_to_save=["lm_head"]))
+    model = get_peft_model(
+        make(architecture), LoraConfig(r=2, target_modules="all-linear", modules_to_save=["lm_head"])
+    )
     model.train()(token_ids(), labels=token_ids()).loss.backward()
     model.eval()(token_ids())
     model.generate(token_ids()[:1], max_new_tokens=2, do_sample=False)
@@ -188,7 +194,19 @@ def test_experts_without_tokens_are_no_finding(caplog):
 #: Methods that only set weights up, attributes of a weight that reveal no values, and children that are no layers to adapt.
 _SETUP = {"__init__", "_init_weights", "tie_weights", "extra_repr", "resize_position_embeddings", "initialize_weights"}
 _FACTS = {"dtype", "device", "shape", "size", "requires_grad", "ndim"}
-_TABLES = ("embed", "position", "token", "query", "queries", "codebook", "rel_", "norm", "patterns", "reference_points", "_bias")
+_TABLES = (
+    "embed",
+    "position",
+    "token",
+    "query",
+    "queries",
+    "codebook",
+    "rel_",
+    "norm",
+    "patterns",
+    "reference_points",
+    "_bias",
+)
 _ELSEWHERE = {
     ("BloomAttention", "dense"),  # with slow_but_exact alone; watched_calls finds it
     ("BloomMLP", "dense_4h_to_h"),  # the same
@@ -220,7 +238,10 @@ def direct_reads(file):
 
 @pytest.mark.slow
 def test_every_direct_read_of_transformers_is_known():
-    files = [*Path(transformers.__file__).parent.glob("models/*/modeling_*.py"), *Path(nn.__file__).parent.rglob("*.py")]
+    files = [
+        *Path(transformers.__file__).parent.glob("models/*/modeling_*.py"),
+        *Path(nn.__file__).parent.rglob("*.py"),
+    ]
     found = {read for file in files for read in direct_reads(file)}
     assert len(found) > 100
     unknown = {
