@@ -14,7 +14,7 @@ from lorakeet.base.architectures import AUTO_CLASSES
 from lorakeet.base.load import Base, load_base
 from lorakeet.config import DEFAULT_MODEL, BaseSettings
 from lorakeet.errors import AdapterError
-from lorakeet.facts.padding import agree_on_padding
+from lorakeet.facts.padding import agree_on_special_tokens
 from lorakeet.log import info
 from lorakeet.lora.config import PeftConfig, find_adapter_file
 from lorakeet.lora.model import LoraModel
@@ -91,7 +91,7 @@ def open_model(
     if adapters:
         own, base = base.tokenizer, replace(base, tokenizer=_adapter_tokenizer(adapters[0]) or base.tokenizer)
         fit_vocabulary(base.model, base.tokenizer, own, adapters, seed=seed)
-        agree_on_padding(base.tokenizer, base.model.config, getattr(base.model, "generation_config", None))
+        agree_on_special_tokens(base.tokenizer, base.model.config, getattr(base.model, "generation_config", None))
     names: dict[str, str] = {}
     for number, adapter in enumerate(dict.fromkeys(map(str, adapters))):
         names[adapter] = f"adapter{number}"

@@ -27,14 +27,17 @@ def padding_token(config: Any, tokenizer: Any = None) -> int | None:
     return next(fitting, None)
 
 
-def agree_on_padding(tokenizer: Any, config: Any, generation_config: Any = None) -> None:
+def agree_on_special_tokens(tokenizer: Any, config: Any, generation_config: Any = None) -> None:
     """Write the padding token of :func:`padding_token` into the tokenizer and the configurations.
+
+    A tokenizer without an end token gets the config's: it ends every sample, and stops generation.
 
     Args:
         tokenizer: Of ``transformers``.
         config: Of the model.
         generation_config: Of the model, if it has one; a padding token that it does not state is not added.
     """
+    _state_end(tokenizer, config)
     chosen, own = padding_token(config, tokenizer), tokenizer.pad_token_id
     if chosen is None:
         return
@@ -45,6 +48,14 @@ def agree_on_padding(tokenizer: Any, config: Any, generation_config: Any = None)
             one.pad_token_id = chosen
     if getattr(generation_config, "pad_token_id", None) not in (None, chosen):
         generation_config.pad_token_id = chosen
+
+
+def _state_end(tokenizer: Any, config: Any) -> None:
+    """Write the config's end token into a tokenizer that states none."""
+    stated = getattr(text_config(config), "eos_token_id", None)
+    first = next(iter(stated), None) if isinstance(stated, list) else stated
+    if tokenizer.eos_token_id is None and _is_special(tokenizer, first):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first)
 
 
 def _is_special(tokenizer: Any, token: Any) -> bool:
