@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -241,6 +241,7 @@ def load_tensors(
     name: str | Path,
     *,
     allow_untrained: bool = False,
+    allow_new_base: bool = False,
     unfrozen: Iterable[str] = (),
 ) -> None:
     """Check the tensors against the adapter that ``model`` expects, then copy them in.
@@ -251,10 +252,12 @@ def load_tensors(
         tensors: The tensors of the file.
         name: Folder or hub id, for messages.
         allow_untrained: Only warn if every B is zero.
-        unfrozen: Names of parameters of the base that the adapter's notes list.
+        allow_new_base: Accept that other adapters on the base get the weights that this one brings.
+        unfrozen: Names of tensors of the base that the adapter's notes list.
 
     Raises:
-        AdapterError: tensors are missing, unexpected, of the wrong shape or not finite, or the adapter is untrained.
+        AdapterError: tensors are missing, unexpected, of the wrong shape or not finite, or the adapter is untrained. Or it
+            brings weights of the base that would change the answers of other adapters.
     """
     state = model.state_dict()
     base_keys = unfrozen_keys(model, unfrozen)
@@ -265,7 +268,12 @@ def load_tensors(
         if not allow_untrained:
             raise AdapterError(message, "train it; allow_untrained=True (--allow-untrained) takes it all the same")
         warn(message)
-    _copy_in(model, differences.names, tensors, state, base_keys)
+    names = dict(differences.names)
+    of_base = [*_base_keys(model, names), *base_keys]
+    same = [key for key in of_base if has_weight(model, state, names[key], tensors[key])]
+    if len(same) < len(of_base):
+        _check_base_weights(model, adapter, [key for key in of_base if key not in same], allow_new_base)
+    _copy_in(model, {key: own for key, own in names.items() if key not in same}, tensors, state)
     remember(model, base_keys.values())
 
 
@@ -312,23 +320,39 @@ def put_tensors(
         unfit = {shape.partition(" is ")[0] for shape in found.shapes}
         found = compare(model, adapter, {key: value for key, value in tensors.items() if key not in unfit}, state)
     replace(found, missing=(), unexpected=()).raise_if_any(adapter)
-    _copy_in(model, found.names, tensors, state, {})
+    _copy_in(model, found.names, tensors, state)
     return LoadResult(list(found.missing), list(found.unexpected))
+
+
+def _check_base_weights(model: LoraModel, adapter: str, keys: Sequence[str], allow: bool) -> None:
+    """Refuse weights that differ from this base's while it has other adapters, which would answer with them."""
+    listed = ", ".join(key.removeprefix(PREFIX) for key in keys)
+    others = [other for other in model.peft_config if other != adapter]
+    if others and not allow:
+        raise AdapterError(
+            f"adapter {adapter!r} brings its own {listed}, which would change the answers of {', '.join(others)}",
+            "load it on a base of its own",
+        )
+    info(f"{listed} is taken from the adapter: it differs from the base's")
+
+
+def _base_keys(model: LoraModel, names: Mapping[str, str]) -> list[str]:
+    """Return the keys of the base's own weights, which PEFT saves with an adapted or resized embedding."""
+    vocabulary = vocabulary_names(model)
+    return [key for key, own in names.items() if own.endswith(".base_layer.weight") or key in vocabulary]
 
 
 @torch.no_grad()
 def _copy_in(
-    model: LoraModel,
-    names: Mapping[str, str],
-    tensors: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    unfrozen: Mapping[str, str],
+    model: LoraModel, names: Mapping[str, str], tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> None:
-    """Copy the tensors into the state dict, quantized where that is; the base's own only where they differ."""
-    of_the_base = {**vocabulary_names(model), **unfrozen}
-    for key, own in names.items():
-        if own.endswith(".base_layer.weight") or key in of_the_base:
-            if has_weight(model, state, own, tensors[key]):
-                continue
-            info(f"{key.removeprefix(PREFIX)} is taken from the adapter: it differs from the base's")
-        write_weight(model, state, own, tensors[key])
+    """Copy the tensors into the state dict, quantized where that is; all or none of them."""
+    written: list[tuple[Tensor, Tensor]] = []
+    try:
+        for key, own in names.items():
+            written.append((state[own], state[own].clone()))
+            write_weight(model, state, own, tensors[key])
+    except BaseException:
+        for tensor, before in written:
+            tensor.copy_(before)
+        raise

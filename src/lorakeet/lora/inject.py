@@ -6,11 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from lorakeet.errors import TargetError, nearest
@@ -19,7 +18,7 @@ from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.default_targets import TASK_HEADS, resolve_targets, stacked_parameters
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer
 from lorakeet.lora.layer_types import ADAPTABLE, adaptable, inside_adapter, layer_class, unwrapped
-from lorakeet.lora.modules_to_save import SavedModule
+from lorakeet.lora.modules_to_save import SavedModule, chosen_modules
 from lorakeet.lora.target_parameters import LoraParameter
 from lorakeet.lora.targeting import (
     Target,
@@ -99,8 +98,10 @@ def plan_injection(model: nn.Module, config: PeftConfig, *, strict: bool = True)
     errors += layer_errors + parameter_errors
     if strict and not errors:
         errors += missing_layers(config, modules) + unmatched_patterns(config, [*layers, *parameters])
-    saved, saved_errors = _chosen_modules(config, modules)
-    errors += saved_errors if strict else []
+    saved, saved_errors = chosen_modules(
+        modules, config.modules_to_save or (), [*layers, *parameters], TASK_HEADS.get(config.task_type or "", [])
+    )
+    errors += [error for error, missing in saved_errors if strict or not missing]
     tokens, token_errors = trained_tokens(model, config, modules, [*layers, *saved])
     tying = plan_tying(model, config, modules, TyingPlan(tuple(layers), saved, tokens))
     errors += [*token_errors, *tying.errors]
@@ -176,19 +177,6 @@ def _chosen_parameters(
     if found and layer_indices(config):
         warn("layers_to_transform applies to target_modules only; to choose among parameters, write their full names")
     return list(found), errors
-
-
-def _chosen_modules(config: PeftConfig, modules: Modules) -> tuple[tuple[str, ...], list[str]]:
-    """Return the names of the modules that ``modules_to_save`` means, and errors."""
-    names: list[str] = []
-    errors = []
-    for key in config.modules_to_save or ():
-        found = [name for name in modules if name and matches(name, [key])]
-        if not found and key not in TASK_HEADS.get(config.task_type or "", []):
-            similar = ", ".join(nearest(key, {name.rpartition(".")[2] for name in modules if name})) or "none"
-            errors.append(f"modules_to_save names {key!r}, which is not in this model (similar: {similar})")
-        names += found
-    return tuple(dict.fromkeys(names)), errors
 
 
 def _hint(wanted: list[str] | str, modules: Modules) -> str:
@@ -288,29 +276,41 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def restore(model: nn.Module) -> None:
     """Put every base layer back where it was: the inverse of all injections, whatever the adapters."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, LoraParameter):
-            module.release()
-        elif isinstance(module, LoraLayer):
-            _replace(model, name, module.base_layer)
-        elif isinstance(module, SavedModule):
-            _replace(model, name, module.original_module)
+        _release(model, name, module)
 
 
-def set_trainable(model: nn.Module, config: PeftConfig, parts: Iterable[Part]) -> None:
-    """Freeze everything except the biases that ``config.bias`` names and the adapters' own parameters.
+def release_unused(model: nn.Module) -> None:
+    """Put those base layers back whose adapters are all deleted, so that the next one may adapt them in another way."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (LoraLayer, SavedModule)) and not module.adapters:
+            _release(model, name, module)
 
-    Args:
-        model: A model with adapters; each adapter makes its own parameters trainable itself.
-        config: The adapter's settings.
-        parts: The result of :func:`inject`, for ``bias="lora_only"``.
-    """
+
+def _release(model: nn.Module, name: str, module: nn.Module) -> None:
+    if isinstance(module, LoraParameter):
+        module.release()
+    elif isinstance(module, LoraLayer):
+        _replace(model, name, module.base_layer)
+    elif isinstance(module, SavedModule):
+        _replace(model, name, module.original_module)
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Freeze everything except the adapters' own parameters; each adapter makes its own trainable itself."""
     for name, parameter in model.named_parameters():
-        own = any(mark in name for mark in OWN)
-        replaced = ".original_module." in name  # its trained copy runs in its place, so it would get no gradient
-        if not own:
-            parameter.requires_grad_(config.bias == "all" and name.endswith(".bias") and not replaced)
+        if not any(mark in name for mark in OWN):
+            parameter.requires_grad_(False)
+
+
+def trained_biases(model: nn.Module, config: PeftConfig, adapter: str) -> list[nn.Parameter]:
+    """Return the biases of the base that the setting ``bias`` trains with the adapter."""
     if config.bias == "lora_only":
-        for part in parts:
-            bias = getattr(part.base_layer, "bias", None) if isinstance(part, LoraLayer) else None
-            if isinstance(bias, torch.Tensor):
-                bias.requires_grad_(True)
+        layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and adapter in layer.adapters]
+        biases = [getattr(layer.base_layer, "bias", None) for layer in layers]
+        return [bias for bias in biases if isinstance(bias, nn.Parameter)]
+    if config.bias == "none":
+        return []
+    # the trained copy of a module runs in its place, so the original would get no gradient
+    other = (*OWN, ".original_module.")
+    named = model.named_parameters()
+    return [bias for name, bias in named if name.endswith(".bias") and not any(mark in name for mark in other)]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lorakeet.errors import AdapterError
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.interop.peft_classes import AnswersAsPeft
+from lorakeet.lora.lifecycle.merged import refuse_gradient
 from lorakeet.lora.peft_names.layer import LayerNames
 from lorakeet.lora.variants import Variant
 from lorakeet.quant.protocol import dense_weight, is_quantized, weight_dtype
@@ -139,6 +140,8 @@ class LoraLayer(AnswersAsPeft, LayerNames):
         h = self.base_layer(x, *args, **kwargs)
         if self.switch.rows is not None and self.switch.enabled:
             return self._forward_by_row(x, h, self.switch.rows)
+        if self.merged_adapters and self.training:
+            return refuse_gradient(h, [part for name in self.merged_adapters for part in self.parts(name)])
         for adapter in self.acting:
             h = self.update(adapter, x, h)
         return h

@@ -12,7 +12,8 @@ from lorakeet.log import warn
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import plan_injection
-from lorakeet.lora.model import LoraModel, adopt
+from lorakeet.lora.lifecycle.adoption import adopt
+from lorakeet.lora.model import LoraModel
 
 
 def inject_adapter_in_model(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from lorakeet.log import warn
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.layer import LoraLayer
+from lorakeet.lora.lifecycle.merged import take_apart
 from lorakeet.lora.peft_names.base_view import view_of
 from lorakeet.lora.peft_names.status import LayerStatus, ModelStatus, layer_status, model_status
 from lorakeet.quant.protocol import weight_dtype
@@ -76,7 +76,7 @@ class ModelNames(nn.Module):
     @staticmethod
     def get_model_config(model: Any) -> dict[str, Any]:
         """Return the base's configuration as a dictionary; ``{"model_type": "custom"}`` where it has none."""
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         values = config.to_dict() if hasattr(config, "to_dict") else config
         return values if isinstance(values, dict) else {"model_type": "custom"}
 
@@ -84,7 +84,7 @@ class ModelNames(nn.Module):
         """Let no adapter act, until :meth:`enable_adapter_layers`."""
         if any(config.bias != "none" for config in self.peft_config.values()):
             warn("trained biases belong to the base: disabling the adapter leaves them as they are")
-        self._check_unmerged("it cannot be disabled")
+        take_apart(self, "no adapter shall act")
         self._enable(False)
 
     def enable_adapter_layers(self: Any) -> None:
@@ -97,13 +97,6 @@ class ModelNames(nn.Module):
             part.switch = self.switch
             for name in self.peft_config:
                 part.set_trainable(name, enabled and name in self.switch.active)
-
-    def set_requires_grad(self: Any, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Make adapters trainable, or freeze them, whether they are active or not."""
-        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
-            self._check_known(name)
-            for part in self.lora_parts():
-                part.set_trainable(name, requires_grad)
 
     def get_layer_status(self) -> list[LayerStatus]:
         """Return what each layer with adapters is and does."""
