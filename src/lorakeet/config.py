@@ -19,7 +19,6 @@ from lorakeet.setting_types import (
     LARGEST,
     Count,
     Float,
-    FolderName,
     Fraction,
     Index,
     Int,
@@ -287,9 +286,7 @@ class RunConfig(Section):
     data: DataSettings = Field(default_factory=DataSettings, description="the data")
     task: TaskSettings = Field(default_factory=TaskSettings, description="the task")
     train: TrainSettings = Field(default_factory=TrainSettings, description="the training")
-    out: FolderName = Field(
-        "lorakeet-run", description="folder of the run: run.yaml, metrics.jsonl, summary.json, adapter/"
-    )
+    out: Text = Field("lorakeet-run", description="folder of the run: run.yaml, metrics.jsonl, summary.json, adapter/")
 
     def to_yaml(self) -> str:
         """Return the complete configuration as YAML, in the order of the classes above."""

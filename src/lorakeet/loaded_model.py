@@ -14,11 +14,12 @@ from lorakeet.base.architectures import AUTO_CLASSES
 from lorakeet.base.load import Base, load_base
 from lorakeet.config import DEFAULT_MODEL, BaseSettings
 from lorakeet.errors import AdapterError
+from lorakeet.facts.padding import agree_on_special_tokens
 from lorakeet.log import info
 from lorakeet.lora.config import PeftConfig, find_adapter_file
 from lorakeet.lora.model import LoraModel
-from lorakeet.model_facts import agree_on_padding
 from lorakeet.tasks.task import Task
+from lorakeet.tasks.taught import Taught
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class LoadedModel:
     def model(self) -> Any:
         """The model, with the adapters on it."""
         return self.base.model
+
+    def taught(self, adapter: str | None) -> Taught:
+        """Return the settings that an adapter was taught with; empty for the base alone."""
+        return Taught() if adapter is None else Taught.from_notes(read_notes(adapter))
 
     def answering(self, adapter: str | None) -> Any:
         """Return a context in which this adapter is active; None: in which no adapter is."""
@@ -86,7 +91,7 @@ def open_model(
     if adapters:
         own, base = base.tokenizer, replace(base, tokenizer=_adapter_tokenizer(adapters[0]) or base.tokenizer)
         fit_vocabulary(base.model, base.tokenizer, own, adapters, seed=seed)
-        agree_on_padding(base.tokenizer, base.model.config, getattr(base.model, "generation_config", None))
+        agree_on_special_tokens(base.tokenizer, base.model.config, getattr(base.model, "generation_config", None))
     names: dict[str, str] = {}
     for number, adapter in enumerate(dict.fromkeys(map(str, adapters))):
         names[adapter] = f"adapter{number}"

@@ -43,33 +43,32 @@ Rate = Annotated[Float, Field(gt=0, le=1000)]
 PositiveNumber = Annotated[int | float, BeforeValidator(_refuse_bool), Field(gt=0, le=LARGEST)]  # an int stays an int
 NonNegative = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, lt=1)]
+#: A share of which something is left.
+Share = Annotated[Float, Field(gt=0, le=1)]
 #: Distinct token ids.
 TokenIds = Annotated[list[Index], Field(min_length=1), AfterValidator(_distinct)]
 
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
-def _writable(text: str) -> str:
-    """Refuse text that no file name, and no file in UTF-8, can hold."""
+def text_error(text: str) -> str | None:
+    """Return what was expected in place of a text that is empty, or that no file in UTF-8 can hold; None if it is fine."""
+    if not text.strip():
+        return "text that is not empty"
     if "\0" in text or any("\ud800" <= sign <= "\udfff" for sign in text):
-        raise PydanticCustomError("text", "Input should be text in UTF-8 without a null character")
-    return text
+        return "text in UTF-8 without a null character"
+    return None
 
 
 def _filled(text: str) -> str:
-    if not text.strip():
-        raise PydanticCustomError("text", "Input should be text that is not empty")
-    return _writable(text)
+    if wish := text_error(text):
+        raise PydanticCustomError("text", "Input should be {wish}", {"wish": wish})
+    return text
 
 
-def _named(path: str) -> str:
-    if not path.strip():
-        raise PydanticCustomError("path", "Input should be the name of a folder")
-    return _writable(path)
-
-
-Text = Annotated[str, AfterValidator(_filled)]
-FolderName = Annotated[str, AfterValidator(_named)]
+#: Text; bytes, which YAML has too, are none.
+String = Annotated[str, Field(strict=True)]
+Text = Annotated[String, AfterValidator(_filled)]
 
 # -- selections -------------------------------------------------------------------------------------------------------
 
@@ -109,11 +108,11 @@ def _regex(*forms: str) -> AfterValidator:
 
 
 #: Layers or modules by name or last parts of the name; a single text is a regular expression for the whole name.
-Selection = list[Text] | Annotated[str, _regex()]
+Selection = list[Text] | Annotated[String, _regex()]
 #: The end of a layer's name, or a regular expression for it.
-NamePattern = Annotated[str, _regex(NAME_ENDS_WITH)]
+NamePattern = Annotated[String, _regex(NAME_ENDS_WITH)]
 #: Name of a numbered list of layers, or a regular expression for it.
-LayersPattern = Annotated[str, _regex(NUMBERED_LIST)]
+LayersPattern = Annotated[String, _regex(NUMBERED_LIST)]
 
 
 # -- sections ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from lorakeet.errors import ConfigError
+from lorakeet.text_files import NotTextError, read_text
 
 #: File name suffixes of a run's settings; any other file, and a list, is taken for data that was given in the wrong place.
 SUFFIXES = (".yaml", ".yml")
@@ -29,6 +30,20 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _load(text: str) -> Any:
+    """Return the value of a YAML text.
+
+    Raises:
+        yaml.YAMLError: It is not YAML, or a value does not fit its tag, or it is nested too deeply.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # the constructors of dates and of tagged values raise many kinds
+        raise yaml.YAMLError(f"a value cannot be read ({error})") from None
+
+
 def read_tree(path: str | Path, sections: list[str]) -> dict[str, Any]:
     """Read a YAML file of settings.
 
@@ -46,14 +61,16 @@ def read_tree(path: str | Path, sections: list[str]) -> dict[str, Any]:
     as_data = f"if {path} is data to train on, give it as --data {path}"
     hint = None if suffix in SUFFIXES else as_data
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        tree = _load(read_text(path))
     except OSError as error:
         raise ConfigError(
             f"cannot read {path}: {error.strerror}", hint or "give the YAML file of a run, or only flags"
         ) from None
     except _DuplicateKeyError as error:
         raise ConfigError(f"{path}: {error}", "keep one of the two") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NotTextError as error:
+        raise ConfigError(f"{path} is not YAML: {error.message}", hint or error.hint) from None
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}", hint) from None
     if not isinstance(tree, dict):
         hint = as_data if isinstance(tree, list) else hint
@@ -80,7 +97,7 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 def _scalar(text: str) -> Any:
     """Return a YAML value; ``1e-4`` is a number here, although YAML 1.1 reads it as text."""
-    value = yaml.load(text, _Loader)
+    value = _load(text)
     if isinstance(value, str):
         try:
             return float(value)

@@ -334,7 +334,7 @@ def test_a_truncated_adapter_and_a_pickle(here, capsys):
         (["inspect", "nowhere/at/all"], "nowhere"),
         (["generate", "--prompt", "a", "--adapter", "./none"], "does not exist"),
         (["merge", "--out", "x"], "--adapter"),
-        (["generate", "--model", "base", "--prompt", "love", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["generate", "--model", "base", "--prompt", "love", "--max-new-tokens", "0"], "--max-new-tokens = 0"),
     ],
 )
 def test_other_mistakes(here, capsys, words, says):

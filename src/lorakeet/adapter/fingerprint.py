@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lorakeet.facts.vocabulary import embedding_rows
 from lorakeet.lora.interop.wrappers import canonical
-from lorakeet.model_facts import embedding_rows
 from lorakeet.quant.protocol import QuantizedLayer, quantized_layers, weight_rows, weight_shape
 
 #: Largest accepted relative difference (L2) of the sampled values: above rounding to bf16 (0.4 %) and int8 (1 %).

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lorakeet.adapter.adapter_folders import adapter_folders, saved_adapters
 from lorakeet.adapter.model_card import write_card
 from lorakeet.adapter.put_adapter import put_adapter
-from lorakeet.adapter.serialization import LoadResult, check_base, read_notes, read_tensors, write_adapter
+from lorakeet.adapter.serialization import check_base, read_notes, read_tensors, write_adapter
+from lorakeet.adapter.tensor_loading import LoadResult
 from lorakeet.adapter.unfrozen import NOTE
 from lorakeet.errors import AdapterError
 from lorakeet.lora.config import PeftConfig, refuse_unknown
@@ -149,7 +150,7 @@ class PeftModel(LoraModel):
             read_tensors(model_id, **where),
             model_id,
             is_trainable,
-            autocast_adapter_dtype=autocast_adapter_dtype,
+            autocast_adapter_dtype,
             allow_untrained=allow_untrained or is_trainable,
             unfrozen=notes.get(NOTE, ()),
         )
@@ -179,11 +180,10 @@ class PeftModel(LoraModel):
         present = [name for name in folders if name in saved]
         with all_or_nothing(self):
             for name in present:
-                config, tensors = PeftConfig.from_pretrained(folders[name]), read_tensors(folders[name])
-                notes = read_notes(folders[name])
+                config, notes = PeftConfig.from_pretrained(folders[name]), read_notes(folders[name])
                 check_base(folders[name], notes, self)
                 accept = {"allow_untrained": True, "allow_new_base": True, "unfrozen": notes.get(NOTE, ())}
-                put_adapter(self, name, config, tensors, folders[name], **accept)
+                put_adapter(self, name, config, read_tensors(folders[name]), folders[name], **accept)
         return present
 
     def save_pretrained(  # type: ignore[override]
@@ -229,12 +229,12 @@ class PeftModel(LoraModel):
         for name in chosen:
             self._check_known(name)
         folders = adapter_folders(folder, chosen)
-        named = hasattr(self, "config")  # a base without a configuration has no public name
         with unmerged(self):
             for name, path in folders.items() if is_main_process else ():
                 write_adapter(
                     self, name, path, state_dict=state_dict, notes=notes, save_embedding_layers=save_embedding_layers
                 )
+                named = hasattr(self, "config")  # a base without a configuration has no public name
                 config = self.peft_config[name]
                 write_card(
                     path, config if named else config.model_copy(update={"base_model_name_or_path": None}), notes or {}

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakeet.adapter.serialization import load_tensors
+from lorakeet.adapter.tensor_loading import load_tensors
 from lorakeet.log import warn
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.lifecycle.merged import merged_names, take_apart, unmerged
@@ -29,9 +29,8 @@ def put_adapter(
     tensors: Mapping[str, Tensor],
     name: str | Path,
     is_trainable: bool = False,
-    *,
     autocast_adapter_dtype: bool = True,
-    **accept: Any,
+    **loading: Any,
 ) -> None:
     """Put an adapter on the base's own weights, all or nothing; it trains if asked to, or if its predecessor did.
 
@@ -43,7 +42,7 @@ def put_adapter(
         name: Folder or hub id, for messages.
         is_trainable: Whether to continue its training.
         autocast_adapter_dtype: Keep a new adapter in fp32 where the base is in half precision.
-        **accept: Faults to accept; see :func:`load_tensors`.
+        **loading: Faults to accept, and what else the notes say; see :func:`load_tensors`.
 
     Raises:
         AdapterError: As :func:`load_tensors`.
@@ -57,15 +56,15 @@ def put_adapter(
         with unmerged(model):
             if adapter not in model.peft_config:
                 model.add_adapter(adapter, config, strict=False, autocast_adapter_dtype=autocast_adapter_dtype)
-                load_tensors(model, adapter, tensors, name, **accept)
+                load_tensors(model, adapter, tensors, name, **loading)
             elif _settings(model.peft_config[adapter]) == _settings(config):
-                load_tensors(model, adapter, tensors, name, **accept)
+                load_tensors(model, adapter, tensors, name, **loading)
                 origin = {key: getattr(config, key) for key in _ORIGIN}
                 model.peft_config[adapter] = model.peft_config[adapter].model_copy(update=origin)
             else:
                 before = _parameters(model, adapter)
-                _renew(model, adapter, config)
-                load_tensors(model, adapter, tensors, name, **accept)
+                _renew(model, adapter, config, autocast_adapter_dtype)
+                load_tensors(model, adapter, tensors, name, **loading)
                 _keep_parameters(model, adapter, before)
             model.set_requires_grad(adapter, learning)
 
@@ -82,12 +81,12 @@ def _parameters(model: LoraModel, adapter: str) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters(remove_duplicate=False) if id(p) in own}
 
 
-def _renew(model: LoraModel, adapter: str, config: PeftConfig) -> None:
+def _renew(model: LoraModel, adapter: str, config: PeftConfig, autocast_adapter_dtype: bool) -> None:
     """Remove the adapter's parts and add it with other settings, at its place among the others; it has no weights yet."""
     order = list(model.peft_config)
     model.remove_parts(adapter)
     del model.peft_config[adapter]
-    model.add_adapter(adapter, config, strict=False)
+    model.add_adapter(adapter, config, strict=False, autocast_adapter_dtype=autocast_adapter_dtype)
     for name in order[order.index(adapter) + 1 :]:
         model.peft_config[name] = model.peft_config.pop(name)
 

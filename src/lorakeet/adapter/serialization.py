@@ -7,12 +7,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,10 +19,11 @@ from torch import Tensor
 from lorakeet._version import __version__
 from lorakeet.adapter.fingerprint import fingerprint, mismatch
 from lorakeet.adapter.model_card import write_card
-from lorakeet.adapter.tensor_checks import compare, is_untrained, nonfinite_error
-from lorakeet.adapter.tensor_names import PREFIX, is_token_rows, mirrored_names, tensor_names, vocabulary_names
-from lorakeet.adapter.unfrozen import NOTE, remember, unfrozen_keys, unfrozen_names
+from lorakeet.adapter.tensor_checks import is_untrained, nonfinite_error
+from lorakeet.adapter.tensor_names import is_token_rows, mirrored_names, tensor_names, vocabulary_names
+from lorakeet.adapter.unfrozen import NOTE, unfrozen_keys, unfrozen_names
 from lorakeet.errors import AdapterError, OutputError
+from lorakeet.facts.vocabulary import embedding_rows, vocabulary_size
 from lorakeet.files import PICKLE_SUFFIXES, write_file, write_json
 from lorakeet.log import info, warn
 from lorakeet.lora.config import PeftConfig, find_adapter_file
@@ -32,8 +31,7 @@ from lorakeet.lora.interop.wrappers import canonical, state_of
 from lorakeet.lora.model import LoraModel
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.trainable_tokens import TiedLayer, TrainableTokens
-from lorakeet.model_facts import embedding_rows, vocabulary_size
-from lorakeet.quant.state_dict import has_weight, read_weight, write_weight
+from lorakeet.quant.state_dict import read_weight
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 OWN_NAME = "lorakeet.json"
@@ -232,127 +230,3 @@ def check_base(name: str | Path, notes: Mapping[str, Any], model: LoraModel) -> 
             f"adapter {str(name)!r} was trained on {base.get('name')!r}, this base is {here!r}: {difference}",
             "load the base it was trained on; allow_other_base=True (--allow-other-base) accepts this one",
         )
-
-
-def load_tensors(
-    model: LoraModel,
-    adapter: str,
-    tensors: Mapping[str, Tensor],
-    name: str | Path,
-    *,
-    allow_untrained: bool = False,
-    allow_new_base: bool = False,
-    unfrozen: Iterable[str] = (),
-) -> None:
-    """Check the tensors against the adapter that ``model`` expects, then copy them in.
-
-    Args:
-        model: A model that has the adapter.
-        adapter: The adapter's name in the model.
-        tensors: The tensors of the file.
-        name: Folder or hub id, for messages.
-        allow_untrained: Only warn if every B is zero.
-        allow_new_base: Accept that other adapters on the base get the weights that this one brings.
-        unfrozen: Names of tensors of the base that the adapter's notes list.
-
-    Raises:
-        AdapterError: tensors are missing, unexpected, of the wrong shape or not finite, or the adapter is untrained. Or it
-            brings weights of the base that would change the answers of other adapters.
-    """
-    state = model.state_dict()
-    base_keys = unfrozen_keys(model, unfrozen)
-    differences = compare(model, adapter, tensors, state, base_keys)
-    differences.raise_if_any(name)
-    if is_untrained(tensors):
-        message = f"adapter {str(name)!r} is untrained: every B is zero, so it changes nothing"
-        if not allow_untrained:
-            raise AdapterError(message, "train it; allow_untrained=True (--allow-untrained) takes it all the same")
-        warn(message)
-    names = dict(differences.names)
-    of_base = [*_base_keys(model, names), *base_keys]
-    same = [key for key in of_base if has_weight(model, state, names[key], tensors[key])]
-    if len(same) < len(of_base):
-        _check_base_weights(model, adapter, [key for key in of_base if key not in same], allow_new_base)
-    _copy_in(model, {key: own for key, own in names.items() if key not in same}, tensors, state)
-    remember(model, base_keys.values())
-
-
-def check_tensors(model: LoraModel, adapter: str, folder: Path) -> None:
-    """Check that the files in ``folder`` fit the adapter of ``model``, without loading them.
-
-    Raises:
-        AdapterError: see :func:`load_tensors`.
-    """
-    base_keys = unfrozen_keys(model, read_notes(folder).get(NOTE, ()))
-    compare(model, adapter, read_tensors(folder), model.state_dict(), base_keys).raise_if_any(folder)
-
-
-class LoadResult(NamedTuple):
-    """Keys that an adapter's tensors lacked, and keys that the model lacks.
-
-    Attributes:
-        missing_keys: Keys of the model.
-        unexpected_keys: Keys of the tensors.
-    """
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
-
-
-def put_tensors(
-    model: LoraModel, adapter: str, tensors: Mapping[str, Tensor], *, skip_shapes: bool = False
-) -> LoadResult:
-    """Copy those tensors in that the model has a place for.
-
-    Args:
-        model: A model that has the adapter.
-        adapter: The adapter's name in the model.
-        tensors: Tensors by the keys of a file.
-        skip_shapes: Leave out tensors of another shape, with a warning.
-
-    Raises:
-        AdapterError: a tensor has another shape, or NaN or infinite values.
-    """
-    state = model.state_dict()
-    found = compare(model, adapter, tensors, state)
-    if skip_shapes and found.shapes:
-        warn(f"tensors of another shape are left out: {', '.join(found.shapes[:5])}")
-        unfit = {shape.partition(" is ")[0] for shape in found.shapes}
-        found = compare(model, adapter, {key: value for key, value in tensors.items() if key not in unfit}, state)
-    replace(found, missing=(), unexpected=()).raise_if_any(adapter)
-    _copy_in(model, found.names, tensors, state)
-    return LoadResult(list(found.missing), list(found.unexpected))
-
-
-def _check_base_weights(model: LoraModel, adapter: str, keys: Sequence[str], allow: bool) -> None:
-    """Refuse weights that differ from this base's while it has other adapters, which would answer with them."""
-    listed = ", ".join(key.removeprefix(PREFIX) for key in keys)
-    others = [other for other in model.peft_config if other != adapter]
-    if others and not allow:
-        raise AdapterError(
-            f"adapter {adapter!r} brings its own {listed}, which would change the answers of {', '.join(others)}",
-            "load it on a base of its own",
-        )
-    info(f"{listed} is taken from the adapter: it differs from the base's")
-
-
-def _base_keys(model: LoraModel, names: Mapping[str, str]) -> list[str]:
-    """Return the keys of the base's own weights, which PEFT saves with an adapted or resized embedding."""
-    vocabulary = vocabulary_names(model)
-    return [key for key, own in names.items() if own.endswith(".base_layer.weight") or key in vocabulary]
-
-
-@torch.no_grad()
-def _copy_in(
-    model: LoraModel, names: Mapping[str, str], tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
-) -> None:
-    """Copy the tensors into the state dict, quantized where that is; all or none of them."""
-    written: list[tuple[Tensor, Tensor]] = []
-    try:
-        for key, own in names.items():
-            written.append((state[own], state[own].clone()))
-            write_weight(model, state, own, tensors[key])
-    except BaseException:
-        for tensor, before in written:
-            tensor.copy_(before)
-        raise

@@ -6,6 +6,7 @@ Only the module of the command that runs is imported, so ``--help`` does not imp
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -27,6 +28,11 @@ COMMANDS = {
     "inspect": "show what an adapter is, whether it was trained, and which tools load it",
     "plan": "list the layers that would be adapted, without loading weights",
 }
+
+#: Errors of files that a person or the machine causes, not a bug.
+OF_THE_SYSTEM = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ELOOP)
+#: Characters of a name that a message shows.
+_SHOWN = 80
 
 EXAMPLES = """\
 examples:
@@ -75,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(command: str, words: list[str], debug: bool) -> int:
-    from lorakeet.cli.options import UsageError, parse_and_call, usage_hint
+    from lorakeet.cli.options import UsageError, parse_and_call, usage_hint, usage_message
     from lorakeet.errors import LorakeetError
 
     try:
@@ -86,7 +92,7 @@ def _run(command: str, words: list[str], debug: bool) -> int:
             raise
         return _print_error(error.message, error.hint, error.exit_code)
     except UsageError as error:
-        return _print_error(error.format_message(), usage_hint(error, command))
+        return _print_error(usage_message(error), usage_hint(error, command))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -96,6 +102,12 @@ def _run(command: str, words: list[str], debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:
+            name = str(error.filename or "")
+            shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
+            return _print_error(
+                f"{error.strerror}: {shown!r}", "choose another place, or change what is wrong with this one"
+            )
         return _print_error(
             f"{type(error).__name__}: {error}",
             f"this is a bug; `lorakeet --debug {command} ...` shows the traceback",

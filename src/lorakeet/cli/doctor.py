@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import with_settings
+from lorakeet.cli.options import bounded, with_settings
 from lorakeet.cli.progress import progress_bar
 from lorakeet.config import RunConfig, read_run
+from lorakeet.setting_types import Count
 
 
 @with_settings(
@@ -35,7 +36,9 @@ def doctor(
         str | None, typer.Option(help="base model whose tokenizer counts tokens; default: no token counts")
     ] = None,
     task: Annotated[str, typer.Option(help="task that the data is for, such as SEQ_CLS")] = "auto",
-    shown: Annotated[int, typer.Option(min=1, help="problems of each kind to show; all are counted")] = 3,
+    shown: Annotated[
+        int, typer.Option(callback=bounded(Count), help="problems of each kind to show; all are counted")
+    ] = 3,
     plot: Annotated[Path | None, typer.Option(help="write a histogram of lengths to this .png")] = None,
     fix: Annotated[Path | None, typer.Option(help="write a repaired copy of the data to this .jsonl")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file of --fix")] = False,

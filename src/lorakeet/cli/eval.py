@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import BASE_FLAGS, DATA_FLAGS, read_overrides, with_settings
+from lorakeet.cli.options import BASE_FLAGS, DATA_FLAGS, bounded, read_overrides, with_settings
 from lorakeet.cli.progress import progress_bar
 from lorakeet.errors import DataError
+from lorakeet.setting_types import Count, Fraction, Seed
 
 
 @with_settings({**BASE_FLAGS, **DATA_FLAGS})
@@ -21,13 +22,19 @@ def eval(
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="folder or hub id of an adapter; default: the base alone")] = None,
     eval_fraction: Annotated[
-        float | None, typer.Option(help="evaluate only the rows that a run with this fraction and --seed holds out")
+        float | None,
+        typer.Option(
+            callback=bounded(Fraction), help="evaluate only the rows that a run with this fraction and --seed holds out"
+        ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="seed of the run, for --eval-fraction; default: the adapter's, else 42")
+        int | None,
+        typer.Option(
+            callback=bounded(Seed), help="seed of the run, for --eval-fraction; default: the adapter's, else 42"
+        ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="rows per forward pass; default: the adapter's, else 8")
+        int | None, typer.Option(callback=bounded(Count), help="rows per forward pass; default: the adapter's, else 8")
     ] = None,
     allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
     allow_untrained: Annotated[bool, typer.Option(help="accept an adapter that never learned")] = False,

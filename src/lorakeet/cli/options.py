@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import typer
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from lorakeet.config import BaseSettings, RunConfig, read_run
 from lorakeet.errors import ConfigError
-from lorakeet.setting_types import plain_types, setting_names
+from lorakeet.setting_types import plain_types, setting_names, text_error
 
 #: Base class of typer's usage errors; releases of typer keep click in different places.
 UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -57,6 +58,9 @@ KNOWN_ELSEWHERE = {
     "per_device_train_batch_size": "train.batch_size",
     "warmup_steps": "train.warmup",
 }
+
+#: Commands that take settings as ``section.key=value``.
+WITH_OVERRIDES = ("train", "doctor", "plan", "eval", "predict")
 
 #: Dotted setting -> help text, for flags that set one entry of a table.
 HELP = {"data.columns.text": "column of the text; default: found by name"}
@@ -162,9 +166,53 @@ def read_overrides(
     return read_run(None, overrides or (), settings)
 
 
+def bounded(kind: Any) -> Callable[..., Any]:
+    """Return a typer callback that checks the value of a flag against a type with bounds, such as ``Seed``."""
+
+    def check(param: typer.CallbackParam, value: Any) -> Any:
+        if value is None:
+            return None
+        try:
+            return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+        except ValidationError as error:
+            wish = error.errors()[0]["msg"].removeprefix("Input should be ")
+            raise ConfigError(
+                f"{param.opts[0]} = {value}: expected {wish}", f"{param.opts[0]} is: {_help(param)}"
+            ) from None
+
+    return check
+
+
 def parse_and_call(command: Callable[..., Any], name: str, words: list[str]) -> int | None:
-    """Parse ``words`` with typer and call the command."""
-    return typer_command(command).main(args=words, prog_name=name, standalone_mode=False)
+    """Parse ``words`` with typer, check every text that they hold, and call the command.
+
+    Raises:
+        ConfigError: A text is empty, or no file in UTF-8 can hold it.
+    """
+    parser = typer_command(command)
+    for param in parser.params:
+        param.callback = _text_checked(param.callback)
+    return parser.main(args=words, prog_name=name, standalone_mode=False)
+
+
+def _text_checked(callback: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Return the callback of a flag or argument that checks its text, each one if it is repeated, before ``callback``."""
+
+    def check(context: Any, param: Any, value: Any) -> Any:
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            given = str(text) if isinstance(text, Path) else text
+            if isinstance(given, str) and (wish := text_error(given)):
+                raise ConfigError(
+                    f"{param.opts[0]} = {given!r}: expected {wish}", f"{param.opts[0]} is: {_help(param)}"
+                )
+        return callback(context, param, value) if callback else value
+
+    return check
+
+
+def _help(param: Any) -> str:
+    """Return the help of a flag or argument, without its default."""
+    return str(param.help or param.name).partition("  [default: ")[0]
 
 
 def typer_command(command: Callable[..., Any]) -> Any:
@@ -174,13 +222,24 @@ def typer_command(command: Callable[..., Any]) -> Any:
     return typer.main.get_command(app)
 
 
+def usage_message(error: Any) -> str:
+    """Return the message of a usage error in the form of our own: lower case, no period."""
+    text: str = error.format_message().partition("\n")[0].rstrip(".")
+    return text[:1].lower() + text[1:]
+
+
 def usage_hint(error: Any, command: str) -> str:
-    """Return the hint to a usage error: for an unknown flag of `train` the setting that it probably means."""
-    if command != "train" or not hasattr(error, "possibilities"):  # only an unknown flag has possibilities
+    """Return the hint to a usage error: for an unknown flag the setting that it probably means, where the command has it."""
+    if not hasattr(error, "possibilities"):  # only an unknown flag has possibilities
         return f"lorakeet {command} --help"
-    name = error.option_name.strip("-").replace("-", "_")
     known = {dotted.rpartition(".")[2]: dotted for dotted in setting_names(RunConfig)} | KNOWN_ELSEWHERE
-    if dotted := known.get(name):
-        flags = {setting: own for own, setting in TRAIN_FLAGS.items()}
-        return f"use {flags[dotted]}" if dotted in flags else f"it is the setting {dotted}: add {dotted}=VALUE"
+    known |= {flag.strip("-").replace("-", "_"): dotted for flag, dotted in TRAIN_FLAGS.items()}
+    dotted = known.get(error.option_name.strip("-").replace("-", "_"))
+    flags = {setting: flag for flag, setting in TRAIN_FLAGS.items()} if command == "train" else {}
+    if dotted in flags:
+        return f"use {flags[dotted]}"
+    if dotted and command in WITH_OVERRIDES:
+        return f"it is the setting {dotted}: add {dotted}=VALUE"
+    if dotted:
+        return f"{dotted} is a setting of `lorakeet train`; `lorakeet {command} --help` lists the flags of {command}"
     return f"lorakeet {command} --help"

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import BASE_FLAGS, DATA_FLAGS, read_overrides, with_settings
+from lorakeet.cli.options import BASE_FLAGS, DATA_FLAGS, bounded, read_overrides, with_settings
 from lorakeet.errors import DataError
+from lorakeet.setting_types import Count
 
 if TYPE_CHECKING:
     from lorakeet.tasks.taught import Taught
@@ -32,7 +33,7 @@ def predict(
         ),
     ] = None,
     question: Annotated[str | None, typer.Option(help="question to answer from --text, for QUESTION_ANS")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="texts per forward pass")] = 8,
+    batch_size: Annotated[int, typer.Option(callback=bounded(Count), help="texts per forward pass")] = 8,
     allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
     allow_untrained: Annotated[bool, typer.Option(help="accept an adapter that never learned")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object per line")] = False,

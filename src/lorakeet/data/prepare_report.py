@@ -146,6 +146,8 @@ class PrepareReport:
         return told + (", end token lost" if self.task in _WRITES else "")
 
     def _end(self) -> str:
+        if self.samples and not self.ended:
+            return f"{self.end_token or 'none'}: no sample learns an end, so the model will not learn where to stop"
         if self.kind == "messages":
             return f"the end of a turn is learned in {self.ended:,} of {self.samples:,} samples"
         if not self.end_token:

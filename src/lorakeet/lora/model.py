@@ -101,8 +101,8 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods):
         """
         refuse_unknown("add_adapter", peft_only, {"low_cpu_mem_usage"})
         self._check_new(adapter_name, peft_config)
+        bare(self)
         with all_or_nothing(self), unmerged(self):
-            bare(self)
             release_unused(self)
             config = resolve_config(self, peft_config, fresh=strict)
             plan = plan_injection(self, config, strict=strict)
@@ -141,15 +141,15 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods):
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
         self._check_names(names)
         self._check_conflict(names)
-        take_apart(self, f"{', '.join(names)} shall act")
+        take_apart(self, f"{', '.join(names)} is activated")
         self.switch.active = names
         for part in self.lora_parts():
             part.switch = self.switch
         for name in self.peft_config:
-            self._set_trainable(name, name in names and not inference_mode)
+            self.set_trainable(name, name in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Make adapters trainable, or freeze them; which of them act does not change.
+        """Make adapters trainable, or freeze them, whether they are active or not.
 
         Raises:
             AdapterError: no such adapter.
@@ -157,12 +157,13 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods):
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         self._check_names(names)
         for name in names:
-            self._set_trainable(name, requires_grad)
+            self.set_trainable(name, requires_grad)
 
-    def _set_trainable(self, name: str, trainable: bool) -> None:
+    def set_trainable(self, adapter_name: str, trainable: bool) -> None:
+        """Make the adapter's parameters and the base's biases that it trains trainable, or freeze them."""
         for part in self.lora_parts():
-            part.set_trainable(name, trainable)
-        if self.peft_config[name].bias != "none":
+            part.set_trainable(adapter_name, trainable)
+        if self.peft_config[adapter_name].bias != "none":
             for bias, _ in self._base_biases:
                 bias.requires_grad_(trainable)
 

@@ -11,8 +11,9 @@ from lorakeet.errors import ConfigError
 from lorakeet.log import warn
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.default_targets import resolve_config
-from lorakeet.lora.inject import plan_injection
+from lorakeet.lora.inject import freeze_base, plan_injection
 from lorakeet.lora.lifecycle.adoption import adopt
+from lorakeet.lora.lifecycle.rollback import all_or_nothing
 from lorakeet.lora.model import LoraModel
 
 
@@ -38,18 +39,13 @@ def inject_adapter_in_model(
     """
     if state_dict is not None:
         peft_config = _targeting(peft_config, model, state_dict)
-    new = not isinstance(model, LoraModel)
-    adapted = adopt(model, LoraModel)
-    try:
+    with all_or_nothing(model):
+        new = not isinstance(model, LoraModel)
+        adapted = adopt(model, LoraModel)
         adapted.add_adapter(adapter_name, peft_config, strict=state_dict is None)
-    except BaseException:
         if new:
-            adapted.unload()
-        raise
-    if new:
-        for parameter in adapted.parameters():
-            parameter.requires_grad_(False)
-    adapted.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+            freeze_base(adapted)
+        adapted.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
     return adapted
 
 

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lorakeet.adapter.peft_model import PeftModel
-from lorakeet.adapter.serialization import LoadResult, adapter_tensors, put_tensors
+from lorakeet.adapter.serialization import adapter_tensors
+from lorakeet.adapter.tensor_loading import LoadResult, put_tensors
 from lorakeet.adapter.tensor_names import PREFIX
 from lorakeet.errors import AdapterError
 from lorakeet.log import warn

@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from lorakeet.adapter.adapter_folders import adapter_folders
 from lorakeet.adapter.peft_model import PeftModel
-from lorakeet.adapter.serialization import check_tensors
+from lorakeet.adapter.tensor_loading import check_tensors
 from lorakeet.adapter.unfrozen import unfrozen_names
 from lorakeet.errors import TrainingError
 from lorakeet.log import info, log, warn

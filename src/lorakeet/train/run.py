@@ -29,9 +29,10 @@ from lorakeet.data.encode.render import describe_sample
 from lorakeet.data.prepare import prepare
 from lorakeet.data.prepared import Prepared
 from lorakeet.errors import OutputError, TrainingError
+from lorakeet.facts.vocabulary import vocabulary_size
+from lorakeet.facts.window import window
 from lorakeet.files import write_elsewhere, write_folder, write_json
 from lorakeet.log import info, log, warn
-from lorakeet.model_facts import vocabulary_size, window
 from lorakeet.patches.fused_layers import fused_layers
 from lorakeet.patches.fused_loss import fused_loss
 from lorakeet.patches.gradient_checkpointing import gradient_checkpointing
@@ -307,7 +308,7 @@ class Run:
 
     def _write_adapter(self, folder: Path) -> None:
         """Write the adapter with its tokenizer and chat template."""
-        taught = taught_notes(self.config, self.data.layout)
+        taught = taught_notes(self.config, self.data.layout, self.data.chat)
         origin = {"task": self.task.notes(), "data": self.data.report.content_hash, NOTES: taught}
         self.model.save_pretrained(folder, notes=origin)
         self.base.tokenizer.save_pretrained(folder)

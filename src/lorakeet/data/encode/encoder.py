@@ -30,9 +30,9 @@ import datasets
 
 from lorakeet.data.read.record import Fault, Location
 from lorakeet.errors import DataError
+from lorakeet.facts.special_tokens import added_tokens, kept_positions, once, text_ids, trimmed
+from lorakeet.facts.vocabulary import NO_ROW_HINT, no_row
 from lorakeet.ignore_index import IGNORE_INDEX
-from lorakeet.model_facts import NO_ROW_HINT, no_row
-from lorakeet.special_tokens import added_tokens, kept_positions, once, text_ids
 
 Batch = Mapping[str, list[Any]]
 Sample = dict[str, Any]
@@ -171,7 +171,8 @@ class Encoder:
             return text_ids(self.tokenizer, texts)
         self.tokens(texts[:1])
         around = added_tokens(self.tokenizer)
-        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(list(texts))
+        given = [trimmed(self.tokenizer, text) for text in texts]
+        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(given)
         return [once(encoding.ids, *around) for encoding in encodings]
 
     def shortened(self, *texts: Sequence[Any], **options: Any) -> list[Shortened]:

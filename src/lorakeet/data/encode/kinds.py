@@ -38,7 +38,7 @@ from lorakeet.data.rows.conversations import message_texts
 from lorakeet.data.rows.kinds import Column, Kind, Layout, Roles, find_kind, register, role
 from lorakeet.data.rows.label_set import LabelSet
 from lorakeet.errors import DataError
-from lorakeet.model_facts import tokens_without_row
+from lorakeet.facts.vocabulary import tokens_without_row
 
 
 def _text(layout: Layout, task: TaskSettings, settings: DataSettings, tokenizer: Any, labels: Any) -> Encoder:

@@ -14,7 +14,7 @@ _classes: dict[tuple[type, type], type] = {}
 
 def adopt(model: Any, own: type) -> Any:
     """Give ``model`` the methods of ``own``, in place. It has no adapter yet; a model that has some stays as it is."""
-    if any(kind in _classes.values() for kind in type(model).__mro__):
+    if isinstance(model, tuple(_classes.values())):
         return model
     hook_trainer()
     lead_to_model(model)

@@ -32,20 +32,37 @@ def take_apart(model: Any, action: str) -> None:
 
 @contextmanager
 def unmerged(model: Any) -> Iterator[None]:
-    """Put the base's own weights back inside the block, and merge the same adapters again afterwards.
+    """Put the base's own weights back inside the block, and the very same merged weights afterwards.
 
-    They stay unmerged if the block activates or deletes adapters.
+    The adapters stay unmerged if the block activates others, or if it deletes or replaces one of them.
     """
-    names, active = merged_names(model), model.switch.active
-    merged = [(layer, list(layer.merged_adapters)) for layer in model.lora_layers() if layer.merged_adapters]
+    active = model.switch.active
+    settings = {name: model.peft_config[name] for name in merged_names(model)}
+    merged = [_Merged(layer) for layer in model.lora_layers() if layer.merged_adapters]
     _unmerge(model)
     try:
         yield
     finally:
-        if model.switch.active == active and all(name in model.peft_config for name in names):
-            with torch.no_grad():
-                for layer, adapters in merged:
-                    layer.merge_(adapters)
+        same = all(model.peft_config.get(name) is config for name, config in settings.items())
+        if merged and same and model.switch.active == active:
+            for layer in merged:
+                layer.restore()
+
+
+class _Merged:
+    """Merged tensors of one layer."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.adapters = layer, list(layer.merged_adapters)
+        self.tensors = {name: getattr(layer.base_layer, name) for name in layer.originals}
+
+    def restore(self) -> None:
+        """Put the merged tensors back."""
+        base = self.layer.base_layer
+        self.layer.originals = {name: getattr(base, name) for name in self.tensors}
+        for name, tensor in self.tensors.items():
+            setattr(base, name, tensor)
+        self.layer.merged_adapters = self.adapters
 
 
 def _unmerge(model: Any) -> None:

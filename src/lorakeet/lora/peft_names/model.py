@@ -76,7 +76,7 @@ class ModelNames(nn.Module):
     @staticmethod
     def get_model_config(model: Any) -> dict[str, Any]:
         """Return the base's configuration as a dictionary; ``{"model_type": "custom"}`` where it has none."""
-        config: Any = getattr(model, "config", None)
+        config = getattr(model, "config", None)
         values = config.to_dict() if hasattr(config, "to_dict") else config
         return values if isinstance(values, dict) else {"model_type": "custom"}
 
@@ -84,7 +84,7 @@ class ModelNames(nn.Module):
         """Let no adapter act, until :meth:`enable_adapter_layers`."""
         if any(config.bias != "none" for config in self.peft_config.values()):
             warn("trained biases belong to the base: disabling the adapter leaves them as they are")
-        take_apart(self, "no adapter shall act")
+        take_apart(self, "all adapters are disabled")
         self._enable(False)
 
     def enable_adapter_layers(self: Any) -> None:
@@ -95,8 +95,8 @@ class ModelNames(nn.Module):
         self.switch.enabled = enabled
         for part in self.lora_parts():
             part.switch = self.switch
-            for name in self.peft_config:
-                part.set_trainable(name, enabled and name in self.switch.active)
+        for name in self.peft_config:
+            self.set_trainable(name, enabled and name in self.switch.active)
 
     def get_layer_status(self) -> list[LayerStatus]:
         """Return what each layer with adapters is and does."""
