@@ -197,8 +197,6 @@ def test_a_tokenizer_that_does_not_tell_where_its_tokens_stand() -> None:
 
 
 def test_what_a_template_cannot_add_up_is_told() -> None:
-    with pytest.raises(
-        DataError, match=r"a-model refuses .*: it has no rule for a message without content \(message 2\)"
-    ):
+    with pytest.raises(DataError, match=r"a-model has no rule for tool calls \(message 2\)"):
         render_chat(chat_tokenizer(CHATML), [ASK, {"role": "assistant", "content": None, "tool_calls": [{}]}], False)
     assert ROLES == ("system", "user", "assistant", "tool") and "split" in THINKING

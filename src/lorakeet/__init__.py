@@ -9,43 +9,81 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lorakeet._version import __version__
-from lorakeet.errors import LorakeetError
+from lorakeet._version import __version__ as __version__
+from lorakeet.errors import LorakeetError as LorakeetError
 
 if TYPE_CHECKING:
-    from lorakeet.adapter.peft_model import PeftModel, get_peft_model
-    from lorakeet.base.kbit import prepare_model_for_kbit_training
-    from lorakeet.base.load import load_base
-    from lorakeet.lora.config import LoraConfig, PeftConfig, TaskType
-    from lorakeet.quant.hf_quantizer import Int8Config
-    from lorakeet.train.trainer import Trainer
+    from lorakeet.adapter.peft_model import PeftModel as PeftModel
+    from lorakeet.adapter.peft_model import get_peft_model as get_peft_model
+    from lorakeet.base.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+    from lorakeet.base.load import load_base as load_base
+    from lorakeet.log import LorakeetWarning as LorakeetWarning
+    from lorakeet.lora.config import LoraConfig as LoraConfig
+    from lorakeet.lora.config import PeftConfig as PeftConfig
+    from lorakeet.lora.config import PeftType as PeftType
+    from lorakeet.lora.config import TaskType as TaskType
+    from lorakeet.lora.layer import LoraLayer as LoraLayer
+    from lorakeet.lora.model import LoraModel as LoraModel
+    from lorakeet.peft_api.auto_model import AutoPeftModel as AutoPeftModel
+    from lorakeet.peft_api.auto_model import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+    from lorakeet.peft_api.auto_model import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+    from lorakeet.peft_api.auto_model import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+    from lorakeet.peft_api.auto_model import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+    from lorakeet.peft_api.auto_model import (
+        AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
+    )
+    from lorakeet.peft_api.auto_model import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+    from lorakeet.peft_api.injection import inject_adapter_in_model as inject_adapter_in_model
+    from lorakeet.peft_api.other_names import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
+    from lorakeet.peft_api.other_names import BaseTuner as BaseTuner
+    from lorakeet.peft_api.other_names import BaseTunerLayer as BaseTunerLayer
+    from lorakeet.peft_api.other_names import ModulesToSaveWrapper as ModulesToSaveWrapper
+    from lorakeet.peft_api.other_names import TrainableTokensWrapper as TrainableTokensWrapper
+    from lorakeet.peft_api.other_names import get_layer_status as get_layer_status
+    from lorakeet.peft_api.other_names import get_model_status as get_model_status
+    from lorakeet.peft_api.other_names import get_peft_config as get_peft_config
+    from lorakeet.peft_api.other_names import (
+        prepare_model_for_gradient_checkpointing as prepare_model_for_gradient_checkpointing,
+    )
+    from lorakeet.peft_api.state_dict import get_base_model_state_dict as get_base_model_state_dict
+    from lorakeet.peft_api.state_dict import get_peft_model_state_dict as get_peft_model_state_dict
+    from lorakeet.peft_api.state_dict import set_base_model_state_dict as set_base_model_state_dict
+    from lorakeet.peft_api.state_dict import set_peft_model_state_dict as set_peft_model_state_dict
+    from lorakeet.peft_api.task_models import PeftModelForCausalLM as PeftModelForCausalLM
+    from lorakeet.peft_api.task_models import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+    from lorakeet.peft_api.task_models import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+    from lorakeet.peft_api.task_models import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+    from lorakeet.peft_api.task_models import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+    from lorakeet.peft_api.task_models import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from lorakeet.quant.hf_quantizer import Int8Config as Int8Config
+    from lorakeet.train.trainer import Trainer as Trainer
 
-#: Public name -> module that defines it.
-_MODULES = {
-    "LoraConfig": "lorakeet.lora.config",
-    "PeftConfig": "lorakeet.lora.config",
-    "TaskType": "lorakeet.lora.config",
-    "PeftModel": "lorakeet.adapter.peft_model",
-    "get_peft_model": "lorakeet.adapter.peft_model",
-    "prepare_model_for_kbit_training": "lorakeet.base.kbit",
-    "load_base": "lorakeet.base.load",
-    "Int8Config": "lorakeet.quant.hf_quantizer",
-    "Trainer": "lorakeet.train.trainer",
+#: Module -> public names that it defines.
+_NAMES = {
+    "lora.config": "LoraConfig PeftConfig PeftType TaskType",
+    "lora.layer": "LoraLayer",
+    "lora.model": "LoraModel",
+    "adapter.peft_model": "PeftModel get_peft_model",
+    "base.kbit": "prepare_model_for_kbit_training",
+    "base.load": "load_base",
+    "log": "LorakeetWarning",
+    "quant.hf_quantizer": "Int8Config",
+    "train.trainer": "Trainer",
+    "peft_api.auto_model": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
+    "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
+    "AutoPeftModelForTokenClassification",
+    "peft_api.injection": "inject_adapter_in_model",
+    "peft_api.other_names": "AuxiliaryTrainingWrapper BaseTuner BaseTunerLayer ModulesToSaveWrapper TrainableTokensWrapper "
+    "get_layer_status get_model_status get_peft_config prepare_model_for_gradient_checkpointing",
+    "peft_api.state_dict": "get_base_model_state_dict get_peft_model_state_dict set_base_model_state_dict "
+    "set_peft_model_state_dict",
+    "peft_api.task_models": "PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
+    "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification",
 }
+#: Public name -> module that defines it.
+_MODULES = {name: f"lorakeet.{module}" for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = [
-    "Int8Config",
-    "LoraConfig",
-    "LorakeetError",
-    "PeftConfig",
-    "PeftModel",
-    "TaskType",
-    "Trainer",
-    "__version__",
-    "get_peft_model",
-    "load_base",
-    "prepare_model_for_kbit_training",
-]
+__all__ = sorted(["LorakeetError", "__version__", *_MODULES])
 
 
 def __getattr__(name: str) -> Any:

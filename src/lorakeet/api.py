@@ -9,27 +9,31 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lorakeet.adapter.peft_model import get_peft_model
-from lorakeet.adapter.serialization import read_notes
 from lorakeet.base.architectures import AUTO_CLASSES, DEFAULT_TASKS, check_task, family
 from lorakeet.base.meta_device import meta_model, read_config
-from lorakeet.chat_template import render_chat
+from lorakeet.chat_template import has_system_turn, with_system_turn
 from lorakeet.config import DataSettings, LoraSettings, TaskName, TaskSettings
 from lorakeet.data.collate import make_collator
 from lorakeet.data.prepare import prepare
 from lorakeet.errors import DataError
 from lorakeet.export import check_empty, merge, quantize
-from lorakeet.inference.generate import complete
+from lorakeet.facts.vocabulary import embedding_rows
+from lorakeet.facts.window import window
+from lorakeet.inference.generate import Prompt, complete
 from lorakeet.inference.predict import predict as predict_rows
 from lorakeet.inference.questions import Question
 from lorakeet.loaded_model import LoadedModel, check_verb, open_model
+from lorakeet.log import info, warn
 from lorakeet.lora.config import LoraConfig, PeftConfig
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import plan_injection
-from lorakeet.model_facts import embedding_rows, window
 from lorakeet.tasks.task import Task
 from lorakeet.tasks.taught import Taught
 from lorakeet.train.evaluate import evaluate
 from lorakeet.train.microbatch_packing import default_token_budget
+
+#: Share of conversations with a system turn from which on one without is warned of.
+_MOST = 0.5
 
 __all__ = [
     "LoadedModel",
@@ -42,6 +46,7 @@ __all__ = [
     "plan_layers",
     "predict",
     "quantize",
+    "system_turn",
 ]
 
 
@@ -77,7 +82,7 @@ def evaluate_data(
         DataError: The data cannot be read, or no rows are held out.
     """
     tokenizer, task = opened.base.tokenizer, opened.task
-    taught = Taught() if adapter is None else Taught.from_notes(read_notes(adapter))
+    taught = opened.taught(adapter)
     data = taught.data_settings(data, held_out_only=held_out_only)
     data = data if held_out_only else data.model_copy(update={"eval_fraction": 0.0})
     seed = taught.train.get("seed", 42) if seed is None else seed
@@ -113,15 +118,23 @@ def _token_budget(opened: LoadedModel, taught: Taught, micro_batch_tokens: int) 
 
 
 def generate(
-    opened: LoadedModel, adapter: str | None, prompts: Sequence[str], *, chat: bool = False, **settings: Any
+    opened: LoadedModel,
+    adapter: str | None,
+    prompts: Sequence[Prompt],
+    *,
+    chat: bool = False,
+    system: str | None = None,
+    **settings: Any,
 ) -> list[str]:
     """Complete prompts; see :func:`lorakeet.inference.generate.complete`.
 
     Args:
         opened: The model with its adapters.
         adapter: The active adapter; None: the base alone.
-        prompts: Texts to complete.
-        chat: Treat each prompt as a user turn, rendered with the chat template.
+        prompts: Texts to complete; or conversations (lists of messages) to continue with an assistant turn.
+        chat: Treat each text as a user turn.
+        system: System turn of conversations that have none; None: that which the adapter was taught with, if any; empty:
+            none.
         **settings: Further arguments of ``complete``, such as ``max_new_tokens`` and ``greedy``.
 
     Returns:
@@ -133,11 +146,44 @@ def generate(
         DataError: A prompt is empty or too long.
     """
     check_verb(opened.task, "generate")
-    tokenizer = opened.base.tokenizer
     if chat:
-        prompts = [render_chat(tokenizer, [{"role": "user", "content": prompt}], True) for prompt in prompts]
+        prompts = [[{"role": "user", "content": one}] if isinstance(one, str) else one for one in prompts]
+    conversations = [one for one in prompts if not isinstance(one, str)]
+    if len(conversations) < len(prompts):
+        _check_plain(opened, adapter)
+    if not all(map(has_system_turn, conversations)):
+        turn = system_turn(opened, adapter, system)
+        prompts = [one if isinstance(one, str) else with_system_turn(one, turn) for one in prompts]
     with opened.answering(adapter):
-        return complete(opened.model, tokenizer, list(prompts), **settings)
+        return complete(opened.model, opened.base.tokenizer, prompts, **settings)
+
+
+def system_turn(opened: LoadedModel, adapter: str | None, given: str | None = None) -> str | None:
+    """Return the system turn for conversations with an adapter, and log where it comes from.
+
+    Args:
+        opened: The model with its adapters.
+        adapter: The active adapter; None: the base alone.
+        given: The system turn that is asked for; None: that of the adapter's training; empty: none.
+    """
+    chat = opened.taught(adapter).chat
+    taught = chat.get("system")
+    if given is None and taught:
+        info(f"system     {taught!r}, as the adapter was taught (--system gives another)")
+        return str(taught)
+    if given and taught and given != taught:
+        warn(f"the adapter was taught with another system turn: {taught!r}")
+    elif not given and taught:
+        warn(f"no system turn, but the adapter was taught with {taught!r}")
+    elif not given and chat.get("share", 0) > _MOST:
+        warn("the adapter was taught with system turns of many kinds, and there is none here: give one with --system")
+    return given or None
+
+
+def _check_plain(opened: LoadedModel, adapter: str | None) -> None:
+    """Warn where an adapter that was taught on conversations completes plain text."""
+    if opened.taught(adapter).chat:
+        warn("the adapter was taught on conversations, and the prompt is plain text: --chat makes it a user turn")
 
 
 def predict(
@@ -166,13 +212,13 @@ def predict(
         DataError: A row is empty, or not of the form that the task needs.
     """
     check_verb(opened.task, "predict")
-    taught = Taught() if adapter is None else Taught.from_notes(read_notes(adapter))
+    taught = opened.taught(adapter)
     settings: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length or taught.max_length}
     with opened.answering(adapter):
         return predict_rows(opened.model, opened.base.tokenizer, opened.task.name, rows, pairs=taught.pairs, **settings)
 
 
-def compare(opened: LoadedModel, adapters: Sequence[str], prompts: Sequence[str], **settings: Any) -> Iterator[dict]:
+def compare(opened: LoadedModel, adapters: Sequence[str], prompts: Sequence[Prompt], **settings: Any) -> Iterator[dict]:
     """Yield ``{"adapter", "prompt", "text"}`` for each prompt of each adapter in turn; without adapters, of the base."""
     for adapter in adapters or [None]:  # type: ignore[list-item]
         texts = generate(opened, adapter, prompts, **settings)

@@ -19,16 +19,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, UndefinedError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from lorakeet.chat_messages import Message, plain_message
 from lorakeet.errors import BaseModelError, DataError
 
 #: Roles of a message.
 ROLES = ("system", "user", "assistant", "tool")
 
-Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]  # first character, and the one after the last
 
@@ -67,12 +67,24 @@ def render_chat(
     return _render(tokenizer, messages, tools, add_generation_prompt)[0]
 
 
+def with_system_turn(messages: Sequence[Message], system: str | None) -> list[Message]:
+    """Return a conversation that begins with a system turn: its own if it has one, else ``system`` unless that is empty."""
+    if not system or has_system_turn(messages):
+        return list(messages)
+    return [{"role": "system", "content": system}, *messages]
+
+
+def has_system_turn(messages: Sequence[Message]) -> bool:
+    """Whether a conversation begins with a system turn."""
+    return bool(messages) and messages[0].get("role") in ("system", "developer")
+
+
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools | None = None, given: int = 0
 ) -> tuple[list[int], list[bool]]:
     """Tokenize a conversation, and mark the tokens of assistant turns.
 
-    The token that ends a turn counts as part of it, if the template has one.
+    The token that ends a turn counts as part of it, if the template has one. A turn with ``train: false`` is left out.
 
     Args:
         tokenizer: Fast tokenizer with a chat template.
@@ -109,7 +121,9 @@ def check_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
 def assistant_turns(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools | None = None, given: int = 0
 ) -> tuple[str, list[Span]]:
-    """Render a conversation and locate the assistant turns, each with the token that ends it.
+    """Render a conversation and locate the assistant turns to learn, each with the token that ends it.
+
+    A turn with the member ``train: false`` is not one of them.
 
     Args:
         tokenizer: Tokenizer with a chat template.
@@ -126,8 +140,9 @@ def assistant_turns(
     """
     text, marked = _render(tokenizer, messages, tools, False)
     turns = [k for k, message in enumerate(messages) if message["role"] == "assistant" and k >= given]
+    turns = [k for k in turns if messages[k].get("train", True)]
     if marked is not None:
-        spans = _spans_by_marks(tokenizer, messages[:given], tools, text, marked)
+        spans = _spans_by_marks(tokenizer, messages, tools, text, marked, given)
     else:
         spans = _spans_by_prompts(tokenizer, messages, tools, text, turns)
         if spans is None:
@@ -178,42 +193,72 @@ def _render(
         )
     if problems := _problems(messages):
         raise DataError(f"malformed conversation: {'; '.join(problems)}", "give each message a role and a content")
+    _check_calls(tokenizer, messages)
     listed = None if tools is None else [dict(tool) for tool in tools]
     try:
         template = tokenizer.get_chat_template(tools=listed)
-        marks = bool(_GENERATION_MARK.search(template))
-        [text], spans = render_jinja_template(
-            conversations=[[dict(message) for message in messages]],
-            tools=listed,
-            chat_template=template,
-            return_assistant_tokens_mask=marks,
-            add_generation_prompt=prompt,
-            **tokenizer.special_tokens_map,
-        )
+        try:
+            return _apply(tokenizer, template, [plain_message(message) for message in messages], listed, prompt)
+        except (UndefinedError, TypeError):  # e.g. a text is added to a content that is missing
+            filled = [{"content": "", **plain_message(message)} for message in messages]
+            return _apply(tokenizer, template, filled, listed, prompt)
     except (TemplateError, TypeError, ValueError) as error:
         raise DataError(
-            f"the chat template of {tokenizer.name_or_path} refuses the conversation: {_reason(error, messages)}",
+            f"the chat template of {tokenizer.name_or_path} refuses the conversation: {error}",
             "check the roles, their order and empty contents; some templates take no system turn or no tool calls",
         ) from error
+
+
+def _check_calls(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> None:
+    """Refuse calls of tools to a template that would leave them out: the turn would be rendered as an empty one."""
+    calling = [str(number) for number, message in enumerate(messages, start=1) if message.get("tool_calls")]
+    if calling and "tool_calls" not in str(tokenizer.chat_template):
+        raise DataError(
+            f"the chat template of {tokenizer.name_or_path} has no rule for tool calls (message {', '.join(calling)})",
+            "use a model whose template renders them, or leave these conversations out",
+        )
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    prompt: bool,
+) -> tuple[str, list[Span] | None]:
+    marks = bool(_GENERATION_MARK.search(template))
+    [text], spans = render_jinja_template(
+        conversations=[messages],
+        tools=tools,
+        chat_template=template,
+        return_assistant_tokens_mask=marks,
+        add_generation_prompt=prompt,
+        **tokenizer.special_tokens_map,
+    )
     return text, [(start, end) for start, end in spans[0]] if marks else None
 
 
-def _reason(error: Exception, messages: Sequence[Message]) -> str:
-    """Return the template's own reason, or that it cannot handle a message without content (a TypeError in it)."""
-    empty = [str(number) for number, message in enumerate(messages, start=1) if message.get("content") is None]
-    if isinstance(error, TypeError) and empty:
-        return f"it has no rule for a message without content (message {', '.join(empty)})"
-    return str(error)
-
-
 def _spans_by_marks(
-    tokenizer: PreTrainedTokenizerBase, given: Sequence[Message], tools: Tools | None, text: str, spans: Sequence[Span]
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Tools | None,
+    text: str,
+    spans: Sequence[Span],
+    given: int,
 ) -> list[Span] | None:
-    """Return the marked ``spans`` after the ``given`` messages; None if these are no prefix of ``text``."""
-    beginning = render_chat(tokenizer, given, False, tools) if given else ""
-    if not text.startswith(beginning):
-        return None
-    return [(start, end) for start, end in spans if start >= len(beginning) and start < end]
+    """Return the marked ``spans`` outside of messages that are not learned; None if it is not known where those are."""
+    unlearned = [k for k, message in enumerate(messages) if message.get("train") is False and k >= given]
+    left_out = []
+    for first, end in [(0, given)] * bool(given) + [(k, k + 1) for k in unlearned]:
+        before, after = (render_chat(tokenizer, messages[:k], False, tools) if k else "" for k in (first, end))
+        if not (text.startswith(before) and text.startswith(after)):
+            return None
+        left_out.append((len(before), len(after)))
+    return [
+        (start, end)
+        for start, end in spans
+        if start < end and not any(first <= start < last for first, last in left_out)
+    ]
 
 
 def _spans_by_prompts(
@@ -252,7 +297,7 @@ def _spans_by_sentinels(
     turns: Sequence[int],
 ) -> list[Span] | None:
     """Locate the contents of turns between the pieces around sentinels, or return None."""
-    if any(messages[k].keys() - {"role", "content"} for k in turns):
+    if any(messages[k].keys() - {"role", "content", "train"} for k in turns):
         return None  # tool calls and thoughts are parts of a turn outside its content
     secret = hashlib.sha256(text.encode(errors="replace")).hexdigest()[:20]
     sentinels = {k: f"{secret}x{k}x" for k in turns}

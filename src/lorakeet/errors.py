@@ -1,5 +1,6 @@
 """Errors that the user can act on.
 
+Each has the families that code written for ``peft`` expects in its ``except``: ValueError, TypeError, RuntimeError, KeyError.
 Each has a message, one sentence: what, got, expected. Most have a hint: the next thing to type. Neither ends with a
 period. The command line prints both, one line each, and exits with code 2; ``--debug`` adds the traceback.
 ``tests/test_error_messages.py`` checks the form of every message.
@@ -33,7 +34,7 @@ class LorakeetError(Exception):
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
 
 
-class ConfigError(LorakeetError, ValueError):
+class ConfigError(LorakeetError, ValueError, TypeError):
     """A setting is unknown, of the wrong type or out of range."""
 
 
@@ -49,7 +50,7 @@ class DataError(LorakeetError, ValueError):
     """The data cannot be found, read or trained on."""
 
 
-class AdapterError(LorakeetError, ValueError):
+class AdapterError(LorakeetError, ValueError, KeyError, RuntimeError):
     """An adapter, on disk or in memory, is missing, damaged or does not fit."""
 
 

@@ -41,6 +41,7 @@ def merge(
     *,
     overwrite: bool = False,
     allow_other_base: bool = False,
+    allow_untrained: bool = False,
     accept_loss: bool = False,
 ) -> dict[str, Any]:
     """Merge an adapter into its base in fp32, measure what is lost, and save a plain model that any tool loads.
@@ -51,6 +52,7 @@ def merge(
         out: Folder to write, atomically.
         overwrite: Replace the contents of ``out``.
         allow_other_base: Accept an adapter that was trained on another base.
+        allow_untrained: Accept an adapter that changes nothing.
         accept_loss: Accept that the stored number format loses more than half of a layer's update.
 
     Returns:
@@ -64,7 +66,7 @@ def merge(
     settings = settings_of_base(settings, PeftConfig.from_pretrained(adapter))
     with write_folder(folder) as aside:  # fails before the expensive part if the folder is not writable
         source, asked, loaded = _formats_of(settings)
-        opened = open_model(loaded, [adapter], allow_other_base=allow_other_base)
+        opened = open_model(loaded, [adapter], allow_other_base=allow_other_base, allow_untrained=allow_untrained)
         formats = _stored(opened.model, source, asked)
         names = {id(parameter): base_name(name) for name, parameter in opened.model.named_parameters()}
         report = opened.model.merge_adapter(

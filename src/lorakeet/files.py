@@ -213,7 +213,9 @@ def write_json(path: str | Path, value: Any) -> None:
         aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def hub_file(repo: str, filename: str, *, revision: str | None = None, repo_type: str = "model") -> Path | None:
+def hub_file(
+    repo: str, filename: str, *, revision: str | None = None, repo_type: str = "model", **download: Any
+) -> Path | None:
     """Download one file of a hub repository into the hub's own cache.
 
     The token, if any, is that of ``hf auth login`` or of ``HF_TOKEN``; no message contains it.
@@ -223,6 +225,7 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None, repo_type
         filename: Path inside the repository.
         revision: Branch, tag or commit; the main branch by default.
         repo_type: ``model`` or ``dataset``.
+        download: Further arguments of ``hf_hub_download``: ``token``, ``cache_dir``, ``local_files_only``, ….
 
     Returns:
         The cached file; None if the repository has no such file.
@@ -234,7 +237,7 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None, repo_type
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(repo, filename, revision=revision, repo_type=repo_type))
+        return Path(hf_hub_download(repo, filename, revision=revision, repo_type=repo_type, **download))
     except LocalEntryNotFoundError as error:
         raise LorakeetError(
             f"{filename} of {repo!r} is not in the cache, and the hub cannot be reached",

@@ -14,11 +14,12 @@ from lorakeet.base.architectures import AUTO_CLASSES
 from lorakeet.base.load import Base, load_base
 from lorakeet.config import DEFAULT_MODEL, BaseSettings
 from lorakeet.errors import AdapterError
+from lorakeet.facts.padding import agree_on_special_tokens
 from lorakeet.log import info
 from lorakeet.lora.config import PeftConfig, adapter_folder, find_adapter_file
 from lorakeet.lora.model import LoraModel
-from lorakeet.model_facts import agree_on_padding
 from lorakeet.tasks.task import Task, Verb
+from lorakeet.tasks.taught import Taught
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class LoadedModel:
         """The model, with the adapters on it."""
         return self.base.model
 
+    def taught(self, adapter: str | None) -> Taught:
+        """Return the settings that an adapter was taught with; empty for the base alone."""
+        return Taught() if adapter is None else Taught.from_notes(read_notes(adapter))
+
     def answering(self, adapter: str | None) -> Any:
         """Return a context in which this adapter is active; None: in which no adapter is."""
         if adapter is not None:
@@ -53,6 +58,7 @@ def open_model(
     adapters: Sequence[str] = (),
     *,
     allow_other_base: bool = False,
+    allow_untrained: bool = False,
     task: Task | None = None,
     seed: int = 42,
     verb: Verb | None = None,
@@ -66,6 +72,7 @@ def open_model(
         settings: Settings of the base. If they name the default model, the base that the first adapter names is loaded.
         adapters: Folders or hub ids.
         allow_other_base: Accept an adapter that was trained on another base.
+        allow_untrained: Accept an adapter whose every B is zero, so that it changes nothing.
         task: Task of the model; by default that of the adapters, or else CAUSAL_LM.
         seed: Seed of weights that neither the base nor an adapter has.
         verb: What the model will be asked to do, checked before anything is loaded; None: anything.
@@ -90,11 +97,12 @@ def open_model(
     if adapters:
         own, base = base.tokenizer, replace(base, tokenizer=_adapter_tokenizer(adapters[0]) or base.tokenizer)
         fit_vocabulary(base.model, base.tokenizer, own, adapters, seed=seed)
-        agree_on_padding(base.tokenizer, base.model.config, getattr(base.model, "generation_config", None))
+        agree_on_special_tokens(base.tokenizer, base.model.config, getattr(base.model, "generation_config", None))
     names: dict[str, str] = {}
     for number, adapter in enumerate(dict.fromkeys(map(str, adapters))):
         names[adapter] = f"adapter{number}"
-        PeftModel.from_pretrained(base.model, adapter, names[adapter], allow_other_base=allow_other_base)
+        accepted: dict[str, Any] = {"allow_other_base": allow_other_base, "allow_untrained": allow_untrained}
+        PeftModel.from_pretrained(base.model, adapter, names[adapter], **accepted)
     return LoadedModel(base, names, task)
 
 

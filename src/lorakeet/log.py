@@ -1,16 +1,22 @@
 """User messages, one line each, through the logger ``lorakeet`` to stderr.
 
 A program that uses Lorakeet as a library silences them as with any logger: ``logging.getLogger("lorakeet").setLevel(...)``.
+A warning is also a :class:`LorakeetWarning` of Python's ``warnings``, for programs that record warnings or make them errors.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 log = logging.getLogger("lorakeet")
+
+
+class LorakeetWarning(UserWarning, RuntimeWarning):
+    """A warning of Lorakeet; code written for ``peft`` expects either parent. Python prints none: the log has it already."""
 
 
 class _StderrHandler(logging.Handler):
@@ -46,5 +52,9 @@ def info(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """Log a problem that may spoil the user's result."""
+    """Log a problem that may spoil the user's result, and issue it as a :class:`LorakeetWarning`."""
     _log(logging.WARNING, message)
+    if not any(entry[2] is LorakeetWarning for entry in warnings.filters):
+        # appended: any filter of the program, such as "error" or one that records, comes first
+        warnings.simplefilter("ignore", LorakeetWarning, append=True)
+    warnings.warn(message, LorakeetWarning, stacklevel=3)

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from lorakeet.errors import ConfigError
+from lorakeet.text_files import NotTextError, read_text
 
 #: File name suffixes of a run's settings; any other file, and a list, is taken for data that was given in the wrong place.
 SUFFIXES = (".yaml", ".yml")
@@ -65,14 +66,16 @@ def read_tree(path: str | Path, sections: list[str]) -> dict[str, Any]:
     as_data = f"if {path} is data to train on, give it as --data {path}"
     hint = None if suffix in SUFFIXES else as_data
     try:
-        tree = _load(Path(path).read_text(encoding="utf-8"))
+        tree = _load(read_text(path))
     except OSError as error:
         raise ConfigError(
             f"cannot read {path}: {error.strerror}", hint or "give the YAML file of a run, or only flags"
         ) from None
     except _DuplicateKeyError as error:
         raise ConfigError(f"{path}: {error}", "keep one of the two") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NotTextError as error:
+        raise ConfigError(f"{path} is not YAML: {error.message}", hint or error.hint) from None
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}", hint or _NO_SETTINGS) from None
     if not isinstance(tree, dict):
         hint = as_data if isinstance(tree, list) else hint

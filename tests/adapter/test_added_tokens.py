@@ -50,6 +50,14 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_a_base_in_8_bits_is_resized_too(base: Path, tmp_path: Path) -> None:
+    folder = adapter(base, tmp_path / "adapter")
+    opened = api.open_model(BaseSettings(model=str(base), bits=8), [str(folder)])
+    with torch.no_grad():
+        found = opened.model(torch.tensor([[3, 14, ROWS, 5]])).logits.double().sum().item()
+    assert found == pytest.approx(float((folder / "logits.txt").read_text()), rel=0.05, abs=2)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_an_adapter_with_added_tokens_answers_as_where_it_was_made(way: str, base: Path, tmp_path: Path) -> None:
     folder = adapter(base, tmp_path / "adapter", **WAYS[way])

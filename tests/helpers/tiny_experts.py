@@ -46,5 +46,5 @@ def dense_twin(model: PeftModel, base: Any) -> Any:
                         update = b[:, e::experts] @ a[e * r : (e + 1) * r]  # [out, in]
                         weight[e] += layer.scaling[adapter] * (update if weight[e].shape == update.shape else update.T)
             elif name.endswith("q_proj"):
-                base.get_submodule(name).weight += layer.delta(model.active_adapter)
+                base.get_submodule(name).weight += layer.delta(model.active_adapters[0])
     return base

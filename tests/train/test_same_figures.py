@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,21 @@ def test_the_figures_of_a_run_are_those_of_eval(name: str, tmp_path: Path) -> No
     assert figures == summary["after"]
     assert figures["loss"] != summary["before"]["loss"]
     assert torch.equal(torch.get_rng_state(), random_state) and not is_padding_free(opened.model)
+
+
+def test_eval_agrees_with_the_run_where_config_and_tokenizer_do_not(tmp_path: Path) -> None:
+    config = run_of(tmp_path, "llama", "SEQ_CLS", train__steps=2, train__batch_size=4, task__type="SEQ_CLS")
+    folder = Path(config.base.model)
+    for name, change in {"config": {"pad_token_id": 3}, "tokenizer_config": {"pad_token": None}}.items():
+        file = folder / f"{name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    summary = run_training(config)
+    adapter = str(tmp_path / "run" / "adapter")
+    opened = open_model(BaseSettings(**config.base.model_dump()), [adapter])
+    assert evaluate_data(opened, adapter, config.data, held_out_only=True) == summary["after"]
+    texts = ["parrot", "the old green parrot was seen near the house today"]
+    alone, together = (api.predict(opened, adapter, texts, batch_size=size) for size in (1, 2))
+    assert alone[0]["scores"] == pytest.approx(together[0]["scores"], abs=1e-5)
 
 
 def test_eval_computes_neither_padding_nor_whole_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

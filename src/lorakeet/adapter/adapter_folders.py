@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lorakeet.errors import AdapterError
 from lorakeet.lora.config import CONFIG_NAME
-from lorakeet.lora.guard.adapter_names import CHECKPOINT, check_adapter_name
+from lorakeet.lora.lifecycle.adapter_names import CHECKPOINT, check_adapter_name
 
 #: Name of the adapter that lies in the folder itself; PEFT's.
 DEFAULT = "default"

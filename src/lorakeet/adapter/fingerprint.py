@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lorakeet.facts.vocabulary import embedding_rows
 from lorakeet.lora.interop.wrappers import canonical
-from lorakeet.model_facts import embedding_rows
 from lorakeet.quant.protocol import QuantizedLayer, quantized_layers, weight_rows, weight_shape
 
 #: Largest accepted relative difference (L2) of the sampled values: above rounding to bf16 (0.4 %) and int8 (1 %).
@@ -121,28 +121,41 @@ def fingerprint(
         leave_out: Names of parameters whose values are trained, so the base has other ones.
     """
     base = _base_of(model, state or {})
-    trained = set(map(base_name, leave_out))
+    trained = {id(base.parameters[name]) for name in map(base_name, leave_out) if name in base.parameters}
     if not base.parameters or any(p.is_meta or isinstance(p, DTensor) for p in base.parameters.values()):
         return None
     return {
         "architecture": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
         "shapes": base.shapes_hash(),
-        "values": {name: base.sample(name) for name in base.sampled_names() if name not in trained},
+        "values": {
+            name: base.sample(name) for name in base.sampled_names() if id(base.parameters[name]) not in trained
+        },
     }
 
 
-def mismatch(expected: dict[str, Any], model: nn.Module) -> str | None:
-    """Return why ``model`` is not the base of the fingerprint ``expected``; None if it is (or has no fingerprint)."""
+def mismatch(
+    expected: dict[str, Any], model: nn.Module, current: Callable[[str], str] = lambda name: name
+) -> str | None:
+    """Return why ``model`` is not the base of a fingerprint; None if it is (or has no fingerprint).
+
+    Args:
+        expected: The fingerprint.
+        model: The base, with adapters or without.
+        current: Function of a parameter's name in the fingerprint: its name in ``model``, after renamings in transformers.
+    """
     found = fingerprint(model)
     if found is None:
         return None
     if expected["architecture"] != found["architecture"]:
         return f"its architecture is {found['architecture']!r}, expected {expected['architecture']!r}"
+    base, renamed = _base_of(model, {}), False
     for name, values in expected["values"].items():
-        own = found["values"].get(name)
-        if own is None or len(own) != len(values):
+        today = current(name)
+        renamed |= today != name
+        own = base.sample(today) if today in base.parameters else []
+        if len(own) != len(values):
             return f"it has no {name} of the expected shape"
         a, b = torch.tensor(values), torch.tensor(own)
         if float((a - b).norm()) > TOLERANCE * float(a.norm()) + 1e-6:
             return f"its weights differ (for example {name})"
-    return None if expected["shapes"] == found["shapes"] else "its parameters have other names or shapes"
+    return None if renamed or expected["shapes"] == found["shapes"] else "its parameters have other names or shapes"

@@ -43,6 +43,7 @@ def push_folder(
     message: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    allow_untrained: bool = False,
 ) -> str:
     """Upload the adapter in ``folder``, and the further adapters that ``save_pretrained`` wrote into its subfolders.
 
@@ -53,6 +54,7 @@ def push_folder(
         message: Message of the commit.
         revision: Branch to push to, made if it does not exist; left out: ``main``.
         token: Token for the hub; False: none.
+        allow_untrained: Accept an adapter whose every B is zero.
 
     Returns:
         The address of the repository's page.
@@ -61,7 +63,7 @@ def push_folder(
         AdapterError: no valid, finite, trained adapter; no hub id; no token; or the hub refuses or cannot be reached.
             The token is redacted from the hub's message.
     """
-    files = _checked_files(Path(folder), repo_id)
+    files = _checked_files(Path(folder), repo_id, allow_untrained)
     secret = _secret(token)
     info(f"uploading to {repo_id}: {', '.join(files)}")
     api = HfApi(token=secret, library_name="lorakeet", library_version=__version__)
@@ -82,7 +84,7 @@ def push_folder(
     raise failure  # outside of the except block, so that it has no context
 
 
-def _checked_files(folder: Path, repo_id: str) -> list[str]:
+def _checked_files(folder: Path, repo_id: str, allow_untrained: bool) -> list[str]:
     """Return the paths of the files to upload, relative to ``folder``; the cheap checks come first."""
     try:
         validate_repo_id(repo_id)
@@ -94,19 +96,22 @@ def _checked_files(folder: Path, repo_id: str) -> list[str]:
     if (folder / "run.yaml").is_file() and adapters == [folder / "adapter"]:
         raise AdapterError(f"{folder} is the folder of a run, not of an adapter", f"push {folder / 'adapter'}")
     for adapter in adapters or [folder]:
-        _check_adapter(adapter)
+        _check_adapter(adapter, allow_untrained)
     paths = [adapter / name for adapter in adapters for name in FILES]
     return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
 
 
-def _check_adapter(folder: Path) -> None:
+def _check_adapter(folder: Path, allow_untrained: bool) -> None:
     """Raise an :class:`AdapterError` if the adapter is not valid, finite and trained."""
     config = PeftConfig.from_pretrained(folder)
     tensors = read_tensors(folder)
     if error := nonfinite_error(tensors):
         raise AdapterError(f"{folder} is not pushed: {error}", "lower the learning rate and train again")
-    if is_untrained(tensors):
-        raise AdapterError(f"{folder} is not pushed: every B is zero, so it changes nothing", "train it first")
+    if is_untrained(tensors) and not allow_untrained:
+        raise AdapterError(
+            f"{folder} is not pushed: every B is zero, so it changes nothing",
+            "train it first; --allow-untrained (allow_untrained=True) pushes it all the same",
+        )
     base = config.base_model_name_or_path
     if base and not public_name(base):
         warn(f"{folder / CONFIG_NAME} names the base model {base!r}, which is not on the hub")

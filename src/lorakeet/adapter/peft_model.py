@@ -4,24 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from lorakeet.adapter.adapter_folders import adapter_folders, saved_adapters
 from lorakeet.adapter.model_card import write_card
-from lorakeet.adapter.serialization import check_base, load_tensors, read_notes, read_tensors, write_adapter
+from lorakeet.adapter.older_names import with_current_names
+from lorakeet.adapter.put_adapter import put_adapter
+from lorakeet.adapter.serialization import check_base, read_notes, read_tensors, write_adapter
+from lorakeet.adapter.tensor_loading import LoadResult
 from lorakeet.adapter.unfrozen import NOTE
 from lorakeet.errors import AdapterError
 from lorakeet.lora.config import PeftConfig, refuse_unknown
-from lorakeet.lora.default_targets import resolve_config
-from lorakeet.lora.inject import plan_injection, set_trainable
+from lorakeet.lora.inject import freeze_base
 from lorakeet.lora.interop.wrappers import bare
-from lorakeet.lora.model import LoraModel, adopt
-from lorakeet.quant.protocol import weight_dtype
+from lorakeet.lora.lifecycle.adoption import adopt
+from lorakeet.lora.lifecycle.merged import unmerged
+from lorakeet.lora.lifecycle.rollback import all_or_nothing
+from lorakeet.lora.model import LoraModel
 
-#: PEFT's arguments that only choose a way to load: accepted, without effect.
-_LOADING = {"autocast_adapter_dtype", "ephemeral_gpu_offload", "low_cpu_mem_usage", "torch_device"}
+#: PEFT's arguments that only choose a way to load: accepted, without effect. An adapter is made where its base is.
+_LOADING = {
+    *("device_map", "dtype", "ephemeral_gpu_offload", "ignore_mismatched_sizes", "low_cpu_mem_usage", "max_memory"),
+    *("offload_dir", "offload_folder", "offload_index", "torch_device", "torch_dtype", "use_safetensors"),
+}
+#: Arguments that find and download files on the hub.
+_HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
 class PeftModel(LoraModel):
@@ -42,7 +51,8 @@ class PeftModel(LoraModel):
         revision: str | None = None,
         subfolder: str | None = None,
         allow_other_base: bool = False,
-        allow_untrained: bool = False,
+        allow_untrained: bool = True,
+        autocast_adapter_dtype: bool = True,
         **peft_only: Any,
     ) -> PeftModel:
         """Put a saved adapter on ``model``, in place, and activate it.
@@ -56,20 +66,21 @@ class PeftModel(LoraModel):
             revision: Revision of the hub repository.
             subfolder: Folder in the repository or folder.
             allow_other_base: Accept a base that is not the one the adapter was trained on.
-            allow_untrained: Accept an adapter whose every B is zero.
+            allow_untrained: Load an adapter whose every B is zero, with a warning; False: refuse it.
+            autocast_adapter_dtype: Keep the adapter in fp32 where the base is in half precision; False: in the base's dtype.
             **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
-            AdapterError: no such adapter; tensors are missing, unexpected, not finite, all zero or of the wrong shape; a
-                pickle; a damaged file; another base. The model is as before then.
+            AdapterError: no such adapter; tensors are missing, unexpected, not finite or of the wrong shape; a pickle; a
+                damaged file; another base. The model is as before then.
             TargetError: the adapter's layers are not in this model.
         """
-        refuse_unknown("from_pretrained", peft_only, _LOADING)
+        refuse_unknown("from_pretrained", peft_only, {*_LOADING, *_HUB})
         model = bare(model)
         fresh = not isinstance(model, LoraModel)
-        peft = adopt(model, cls)
-        assert isinstance(peft, PeftModel)
-        try:
+        with all_or_nothing(model):
+            peft = adopt(model, cls)
+            assert isinstance(peft, PeftModel)
             peft.load_adapter(
                 model_id,
                 adapter_name,
@@ -79,15 +90,13 @@ class PeftModel(LoraModel):
                 subfolder=subfolder,
                 allow_other_base=allow_other_base,
                 allow_untrained=allow_untrained,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                **peft_only,
             )
-        except BaseException:
             if fresh:
-                peft.unload()
-            raise
-        if fresh:
-            set_trainable(peft, peft.peft_config[adapter_name], peft.lora_parts() if is_trainable else ())
-            peft.eval()
-        peft.set_adapter(adapter_name, inference_mode=not is_trainable)
+                freeze_base(peft)
+                peft.eval()
+            peft.set_adapter(adapter_name, inference_mode=not is_trainable)
         return peft
 
     def load_adapter(  # type: ignore[override]
@@ -100,52 +109,54 @@ class PeftModel(LoraModel):
         revision: str | None = None,
         subfolder: str | None = None,
         allow_other_base: bool = False,
-        allow_untrained: bool = False,
+        allow_untrained: bool = True,
+        autocast_adapter_dtype: bool = True,
         **peft_only: Any,
-    ) -> None:
+    ) -> LoadResult:
         """Load a saved adapter beside the others; it is inactive until ``set_adapter``.
 
-        If there is an adapter of this name already, its weights are replaced (they must have the same shapes).
+        An adapter that has the name already is replaced whole: settings, layers and weights. The new one acts where the
+        old one did, and goes on training if that did.
 
         Args:
             model_id: Folder or hub id of the adapter.
             adapter_name: The name to give it here.
-            is_trainable: Whether to continue its training; left out: frozen.
+            is_trainable: Whether to continue its training, also while it is inactive; left out: a new adapter is frozen.
             config: Used instead of the adapter's own ``adapter_config.json``.
             revision: Revision of the hub repository.
             subfolder: Folder in the repository or folder.
             allow_other_base: Accept a base that is not the one the adapter was trained on.
-            allow_untrained: Accept an adapter whose every B is zero.
+            allow_untrained: Load an adapter whose every B is zero, with a warning; False: refuse it.
+            autocast_adapter_dtype: Keep the adapter in fp32 where the base is in half precision; False: in the base's dtype.
             **peft_only: Arguments that only PEFT has; each is refused by name.
+
+        Returns:
+            Missing and unexpected keys, as PEFT returns them: always none, since either is an error.
 
         Raises:
             AdapterError: As :meth:`from_pretrained`.
             TargetError: As :meth:`from_pretrained`.
         """
+        where = {"revision": revision, "subfolder": subfolder}
+        where |= {key: peft_only.pop(key) for key in _HUB if key in peft_only}
         refuse_unknown("load_adapter", peft_only, _LOADING)
-        config = config or PeftConfig.from_pretrained(model_id, revision=revision, subfolder=subfolder)
-        notes = read_notes(model_id, revision=revision, subfolder=subfolder)
+        config = config or PeftConfig.from_pretrained(model_id, **where)
+        notes = read_notes(model_id, **where)
         if not allow_other_base:
             check_base(model_id, notes, self)
-        tensors = read_tensors(model_id, revision=revision, subfolder=subfolder)
-        known = adapter_name in self.peft_config
-        if not known:
-            self.add_adapter(adapter_name, config.model_copy(update={"inference_mode": not is_trainable}), strict=False)
-        try:
-            load_tensors(
-                self,
-                adapter_name,
-                tensors,
-                model_id,
-                allow_untrained=allow_untrained or is_trainable,
-                unfrozen=notes.get(NOTE, ()),
-            )
-        except BaseException:
-            if not known:
-                self.delete_adapter(adapter_name)
-            raise
-        if is_trainable and adapter_name in self.active_adapters:
-            self.set_adapter(self.active_adapters)
+        config, tensors = with_current_names(self, config, read_tensors(model_id, **where))
+        put_adapter(
+            self,
+            adapter_name,
+            config,
+            tensors,
+            model_id,
+            is_trainable,
+            autocast_adapter_dtype,
+            allow_untrained=allow_untrained or is_trainable,
+            unfrozen=notes.get(NOTE, ()),
+        )
+        return LoadResult([], [])
 
     def restore_adapters(self, root: str | Path) -> list[str]:
         """Load every adapter of this model again from where :meth:`save_pretrained` put it below ``root``.
@@ -169,8 +180,12 @@ class PeftModel(LoraModel):
                 "name the adapters as in the run that saved them",
             )
         present = [name for name in folders if name in saved]
-        for name in present:
-            self.load_adapter(folders[name], name, is_trainable=self.trains(name), allow_untrained=True)
+        with all_or_nothing(self):
+            for name in present:
+                config, notes = PeftConfig.from_pretrained(folders[name]), read_notes(folders[name])
+                check_base(folders[name], notes, self)
+                accept = {"allow_untrained": True, "allow_new_base": True, "unfrozen": notes.get(NOTE, ())}
+                put_adapter(self, name, config, read_tensors(folders[name]), folders[name], **accept)
         return present
 
     def save_pretrained(  # type: ignore[override]
@@ -184,6 +199,7 @@ class PeftModel(LoraModel):
         is_main_process: bool = True,
         push_to_hub: bool = False,
         repo_id: str | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
         **peft_only: Any,
     ) -> None:
         """Write the adapter (several: ``default`` here, each other in a subfolder of its name) and a model card.
@@ -197,6 +213,8 @@ class PeftModel(LoraModel):
             is_main_process: Only the main process of several writes.
             push_to_hub: Also upload.
             repo_id: Name on the hub; left out: the folder's name.
+            save_embedding_layers: Whether to save the embedding and the head too; ``auto``: if they are adapted or were
+                resized.
             **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
@@ -208,16 +226,21 @@ class PeftModel(LoraModel):
             raise AdapterError(
                 "safe_serialization=False would write a pickle", "leave it out: safetensors is the format"
             )
-        if any(layer.merged_adapters for layer in self.lora_layers()):
-            raise AdapterError("an adapter is merged into the base, so it would be saved twice", "unmerge first")
         folder = Path(save_directory)
         chosen = list(selected_adapters or self.peft_config)
         for name in chosen:
             self._check_known(name)
-        for name, path in adapter_folders(folder, chosen).items():
-            if is_main_process:
-                write_adapter(self, name, path, state_dict=state_dict, notes=notes)
-                write_card(path, self.peft_config[name], notes or {})
+        folders = adapter_folders(folder, chosen)
+        with unmerged(self):
+            for name, path in folders.items() if is_main_process else ():
+                write_adapter(
+                    self, name, path, state_dict=state_dict, notes=notes, save_embedding_layers=save_embedding_layers
+                )
+                named = hasattr(self, "config")  # a base without a configuration has no public name
+                config = self.peft_config[name]
+                write_card(
+                    path, config if named else config.model_copy(update={"base_model_name_or_path": None}), notes or {}
+                )
         if push_to_hub and is_main_process:
             from lorakeet.adapter.hub import push_folder
 
@@ -281,15 +304,10 @@ def get_peft_model(
     model = bare(model)
     if isinstance(model, LoraModel):
         raise AdapterError("this model has adapters already", "call add_adapter on it")
-    peft_config = resolve_config(model, peft_config)
-    plan_injection(model, peft_config)  # raises before anything is changed
-    peft = adopt(model, PeftModel)
-    assert isinstance(peft, PeftModel)
-    peft.add_adapter(adapter_name, peft_config)
-    set_trainable(peft, peft.peft_config[adapter_name], peft.lora_parts())
-    peft.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
-    if not autocast_adapter_dtype:
-        for layer in peft.lora_layers():
-            for parameter in layer.parts(adapter_name):
-                parameter.data = parameter.data.to(weight_dtype(layer.base_layer))
+    with all_or_nothing(model):
+        peft = adopt(model, PeftModel)
+        assert isinstance(peft, PeftModel)
+        peft.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+        freeze_base(peft)
+        peft.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
     return peft

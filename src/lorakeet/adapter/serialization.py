@@ -7,11 +7,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,10 +19,12 @@ from torch import Tensor
 from lorakeet._version import __version__
 from lorakeet.adapter.fingerprint import fingerprint, mismatch
 from lorakeet.adapter.model_card import write_card
-from lorakeet.adapter.tensor_checks import compare, is_untrained, nonfinite_error
-from lorakeet.adapter.tensor_names import PREFIX, is_token_rows, mirrored_names, tensor_names, vocabulary_names
-from lorakeet.adapter.unfrozen import NOTE, remember, unfrozen_keys, unfrozen_names
+from lorakeet.adapter.older_names import CurrentNames
+from lorakeet.adapter.tensor_checks import is_untrained, nonfinite_error
+from lorakeet.adapter.tensor_names import is_token_rows, mirrored_names, tensor_names, vocabulary_names
+from lorakeet.adapter.unfrozen import NOTE, unfrozen_keys, unfrozen_names
 from lorakeet.errors import AdapterError, OutputError
+from lorakeet.facts.vocabulary import embedding_rows, vocabulary_size
 from lorakeet.files import PICKLE_SUFFIXES, write_file, write_json
 from lorakeet.log import info, warn
 from lorakeet.lora.config import PeftConfig, find_adapter_file
@@ -31,8 +32,7 @@ from lorakeet.lora.interop.wrappers import canonical, state_of
 from lorakeet.lora.model import LoraModel
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.trainable_tokens import TiedLayer, TrainableTokens
-from lorakeet.model_facts import embedding_rows, vocabulary_size
-from lorakeet.quant.state_dict import has_weight, read_weight, write_weight
+from lorakeet.quant.state_dict import read_weight
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 OWN_NAME = "lorakeet.json"
@@ -45,6 +45,7 @@ def write_adapter(
     *,
     state_dict: Mapping[str, Tensor] | None = None,
     notes: Mapping[str, Any] | None = None,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> None:
     """Write one adapter's files into ``folder``, each whole or not at all.
 
@@ -54,6 +55,7 @@ def write_adapter(
         folder: Made if it does not exist.
         state_dict: Gathered tensors of a sharded model; left out: the model's own.
         notes: Further facts for ``lorakeet.json``, for example the final losses.
+        save_embedding_layers: As in :func:`adapter_tensors`.
 
     Raises:
         AdapterError: a tensor has NaN or infinite values; nothing is written then.
@@ -63,24 +65,13 @@ def write_adapter(
         raise OutputError(f"{folder} is a file, expected a folder to save the adapter in")
     source = state_of(model, state_dict)
     unfrozen = unfrozen_names(model)
-    names = tensor_names(model, adapter) | unfrozen_keys(model, unfrozen)
-    if reason := resize_reason(model, adapter):
-        info(reason)
-        names |= vocabulary_names(model)
-    if lost := sorted(key for key, name in names.items() if name not in source):
-        raise AdapterError(
-            f"adapter {adapter!r} is not saved: the model has no tensor {lost[0]} ({len(lost)} are missing)",
-            "save it before another tool replaces its layers, and give a whole state dict",
-        )
-    tensors = {key: read_weight(model, source, name).detach().cpu().contiguous() for key, name in names.items()}
-    for key, (first, transposed) in mirrored_names(model, adapter).items():
-        if not is_token_rows(key):
-            tensors[key] = (tensors[first].T if transposed else tensors[first]).contiguous()
+    raw = adapter_tensors(model, adapter, state_dict, save_embedding_layers)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in raw.items()}
     if error := nonfinite_error(tensors):
         raise AdapterError(f"adapter {adapter!r} is not saved: {error}", "lower the learning rate and train again")
     if is_untrained(tensors):
         warn(f"adapter {adapter!r} changes nothing: every B is zero. Has it been trained?")
-    config = model.peft_config[adapter].model_copy(update={"inference_mode": True})
+    config = model.peft_config[adapter].as_made().model_copy(update={"inference_mode": True})
     with write_file(folder / WEIGHTS_NAME) as aside:
         # safetensors refuses tensors that share memory: a tied head and embedding are written as two copies
         save_file(_unshared(tensors), aside, metadata={"format": "pt"})
@@ -88,6 +79,41 @@ def write_adapter(
     base = {"name": config.base_model_name_or_path, "fingerprint": fingerprint(model, source, leave_out=unfrozen)}
     further = {NOTE: sorted(map(canonical, unfrozen))} if unfrozen else {}
     write_json(folder / OWN_NAME, {"format": 1, "lorakeet": __version__, "base": base, **further, **(notes or {})})
+
+
+def adapter_tensors(
+    model: LoraModel,
+    adapter: str,
+    state_dict: Mapping[str, Tensor] | None = None,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> dict[str, Tensor]:
+    """Return the tensors of one adapter by the keys of its file; they share memory with the model.
+
+    Args:
+        model: A model that has the adapter.
+        adapter: The adapter's name.
+        state_dict: Gathered tensors of a sharded model; left out: the model's own.
+        save_embedding_layers: Whether to add the embedding and the head; ``auto``: if they are adapted or were resized.
+    """
+    source = state_of(model, state_dict)
+    names = tensor_names(model, adapter) | unfrozen_keys(model, unfrozen_names(model))
+    if save_embedding_layers is False:
+        names = {key: name for key, name in names.items() if not key.endswith(".base_layer.weight")}
+    elif save_embedding_layers is True:
+        names |= vocabulary_names(model)
+    elif reason := resize_reason(model, adapter):
+        info(reason)
+        names |= vocabulary_names(model)
+    if lost := sorted(key for key, name in names.items() if name not in source):
+        raise AdapterError(
+            f"adapter {adapter!r} is not saved: the model has no tensor {lost[0]} ({len(lost)} are missing)",
+            "save it before another tool replaces its layers, and give a whole state dict",
+        )
+    tensors = {key: read_weight(model, source, name) for key, name in names.items()}
+    for key, (first, transposed) in mirrored_names(model, adapter).items():
+        if not is_token_rows(key):
+            tensors[key] = tensors[first].T if transposed else tensors[first]
+    return tensors
 
 
 def add_notes(folder: Path, config: PeftConfig, notes: Mapping[str, Any]) -> None:
@@ -150,17 +176,17 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return unshared
 
 
-def read_tensors(name: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> dict[str, Tensor]:
-    """Read the tensors of the adapter ``name`` (folder or hub id), on the CPU.
+def read_tensors(name: str | Path, **where: Any) -> dict[str, Tensor]:
+    """Read the tensors of the adapter ``name`` (folder or hub id), on the CPU; ``where``: see :func:`find_adapter_file`.
 
     Raises:
         AdapterError: there is no safetensors file, only a pickle; or the file is damaged.
     """
-    path = find_adapter_file(name, WEIGHTS_NAME, revision=revision, subfolder=subfolder)
+    path = find_adapter_file(name, WEIGHTS_NAME, **where)
     if path is None:
-        folder = Path(name) / (subfolder or "")
+        folder = Path(name) / (where.get("subfolder") or "")
         pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLE_SUFFIXES)
-        if pickles or find_adapter_file(name, "adapter_model.bin", revision=revision, subfolder=subfolder):
+        if pickles or find_adapter_file(name, "adapter_model.bin", **where):
             raise AdapterError(
                 f"{name} has its weights in a pickle ({', '.join(pickles) or 'adapter_model.bin'}), which may run "
                 "code when opened; expected safetensors",
@@ -175,13 +201,13 @@ def read_tensors(name: str | Path, *, revision: str | None = None, subfolder: st
         ) from None
 
 
-def read_notes(name: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> dict[str, Any]:
-    """Read ``lorakeet.json``; empty if another tool made the adapter.
+def read_notes(name: str | Path, **where: Any) -> dict[str, Any]:
+    """Read ``lorakeet.json``; empty if another tool made the adapter. ``where``: see :func:`find_adapter_file`.
 
     Raises:
         AdapterError: the file is not a JSON object.
     """
-    path = find_adapter_file(name, OWN_NAME, revision=revision, subfolder=subfolder)
+    path = find_adapter_file(name, OWN_NAME, **where)
     try:
         notes = json.loads(path.read_text(encoding="utf-8")) if path else {}
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -198,73 +224,12 @@ def check_base(name: str | Path, notes: Mapping[str, Any], model: LoraModel) -> 
         AdapterError: with both names.
     """
     base = notes.get("base") or {}
-    difference = mismatch(base["fingerprint"], model) if base.get("fingerprint") else None
+    difference = (
+        mismatch(base["fingerprint"], model, CurrentNames(model).parameter) if base.get("fingerprint") else None
+    )
     if difference:
         here = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
         raise AdapterError(
             f"adapter {str(name)!r} was trained on {base.get('name')!r}, this base is {here!r}: {difference}",
             "load the base it was trained on; allow_other_base=True (--allow-other-base) accepts this one",
         )
-
-
-def load_tensors(
-    model: LoraModel,
-    adapter: str,
-    tensors: Mapping[str, Tensor],
-    name: str | Path,
-    *,
-    allow_untrained: bool = False,
-    unfrozen: Iterable[str] = (),
-) -> None:
-    """Check the tensors against the adapter that ``model`` expects, then copy them in.
-
-    Args:
-        model: A model that has the adapter.
-        adapter: The adapter's name in the model.
-        tensors: The tensors of the file.
-        name: Folder or hub id, for messages.
-        allow_untrained: Only warn if every B is zero.
-        unfrozen: Names of parameters of the base that the adapter's notes list.
-
-    Raises:
-        AdapterError: tensors are missing, unexpected, of the wrong shape or not finite, or the adapter is untrained.
-    """
-    state = model.state_dict()
-    base_keys = unfrozen_keys(model, unfrozen)
-    differences = compare(model, adapter, tensors, state, base_keys)
-    differences.raise_if_any(name)
-    if is_untrained(tensors):
-        message = f"adapter {str(name)!r} is untrained: every B is zero, so it changes nothing"
-        if not allow_untrained:
-            raise AdapterError(message, "train it; allow_untrained=True loads it all the same")
-        warn(message)
-    _copy_in(model, differences.names, tensors, state, base_keys)
-    remember(model, base_keys.values())
-
-
-def check_tensors(model: LoraModel, adapter: str, folder: Path) -> None:
-    """Check that the files in ``folder`` fit the adapter of ``model``, without loading them.
-
-    Raises:
-        AdapterError: see :func:`load_tensors`.
-    """
-    base_keys = unfrozen_keys(model, read_notes(folder).get(NOTE, ()))
-    compare(model, adapter, read_tensors(folder), model.state_dict(), base_keys).raise_if_any(folder)
-
-
-@torch.no_grad()
-def _copy_in(
-    model: LoraModel,
-    names: Mapping[str, str],
-    tensors: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    unfrozen: Mapping[str, str],
-) -> None:
-    """Copy the tensors into the state dict, quantized where that is; the base's own only where they differ."""
-    of_the_base = {**vocabulary_names(model), **unfrozen}
-    for key, own in names.items():
-        if own.endswith(".base_layer.weight") or key in of_the_base:
-            if has_weight(model, state, own, tensors[key]):
-                continue
-            info(f"{key.removeprefix(PREFIX)} is taken from the adapter: it differs from the base's")
-        write_weight(model, state, own, tensors[key])

@@ -47,6 +47,9 @@ def tensor_names(model: LoraModel, adapter: str) -> dict[str, str]:
     names |= _bias_names(model, adapter)
     names |= _embedding_names(model, adapter)
     names = _with_parameters(names, model, adapter)
+    if any(canonical(name) != name for name in names.values()):  # some wrappers hide themselves in a state dict
+        own = {canonical(key): key for key in model.state_dict()}
+        names = {key: own[canonical(name)] for key, name in names.items()}
     return {PREFIX + canonical(key): value for key, value in names.items()}
 
 

@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from lorakeet.adapter.serialization import WEIGHTS_NAME
 from lorakeet.adapter.tensor_names import PREFIX
 from lorakeet.errors import AdapterError
+from lorakeet.facts.vocabulary import embedding_rows, tokens_without_row
 from lorakeet.log import info, warn
 from lorakeet.lora.config import PeftConfig, find_adapter_file
-from lorakeet.model_facts import embedding_rows, tokens_without_row
 from lorakeet.rng import seeded
 
 #: Last parts of the keys whose tensors have a row for each token.

@@ -29,9 +29,10 @@ from lorakeet.base.quiet import quiet
 from lorakeet.base.source import find_source, local_folder
 from lorakeet.config import QUANTIZED_FORMATS, BaseSettings
 from lorakeet.errors import BaseModelError
+from lorakeet.facts.padding import agree_on_special_tokens
+from lorakeet.facts.vocabulary import embedding_rows, tokens_without_row
 from lorakeet.kernels.int8.registry import best_on
 from lorakeet.log import warn
-from lorakeet.model_facts import agree_on_padding, embedding_rows, tokens_without_row
 from lorakeet.quant.hf_quantizer import CONFIGS, foreign_method, foreign_method_error
 from lorakeet.quant.protocol import quantized_layers
 from lorakeet.rng import seeded
@@ -44,7 +45,7 @@ class Base:
 
     Attributes:
         model: The model in eval mode; no parameter requires a gradient.
-        tokenizer: The tokenizer, with the padding token of :func:`lorakeet.model_facts.padding_token`.
+        tokenizer: The tokenizer, with the padding token of :func:`lorakeet.facts.padding.padding_token`.
         name: The name that an adapter records; the public name, if known.
         dtype: Number format of the floating-point weights.
         device: Device of the weights.
@@ -95,7 +96,7 @@ def inspect_model(settings: BaseSettings) -> ModelInfo:
     check_folder(folder, source.name)
     remote = {"trust_remote_code": settings.trust_remote_code}
     tokenizer, config = load_tokenizer(folder, source.name, remote), _config(folder, source.name, remote)
-    agree_on_padding(tokenizer, config)
+    agree_on_special_tokens(tokenizer, config)
     return ModelInfo(source.name, config, tokenizer)
 
 
@@ -141,7 +142,7 @@ def load_base(
         model, fresh = _load_model(folder, source.name, auto_class, device, options, brought)
     check_dtypes(model, dtype, source.name)
     _check_vocabulary(model, tokenizer, source.name)
-    agree_on_padding(tokenizer, model.config, model.generation_config if model.can_generate() else None)
+    agree_on_special_tokens(tokenizer, model.config, model.generation_config if model.can_generate() else None)
     # Adapters, model cards and checkpoints record this name, not the folder of the cache.
     model.name_or_path = model.config._name_or_path = source.name
     model.requires_grad_(False).eval()

@@ -97,7 +97,7 @@ def _read_output(process: subprocess.Popen[str], name: str) -> list[dict[str, An
             f"`lorakeet {name}` failed in a new process: {err.strip()[-500:]}",
             f"run `lorakeet {name}` on the saved adapter to see all of its messages",
         )
-    return [json.loads(line) for line in out.splitlines()]
+    return [json.loads(line) for line in out.split("\n") if line]
 
 
 def _verify_saved(config: RunConfig, summary: dict[str, Any], adapter: Path) -> list[str]:

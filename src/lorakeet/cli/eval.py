@@ -37,6 +37,7 @@ def eval(
         int | None, typer.Option(callback=bounded(Count), help="rows per forward pass; default: the adapter's, else 8")
     ] = None,
     allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
+    allow_untrained: Annotated[bool, typer.Option(help="accept an adapter that never learned")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Measure the mean loss per target token, the perplexity and the number of target tokens, over all rows of the data.
@@ -62,7 +63,9 @@ def eval(
         raise DataError("no data to evaluate on", "give --data FILE")
     from lorakeet.api import evaluate_data, open_model
 
-    opened = open_model(config.base, [adapter] if adapter else [], allow_other_base=allow_other_base)
+    opened = open_model(
+        config.base, [adapter] if adapter else [], allow_other_base=allow_other_base, allow_untrained=allow_untrained
+    )
     with progress_bar("evaluating") as progress:
         figures = evaluate_data(
             opened,

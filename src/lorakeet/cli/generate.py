@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from lorakeet.cli.options import BASE_FLAGS, base_settings, bounded, with_settings
-from lorakeet.errors import DataError
+from lorakeet.errors import ConfigError, DataError
+from lorakeet.log import info
 from lorakeet.setting_types import Count, Positive, Seed, Share
 
 
@@ -18,11 +19,17 @@ from lorakeet.setting_types import Count, Positive, Seed, Share
 def generate(
     settings: dict[str, Any],
     prompt: Annotated[list[str] | None, typer.Option(help="text to complete; repeatable")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="file with one prompt per line (.jsonl: key 'prompt')")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="file with one prompt per line (.jsonl: key 'prompt', or 'messages')")
+    ] = None,
     adapter: Annotated[list[str] | None, typer.Option(help="adapter; repeat it to compare several")] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="treat prompts as user turns; without a prompt: chat at the terminal")
     ] = False,
+    system: Annotated[
+        str | None,
+        typer.Option(help="system turn of a chat; default: that which the adapter was taught with; '': none"),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(callback=bounded(Count), help="maximum number of new tokens")] = 60,
     greedy: Annotated[bool, typer.Option("--greedy", help="take the most likely token instead of sampling")] = False,
     temperature: Annotated[
@@ -34,6 +41,7 @@ def generate(
     ] = 0.95,
     seed: Annotated[int | None, typer.Option(callback=bounded(Seed), help="seed of the sampling")] = None,
     allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
+    allow_untrained: Annotated[bool, typer.Option(help="accept an adapter that never learned")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object per line: adapter, prompt, text")
     ] = False,
@@ -45,7 +53,7 @@ def generate(
       lorakeet generate --prompt "Two things are infinite:"
       lorakeet generate --adapter my-run/adapter --prompt "Beware of" --greedy --max-new-tokens 40
       lorakeet generate --adapter a/adapter --adapter b/adapter --prompts openings.txt --json
-      lorakeet generate --chat
+      lorakeet generate --chat --system "Answer in verse."
     \f
 
     Args:
@@ -54,10 +62,15 @@ def generate(
     wanted = [*(prompt or []), *(_read_prompts(prompts) if prompts else [])]
     if not wanted and not (chat and sys.stdin.isatty()):
         raise DataError("no prompt", 'give --prompt "..." or --prompts FILE, or --chat at a terminal')
+    if system is not None and not chat and all(isinstance(one, str) for one in wanted):
+        raise ConfigError(
+            "--system is set, but no prompt is a conversation", "add --chat, or give prompts with messages"
+        )
     base, adapters = base_settings(settings), list(dict.fromkeys(adapter or []))
     from lorakeet import api
 
-    opened = api.open_model(base, adapters, allow_other_base=allow_other_base, verb="generate")
+    accepted: dict[str, Any] = {"allow_other_base": allow_other_base, "allow_untrained": allow_untrained}
+    opened = api.open_model(base, adapters, verb="generate", **accepted)
     sampling = {
         "max_new_tokens": max_new_tokens,
         "greedy": greedy,
@@ -66,15 +79,15 @@ def generate(
         "seed": seed,
     }
     if not wanted:
-        _chat(opened, adapters[0] if adapters else None, sampling)
+        _chat(opened, adapters[0] if adapters else None, system, sampling)
     elif as_json:
-        for answer in api.compare(opened, adapters, wanted, chat=chat, **sampling):
+        for answer in api.compare(opened, adapters, wanted, chat=chat, system=system, **sampling):
             print(json.dumps(answer, ensure_ascii=False), flush=True)
     else:
-        _print_answers(opened, adapters, wanted, chat, sampling)
+        _print_answers(opened, adapters, wanted, {"chat": chat, "system": system, **sampling})
 
 
-def _print_answers(opened: Any, adapters: list[str], wanted: list[str], chat: bool, sampling: dict[str, Any]) -> None:
+def _print_answers(opened: Any, adapters: list[str], wanted: list[Any], settings: dict[str, Any]) -> None:
     """Print completions to stdout, and the name of each of several adapters to stderr."""
     from lorakeet import api
 
@@ -82,27 +95,33 @@ def _print_answers(opened: Any, adapters: list[str], wanted: list[str], chat: bo
         if len(adapters) > 1:
             print(f"--- {adapter}", file=sys.stderr)
         if len(wanted) == 1:
-            _stream(opened, adapter, wanted[0], chat, sampling)
+            _stream(opened, adapter, wanted[0], settings)
             continue
-        for prompt, text in zip(wanted, api.generate(opened, adapter, wanted, chat=chat, **sampling), strict=True):
-            print(text if chat else prompt + text)
+        for prompt, text in zip(wanted, api.generate(opened, adapter, wanted, **settings), strict=True):
+            print(prompt + text if _is_completed(prompt, settings) else text)
 
 
-def _stream(opened: Any, adapter: str | None, prompt: str, chat: bool, sampling: dict[str, Any]) -> None:
+def _is_completed(prompt: Any, settings: dict[str, Any]) -> bool:
+    """Whether a prompt is text that its completion continues, and is printed before it."""
+    return isinstance(prompt, str) and not settings["chat"]
+
+
+def _stream(opened: Any, adapter: str | None, prompt: Any, settings: dict[str, Any]) -> None:
     """Print the prompt and its completion piece by piece; the prompt appears with the first piece."""
     from lorakeet import api
 
-    before = iter([] if chat else [prompt])
-    api.generate(opened, adapter, [prompt], chat=chat, stream=lambda piece: _show(next(before, "") + piece), **sampling)
+    before = iter([prompt] if _is_completed(prompt, settings) else [])
+    api.generate(opened, adapter, [prompt], stream=lambda piece: _show(next(before, "") + piece), **settings)
     print(next(before, ""))
 
 
-def _chat(opened: Any, adapter: str | None, sampling: dict[str, Any]) -> None:
+def _chat(opened: Any, adapter: str | None, system: str | None, sampling: dict[str, Any]) -> None:
     """Hold a conversation at the terminal, until an empty line or Ctrl-D; each turn sees all earlier ones."""
-    from lorakeet.chat_template import render_chat
+    from lorakeet.api import system_turn
+    from lorakeet.chat_template import with_system_turn
     from lorakeet.inference.generate import complete
 
-    turns: list[dict[str, str]] = []
+    turns = with_system_turn([], system_turn(opened, adapter, system))
     print("an empty line ends the conversation", file=sys.stderr)
     with opened.answering(adapter):
         while True:
@@ -113,8 +132,7 @@ def _chat(opened: Any, adapter: str | None, sampling: dict[str, Any]) -> None:
             if not question:
                 return
             turns.append({"role": "user", "content": question})
-            prompt = render_chat(opened.base.tokenizer, turns, True)
-            answer = complete(opened.model, opened.base.tokenizer, [prompt], stream=_show, **sampling)[0]
+            answer = complete(opened.model, opened.base.tokenizer, [turns], stream=_show, **sampling)[0]
             print()
             turns.append({"role": "assistant", "content": answer})
 
@@ -123,25 +141,22 @@ def _show(piece: str) -> None:
     print(piece, end="", flush=True)
 
 
-def _read_prompts(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read prompts from {path}: {error}", "give a UTF-8 text file") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
-            found.append(line)
-            continue
-        try:
-            found.append(json.loads(line)["prompt"])
-        except (json.JSONDecodeError, KeyError, TypeError):
+def _read_prompts(path: Path) -> list[Any]:
+    """Read the prompts of a file: a text for each row, or a conversation in ``messages``."""
+    from lorakeet.data.read.formats import read_inputs
+
+    found, answered = [], 0
+    for location, row in read_inputs(path, "prompt"):
+        prompt: Any = next((row[name] for name in ("prompt", "messages") if row.get(name)), None)
+        is_chat = isinstance(prompt, list) and all(isinstance(turn, dict) and "role" in turn for turn in prompt)
+        if not (is_chat or isinstance(prompt, str)):
             raise DataError(
-                f"line {number} of {path} is no prompt, expected a JSON object with the key 'prompt'",
-                'write each line as {"prompt": "..."}',
-            ) from None
-    if not found:
-        raise DataError(f"{path} has no prompts", "write one prompt per line")
+                f"{location.phrase} has no prompt, expected a text in 'prompt', or a list of messages in 'messages'",
+                'write each row as {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}',
+            )
+        if is_chat and prompt[-1]["role"] == "assistant" and len(prompt) > 1:
+            prompt, answered = prompt[:-1], answered + 1
+        found.append(prompt)
+    if answered:
+        info(f"{answered} conversations end with an answer: it is left out, and written anew")
     return found

@@ -17,6 +17,7 @@ def merge(
     out: Annotated[str, typer.Option(help="folder to save the merged model in")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the contents of --out")] = False,
     allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
+    allow_untrained: Annotated[bool, typer.Option(help="accept an adapter that never learned")] = False,
     accept_loss: Annotated[
         bool, typer.Option("--accept-loss", help="merge although the stored number format loses most of the update")
     ] = False,
@@ -44,6 +45,7 @@ def merge(
         out,
         overwrite=overwrite,
         allow_other_base=allow_other_base,
+        allow_untrained=allow_untrained,
         accept_loss=accept_loss,
     )
     print(json.dumps(figures) if as_json else figures["path"])

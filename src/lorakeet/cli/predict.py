@@ -35,6 +35,7 @@ def predict(
     question: Annotated[str | None, typer.Option(help="question to answer from --text, for QUESTION_ANS")] = None,
     batch_size: Annotated[int, typer.Option(callback=bounded(Count), help="texts per forward pass")] = 8,
     allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
+    allow_untrained: Annotated[bool, typer.Option(help="accept an adapter that never learned")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object per line")] = False,
 ) -> None:
     """Predict classes, tags, answers, vectors or masked tokens for texts, by the task of the adapter.
@@ -59,8 +60,8 @@ def predict(
         raise DataError("no text", 'give --text "..." or --file FILE')
     from lorakeet import api
 
-    adapters = [adapter] if adapter else []
-    opened = api.open_model(config.base, adapters, allow_other_base=allow_other_base, verb="predict")
+    accepted: dict[str, Any] = {"allow_other_base": allow_other_base, "allow_untrained": allow_untrained}
+    opened = api.open_model(config.base, [adapter] if adapter else [], verb="predict", **accepted)
     longest = settings.get("data.max_length")
     answers = api.predict(opened, adapter, rows, batch_size=batch_size, max_length=longest)
     for row, found in zip(rows, answers, strict=True):

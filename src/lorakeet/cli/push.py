@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="make the repository private")] = False,
     message: Annotated[str | None, typer.Option(help="commit message")] = None,
     revision: Annotated[str | None, typer.Option(help="branch to upload to")] = None,
+    allow_untrained: Annotated[bool, typer.Option(help="accept an adapter that never learned")] = False,
 ) -> None:
     """Check an adapter and upload it with its model card. The token is that of `hf auth login` or of HF_TOKEN.
 
@@ -27,4 +28,10 @@ def push(
     """
     from lorakeet.adapter.hub import push_folder
 
-    print(push_folder(adapter, repo, private=private or None, message=message, revision=revision))
+    options: dict[str, Any] = {
+        "private": private or None,
+        "message": message,
+        "revision": revision,
+        "allow_untrained": allow_untrained,
+    }
+    print(push_folder(adapter, repo, **options))

@@ -2,8 +2,8 @@
 
 Five steps, each with the modules of its room in reading order:
 
-1. ``read``, bytes to records with a location: ``locate``, ``formats``, ``text_formats``, ``fortune``, ``yaml_rows``,
-   ``table_formats``, ``hub``, ``source``; ``record`` and ``column_types`` are what they return.
+1. ``read``, bytes to records with a location: ``locate``, ``formats``, ``text_formats``, ``fortune``, ``csv_rows``,
+   ``yaml_rows``, ``table_formats``, ``hub``, ``source``; ``record`` and ``column_types`` are what they return.
 2. ``rows``, records to canonical rows of one kind: ``kinds``, ``column_mapping``, ``normalize``, ``values``,
    ``conversations``, ``load``, ``stream``, ``mixing``, ``split``, ``label_set``.
 3. ``encode``, rows to token ids and labels: ``encoder``, ``kinds``, ``text``, ``chat``, ``classification``,

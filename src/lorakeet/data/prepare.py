@@ -65,7 +65,7 @@ def prepare(
         limits = {"max_positions": max_positions, "vocabulary": vocabulary}
         return prepare_stream(settings, task, tokenizer, seed=seed, **limits)
     rows = read_rows(settings, task.type, seed=seed)
-    examined = _examine(rows, task, settings)
+    examined = _examine(rows, task, settings, tokenizer)
     encoder = make_encoder(examined.rows.layout, task, settings, tokenizer, examined.labels, vocabulary)
     samples = _encode(examined, encoder, task, max_positions)
     sides = _split(samples, examined, settings, seed)
@@ -118,9 +118,9 @@ class _Sides:
     moved: int
 
 
-def _examine(rows: Rows, task: TaskSettings, settings: DataSettings) -> _Examined:
+def _examine(rows: Rows, task: TaskSettings, settings: DataSettings, tokenizer: Any) -> _Examined:
     """Examine all rows: keep the usable ones, gather their labels, and log the issues or refuse the data."""
-    found = examine_rows(rows, task, settings)
+    found = examine_rows(rows, task, settings, tokenizer)
     if not found.usable:
         raise DataError(f"nothing to learn in {rows.description}: all {len(rows):,} rows are empty", _EMPTY_HINT)
     usable = rows if len(found.usable) == len(rows) else rows.select(found.usable)

@@ -146,8 +146,8 @@ class PrepareReport:
         return told + (", end token lost" if self.task in _WRITES else "")
 
     def _end(self) -> str:
-        if not self.ended and self.end_token:
-            return f"no sample keeps the end that is learned ({self.end_token}): the model will not learn where to stop"
+        if self.samples and not self.ended:
+            return f"{self.end_token or 'none'}: no sample learns an end, so the model will not learn where to stop"
         if self.kind == "messages":
             return f"the end of a turn is learned in {self.ended:,} of {self.samples:,} samples"
         if not self.end_token:

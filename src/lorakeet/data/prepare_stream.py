@@ -78,7 +78,7 @@ def prepare_stream(
     layout, kind, source = held.layout, held.layout.kind, held.description
     label_column = find_kind(kind).labels
     labels = given_labels(layout.types[label_column], task) if label_column else None
-    checked, sound = _check(settings, task)
+    checked, sound = _check(settings, task, tokenizer)
     encoder = make_encoder(layout, task, settings, tokenizer, labels, vocabulary)
     rows = held.select(usable(held.data, kind))
     tokens = _held_out(rows, encoder, source)
@@ -117,14 +117,15 @@ def prepare_stream(
     return finish(report, encoder, labels, layout, (train, held_out), usable=rows.data)
 
 
-def _check(settings: DataSettings, task: TaskSettings) -> tuple[int, int]:
+def _check(settings: DataSettings, task: TaskSettings, tokenizer: Any) -> tuple[int, int]:
     """Log the issues of the beginning of each source; returns the rows examined, and how many of them are usable.
 
     Raises:
         DataError: something would spoil the run.
     """
     mapped, _ = map_sources(settings, task.type)
-    found = examine_heads([(item.source, item.layout) for item in mapped], task, settings=settings, most=_CHECKED)
+    heads = [(item.source, item.layout) for item in mapped]
+    found = examine_heads(heads, task, settings=settings, most=_CHECKED, tokenizer=tokenizer)
     among = f" among the first {found.rows:,} rows"
     later: tuple[str, ...] = _LOGGED_LATER
     if found.count("one_label") and found.rows >= _CHECKED // len(mapped):  # else no source has more

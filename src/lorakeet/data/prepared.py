@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -13,9 +13,11 @@ import numpy as np
 
 from lorakeet.config import TaskSettings
 from lorakeet.data.doctor.issues import IssueGroup
+from lorakeet.data.encode.chat import ChatEncoder
 from lorakeet.data.encode.encoder import Encoder
 from lorakeet.data.encode.render import describe_sample
 from lorakeet.data.prepare_report import PrepareReport
+from lorakeet.data.rows.conversations import system_turn_notes
 from lorakeet.data.rows.kinds import Layout
 from lorakeet.data.rows.label_set import LabelSet, Problem
 from lorakeet.errors import DataError
@@ -47,6 +49,7 @@ class Prepared:
     train_rows: datasets.Dataset | None = None
     held_out_rows: datasets.Dataset | None = None
     rows: datasets.Dataset | None = None
+    chat: Mapping[str, Any] = field(default_factory=dict)
 
 
 def log_issues(groups: Iterable[IssueGroup], among: str = "") -> None:
@@ -93,7 +96,9 @@ def finish(
     train, held_out = (part if part is None else part.select_columns(columns) for part in samples)
     names = labels.names if labels is not None and labels.names else None
     problem = labels.problem if labels else None
-    return Prepared(train, held_out, report, names, problem, layout, *rows, usable if "row" in columns else None)
+    answers = usable if "row" in columns else None
+    chat = system_turn_notes(usable) if isinstance(encoder, ChatEncoder) else {}
+    return Prepared(train, held_out, report, names, problem, layout, *rows, answers, chat)
 
 
 def sample_columns(encoder: Encoder) -> list[str]:

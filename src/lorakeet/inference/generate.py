@@ -9,13 +9,16 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from lorakeet.chat_template import Message, render_chat
+from lorakeet.chat_messages import Message
+from lorakeet.chat_template import render_chat
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.facts.padding import padding_token
+from lorakeet.facts.special_tokens import prompt_ids, rendered_ids, text_ids
+from lorakeet.facts.vocabulary import check_token_ids, embedding_rows
+from lorakeet.facts.window import window
 from lorakeet.inference.fast_decode import fast_decode
 from lorakeet.log import warn
-from lorakeet.model_facts import check_token_ids, embedding_rows, padding_token, window
 from lorakeet.rng import seeded
-from lorakeet.special_tokens import prompt_ids, rendered_ids, text_ids
 
 #: Plain text, or a conversation.
 Prompt = str | Sequence[Message]

@@ -18,8 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakeet.base.quiet import quiet
 from lorakeet.config import TaskSettings
 from lorakeet.data.collate import make_collator
-from lorakeet.data.encode.encoder import Sample
+from lorakeet.data.encode.encoder import Sample, cannot_encode
 from lorakeet.errors import DataError
+from lorakeet.facts.vocabulary import embedding_rows
+from lorakeet.facts.window import longest_text
 from lorakeet.inference.answers import (
     Tag,
     answer_texts,
@@ -37,6 +39,8 @@ from lorakeet.log import warn
 FILLINGS = 5
 #: Words of a long text that are tokenized at once, per token of the longest sample.
 _WORDS_PER_TOKEN = 4
+#: Tokens of the longest sample where neither model, tokenizer nor training limits them.
+_NO_LIMIT = 1 << 20
 #: Columns of a batch that are no input of the model.
 _NO_INPUTS = ("labels", "row", "no_answer", "starts", "ends")
 
@@ -80,16 +84,10 @@ def predict(
     Raises:
         DataError: A row is empty, or not of the form that the task needs.
     """
-    window = _window(model, tokenizer)
-    asking = _Asking(model, tokenizer, task, rows, batch_size, min(max_length or window, window), pairs)
+    lengths = [most for most in (max_length, longest_text(model.config, tokenizer)) if most is not None]
+    asking = _Asking(model, tokenizer, task, rows, batch_size, min(lengths, default=_NO_LIMIT), pairs)
     with evaluating(model), quiet():
         return asking.answers() if rows else []
-
-
-def _window(model: Any, tokenizer: Any) -> int:
-    """Return the tokens that the model takes at most."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(tokenizer.model_max_length, positions or tokenizer.model_max_length, 1 << 20)
 
 
 def embed(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -129,7 +127,8 @@ class _Asking:
         self.model, self.tokenizer, self.task = model, tokenizer, task
         self.given, self.rows = rows, canonical_questions(task, rows, pairs)
         self.batch_size, self.max_length = batch_size, max_length
-        self.encoder = question_encoder(task, tokenizer, max_length, list(self.rows[0]) if rows else ["text"])
+        roles = list(self.rows[0]) if rows else ["text"]
+        self.encoder = question_encoder(task, tokenizer, max_length, roles, embedding_rows(model))
         # nothing is masked here: a text with a masked token is padded as one with a class
         self.collator = make_collator(TaskSettings(type="SEQ_CLS" if task == "MASKED_LM" else task), tokenizer)  # type: ignore[arg-type]
 
@@ -158,7 +157,9 @@ class _Asking:
 
     def _samples(self, rows: Sequence[dict[str, Any]]) -> list[Sample]:
         """Encode rows as in training."""
-        columns = self.encoder({name: [row[name] for row in rows] for name in rows[0]}, range(len(rows))).columns
+        columns, faults = self.encoder({name: [row[name] for row in rows] for name in rows[0]}, range(len(rows)))
+        if faults:
+            raise cannot_encode([(f"row {number + 1}", fault) for number, fault in faults], "the texts")
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def _batches(self, samples: Sequence[Sample]) -> Iterator[dict[str, Tensor]]:

@@ -33,7 +33,9 @@ ROLES: dict[str, tuple[str, ...]] = {
 _SHOWN = 3
 
 
-def question_encoder(task: str, tokenizer: Any, max_length: int, roles: Sequence[str]) -> Encoder:
+def question_encoder(
+    task: str, tokenizer: Any, max_length: int, roles: Sequence[str], vocabulary: int | None = None
+) -> Encoder:
     """Return the encoder that the training of ``task`` has, for rows that hold only ``roles``.
 
     Args:
@@ -41,11 +43,12 @@ def question_encoder(task: str, tokenizer: Any, max_length: int, roles: Sequence
         tokenizer: Of ``transformers``.
         max_length: Tokens of the longest sample.
         roles: Roles of each row.
+        vocabulary: Rows of the model's embedding; None: enough for every token.
     """
     settings = TaskSettings.model_validate({"type": task})
     [kind] = kinds_for(settings.type)
     layout = Layout(kind.name, {role: role for role in roles})
-    return make_encoder(layout, settings, DataSettings(max_length=max_length), tokenizer)
+    return make_encoder(layout, settings, DataSettings(max_length=max_length), tokenizer, vocabulary=vocabulary)
 
 
 def read_questions(

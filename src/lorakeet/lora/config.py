@@ -7,6 +7,7 @@ would change the adapter's output are refused. A variant of LoRA (:mod:`lorakeet
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import json
 from pathlib import Path
@@ -17,14 +18,19 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 from lorakeet.config import LoraSettings
 from lorakeet.errors import AdapterError, ConfigError, LorakeetError, did_you_mean
 from lorakeet.files import hub_file, write_json
+from lorakeet.log import warn
 from lorakeet.lora.interop.peft_classes import AnswersAsPeft
 from lorakeet.lora.interop.trainer_hooks import hook_trainer
+from lorakeet.lora.interop.wrappers import canonical_settings
 from lorakeet.lora.variants import Variant, chosen_variant, variant_settings
 from lorakeet.setting_types import settings_error
 
 CONFIG_NAME = "adapter_config.json"
 #: Release of PEFT whose file format is read and written.
 PEFT_FORMAT = "0.21.2"
+
+#: Arguments of :func:`find_adapter_file` that say where to look.
+FILE_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 #: PEFT's keys that Lorakeet does not implement -> the values that mean "not used".
 NEUTRAL: dict[str, Any] = {
@@ -47,6 +53,12 @@ NEUTRAL: dict[str, Any] = {
 }
 
 
+class PeftType(enum.StrEnum):
+    """The method of an adapter, by PEFT's name; LoRA is the only one here."""
+
+    LORA = "LORA"
+
+
 class TaskType(enum.StrEnum):
     """The task of a model, by PEFT's names."""
 
@@ -66,13 +78,13 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
             that Lorakeet does not implement, with a value that would change the result.
     """
 
-    model_config = ConfigDict(frozen=False, extra="forbid", use_enum_values=True)
+    model_config = ConfigDict(frozen=False, extra="forbid")
     peft_class: ClassVar[tuple[str, str]] = ("peft", "PeftConfig")
 
     words_are_names: ClassVar[bool] = False
 
     task_type: TaskType | None = Field(None, description="what the model is for")
-    peft_type: str = Field("LORA", pattern="^LORA$", description="the method; always LORA")
+    peft_type: PeftType = Field(PeftType.LORA, description="the method; always LORA")
     auto_mapping: dict[str, Any] | None = Field(None, description="class of a base that has no task type")
     base_model_name_or_path: str | None = Field(None, description="public name of the base model")
     revision: str | None = Field(None, description="revision of the base model on the hub")
@@ -80,6 +92,7 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
     peft_version: str | None = Field(None, description="release of PEFT that wrote the file")
 
     _foreign: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _made: dict[str, Any] | None = PrivateAttr(None)
 
     def __init__(self, **values: Any) -> None:
         hook_trainer()
@@ -92,6 +105,7 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
         self._check_and_set(values)
 
     def _check_and_set(self, values: dict[str, Any]) -> None:
+        values = canonical_settings(values)
         own = {key: value for key, value in values.items() if key in type(self).model_fields}
         foreign = {key: value for key, value in values.items() if key not in own}
         supported = chosen_variant(foreign).settings
@@ -118,6 +132,41 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
                 f"target_parameters={self.target_parameters} cannot be adapted with {', '.join(given)}",
                 "leave it out, or train two adapters",
             )
+
+    # -- what was made of it ----------------------------------------------------------------------------------------
+
+    def keep(self, resolved: PeftConfig) -> None:
+        """Take the values of the settings with which an adapter was made, and remember them.
+
+        As in PEFT, a model keeps the very object that it was given, with the names that were found filled in.
+        """
+        for name in type(self).model_fields:
+            setattr(self, name, getattr(resolved, name))
+        self._made = {name: getattr(self, name) for name in LoraSettings.model_fields}
+
+    def as_made(self) -> PeftConfig:
+        """Return a copy with the settings that the adapter was made with, for its file.
+
+        A program may change the object for its next model; the adapter that was made before stays as it is.
+        """
+        made = self._made or {}
+        if changed := [name for name, value in made.items() if getattr(self, name) != value]:
+            warn(
+                f"{', '.join(changed)} changed after the adapter was made: the file gets the values that it was made with"
+            )
+        return self.model_copy(update=made)
+
+    # -- PEFT's attributes ------------------------------------------------------------------------------------------
+
+    #: Whether the method trains a prompt, or layers of its own beside the base's; LoRA does neither.
+    is_prompt_learning: ClassVar[bool] = False
+    is_adaption_prompt: ClassVar[bool] = False
+
+    def __getattr__(self, name: str) -> Any:
+        # the keys of PEFT's that Lorakeet does not implement, such as ``use_dora``
+        if name in NEUTRAL or name in variant_settings():
+            return self._foreign.get(name, {**NEUTRAL, **variant_settings()}[name])
+        return super().__getattr__(name)  # type: ignore[misc]
 
     # -- the variant ------------------------------------------------------------------------------------------------
 
@@ -168,14 +217,14 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
 
         Args:
             pretrained_model_name_or_path: Folder or hub id of the adapter.
-            kwargs: ``revision``, ``subfolder``, and values to override.
+            kwargs: :data:`FILE_ARGUMENTS`, and values to override.
 
         Raises:
             AdapterError: there is no such file, or it is not a JSON object.
             ConfigError: see :meth:`from_dict`.
         """
-        revision, subfolder = kwargs.pop("revision", None), kwargs.pop("subfolder", None)
-        path = find_adapter_file(pretrained_model_name_or_path, CONFIG_NAME, revision=revision, subfolder=subfolder)
+        where = {key: kwargs.pop(key) for key in FILE_ARGUMENTS if key in kwargs}
+        path = find_adapter_file(pretrained_model_name_or_path, CONFIG_NAME, **where)
         if path is None:
             folder = Path(pretrained_model_name_or_path)
             if (folder / "config.json").is_file():
@@ -199,6 +248,17 @@ class LoraConfig(PeftConfig):
     peft_class = ("peft", "LoraConfig")
 
 
+def _dataclass_fields(config: type[PeftConfig]) -> dict[str, Any]:
+    """Return the settings as fields of a dataclass, so that ``dataclasses.replace``, ``asdict`` and ``fields`` work."""
+    names = [*config.model_fields, *NEUTRAL]
+    made: Any = dataclasses.make_dataclass(config.__name__, [(name, Any, None) for name in names])
+    return made.__dataclass_fields__
+
+
+for _config in (PeftConfig, LoraConfig):
+    _config.__dataclass_fields__ = _dataclass_fields(_config)  # type: ignore[attr-defined, union-attr]
+
+
 def adapter_folder(name: str | Path) -> Path:
     """Return the folder of an adapter: the one named, or its folder ``adapter`` if it is that of a run."""
     folder = Path(name)
@@ -207,7 +267,7 @@ def adapter_folder(name: str | Path) -> Path:
 
 
 def find_adapter_file(
-    name: str | Path, filename: str, *, revision: str | None = None, subfolder: str | None = None
+    name: str | Path, filename: str, *, revision: str | None = None, subfolder: str | None = None, **download: Any
 ) -> Path | None:
     """Find a file of an adapter, downloading it if need be.
 
@@ -216,6 +276,7 @@ def find_adapter_file(
         filename: Name of the file.
         revision: Revision of the hub repository.
         subfolder: Folder in the repository or folder.
+        download: Arguments of the download: ``token``, ``cache_dir``, ``local_files_only``, ``force_download``, ``proxies``.
 
     Returns:
         The path; None if the adapter has no such file.
@@ -235,7 +296,7 @@ def find_adapter_file(
             "give the folder `adapter` of a run, or user/name",
         )
     try:
-        return hub_file(text, inner, revision=revision)
+        return hub_file(text, inner, revision=revision, **download)
     except LorakeetError as error:
         raise AdapterError(f"adapter {text!r} is not a folder here; {error.message}", error.hint) from error
 

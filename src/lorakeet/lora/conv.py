@@ -25,7 +25,7 @@ _CLASSES = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the number of the we
 
 
 class LoraConv(LoraPair):
-    """LoRA on ``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d`` (weight [out, in / groups, *kernel])."""
+    """LoRA on a convolution (weight [out, in / groups, *kernel]); a subclass for each number of dimensions."""
 
     @classmethod
     def rank_error(cls, base_layer: nn.Module, r: int) -> str | None:
@@ -60,3 +60,21 @@ class LoraConv(LoraPair):
     def merge_error(self) -> str | None:
         groups = self.base_layer.groups
         return f"has {groups} groups, and its update mixes channels across them" if groups > 1 else None
+
+
+class LoraConv1d(LoraConv):
+    """LoRA on ``nn.Conv1d``."""
+
+    shown_as = "lora.Conv1d"
+
+
+class LoraConv2d(LoraConv):
+    """LoRA on ``nn.Conv2d``."""
+
+    shown_as = "lora.Conv2d"
+
+
+class LoraConv3d(LoraConv):
+    """LoRA on ``nn.Conv3d``."""
+
+    shown_as = "lora.Conv3d"

@@ -18,8 +18,11 @@ from lorakeet.quant.protocol import weight_shape
 class LoraEmbedding(LoraLayer):
     """LoRA on ``nn.Embedding`` (weight [vocabulary, dim])."""
 
+    shown_as = "lora.Embedding"
+
     def __init__(self, base_layer: nn.Module, switch: ActiveAdapters) -> None:
         super().__init__(base_layer, switch)
+        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()  # empty; PEFT has all four
         self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
 
     def make(self, adapter: str, config: PeftConfig, r: int) -> None:

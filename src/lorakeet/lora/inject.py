@@ -6,20 +6,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from lorakeet.errors import TargetError, nearest
 from lorakeet.log import warn
+from lorakeet.lora.checks.direct_reads import direct_read, leave_fast_path, left_out_text, return_to_fast_path
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.default_targets import TASK_HEADS, resolve_targets, stacked_parameters
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer
 from lorakeet.lora.layer_types import ADAPTABLE, adaptable, inside_adapter, layer_class, unwrapped
-from lorakeet.lora.modules_to_save import SavedModule
+from lorakeet.lora.modules_to_save import SavedModule, chosen_modules
 from lorakeet.lora.target_parameters import LoraParameter
 from lorakeet.lora.targeting import (
     Target,
@@ -99,8 +99,10 @@ def plan_injection(model: nn.Module, config: PeftConfig, *, strict: bool = True)
     errors += layer_errors + parameter_errors
     if strict and not errors:
         errors += missing_layers(config, modules) + unmatched_patterns(config, [*layers, *parameters])
-    saved, saved_errors = _chosen_modules(config, modules)
-    errors += saved_errors if strict else []
+    saved, saved_errors = chosen_modules(
+        modules, config.modules_to_save or (), [*layers, *parameters], TASK_HEADS.get(config.task_type or "", [])
+    )
+    errors += [error for error, missing in saved_errors if strict or not missing]
     tokens, token_errors = trained_tokens(model, config, modules, [*layers, *saved])
     tying = plan_tying(model, config, modules, TyingPlan(tuple(layers), saved, tokens))
     errors += [*token_errors, *tying.errors]
@@ -121,20 +123,29 @@ def _chosen_layers(config: PeftConfig, wanted: list[str] | str, modules: Modules
     """Return the names of the layers to adapt, and errors."""
     matched = [name for name in modules if name and matches(name, wanted) and not excluded(name, config)]
     chosen = [name for name in matched if layer_wanted(name, config)]
-    layers = [name for name in chosen if adaptable(modules[name])]
+    layers, passed_by = _called_layers([name for name in chosen if adaptable(modules[name])], wanted, modules)
     unknown = [
         f"{name!r} is a {type(unwrapped(modules[name])).__name__}, which LoRA cannot adapt (it adapts {ADAPTABLE})"
         for name in chosen
-        if name not in layers
+        if not adaptable(modules[name])
     ]
     unfit = [f"{name!r} {error}" for name in layers if (error := _layer_error(name, modules, config))]
-    return layers, unknown[:_LISTED] + unfit[:_LISTED]
+    return layers, unknown[:_LISTED] + passed_by[:_LISTED] + unfit[:_LISTED]
+
+
+def _called_layers(names: list[str], wanted: list[str] | str, modules: Modules) -> tuple[list[str], list[str]]:
+    """Leave out layers whose parent reads their weight itself, with a warning; an error where ``wanted`` names no other."""
+    reasons = {name: reason for name in names if (reason := direct_read(modules, name))}
+    entries = [wanted] if isinstance(wanted, str) else [[entry] for entry in wanted]
+    matched = [[name for name in names if matches(name, entry)] for entry in entries] if reasons else []
+    refused = [name for found in matched if reasons.keys() >= set(found) for name in found]
+    if left_out := [name for name in reasons if name not in refused]:
+        warn(f"not adapted: {left_out_text(left_out, reasons)}")
+    return [name for name in names if name not in reasons], [f"{name!r} {reasons[name]}" for name in refused]
 
 
 def _layer_error(name: str, modules: Modules, config: PeftConfig) -> str | None:
     """Return why a layer of an adaptable type cannot be adapted with these settings; None if it can."""
-    if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
-        return "belongs to nn.MultiheadAttention, which reads its weight directly and would bypass LoRA"
     base = unwrapped(modules[name])
     if "lora_parameters" in base._modules:
         return "has a parameter that another adapter's target_parameters adapt"
@@ -176,19 +187,6 @@ def _chosen_parameters(
     if found and layer_indices(config):
         warn("layers_to_transform applies to target_modules only; to choose among parameters, write their full names")
     return list(found), errors
-
-
-def _chosen_modules(config: PeftConfig, modules: Modules) -> tuple[tuple[str, ...], list[str]]:
-    """Return the names of the modules that ``modules_to_save`` means, and errors."""
-    names: list[str] = []
-    errors = []
-    for key in config.modules_to_save or ():
-        found = [name for name in modules if name and matches(name, [key])]
-        if not found and key not in TASK_HEADS.get(config.task_type or "", []):
-            similar = ", ".join(nearest(key, {name.rpartition(".")[2] for name in modules if name})) or "none"
-            errors.append(f"modules_to_save names {key!r}, which is not in this model (similar: {similar})")
-        names += found
-    return tuple(dict.fromkeys(names)), errors
 
 
 def _hint(wanted: list[str] | str, modules: Modules) -> str:
@@ -269,6 +267,7 @@ def _adapted(model: nn.Module, target: Target, switch: ActiveAdapters) -> LoraLa
     """Return the LoRA layer of the target; it is made and put there if there is none yet."""
     if target.parameter:
         owner, _, name = target.name.rpartition(".")
+        leave_fast_path(model, owner)  # its hooks make the parent call it
         return LoraParameter.on(model.get_submodule(owner), name, switch)
     layer = model.get_submodule(target.name)
     if isinstance(layer, LoraLayer):
@@ -283,34 +282,49 @@ def _adapted(model: nn.Module, target: Target, switch: ActiveAdapters) -> LoraLa
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+    if isinstance(module, (LoraLayer, SavedModule)):
+        leave_fast_path(model, name, module)
 
 
 def restore(model: nn.Module) -> None:
     """Put every base layer back where it was: the inverse of all injections, whatever the adapters."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, LoraParameter):
-            module.release()
-        elif isinstance(module, LoraLayer):
-            _replace(model, name, module.base_layer)
-        elif isinstance(module, SavedModule):
-            _replace(model, name, module.original_module)
+        _release(model, name, module)
+    return_to_fast_path(model)
 
 
-def set_trainable(model: nn.Module, config: PeftConfig, parts: Iterable[Part]) -> None:
-    """Freeze everything except the biases that ``config.bias`` names and the adapters' own parameters.
+def release_unused(model: nn.Module) -> None:
+    """Put those base layers back whose adapters are all deleted, so that the next one may adapt them in another way."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (LoraLayer, SavedModule)) and not module.adapters:
+            _release(model, name, module)
 
-    Args:
-        model: A model with adapters; each adapter makes its own parameters trainable itself.
-        config: The adapter's settings.
-        parts: The result of :func:`inject`, for ``bias="lora_only"``.
-    """
+
+def _release(model: nn.Module, name: str, module: nn.Module) -> None:
+    if isinstance(module, LoraParameter):
+        module.release()
+    elif isinstance(module, LoraLayer):
+        _replace(model, name, module.base_layer)
+    elif isinstance(module, SavedModule):
+        _replace(model, name, module.original_module)
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Freeze everything except the adapters' own parameters; each adapter makes its own trainable itself."""
     for name, parameter in model.named_parameters():
-        own = any(mark in name for mark in OWN)
-        replaced = ".original_module." in name  # its trained copy runs in its place, so it would get no gradient
-        if not own:
-            parameter.requires_grad_(config.bias == "all" and name.endswith(".bias") and not replaced)
+        if not any(mark in name for mark in OWN):
+            parameter.requires_grad_(False)
+
+
+def trained_biases(model: nn.Module, config: PeftConfig, adapter: str) -> list[nn.Parameter]:
+    """Return the biases of the base that the setting ``bias`` trains with the adapter."""
     if config.bias == "lora_only":
-        for part in parts:
-            bias = getattr(part.base_layer, "bias", None) if isinstance(part, LoraLayer) else None
-            if isinstance(bias, torch.Tensor):
-                bias.requires_grad_(True)
+        layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and adapter in layer.adapters]
+        biases = [getattr(layer.base_layer, "bias", None) for layer in layers]
+        return [bias for bias in biases if isinstance(bias, nn.Parameter)]
+    if config.bias == "none":
+        return []
+    # the trained copy of a module runs in its place, so the original would get no gradient
+    other = (*OWN, ".original_module.")
+    named = model.named_parameters()
+    return [bias for name, bias in named if name.endswith(".bias") and not any(mark in name for mark in other)]

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from lorakeet.errors import AdapterError
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.interop.peft_classes import AnswersAsPeft
+from lorakeet.lora.lifecycle.merged import refuse_gradient
+from lorakeet.lora.peft_names.layer import LayerNames
 from lorakeet.lora.variants import Variant
 from lorakeet.quant.protocol import dense_weight, is_quantized, weight_dtype
 
@@ -56,7 +58,7 @@ class ActiveAdapters:
             self.rows = before
 
 
-class LoraLayer(AnswersAsPeft, nn.Module):
+class LoraLayer(AnswersAsPeft, LayerNames):
     """A frozen base layer and its adapters. A subclass computes the low-rank output of one layer type.
 
     Attributes:
@@ -65,7 +67,9 @@ class LoraLayer(AnswersAsPeft, nn.Module):
         r: Rank of each adapter, by name.
         lora_alpha: α of each adapter.
         scaling: s of each adapter.
-        lora_dropout: Dropout probability of each adapter.
+        configured_scaling: s of each adapter as its settings give it, without a later ``set_scale``.
+        use_rslora: Whether s is α/√r, of each adapter.
+        lora_dropout: Dropout of each adapter's input, as a module; an ``Identity`` where there is none.
         variants: Variant of each adapter.
         originals: The base layer's parameters before a merge, by name.
         merged_adapters: Names of the merged adapters.
@@ -73,6 +77,7 @@ class LoraLayer(AnswersAsPeft, nn.Module):
 
     peft_class = ("peft.tuners.tuners_utils", "BaseTunerLayer")
     linear = False  # whether target_modules="all-linear" includes the layer type
+    shown_as = "LoraLayer"  # name in the model's repr; PEFT's
     base_layer: Any
 
     def __init__(self, base_layer: nn.Module, switch: ActiveAdapters) -> None:
@@ -82,7 +87,9 @@ class LoraLayer(AnswersAsPeft, nn.Module):
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
-        self.lora_dropout: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.configured_scaling: dict[str, float] = {}
+        self.lora_dropout = nn.ModuleDict()
         self.variants: dict[str, Variant] = {}
         self.originals: dict[str, Tensor] = {}
         self.merged_adapters: list[str] = []
@@ -133,6 +140,8 @@ class LoraLayer(AnswersAsPeft, nn.Module):
         h = self.base_layer(x, *args, **kwargs)
         if self.switch.rows is not None and self.switch.enabled:
             return self._forward_by_row(x, h, self.switch.rows)
+        if self.merged_adapters and self.training:
+            return refuse_gradient(h, [part for name in self.merged_adapters for part in self.parts(name)])
         for adapter in self.acting:
             h = self.update(adapter, x, h)
         return h
@@ -140,6 +149,11 @@ class LoraLayer(AnswersAsPeft, nn.Module):
     def update(self, adapter: str, x: Tensor, h: Tensor) -> Tensor:
         """Apply the adapter to the output ``h`` for the input ``x``."""
         return self.variants[adapter].update(self, adapter, x, h)
+
+    def dropout_probability(self, adapter: str) -> float:
+        """Return the probability of the adapter's dropout."""
+        # straight to the table, as nn.Module's attribute look-up is slow; an Identity has no p
+        return self._modules["lora_dropout"]._modules[adapter].__dict__.get("p", 0.0)  # type: ignore[union-attr]
 
     @property
     def adapters(self) -> list[str]:
@@ -175,15 +189,19 @@ class LoraLayer(AnswersAsPeft, nn.Module):
         self.make(adapter, config, r)
         self.r[adapter], self.lora_alpha[adapter] = r, alpha
         self.scaling[adapter] = variant.scaling(config, r, alpha)
-        self.lora_dropout[adapter] = config.lora_dropout
+        self.configured_scaling[adapter] = self.scaling[adapter]
+        self.use_rslora[adapter] = config.use_rslora
+        self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         variant.init(self, adapter, config)
 
     def delete_adapter(self, adapter: str) -> None:
         """Remove the adapter and its parameters."""
         for name in self.variants[adapter].parameters if adapter in self.variants else ():
             del self._table(name)[adapter]
-        for table in (self.r, self.lora_alpha, self.scaling, self.lora_dropout, self.variants):
+        for table in (self.r, self.lora_alpha, self.scaling, self.configured_scaling, self.use_rslora, self.variants):
             table.pop(adapter, None)
+        if adapter in self.lora_dropout:
+            del self.lora_dropout[adapter]
 
     def add_parameter(self, name: str, adapter: str, value: Tensor) -> None:
         """Give the adapter a further parameter; ``name`` is one of its variant's ``parameters``."""
@@ -274,6 +292,9 @@ class LoraLayer(AnswersAsPeft, nn.Module):
             name,
             nn.Parameter(value.detach().to(old.dtype).contiguous(), requires_grad=old.requires_grad),
         )
+
+    def _get_name(self) -> str:
+        return self.shown_as
 
     def __getattr__(self, name: str) -> Any:
         # ``weight``, ``bias``, ``in_features`` and the like, for code that does not know about adapters

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakeet.lora.conv import LoraConv
+from lorakeet.lora.conv import LoraConv1d, LoraConv2d, LoraConv3d
 from lorakeet.lora.embedding import LoraEmbedding
 from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.linear import LoraLinear
@@ -13,6 +13,11 @@ from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.target_parameters import LoraParameters
 from lorakeet.quant.protocol import is_quantized
 
+_CONVOLUTIONS: dict[type[nn.Module], type[LoraLayer]] = {
+    nn.Conv1d: LoraConv1d,
+    nn.Conv2d: LoraConv2d,
+    nn.Conv3d: LoraConv3d,
+}
 #: Names of the module types that :func:`layer_class` knows, for messages.
 ADAPTABLE = "Linear, Conv1D, Conv1d, Conv2d, Conv3d, Embedding"
 
@@ -23,7 +28,7 @@ def layer_class(module: nn.Module) -> type[LoraLayer] | None:
         return LoraEmbedding
     if isinstance(module, (nn.Linear, Conv1D)) or is_quantized(module):
         return LoraLinear
-    return LoraConv if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else None
+    return next((layer for kind, layer in _CONVOLUTIONS.items() if isinstance(module, kind)), None)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -42,6 +42,7 @@ class LoraPair(LoraLayer):
     def __init__(self, base_layer: Any, switch: ActiveAdapters) -> None:
         super().__init__(base_layer, switch)
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
+        self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()  # PEFT has all four
 
     def pair(self, adapter: str) -> tuple[Any, Any]:
         """Return A and B as modules, each with a weight; B with a bias if ``lora_bias``."""
@@ -63,7 +64,7 @@ class LoraPair(LoraLayer):
         a, b = self.pair(adapter)
         weight = a.weight  # a function, once torch.ao has quantized the layer
         dtype = weight.dtype if isinstance(weight, Tensor) else x.dtype
-        dropped = dropout(x.to(dtype), self.lora_dropout[adapter], self.training)
+        dropped = dropout(x.to(dtype), self.dropout_probability(adapter), self.training)
         low_rank: Tensor = b(a(dropped)) * self.scaling[adapter]
         return low_rank
 
@@ -100,6 +101,7 @@ class LoraLinear(LoraPair):
     """
 
     linear = True
+    shown_as = "lora.Linear"
 
     def __init__(self, base_layer: nn.Module, switch: ActiveAdapters) -> None:
         super().__init__(base_layer, switch)
@@ -120,7 +122,7 @@ class LoraLinear(LoraPair):
         if len(adapters) != 1 or not self._can_fuse(adapters[0]):
             return super().forward(x, *args, **kwargs)
         (a, b), base = self.pair(adapters[0]), self.base_layer
-        p = self.lora_dropout[adapters[0]] if self.training else 0.0
+        p = self.dropout_probability(adapters[0]) if self.training else 0.0
         scaling = self.scaling[adapters[0]]
         weight = base.quantized_weight() if is_quantized(base) else base.weight
         return lora_linear(x, weight, base.bias, a.weight, b.weight, scaling, p, self.fan_in_fan_out)
@@ -155,7 +157,7 @@ class LoraLinear(LoraPair):
         if own is None or not adapters:
             return own
         adapter = adapters[0]
-        if adapter not in self._fused or (self.training and self.lora_dropout[adapter]):
+        if adapter not in self._fused or (self.training and self.dropout_probability(adapter)):
             return None
         a, b = self.pair(adapter)
         lora_A, lora_B = a._parameters["weight"], b._parameters["weight"]

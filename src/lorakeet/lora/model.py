@@ -15,23 +15,28 @@ from torch import Tensor, nn
 
 from lorakeet.errors import AdapterError, ConfigError, did_you_mean
 from lorakeet.log import warn
+from lorakeet.lora.checks.direct_reads import was_watched, watched_calls
 from lorakeet.lora.combine import combine
 from lorakeet.lora.config import PeftConfig, refuse_unknown
 from lorakeet.lora.default_targets import resolve_config
-from lorakeet.lora.guard.adapter_names import BARE, check_adapter_name
-from lorakeet.lora.inject import InjectionPlan, Part, inject, plan_injection, restore
+from lorakeet.lora.inject import InjectionPlan, Part, inject, plan_injection, release_unused, restore, trained_biases
 from lorakeet.lora.interop.peft_classes import AnswersAsPeft
-from lorakeet.lora.interop.trainer_hooks import hook_trainer
 from lorakeet.lora.interop.wrappers import bare
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer
+from lorakeet.lora.lifecycle.adapter_names import BARE, check_adapter_name
+from lorakeet.lora.lifecycle.adoption import abandon, blank, parents
+from lorakeet.lora.lifecycle.merged import merged_names, take_apart, unmerged
+from lorakeet.lora.lifecycle.rollback import all_or_nothing
 from lorakeet.lora.merge import MergeMethods
 from lorakeet.lora.modules_to_save import SavedModule
+from lorakeet.lora.peft_names.model import ModelNames
 
-_classes: dict[tuple[type, type], type] = {}
+#: PEFT's arguments for ways to combine adapters, and to decompose, that are not needed here.
+_UNUSED = {"svd_full_matrices", "svd_driver", "svd_clamp", "density", "majority_sign_method"}
 
 
-class LoraModel(AnswersAsPeft, MergeMethods):
-    """The methods that a model gains with its first adapter. Never constructed: see :func:`adopt`.
+class LoraModel(AnswersAsPeft, ModelNames, MergeMethods):
+    """The methods that a model gains with its first adapter. Never constructed: see :mod:`.lifecycle.adoption`.
 
     Attributes:
         peft_config: The settings of each adapter, by name.
@@ -42,6 +47,7 @@ class LoraModel(AnswersAsPeft, MergeMethods):
     peft_config: dict[str, PeftConfig]
     switch: ActiveAdapters
     _parts: list[Part]  # collected at each injection, so that switching does not walk the whole model
+    _base_biases: list[tuple[nn.Parameter, Tensor]]  # the base's own values, while an adapter trains its biases
 
     # -- adapters, and which of them are active ---------------------------------------------------------------------
 
@@ -51,9 +57,9 @@ class LoraModel(AnswersAsPeft, MergeMethods):
         return list(self.switch.active)
 
     @property
-    def active_adapter(self) -> str:
-        """The active adapter; the first, where several are."""
-        return self.switch.active[0]
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter; a list, where several are."""
+        return self.switch.active[0] if len(self.switch.active) == 1 else list(self.switch.active)
 
     def lora_parts(self) -> list[Part]:
         """Return every LoRA layer and every module trained whole."""
@@ -73,26 +79,44 @@ class LoraModel(AnswersAsPeft, MergeMethods):
         return [parameter for part in here for parameter in part.parts(adapter_name)]
 
     def add_adapter(
-        self, adapter_name: str, peft_config: PeftConfig, strict: bool = True, **peft_only: Any
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        strict: bool = True,
+        autocast_adapter_dtype: bool = True,
+        **peft_only: Any,
     ) -> InjectionPlan:
         """Add a further, new adapter on the same base; it is frozen and inactive until :meth:`set_adapter`.
+
+        Args:
+            adapter_name: Its name.
+            peft_config: Its settings; the model keeps the object.
+            strict: Whether a name in the settings that matches nothing is an error.
+            autocast_adapter_dtype: Keep the adapter in fp32 where the base is in half precision; False: in the base's dtype.
+            **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
             AdapterError: the name is taken or not usable as one.
             TargetError: see :func:`lorakeet.lora.inject.plan_injection`; nothing has been changed then.
             ConfigError: a second adapter beside one that trains the base's own biases.
         """
-        refuse_unknown("add_adapter", peft_only, {"low_cpu_mem_usage", "autocast_adapter_dtype"})
+        refuse_unknown("add_adapter", peft_only, {"low_cpu_mem_usage"})
         self._check_new(adapter_name, peft_config)
         bare(self)
-        config = resolve_config(self, peft_config, fresh=strict)
-        plan = plan_injection(self, config, strict=strict)
-        touched = inject(self, plan, config, adapter_name, self.switch)
-        for part in touched:
-            part.set_trainable(adapter_name, False)
-            part.train(self.training)
-        self._parts = [module for module in self.modules() if isinstance(module, (LoraLayer, SavedModule))]
-        self.peft_config[adapter_name] = config
+        with all_or_nothing(self), unmerged(self):
+            release_unused(self)
+            config = resolve_config(self, peft_config, fresh=strict)
+            plan = plan_injection(self, config, strict=strict)
+            for part in inject(self, plan, config, adapter_name, self.switch):
+                part.set_trainable(adapter_name, False)
+                part.train(self.training)
+            self._parts = [module for module in self.modules() if isinstance(module, (LoraLayer, SavedModule))]
+            if not autocast_adapter_dtype:
+                self.store_in_base_dtype(adapter_name)
+            biases = trained_biases(self, config, adapter_name)
+            self._base_biases = [(bias, bias.detach().clone()) for bias in biases]
+            peft_config.keep(config)
+            self.peft_config[adapter_name] = peft_config
         return plan
 
     def _check_new(self, name: str, config: PeftConfig) -> None:
@@ -106,24 +130,43 @@ class LoraModel(AnswersAsPeft, MergeMethods):
                 "biases belong to the base and would change every adapter",
                 "use bias='none', or one adapter a model",
             )
-        self._check_unmerged("none can be added")
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activate one adapter, or the sum of several; they are trainable unless ``inference_mode``. No weight changes.
+        """Activate one adapter, or the sum of several; they are trainable unless ``inference_mode``.
+
+        A merged model is unmerged first, with a warning.
 
         Raises:
-            AdapterError: no such adapter (with the nearest names).
+            AdapterError: no such adapter (with the nearest names), none named, or they cannot act together.
         """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-        for name in names:
-            self._check_known(name)
-        parts = self.lora_parts()
-        self._check_unmerged("switching would do nothing")
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
+        self._check_names(names)
         self._check_conflict(names)
+        take_apart(self, f"{', '.join(names)} is activated")
         self.switch.active = names
-        for part in parts:
-            for name in self.peft_config:
-                part.set_trainable(name, name in names and not inference_mode)
+        for part in self.lora_parts():
+            part.switch = self.switch
+        for name in self.peft_config:
+            self.set_trainable(name, name in names and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable, or freeze them, whether they are active or not.
+
+        Raises:
+            AdapterError: no such adapter.
+        """
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        self._check_names(names)
+        for name in names:
+            self.set_trainable(name, requires_grad)
+
+    def set_trainable(self, adapter_name: str, trainable: bool) -> None:
+        """Make the adapter's parameters and the base's biases that it trains trainable, or freeze them."""
+        for part in self.lora_parts():
+            part.set_trainable(adapter_name, trainable)
+        if self.peft_config[adapter_name].bias != "none":
+            for bias, _ in self._base_biases:
+                bias.requires_grad_(trainable)
 
     def add_weighted_adapter(
         self,
@@ -148,30 +191,56 @@ class LoraModel(AnswersAsPeft, MergeMethods):
         Raises:
             AdapterError: no such adapter; one of them has more than A and B; or they cannot be combined in this way.
         """
-        refuse_unknown("add_weighted_adapter", peft_only, {"svd_full_matrices", "svd_driver"})
+        refuse_unknown("add_weighted_adapter", peft_only, _UNUSED)
         for name in adapters:
             self._check_known(name)
         combined = combine(self, adapters, weights, combination_type, svd_rank)
-        self.add_adapter(adapter_name, combined.config, strict=False)
-        combined.fill(self, adapter_name)
+        with all_or_nothing(self):
+            self.add_adapter(adapter_name, combined.config, strict=False)
+            combined.fill(self, adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter. If it was the only active one, the first that remains becomes active, frozen."""
+        """Delete an adapter. If it was the only active one, the first that remains becomes active, frozen.
+
+        Raises:
+            AdapterError: no such adapter, or it is merged; nothing has been changed then.
+        """
         self._check_known(adapter_name)
+        if adapter_name in merged_names(self):
+            raise AdapterError(
+                f"adapter {adapter_name!r} is merged into the base, so deleting it would leave its update there",
+                "unmerge_adapter() first",
+            )
+        with all_or_nothing(self):
+            self.remove_parts(adapter_name)
+            del self.peft_config[adapter_name]
+            self.switch.active = tuple(name for name in self.switch.active if name != adapter_name)
+            if not self.switch.active and self.peft_config:
+                successor = next(iter(self.peft_config))
+                warn(f"adapter {adapter_name!r} was the active one, now {successor!r} is, frozen")
+                self.set_adapter(successor, inference_mode=True)
+
+    def remove_parts(self, adapter_name: str) -> None:
+        """Remove the adapter's parameters from all layers, and what it trained of the base; its settings stay."""
         for part in self.lora_parts():
             part.delete_adapter(adapter_name)
-        del self.peft_config[adapter_name]
-        self.switch.active = tuple(name for name in self.switch.active if name != adapter_name)
-        if not self.switch.active and self.peft_config:
-            self.set_adapter(next(iter(self.peft_config)), inference_mode=True)
+        if self.peft_config[adapter_name].bias != "none":
+            self._restore_biases()
+
+    @torch.no_grad()
+    def _restore_biases(self) -> None:
+        """Put the base's own biases back in place of trained ones."""
+        for bias, original in self._base_biases:
+            bias.requires_grad_(False)
+            bias.data = original.to(bias.device)
+        self._base_biases = []
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Run the bare base inside the block; afterwards everything is as it was."""
+        """Run the bare base inside the block; afterwards everything is as it was, also what was merged."""
         if any(config.bias != "none" for config in self.peft_config.values()):
             warn("trained biases belong to the base: disabling the adapter leaves them as they are")
-        self._check_unmerged("it cannot be disabled")
-        with self.switch.disabled():
+        with unmerged(self), self.switch.disabled():
             yield
 
     @contextmanager
@@ -197,7 +266,8 @@ class LoraModel(AnswersAsPeft, MergeMethods):
             raise AdapterError("adapter_names is empty, expected one for each row of the batch")
         if self.training:
             raise AdapterError("a mixed batch is for inference, and the model is in training mode", "call eval() first")
-        self._check_unmerged("rows cannot have their own")
+        if merged_names(self):
+            raise AdapterError("an adapter is merged into the base, so rows cannot have their own", "unmerge first")
         for name in names:
             if self.peft_config[name].target_parameters:
                 raise AdapterError(
@@ -207,6 +277,9 @@ class LoraModel(AnswersAsPeft, MergeMethods):
 
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Run ``forward``; ``adapter_names``: see :meth:`mixed_batch`."""
+        if adapter_names is None and not was_watched(self):
+            with watched_calls(self):
+                return super().__call__(*args, **kwargs)
         if adapter_names is None:
             return super().__call__(*args, **kwargs)
         given = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
@@ -217,16 +290,18 @@ class LoraModel(AnswersAsPeft, MergeMethods):
         with self.mixed_batch(adapter_names):
             return super().__call__(*args, **kwargs)
 
-    def _check_unmerged(self, consequence: str) -> None:
-        if any(layer.merged_adapters for layer in self.lora_layers()):
-            raise AdapterError(f"an adapter is merged into the base, so {consequence}", "unmerge first")
-
     def _check_conflict(self, names: Sequence[str]) -> None:
-        for layer in self.lora_layers() if len(names) > 1 else ():
-            if reason := layer.conflict(names):
+        for part in self.lora_parts() if len(names) > 1 else ():
+            if reason := part.conflict(names):
                 raise AdapterError(
                     f"adapters {', '.join(names)} cannot be active together: {reason}", "activate one of them"
                 )
+
+    def _check_names(self, names: Sequence[str]) -> None:
+        if not names:
+            raise AdapterError("no adapter is named, expected at least one", "disable_adapter() runs the bare base")
+        for name in names:
+            self._check_known(name)
 
     def _check_known(self, name: str) -> None:
         if name not in self.peft_config:
@@ -236,16 +311,15 @@ class LoraModel(AnswersAsPeft, MergeMethods):
             )
 
     def unload(self, _merged: bool = False) -> nn.Module:
-        """Remove all adapters; returns the base model, of its own class again."""
-        if not _merged:
-            self.unmerge()
-        restore(self)
-        _, base_class = _parents(type(self))
-        del self.peft_config, self.switch, self._parts
-        for module in self.modules():
-            if module.__dict__.get("model") is self:
-                del module.__dict__["model"]
-        self.__class__ = base_class
+        """Remove all adapters and what they trained of the base; returns it, of its own class again."""
+        with all_or_nothing(self):
+            if not _merged:
+                self.unmerge()
+                self._restore_biases()
+            restore(self)
+            del self.peft_config, self.switch, self._parts, self._base_biases
+            self.__dict__.pop("_watched", None)
+            abandon(self)
         return self
 
     # -- what it is -------------------------------------------------------------------------------------------------
@@ -267,47 +341,4 @@ class LoraModel(AnswersAsPeft, MergeMethods):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made at run time and cannot be found by name: pickle and deepcopy make it again.
-        own, base = _parents(type(self))
-        return _blank, (own, base), self.__getstate__()  # torch leaves out what is compiled
-
-
-def adopt(model: Any, own: type[LoraModel]) -> LoraModel:
-    """Give ``model`` the methods of ``own``, in place. It has no adapter yet."""
-    if isinstance(model, LoraModel):
-        return model
-    hook_trainer()
-    backbone = getattr(model, "base_model", None)
-    for module in (backbone if isinstance(backbone, nn.Module) else model, model):
-        if not hasattr(module, "model"):  # PEFT's path model.base_model.model leads to the model
-            module.__dict__["model"] = model
-    model.peft_config, model._parts = {}, []
-    model.switch = ActiveAdapters()
-    model.__class__ = _subclass(own, type(model))
-    return model
-
-
-def _generate(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-    """Run the base's ``generate``; ``adapter_names``: see :meth:`LoraModel.mixed_batch`."""
-    _, base = _parents(type(self))
-    if adapter_names is None:
-        return base.generate(self, *args, **kwargs)  # type: ignore[attr-defined]
-    with self.mixed_batch(adapter_names):
-        return base.generate(self, *args, **kwargs)  # type: ignore[attr-defined]
-
-
-def _subclass(own: type, base: type) -> type:
-    if (own, base) not in _classes:
-        more = {"generate": _generate} if hasattr(base, "generate") else {}
-        made = type(base.__name__, (own, base), {"__module__": base.__module__, "__doc__": base.__doc__, **more})
-        _classes[own, base] = made
-    return _classes[own, base]
-
-
-def _parents(made: type) -> tuple[type, type]:
-    parents = {value: key for key, value in _classes.items()}
-    return next(parents[kind] for kind in made.__mro__ if kind in parents)  # FSDP makes a subclass of its own
-
-
-def _blank(own: type, base: type) -> Any:
-    made: Any = _subclass(own, base)
-    return made.__new__(made)
+        return blank, parents(type(self)), self.__getstate__()  # torch leaves out what is compiled

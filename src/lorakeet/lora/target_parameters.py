@@ -61,6 +61,8 @@ class LoraParameter(LoraPair):
         transposed: Whether they are stored as [experts, in, out].
     """
 
+    shown_as = "lora.ParamWrapper"
+
     def __init__(self, base_layer: Slot, switch: ActiveAdapters) -> None:
         super().__init__(base_layer, switch)
         module, weight = base_layer.module, base_layer.weight

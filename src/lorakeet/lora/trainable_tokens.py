@@ -26,6 +26,9 @@ FILE_NAME = "token_adapter.trainable_tokens_delta"
 class TrainableTokens(LoraLayer):
     """An embedding or head (weight [vocabulary, dim]) some of whose rows are replaced by trained ones."""
 
+    shown_as = "TrainableTokensLayer"
+    adapter_layer_names = ("trainable_tokens_delta",)
+
     def __init__(self, base_layer: nn.Module, switch: ActiveAdapters) -> None:
         super().__init__(base_layer, switch)
         self.trainable_tokens_delta = nn.ParameterDict()  # PEFT's name; the rows themselves, no difference
@@ -38,7 +41,15 @@ class TrainableTokens(LoraLayer):
         rows = weight_rows(self.base_layer, self.tokens(adapter)).to(self._adapter_dtype())
         self.trainable_tokens_delta[adapter] = nn.Parameter(rows)
         self.r[adapter], self.lora_alpha[adapter] = len(tokens), float(len(tokens))
-        self.scaling[adapter], self.lora_dropout[adapter] = 1.0, 0.0
+        self.scaling[adapter], self.lora_dropout[adapter] = 1.0, nn.Identity()
+
+    def is_target(self) -> bool:
+        return False
+
+    @property
+    def token_adapter(self) -> TrainableTokens:
+        """The layer itself; PEFT's path to the rows goes through this name."""
+        return self
 
     def tokens(self, adapter: str) -> Tensor:
         """Return the ids of the adapter's rows, in the order of its parameter: [n]."""
@@ -126,6 +137,9 @@ class TiedLayer(LoraLayer):
     def source(self) -> LoraEmbedding | TrainableTokens:
         """The adapted embedding."""
         return self._source[0]
+
+    def is_target(self) -> bool:
+        return False
 
     def follow(self, adapter: str) -> None:
         """Let the source's adapter act here too."""

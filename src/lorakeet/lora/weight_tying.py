@@ -12,7 +12,6 @@ from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.layer_types import unwrapped
 from lorakeet.lora.modules_to_save import SavedModule
-from lorakeet.lora.targeting import matches
 from lorakeet.lora.trainable_tokens import TiedLayer, TrainableTokens
 from lorakeet.quant.protocol import is_quantized, weight_shape
 
@@ -73,7 +72,7 @@ def trained_tokens(
         wanted = dict.fromkeys(embedding, wanted)
     found: dict[str, list[int]] = {}
     for key, tokens in wanted.items():
-        names = [name for name in modules if name and matches(name, [key])]
+        names = [name for name in modules if name and name.endswith(key)]
         if not names:
             errors.append(f"trainable_token_indices names {key!r}, which is not in this model")
         for name in names:

@@ -20,18 +20,20 @@ _TRAINING = {"seed", "batch_size", "token_budget", "padding_free"}
 _CHOICE_OF_ROWS = {"limit", "eval_fraction", "stream", "shuffle_buffer"}
 
 
-def taught_notes(config: RunConfig, layout: Layout) -> dict[str, Any]:
+def taught_notes(config: RunConfig, layout: Layout, chat: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entry :data:`NOTES` of an adapter's notes: its run's settings, without paths of this machine.
 
     Args:
         config: Of the run.
         layout: Of its rows; the columns that were found are noted too.
+        chat: Of its conversations, see :func:`lorakeet.data.rows.conversations.system_turn_notes`; empty: it has none.
     """
     return {
         "data": config.data.model_dump(mode="json", exclude={"path", "weights"}),
         "task": config.task.model_dump(mode="json", exclude={"type", "problem", "labels"}),
         "train": config.train.model_dump(mode="json", include=_TRAINING),
         "columns": dict(layout.columns),
+        "chat": dict(chat),
     }
 
 
@@ -42,12 +44,14 @@ class Taught:
     Attributes:
         data, task, train: Settings by name, as in the sections of a run.
         columns: Role -> column of the rows; empty: unknown.
+        chat: System turn of the conversations (``system``), and the share of them that has any; empty: plain texts.
     """
 
     data: Mapping[str, Any] = field(default_factory=dict)
     task: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, str] = field(default_factory=dict)
+    chat: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_notes(cls, notes: Mapping[str, Any]) -> Taught:

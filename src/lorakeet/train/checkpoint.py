@@ -177,9 +177,9 @@ class ResumableTrainer(transformers.Trainer):
 
     def _check_parts(self, folder: Path) -> None:
         """Refuse a checkpoint that does not hold the whole state; with ``any_checkpoint`` only warn."""
-        missing = missing_parts(folder, scaled=self.args.fp16)
+        missing = missing_parts(folder, self.args)
         message = f"checkpoint {folder} does not hold {', '.join(missing)}, so these would begin afresh"
-        if missing and not self.any_checkpoint:
+        if missing and not (self.any_checkpoint and (folder / TRAINER_STATE_NAME).is_file()):
             raise TrainingError(
                 f"{message} (was it saved with save_only_model=True?)",
                 "resume from a whole checkpoint, or pass Trainer(..., any_checkpoint=True) to begin them afresh",

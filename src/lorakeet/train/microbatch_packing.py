@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakeet.facts.padding import padding_token as chosen_padding_token
 from lorakeet.ignore_index import IGNORE_INDEX
 from lorakeet.log import info
-from lorakeet.model_facts import padding_token as chosen_padding_token
 from lorakeet.patches.causal_loss import count_targets, shifts_labels
 from lorakeet.patches.fused_loss import computes_logits
 from lorakeet.patches.padding_free import is_padding_free

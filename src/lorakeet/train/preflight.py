@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from lorakeet.adapter.adapter_folders import adapter_folders
 from lorakeet.adapter.peft_model import PeftModel
-from lorakeet.adapter.serialization import check_tensors
+from lorakeet.adapter.tensor_loading import check_tensors
 from lorakeet.adapter.unfrozen import unfrozen_names
 from lorakeet.errors import TrainingError
 from lorakeet.log import info, log, warn
@@ -126,7 +126,7 @@ def announce_unfrozen(model: nn.Module) -> None:
     """Warn of parameters of the base that train beside the adapters: they change the base of every adapter."""
     if isinstance(model, PeftModel) and (names := unfrozen_names(model)):
         warn(
-            f"{len(names)} parameters of the base are trained and saved with the adapter: {_some(names)}; "
+            f"{len(names)} tensors of the base are trained and saved with the adapter: {_some(names)}; "
             "other tools may ignore them, and modules_to_save keeps a copy for each adapter instead"
         )
 

@@ -21,7 +21,6 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.adapter.serialization import add_notes
 from lorakeet.base.architectures import AUTO_CLASSES
-from lorakeet.base.device_dtype import choose_device
 from lorakeet.base.load import Base, inspect_model, load_base
 from lorakeet.base.quiet import quiet
 from lorakeet.config import RunConfig, TaskSettings
@@ -30,9 +29,10 @@ from lorakeet.data.encode.render import describe_sample
 from lorakeet.data.prepare import prepare
 from lorakeet.data.prepared import Prepared
 from lorakeet.errors import OutputError, TrainingError
+from lorakeet.facts.vocabulary import vocabulary_size
+from lorakeet.facts.window import window
 from lorakeet.files import write_elsewhere, write_folder, write_json
 from lorakeet.log import info, log, warn
-from lorakeet.model_facts import vocabulary_size, window
 from lorakeet.patches.fused_layers import fused_layers
 from lorakeet.patches.fused_loss import fused_loss
 from lorakeet.patches.gradient_checkpointing import gradient_checkpointing
@@ -101,7 +101,7 @@ def run_training(
         refuse_other_settings(config, folder)
     model_info = inspect_model(config.base)
     chosen = task_settings(config, model_info)
-    check_rank(config, model_info, Task(chosen.type), free_memory(choose_device(config.base.device)))
+    check_rank(config, model_info, Task(chosen.type), free_memory)
     (state := PartialState()).wait_for_everyone()  # no process writes to the folder before all have checked it
     with state.main_process_first():  # damaged data is reported before a base of many gigabytes is read
         limits = {"max_positions": window(model_info.config), "vocabulary": vocabulary_size(model_info.config)}
@@ -312,7 +312,7 @@ class Run:
 
     def _write_adapter(self, folder: Path) -> None:
         """Write the adapter with its tokenizer and chat template."""
-        taught = taught_notes(self.config, self.data.layout)
+        taught = taught_notes(self.config, self.data.layout, self.data.chat)
         origin = {"task": self.task.notes(), "data": self.data.report.content_hash, NOTES: taught}
         self.model.save_pretrained(folder, notes=origin)
         self.base.tokenizer.save_pretrained(folder)

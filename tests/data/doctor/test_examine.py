@@ -16,6 +16,8 @@ from lorakeet.cli import main
 from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data.doctor.diagnosis import Examination
 from lorakeet.data.doctor.examine import examine
+from lorakeet.data.doctor.examiner import examine_rows
+from lorakeet.data.rows.load import read_rows
 
 WORDS = ("amber birch cedar dune ember fjord grove heath islet juniper knoll lagoon marsh nook oasis").split()  # noqa: SIM905
 
@@ -158,6 +160,60 @@ def test_labels_that_are_rare_unknown_or_alone(tmp_path: Path) -> None:
     alone = tmp_path / "alone.jsonl"
     alone.write_text("".join(json.dumps({"text": sentence(n), "label": "tree"}) + "\n" for n in range(9)))
     assert look(alone, "classes").count("one_label") == 1
+
+
+@pytest.mark.parametrize(
+    "labels", [[f"class {n}" for n in range(40)], list(range(40)), [n // 2 or n for n in range(12)]]
+)
+def test_labels_that_each_row_has_alone_are_no_classes(labels: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": sentence(n), "label": one}) + "\n" for n, one in enumerate(labels)))
+    found = look(path, "classes")
+    assert found.count("own_label") == int(len(labels) == 40) and not found.stops
+    assert not look(path, "classes", labels=[str(label) for label in labels]).count("own_label")
+    settings = DataSettings(path=str(path))
+    assert not examine(settings, TaskSettings(type="SEQ_CLS", problem="regression")).count("own_label")
+
+
+def test_labels_beyond_count_and_fractions(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": sentence(n), "label": f"text {n}"}) + "\n" for n in range(1100)))
+    assert look(path, "classes").stops and look(path, "classes").count("many_labels") == 1
+    path.write_text("".join(json.dumps({"text": sentence(n), "label": n / 7}) + "\n" for n in range(1100)))
+    assert not look(path, "classes").issues
+
+
+@pytest.mark.parametrize("missing", ["NaN", "nan", "<NA>", "", "null", " "])
+def test_a_label_that_is_missing_is_no_class(missing: str, tmp_path: Path) -> None:
+    for first, other in (("1", "0"), ("0.5", "0.25"), ("tree", "water")):
+        path = tmp_path / "rows.csv"
+        labels = [first, other] * 4 + [missing]
+        path.write_text("text,label\n" + "".join(f"{sentence(n)},{label}\n" for n, label in enumerate(labels)))
+        found = look(path, "classes")
+        assert (found.rows, found.usable, found.count("null")) == (9, 8, 1)
+        assert set(found.labels) == {float(first), float(other)} if first != "tree" else {"tree", "water"}
+
+
+@pytest.mark.parametrize(("task", "column"), [("SEQ_CLS", "text_pair"), ("FEATURE_EXTRACTION", "negative")])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_rows_of_a_source_without_a_column_that_others_have(
+    task: Any, column: str, order: tuple[int, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"text": "a", "label": 0} if task == "SEQ_CLS" else {"anchor": "a", "positive": "b"}
+    first = next(iter(row))
+    paths = [tmp_path / "with.jsonl", tmp_path / "without.jsonl"]
+    for number, path in enumerate(paths):
+        more = {column: "a second text"} if number == 0 else {}
+        rows = [
+            {**row, first: sentence(n + 20 * number), **more, **({"label": n % 2} if "label" in row else {})}
+            for n in range(8)
+        ]
+        path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    settings = DataSettings(path=[str(paths[at]) for at in order])
+    found = examine(settings, TaskSettings(type=task))
+    read = examine_rows(read_rows(settings, task), TaskSettings(type=task), settings)
+    assert found.usable == len(read.usable) == 8 and found.count("null") == read.issues.count("null") == 8
+    assert f"without.jsonl has no column of {column}" in caplog.text
 
 
 def test_rows_of_the_test_file_that_are_learned(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_prompts_are_those_of_generation() -> None:
     ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A <|end|>", special_tokens=[("<|end|>", 0)])
     plain, ended = samples(CompletionEncoder(ending, 99, False), prompt=["ab", "ab<|end|>"], completion=["c", "c"])
     assert ending.decode(plain["input_ids"]) == "abc<|end|>"
-    assert ending.decode(ended["input_ids"]) == "ab<|end|><|end|>c<|end|>"  # generation leaves it as the user wrote it
+    assert ending.decode(ended["input_ids"]) == "ab<|end|>c<|end|>"  # the end that the user wrote stays
 
 
 def test_all_of_a_completion_is_learned_where_asked(byte_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -244,7 +244,7 @@ def test_plain_text(put: Put) -> None:
         ("a.parquet", "no parquet at all", {0: "cannot be read as parquet"}),
         ("a.arrow", "no arrow at all", {0: "cannot be read as arrow"}),
         ("a.txt", "fine\nna\xefve\nfine".encode("latin-1"), {2: "byte 0xef is not UTF-8"}),
-        ("a.txt", "fine".encode("utf-16"), {0: "UTF-16"}),
+        ("a.txt", "fine".encode("utf-16-le"), {0: "UTF-16 without a byte order mark"}),
         ("a.txt", b"fine\n\0", {2: "zero byte"}),
         ("a.txt", b"fine\n%\n\xff\n%\nfine", {3: "byte 0xff"}),
         ("a.txt", b"", {0: "empty, no row"}),

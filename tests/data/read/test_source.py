@@ -94,11 +94,12 @@ def test_sharegpt_with_system_and_tools() -> None:
 
 
 def test_tools_and_calls_are_kept_whole() -> None:
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"x": None}}}]
-    row = made({"messages": [USER, call], "tools": tools})
+    row = made({"messages": [USER, {**call, "content": None, "name": None}], "tools": tools})
     assert json.loads(row["messages"]) == [USER, call]
-    assert json.loads(row["tools"]) == [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    assert json.loads(row["tools"]) == tools
+    assert json.loads(made({"messages": [USER], "tools": json.dumps([json.dumps(tools[0])])})["tools"]) == tools
     assert made({"messages": [USER], "tools": ""})["tools"] is None
     assert made({"messages": [USER], "tools": []})["tools"] is None
 
@@ -214,7 +215,12 @@ LISTED, CHAT, BRIEF = {"text": "x", "label": ["a"]}, {"messages": [USER]}, {"ins
         ({"messages": ["Hi."]}, CHAT, "CAUSAL_LM", "holds str as message 1"),
         ({"messages": [USER, {"content": "x"}]}, CHAT, "CAUSAL_LM", "no role in message 2"),
         ({"messages": [{"role": "user", "content": 7}]}, CHAT, "CAUSAL_LM", "int as content of message 1"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, CHAT, "CAUSAL_LM", "list as content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            CHAT,
+            "CAUSAL_LM",
+            "a part of type 'image' in message 1",
+        ),
         ({"messages": [{"role": "user", "content": "\ud83d"}]}, CHAT, "CAUSAL_LM", "half a character"),
         ({"messages": [USER], "tools": "no JSON"}, {**CHAT, "tools": "[]"}, "CAUSAL_LM", "column 'tools'"),
         ({"messages": [USER], "tools": "{}"}, {**CHAT, "tools": "[]"}, "CAUSAL_LM", "expected a list of tools"),

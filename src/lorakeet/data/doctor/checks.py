@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
+from lorakeet.chat_messages import unread_members
 from lorakeet.chat_template import ROLES
 from lorakeet.data.doctor.text_damage import damages
 from lorakeet.data.read.column_types import value_of
@@ -61,8 +62,14 @@ class CheckedRecord(NamedTuple):
     texts: Sequence[str] = ()
 
 
-def check_row(values: Mapping[str, Any], kind: Kind) -> Checked:
-    """Check a canonical row on its own; a row with the problem ``null`` or ``empty`` is not usable."""
+def check_row(values: Mapping[str, Any], kind: Kind, template: Any = None) -> Checked:
+    """Check a canonical row on its own; a row with the problem ``null`` or ``empty`` is not usable.
+
+    Args:
+        values: canonical columns.
+        kind: of the row.
+        template: of the tokenizer for conversations; None: unknown.
+    """
     if missing := kind.missing(values):
         return Checked({"null": f"no {' and no '.join(missing)}"})
     if blank := kind.blank(values):
@@ -70,7 +77,10 @@ def check_row(values: Mapping[str, Any], kind: Kind) -> Checked:
     if kind.name == "messages":
         messages = json.loads(values["messages"])
         texts = list(message_texts(messages))
-        return Checked(_check_turns(messages) | _check_texts(texts), texts)
+        problems = _check_turns(messages) | _check_texts(texts)
+        if template is not None and (unread := _unread(messages, values.get("tools"), template)):
+            problems["unread"] = unread
+        return Checked(problems, texts)
     texts = kind.texts_of(values)
     problems = _check_texts(texts)
     if kind.name == "tags" and "" in texts:
@@ -92,19 +102,20 @@ def is_sound(text: str | None) -> bool:
     )
 
 
-def diagnose(record: Record, layout: Layout, *, typed: bool = True) -> CheckedRecord:
+def diagnose(record: Record, layout: Layout, *, typed: bool = True, template: Any = None) -> CheckedRecord:
     """Normalize a record to a canonical row and check it.
 
     Args:
         record: without a fault.
         layout: which column plays which role.
         typed: its source tells numbers from strings, as all formats but CSV do.
+        template: of the tokenizer for conversations; None: unknown.
     """
     try:
         values = canonical(record, layout)
     except RowError as error:
         return CheckedRecord(None, {error.fault.code: error.fault.message})
-    problems, texts = check_row(values, find_kind(layout.kind))
+    problems, texts = check_row(values, find_kind(layout.kind), template)
     if misspelt := _misspelt_column(record, layout):
         problems["misspelt_column"] = misspelt
     if typed and (number := _number_as_text(record, layout)):
@@ -170,6 +181,14 @@ def _check_turns(messages: Sequence[Mapping[str, Any]]) -> Problems:
     return problems
 
 
+def _unread(messages: Sequence[Mapping[str, Any]], tools: str | None, template: Any) -> str | None:
+    """Return a message about a part of a conversation that a chat ``template`` does not read, if there is one."""
+    found = next(iter(unread_members(template, messages)), None)
+    if found is not None:
+        return f"message {found[0]} has {found[1]!r}, which the template does not read"
+    return "it has tools, which the template does not read" if tools and "tools" not in str(template) else None
+
+
 def _check_turn(message: Mapping[str, Any], before: str | None) -> Problems:
     problems: Problems = {}
     role, content = message.get("role"), message.get("content")
@@ -178,6 +197,9 @@ def _check_turn(message: Mapping[str, Any], before: str | None) -> Problems:
         problems["role"] = f"has role {role!r}, expected {', '.join(ROLES)}" + (f"; {hint}" if hint else "")
     elif role not in _FOLLOWS.get(before, ROLES):
         problems["turns"] = f"of the {role} " + (f"follows one of the {before}" if before else "is the first")
+    if (is_learned := message.get("train")) is not None:
+        code = "marked_turn" if is_learned else "unlearned_turn"
+        problems[code] = f"of the {role} is marked as {'to' if is_learned else 'not to'} be learned"
     calls = message.get("tool_calls")
     if content is None and not calls and (near := get_close_matches("content", message.keys() - {"content"}, 1, 0.7)):
         problems["misspelt_column"] = f"has {near[0]!r}; is 'content' meant?"

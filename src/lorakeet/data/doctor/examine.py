@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 from lorakeet.config import DataSettings, TaskName, TaskSettings, TrainSettings
@@ -20,9 +20,18 @@ from lorakeet.data.doctor.leakage import other_rows
 from lorakeet.data.read.column_types import ColumnTypes
 from lorakeet.data.read.record import Location
 from lorakeet.data.read.source import DataSource, find_sources
-from lorakeet.data.rows.column_mapping import Family, choose_task, find_layout, merge_layouts
+from lorakeet.data.rows.column_mapping import (
+    TELLING_NAMES,
+    Family,
+    choose_task,
+    find_layout,
+    merge_layouts,
+    unused_columns,
+    with_columns_of,
+)
 from lorakeet.data.rows.kinds import Layout, find_kind
 from lorakeet.errors import DataError
+from lorakeet.facts.limits import Limits
 
 #: Rows of a file from which its columns and their types are inferred.
 _HEAD = 1000
@@ -34,6 +43,7 @@ def examine(
     task: TaskSettings | None = None,
     tokenizer: Any = None,
     *,
+    limits: Limits | None = None,
     family: Family | None = None,
     train: TrainSettings | None = None,
     shown: int = 3,
@@ -46,6 +56,7 @@ def examine(
         settings: of the data.
         task: to be trained; ``auto`` is decided by ``family`` and the columns.
         tokenizer: of the base model; without it lengths are in characters, and there are no issues of tokens.
+        limits: of the base model; without them every token and length is fine.
         family: of the base model; without it the columns alone decide an ``auto`` task.
         train: batch size and epochs, for an estimate of the steps.
         shown: issues of each code that are kept; all are counted.
@@ -57,27 +68,19 @@ def examine(
     """
     task = task or TaskSettings()
     sources = find_sources(settings)
-    examiner = Examiner(settings, task, tokenizer, shown=shown, samples=samples)
-    layouts: dict[str, Layout] = {}
-    name: TaskName = task.type
+    examiner = Examiner(settings, task, tokenizer, limits=limits, shown=shown, samples=samples)
+    name, layouts = _layouts(sources, settings, task.type, family, examiner.found)
     left = settings.limit
     for source in sources:
-        rows = islice(source.rows(), left)
-        head = list(islice(rows, _HEAD))
-        types = source.usual_types(head)
-        name = task_of(name, family, types, settings) if types else name
-        layout = _layout(types, settings, name, source, examiner.found) if types else None
+        layout = layouts.get(source.name)
         if layout is not None:
-            layouts[source.name] = layout
             examiner.begin(layout, name, typed=source.format != "csv")
-            _misspelt_optional(source, types, layout, examiner.found)
         before = examiner.rows
-        for row in chain(head, rows):
+        for row in islice(source.rows(), left):
             examiner.read(row, layout)
             if progress and examiner.rows % 1000 == 0:
                 progress(examiner.rows)
         left = None if left is None else left - (examiner.rows - before)
-    _merge(layouts, examiner.found)
     examiner.finish()
     _find_leakage(sources, settings, name, examiner)
     return examiner.examination(name, layouts, [source.name for source in sources], train or TrainSettings())
@@ -89,6 +92,7 @@ def examine_heads(
     *,
     settings: DataSettings,
     most: int,
+    tokenizer: Any = None,
     shown: int = 3,
 ) -> Examination:
     """Examine the beginnings of sources that will be streamed: equally many rows of each source.
@@ -100,9 +104,10 @@ def examine_heads(
         task: with a concrete ``type``.
         settings: of the data.
         most: rows of all sources together; at least twenty of each.
+        tokenizer: whose chat template renders conversations.
         shown: issues of each code that are kept; all are counted.
     """
-    examiner = Examiner(settings, task, shown=shown)
+    examiner = Examiner(settings, task, tokenizer, shown=shown)
     left = math.inf if settings.limit is None or settings.weights else settings.limit
     for source, layout in mapped:
         examiner.begin(layout, task.type, typed=False)
@@ -138,6 +143,27 @@ def task_of(
     return "CAUSAL_LM" if task == "MASKED_LM" else task
 
 
+def _layouts(
+    sources: Sequence[DataSource], settings: DataSettings, task: TaskName, family: Family | None, found: Issues
+) -> tuple[TaskName, dict[str, Layout]]:
+    """Return the task, and the layout of each source by the beginning of its rows, as far as ``settings.limit`` goes."""
+    layouts: dict[str, Layout] = {}
+    left = settings.limit
+    for source in sources:
+        rows = islice(source.rows(), left)
+        head = list(islice(rows, _HEAD))
+        types = source.usual_types(head)
+        task = task_of(task, family, types, settings) if types else task
+        layout = _layout(types, settings, task, source, found) if types else None
+        if layout is not None:
+            layouts[source.name] = layout
+            _misspelt_optional(source, types, layout, found)
+            for name in unused_columns(types, layout, TELLING_NAMES):
+                found.add("unused_column", Location(source.name), f"column {name!r} is not used")
+        left = None if left is None else left - len(head) - sum(1 for _ in rows)
+    return task, _merge(layouts, found)
+
+
 def _layout(
     types: Mapping[str, ColumnTypes], settings: DataSettings, task: TaskName, source: DataSource, found: Issues
 ) -> Layout | None:
@@ -162,13 +188,15 @@ def _misspelt_optional(source: DataSource, types: Mapping[str, ColumnTypes], lay
                     found.add("misspelt_column", Location(source.name), message)
 
 
-def _merge(layouts: Mapping[str, Layout], found: Issues) -> None:
+def _merge(layouts: dict[str, Layout], found: Issues) -> dict[str, Layout]:
+    """Return the layouts with the optional columns of all of them, as a run reads them."""
     if len(layouts) < 2:
-        return
+        return layouts
     try:
-        merge_layouts(layouts)
+        return with_columns_of(merge_layouts(layouts), layouts)
     except DataError as error:
         found.add("columns", Location(next(iter(layouts))), error.message, error.hint)
+        return layouts
 
 
 def _find_leakage(sources: list[DataSource], settings: DataSettings, task: TaskName, examiner: Examiner) -> None:

@@ -27,6 +27,7 @@ from lorakeet.data.read.record import Location, Record
 from lorakeet.data.rows.kinds import Kind, Layout, find_kind
 from lorakeet.data.rows.load import Rows, iter_values
 from lorakeet.data.rows.split import normalized
+from lorakeet.facts.limits import Limits
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,17 @@ class ExaminedRows:
     content_hash: str
 
 
-def examine_rows(rows: Rows, task: TaskSettings, settings: DataSettings) -> ExaminedRows:
+def examine_rows(rows: Rows, task: TaskSettings, settings: DataSettings, tokenizer: Any = None) -> ExaminedRows:
     """Examine canonical rows that a run has read. They are not tokenized, so there are no issues of tokens.
 
     Args:
         rows: canonical columns, their layout and locations.
         task: with a concrete ``type``.
         settings: of the data.
+        tokenizer: whose chat template renders conversations.
     """
     kind = find_kind(rows.layout.kind)
-    examiner = Examiner(settings, task)
+    examiner = Examiner(settings, task, tokenizer)
     examiner.begin(rows.layout, task.type)
     usable, digests, whole = [], bytearray(), ContentHash(rows.data.column_names)
     text_columns = [column.name for column in kind.columns if column.is_text and column.name in rows.data.features]
@@ -66,7 +68,7 @@ def examine_rows(rows: Rows, task: TaskSettings, settings: DataSettings) -> Exam
         problems: Problems = {}
         texts: Sequence[str] = [values[name] for name in text_columns] if is_plain else ()
         if not (is_plain and all(map(is_sound, texts)) and (kind.labels is None or not kind.missing(values))):
-            problems, texts = check_row(values, kind)
+            problems, texts = check_row(values, kind, examiner.template)
         inputs = examiner.take(partial(rows.locations.__getitem__, number), values, problems, texts)
         if inputs is not None:
             usable.append(number)
@@ -123,6 +125,7 @@ class Examiner:
         settings: of the data.
         task: given labels and problem.
         tokenizer: of the base model, or None.
+        limits: of the base model, or None.
         shown: issues of each code that are kept.
         samples: decoded samples to keep; None: no statistics of the samples.
 
@@ -138,6 +141,7 @@ class Examiner:
         task: TaskSettings,
         tokenizer: Any = None,
         *,
+        limits: Limits | None = None,
         shown: int = 3,
         samples: int | None = None,
     ) -> None:
@@ -145,9 +149,10 @@ class Examiner:
         self.rows = self.usable = 0
         self.repeats = Repeats()
         self.labels = LabelStats(task, shown=shown)
+        self.template = getattr(tokenizer, "chat_template", None)
         self.kind: Kind | None = None
         self.typed = True
-        self.stats = None if samples is None else TokenStats(settings, task, tokenizer, self.found, samples)
+        self.stats = None if samples is None else TokenStats(settings, task, tokenizer, self.found, samples, limits)
 
     def begin(self, layout: Layout, task: TaskName, *, typed: bool = True) -> None:
         """Set the ``layout`` of the rows that follow; ``typed``: their source tells numbers from strings."""
@@ -164,7 +169,7 @@ class Examiner:
         if record.fault is not None:
             self.found.add(record.fault.code, location, record.fault.message, record.fault.hint)
         elif layout is not None:
-            values, problems, texts = diagnose(record, layout, typed=self.typed)
+            values, problems, texts = diagnose(record, layout, typed=self.typed, template=self.template)
             if values is None:
                 for code, message in problems.items():
                     self.found.add(code, location, message)

@@ -13,6 +13,9 @@ from lorakeet.errors import did_you_mean
 
 #: Different labels. More of them are no classes.
 _MOST = 1000
+#: Different labels, from which on it is no accident that more than half of the rows have one of their own.
+_OWN = 10
+_NO_CLASSES = "for numbers set task.problem=regression, else name the column of labels: data.columns.label=NAME"
 #: A label is rare where another is this many times more frequent.
 _RARE = 10
 _SEPARATORS = re.compile(r"[\s_-]+")
@@ -32,7 +35,8 @@ class LabelStats:
         self._tags = False  # tags of tokens, one of which is usually by far the most frequent
         self._shown = shown
         self._several = False  # rows with more than one label, or none
-        self._too_many = False
+        self._too_many: Location | None = None  # the first row beyond the limit
+        self._fractions = False  # labels of a regression
         self.counts: dict[Any, int] = {}
         self._locations: dict[Any, list[Location]] = {}
 
@@ -44,20 +48,25 @@ class LabelStats:
         """Count the label or labels of one row; returns a message about one that is not among the given ones."""
         self._several |= isinstance(label, list) and not self._tags
         different = list(dict.fromkeys(label if isinstance(label, list) else [label]))
+        self._fractions |= any(isinstance(one, float) and not one.is_integer() for one in different)
         for one in different if not self._too_many else ():
             self.counts[one] = self.counts.get(one, 0) + 1
             locations = self._locations.setdefault(one, [])
             if len(locations) < self._shown:
                 locations.append(location)
         if len(self.counts) > _MOST:
-            self._too_many = True
+            self._too_many = location
             self.counts.clear()
             self._locations.clear()
         return next(filter(None, map(self._unknown, different)), None)
 
     def find(self, found: Issues) -> None:
         """Add the issues that only all labels together show."""
-        if self._too_many or len(self.counts) == 0 or any(isinstance(label, float) for label in self.counts):
+        if self._is_regression or self._fractions:
+            return
+        if self._too_many is not None and self._given is None:
+            found.add("many_labels", self._too_many, f"more than {_MOST:,} different labels up to here", _NO_CLASSES)
+        if self._too_many is not None or len(self.counts) == 0:
             return
         if len(self.counts) == 1 and sum(self.counts.values()) > 1 and not self._several:
             [label] = self.counts
@@ -65,8 +74,16 @@ class LabelStats:
         if self._given is None:
             for label, usual in self.misspellings().items():
                 self._find_misspelling(found, label, usual)
-        if not self._tags and not self._is_regression:
+        if not self._tags:
+            self._find_own(found)
             self._find_imbalance(found)
+
+    def _find_own(self, found: Issues) -> None:
+        """Find labels that hardly any two rows share: numbers of a regression, or names or texts of a wrong column."""
+        rows, alone = sum(self.counts.values()), [label for label, count in self.counts.items() if count == 1]
+        if self._given is None and not self._several and len(self.counts) >= _OWN and 2 * len(alone) > rows:
+            message = f"{len(self.counts):,} different labels in {rows:,} rows, such as {alone[0]!r:.40}"
+            found.add("own_label", self._locations[alone[0]][0], message, _NO_CLASSES)
 
     def _find_misspelling(self, found: Issues, label: Any, usual: str) -> None:
         message = f"label {label!r} looks like {usual!r} ({self.counts[usual]:,} rows)"

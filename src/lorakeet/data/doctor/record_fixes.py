@@ -172,7 +172,7 @@ class RecordFixer:
         return values
 
     def _spelt(self, label: Any) -> Any:
-        return self.labels.get(label, label) if isinstance(label, str) else label
+        return self.labels.get(label.strip(), label) if isinstance(label, str) else label
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lorakeet.chat_template import Message, assistant_turns, check_offsets, learned_tokens, render_chat
+from lorakeet.chat_messages import Message
+from lorakeet.chat_template import assistant_turns, check_offsets, learned_tokens, render_chat
 from lorakeet.data.encode.encoder import Batch, CausalEncoder, Sample
 from lorakeet.data.encode.text import CompletionEncoder
 from lorakeet.data.read.record import Fault
@@ -60,6 +61,10 @@ class ChatEncoder(CausalEncoder):
         messages: list[Message] = json.loads(batch["messages"][number])
         tools = batch["tools"][number] if "tools" in batch else None
         tools = json.loads(tools) if tools else None
+        unlearned = [number for number, message in enumerate(messages, start=1) if message.get("train") is False]
+        if self.learn_all and unlearned:
+            marked = f"message {unlearned[0]} is marked as not to be learned, but data.learn=all learns every token"
+            return Fault("template", marked, "leave out data.learn, or the marks")
         try:
             if self.learn_all:
                 return render_chat(self.tokenizer, messages, False, tools), []

@@ -30,9 +30,9 @@ import datasets
 
 from lorakeet.data.read.record import Fault, Location
 from lorakeet.errors import DataError
+from lorakeet.facts.special_tokens import added_tokens, kept_positions, once, text_ids, trimmed
+from lorakeet.facts.vocabulary import NO_ROW_HINT, no_row
 from lorakeet.ignore_index import IGNORE_INDEX
-from lorakeet.model_facts import NO_ROW_HINT, no_row
-from lorakeet.special_tokens import added_tokens, kept_positions, once, text_ids
 
 Batch = Mapping[str, list[Any]]
 Sample = dict[str, Any]
@@ -116,14 +116,14 @@ class Encoder:
         samples: list[Sample] = []
         faults: list[tuple[int, Fault]] = []
         for at, sample in self.samples(batch):
-            sample = self._readable(sample)
+            sample = self.readable(sample)
             if isinstance(sample, Fault):
                 faults.append((rows[at], sample))
             else:
                 samples.append({**_DEFAULTS, **sample, "row": rows[at]})
         return Encoded({name: [sample[name] for sample in samples] for name in self.features()}, faults)
 
-    def _readable(self, sample: Sample | Fault) -> Sample | Fault:
+    def readable(self, sample: Sample | Fault) -> Sample | Fault:
         """Return the sample, or a fault where the model has no row for one of its tokens."""
         if self.vocabulary is None or isinstance(sample, Fault):
             return sample
@@ -171,7 +171,8 @@ class Encoder:
             return text_ids(self.tokenizer, texts)
         self.tokens(texts[:1])
         around = added_tokens(self.tokenizer)
-        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(list(texts))
+        given = [trimmed(self.tokenizer, text) for text in texts]
+        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(given)
         return [once(encoding.ids, *around) for encoding in encodings]
 
     def shortened(self, *texts: Sequence[Any], **options: Any) -> list[Shortened]:

@@ -12,6 +12,7 @@ from lorakeet.chat_template import check_offsets
 from lorakeet.data.encode.classification import type_id_columns
 from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample
 from lorakeet.data.read.record import Fault
+from lorakeet.facts.special_tokens import kept_positions
 
 #: Share of a window's tokens that the next window repeats: 1 / _OVERLAP.
 _OVERLAP = 6
@@ -53,8 +54,9 @@ class QuestionEncoder(Encoder):
         encoded = self._windows(questions, batch["context"])
         names = ["input_ids", *type_id_columns(self.tokenizer)]
         for window, number in enumerate(encoded["overflow_to_sample_mapping"]):
-            sample = {name: encoded[name][window] for name in names}
-            sample |= self._places(encoded, window)
+            kept = kept_positions(encoded["input_ids"][window], encoded["special_tokens_mask"][window])
+            sample = {name: [encoded[name][window][at] for at in kept] for name in names}
+            sample |= self._places(encoded, window, kept)
             if self.answered:
                 row = (batch[name][number] for name in ("context", "answers", "answer_start"))
                 try:
@@ -74,6 +76,7 @@ class QuestionEncoder(Encoder):
             stride=self.max_length // _OVERLAP,
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
+            return_special_tokens_mask=True,
             return_attention_mask=False,
             padding=False,
             verbose=False,
@@ -87,14 +90,11 @@ class QuestionEncoder(Encoder):
         ends = [spans[most - 1][1] if is_cut else None for spans, is_cut in zip(offsets, cut, strict=True)]
         return [question[:end] for question, end in zip(questions, ends, strict=True)], cut
 
-    def _places(self, encoded: Any, window: int) -> Sample:
-        """Return the columns that decode an answer in this window."""
-        ids, cls = encoded["input_ids"][window], self.tokenizer.cls_token_id
-        in_context = [part == 1 for part in encoded.sequence_ids(window)]
-        spans = [
-            span if inside and span[0] < span[1] else (-1, -1)
-            for inside, span in zip(in_context, encoded["offset_mapping"][window], strict=True)
-        ]
+    def _places(self, encoded: Any, window: int, kept: Sequence[int]) -> Sample:
+        """Return the columns that decode an answer at the ``kept`` positions of this window."""
+        parts, offsets = encoded.sequence_ids(window), encoded["offset_mapping"][window]
+        ids, cls = [encoded["input_ids"][window][at] for at in kept], self.tokenizer.cls_token_id
+        spans = [offsets[at] if parts[at] == 1 and offsets[at][0] < offsets[at][1] else (-1, -1) for at in kept]
         starts, ends = ([span[side] for span in spans] for side in (0, 1))
         return {"no_answer": ids.index(cls) if cls in ids else 0, "starts": starts, "ends": ends}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample, with_end
 from lorakeet.data.read.record import Fault
-from lorakeet.special_tokens import target_ids
+from lorakeet.facts.special_tokens import target_ids
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorakeet.data.encode.encoder import Batch, CausalEncoder, Sample, with_end
 from lorakeet.data.read.record import Fault
-from lorakeet.special_tokens import prompt_ids
+from lorakeet.facts.special_tokens import prompt_ids, trimmed
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,13 @@ class CompletionEncoder(CausalEncoder):
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of the prompts, as generation has them.
 
-        See :func:`lorakeet.special_tokens.prompt_ids`.
+        See :func:`lorakeet.facts.special_tokens.prompt_ids`.
         """
         return prompt_ids(self.tokenizer, texts)
 
     def completions(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of texts that continue another text."""
+        texts = [trimmed(self.tokenizer, text) for text in texts]
         if not _adds_space(self.tokenizer):
             return list(self.tokens(texts, add_special_tokens=False)["input_ids"])
         after_feed = self.tokens([f"\n{text}" for text in texts], add_special_tokens=False, return_offsets_mapping=True)

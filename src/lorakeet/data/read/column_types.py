@@ -103,12 +103,16 @@ class TypeInference:
         return NULL if value is None else ColumnType(type(value).__name__)
 
 
+#: Words for a number or a label that is missing, as data frames and spreadsheets write them.
+MISSING = ("NaN", "nan", "NAN", "<NA>", "#N/A", "null", "NULL")
 _FIELD_TYPES = {"int": INT, "float": FLOAT, "str": STR, "": None}
 
 
 def reads_as(text: str) -> str:
-    """Return the type that a CSV field reads as: ``int``, ``float`` or ``str``; empty for an empty field."""
-    return "int" if _INT.fullmatch(text) else "float" if _FLOAT.fullmatch(text) else "str" if text else ""
+    """Return the type that a CSV field reads as: ``int``, ``float`` or ``str``; empty for one that is empty or missing."""
+    if _INT.fullmatch(text):
+        return "int"
+    return "float" if _FLOAT.fullmatch(text) else "str" if text and text.strip() not in MISSING else ""
 
 
 def schema_types(schema: pyarrow.Schema) -> dict[str, ColumnTypes]:
@@ -158,14 +162,31 @@ def class_names(schema: pyarrow.Schema) -> dict[str, list[str]]:
 def records(batch: pyarrow.RecordBatch, named: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Any]]:
     """Yield the rows of ``batch``, with class names in place of class numbers (-1, no class, becomes None).
 
-    Rows are converted 256 at a time, so that few are in memory at once.
+    A table gives every object the members of all; those without a value are left out. Rows are converted 256 at a time,
+    so that few are in memory at once.
     """
+    nested = [column.name for column in batch.schema if _holds_objects(column.type)]
     for start in range(0, batch.num_rows, 256):
         for record in batch.slice(start, 256).to_pylist():
             for name, names in named.items():
                 if name in record:
                     record[name] = _class_name(record[name], names)
+            for name in nested:
+                record[name] = without_null(record[name])
             yield record
+
+
+def _holds_objects(type: pyarrow.DataType) -> bool:
+    if arrow.is_list(type) or arrow.is_large_list(type) or arrow.is_fixed_size_list(type):
+        return _holds_objects(type.value_type)
+    return bool(arrow.is_struct(type))
+
+
+def without_null(value: Any) -> Any:
+    """Return ``value`` without the null members of its objects."""
+    if isinstance(value, dict):
+        return {name: without_null(inner) for name, inner in value.items() if inner is not None}
+    return [without_null(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _class_name(value: Any, names: Sequence[str]) -> Any:

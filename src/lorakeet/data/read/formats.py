@@ -5,7 +5,7 @@
 | json    | .json                  | a list of objects or strings, alone or under a key (the split, or the only list) |
 | jsonl   | .jsonl .ndjson         | one object or string a line                                                      |
 | yaml    | .yaml .yml             | the mappings of a list                                                           |
-| csv     | .csv .tsv              | one a line below the header, which shows whether by comma, semicolon or tab      |
+| csv     | .csv .tsv              | one a line below the header (:mod:`lorakeet.data.read.csv_rows`)                     |
 | parquet | .parquet               | one a row; only the columns that are needed are read                             |
 | arrow   | .arrow                 | the same; a file or a stream, as ``datasets`` writes it                          |
 | text    | .txt .text .md         | paragraphs between blank lines; without any blank line, one a line               |
@@ -25,7 +25,8 @@ from typing import Any
 from lorakeet.data.read.fortune import DELIMITER
 from lorakeet.data.read.record import Fault, FaultError, Location, Record, Unit, faults_error
 from lorakeet.data.read.table_formats import TABLE_READERS
-from lorakeet.data.read.text_formats import TEXT_READERS, is_json, open_plain, read_lines
+from lorakeet.data.read.text_formats import TEXT_READERS, is_json
+from lorakeet.text_files import NotTextError, preview
 
 SUFFIXES = {
     ".json": "json",
@@ -60,13 +61,10 @@ def recognize(path: Path) -> str:
     known = SUFFIXES.get(suffix(path))
     if known not in (None, "text"):
         return known
-    with open_plain(path) as file:
-        preview = file.read(_PREVIEW_BYTES)
+    head, text = preview(path, _PREVIEW_BYTES)
     for mark, format in _MAGIC.items():
-        if preview.startswith(mark):
+        if head.startswith(mark):
             return format
-    text = preview.decode("utf-8", errors="replace").removeprefix("\ufeff")
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if DELIMITER.search(text):
         return "fortune"
     if known is None and text.lstrip()[:1] in ("{", "["):
@@ -101,6 +99,8 @@ def read_file(
                 yield Record(Location(source, number, unit), found)
     except FaultError as error:
         yield _unreadable(source, unit, error.fault.message, error.fault.hint)
+    except NotTextError as error:
+        yield _unreadable(source, unit, error.message, error.hint)
     except (OSError, EOFError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         yield _unreadable(source, unit, f"cannot be read: {reason}")
@@ -110,16 +110,24 @@ def read_file(
 
 
 def read_inputs(path: Path, column: str) -> list[tuple[Location, Mapping[str, Any]]]:
+    """Return location and values of the records for a model to answer; of a text file, each line as ``column``.
+
+    Blank lines are left out.
+
+    Args:
+        path: the file, in any of the formats above.
+        column: that holds the text.
+
+    Raises:
+        DataError: it cannot be read, holds nothing, or one of its records is broken.
+    """
     format = SUFFIXES.get(suffix(path)) or (recognize(path) if path.is_file() else "text")
-    if format in ("text", "fortune"):
-        lines = enumerate(read_lines(path), start=1)
-        return [
-            (Location(str(path), n, "line"), {column: line.removesuffix("\n")}) for n, line in lines if line.strip()
-        ]
-    records = list(read_file(path, format))
+    plain = format in ("text", "fortune")
+    records = list(read_file(path, "lines" if plain else format))
     if faults := [(record.location, record.fault) for record in records if record.fault]:
         raise faults_error(faults)
-    return [(record.location, record.values) for record in records if record.values is not None]
+    found = [(record.location, record.values) for record in records if record.values is not None]
+    return [(location, {column: values["text"]} if plain else values) for location, values in found]
 
 
 def _unreadable(source: str, unit: Unit, message: str, hint: str | None = None) -> Record:

@@ -7,7 +7,7 @@ Each kind has sets of roles, each role known by a few column names, without rega
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lorakeet.config import DataSettings, TaskName
@@ -20,6 +20,11 @@ Types = Mapping[str, ColumnTypes]
 
 #: Names by which a column of labels is known.
 LABEL_NAMES = ("label", "labels", "class", "category", "score", "rating")
+#: Names of columns that say what to learn, or that belong to a text; where no role takes one, it is missed.
+TELLING_NAMES = (
+    *("weight", "train", "loss_mask", "mask", "train_on_input", "train_on_inputs"),
+    *("system", "history", "tools", "documents", "chat_template_kwargs", "images", "videos", "audios"),
+)
 
 
 def find_layout(types: Types, settings: DataSettings, task: TaskName, source: str) -> Layout:
@@ -36,7 +41,7 @@ def find_layout(types: Types, settings: DataSettings, task: TaskName, source: st
             are recognised, or several may be meant for one role.
     """
     task = "CAUSAL_LM" if task == "auto" else task
-    given = settings.columns
+    given = {role: name if name in types else name.strip() for role, name in settings.columns.items()}
     _check_given(types, given, task, source)
     matches = list(_matches(types, given, kinds_for(task)))
     match = next((match for match in matches if not match.missing), None)
@@ -284,6 +289,12 @@ def merge_layouts(layouts: Mapping[str, Layout]) -> Layout:
     return Layout(next(iter(kinds)), columns, types)
 
 
+def with_columns_of(merged: Layout, layouts: Mapping[str, Layout]) -> dict[str, Layout]:
+    """Return ``layouts`` with the optional columns of all of them; a source without one has no value in it."""
+    names = set(merged.column_names)
+    return {source: replace(one, absent=frozenset(names - set(one.column_names))) for source, one in layouts.items()}
+
+
 def _one_type(first: ColumnType, second: ColumnType, name: str, source: str) -> ColumnType:
     if first == second:
         return first
@@ -294,7 +305,7 @@ def _one_type(first: ColumnType, second: ColumnType, name: str, source: str) -> 
     raise DataError(f"{source} has {name} of type {second}, others have {first}", "write all labels in the same way")
 
 
-def label_columns(types: Types, layout: Layout | None) -> list[str]:
-    """Return columns of labels that ``layout`` leaves unused."""
+def unused_columns(types: Types, layout: Layout | None, names: Collection[str]) -> list[str]:
+    """Return the columns called by one of ``names`` that hold something and that ``layout`` leaves unused."""
     used = layout.columns.values() if layout is not None else ()
-    return [name for name in types if name.lower() in LABEL_NAMES and name not in used]
+    return [name for name, found in types.items() if found and name.lower() in names and name not in used]

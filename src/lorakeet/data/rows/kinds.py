@@ -236,17 +236,19 @@ class Layout:
         kind: Name of the kind.
         columns: Role -> column of the source.
         types: Canonical column -> type, of the columns whose type the source decides (labels, tags).
+        absent: Optional columns that only other sources have: null in every row of this one, which cannot be used.
     """
 
     kind: str
     columns: Mapping[str, str]
     types: Mapping[str, ColumnType] = field(default_factory=dict)
+    absent: frozenset[str] = frozenset()
 
     @cached_property
     def column_names(self) -> tuple[str, ...]:
         """The canonical columns that rows of this layout have."""
-        columns = find_kind(self.kind).columns
-        return tuple(column.name for column in columns if not column.optional or column.name in self.columns)
+        columns, named = find_kind(self.kind).columns, self.columns.keys() | self.absent
+        return tuple(column.name for column in columns if not column.optional or column.name in named)
 
     def features(self) -> datasets.Features:
         """Return the canonical columns with their types."""

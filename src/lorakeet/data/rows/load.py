@@ -16,11 +16,18 @@ from lorakeet.config import DataSettings, TaskName
 from lorakeet.data.read.column_types import ColumnTypes, TypeInference
 from lorakeet.data.read.record import Fault, Location, Locations, Record, faults_error
 from lorakeet.data.read.source import DataSource, find_sources
-from lorakeet.data.rows.column_mapping import find_layout, label_columns, merge_layouts
+from lorakeet.data.rows.column_mapping import (
+    LABEL_NAMES,
+    TELLING_NAMES,
+    find_layout,
+    merge_layouts,
+    unused_columns,
+    with_columns_of,
+)
 from lorakeet.data.rows.kinds import Layout, RowError, canonical, find_kind
 from lorakeet.data.rows.mixing import draw, interleave, shares
 from lorakeet.errors import DataError
-from lorakeet.log import info
+from lorakeet.log import info, warn
 
 _FIRST = 1000  # records whose types decide how a source without a schema is read first
 _CHUNK = 10_000  # rows of a chunk of Arrow columns
@@ -95,7 +102,12 @@ def read_rows(settings: DataSettings, task: TaskName = "CAUSAL_LM", *, seed: int
             break
     if faults := [fault for part in parts for fault in part.faults]:
         raise faults_error(faults)
-    layout = merge_layouts({part.source.name: part.layout for part in parts if part.layout is not None})
+    layouts = {part.source.name: part.layout for part in parts if part.layout is not None}
+    layout = merge_layouts(layouts)
+    for name, one in with_columns_of(layout, layouts).items():
+        if one.absent:
+            names = " and ".join(sorted(one.absent))
+            warn(f"{name} has no column of {names}, which other sources have: none of its rows can be used")
     description = describe_sources(settings, [(part.source, part.layout) for part in parts if part.layout is not None])
     if unused := list(dict.fromkeys(label for part in parts for label in part.labels)):
         description += f"; {task} leaves {', '.join(map(repr, unused))} unused"
@@ -206,7 +218,9 @@ def _read(source: DataSource, settings: DataSettings, task: TaskName, limit: int
     else:
         part, types = _read_untyped(source, settings, task, limit)
     part.faults.sort(key=lambda found: found[0].number)
-    part.labels = label_columns(types, part.layout)
+    part.labels = unused_columns(types, part.layout, LABEL_NAMES)
+    if telling := unused_columns(types, part.layout, TELLING_NAMES):
+        warn(f"{source.name}: {task} has no use for the column {' and '.join(map(repr, telling))}, which may matter")
     return part
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorakeet.data.read.column_types import ColumnType
+from lorakeet.data.read.column_types import MISSING, ColumnType
 from lorakeet.data.read.record import FaultError
-from lorakeet.data.rows.conversations import alpaca, as_messages, as_tools, in_two_parts, sharegpt, to_json
+from lorakeet.data.rows.conversations import alpaca, as_tools, conversation_of, in_two_parts, to_json
 from lorakeet.data.rows.values import Values
 
 Row = dict[str, Any]
@@ -23,9 +23,9 @@ def conversation(values: Values) -> Row:
     elif "instruction" in values:
         turns = alpaca(values)
     elif "conversations" in values:
-        turns = sharegpt(values)
+        turns = conversation_of(values, "conversations")
     else:
-        turns = as_messages(values, "messages")
+        turns = conversation_of(values, "messages")
     text = values.whole(next(iter(values.columns)), to_json(turns)) if turns else None
     return {"messages": text, "tools": as_tools(values), "given": given}
 
@@ -38,7 +38,9 @@ def labelled_text(values: Values) -> Row:
 
 def _label(values: Values) -> Any:
     value, type = values.raw("label"), values.types.get("label", ColumnType("str"))
-    if value is None or value == "" or value != value:  # NaN is how some files write that a label is missing
+    if isinstance(value, str):
+        value = value.strip()  # blanks around a name are never a part of it
+    if value is None or value == "" or value != value or value in MISSING:
         return None
     if not type.is_list:
         return values.scalar("label", value, type.base)

@@ -25,7 +25,7 @@ import datasets
 from lorakeet.config import DataSettings, TaskName
 from lorakeet.data.read.record import Location, Locations
 from lorakeet.data.read.source import DataSource, find_sources
-from lorakeet.data.rows.column_mapping import find_layout, merge_layouts
+from lorakeet.data.rows.column_mapping import find_layout, merge_layouts, with_columns_of
 from lorakeet.data.rows.kinds import Layout, RowError, canonical, find_kind
 from lorakeet.data.rows.load import Rows, describe_sources
 from lorakeet.data.rows.mixing import shares
@@ -125,12 +125,10 @@ def map_sources(settings: DataSettings, task: TaskName) -> tuple[list[MappedSour
     """
     sources = find_sources(settings)
     count = max(_TYPED // len(sources), 20)
-    layouts = [find_layout(source.head_types(count), settings, task, source.name) for source in sources]
-    merged = merge_layouts(dict(zip((source.name for source in sources), layouts, strict=True)))
-    return [
-        MappedSource(source, replace(layout, types=merged.types))
-        for source, layout in zip(sources, layouts, strict=True)
-    ], merged
+    layouts = {source.name: find_layout(source.head_types(count), settings, task, source.name) for source in sources}
+    merged = merge_layouts(layouts)
+    whole = with_columns_of(merged, layouts)
+    return [MappedSource(source, replace(whole[source.name], types=merged.types)) for source in sources], merged
 
 
 def _stream(

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakeet.facts.padding import padding_token
+from lorakeet.facts.vocabulary import embedding_rows
 from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.target_parameters import LoraParameter
-from lorakeet.model_facts import embedding_rows, padding_token
 from lorakeet.quant.protocol import is_quantized, weight_dtype
 
 #: Share of the largest output. Rounding error of the outputs of a whole model, by the number format that it computes in:

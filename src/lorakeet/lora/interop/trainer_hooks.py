@@ -25,23 +25,24 @@ from lorakeet.log import info, warn
 _PARTS = {
     "optimizer*": "optimizer",
     "scheduler.pt": "learning rate schedule",
-    "rng_state*.pth": "random state",
     "trainer_state.json": "number of steps",
 }
 _hooked: set[str] = set()
 
 
-def missing_parts(folder: str | Path, *, scaled: bool = False) -> list[str]:
+def missing_parts(folder: str | Path, args: Any) -> list[str]:
     """List the states that a resumed run would begin afresh, since the checkpoint has no file of them.
 
     Args:
         folder: The checkpoint.
-        scaled: Whether the training scales its loss (fp16).
+        args: TrainingArguments of the run.
     """
-    parts = {**_PARTS, **({"scaler.pt": "loss scale"} if scaled else {})}
+    ranks = [f"rng_state_{rank}.pth" for rank in range(args.world_size)] if args.world_size > 1 else ["rng_state.pth"]
+    parts = {**_PARTS, **({"scaler.pt": "loss scale"} if args.fp16 else {}), **dict.fromkeys(ranks, "random state")}
     has_engine = any(Path(folder).glob("global_step*"))  # DeepSpeed keeps optimizer and scaler there
     held = {"optimizer", "loss scale"} if has_engine else set()
-    return [state for file, state in parts.items() if state not in held and not any(Path(folder).glob(file))]
+    missing = [state for file, state in parts.items() if state not in held and not any(Path(folder).glob(file))]
+    return list(dict.fromkeys(missing))
 
 
 def hook_trainer() -> None:
@@ -86,7 +87,7 @@ def _load_from_checkpoint(original: Any) -> Any:
             original(self, resume_from_checkpoint, model)
             return
         adapted.restore_adapters(resume_from_checkpoint)
-        if missing := missing_parts(resume_from_checkpoint, scaled=self.args.fp16):
+        if missing := missing_parts(resume_from_checkpoint, self.args):
             warn(f"checkpoint {resume_from_checkpoint} does not hold {', '.join(missing)}: these begin afresh")
 
     return load

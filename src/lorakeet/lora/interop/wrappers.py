@@ -6,8 +6,9 @@ below. Names are made canonical here: for injection, settings, saving and loadin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
@@ -17,6 +18,16 @@ from lorakeet.errors import AdapterError
 V = TypeVar("V")
 #: Names under which a wrapper keeps the module inside: of torch.compile, FSDP and activation checkpointing.
 _INNER = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+#: Settings of an adapter that name modules, in a list, as keys or in a regular expression.
+_NAMING = {
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "target_parameters",
+    "rank_pattern",
+    "alpha_pattern",
+    "trainable_token_indices",
+}
 #: Name under which DDP, DataParallel and FSDP keep the model; other modules may have a part of this name.
 _PARALLEL = "module"
 
@@ -38,6 +49,19 @@ def canonical_keys(values: Mapping[str, V], known: Mapping[str, object]) -> dict
     if not own.keys() & plain.keys():
         plain = {key.removeprefix(f"{_PARALLEL}."): value for key, value in plain.items()}
     return {own.get(key, key): value for key, value in plain.items()}
+
+
+def canonical_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of an adapter with canonical names of modules, wherever they name some."""
+    return {key: _canonical_value(value) if key in _NAMING else value for key, value in settings.items()}
+
+
+def _canonical_value(value: Any) -> Any:
+    if isinstance(value, str):  # one name, or a regular expression of names
+        return re.sub(rf"\b({'|'.join(sorted(_INNER))})\\?\.", "", value)
+    if isinstance(value, Mapping):
+        return {_canonical_value(key): kept for key, kept in value.items()}
+    return type(value)(map(_canonical_value, value)) if isinstance(value, (list, tuple, set)) else value
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -71,22 +71,34 @@ def kept_positions(ids: Sequence[int], added: Sequence[int]) -> Sequence[int]:
     return [at for at in range(len(ids)) if at not in dropped]
 
 
+def trimmed(tokenizer: Any, text: str, is_whole: bool = True) -> str:
+    """Return a text without white space before its own start token and, if it is whole, after its own end token."""
+    start, end = tokenizer.bos_token, tokenizer.eos_token
+    if start and text[:1].isspace() and text.lstrip().startswith(start):
+        text = text.lstrip()
+    ends = is_whole and end and text[-1:].isspace() and text.rstrip().endswith(end)
+    return text.rstrip() if ends else text
+
+
 def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Return the token ids of texts, uncut, with special tokens around each."""
     around = added_tokens(tokenizer)
-    return [once(ids, *around) for ids in tokenizer(list(texts), **_IDS_ONLY)["input_ids"]]
+    given = [trimmed(tokenizer, text) for text in texts]
+    return [once(ids, *around) for ids in tokenizer(given, **_IDS_ONLY)["input_ids"]]
 
 
 def target_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Return the token ids of texts that an encoder-decoder writes, uncut, with the special tokens of a target."""
     around = added_tokens(tokenizer, as_target=True)
-    return [once(ids, *around) for ids in tokenizer(text_target=list(texts), **_IDS_ONLY)["input_ids"]]
+    given = [trimmed(tokenizer, text) for text in texts]
+    return [once(ids, *around) for ids in tokenizer(text_target=given, **_IDS_ONLY)["input_ids"]]
 
 
 def prompt_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Return the token ids of texts that a causal model continues: without the tokens that end every text."""
     before, after = added_tokens(tokenizer)
-    whole = tokenizer(list(texts), **_IDS_ONLY)["input_ids"]
+    given = [trimmed(tokenizer, text, is_whole=False) for text in texts]
+    whole = tokenizer(given, **_IDS_ONLY)["input_ids"]
     return [once(ids[: len(ids) - len(after)], before, ()) for ids in whole]
 
 

@@ -12,7 +12,7 @@ from lorakeet.errors import AdapterError
 BARE = "__base__"
 #: Characters that no folder may have in its name on some system, and the dot, which torch's tables refuse.
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*.\x00-\x1f\x7f]')
-#: Names of a trainer's checkpoints, which lie beside the folders of adapters.
+#: Names of a trainer's checkpoints, which are beside the folders of adapters.
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 #: Bytes of the longest name; file systems take 255, and temporary files need some for their own suffix.
 _LONGEST = 200

@@ -15,22 +15,15 @@ import lorakeet
 from helpers.tiny_tasks import WORDS, save_tiny, word_tokenizer
 from lorakeet.base.load import load_base
 from lorakeet.errors import DataError
-from lorakeet.model_facts import (
-    agree_on_padding,
-    check_token_ids,
-    embedding_rows,
-    longest_text,
-    padding_token,
-    tokens_without_row,
-    vocabulary_size,
-    window,
-)
+from lorakeet.facts.padding import agree_on_special_tokens, padding_token
+from lorakeet.facts.vocabulary import check_token_ids, embedding_rows, tokens_without_row, vocabulary_size
+from lorakeet.facts.window import longest_text, window
 
 SOURCES = Path(lorakeet.__file__).parent
-#: Fields of configurations and tokenizers that only model_facts reads.
+#: Fields of configurations and tokenizers that only the room facts reads.
 FIELDS = {"pad_token_id", "max_position_embeddings", "model_max_length", "vocab_size", "torch_dtype", "n_positions"}
-#: Uses that are none of a base's: a tokenizer after agree_on_padding, and names of parameters.
-OWN = {"data/collate.py", "patches/fused_loss.py", "inference/predict.py", "inference/generate.py"}
+#: Uses that are none of a base's: a tokenizer after agree_on_special_tokens, and names of parameters.
+OWN = {"data/collate.py", "patches/fused_loss.py", "inference/generate.py"}
 
 
 def fields_read(source: str) -> Iterator[str]:
@@ -50,8 +43,9 @@ def fields_read(source: str) -> Iterator[str]:
 def test_no_other_module_reads_a_fact_by_itself() -> None:
     paths = {path.relative_to(SOURCES).as_posix(): path for path in SOURCES.rglob("*.py")}
     found = {name: sorted(fields_read(path.read_text(encoding="utf-8"))) for name, path in paths.items()}
-    assert found["model_facts.py"]
-    assert {name for name, fields in found.items() if fields} - {"model_facts.py"} <= OWN
+    readers = {name for name, fields in found.items() if fields}
+    assert {"facts/padding.py", "facts/vocabulary.py", "facts/window.py"} < readers
+    assert {name for name in readers if not name.startswith("facts/")} <= OWN
 
 
 def llama(pad: Any, **more: Any) -> tf.LlamaConfig:
@@ -75,7 +69,7 @@ def test_padding_token_of_config_and_tokenizer(stated: int | None, own: str | No
     tokenizer, config = word_tokenizer(), llama(None)
     config.pad_token_id, tokenizer.pad_token = stated, own
     generation = tf.GenerationConfig(pad_token_id=2)
-    agree_on_padding(tokenizer, config, generation)
+    agree_on_special_tokens(tokenizer, config, generation)
     agreed = (tokenizer.pad_token_id, config.pad_token_id, generation.pad_token_id, padding_token(config, tokenizer))
     assert agreed == (chosen,) * 4
 
@@ -86,9 +80,17 @@ def test_padding_token_beyond_the_rows_is_not_chosen() -> None:
     assert padding_token(config, tokenizer) == tokenizer.eos_token_id
 
 
+def test_a_tokenizer_without_end_token_has_the_configs() -> None:
+    for stated in (1, [1, 3]):
+        tokenizer, config = word_tokenizer(), llama(0)
+        tokenizer.eos_token, config.eos_token_id = None, stated
+        agree_on_special_tokens(tokenizer, config)
+        assert tokenizer.eos_token == "</s>"
+
+
 def test_a_multimodal_config_has_the_padding_of_its_text() -> None:
     config = tf.LlavaConfig(text_config=llama(None))
-    agree_on_padding(tokenizer := word_tokenizer(), config)
+    agree_on_special_tokens(tokenizer := word_tokenizer(), config)
     assert config.get_text_config().pad_token_id == tokenizer.pad_token_id == 0
 
 

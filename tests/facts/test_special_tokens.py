@@ -13,8 +13,8 @@ from helpers.tiny_tasks import rows_for, save_tiny, word_tokenizer, write_rows
 from lorakeet.base.load import load_base
 from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data.prepare import prepare
+from lorakeet.facts.special_tokens import added_tokens, kept_positions, prompt_ids, target_ids, text_ids, trimmed
 from lorakeet.inference import generate
-from lorakeet.special_tokens import added_tokens, kept_positions, prompt_ids, target_ids, text_ids
 
 START, END = 3, 1
 
@@ -42,6 +42,29 @@ def test_a_text_with_its_special_tokens_has_the_ids_of_one_without(single: str) 
     encoded = tokenizer(written, return_special_tokens_mask=True)
     kept = kept_positions(encoded["input_ids"], encoded["special_tokens_mask"])
     assert [encoded["input_ids"][at] for at in kept] == plain
+
+
+def test_white_space_outside_of_start_and_end_does_not_hide_them() -> None:
+    tokenizer = tokenizer_with("<s> $A </s>")
+    assert text_ids(tokenizer, [" \n<s> the old </s>\n", "the old"]) == [[3, 14, 16, 1]] * 2
+    assert target_ids(tokenizer, ["the old </s> \n"]) == [[3, 14, 16, 1]]
+    assert [trimmed(tokenizer, text) for text in ("</s>\n", " the ", "\n<s>")] == ["</s>", " the ", "<s>"]
+    assert trimmed(tokenizer, "</s>\n", is_whole=False) == "</s>\n"
+
+
+def test_a_text_that_a_tool_rendered_has_one_end(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with("$A")
+    files = {
+        "text": [{"text": "the old </s>\n"}, {"text": "the old"}],
+        "pair": [{"prompt": "the", "completion": " old </s>\n"}, {"prompt": "the", "completion": " old"}],
+    }
+    for name, rows in files.items():
+        path = write_rows(tmp_path / f"{name}.jsonl", rows)
+        settings = DataSettings(path=str(path), eval_fraction=0.0)
+        assert (
+            prepare(settings, TaskSettings(type="CAUSAL_LM"), tokenizer, seed=1).train["input_ids"][:]
+            == [[14, 16, 1]] * 2
+        )
 
 
 def test_an_end_that_a_prompt_has_itself_stays() -> None:

@@ -1,0 +1,125 @@
+"""PEFT's names for the attributes and verbs of a layer with adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorakeet.lora.peft_names.own_switch import own_switch
+
+
+class LayerNames(nn.Module):
+    """PEFT's names, as a parent class of :class:`~lorakeet.lora.layer.LoraLayer`."""
+
+    #: Tables of an adapter's parameters, by adapter.
+    adapter_layer_names: tuple[str, ...] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+    #: Tables of an adapter's further values.
+    other_param_names: tuple[str, ...] = ("r", "lora_alpha", "scaling", "lora_dropout")
+
+    @property
+    def merged(self: Any) -> bool:
+        """Whether the base's weight holds an adapter."""
+        return bool(self.merged_adapters)
+
+    @property
+    def active_adapters(self: Any) -> list[str]:
+        """Names of the active adapters."""
+        return list(self.switch.active)
+
+    @property
+    def active_adapter(self: Any) -> list[str]:
+        """The same; PEFT has both names."""
+        return list(self.switch.active)
+
+    @property
+    def disable_adapters(self: Any) -> bool:
+        """Whether no adapter acts."""
+        return not self.switch.enabled
+
+    def is_target(self) -> bool:
+        """Whether the layer has an adapter because ``target_modules`` names it."""
+        return True
+
+    def available_adapters(self: Any) -> list[str]:
+        """Return the names of the layer's adapters, sorted."""
+        return sorted(self.r)
+
+    _get_available_adapters = _all_available_adapter_names = available_adapters
+
+    def get_base_layer(self: Any) -> nn.Module:
+        """Return the adapted layer of the base."""
+        return self.base_layer
+
+    def get_delta_weight(self: Any, adapter: str) -> Tensor:
+        """Return what merging adds to the weight."""
+        return self.delta(adapter).to(self.base_layer.weight.dtype)
+
+    @property
+    def in_features(self: Any) -> int:
+        """Number of features of the input; of an embedding, of its ids."""
+        return _features(self.base_layer, ("in_features", "in_channels", "num_embeddings", "nx"))
+
+    @property
+    def out_features(self: Any) -> int:
+        """Number of features of the output."""
+        return _features(self.base_layer, ("out_features", "out_channels", "embedding_dim", "nf"))
+
+    def enable_adapters(self: Any, enabled: bool) -> None:
+        """Let the adapters of this layer act, or none; :meth:`LoraModel.enable_adapter_layers` does so for all."""
+        own_switch(self).enabled = enabled
+        for adapter in self.r:
+            self.set_trainable(adapter, enabled and adapter in self.switch.active)
+
+    def set_adapter(self: Any, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate adapters in this layer alone, until the model's ``set_adapter``; they are trainable then."""
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        own_switch(self).active = names
+        for adapter in self.r:
+            self.set_trainable(adapter, adapter in names and not inference_mode)
+
+    def set_requires_grad(self: Any, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable in this layer, or freeze them."""
+        for adapter in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+            self.set_trainable(adapter, requires_grad)
+
+    def merge(self: Any, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Merge adapters in this layer alone; left out: the active ones."""
+        self.merge_(list(adapter_names or self.switch.active))
+
+    def unmerge(self: Any) -> None:
+        """Put this layer's original weight back."""
+        self.unmerge_()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter can be expressed as LoRA: it is LoRA."""
+        return True
+
+    # -- scale ------------------------------------------------------------------------------------------------------
+
+    def set_scale(self: Any, adapter: str, scale: float) -> None:
+        """Set the adapter's s to ``scale`` times the value that its settings give."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.configured_scaling[adapter]
+
+    def scale_layer(self: Any, scale: float) -> None:
+        """Multiply the active adapters' s."""
+        for adapter in self.active_adapters if scale != 1 else ():
+            if adapter in self.scaling:
+                self.scaling[adapter] *= scale
+
+    def unscale_layer(self: Any, scale: float | None = None) -> None:
+        """Divide the active adapters' s; without ``scale``, set it as the settings give it."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                whole = self.configured_scaling[adapter] if scale is None else self.scaling[adapter] / scale
+                self.scaling[adapter] = whole
+
+
+def _features(base: Any, names: Sequence[str]) -> int:
+    """Return the first of these attributes that the layer has; the ``Conv1D`` of GPT-2 has its weight as [nx, nf]."""
+    for name in names:
+        if (value := getattr(base, name, None)) is not None:
+            return value
+    raise AttributeError(f"a {type(base).__name__} has none of {', '.join(names)}")
