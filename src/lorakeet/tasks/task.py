@@ -22,7 +22,7 @@ _PROBLEMS = {
 }
 
 
-#: What a model is asked to do, by the name of the command.
+#: Name of the command that asks a model.
 Verb = Literal["generate", "predict"]
 
 
@@ -47,7 +47,7 @@ class Task:
 
     @property
     def verb(self) -> Verb:
-        """What a model of the task is asked to do."""
+        """The command that asks a model of the task."""
         return "generate" if self.name in ("CAUSAL_LM", "SEQ_2_SEQ_LM") else "predict"
 
     def model_options(self) -> dict[str, Any]:
