@@ -16,7 +16,13 @@ from lorakeet.data.prepare import prepare
 from lorakeet.errors import DataError
 from lorakeet.facts.limits import limits_of
 
-TASKS = {"CAUSAL_LM": "llama", "SEQ_CLS": "bert", "TOKEN_CLS": "bert", "FEATURE_EXTRACTION": "bert", "SEQ_2_SEQ_LM": "t5"}
+TASKS = {
+    "CAUSAL_LM": "llama",
+    "SEQ_CLS": "bert",
+    "TOKEN_CLS": "bert",
+    "FEATURE_EXTRACTION": "bert",
+    "SEQ_2_SEQ_LM": "t5",
+}
 
 
 def with_token(row: dict[str, Any], token: str) -> dict[str, Any]:

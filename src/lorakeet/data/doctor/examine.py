@@ -20,7 +20,15 @@ from lorakeet.data.doctor.leakage import other_rows
 from lorakeet.data.read.column_types import ColumnTypes
 from lorakeet.data.read.record import Location
 from lorakeet.data.read.source import DataSource, find_sources
-from lorakeet.data.rows.column_mapping import Family, choose_task, find_layout, merge_layouts, with_columns_of
+from lorakeet.data.rows.column_mapping import (
+    TELLING_NAMES,
+    Family,
+    choose_task,
+    find_layout,
+    merge_layouts,
+    unused_columns,
+    with_columns_of,
+)
 from lorakeet.data.rows.kinds import Layout, find_kind
 from lorakeet.errors import DataError
 from lorakeet.facts.limits import Limits
@@ -150,6 +158,8 @@ def _layouts(
         if layout is not None:
             layouts[source.name] = layout
             _misspelt_optional(source, types, layout, found)
+            for name in unused_columns(types, layout, TELLING_NAMES):
+                found.add("unused_column", Location(source.name), f"column {name!r} is not used")
         left = None if left is None else left - len(head) - sum(1 for _ in rows)
     return task, _merge(layouts, found)
 

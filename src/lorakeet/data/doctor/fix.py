@@ -156,7 +156,7 @@ def check_out(settings: DataSettings, out: Path, *, overwrite: bool = False) -> 
         DataError: there is no such data.
     """
     if out.suffix.lower() != ".jsonl":
-        raise OutputError(f"{out}: the copy is written as JSON lines", f"call it {out.with_suffix('.jsonl')}")
+        raise OutputError(f"{out}: the copy is written as JSON lines", f"call it {out.stem or 'fixed'}.jsonl")
     if out.is_dir():
         raise OutputError(f"{out} is a folder, expected a file", "choose another name for the copy")
     for name in settings.path if isinstance(settings.path, list) else [settings.path]:

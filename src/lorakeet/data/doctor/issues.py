@@ -29,6 +29,7 @@ PROBLEMS: dict[str, tuple[Severity, str]] = {
     "one_label": ("stops", "one label in all rows: nothing to tell apart"),
     "many_labels": ("stops", "columns of labels with more than 1,000 names"),
     "misspelt_column": ("warns", "columns that may be misspelt"),
+    "unused_column": ("warns", "columns that the task has no use for, and that may matter"),
     "null": ("warns", "rows where a value is missing"),
     "empty": ("warns", "empty rows"),
     "empty_word": ("warns", "rows with an empty token among their tokens"),
