@@ -19,7 +19,14 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from helpers.dense_adapters import IDS, RATE, Adapter, TinyModel, answer, train_step
 from lorakeet import LoraConfig, PeftModel, get_peft_model
@@ -90,10 +97,18 @@ class Verbs(RuleBasedStateMachine):
         """Return everything that a refused call must leave alone."""
         switch = getattr(self.model, "switch", None)
         modules = [
-            (name, type(m), m.training, len(m._forward_hooks), getattr(m, "merged_adapters", None) and [*m.merged_adapters])
+            (
+                name,
+                type(m),
+                m.training,
+                len(m._forward_hooks),
+                getattr(m, "merged_adapters", None) and [*m.merged_adapters],
+            )
             for name, m in self.model.named_modules()
         ]
-        parameters = [(n, id(p), p.requires_grad, p.detach().numpy().tobytes()) for n, p in self.model.named_parameters()]
+        parameters = [
+            (n, id(p), p.requires_grad, p.detach().numpy().tobytes()) for n, p in self.model.named_parameters()
+        ]
         configs = {n: c.to_dict() for n, c in getattr(self.model, "peft_config", {}).items()}
         return [type(self.model), modules, parameters, [*configs.items()], vars(switch).copy() if switch else None]
 
@@ -139,7 +154,9 @@ class Verbs(RuleBasedStateMachine):
         """Return the base's biases that these settings train."""
         targets = LAYERS if chosen["bias"] == "all" else chosen["target_modules"] if chosen["bias"] != "none" else []
         whole = chosen.get("modules_to_save") or []
-        return {f"{n}.bias": self.base[f"{n}.bias"].clone() for n in ("lin1", "lin2") if n in targets and n not in whole}
+        return {
+            f"{n}.bias": self.base[f"{n}.bias"].clone() for n in ("lin1", "lin2") if n in targets and n not in whole
+        }
 
     def clashes(self, name: str, chosen: dict[str, Any]) -> bool:
         """Whether an adapter with these settings must be refused."""
@@ -161,7 +178,11 @@ class Verbs(RuleBasedStateMachine):
         first = not self.has_adapters
         refused = name in self.adapters or self.clashes(name, chosen)
         config = LoraConfig(**chosen)
-        make = (lambda: get_peft_model(self.model, config, name)) if first else lambda: self.model.add_adapter(name, config)
+        make = (
+            (lambda: get_peft_model(self.model, config, name))
+            if first
+            else lambda: self.model.add_adapter(name, config)
+        )
         if self.tried(make, refused):
             self.adapters[name] = Adapter(chosen, biases=self.trained_biases(chosen), trains=first)
             self.active = (name,) if first else self.active
@@ -299,7 +320,9 @@ class Verbs(RuleBasedStateMachine):
         present = [name for name in self.adapters if (slot, name) in self.files]
         needed = [name for name, adapter in self.adapters.items() if adapter.trains or name in self.active]
         saved = {name: self.files[slot, name].copy() for name in present}
-        if self.tried(lambda: self.model.restore_adapters(self.folder / str(slot)), None if set(needed) <= set(present) else True):
+        if self.tried(
+            lambda: self.model.restore_adapters(self.folder / str(slot)), None if set(needed) <= set(present) else True
+        ):
             for name, adapter in saved.items():
                 adapter.trains = self.adapters[name].trains
                 self.merged = () if name in self.merged else self.merged
@@ -353,7 +376,9 @@ class Verbs(RuleBasedStateMachine):
         assert tuple(self.model.active_adapters) == self.active
         for name, adapter in self.adapters.items():
             config = self.model.peft_config[name]
-            assert all(getattr(config, key) == value for key, value in adapter.settings.items() if key != "target_modules")
+            assert all(
+                getattr(config, key) == value for key, value in adapter.settings.items() if key != "target_modules"
+            )
             own = self.parameters(name)
             assert own.keys() == adapter.tensors.keys()
             assert all(parameter.requires_grad == adapter.trains for parameter in own.values())
@@ -409,7 +434,9 @@ def _switch_forgets_who_trains(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(lora_model.LoraModel, "set_adapter", switch)
 
 
-@pytest.mark.parametrize("plant", [_delete_leaves_a_merged_update, _load_keeps_the_old_alpha, _switch_forgets_who_trains])
+@pytest.mark.parametrize(
+    "plant", [_delete_leaves_a_merged_update, _load_keeps_the_old_alpha, _switch_forgets_who_trains]
+)
 def test_the_machine_finds_a_planted_fault(plant: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
     with pytest.raises(AssertionError):

@@ -22,6 +22,7 @@ from lorakeet.base.device_dtype import bytes_by_dtype, check_dtypes, choose_devi
 from lorakeet.base.load import Base, load_base
 from lorakeet.config import QUANTIZED_FORMATS, BaseSettings
 from lorakeet.errors import BaseModelError, ConfigError
+from lorakeet.kernels.cpu.features import Feature, half_precision
 from lorakeet.quant.hf_quantizer import CONFIGS, Int8Config
 from lorakeet.quant.protocol import has_quantized
 
@@ -144,7 +145,7 @@ def dtype_of(**settings: object) -> torch.dtype:
 
 
 def test_auto_takes_what_this_cpu_is_fast_at() -> None:
-    assert dtype_of() == (torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32)
+    assert dtype_of() == (torch.bfloat16 if Feature.AMX in half_precision() else torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -168,10 +169,9 @@ def test_bits_against_dtype(settings: dict[str, object]) -> None:
 
 
 def test_around_weights_in_8_bits_a_cpu_computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setenv("LORAKEET_CPU_FEATURES", "amx")
     assert dtype_of(bits=8) == torch.float32 and dtype_of() == dtype_of(bits=8, dtype="bf16") == torch.bfloat16
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setenv("LORAKEET_CPU_FEATURES", "bf16")
     assert dtype_of() == torch.float32
 
 

@@ -115,7 +115,10 @@ def test_default_layers_learn_and_come_back(kind, task, tmp_path):
     assert [name for name, grad in learning.items() if grad is None or not (grad.any() or name.endswith("bias"))] == []
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {name for name, grad in learning.items() if grad.any()}
+    assert moved <= {name for name, grad in learning.items() if grad.any()}
+    # A gradient that is rounding noise may move a parameter by less than its last bit.
+    last_bit = {name: torch.finfo(p.dtype).eps * p.abs() for name, p in before.items()}
+    assert moved >= {name for name, grad in learning.items() if (0.1 * grad.abs() > last_bit[name]).any()}
 
     wanted = answer(model, task)
     model.save_pretrained(tmp_path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -133,18 +133,29 @@ def fingerprint(
     }
 
 
-def mismatch(expected: dict[str, Any], model: nn.Module) -> str | None:
-    """Return why ``model`` is not the base of the fingerprint ``expected``; None if it is (or has no fingerprint)."""
+def mismatch(
+    expected: dict[str, Any], model: nn.Module, current: Callable[[str], str] = lambda name: name
+) -> str | None:
+    """Return why ``model`` is not the base of a fingerprint; None if it is (or has no fingerprint).
+
+    Args:
+        expected: The fingerprint.
+        model: The base, with adapters or without.
+        current: Function of a parameter's name in the fingerprint: its name in ``model``, after renamings in transformers.
+    """
     found = fingerprint(model)
     if found is None:
         return None
     if expected["architecture"] != found["architecture"]:
         return f"its architecture is {found['architecture']!r}, expected {expected['architecture']!r}"
+    base, renamed = _base_of(model, {}), False
     for name, values in expected["values"].items():
-        own = found["values"].get(name)
-        if own is None or len(own) != len(values):
+        today = current(name)
+        renamed |= today != name
+        own = base.sample(today) if today in base.parameters else []
+        if len(own) != len(values):
             return f"it has no {name} of the expected shape"
         a, b = torch.tensor(values), torch.tensor(own)
         if float((a - b).norm()) > TOLERANCE * float(a.norm()) + 1e-6:
             return f"its weights differ (for example {name})"
-    return None if expected["shapes"] == found["shapes"] else "its parameters have other names or shapes"
+    return None if renamed or expected["shapes"] == found["shapes"] else "its parameters have other names or shapes"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorakeet.adapter.adapter_folders import adapter_folders, saved_adapters
 from lorakeet.adapter.model_card import write_card
+from lorakeet.adapter.older_names import with_current_names
 from lorakeet.adapter.put_adapter import put_adapter
 from lorakeet.adapter.serialization import check_base, read_notes, read_tensors, write_adapter
 from lorakeet.adapter.tensor_loading import LoadResult
@@ -143,11 +144,12 @@ class PeftModel(LoraModel):
         notes = read_notes(model_id, **where)
         if not allow_other_base:
             check_base(model_id, notes, self)
+        config, tensors = with_current_names(self, config, read_tensors(model_id, **where))
         put_adapter(
             self,
             adapter_name,
             config,
-            read_tensors(model_id, **where),
+            tensors,
             model_id,
             is_trainable,
             autocast_adapter_dtype,

@@ -19,6 +19,7 @@ from torch import Tensor
 from lorakeet._version import __version__
 from lorakeet.adapter.fingerprint import fingerprint, mismatch
 from lorakeet.adapter.model_card import write_card
+from lorakeet.adapter.older_names import CurrentNames
 from lorakeet.adapter.tensor_checks import is_untrained, nonfinite_error
 from lorakeet.adapter.tensor_names import is_token_rows, mirrored_names, tensor_names, vocabulary_names
 from lorakeet.adapter.unfrozen import NOTE, unfrozen_keys, unfrozen_names
@@ -223,7 +224,9 @@ def check_base(name: str | Path, notes: Mapping[str, Any], model: LoraModel) -> 
         AdapterError: with both names.
     """
     base = notes.get("base") or {}
-    difference = mismatch(base["fingerprint"], model) if base.get("fingerprint") else None
+    difference = (
+        mismatch(base["fingerprint"], model, CurrentNames(model).parameter) if base.get("fingerprint") else None
+    )
     if difference:
         here = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
         raise AdapterError(

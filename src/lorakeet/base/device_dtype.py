@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lorakeet.config import FLOATING_BITS, QUANTIZED_FORMATS, BaseSettings
 from lorakeet.errors import BaseModelError
+from lorakeet.kernels.cpu.features import Feature, half_precision
 from lorakeet.log import warn
 from lorakeet.quant.protocol import quantized_layers
 
@@ -57,7 +58,7 @@ def choose_dtype(settings: BaseSettings, device: torch.device, for_training: boo
     """
     fast_bf16 = has_bf16(device)
     half = torch.float16 if device.type == "cuda" and not fast_bf16 else torch.bfloat16
-    faster = torch.cpu._is_amx_tile_supported() if device.type == "cpu" else fast_bf16 or device.type == "cuda"
+    faster = Feature.AMX in half_precision() if device.type == "cpu" else fast_bf16 or device.type == "cuda"
     natural = half if faster else torch.float32
     around_quantized = torch.float32 if device.type == "cpu" else natural
     by_bits: dict[int | None, torch.dtype] = {None: natural, 16: half, 32: torch.float32}
@@ -84,7 +85,7 @@ def has_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 matrices in hardware (on a CPU: AMX or AVX512_BF16)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return device.type == "cpu" and bool(half_precision())
 
 
 def check_dtypes(model: PreTrainedModel, dtype: torch.dtype, name: str) -> None:

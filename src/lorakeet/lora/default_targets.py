@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from lorakeet.config import ALL_LINEAR
 from lorakeet.errors import TargetError
 from lorakeet.log import warn
+from lorakeet.lora.checks.direct_reads import direct_read, left_out_text
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.layer_types import inside_adapter, layer_class, unwrapped
 from lorakeet.lora.targeting import layer_indices, layer_wanted, matches
+from lorakeet.setting_types import ALL_LINEAR
 
 #: Names of the query and value projections (section 4.2 of the paper); the first of these that a model has.
 PROJECTIONS: tuple[tuple[str, ...], ...] = (
@@ -98,15 +99,23 @@ def default_targets(model: nn.Module) -> list[str] | str | None:
 
 
 def all_linear(model: nn.Module, config: PeftConfig) -> list[str]:
-    """List all linear layers except the head: a language model's output embedding, or another task's fresh head."""
+    """List all linear layers except the head: a language model's output embedding, or another task's fresh head.
+
+    Layers whose parent reads their weight itself are left out, with a warning.
+    """
     get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = get_head()
     heads = [] if head is not None else task_heads(model, config.task_type)
-    return [
+    modules = dict(model.named_modules())
+    names = [
         name
         for name in _linear_names(model)
-        if model.get_submodule(name) is not head and not any(f"{name}.".startswith(f"{top}.") for top in heads)
+        if modules[name] is not head and not any(f"{name}.".startswith(f"{top}.") for top in heads)
     ]
+    reasons = {name: reason for name in names if (reason := direct_read(modules, name))}
+    if reasons:
+        warn(f"all-linear leaves out {left_out_text(reasons, reasons)}")
+    return [name for name in names if name not in reasons]
 
 
 def _linear_names(model: nn.Module) -> list[str]:

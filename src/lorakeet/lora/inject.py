@@ -14,6 +14,7 @@ from torch import nn
 
 from lorakeet.errors import TargetError, nearest
 from lorakeet.log import warn
+from lorakeet.lora.checks.direct_reads import direct_read, leave_fast_path, left_out_text, return_to_fast_path
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.default_targets import TASK_HEADS, resolve_targets, stacked_parameters
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer
@@ -122,20 +123,29 @@ def _chosen_layers(config: PeftConfig, wanted: list[str] | str, modules: Modules
     """Return the names of the layers to adapt, and errors."""
     matched = [name for name in modules if name and matches(name, wanted) and not excluded(name, config)]
     chosen = [name for name in matched if layer_wanted(name, config)]
-    layers = [name for name in chosen if adaptable(modules[name])]
+    layers, passed_by = _called_layers([name for name in chosen if adaptable(modules[name])], wanted, modules)
     unknown = [
         f"{name!r} is a {type(unwrapped(modules[name])).__name__}, which LoRA cannot adapt (it adapts {ADAPTABLE})"
         for name in chosen
-        if name not in layers
+        if not adaptable(modules[name])
     ]
     unfit = [f"{name!r} {error}" for name in layers if (error := _layer_error(name, modules, config))]
-    return layers, unknown[:_LISTED] + unfit[:_LISTED]
+    return layers, unknown[:_LISTED] + passed_by[:_LISTED] + unfit[:_LISTED]
+
+
+def _called_layers(names: list[str], wanted: list[str] | str, modules: Modules) -> tuple[list[str], list[str]]:
+    """Leave out layers whose parent reads their weight itself, with a warning; an error where ``wanted`` names no other."""
+    reasons = {name: reason for name in names if (reason := direct_read(modules, name))}
+    entries = [wanted] if isinstance(wanted, str) else [[entry] for entry in wanted]
+    matched = [[name for name in names if matches(name, entry)] for entry in entries] if reasons else []
+    refused = [name for found in matched if reasons.keys() >= set(found) for name in found]
+    if left_out := [name for name in reasons if name not in refused]:
+        warn(f"not adapted: {left_out_text(left_out, reasons)}")
+    return [name for name in names if name not in reasons], [f"{name!r} {reasons[name]}" for name in refused]
 
 
 def _layer_error(name: str, modules: Modules, config: PeftConfig) -> str | None:
     """Return why a layer of an adaptable type cannot be adapted with these settings; None if it can."""
-    if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
-        return "belongs to nn.MultiheadAttention, which reads its weight directly and would bypass LoRA"
     base = unwrapped(modules[name])
     if "lora_parameters" in base._modules:
         return "has a parameter that another adapter's target_parameters adapt"
@@ -257,6 +267,7 @@ def _adapted(model: nn.Module, target: Target, switch: ActiveAdapters) -> LoraLa
     """Return the LoRA layer of the target; it is made and put there if there is none yet."""
     if target.parameter:
         owner, _, name = target.name.rpartition(".")
+        leave_fast_path(model, owner)  # its hooks make the parent call it
         return LoraParameter.on(model.get_submodule(owner), name, switch)
     layer = model.get_submodule(target.name)
     if isinstance(layer, LoraLayer):
@@ -271,12 +282,15 @@ def _adapted(model: nn.Module, target: Target, switch: ActiveAdapters) -> LoraLa
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
+    if isinstance(module, (LoraLayer, SavedModule)):
+        leave_fast_path(model, name, module)
 
 
 def restore(model: nn.Module) -> None:
     """Put every base layer back where it was: the inverse of all injections, whatever the adapters."""
     for name, module in list(model.named_modules()):
         _release(model, name, module)
+    return_to_fast_path(model)
 
 
 def release_unused(model: nn.Module) -> None:

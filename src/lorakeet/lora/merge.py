@@ -65,11 +65,12 @@ class MergeReport:
 
     def describe(self) -> str:
         """Return one line of text."""
+        formed = "float64" if self.stored == "float64" else "float32"
         return (
-            f"merged {self.layers} layers, formed in {'float64' if self.stored == 'float64' else 'float32'} and stored in "
-            f"{self.stored}: the rounding error is at most {self.lost:.2g} of a layer's update; merged and unmerged outputs "
-            f"differ by at most {self.error:.2g} (the adapter changes them by up to {self.effect:.2g}; the largest is "
-            f"{self.scale:.3g})"
+            f"merged {self.layers} layers, formed in {formed} and stored in {self.stored}: "
+            f"the rounding error is at most {self.lost:.2g} of a layer's update; "
+            f"merged and unmerged outputs differ by at most {self.error:.2g} "
+            f"(the adapter changes them by up to {self.effect:.2g}; the largest is {self.scale:.3g})"
         )
 
 

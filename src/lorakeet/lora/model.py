@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorakeet.errors import AdapterError, ConfigError, did_you_mean
 from lorakeet.log import warn
+from lorakeet.lora.checks.direct_reads import was_watched, watched_calls
 from lorakeet.lora.combine import combine
 from lorakeet.lora.config import PeftConfig, refuse_unknown
 from lorakeet.lora.default_targets import resolve_config
@@ -276,6 +277,9 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods):
 
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Run ``forward``; ``adapter_names``: see :meth:`mixed_batch`."""
+        if adapter_names is None and not was_watched(self):
+            with watched_calls(self):
+                return super().__call__(*args, **kwargs)
         if adapter_names is None:
             return super().__call__(*args, **kwargs)
         given = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
@@ -314,6 +318,7 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods):
                 self._restore_biases()
             restore(self)
             del self.peft_config, self.switch, self._parts, self._base_biases
+            self.__dict__.pop("_watched", None)
             abandon(self)
         return self
 

@@ -68,7 +68,7 @@ def layer_index(name: str, config: PeftConfig) -> int | None:
     if patterns:
         regexes = [NUMBERED_LIST.replace("{}", p) for p in patterns]
     else:
-        regexes = [r".*?\.[^.]*\.(\d+)\.", r"[^.]*\.(\d+)\."]
+        regexes = [r"(?:.*?\.)??[^.]*[^.\d][^.]*\.(\d+)\."]  # the number of an expert in it comes later
     for regex in regexes:
         if found := re.match(regex, name):
             return int(found.group(found.re.groups))  # the pattern may have groups of its own before it

@@ -185,6 +185,26 @@ def test_turns_are_left_out_with_any_template_and_format(suffix: str, template: 
     assert target == "".join(text + tokenizer_end for text in said if text != "NO")
 
 
+def test_a_system_text_comes_before_the_messages(tmp_path: Path) -> None:
+    asked, said = {"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}
+    system = {"role": "system", "content": "be brief"}
+    wanted = learned(tmp_path, [system, asked, said])
+    assert learned(tmp_path, [asked, said], system="be brief") == wanted
+    assert learned(tmp_path, None, prompt=[asked], completion=[said], system="be brief") == wanted
+    with pytest.raises(DataError, match="the first message is a system turn too"):
+        learned(tmp_path, [system, asked, said], system="be brief")
+
+
+def test_columns_that_may_matter_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {"prompt": "a", "completion": "b", "system": "be brief", "history": [["x", "y"]], "weight": 0, "id": 7}
+    path.write_text(json.dumps(row) + "\n")
+    prepare(DataSettings(path=str(path), eval_fraction=0), TaskSettings(type=CHAT), byte_tokenizer(), seed=1)
+    assert "CAUSAL_LM has no use for the column 'system' and 'history' and 'weight', which may matter" in caplog.text
+    found = examine(DataSettings(path=str(path)), TaskSettings(type=CHAT))
+    assert found.count("unused_column") == 3 and not found.stops
+
+
 def test_marks_and_the_doctor(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     conversation = [
         {"role": "user", "content": "a?", "weight": 1},
@@ -199,7 +219,7 @@ def test_marks_and_the_doctor(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = HERMES
     found = examine(DataSettings(path=str(tmp_path / "rows.jsonl")), TaskSettings(type=CHAT), tokenizer)
-    assert [group.code for group in found.issues] == ["unlearned_turn", "marked_turn", "unread"]
+    assert [group.code for group in found.issues] == ["unused_column", "unlearned_turn", "marked_turn", "unread"]
     assert "WRONG<|im_end|>\n<|im_start|>user\nb?<|im_end|>\n<|im_start|>assistant\n⟧right" in found.samples[0].plain
     with pytest.raises(DataError, match=r"message 2 is marked as not to be learned, but data\.learn=all"):
         learned(tmp_path, conversation, learn="all")

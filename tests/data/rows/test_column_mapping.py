@@ -19,7 +19,7 @@ from lorakeet.data.read.column_types import (
     type_names,
 )
 from lorakeet.data.read.column_types import STR as A_STR
-from lorakeet.data.rows.column_mapping import choose_task, find_layout, merge_layouts, unused_columns
+from lorakeet.data.rows.column_mapping import LABEL_NAMES, choose_task, find_layout, merge_layouts, unused_columns
 from lorakeet.data.rows.kinds import Layout, all_kinds
 from lorakeet.errors import DataError
 
@@ -251,8 +251,8 @@ def test_layouts_of_several_sources_become_one() -> None:
 
 def test_columns_of_labels_that_are_left_unused() -> None:
     types = {"text": STR, "Label": "int", "n": "int"}
-    assert unused_columns(parsed(types), layout_of(types)) == ["Label"]
-    assert unused_columns(parsed(types), layout_of(types, "SEQ_CLS")) == []
+    assert unused_columns(parsed(types), layout_of(types), LABEL_NAMES) == ["Label"]
+    assert unused_columns(parsed(types), layout_of(types, "SEQ_CLS"), LABEL_NAMES) == []
 
 
 def test_types_of_values() -> None:

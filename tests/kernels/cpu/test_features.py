@@ -8,9 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorakeet.base.device_dtype import choose_dtype, has_bf16
+from lorakeet.config import BaseSettings
 from lorakeet.errors import ConfigError
 from lorakeet.kernels.cpu import build, features
 from lorakeet.kernels.cpu.features import Feature
+
+CPU = torch.device("cpu")
+HALF = {Feature.BF16, Feature.AMX}
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +50,17 @@ def test_the_override_is_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
     assert features.available() == {Feature.VNNI} and features.has(Feature.VNNI) and not features.has(Feature.AVX2)
 
 
+def test_the_override_takes_features_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked, without in (("-vnni, -AMX", {Feature.VNNI, Feature.AMX}), ("-bf16", {Feature.BF16})):
+        features.available.cache_clear()
+        monkeypatch.setenv("LORAKEET_CPU_FEATURES", asked)
+        assert features.available() == features.detected() - without
+    features.available.cache_clear()
+    monkeypatch.setenv("LORAKEET_CPU_FEATURES", "-avx9000")
+    with pytest.raises(ConfigError, match="avx9000 cannot be used"):
+        features.available()
+
+
 @pytest.mark.parametrize("asked", ["avx9000", "vnni,avx512"])
 def test_the_override_cannot_name_what_does_not_run(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "runnable", lambda: frozenset({Feature.VNNI, Feature.AVX2}))
@@ -56,5 +72,22 @@ def test_the_override_cannot_name_what_does_not_run(asked: str, monkeypatch: pyt
 
 def test_without_a_library_torch_answers_for_its_own_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "library", lambda: None)
-    assert features.detected() == (frozenset({Feature.VNNI}) if torch.cpu._is_vnni_supported() else frozenset())
-    assert features.runnable() == {Feature.VNNI}
+    found = features.detected() - HALF
+    assert found == (frozenset({Feature.VNNI}) if torch.cpu._is_vnni_supported() else frozenset())
+    assert features.runnable() == {Feature.VNNI, *HALF}
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [("", set()), ("avx2", set()), ("AMX, bf16", HALF), ("vnni,amx", {Feature.AMX}), ("-amx,-bf16", set())],
+)
+def test_the_number_format_follows_what_is_said(
+    asked: str, found: set[Feature], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAKEET_CPU_FEATURES", asked)
+    monkeypatch.setattr(features, "library", lambda: pytest.fail("compiled for a number format"))
+    assert features.half_precision() == found
+    amx = Feature.AMX in found
+    assert choose_dtype(BaseSettings(device="cpu"), CPU) == (torch.bfloat16 if amx else torch.float32)
+    assert choose_dtype(BaseSettings(device="cpu", bits=8), CPU) == torch.float32
+    assert has_bf16(CPU) == bool(found)

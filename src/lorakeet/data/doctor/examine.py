@@ -20,9 +20,18 @@ from lorakeet.data.doctor.leakage import other_rows
 from lorakeet.data.read.column_types import ColumnTypes
 from lorakeet.data.read.record import Location
 from lorakeet.data.read.source import DataSource, find_sources
-from lorakeet.data.rows.column_mapping import Family, choose_task, find_layout, merge_layouts, with_columns_of
+from lorakeet.data.rows.column_mapping import (
+    TELLING_NAMES,
+    Family,
+    choose_task,
+    find_layout,
+    merge_layouts,
+    unused_columns,
+    with_columns_of,
+)
 from lorakeet.data.rows.kinds import Layout, find_kind
 from lorakeet.errors import DataError
+from lorakeet.facts.limits import Limits
 
 #: Rows of a file from which its columns and their types are inferred.
 _HEAD = 1000
@@ -34,6 +43,7 @@ def examine(
     task: TaskSettings | None = None,
     tokenizer: Any = None,
     *,
+    limits: Limits | None = None,
     family: Family | None = None,
     train: TrainSettings | None = None,
     shown: int = 3,
@@ -46,6 +56,7 @@ def examine(
         settings: of the data.
         task: to be trained; ``auto`` is decided by ``family`` and the columns.
         tokenizer: of the base model; without it lengths are in characters, and there are no issues of tokens.
+        limits: of the base model; without them every token and length is fine.
         family: of the base model; without it the columns alone decide an ``auto`` task.
         train: batch size and epochs, for an estimate of the steps.
         shown: issues of each code that are kept; all are counted.
@@ -57,7 +68,7 @@ def examine(
     """
     task = task or TaskSettings()
     sources = find_sources(settings)
-    examiner = Examiner(settings, task, tokenizer, shown=shown, samples=samples)
+    examiner = Examiner(settings, task, tokenizer, limits=limits, shown=shown, samples=samples)
     name, layouts = _layouts(sources, settings, task.type, family, examiner.found)
     left = settings.limit
     for source in sources:
@@ -147,6 +158,8 @@ def _layouts(
         if layout is not None:
             layouts[source.name] = layout
             _misspelt_optional(source, types, layout, found)
+            for name in unused_columns(types, layout, TELLING_NAMES):
+                found.add("unused_column", Location(source.name), f"column {name!r} is not used")
         left = None if left is None else left - len(head) - sum(1 for _ in rows)
     return task, _merge(layouts, found)
 

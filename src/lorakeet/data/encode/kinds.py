@@ -121,7 +121,7 @@ TEXT = Kind(
 )
 COMPLETION = Kind(
     "completion",
-    roles=(Roles(_PARTS, _TOOLS),),
+    roles=(Roles(_PARTS),),
     columns=(Column("prompt", may_be_empty=True), Column("completion")),
     normalize=None,
     encoders={"CAUSAL_LM": _completion},
@@ -129,10 +129,10 @@ COMPLETION = Kind(
 MESSAGES = Kind(
     "messages",
     roles=(
-        Roles({"messages": role("messages", holds=("list", "str"))}, _TOOLS),
+        Roles({"messages": role("messages", holds=("list", "str"))}, {**_TOOLS, **_SYSTEM}),
         Roles({"conversations": role("conversations", "conversation", holds=("list", "str"))}, {**_TOOLS, **_SYSTEM}),
         _ALPACA,
-        Roles(_PARTS, _TOOLS, fits=_some_list),
+        Roles(_PARTS, {**_TOOLS, **_SYSTEM}, fits=_some_list),
     ),
     columns=(
         Column("messages", is_text=False),

@@ -20,8 +20,11 @@ Types = Mapping[str, ColumnTypes]
 
 #: Names by which a column of labels is known.
 LABEL_NAMES = ("label", "labels", "class", "category", "score", "rating")
-#: Names of columns that tell what to learn, or what belongs to a text; no kind of rows has a use for them.
-_TELLING = ("weight", "train", "loss_mask", "mask", "train_on_input", "train_on_inputs", "images", "videos", "audios")
+#: Names of columns that say what to learn, or that belong to a text; where no role takes one, it is missed.
+TELLING_NAMES = (
+    *("weight", "train", "loss_mask", "mask", "train_on_input", "train_on_inputs"),
+    *("system", "history", "tools", "documents", "chat_template_kwargs", "images", "videos", "audios"),
+)
 
 
 def find_layout(types: Types, settings: DataSettings, task: TaskName, source: str) -> Layout:
@@ -302,7 +305,7 @@ def _one_type(first: ColumnType, second: ColumnType, name: str, source: str) -> 
     raise DataError(f"{source} has {name} of type {second}, others have {first}", "write all labels in the same way")
 
 
-def unused_columns(types: Types, layout: Layout | None) -> list[str]:
-    """Return columns of labels, of marks such as a weight, and of media that ``layout`` leaves unused."""
+def unused_columns(types: Types, layout: Layout | None, names: Collection[str]) -> list[str]:
+    """Return the columns called by one of ``names`` that hold something and that ``layout`` leaves unused."""
     used = layout.columns.values() if layout is not None else ()
-    return [name for name in types if name.lower() in (*LABEL_NAMES, *_TELLING) and name not in used]
+    return [name for name, found in types.items() if found and name.lower() in names and name not in used]

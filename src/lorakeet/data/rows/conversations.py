@@ -2,7 +2,7 @@
 
 | form         | a row                                                                  |
 |--------------|------------------------------------------------------------------------|
-| messages     | a list of messages, or its JSON                                        |
+| messages     | a list of messages, or its JSON; perhaps ``system``, a text before it   |
 | sharegpt     | ``conversations``: a list of ``{"from": "human", "value": …}``         |
 | alpaca       | ``instruction``, perhaps ``input``, and ``output``: two turns          |
 | in two parts | ``prompt`` and ``completion``, each a list of messages, or one's text  |
@@ -106,10 +106,10 @@ def as_messages(values: Values, role: str, speaker: str | None = None) -> list[M
     return [_message(values, role, number, turn) for number, turn in enumerate(value or [], start=1)] or None
 
 
-def sharegpt(values: Values) -> list[Message] | None:
-    """Return the messages of ``conversations``, after the ``system`` text if there is one."""
-    turns = as_messages(values, "conversations")
-    return [*_system(values), *turns] if turns else None
+def conversation_of(values: Values, role: str) -> list[Message] | None:
+    """Return the messages in the column of ``role``, after the ``system`` text if there is one."""
+    turns = as_messages(values, role)
+    return _with_system(values, turns) if turns else None
 
 
 def alpaca(values: Values) -> list[Message] | None:
@@ -124,7 +124,10 @@ def alpaca(values: Values) -> list[Message] | None:
 def in_two_parts(values: Values) -> tuple[list[Message] | None, int]:
     """Return the messages of ``prompt`` and ``completion``, and the number of the prompt's; None if one is empty."""
     prompt, completion = as_messages(values, "prompt", "user"), as_messages(values, "completion", "assistant")
-    return (prompt + completion, len(prompt)) if prompt and completion else (None, 0)
+    if not prompt or not completion:
+        return None, 0
+    prompt = _with_system(values, prompt)
+    return prompt + completion, len(prompt)
 
 
 def as_tools(values: Values) -> str | None:
@@ -135,6 +138,13 @@ def as_tools(values: Values) -> str | None:
     if tools is not None and not isinstance(tools, list):
         raise values.wrong_type("tools", tools, "a list of tools")
     return to_json([_unwrapped_tool(values, tool) for tool in tools]) if tools else None
+
+
+def _with_system(values: Values, turns: list[Message]) -> list[Message]:
+    system = _system(values)
+    if system and turns[0]["role"] == "system":
+        raise values.fault("system", "holds a text, and the first message is a system turn too", "keep one of the two")
+    return [*system, *turns]
 
 
 def _system(values: Values) -> list[Message]:

@@ -16,7 +16,14 @@ from lorakeet.config import DataSettings, TaskName
 from lorakeet.data.read.column_types import ColumnTypes, TypeInference
 from lorakeet.data.read.record import Fault, Location, Locations, Record, faults_error
 from lorakeet.data.read.source import DataSource, find_sources
-from lorakeet.data.rows.column_mapping import find_layout, merge_layouts, unused_columns, with_columns_of
+from lorakeet.data.rows.column_mapping import (
+    LABEL_NAMES,
+    TELLING_NAMES,
+    find_layout,
+    merge_layouts,
+    unused_columns,
+    with_columns_of,
+)
 from lorakeet.data.rows.kinds import Layout, RowError, canonical, find_kind
 from lorakeet.data.rows.mixing import draw, interleave, shares
 from lorakeet.errors import DataError
@@ -211,7 +218,9 @@ def _read(source: DataSource, settings: DataSettings, task: TaskName, limit: int
     else:
         part, types = _read_untyped(source, settings, task, limit)
     part.faults.sort(key=lambda found: found[0].number)
-    part.labels = unused_columns(types, part.layout)
+    part.labels = unused_columns(types, part.layout, LABEL_NAMES)
+    if telling := unused_columns(types, part.layout, TELLING_NAMES):
+        warn(f"{source.name}: {task} has no use for the column {' and '.join(map(repr, telling))}, which may matter")
     return part
 
 

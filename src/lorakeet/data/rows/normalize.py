@@ -9,7 +9,7 @@ from typing import Any
 
 from lorakeet.data.read.column_types import MISSING, ColumnType
 from lorakeet.data.read.record import FaultError
-from lorakeet.data.rows.conversations import alpaca, as_messages, as_tools, in_two_parts, sharegpt, to_json
+from lorakeet.data.rows.conversations import alpaca, as_tools, conversation_of, in_two_parts, to_json
 from lorakeet.data.rows.values import Values
 
 Row = dict[str, Any]
@@ -23,9 +23,9 @@ def conversation(values: Values) -> Row:
     elif "instruction" in values:
         turns = alpaca(values)
     elif "conversations" in values:
-        turns = sharegpt(values)
+        turns = conversation_of(values, "conversations")
     else:
-        turns = as_messages(values, "messages")
+        turns = conversation_of(values, "messages")
     text = values.whole(next(iter(values.columns)), to_json(turns)) if turns else None
     return {"messages": text, "tools": as_tools(values), "given": given}
 

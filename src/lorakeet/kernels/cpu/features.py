@@ -3,8 +3,9 @@
 The compiled library answers through one C function (``csrc/features.c``). It lists a feature only if it has code for it
 and the operating system permits it. Without a library torch answers, for its own int8 product.
 
-``LORAKEET_CPU_FEATURES`` overrides the answer with a list such as ``avx2,vnni``; an empty list means no feature. It selects
-kernels for tests and comparisons, and it cannot name a feature whose kernels would not run here.
+``LORAKEET_CPU_FEATURES`` overrides the answer with a list such as ``avx2,vnni``; an empty list means no feature, and names
+with a minus, as in ``-amx``, are taken away from what is there. It selects kernels and the number format of a base for tests
+and comparisons. It cannot name a feature whose kernels would not run here.
 """
 
 from __future__ import annotations
@@ -30,23 +31,32 @@ class Feature(StrEnum):
     VNNI = "vnni"
     #: A processor of AMD, on which ``gemm_f32.c`` is faster than the matrix library of torch.
     AMD = "amd"
+    #: 16-bit products in vectors (AVX512_BF16): bf16 is no slower than fp32, and no faster.
+    BF16 = "bf16"
+    #: 16-bit products in tiles: bf16 is faster than fp32, and the number format that ``auto`` chooses.
+    AMX = "amx"
 
 
 def detected() -> frozenset[Feature]:
     """Return the features that this processor has."""
     loaded = library()
     if loaded is None:
-        return frozenset({Feature.VNNI} if torch.cpu._is_vnni_supported() else ())
-    return frozenset(Feature(name) for name in loaded.lk_cpu_features().decode().split())
+        return _half_precision() | ({Feature.VNNI} if torch.cpu._is_vnni_supported() else set())
+    return _half_precision() | {Feature(name) for name in loaded.lk_cpu_features().decode().split()}
+
+
+def _half_precision() -> frozenset[Feature]:
+    found = {Feature.BF16: torch.cpu._is_avx512_bf16_supported(), Feature.AMX: torch.cpu._is_amx_tile_supported()}
+    return frozenset(feature for feature, is_there in found.items() if is_there)
 
 
 def runnable() -> frozenset[Feature]:
     """Return the features whose kernels run here, if slowly.
 
-    8-bit dot products are emulated exactly: by ``gemm_w8a8_grouped.c``, and without a library by torch. The choice of the
-    fp32 product by vendor is one of speed alone.
+    8-bit dot products are emulated exactly: by ``gemm_w8a8_grouped.c``, and without a library by torch. So is bf16, by
+    torch. The choice of the fp32 product by vendor is one of speed alone.
     """
-    emulated = {Feature.VNNI}
+    emulated = {Feature.VNNI, Feature.BF16, Feature.AMX}
     if library() is not None and Feature.AVX2 in detected():
         emulated.add(Feature.AMD)
     return detected() | emulated
@@ -59,17 +69,35 @@ def available() -> frozenset[Feature]:
     Raises:
         ConfigError: The variable names an unknown feature, or one whose kernels do not run here.
     """
-    asked = os.environ.get("LORAKEET_CPU_FEATURES")
-    if asked is None:
+    override = _override()
+    if override is None:
         return detected()
-    names = {name.strip().lower() for name in asked.split(",") if name.strip()}
+    names, without = override
     possible = sorted(runnable())
-    if wrong := sorted(names - set(possible)):
+    if wrong := sorted((names or set()) - set(possible) | without - set(Feature)):
         raise ConfigError(
-            f"LORAKEET_CPU_FEATURES: {', '.join(wrong)} cannot be used on this machine; got {asked!r}",
+            f"LORAKEET_CPU_FEATURES: {', '.join(wrong)} cannot be used on this machine",
             hint=f"leave it out, or name some of: {', '.join(possible) or 'none'}",
         )
-    return frozenset(Feature(name) for name in names)
+    return detected() - without if names is None else frozenset(Feature(name) for name in names)
+
+
+def half_precision() -> frozenset[Feature]:
+    """Return which of BF16 and AMX this processor has, or is said to have; nothing is compiled for the answer."""
+    names, without = _override() or (None, set())
+    if names is None:
+        return _half_precision() - without
+    return frozenset(feature for feature in (Feature.BF16, Feature.AMX) if feature in names)
+
+
+def _override() -> tuple[set[str] | None, set[str]] | None:
+    """Return the names in ``LORAKEET_CPU_FEATURES``, None for all that are there, and those to take away from them."""
+    asked = os.environ.get("LORAKEET_CPU_FEATURES")
+    if asked is None:
+        return None
+    names = {name.strip().lower() for name in asked.split(",") if name.strip()}
+    without = {name for name in names if name.startswith("-")}
+    return (None if without and without == names else names - without), {name[1:] for name in without}
 
 
 def has(feature: Feature) -> bool:
