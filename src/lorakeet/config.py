@@ -7,6 +7,7 @@ The command line reads this module to answer ``--help``, so it does not import t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -16,6 +17,7 @@ from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema, fie
 from pydantic_core import PydanticCustomError
 
 from lorakeet.setting_types import (
+    ALL_LINEAR,
     LARGEST,
     Count,
     Float,
@@ -33,8 +35,8 @@ from lorakeet.setting_types import (
     Selection,
     Text,
     TokenIds,
+    as_names,
     contradiction,
-    names_in,
     settings_error,
 )
 from lorakeet.settings_file import parse_override, put, read_tree
@@ -47,8 +49,11 @@ QUANTIZED_FORMATS: dict[int, str] = {8: "int8"}
 #: Bits per weight of the floating-point formats of a base.
 FLOATING_BITS = (16, 32)
 
-#: Value of ``target_modules`` that means every linear layer but the head.
-ALL_LINEAR = "all-linear"
+#: Peak learning rate of a run; and of one whose small data takes several passes.
+DEFAULT_RATE, SMALL_DATA_RATE = 2e-4, 1e-3
+#: Steps below which one pass over the data teaches little: then there are more passes, up to a number at which texts are
+#: learned by heart.
+ENOUGH_STEPS, MOST_PASSES = 100, 10
 
 DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -137,13 +142,7 @@ class LoraSettings(Section):
     )
     @classmethod
     def _names_are_a_list(cls, value: Any) -> Any:
-        if isinstance(value, (set, frozenset)):
-            return sorted(value, key=str)
-        if isinstance(value, tuple):
-            return list(value)
-        if isinstance(value, str) and value.strip() and (cls.words_are_names or "," in value):
-            return names_in(value)
-        return value
+        return as_names(value, cls.words_are_names)
 
     @model_validator(mode="after")
     def _layers_are_chosen_once(self) -> Self:
@@ -228,12 +227,20 @@ class TrainSettings(Section):
     """The training loop: length, batches, optimizer, reports and memory."""
 
     steps: Count | None = Field(None, description="optimizer steps; default: as many as train.epochs takes")
-    epochs: Annotated[Float, Field(gt=0, le=10**6)] = Field(
-        1.0, description="passes over the data, if train.steps is not set"
+    init_adapter: Text | None = Field(
+        None,
+        description="folder or hub id of an adapter to continue from, with its settings of LoRA; default: a new one",
+    )
+    epochs: Annotated[Float, Field(gt=0, le=10**6)] | None = Field(
+        None,
+        description="passes over the data, if train.steps is not set; default: 1; of small data as many as 100 steps take, "
+        "at most 10",
     )
     batch_size: Count = Field(4, description="samples per micro-batch and process")
     grad_accum: Count = Field(4, description="micro-batches per optimizer step")
-    lr: Rate = Field(2e-4, description="peak learning rate")
+    lr: Rate | None = Field(
+        None, description="peak learning rate; default: 2e-4; 1e-3 where the number of passes is chosen for small data"
+    )
     loraplus_ratio: Annotated[Float, Field(ge=1, le=LARGEST)] | None = Field(
         None, description="learning rate of B, as a multiple of that of A (LoRA+, arXiv:2402.12354); default: 1"
     )
@@ -276,6 +283,19 @@ class TrainSettings(Section):
         "padding_free); "
         "default: batch_size x data.max_length, on a CPU at most 768, or 1024 in 8 bits; 0: one pass per micro-batch",
     )
+
+    def for_rows(self, rows: int, processes: int = 1) -> TrainSettings:
+        """Return these settings with the passes and the learning rate that they leave out, for this much data.
+
+        Args:
+            rows: Samples to train on; 0 of a stream.
+            processes: Processes that share a step.
+        """
+        steps = math.ceil(rows / (self.batch_size * self.grad_accum * processes))  # of one pass
+        small = self.steps is None and self.epochs is None and 0 < steps < ENOUGH_STEPS
+        passes = min(MOST_PASSES, math.ceil(ENOUGH_STEPS / steps)) if small else 1
+        chosen = {"epochs": self.epochs or float(passes), "lr": self.lr or (SMALL_DATA_RATE if small else DEFAULT_RATE)}
+        return self.model_copy(update=chosen)
 
 
 class RunConfig(Section):

@@ -16,7 +16,7 @@ from lorakeet.config import DEFAULT_MODEL, BaseSettings
 from lorakeet.errors import AdapterError
 from lorakeet.facts.padding import agree_on_special_tokens
 from lorakeet.log import info
-from lorakeet.lora.config import PeftConfig, find_adapter_file
+from lorakeet.lora.config import PeftConfig, adapter_folder, find_adapter_file
 from lorakeet.lora.model import LoraModel
 from lorakeet.tasks.task import Task
 from lorakeet.tasks.taught import Taught
@@ -129,4 +129,5 @@ def _adapter_tokenizer(adapter: str) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(adapter)
+    folder = adapter_folder(adapter)
+    return AutoTokenizer.from_pretrained(folder if folder.is_dir() else adapter)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 log = logging.getLogger("lorakeet")
 
@@ -32,6 +34,16 @@ def _log(level: int, message: str) -> None:
         if log.level == logging.NOTSET:
             log.setLevel(logging.INFO)
     log.log(level, message)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Log nothing in this context."""
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def info(message: str) -> None:

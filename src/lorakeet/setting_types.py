@@ -41,7 +41,7 @@ Positive = Annotated[Float, Field(gt=0, le=LARGEST)]
 #: A learning rate; the bound catches typing errors, not rates at which a training diverges.
 Rate = Annotated[Float, Field(gt=0, le=1000)]
 PositiveNumber = Annotated[int | float, BeforeValidator(_refuse_bool), Field(gt=0, le=LARGEST)]  # an int stays an int
-NonNegative = Annotated[Float, Field(ge=0)]
+NonNegative = Annotated[Float, Field(ge=0, le=LARGEST)]
 Fraction = Annotated[Float, Field(ge=0, lt=1)]
 #: A share of which something is left.
 Share = Annotated[Float, Field(gt=0, le=1)]
@@ -72,6 +72,8 @@ Text = Annotated[String, AfterValidator(_filled)]
 
 # -- selections -------------------------------------------------------------------------------------------------------
 
+#: Selection of every linear layer but the head.
+ALL_LINEAR = "all-linear"
 #: Characters of which a regular expression has one at least, and a list of names none.
 _REGEX_SIGNS = frozenset(r"\*+?[](){}|^$")
 #: Form in which rank_pattern and alpha_pattern are compared with the name of a layer, as in PEFT.
@@ -80,11 +82,19 @@ NAME_ENDS_WITH = r"(.*\.)?({})$"
 NUMBERED_LIST = r"(?:^|.*?\.){}\.(\d+)\."
 
 
-def names_in(text: str) -> list[str] | str:
-    """Return a comma-separated list of names as a list; a regular expression and ``all-linear`` as they are."""
-    if text == "all-linear" or _REGEX_SIGNS.intersection(text):
-        return text
-    return [name.strip() for name in text.split(",") if name.strip()]
+def as_names(value: Any, words_are_names: bool) -> Any:
+    """Return a selection in the form of the settings: sets and comma-separated names as a list, all else as it is.
+
+    Args:
+        value: As the user gave it.
+        words_are_names: Whether a single word is a list of one name, else a regular expression.
+    """
+    if isinstance(value, (set, frozenset, tuple)):
+        return list(value) if isinstance(value, tuple) else sorted(value, key=str)
+    names = isinstance(value, str) and value.lower() != ALL_LINEAR and not _REGEX_SIGNS.intersection(value)
+    if names and ("," in value or (words_are_names and value.strip())):
+        return [name.strip() for name in value.split(",") if name.strip()]
+    return value
 
 
 def regex_error(pattern: str, *forms: str) -> str | None:
@@ -168,7 +178,7 @@ def settings_error(error: ValidationError, section: type[BaseModel]) -> ConfigEr
     hints: list[str | None] = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"] if "[" not in str(part) and part not in _UNION_BRANCHES)
-        if item["type"] == "extra_forbidden":
+        if item["type"] in ("extra_forbidden", "invalid_key"):
             expected[f"unknown setting {name!r}"] = []
             hints.append(did_you_mean(name, setting_names(section)))
         elif item["type"] == "contradiction":
@@ -176,6 +186,7 @@ def settings_error(error: ValidationError, section: type[BaseModel]) -> ConfigEr
             hints.append(item["ctx"]["hint"])
         else:
             wish = item["msg"].removeprefix("Input should be ")
+            wish = "a section with settings of its own" if item["type"] == "model_type" else wish
             expected.setdefault(f"{name} = {_shown(item['input'])}", []).append(wish[0].lower() + wish[1:])
             hints.append(_description(name, section))
     problems = [
@@ -192,7 +203,7 @@ def contradiction(message: str, hint: str) -> PydanticCustomError:
 
 def _description(name: str, section: type[BaseModel]) -> str | None:
     """Return a hint with the description of a setting; of an entry of a list or table, that of the setting it is in."""
-    for known, field in settings_below(section):
+    for known, field in (*settings_below(section), *section.model_fields.items()):
         if name == known or name.startswith(f"{known}."):
             return f"{known} is: {field.description}" if field.description else None
     return None

@@ -14,6 +14,11 @@ from lorakeet.text_files import NotTextError, read_text
 SUFFIXES = (".yaml", ".yml")
 
 
+#: Characters of an override that a message shows.
+_SHOWN = 120
+_NO_SETTINGS = "give the YAML file of a run, for example one with the line: lora: {r: 32}"
+
+
 class _DuplicateKeyError(yaml.YAMLError):
     """A mapping has the same key twice, of which YAML would silently keep the last."""
 
@@ -71,10 +76,11 @@ def read_tree(path: str | Path, sections: list[str]) -> dict[str, Any]:
     except NotTextError as error:
         raise ConfigError(f"{path} is not YAML: {error.message}", hint or error.hint) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}", hint) from None
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}", hint or _NO_SETTINGS) from None
     if not isinstance(tree, dict):
         hint = as_data if isinstance(tree, list) else hint
-        raise ConfigError(f"{path} holds {type(tree).__name__}, expected the sections {', '.join(sections)}", hint)
+        kind = "nothing" if tree is None else type(tree).__name__
+        raise ConfigError(f"{path} holds {kind}, expected the sections {', '.join(sections)}", hint or _NO_SETTINGS)
     return tree
 
 
@@ -86,12 +92,13 @@ def parse_override(override: str) -> tuple[str, Any]:
     """
     name, equals, text = override.partition("=")
     if not equals:
-        raise ConfigError(f"override {override!r} has no '='", "write it as section.key=value, e.g. lora.r=32")
+        raise ConfigError(f"override {override[:_SHOWN]!r} has no '='", "write it as section.key=value, e.g. lora.r=32")
     try:
         return name.strip(), _scalar(text)
     except yaml.YAMLError:
+        shown = override if len(override) <= _SHOWN else f"{override[:_SHOWN]}..."
         raise ConfigError(
-            f"the value of override {override!r} is not YAML", f"""put the value in quotes: '{name.strip()}="..."'"""
+            f"the value of override {shown!r} is not YAML", f"""put the value in quotes: '{name.strip()}="..."'"""
         ) from None
 
 

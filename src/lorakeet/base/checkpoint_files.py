@@ -43,6 +43,8 @@ def check_config(folder: Path, name: str | None = None) -> None:
     """
     if (folder / "adapter_config.json").exists():
         raise adapter_not_model(name or str(folder), folder / "adapter_config.json")
+    if not (folder / "config.json").exists() and (folder / "adapter" / "adapter_config.json").exists():
+        raise adapter_not_model(str(folder / "adapter"), folder / "adapter" / "adapter_config.json")
     if not (folder / "config.json").exists():
         files = sorted(folder.glob("*.gguf"))
         hint = f"give the GGUF file: {files[0]}" if files else "give the folder that save_pretrained() wrote"
@@ -76,7 +78,8 @@ def adapter_not_model(path: str, adapter_config: Path) -> BaseModelError:
         base = None
     return BaseModelError(
         f"{path} is an adapter (it has an adapter_config.json), expected a model",
-        f"use --adapter {path}" + (f" with --model {base}" if base else " and give its base with --model"),
+        f"use --adapter {path}, or --init-adapter {path} to train it further"
+        + (f", with --model {base}" if base else ", and give its base with --model"),
     )
 
 

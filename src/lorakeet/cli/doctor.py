@@ -83,14 +83,15 @@ def doctor(
 
 
 def _model_options(run: RunConfig, model: str | None) -> dict[str, Any]:
-    """Return the tokenizer and the family of a base model, read without its weights; None of both without a model."""
+    """Return tokenizer, limits and family of a base model, read without its weights; None of each without a model."""
     if model is None:
-        return {"tokenizer": None, "family": None}
+        return dict.fromkeys(("tokenizer", "limits", "family"))
     from lorakeet.base.architectures import family
     from lorakeet.base.load import inspect_model
+    from lorakeet.facts.limits import limits_of
 
     found = inspect_model(run.base.model_copy(update={"model": model}))
-    return {"tokenizer": found.tokenizer, "family": family(found.config)}
+    return {"tokenizer": found.tokenizer, "limits": limits_of(found.config), "family": family(found.config)}
 
 
 def _examined(run: RunConfig, options: dict[str, Any]) -> Any:

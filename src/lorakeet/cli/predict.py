@@ -115,4 +115,7 @@ def _read(
     """Read the rows of a file; see :func:`lorakeet.inference.questions.read_questions`."""
     from lorakeet.inference.questions import ROLES, read_questions
 
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"{path} {found}, expected a file with texts", "give a file with one text per line, or a table")
     return read_questions(path, task if task in ROLES else "SEQ_CLS", columns or {}, taught)

@@ -226,6 +226,9 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
         where = {key: kwargs.pop(key) for key in FILE_ARGUMENTS if key in kwargs}
         path = find_adapter_file(pretrained_model_name_or_path, CONFIG_NAME, **where)
         if path is None:
+            folder = Path(pretrained_model_name_or_path)
+            if (folder / "config.json").is_file():
+                raise AdapterError(f"{folder} is a model, expected an adapter", f"use it without one: --model {folder}")
             raise AdapterError(
                 f"{pretrained_model_name_or_path} has no {CONFIG_NAME}",
                 "give the folder that save_pretrained wrote, or the adapter's hub id",
@@ -248,11 +251,19 @@ class LoraConfig(PeftConfig):
 def _dataclass_fields(config: type[PeftConfig]) -> dict[str, Any]:
     """Return the settings as fields of a dataclass, so that ``dataclasses.replace``, ``asdict`` and ``fields`` work."""
     names = [*config.model_fields, *NEUTRAL]
-    return dataclasses.make_dataclass(config.__name__, [(name, Any, None) for name in names]).__dataclass_fields__
+    made: Any = dataclasses.make_dataclass(config.__name__, [(name, Any, None) for name in names])
+    return made.__dataclass_fields__
 
 
 for _config in (PeftConfig, LoraConfig):
-    _config.__dataclass_fields__ = _dataclass_fields(_config)  # type: ignore[attr-defined]
+    _config.__dataclass_fields__ = _dataclass_fields(_config)  # type: ignore[attr-defined, union-attr]
+
+
+def adapter_folder(name: str | Path) -> Path:
+    """Return the folder of an adapter: the one named, or its folder ``adapter`` if it is that of a run."""
+    folder = Path(name)
+    inner = folder / "adapter"
+    return inner if (inner / CONFIG_NAME).is_file() and not (folder / CONFIG_NAME).exists() else folder
 
 
 def find_adapter_file(
@@ -261,7 +272,7 @@ def find_adapter_file(
     """Find a file of an adapter, downloading it if need be.
 
     Args:
-        name: Folder or hub id of the adapter.
+        name: Folder or hub id of the adapter, or the folder of its run.
         filename: Name of the file.
         revision: Revision of the hub repository.
         subfolder: Folder in the repository or folder.
@@ -274,13 +285,16 @@ def find_adapter_file(
         AdapterError: there is no such folder and the hub has no such adapter, or cannot be reached.
     """
     inner = f"{subfolder}/{filename}" if subfolder else filename
-    folder = Path(name)
+    folder = adapter_folder(name)
     if folder.is_dir():
         return folder / inner if (folder / inner).is_file() else None
     text = str(name)
     if folder.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
         found = "is a file" if folder.exists() else "does not exist"
-        raise AdapterError(f"adapter {text!r} {found}, expected a folder with {CONFIG_NAME} or a hub id like user/name")
+        raise AdapterError(
+            f"adapter {text!r} {found}, expected a folder with {CONFIG_NAME} or a hub id like user/name",
+            "give the folder `adapter` of a run, or user/name",
+        )
     try:
         return hub_file(text, inner, revision=revision, **download)
     except LorakeetError as error:

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from lorakeet.config import ALL_LINEAR
 from lorakeet.errors import TargetError
 from lorakeet.log import warn
 from lorakeet.lora.checks.direct_reads import direct_read, left_out_text
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.layer_types import inside_adapter, layer_class, unwrapped
 from lorakeet.lora.targeting import layer_indices, layer_wanted, matches
+from lorakeet.setting_types import ALL_LINEAR
 
 #: Names of the query and value projections (section 4.2 of the paper); the first of these that a model has.
 PROJECTIONS: tuple[tuple[str, ...], ...] = (

@@ -17,6 +17,8 @@ from lorakeet.files import check_output, contents, write_file
 #: Files and folders that a run writes.
 FILES = ("run.yaml", "metrics.jsonl", "summary.json", "loss_curve.png", "confusion.png", "adapter", "checkpoints")
 
+#: Settings that a run chooses by its data where they are left out, and writes to ``run.yaml``.
+CHOSEN_SETTINGS = ("train.epochs", "train.lr")
 #: Settings that do not change the result: they may differ between an interrupted run and the run that resumes it.
 FREE_SETTINGS = ("out", "train.log_every", "train.eval_every", "train.save_every")
 
@@ -76,7 +78,9 @@ def refuse_other_settings(config: RunConfig, folder: Path) -> None:
     """
     then, now = (_flat(c.model_dump(mode="json")) for c in (read_run(folder / "run.yaml"), config))
     changed = [
-        f"{key} was {then[key]}, is {now[key]}" for key in now if then[key] != now[key] and key not in FREE_SETTINGS
+        f"{key} was {then[key]}, is {now[key]}"
+        for key in now
+        if then[key] != now[key] and key not in FREE_SETTINGS and not (now[key] is None and key in CHOSEN_SETTINGS)
     ]
     if changed:
         raise TrainingError(

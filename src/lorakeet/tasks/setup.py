@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from lorakeet.base.architectures import check_task, family, fresh_modules
+from torch import nn
+
+from lorakeet.base.architectures import AUTO_CLASSES, check_task, family, fresh_modules
 from lorakeet.base.load import Base, ModelInfo
+from lorakeet.base.meta_device import meta_model
 from lorakeet.config import RunConfig, TaskSettings
 from lorakeet.data.rows.column_mapping import choose_task
 from lorakeet.data.rows.load import peek
 from lorakeet.errors import ConfigError
-from lorakeet.lora.config import LoraConfig
+from lorakeet.log import info, silent
+from lorakeet.lora.config import LoraConfig, PeftConfig
+from lorakeet.lora.default_targets import resolve_config
+from lorakeet.lora.inject import plan_injection
 from lorakeet.lora.layer_types import adaptable
+from lorakeet.lora.targeting import Target
 from lorakeet.tasks.task import Task
+
+#: Bytes of a trained parameter: its value, gradient and two moments, in fp32.
+TRAINED_BYTES = 16
 
 
 def task_settings(config: RunConfig, model: ModelInfo) -> TaskSettings:
@@ -29,6 +39,57 @@ def task_settings(config: RunConfig, model: ModelInfo) -> TaskSettings:
         name = choose_task(architecture, types, config.data.columns)
     check_task(name, model.config, model.name)
     return config.task.model_copy(update={"type": name})
+
+
+def with_length(config: RunConfig, rows: int, processes: int) -> RunConfig:
+    """Return the settings with the length and learning rate that they leave out, and log a length chosen for small data."""
+    train = config.train.for_rows(rows, processes)
+    if config.train.epochs is None and train.epochs != 1:
+        info(f"small data: {train.epochs:g} passes at {train.lr:g}; train.epochs or train.steps sets another length")
+    return config.model_copy(update={"train": train})
+
+
+def check_rank(config: RunConfig, model: ModelInfo, task: Task, free: int | None) -> None:
+    """Check, before any weight is read, that the settings select layers, that their ranks make sense, and that they fit.
+
+    Args:
+        config: The run's settings.
+        model: The base model.
+        task: The task, whose head may have any size here.
+        free: Free bytes of the device; None if unknown.
+
+    Raises:
+        TargetError: The settings select no layer.
+        ConfigError: The ranks are larger than every layer, or what is trained does not fit into the free memory.
+    """
+    if config.base.trust_remote_code:
+        return  # its code decides which modules there are
+    ghost = meta_model(model.config, auto_class=AUTO_CLASSES[task.name])
+    settings: PeftConfig = LoraConfig(**config.lora.model_dump(), task_type=task.peft_type)
+    with silent():  # the model itself warns once more
+        targets = plan_injection(ghost, resolve_config(ghost, settings)).targets
+    shapes = [(target.r, _matrix(ghost, target)) for target in targets]
+    if shapes and all(rank > min(shape) for rank, shape in shapes):
+        most = max(min(shape) for _, shape in shapes)
+        raise ConfigError(
+            f"lora.r = {config.lora.r} is larger than every layer, whose smaller side is {most} at most",
+            f"give --r {most} or less",
+        )
+    needed = sum(TRAINED_BYTES * rank * sum(shape) for rank, shape in shapes)
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"an adapter of rank {config.lora.r} takes {needed / 1e9:.1f} GB in training, {free / 1e9:.1f} GB are free",
+            "give a smaller --r, or fewer target_modules",
+        )
+
+
+def _matrix(model: nn.Module, target: Target) -> tuple[int, int]:
+    """Return the rows and columns of the weight of a layer, or of a parameter, where each expert has a matrix."""
+    owner, _, name = target.name.rpartition(".") if target.parameter else (target.name, "", "weight")
+    weight = model.get_submodule(owner)._parameters[name]
+    assert weight is not None
+    rows = weight.shape[-2] if target.parameter else weight.shape[0]
+    return rows, weight.shape[-1] if target.parameter else weight.numel() // rows
 
 
 def adapter_config(config: RunConfig, base: Base, task: Task) -> LoraConfig:

@@ -18,9 +18,10 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from lorakeet.adapter.peft_model import PeftModel, get_peft_model
+from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.adapter.serialization import add_notes
 from lorakeet.base.architectures import AUTO_CLASSES
+from lorakeet.base.device_dtype import choose_device
 from lorakeet.base.load import Base, inspect_model, load_base
 from lorakeet.base.quiet import quiet
 from lorakeet.config import RunConfig, TaskSettings
@@ -39,13 +40,14 @@ from lorakeet.patches.gradient_checkpointing import gradient_checkpointing
 from lorakeet.patches.padding_free import padding_free, why_padded
 from lorakeet.runs.metrics_log import MetricsLog
 from lorakeet.runs.run_folder import check_run_folder, claim_folder, is_run, refuse_other_settings
-from lorakeet.tasks.setup import adapter_config, task_settings
+from lorakeet.tasks.setup import check_rank, task_settings, with_length
 from lorakeet.tasks.task import Task
 from lorakeet.tasks.taught import NOTES, taught_notes
 from lorakeet.train.arguments import training_arguments
-from lorakeet.train.callbacks.interrupt import StopAfterStep
+from lorakeet.train.callbacks.interrupt import StopAfterStep, resume_command
 from lorakeet.train.callbacks.progress import ProgressCallback
 from lorakeet.train.evaluate import longest_first
+from lorakeet.train.init_adapter import put_adapter, with_init_adapter
 from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.manifest import latest_checkpoint
 from lorakeet.train.memory_plan import every_that_fits, free_memory
@@ -95,15 +97,17 @@ def run_training(
         log.setLevel("ERROR")
     folder = Path(config.out)
     check_run_folder(folder, resume=resume, overwrite=overwrite)
+    config = with_init_adapter(config)
     if resume and not any_checkpoint and is_run(folder):
         refuse_other_settings(config, folder)
     model_info = inspect_model(config.base)
     chosen = task_settings(config, model_info)
-    state = PartialState()
-    state.wait_for_everyone()  # no process writes to the folder before all have checked it
+    check_rank(config, model_info, Task(chosen.type), free_memory(choose_device(config.base.device)))
+    (state := PartialState()).wait_for_everyone()  # no process writes to the folder before all have checked it
     with state.main_process_first():  # damaged data is reported before a base of many gigabytes is read
         limits = {"max_positions": window(model_info.config), "vocabulary": vocabulary_size(model_info.config)}
         data = prepare(config.data, chosen, model_info.tokenizer, seed=config.train.seed, **limits)
+    config = with_length(config, data.report.train_samples, state.num_processes)
     task = Task(chosen.type, data.problem, data.labels)
     options: dict[str, Any] = {"model_options": task.model_options(), "seed": config.train.seed}
     base = load_base(config.base, auto_class=AUTO_CLASSES[task.name], for_training=True, **options)
@@ -111,7 +115,7 @@ def run_training(
     args = training_arguments(config, base)
     args.eval_strategy = "no" if data.held_out is None else args.eval_strategy
     set_seed(config.train.seed)
-    model = get_peft_model(base.model, adapter_config(config, base, task))
+    model = put_adapter(config, base, task)
     run = Run(config, folder, base, model, data, chosen, task, args, began)
     run.announce()
     if args.process_index == 0:
@@ -146,6 +150,7 @@ class Run:
         train, lora, world = self.config.train, self.config.lora, self.args.world_size
         per_step = train.batch_size * train.grad_accum * world
         rows = self.data.report.train_samples
+        assert train.epochs and train.lr  # chosen by the data where they were left out
         steps = train.steps or -(-rows * train.epochs // per_step)
         processes = f" x {world} processes" if world > 1 else ""
         length = f"{steps:.0f} steps of {per_step} samples ({train.batch_size} x {train.grad_accum}{processes})"
@@ -235,7 +240,7 @@ class Run:
         if stop.stopped:
             raise InterruptedRunError(
                 f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, a checkpoint is saved",
-                f"resume with: lorakeet train {self.folder / 'run.yaml'} --resume",
+                f"resume with: {resume_command(self.folder / 'run.yaml')}",
             )
 
     def _trainer(self, callbacks: list[Any], any_checkpoint: bool) -> Trainer:

@@ -151,6 +151,6 @@ def _group_lines(group: IssueGroup, rows: int, colour: bool) -> list[str]:
 
 def steps_of(samples: int, train: TrainSettings) -> int:
     """Return the number of optimizer steps for this many samples."""
-    if train.steps is not None:
-        return train.steps
-    return math.ceil(samples * train.epochs / (train.batch_size * train.grad_accum))
+    train = train.for_rows(samples)
+    assert train.epochs is not None
+    return train.steps or math.ceil(samples * train.epochs / (train.batch_size * train.grad_accum))

@@ -31,6 +31,7 @@ from lorakeet.data.rows.column_mapping import (
 )
 from lorakeet.data.rows.kinds import Layout, find_kind
 from lorakeet.errors import DataError
+from lorakeet.facts.limits import Limits
 
 #: Rows of a file from which its columns and their types are inferred.
 _HEAD = 1000
@@ -42,6 +43,7 @@ def examine(
     task: TaskSettings | None = None,
     tokenizer: Any = None,
     *,
+    limits: Limits | None = None,
     family: Family | None = None,
     train: TrainSettings | None = None,
     shown: int = 3,
@@ -54,6 +56,7 @@ def examine(
         settings: of the data.
         task: to be trained; ``auto`` is decided by ``family`` and the columns.
         tokenizer: of the base model; without it lengths are in characters, and there are no issues of tokens.
+        limits: of the base model; without them every token and length is fine.
         family: of the base model; without it the columns alone decide an ``auto`` task.
         train: batch size and epochs, for an estimate of the steps.
         shown: issues of each code that are kept; all are counted.
@@ -65,7 +68,7 @@ def examine(
     """
     task = task or TaskSettings()
     sources = find_sources(settings)
-    examiner = Examiner(settings, task, tokenizer, shown=shown, samples=samples)
+    examiner = Examiner(settings, task, tokenizer, limits=limits, shown=shown, samples=samples)
     name, layouts = _layouts(sources, settings, task.type, family, examiner.found)
     left = settings.limit
     for source in sources:

@@ -27,6 +27,7 @@ from lorakeet.data.read.record import Location, Record
 from lorakeet.data.rows.kinds import Kind, Layout, find_kind
 from lorakeet.data.rows.load import Rows, iter_values
 from lorakeet.data.rows.split import normalized
+from lorakeet.facts.limits import Limits
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class Examiner:
         settings: of the data.
         task: given labels and problem.
         tokenizer: of the base model, or None.
+        limits: of the base model, or None.
         shown: issues of each code that are kept.
         samples: decoded samples to keep; None: no statistics of the samples.
 
@@ -139,6 +141,7 @@ class Examiner:
         task: TaskSettings,
         tokenizer: Any = None,
         *,
+        limits: Limits | None = None,
         shown: int = 3,
         samples: int | None = None,
     ) -> None:
@@ -149,7 +152,7 @@ class Examiner:
         self.template = getattr(tokenizer, "chat_template", None)
         self.kind: Kind | None = None
         self.typed = True
-        self.stats = None if samples is None else TokenStats(settings, task, tokenizer, self.found, samples)
+        self.stats = None if samples is None else TokenStats(settings, task, tokenizer, self.found, samples, limits)
 
     def begin(self, layout: Layout, task: TaskName, *, typed: bool = True) -> None:
         """Set the ``layout`` of the rows that follow; ``typed``: their source tells numbers from strings."""

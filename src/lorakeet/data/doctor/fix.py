@@ -37,6 +37,7 @@ from lorakeet.data.read.source import DataSource, find_sources
 from lorakeet.data.rows.column_mapping import Family, find_layout, merge_layouts
 from lorakeet.data.rows.kinds import Kind, Layout, find_kind
 from lorakeet.errors import DataError, OutputError
+from lorakeet.facts.limits import Limits
 from lorakeet.files import write_file
 
 #: Rows of a file from which its columns and their types are inferred.
@@ -102,6 +103,7 @@ def repair(
     out: str | Path,
     tokenizer: Any = None,
     *,
+    limits: Limits | None = None,
     family: Family | None = None,
     train: TrainSettings | None = None,
     overwrite: bool = False,
@@ -114,7 +116,7 @@ def repair(
         settings: of the data.
         task: to be trained; ``auto`` is decided by ``family`` and the columns.
         out: a new ``.jsonl`` file.
-        tokenizer, family, train: as for :func:`lorakeet.data.doctor.examine.examine`, of the copy.
+        tokenizer, limits, family, train: as for :func:`lorakeet.data.doctor.examine.examine`, of the copy.
         overwrite: replace ``out`` if it exists.
         shown: issues of each code that are kept; all are counted.
         progress: called with the number of records read so far.
@@ -140,9 +142,9 @@ def repair(
         if not copy.written:
             raise DataError(f"nothing is left of {copy.read:,} rows", "`lorakeet doctor` without --fix tells why")
     again = settings.model_copy(update={"path": str(out), "format": "jsonl", "weights": None})
-    remains = examine(
-        again, task.model_copy(update={"type": name}), tokenizer, family=family, train=train, shown=shown, samples=0
-    )
+    task = task.model_copy(update={"type": name})
+    of_model: dict[str, Any] = {"limits": limits, "family": family}
+    remains = examine(again, task, tokenizer, **of_model, train=train, shown=shown, samples=0)
     return Repaired(out, copy.read, copy.written, list(copy.mended), list(copy.left_out), remains)
 
 
@@ -154,7 +156,7 @@ def check_out(settings: DataSettings, out: Path, *, overwrite: bool = False) -> 
         DataError: there is no such data.
     """
     if out.suffix.lower() != ".jsonl":
-        raise OutputError(f"{out}: the copy is written as JSON lines", f"call it {out.with_suffix('.jsonl')}")
+        raise OutputError(f"{out}: the copy is written as JSON lines", f"call it {out.stem or 'fixed'}.jsonl")
     if out.is_dir():
         raise OutputError(f"{out} is a folder, expected a file", "choose another name for the copy")
     for name in settings.path if isinstance(settings.path, list) else [settings.path]:

@@ -23,6 +23,8 @@ PROBLEMS: dict[str, tuple[Severity, str]] = {
     "template": ("stops", "conversations that the chat template refuses"),
     "tag_count": ("stops", "rows with more or fewer tags than tokens"),
     "answer_place": ("stops", "answers that are not at their stated place"),
+    "no_row": ("stops", "texts with a token that the base's embedding has no row for"),
+    "too_long": ("stops", "samples longer than the model takes: lower data.max_length"),
     "label_unknown": ("stops", "labels that are not among the given ones"),
     "one_label": ("stops", "one label in all rows: nothing to tell apart"),
     "many_labels": ("stops", "columns of labels with more than 1,000 names"),

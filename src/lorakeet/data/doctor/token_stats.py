@@ -19,6 +19,7 @@ from lorakeet.data.read.column_types import FLOAT, STR
 from lorakeet.data.read.record import Fault, Location
 from lorakeet.data.rows.kinds import Layout, find_kind
 from lorakeet.data.rows.label_set import LabelSet, Problem
+from lorakeet.facts.limits import Limits
 
 #: Rows encoded together.
 _BATCH = 512
@@ -36,6 +37,7 @@ class TokenStats:
         tokenizer: of the base model, or None.
         found: where problems are added.
         samples: decoded samples to keep.
+        limits: of the base model, or None.
 
     Attributes:
         lengths: of whole samples, before they are cut.
@@ -43,8 +45,17 @@ class TokenStats:
         samples: the first few, decoded.
     """
 
-    def __init__(self, settings: DataSettings, task: TaskSettings, tokenizer: Any, found: Issues, samples: int) -> None:
+    def __init__(
+        self,
+        settings: DataSettings,
+        task: TaskSettings,
+        tokenizer: Any,
+        found: Issues,
+        samples: int,
+        limits: Limits | None = None,
+    ) -> None:
         self._settings, self._task, self._tokenizer = settings, task, tokenizer
+        self._limits = limits or Limits()
         self._found, self._wanted = found, samples
         self.lengths = Lengths("characters" if tokenizer is None else "tokens")
         self.tokens = self.targets = self.unknown = 0
@@ -62,7 +73,8 @@ class TokenStats:
         if self._tokenizer is not None:
             self._task = self._task.model_copy(update={"type": task})
             self._labels = OpenLabelSet.of(layout, self._task)
-            self._encoder = make_encoder(layout, self._task, self._settings, self._tokenizer, self._labels)
+            rows = self._limits.rows
+            self._encoder = make_encoder(layout, self._task, self._settings, self._tokenizer, self._labels, rows)
 
     def add(self, location: Location, values: Mapping[str, Any], texts: Sequence[str]) -> None:
         """Count a usable canonical row and its ``texts``."""
@@ -83,6 +95,7 @@ class TokenStats:
         batch = {name: [values[name] for _, values in waiting] for name in waiting[0][1]}
         for at, sample in self._encoder.samples(batch):
             location, _ = waiting[at]
+            sample = self._encoder.readable(sample)
             if isinstance(sample, Fault):
                 self._found.add(sample.code, location, sample.message.partition("\n")[0], sample.hint)
             else:
@@ -95,6 +108,8 @@ class TokenStats:
             why = f": all {lost:,} targets are cut away" if lost else ""
             self._found.add("nothing_learned", location, f"no target in {length:,} tokens{why}")
             return
+        if length > (self._limits.tokens or length):
+            self._found.add("too_long", location, f"{length:,} tokens, the model takes {self._limits.tokens:,}")
         self.lengths.add(whole)
         self.tokens += length
         self.targets += targets

@@ -116,14 +116,14 @@ class Encoder:
         samples: list[Sample] = []
         faults: list[tuple[int, Fault]] = []
         for at, sample in self.samples(batch):
-            sample = self._readable(sample)
+            sample = self.readable(sample)
             if isinstance(sample, Fault):
                 faults.append((rows[at], sample))
             else:
                 samples.append({**_DEFAULTS, **sample, "row": rows[at]})
         return Encoded({name: [sample[name] for sample in samples] for name in self.features()}, faults)
 
-    def _readable(self, sample: Sample | Fault) -> Sample | Fault:
+    def readable(self, sample: Sample | Fault) -> Sample | Fault:
         """Return the sample, or a fault where the model has no row for one of its tokens."""
         if self.vocabulary is None or isinstance(sample, Fault):
             return sample

@@ -56,8 +56,7 @@ def _quotation(record: list[str], start: int) -> Quotation:
 
 def indexed_by(path: Path) -> Path | None:
     """Return the fortune file that ``path`` is the index of: strfile(1) appends ``.dat`` to its name."""
-    file = path.with_suffix("")
-    return file if path.suffix == ".dat" and file.is_file() else None
+    return file if path.suffix == ".dat" and (file := path.with_suffix("")).is_file() else None
 
 
 def is_rotated(path: Path) -> bool:

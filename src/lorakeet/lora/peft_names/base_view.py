@@ -44,7 +44,7 @@ def view_of(model: Any) -> Any:
     backbone = own if own is not None else model._modules.get(getattr(model, "base_model_prefix", "") or "-", model)
     if backbone is model and getattr(model, "model", None) is model:
         return model
-    view = object.__new__(_view_class(type(model), type(backbone)))
+    view: Any = object.__new__(_view_class(type(model), type(backbone)))
     view.__dict__ = backbone.__dict__
     object.__setattr__(view, "_whole", model)
     return view

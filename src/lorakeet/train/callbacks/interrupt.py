@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -15,6 +17,18 @@ from lorakeet.log import info
 
 #: Seconds after a Ctrl-C in which a second one is ignored: torchrun sends the terminal's signal again.
 ECHO = 2.0
+
+
+def resume_command(file: Path) -> str:
+    """Return the command that resumes a run, with as many processes as this one has.
+
+    Args:
+        file: The ``run.yaml`` of the run.
+    """
+    processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    nodes = f" --nnodes {processes // here}" if processes > here else ""
+    start = f"torchrun{nodes} --nproc-per-node {here} -m lorakeet" if processes > 1 else "lorakeet"
+    return f"{start} train {file} --resume"
 
 
 class StopAfterStep(TrainerCallback):
