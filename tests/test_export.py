@@ -44,7 +44,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-#: What processors answer: neither instruction for bf16, AVX512_BF16 alone, AMX too.
+#: Processor -> whether it has AVX512_BF16, and AMX; the three cases that `choose_dtype` tells apart.
 PROCESSORS = {"plain": (False, False), "avx512_bf16": (True, False), "amx": (True, True)}
 
 
@@ -131,7 +131,8 @@ def test_a_module_trained_whole_is_measured_too(bases: Path, tmp_path: Path) -> 
     model = get_peft_model(model, LoraConfig(**settings))
     shake(model)
     with torch.no_grad():
-        model.lm_head.modules_to_save["default"].weight.mul_(1.0005)  # less than a step of bf16
+        head = model.lm_head
+        head.modules_to_save["default"].weight.copy_(head.original_module.weight * 1.0005)  # less than a step of bf16
         for layer in model.lora_layers():
             layer.lora_B["default"].weight.mul_(0.02)
     model.save_pretrained(tmp_path / "adapter")
@@ -160,7 +161,7 @@ def test_a_quantized_base_keeps_the_formats_of_what_stays(
     assert torch.int8 in made.values()
 
 
-#: What people's bases have; transformers reads each and refuses to save it.
+#: Generation configs of public models, each of which transformers reads and refuses to save.
 GENERATION = [{"temperature": 0.6, "top_p": 0.9}, {"top_k": 3}, {"num_beams": 1, "length_penalty": 2.0}]
 
 
