@@ -9,14 +9,13 @@ from typing import Any
 
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.adapter.serialization import read_notes, read_tensors
-from lorakeet.adapter.vocabulary import fit_vocabulary, weights_brought
+from lorakeet.adapter.vocabulary import fit_to_adapters, weights_brought
 from lorakeet.base.architectures import AUTO_CLASSES
 from lorakeet.base.load import Base, load_base
 from lorakeet.config import DEFAULT_MODEL, BaseSettings
 from lorakeet.errors import AdapterError
-from lorakeet.facts.padding import agree_on_special_tokens
 from lorakeet.log import info
-from lorakeet.lora.config import PeftConfig, adapter_folder, find_adapter_file
+from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.model import LoraModel
 from lorakeet.tasks.task import Task, Verb
 from lorakeet.tasks.taught import Taught
@@ -95,9 +94,7 @@ def open_model(
     base = load_base(settings, auto_class=AUTO_CLASSES[task.name], **options)
     info(base.describe())
     if adapters:
-        own, base = base.tokenizer, replace(base, tokenizer=_adapter_tokenizer(adapters[0]) or base.tokenizer)
-        fit_vocabulary(base.model, base.tokenizer, own, adapters, seed=seed)
-        agree_on_special_tokens(base.tokenizer, base.model.config, getattr(base.model, "generation_config", None))
+        base = replace(base, tokenizer=fit_to_adapters(base.model, base.tokenizer, adapters, seed=seed))
     names: dict[str, str] = {}
     for number, adapter in enumerate(dict.fromkeys(map(str, adapters))):
         names[adapter] = f"adapter{number}"
@@ -138,13 +135,3 @@ def adapter_task(adapter: str, config: PeftConfig) -> Task:
     heads = [t.shape[0] for key, t in read_tensors(adapter).items() if "lora_" not in key and key.endswith("weight")]
     count = min(heads, default=2)  # the last layer of a head is its narrowest
     return Task(name, None, tuple(f"LABEL_{number}" for number in range(count)))
-
-
-def _adapter_tokenizer(adapter: str) -> Any:
-    """Return the tokenizer saved with an adapter, which may have its own chat template or tokens; None: there is none."""
-    if find_adapter_file(adapter, "tokenizer_config.json") is None:
-        return None
-    from transformers import AutoTokenizer
-
-    folder = adapter_folder(adapter)
-    return AutoTokenizer.from_pretrained(folder if folder.is_dir() else adapter)

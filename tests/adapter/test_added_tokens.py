@@ -78,7 +78,17 @@ def test_commands_open_it(words: list[str], base: Path, tmp_path: Path, monkeypa
     assert main([*words, *more, "--model", str(base), "--adapter", "adapter", "--dtype", "fp32"]) == 0
 
 
-def test_rows_that_nobody_saved_are_random_by_seed_and_said(base: Path, tmp_path: Path) -> None:
+def test_a_training_continues_from_it(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": f"{row['text']} <new0>"} for row in rows_for("CAUSAL_LM", 8)]
+    write_rows(tmp_path / "t.jsonl", rows)
+    adapter(base, tmp_path / "adapter")
+    words = ["train", "--model", str(base), "--init-adapter", "adapter", "--data", "t.jsonl", "--out", "run"]
+    assert main([*words, "--steps", "1", "--dtype", "fp32", "--eval-fraction", "0"]) == 0
+    assert main(["eval", "--model", str(base), "--adapter", "run/adapter", "--data", "t.jsonl", "--dtype", "fp32"]) == 0
+
+
+def test_rows_that_were_not_saved_are_random_by_seed_and_said(base: Path, tmp_path: Path) -> None:
     folder = adapter(base, tmp_path / "adapter")
     file = folder / "adapter_model.safetensors"
     save_file({key: value for key, value in load_file(file).items() if "lora_" in key}, file, {"format": "pt"})

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from lorakeet.adapter.serialization import WEIGHTS_NAME
 from lorakeet.adapter.tensor_names import PREFIX
 from lorakeet.errors import AdapterError
+from lorakeet.facts.padding import agree_on_special_tokens
 from lorakeet.facts.vocabulary import embedding_rows, tokens_without_row
 from lorakeet.log import info, warn
 from lorakeet.lora.config import PeftConfig, find_adapter_file
@@ -17,6 +18,33 @@ from lorakeet.rng import seeded
 
 #: Last parts of the keys whose tensors have a row for each token.
 _WHOLE = ("weight", "base_layer.weight", "token_adapter.base_layer.weight")
+
+
+def adapter_tokenizer(adapter: str) -> Any:
+    """Return the tokenizer saved with an adapter, which may have its own chat template or tokens; None: there is none."""
+    if find_adapter_file(adapter, "tokenizer_config.json") is None:
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(adapter)
+
+
+def fit_to_adapters(model: Any, own_tokenizer: Any, adapters: Sequence[str], *, seed: int | None = None) -> Any:
+    """Return the tokenizer of the first adapter, or else the base's own, after the base's vocabulary is made to fit it.
+
+    Args:
+        model: The base, without adapters.
+        own_tokenizer: The base's.
+        adapters: Folders or hub ids.
+        seed: Seed of new rows; None: torch's own state.
+
+    Raises:
+        AdapterError: The adapters have embeddings of different sizes.
+    """
+    tokenizer = adapter_tokenizer(adapters[0]) or own_tokenizer
+    fit_vocabulary(model, tokenizer, own_tokenizer, adapters, seed=seed)
+    agree_on_special_tokens(tokenizer, model.config, getattr(model, "generation_config", None))
+    return tokenizer
 
 
 def fit_vocabulary(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from lorakeet.adapter.peft_model import PeftModel, get_peft_model
 from lorakeet.adapter.serialization import read_notes
-from lorakeet.adapter.vocabulary import weights_brought
-from lorakeet.base.load import Base
+from lorakeet.adapter.vocabulary import adapter_tokenizer, fit_to_adapters, weights_brought
+from lorakeet.base.load import Base, ModelInfo
 from lorakeet.config import DEFAULT_MODEL, LoraSettings, RunConfig
 from lorakeet.errors import ConfigError
+from lorakeet.facts.limits import limits_of
 from lorakeet.lora.config import PeftConfig
 from lorakeet.tasks.setup import adapter_config
 from lorakeet.tasks.task import Task
@@ -52,6 +54,24 @@ def loading_options(config: RunConfig, task: Task) -> dict[str, Any]:
     """Return the arguments of :func:`lorakeet.base.load.load_base` for the base of a run."""
     brought = weights_brought(config.train.init_adapter) if config.train.init_adapter else frozenset()
     return {"model_options": task.model_options(), "seed": config.train.seed, "brought": brought}
+
+
+def tokenizer_and_limits(config: RunConfig, found: ModelInfo) -> tuple[Any, dict[str, int | None]]:
+    """Return the tokenizer of a run, and the limits of its model on samples.
+
+    The tokenizer of the adapter to continue from may have more tokens: the embedding is resized to it later.
+    """
+    tokens, rows = limits_of(found.config)
+    own = None if config.train.init_adapter is None else adapter_tokenizer(config.train.init_adapter)
+    return own or found.tokenizer, {"max_positions": tokens, "vocabulary": rows if own is None else None}
+
+
+def fit_base(config: RunConfig, base: Base) -> Base:
+    """Return the base with the tokenizer and the vocabulary of the adapter to continue from, if there is one."""
+    if config.train.init_adapter is None:
+        return base
+    adapters = [config.train.init_adapter]
+    return replace(base, tokenizer=fit_to_adapters(base.model, base.tokenizer, adapters, seed=config.train.seed))
 
 
 def put_adapter(config: RunConfig, base: Base, task: Task) -> PeftModel:

@@ -29,8 +29,6 @@ from lorakeet.data.encode.render import describe_sample
 from lorakeet.data.prepare import prepare
 from lorakeet.data.prepared import Prepared
 from lorakeet.errors import OutputError, TrainingError
-from lorakeet.facts.vocabulary import vocabulary_size
-from lorakeet.facts.window import window
 from lorakeet.files import write_elsewhere, write_folder, write_json
 from lorakeet.log import info, log, warn
 from lorakeet.patches.fused_layers import fused_layers
@@ -46,7 +44,7 @@ from lorakeet.train.arguments import training_arguments
 from lorakeet.train.callbacks.interrupt import StopAfterStep, resume_command
 from lorakeet.train.callbacks.progress import ProgressCallback
 from lorakeet.train.evaluate import longest_first
-from lorakeet.train.init_adapter import loading_options, put_adapter, with_init_adapter
+from lorakeet.train.init_adapter import fit_base, loading_options, put_adapter, tokenizer_and_limits, with_init_adapter
 from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.manifest import latest_checkpoint
 from lorakeet.train.memory_plan import every_that_fits, free_memory
@@ -104,12 +102,12 @@ def run_training(
     check_rank(config, model_info, Task(chosen.type), free_memory)
     (state := PartialState()).wait_for_everyone()  # no process writes to the folder before all have checked it
     with state.main_process_first():  # damaged data is reported before a base of many gigabytes is read
-        limits = {"max_positions": window(model_info.config), "vocabulary": vocabulary_size(model_info.config)}
-        data = prepare(config.data, chosen, model_info.tokenizer, seed=config.train.seed, **limits)
+        tokenizer, limits = tokenizer_and_limits(config, model_info)
+        data = prepare(config.data, chosen, tokenizer, seed=config.train.seed, **limits)
     config = with_length(config, data.report.train_samples, state.num_processes)
     task = Task(chosen.type, data.problem, data.labels)
     options = loading_options(config, task)
-    base = load_base(config.base, auto_class=AUTO_CLASSES[task.name], for_training=True, **options)
+    base = fit_base(config, load_base(config.base, auto_class=AUTO_CLASSES[task.name], for_training=True, **options))
     info(f"base       {base.describe()}")
     args = training_arguments(config, base)
     args.eval_strategy = "no" if data.held_out is None else args.eval_strategy
