@@ -143,7 +143,8 @@ class PeftModel(LoraModel):
         config = config or PeftConfig.from_pretrained(model_id, **where)
         notes = read_notes(model_id, **where)
         if not allow_other_base:
-            check_base(model_id, notes, self)
+            with unmerged(self):
+                check_base(model_id, notes, self)
         config, tensors = with_current_names(self, config, read_tensors(model_id, **where))
         put_adapter(
             self,
@@ -183,7 +184,8 @@ class PeftModel(LoraModel):
         with all_or_nothing(self):
             for name in present:
                 config, notes = PeftConfig.from_pretrained(folders[name]), read_notes(folders[name])
-                check_base(folders[name], notes, self)
+                with unmerged(self):
+                    check_base(folders[name], notes, self)
                 accept = {"allow_untrained": True, "allow_new_base": True, "unfrozen": notes.get(NOTE, ())}
                 put_adapter(self, name, config, read_tensors(folders[name]), folders[name], **accept)
         return present

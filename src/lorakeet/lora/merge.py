@@ -29,6 +29,7 @@ from lorakeet.lora.checks.merge_loss import (
 from lorakeet.lora.checks.merge_probe import Probe, evaluating, largest_difference
 from lorakeet.lora.config import refuse_unknown
 from lorakeet.lora.layer import LoraLayer
+from lorakeet.lora.lifecycle.merged import merged_names
 from lorakeet.quant.protocol import is_quantized
 
 #: Share of the adapter's effect. Largest accepted difference of the outputs beyond their own rounding: a merged weight that
@@ -109,9 +110,8 @@ class MergeMethods(nn.Module):
         """
         refuse_unknown("merge_adapter", peft_only, set())
         names = list(adapter_names or self.active_adapters)
-        for name in names:
-            self._check_known(name)
-        already = merged_adapters(self)
+        self._check_names(names)
+        already = merged_names(self)
         new = [name for name in dict.fromkeys(names) if name not in already]
         if not new:
             warn(f"adapters {', '.join(already)} are merged already, so there is nothing to do")
@@ -155,7 +155,7 @@ class MergeMethods(nn.Module):
         Raises:
             MergeError: As in :meth:`merge_adapter`.
         """
-        if {*(adapter_names or self.active_adapters)} - {*merged_adapters(self)}:
+        if {*(adapter_names or self.active_adapters)} - {*merged_names(self)}:
             self.merge_adapter(adapter_names, probe=probe, tolerance=tolerance, accept_loss=accept_loss)
         for part in self.lora_parts():
             if isinstance(part, LoraLayer):
@@ -165,11 +165,6 @@ class MergeMethods(nn.Module):
         model = self.unload(_merged=True)
         untie(model)
         return model
-
-
-def merged_adapters(model: Any) -> list[str]:
-    """Return the names of the merged adapters, in the order of their merges."""
-    return list(dict.fromkeys(name for layer in model.lora_layers() for name in layer.merged_adapters))
 
 
 def checked_merge(
@@ -200,7 +195,7 @@ def checked_merge(
         if isinstance(layer, LoraLayer) and any(adapter in layer.r for adapter in adapters)
     }
     _check_mergeable(layers, adapters, accept_loss)
-    already, was = merged_adapters(model), (model.switch.active, model.switch.enabled)
+    already, was = merged_names(model), (model.switch.active, model.switch.enabled)
     try:
         with evaluating(model):
             model.unmerge()
