@@ -12,7 +12,6 @@ from torch.nn.functional import normalize
 from helpers.task_runs import run_of
 from helpers.tiny_tasks import rows_for, write_rows
 from lorakeet.api import evaluate_data, open_model
-from lorakeet.base.architectures import AUTO_CLASSES
 from lorakeet.tasks.retrieval import CandidateTexts, pair_loss, retrieval, summed_pair_loss
 from lorakeet.tasks.task import Task
 
@@ -55,7 +54,6 @@ def test_the_held_out_loss_does_not_depend_on_the_batch_size(tmp_path: Path) -> 
     config = run_of(tmp_path, "bert", "FEATURE_EXTRACTION")
     few = [{**row, "positive": row["positive"].split()[-1]} for row in rows_for("FEATURE_EXTRACTION", 40)]
     data = config.data.model_copy(update={"path": str(write_rows(tmp_path / "few.jsonl", few))})
-    assert AUTO_CLASSES["FEATURE_EXTRACTION"]
     opened = open_model(config.base, task=Task("FEATURE_EXTRACTION"))
     losses = [evaluate_data(opened, None, data, batch_size=size) for size in (3, 16)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
