@@ -121,7 +121,7 @@ def test_texts_of_every_format_are_read_as_in_training(tmp_path: Path) -> None:
         assert read_questions(tmp_path / name, "SEQ_CLS", {}, {"text": "body", "label": "queue"}) == texts
     assert read_questions(tmp_path / "t.csv", "SEQ_CLS", {"text": "id"}) == ["a 1", "a 2"]
     assert read_questions(tmp_path / "t.csv", "SEQ_CLS", {}) == texts  # found by its name
-    with pytest.raises(DataError, match="text_pair"):
+    with pytest.raises(DataError, match="has no column 'second'"):
         read_questions(tmp_path / "t.csv", "SEQ_CLS", {"text": "body", "text_pair": "second"})
     (tmp_path / "n.jsonl").write_text('{"text": "one"}\n{"text": null}\n')
     with pytest.raises(DataError, match="line 2: no text in column 'text'"):
