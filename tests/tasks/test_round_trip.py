@@ -83,7 +83,10 @@ def byte_tokenizer() -> tf.PreTrainedTokenizerFast:
 
 
 TOKENIZER = byte_tokenizer()
-TOKENIZER.chat_template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+TOKENIZER.chat_template = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    + "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
 
 
 # ---- rows -------------------------------------------------------------------------------------------------------
