@@ -44,14 +44,12 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-#: Processor -> whether it has AVX512_BF16, and AMX; the three cases that `choose_dtype` tells apart.
-PROCESSORS = {"plain": (False, False), "avx512_bf16": (True, False), "amx": (True, True)}
+#: Instructions for bf16 that a processor is said to have: none, AVX512_BF16 alone, AMX too.
+PROCESSORS = {"plain": "-bf16,-amx", "avx512_bf16": "+bf16,-amx", "amx": "+bf16,+amx"}
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, processor: str) -> None:
-    avx512, amx = PROCESSORS[processor]
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setenv("LORAKEET_CPU_FEATURES", PROCESSORS[processor])
 
 
 def formats(folder: Path) -> dict[str, torch.dtype]:

@@ -169,9 +169,9 @@ def test_bits_against_dtype(settings: dict[str, object]) -> None:
 
 
 def test_around_weights_in_8_bits_a_cpu_computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORAKEET_CPU_FEATURES", "amx")
+    monkeypatch.setenv("LORAKEET_CPU_FEATURES", "+amx")
     assert dtype_of(bits=8) == torch.float32 and dtype_of() == dtype_of(bits=8, dtype="bf16") == torch.bfloat16
-    monkeypatch.setenv("LORAKEET_CPU_FEATURES", "bf16")
+    monkeypatch.setenv("LORAKEET_CPU_FEATURES", "+bf16,-amx")
     assert dtype_of() == torch.float32
 
 

@@ -56,6 +56,9 @@ def test_the_override_takes_features_away(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv("LORAKEET_CPU_FEATURES", asked)
         assert features.available() == features.detected() - without
     features.available.cache_clear()
+    monkeypatch.setenv("LORAKEET_CPU_FEATURES", "+amx,-vnni")
+    assert features.available() == features.detected() - {Feature.VNNI} | {Feature.AMX}
+    features.available.cache_clear()
     monkeypatch.setenv("LORAKEET_CPU_FEATURES", "-avx9000")
     with pytest.raises(ConfigError, match="avx9000 cannot be used"):
         features.available()
@@ -79,7 +82,14 @@ def test_without_a_library_torch_answers_for_its_own_product(monkeypatch: pytest
 
 @pytest.mark.parametrize(
     ("asked", "found"),
-    [("", set()), ("avx2", set()), ("AMX, bf16", HALF), ("vnni,amx", {Feature.AMX}), ("-amx,-bf16", set())],
+    [
+        ("", set()),
+        ("avx2", set()),
+        ("AMX, bf16", HALF),
+        ("vnni,amx", {Feature.AMX}),
+        ("-amx,-bf16", set()),
+        ("+amx,+bf16", HALF),
+    ],
 )
 def test_the_number_format_follows_what_is_said(
     asked: str, found: set[Feature], monkeypatch: pytest.MonkeyPatch

@@ -3,8 +3,8 @@
 The compiled library answers through one C function (``csrc/features.c``). It lists a feature only if it has code for it
 and the operating system permits it. Without a library torch answers, for its own int8 product.
 
-``LORAKEET_CPU_FEATURES`` overrides the answer with a list such as ``avx2,vnni``; an empty list means no feature, and names
-with a minus, as in ``-amx``, are taken away from what is there. It selects kernels and the number format of a base for tests
+``LORAKEET_CPU_FEATURES`` overrides the answer with a list such as ``avx2,vnni``; an empty list means no feature. A list of
+names with signs, such as ``-vnni,+amx``, changes what is there. It selects kernels and the number format of a base for tests
 and comparisons. It cannot name a feature whose kernels would not run here.
 """
 
@@ -69,35 +69,38 @@ def available() -> frozenset[Feature]:
     Raises:
         ConfigError: The variable names an unknown feature, or one whose kernels do not run here.
     """
-    override = _override()
-    if override is None:
-        return detected()
-    names, without = override
+    asked = os.environ.get("LORAKEET_CPU_FEATURES")
+    names = _said(detected(), asked)
     possible = sorted(runnable())
-    if wrong := sorted((names or set()) - set(possible) | without - set(Feature)):
+    if wrong := sorted((names - set(possible)) | (_named(asked) - set(Feature))):
         raise ConfigError(
             f"LORAKEET_CPU_FEATURES: {', '.join(wrong)} cannot be used on this machine",
             hint=f"leave it out, or name some of: {', '.join(possible) or 'none'}",
         )
-    return detected() - without if names is None else frozenset(Feature(name) for name in names)
+    return frozenset(Feature(name) for name in names)
 
 
 def half_precision() -> frozenset[Feature]:
     """Return which of BF16 and AMX this processor has, or is said to have; nothing is compiled for the answer."""
-    names, without = _override() or (None, set())
-    if names is None:
-        return _half_precision() - without
-    return frozenset(feature for feature in (Feature.BF16, Feature.AMX) if feature in names)
+    said = _said(_half_precision(), os.environ.get("LORAKEET_CPU_FEATURES"))
+    return frozenset(feature for feature in (Feature.BF16, Feature.AMX) if feature in said)
 
 
-def _override() -> tuple[set[str] | None, set[str]] | None:
-    """Return the names in ``LORAKEET_CPU_FEATURES``, None for all that are there, and those to take away from them."""
-    asked = os.environ.get("LORAKEET_CPU_FEATURES")
-    if asked is None:
-        return None
-    names = {name.strip().lower() for name in asked.split(",") if name.strip()}
-    without = {name for name in names if name.startswith("-")}
-    return (None if without and without == names else names - without), {name[1:] for name in without}
+def _said(found: frozenset[Feature], asked: str | None) -> set[str]:
+    """Return the names of the features that are there, given those ``found`` and what is ``asked`` for."""
+    words = _words(asked)
+    if asked is None or (words and all(word[0] in "+-" for word in words)):
+        added = {word[1:] for word in words if word[0] == "+"}
+        return ({*map(str, found)} | added) - {word[1:] for word in words if word[0] == "-"}
+    return set(words)
+
+
+def _named(asked: str | None) -> set[str]:
+    return {word.lstrip("+-") for word in _words(asked)}
+
+
+def _words(asked: str | None) -> list[str]:
+    return [word.strip().lower() for word in (asked or "").split(",") if word.strip()]
 
 
 def has(feature: Feature) -> bool:
