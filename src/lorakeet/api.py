@@ -15,14 +15,14 @@ from lorakeet.chat_template import has_system_turn, with_system_turn
 from lorakeet.config import DataSettings, LoraSettings, TaskName, TaskSettings
 from lorakeet.data.collate import make_collator
 from lorakeet.data.prepare import prepare
-from lorakeet.errors import AdapterError, DataError
+from lorakeet.errors import DataError
 from lorakeet.export import check_empty, merge, quantize
 from lorakeet.facts.vocabulary import embedding_rows
 from lorakeet.facts.window import window
 from lorakeet.inference.generate import Prompt, complete
 from lorakeet.inference.predict import predict as predict_rows
 from lorakeet.inference.questions import Question
-from lorakeet.loaded_model import LoadedModel, open_model
+from lorakeet.loaded_model import LoadedModel, check_verb, open_model
 from lorakeet.log import info, warn
 from lorakeet.lora.config import LoraConfig, PeftConfig
 from lorakeet.lora.default_targets import resolve_config
@@ -141,9 +141,11 @@ def generate(
         The new text of each prompt.
 
     Raises:
+        AdapterError: The model generates no text.
         ConfigError: A setting is out of range.
         DataError: A prompt is empty or too long.
     """
+    check_verb(opened.task, "generate")
     if chat:
         prompts = [[{"role": "user", "content": one}] if isinstance(one, str) else one for one in prompts]
     conversations = [one for one in prompts if not isinstance(one, str)]
@@ -209,11 +211,7 @@ def predict(
         AdapterError: The model generates text.
         DataError: A row is empty, or not of the form that the task needs.
     """
-    if opened.task.name in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
-        raise AdapterError(
-            f"this is a {opened.task.name} model; `predict` needs a classifier, tagger or encoder",
-            "use `lorakeet generate`",
-        )
+    check_verb(opened.task, "predict")
     taught = opened.taught(adapter)
     settings: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length or taught.max_length}
     with opened.answering(adapter):

@@ -9,7 +9,7 @@ from typing import Any
 
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.adapter.serialization import read_notes, read_tensors
-from lorakeet.adapter.vocabulary import fit_vocabulary
+from lorakeet.adapter.vocabulary import fit_vocabulary, weights_brought
 from lorakeet.base.architectures import AUTO_CLASSES
 from lorakeet.base.load import Base, load_base
 from lorakeet.config import DEFAULT_MODEL, BaseSettings
@@ -18,7 +18,7 @@ from lorakeet.facts.padding import agree_on_special_tokens
 from lorakeet.log import info
 from lorakeet.lora.config import PeftConfig, adapter_folder, find_adapter_file
 from lorakeet.lora.model import LoraModel
-from lorakeet.tasks.task import Task
+from lorakeet.tasks.task import Task, Verb
 from lorakeet.tasks.taught import Taught
 
 
@@ -61,6 +61,7 @@ def open_model(
     allow_untrained: bool = False,
     task: Task | None = None,
     seed: int = 42,
+    verb: Verb | None = None,
 ) -> LoadedModel:
     """Load a base with the head of its task, and put every adapter on it.
 
@@ -74,6 +75,7 @@ def open_model(
         allow_untrained: Accept an adapter whose every B is zero, so that it changes nothing.
         task: Task of the model; by default that of the adapters, or else CAUSAL_LM.
         seed: Seed of weights that neither the base nor an adapter has.
+        verb: What the model will be asked to do, checked before anything is loaded; None: anything.
 
     Raises:
         AdapterError: The adapters were trained for different tasks or labels.
@@ -86,7 +88,11 @@ def open_model(
         listed = "; ".join(f"{adapter}: {task.name} {', '.join(task.labels or ())}" for adapter, task in tasks.items())
         raise AdapterError(f"the adapters were trained for different tasks ({listed})", "load one of them at a time")
     task = task or next(iter(tasks.values()), Task())
-    base = load_base(settings, auto_class=AUTO_CLASSES[task.name], model_options=task.model_options(), seed=seed)
+    if verb and adapters:
+        check_verb(task, verb)
+    brought = weights_brought(adapters[0]) if len(adapters) == 1 else frozenset()
+    options: dict[str, Any] = {"model_options": task.model_options(), "seed": seed, "brought": brought}
+    base = load_base(settings, auto_class=AUTO_CLASSES[task.name], **options)
     info(base.describe())
     if adapters:
         own, base = base.tokenizer, replace(base, tokenizer=_adapter_tokenizer(adapters[0]) or base.tokenizer)
@@ -104,6 +110,17 @@ def settings_of_base(settings: BaseSettings, config: PeftConfig) -> BaseSettings
     """Return the settings with the base that an adapter names, if they name the default model."""
     named = config.base_model_name_or_path
     return settings.model_copy(update={"model": named}) if settings.model == DEFAULT_MODEL and named else settings
+
+
+def check_verb(task: Task, verb: Verb) -> None:
+    """Check that a model of this task answers to a verb.
+
+    Raises:
+        AdapterError: It does not; the hint names the verb that it answers to.
+    """
+    if task.verb != verb:
+        needs = "a language model" if verb == "generate" else "a classifier, tagger or encoder"
+        raise AdapterError(f"this is a {task.name} model; `{verb}` needs {needs}", f"use `lorakeet {task.verb}`")
 
 
 def adapter_task(adapter: str, config: PeftConfig) -> Task:

@@ -341,6 +341,29 @@ def test_other_mistakes(here, capsys, words, says):
     mistake(here, capsys, words, says)
 
 
+def test_a_run_folder_means_its_adapter_and_a_model_is_none(here, capsys):
+    words = ["eval", "--model", "base", "--dtype", "fp32", "--data", "data.jsonl", "--json"]
+    losses = []
+    for adapter in ("run", "run/adapter"):
+        assert main([*words, "--adapter", adapter]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert losses[0] == losses[1]
+    mistake(here, capsys, ["inspect", "base"], "base is a model, expected an adapter", "--model base")
+    mistake(here, capsys, ["generate", "--model", "base", "--adapter", "base", "--prompt", "a"], "--model base")
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["plan", "--dropout", "0.1"], "it is the setting lora.lora_dropout: add lora.lora_dropout=VALUE"),
+        (["demo", "--lr", "1"], "train.lr is a setting of `lorakeet train`"),
+        (["merge", "--colour", "1"], "lorakeet merge --help"),
+    ],
+)
+def test_an_unknown_flag_of_any_command_leads_on(here, capsys, words, hint):
+    mistake(here, capsys, words, f"hint: {hint}")
+
+
 def test_a_traceback_only_with_debug(here, capsys):
     from lorakeet.errors import LorakeetError
 

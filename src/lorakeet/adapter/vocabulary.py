@@ -95,3 +95,13 @@ def _trained_tokens(adapter: str) -> list[int]:
     """Return the tokens whose rows an adapter trains and saves."""
     indices: Any = getattr(PeftConfig.from_pretrained(adapter), "trainable_token_indices", None) or []
     return [token for tokens in (indices.values() if isinstance(indices, dict) else [indices]) for token in tokens]
+
+
+def weights_brought(adapter: str) -> frozenset[str]:
+    """Return the names of the weights that an adapter has whole, such as those of its head."""
+    path = find_adapter_file(adapter, WEIGHTS_NAME)
+    try:
+        with safe_open(path, "pt") as file:
+            return frozenset(key.removeprefix(PREFIX) for key in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError, TypeError):
+        return frozenset()  # a missing or damaged file is reported when the tensors are read

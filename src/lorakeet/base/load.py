@@ -6,7 +6,7 @@ shape, and tensors in another number format than the requested one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,7 @@ def load_base(
     for_training: bool = False,
     model_options: Mapping[str, Any] | None = None,
     seed: int | None = None,
+    brought: Collection[str] = (),
     **overrides: Any,
 ) -> Base:
     """Load a base model, frozen.
@@ -118,6 +119,7 @@ def load_base(
         for_training: Refuse a number format that cannot be trained in.
         model_options: Further arguments of ``from_pretrained``, such as ``num_labels``.
         seed: Seed of weights that the checkpoint lacks; None: they are drawn from torch's own state.
+        brought: Names of weights that an adapter brings: no warning where the checkpoint lacks them.
         **overrides: Single settings by name, e.g. ``dtype="bf16"``; ``load_in_8bit=True`` means ``bits=8``.
 
     Returns:
@@ -137,7 +139,7 @@ def load_base(
     tokenizer = load_tokenizer(folder, source.name, remote)
     options = {"dtype": dtype, **remote, **_rounding(folder, chosen.bits, source.name, remote), **(model_options or {})}
     with seeded(seed):
-        model, fresh = _load_model(folder, source.name, auto_class, device, options)
+        model, fresh = _load_model(folder, source.name, auto_class, device, options, brought)
     check_dtypes(model, dtype, source.name)
     _check_vocabulary(model, tokenizer, source.name)
     agree_on_special_tokens(tokenizer, model.config, model.generation_config if model.can_generate() else None)
@@ -210,7 +212,7 @@ def load_tokenizer(folder: Path, name: str, remote: Mapping[str, Any]) -> PreTra
 
 
 def _load_model(
-    folder: Path, name: str, auto_class: Any, device: torch.device, options: Mapping[str, Any]
+    folder: Path, name: str, auto_class: Any, device: torch.device, options: Mapping[str, Any], brought: Collection[str]
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Return the model, and the names of its randomly initialized weights."""
     device_map = {} if device.type == "cpu" else {"device_map": {"": device}}
@@ -232,10 +234,12 @@ def _load_model(
     complete = auto_class in NO_NEW_HEAD
     own = {key for key, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     info = {**info, "missing_keys": [key for key in info["missing_keys"] if key in own]}  # a fresh layer has no scales
-    return model, _check_weights(info, name, complete, "" if complete else f"{model.base_model_prefix}.")
+    return model, _check_weights(info, name, complete, "" if complete else f"{model.base_model_prefix}.", brought)
 
 
-def _check_weights(info: Mapping[str, Any], name: str, must_be_complete: bool, prefix: str) -> tuple[str, ...]:
+def _check_weights(
+    info: Mapping[str, Any], name: str, must_be_complete: bool, prefix: str, brought: Collection[str]
+) -> tuple[str, ...]:
     """Check the loading info of transformers, and return the names of the randomly initialized weights.
 
     A head (weights without ``prefix``) of another shape, e.g. for other classes, is replaced by a new one. Any other weight
@@ -255,8 +259,8 @@ def _check_weights(info: Mapping[str, Any], name: str, must_be_complete: bool, p
         raise BaseModelError(
             f"the weights of {name} do not fit its config: {some(sorted(problems))}", "download its files again"
         )
-    if missing:
-        warn(f"{len(missing)} weights are not in {name} and are initialized randomly: {some(missing)}")
+    if random := [key for key in missing if key not in brought]:
+        warn(f"{len(random)} weights are not in {name} and are initialized randomly: {some(random)}")
     if unexpected:
         warn(f"{len(unexpected)} weights of {name} are not used: {some(unexpected)}")
     return tuple(missing)

@@ -106,7 +106,7 @@ def _run(command: str, words: list[str], debug: bool) -> int:
             name = str(error.filename or "")
             shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
             return _print_error(
-                f"{error.strerror}: {shown!r}", "choose another place, or change what is wrong with this one"
+                f"{error.strerror}: {shown!r}", "choose another place, or make this one usable"
             )
         return _print_error(
             f"{type(error).__name__}: {error}",

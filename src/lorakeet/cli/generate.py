@@ -69,7 +69,8 @@ def generate(
     base, adapters = base_settings(settings), list(dict.fromkeys(adapter or []))
     from lorakeet import api
 
-    opened = api.open_model(base, adapters, allow_other_base=allow_other_base, allow_untrained=allow_untrained)
+    accepted: dict[str, Any] = {"allow_other_base": allow_other_base, "allow_untrained": allow_untrained}
+    opened = api.open_model(base, adapters, verb="generate", **accepted)
     sampling = {
         "max_new_tokens": max_new_tokens,
         "greedy": greedy,

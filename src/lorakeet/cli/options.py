@@ -63,6 +63,9 @@ KNOWN_ELSEWHERE = {
 #: Commands that take settings as ``section.key=value``.
 WITH_OVERRIDES = ("train", "doctor", "plan", "eval", "predict")
 
+#: Flags that an empty text switches off.
+MAY_BE_EMPTY = ("--system",)
+
 #: Dotted setting -> help text, for flags that set one entry of a table.
 HELP = {"data.columns.text": "column of the text; default: found by name"}
 
@@ -202,7 +205,8 @@ def _text_checked(callback: Callable[..., Any] | None) -> Callable[..., Any]:
     def check(context: Any, param: Any, value: Any) -> Any:
         for text in value if isinstance(value, (list, tuple)) else [value]:
             given = str(text) if isinstance(text, Path) else text
-            if isinstance(given, str) and (wish := text_error(given)):
+            empty = given == "" and param.opts[0] in MAY_BE_EMPTY
+            if isinstance(given, str) and not empty and (wish := text_error(given)):
                 raise ConfigError(
                     f"{param.opts[0]} = {given!r}: expected {wish}", f"{param.opts[0]} is: {_help(param)}"
                 )

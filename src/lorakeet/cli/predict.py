@@ -60,9 +60,8 @@ def predict(
         raise DataError("no text", 'give --text "..." or --file FILE')
     from lorakeet import api
 
-    opened = api.open_model(
-        config.base, [adapter] if adapter else [], allow_other_base=allow_other_base, allow_untrained=allow_untrained
-    )
+    accepted: dict[str, Any] = {"allow_other_base": allow_other_base, "allow_untrained": allow_untrained}
+    opened = api.open_model(config.base, [adapter] if adapter else [], verb="predict", **accepted)
     longest = settings.get("data.max_length")
     answers = api.predict(opened, adapter, rows, batch_size=batch_size, max_length=longest)
     for row, found in zip(rows, answers, strict=True):

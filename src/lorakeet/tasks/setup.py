@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import nn
 
 from lorakeet.base.architectures import AUTO_CLASSES, check_task, family, fresh_modules
+from lorakeet.base.device_dtype import choose_device
 from lorakeet.base.load import Base, ModelInfo
 from lorakeet.base.meta_device import meta_model
 from lorakeet.config import RunConfig, TaskSettings
@@ -49,19 +53,22 @@ def with_length(config: RunConfig, rows: int, processes: int) -> RunConfig:
     return config.model_copy(update={"train": train})
 
 
-def check_rank(config: RunConfig, model: ModelInfo, task: Task, free: int | None) -> None:
+def check_rank(
+    config: RunConfig, model: ModelInfo, task: Task, free_memory: Callable[[torch.device], int | None]
+) -> None:
     """Check, before any weight is read, that the settings select layers, that their ranks make sense, and that they fit.
 
     Args:
         config: The run's settings.
         model: The base model.
         task: The task, whose head may have any size here.
-        free: Free bytes of the device; None if unknown.
+        free_memory: Function of a device that returns its free bytes; None if unknown.
 
     Raises:
         TargetError: The settings select no layer.
         ConfigError: The ranks are larger than every layer, or what is trained does not fit into the free memory.
     """
+    device = choose_device(config.base.device)
     if config.base.trust_remote_code:
         return  # its code decides which modules there are
     ghost = meta_model(model.config, auto_class=AUTO_CLASSES[task.name])
@@ -75,6 +82,7 @@ def check_rank(config: RunConfig, model: ModelInfo, task: Task, free: int | None
             f"lora.r = {config.lora.r} is larger than every layer, whose smaller side is {most} at most",
             f"give --r {most} or less",
         )
+    free = free_memory(device)
     needed = sum(TRAINED_BYTES * rank * sum(shape) for rank, shape in shapes)
     if free is not None and needed > free:
         raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,10 @@ _PROBLEMS = {
     "multi_label": "multi_label_classification",
     "regression": "regression",
 }
+
+
+#: Name of the command that asks a model.
+Verb = Literal["generate", "predict"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class Task:
     def peft_type(self) -> str | None:
         """The task's name in an adapter's configuration; masked language modelling has none there."""
         return self.name if self.name in list(TaskType) else None
+
+    @property
+    def verb(self) -> Verb:
+        """The command that asks a model of the task."""
+        return "generate" if self.name in ("CAUSAL_LM", "SEQ_2_SEQ_LM") else "predict"
 
     def model_options(self) -> dict[str, Any]:
         """Return arguments of ``from_pretrained`` for the size and the names of a classifier's outputs."""

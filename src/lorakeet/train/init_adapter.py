@@ -6,6 +6,7 @@ from typing import Any
 
 from lorakeet.adapter.peft_model import PeftModel, get_peft_model
 from lorakeet.adapter.serialization import read_notes
+from lorakeet.adapter.vocabulary import weights_brought
 from lorakeet.base.load import Base
 from lorakeet.config import DEFAULT_MODEL, LoraSettings, RunConfig
 from lorakeet.errors import ConfigError
@@ -45,6 +46,12 @@ def with_init_adapter(config: RunConfig) -> RunConfig:
     elif task is not None and config.task.type == "auto":
         update["task"] = config.task.model_copy(update={"type": task.name})
     return config.model_copy(update=update)
+
+
+def loading_options(config: RunConfig, task: Task) -> dict[str, Any]:
+    """Return the arguments of :func:`lorakeet.base.load.load_base` for the base of a run."""
+    brought = weights_brought(config.train.init_adapter) if config.train.init_adapter else frozenset()
+    return {"model_options": task.model_options(), "seed": config.train.seed, "brought": brought}
 
 
 def put_adapter(config: RunConfig, base: Base, task: Task) -> PeftModel:

@@ -21,7 +21,6 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.adapter.serialization import add_notes
 from lorakeet.base.architectures import AUTO_CLASSES
-from lorakeet.base.device_dtype import choose_device
 from lorakeet.base.load import Base, inspect_model, load_base
 from lorakeet.base.quiet import quiet
 from lorakeet.config import RunConfig, TaskSettings
@@ -47,7 +46,7 @@ from lorakeet.train.arguments import training_arguments
 from lorakeet.train.callbacks.interrupt import StopAfterStep, resume_command
 from lorakeet.train.callbacks.progress import ProgressCallback
 from lorakeet.train.evaluate import longest_first
-from lorakeet.train.init_adapter import put_adapter, with_init_adapter
+from lorakeet.train.init_adapter import loading_options, put_adapter, with_init_adapter
 from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.manifest import latest_checkpoint
 from lorakeet.train.memory_plan import every_that_fits, free_memory
@@ -102,14 +101,14 @@ def run_training(
         refuse_other_settings(config, folder)
     model_info = inspect_model(config.base)
     chosen = task_settings(config, model_info)
-    check_rank(config, model_info, Task(chosen.type), free_memory(choose_device(config.base.device)))
+    check_rank(config, model_info, Task(chosen.type), free_memory)
     (state := PartialState()).wait_for_everyone()  # no process writes to the folder before all have checked it
     with state.main_process_first():  # damaged data is reported before a base of many gigabytes is read
         limits = {"max_positions": window(model_info.config), "vocabulary": vocabulary_size(model_info.config)}
         data = prepare(config.data, chosen, model_info.tokenizer, seed=config.train.seed, **limits)
     config = with_length(config, data.report.train_samples, state.num_processes)
     task = Task(chosen.type, data.problem, data.labels)
-    options: dict[str, Any] = {"model_options": task.model_options(), "seed": config.train.seed}
+    options = loading_options(config, task)
     base = load_base(config.base, auto_class=AUTO_CLASSES[task.name], for_training=True, **options)
     info(f"base       {base.describe()}")
     args = training_arguments(config, base)
