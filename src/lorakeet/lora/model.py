@@ -106,8 +106,7 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods):
             plan = self.add_adapter(name := str(peft_config or "default"), adapter_name, strict, autocast_adapter_dtype)
             self.set_adapter(name)
             return plan
-        if not isinstance(peft_config, PeftConfig):
-            raise TypeError(f"peft_config is a {type(peft_config).__name__}, expected a LoraConfig")
+        assert isinstance(peft_config, PeftConfig), f"peft_config is a {type(peft_config).__name__}"
         self._check_new(adapter_name, peft_config)
         bare(self)
         with all_or_nothing(self), unmerged(self):
