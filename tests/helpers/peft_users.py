@@ -117,6 +117,8 @@ def add_adapter_of_transformers(folder: Path) -> None:
     assert isinstance(model, PeftModel)
     assert model.peft_config.keys() == {"default"}
     assert all(".lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    model.add_adapter(LoraConfig(**SETTINGS), "second")
+    assert model.active_adapter == "second" and model.trains("second")
     model.save_pretrained(folder)
     assert (folder / "adapter_model.safetensors").is_file()
 

@@ -81,8 +81,8 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods):
 
     def add_adapter(
         self,
-        adapter_name: str,
-        peft_config: PeftConfig,
+        adapter_name: str | PeftConfig,
+        peft_config: PeftConfig | str | None = None,
         strict: bool = True,
         autocast_adapter_dtype: bool = True,
         **peft_only: Any,
@@ -90,7 +90,7 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods):
         """Add a further, new adapter on the same base; it is frozen and inactive until :meth:`set_adapter`.
 
         Args:
-            adapter_name: Its name.
+            adapter_name: Its name. In the order of transformers, ``(config, name)``, it acts and trains at once.
             peft_config: Its settings; the model keeps the object.
             strict: Whether a name in the settings that matches nothing is an error.
             autocast_adapter_dtype: Keep the adapter in fp32 where the base is in half precision; False: in the base's dtype.
@@ -102,6 +102,11 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods):
             ConfigError: a second adapter beside one that trains the base's own biases.
         """
         refuse_unknown("add_adapter", peft_only, {"low_cpu_mem_usage"})
+        if isinstance(adapter_name, PeftConfig):
+            plan = self.add_adapter(name := str(peft_config or "default"), adapter_name, strict, autocast_adapter_dtype)
+            self.set_adapter(name)
+            return plan
+        assert isinstance(peft_config, PeftConfig), f"peft_config is a {type(peft_config).__name__}"
         self._check_new(adapter_name, peft_config)
         bare(self)
         with all_or_nothing(self), unmerged(self):

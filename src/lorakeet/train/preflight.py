@@ -23,9 +23,25 @@ from lorakeet.adapter.tensor_loading import check_tensors
 from lorakeet.adapter.unfrozen import unfrozen_names
 from lorakeet.errors import TrainingError
 from lorakeet.log import info, log, warn
+from lorakeet.lora.interop.wrappers import compiled_in_place
 
 #: Names that a message shows of a longer list.
 SHOWN = 8
+
+
+def prepare(model: nn.Module | None, args: TrainingArguments) -> nn.Module | None:
+    """Check a model and set the arguments before a Trainer is made; returns the model inside ``torch.compile``.
+
+    Raises:
+        TrainingError: Its number formats cannot train.
+    """
+    use_one_gpu(args)
+    if model is None:
+        return None
+    model = compiled_in_place(model)
+    check_precision(model, args)
+    expect_all_gradients(model, args)
+    return model
 
 
 def check_precision(model: nn.Module, args: TrainingArguments) -> None:

@@ -76,10 +76,7 @@ class Trainer(ResumableTrainer):
         **settings: Any,
     ) -> None:
         args = TrainingArguments("tmp_trainer") if args is None else args
-        if model is not None:
-            preflight.check_precision(model, args)
-            preflight.expect_all_gradients(model, args)
-        preflight.use_one_gpu(args)
+        model = preflight.prepare(model, args)
         super().__init__(model, args, *rest, **settings)
         self.non_finite, self.any_checkpoint = non_finite, any_checkpoint
         self.loraplus = LoraPlus(loraplus) if isinstance(loraplus, (int, float)) else loraplus

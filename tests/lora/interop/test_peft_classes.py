@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from typing import Any
 
@@ -53,6 +54,7 @@ def test_copies_are_of_the_same_type(model: PeftModel) -> None:
         for twin in (copy.copy(value), copy.deepcopy(value), pickle.loads(pickle.dumps(value))):
             assert type(twin) is type(value)
     config = LoraConfig(**SETTINGS)
+    assert type(dataclasses.replace(config, r=4)) is LoraConfig
     assert config == copy.deepcopy(config) and config.__class__(**SETTINGS) == config.__class__(**SETTINGS)
 
 

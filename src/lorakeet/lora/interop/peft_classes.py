@@ -74,7 +74,11 @@ def _twin(own: type, asked: type) -> type:
         found = type.mro(cls)
         return [*found[:-1], *(kind for kind in asked.__mro__ if kind not in found), object]
 
-    kind = type("_Twin", (type(own),), {"mro": order})
+    def call(cls: Any, *arguments: Any, **settings: Any) -> Any:
+        made = own if cls is _twins[own, asked] else cls  # value.__class__(...) makes another of the own class
+        return type(own).__call__(made, *arguments, **settings)
+
+    kind = type("_Twin", (type(own),), {"mro": order, "__call__": call})
     namespace = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
     _twins[own, asked] = type.__new__(kind, own.__name__, (own,), namespace)
     return _twins[own, asked]

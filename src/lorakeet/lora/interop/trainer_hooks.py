@@ -79,10 +79,15 @@ def _is_ours(value: Any, name: str) -> bool:
     return isinstance(value, getattr(importlib.import_module("lorakeet"), name))
 
 
+def _inside(model: Any) -> Any:
+    """Return the model inside ``torch.compile``."""
+    return _inside(model._orig_mod) if hasattr(model, "_orig_mod") else model
+
+
 def _load_from_checkpoint(original: Any) -> Any:
     @functools.wraps(original)
     def load(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
-        adapted = self.model if model is None else model
+        adapted = _inside(self.model if model is None else model)
         if not _is_ours(adapted, "PeftModel") or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             original(self, resume_from_checkpoint, model)
             return
@@ -96,11 +101,12 @@ def _load_from_checkpoint(original: Any) -> Any:
 def _load_best_model(original: Any) -> Any:
     @functools.wraps(original)
     def load(self: Any) -> None:
-        if not _is_ours(self.model, "PeftModel") or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        adapted = _inside(self.model)
+        if not _is_ours(adapted, "PeftModel") or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             original(self)
             return
         info(f"loading the best adapter, from {self.state.best_model_checkpoint}")
-        self.model.restore_adapters(self.state.best_model_checkpoint)
+        adapted.restore_adapters(self.state.best_model_checkpoint)
 
     return load
 

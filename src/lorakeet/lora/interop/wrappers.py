@@ -70,7 +70,7 @@ def bare(model: nn.Module) -> nn.Module:
     Raises:
         AdapterError: the model is wrapped for several processes or devices, where new parameters would not be synchronized.
     """
-    model = _compiled_in_place(model)
+    model = compiled_in_place(model)
     for name, module in list(model.named_modules()):
         if _is_parallel(module):
             raise AdapterError(
@@ -79,11 +79,12 @@ def bare(model: nn.Module) -> nn.Module:
             )
         if name and isinstance(module, OptimizedModule):
             path, _, leaf = canonical(name).rpartition(".")  # wrappers above it are gone already
-            model.get_submodule(path)._modules[leaf] = _compiled_in_place(module)
+            model.get_submodule(path)._modules[leaf] = compiled_in_place(module)
     return model
 
 
-def _compiled_in_place(module: nn.Module) -> nn.Module:
+def compiled_in_place(module: nn.Module) -> nn.Module:
+    """Return the module inside ``torch.compile``, compiled itself; any other module as it is."""
     while isinstance(module, OptimizedModule):
         inner: nn.Module = module._orig_mod
         inner._compiled_call_impl = module.dynamo_ctx(inner._call_impl)  # as nn.Module.compile does
