@@ -248,11 +248,11 @@ class LoraConfig(PeftConfig):
 def _dataclass_fields(config: type[PeftConfig]) -> dict[str, Any]:
     """Return the settings as fields of a dataclass, so that ``dataclasses.replace``, ``asdict`` and ``fields`` work."""
     names = [*config.model_fields, *NEUTRAL]
-    return dataclasses.make_dataclass(config.__name__, [(name, Any, None) for name in names]).__dataclass_fields__
+    return dataclasses.make_dataclass(config.__name__, [(name, Any, None) for name in names]).__dataclass_fields__  # type: ignore[attr-defined]
 
 
 for _config in (PeftConfig, LoraConfig):
-    _config.__dataclass_fields__ = _dataclass_fields(_config)  # type: ignore[attr-defined]
+    _config.__dataclass_fields__ = _dataclass_fields(_config)  # type: ignore[union-attr]
 
 
 def find_adapter_file(

@@ -76,7 +76,7 @@ class ModelNames(nn.Module):
     @staticmethod
     def get_model_config(model: Any) -> dict[str, Any]:
         """Return the base's configuration as a dictionary; ``{"model_type": "custom"}`` where it has none."""
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         values = config.to_dict() if hasattr(config, "to_dict") else config
         return values if isinstance(values, dict) else {"model_type": "custom"}
 
