@@ -1,4 +1,4 @@
-"""Code that is written for ``peft`` meets its names here: each row is a habit, held against ``peft`` where that has a value."""
+"""Code written for ``peft`` meets its names here: each row is a habit, held against ``peft`` where that has a value."""
 
 import copy
 import dataclasses

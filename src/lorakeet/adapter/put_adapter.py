@@ -57,7 +57,8 @@ def put_adapter(
                 config.inference_mode = not learning  # as in PEFT, the model keeps the object
                 model.add_adapter(adapter, config, strict=False, autocast_adapter_dtype=autocast_adapter_dtype)
                 load_tensors(model, adapter, tensors, name, **loading)
-                return model.set_requires_grad(adapter, learning)
+                model.set_requires_grad(adapter, learning)
+                return
             config = config.model_copy(update={"inference_mode": not learning})
             if _settings(model.peft_config[adapter]) == _settings(config):
                 load_tensors(model, adapter, tensors, name, **loading)
