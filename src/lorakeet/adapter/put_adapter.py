@@ -49,15 +49,18 @@ def put_adapter(
         TargetError: The adapter's layers are not in this model.
     """
     learning = is_trainable or (adapter in model.peft_config and model.trains(adapter))
-    config = config.model_copy(update={"inference_mode": not learning})
     with all_or_nothing(model):
         if adapter in merged_names(model):
             take_apart(model, f"another adapter is loaded as {adapter!r}")
         with unmerged(model):
             if adapter not in model.peft_config:
+                config.inference_mode = not learning  # as in PEFT, the model keeps the object
                 model.add_adapter(adapter, config, strict=False, autocast_adapter_dtype=autocast_adapter_dtype)
                 load_tensors(model, adapter, tensors, name, **loading)
-            elif _settings(model.peft_config[adapter]) == _settings(config):
+                model.set_requires_grad(adapter, learning)
+                return
+            config = config.model_copy(update={"inference_mode": not learning})
+            if _settings(model.peft_config[adapter]) == _settings(config):
                 load_tensors(model, adapter, tensors, name, **loading)
                 origin = {key: getattr(config, key) for key in _ORIGIN}
                 model.peft_config[adapter] = model.peft_config[adapter].model_copy(update=origin)
