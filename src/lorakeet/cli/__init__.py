@@ -105,9 +105,7 @@ def _run(command: str, words: list[str], debug: bool) -> int:
         if isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:
             name = str(error.filename or "")
             shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
-            return _print_error(
-                f"{error.strerror}: {shown!r}", "choose another place, or make this one usable"
-            )
+            return _print_error(f"{error.strerror}: {shown!r}", "choose another place, or make this one usable")
         return _print_error(
             f"{type(error).__name__}: {error}",
             f"this is a bug; `lorakeet --debug {command} ...` shows the traceback",
