@@ -79,6 +79,10 @@ def test_only_line_feeds_and_carriage_returns_end_lines(sign: str, tmp_path: Pat
     assert all_lines(plain) == [f"{text}\n", "three\n", "four\n", "\n"]
     assert _read(plain) == _read_prompts(plain) == [text, "three", "four"]
     assert _read(lines) == _read_prompts(lines) == [text]
+    rows = tmp_path / "t.yaml"
+    for quote in ("", "'", '"') if sign > " " else ():  # YAML has no control characters
+        rows.write_text(f"- text: {quote}{text}{quote}\n  prompt: x\n", encoding="utf-8")
+        assert [record.values for record in read_file(rows)] == [{"text": text, "prompt": "x"}]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])

@@ -88,9 +88,9 @@ def test_two_processes_share_an_evaluation(tmp_path):
     done = launch(script, str(Path(__file__).parents[1]), str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     (first, shown), (second, shown_by_second) = (json.loads((tmp_path / f"{i}.json").read_text()) for i in (0, 1))
-    assert first == second and (shown, shown_by_second) == ([10, 10], [9, 9])
+    assert first == second and (shown, shown_by_second) == ([19, 19], [19, 19])
     alone = evaluate(tiny_llama(initializer_range=0.3), tiny_data(19), PaddingCollator(PAD), 4)
-    assert first["tokens"] == alone["tokens"] and first["loss"] == pytest.approx(alone["loss"], abs=1e-6)
+    assert first == alone  # to the last digit
 
 
 def test_a_base_in_8_bits_is_sharded_over_processes(tmp_path):
@@ -112,6 +112,7 @@ def test_two_processes_train_as_one(tmp_path, bits, again, monkeypatch):
         file = settings(tmp_path, f"run{processes}", bits, **changes)
         done = launch(script, str(file), processes=processes)
         assert done.returncode == 0, done.stderr[-3000:]
+    assert "find_unused_parameters" not in done.stderr  # a warning of DDP on every rank
     assert done.stderr.count("held-out loss") == 4  # steps 0, 3, 6 and the end: one process speaks
     one, two = (read_metrics(tmp_path / f"run{processes}" / "metrics.jsonl") for processes in (1, 2))
     assert [line["step"] for line in one] == [line["step"] for line in two]

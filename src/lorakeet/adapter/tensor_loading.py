@@ -83,7 +83,7 @@ class LoadResult(NamedTuple):
 def put_tensors(
     model: LoraModel, adapter: str, tensors: Mapping[str, Tensor], *, skip_shapes: bool = False
 ) -> LoadResult:
-    """Copy those tensors in that the model has a place for.
+    """Copy those tensors in that the model has a place for, in the adapter or in the base.
 
     Args:
         model: A model that has the adapter.
@@ -95,13 +95,15 @@ def put_tensors(
         AdapterError: a tensor has another shape, or NaN or infinite values.
     """
     state = model.state_dict()
-    found = compare(model, adapter, tensors, state)
+    of_base = {key: own for key in tensors if (own := key.removeprefix(PREFIX)) in state}
+    found = compare(model, adapter, tensors, state, of_base)
     if skip_shapes and found.shapes:
         warn(f"tensors of another shape are left out: {', '.join(found.shapes[:5])}")
         unfit = {shape.partition(" is ")[0] for shape in found.shapes}
-        found = compare(model, adapter, {key: value for key, value in tensors.items() if key not in unfit}, state)
+        fit = {key: value for key, value in tensors.items() if key not in unfit}
+        found = compare(model, adapter, fit, state, {key: own for key, own in of_base.items() if key in fit})
     replace(found, missing=(), unexpected=()).raise_if_any(adapter)
-    _copy_in(model, adapter, found.names, tensors, state, {}, True)
+    _copy_in(model, adapter, found.names, tensors, state, of_base, True)
     return LoadResult(list(found.missing), list(found.unexpected))
 
 

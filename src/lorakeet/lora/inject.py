@@ -20,7 +20,7 @@ from lorakeet.lora.default_targets import TASK_HEADS, resolve_targets, stacked_p
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer
 from lorakeet.lora.layer_types import ADAPTABLE, adaptable, inside_adapter, layer_class, unwrapped
 from lorakeet.lora.modules_to_save import SavedModule, chosen_modules
-from lorakeet.lora.target_parameters import LoraParameter
+from lorakeet.lora.target_parameters import LoraOutProjection, LoraParameter, attention_error, attention_targets
 from lorakeet.lora.targeting import (
     Target,
     excluded,
@@ -113,7 +113,10 @@ def plan_injection(model: nn.Module, config: PeftConfig, *, strict: bool = True)
     if errors:
         raise TargetError("; ".join(errors), _hint(wanted, modules))
     _warn_of_gaps(tying.layers, modules, config)
-    targets = [target_of(name, config) for name in tying.layers]
+    targets = []
+    for name in tying.layers:
+        is_attention = isinstance(modules[name], nn.MultiheadAttention)
+        targets += attention_targets(target_of(name, config)) if is_attention else [target_of(name, config)]
     targets += [replace(target_of(name, config), parameter=True) for name in parameters]
     rows = tuple((name, tuple(numbers)) for name, numbers in tying.tokens.items())
     return InjectionPlan(tuple(targets), tying.saved, rows, tying.tied)
@@ -147,6 +150,8 @@ def _called_layers(names: list[str], wanted: list[str] | str, modules: Modules) 
 def _layer_error(name: str, modules: Modules, config: PeftConfig) -> str | None:
     """Return why a layer of an adaptable type cannot be adapted with these settings; None if it can."""
     base = unwrapped(modules[name])
+    if isinstance(base, nn.MultiheadAttention):
+        return attention_error(base, config) or config.variant.unsupported(base)
     if "lora_parameters" in base._modules:
         return "has a parameter that another adapter's target_parameters adapt"
     layer_type = layer_class(base)
@@ -272,7 +277,8 @@ def _adapted(model: nn.Module, target: Target, switch: ActiveAdapters) -> LoraLa
     layer = model.get_submodule(target.name)
     if isinstance(layer, LoraLayer):
         return layer
-    layer_type = layer_class(layer)
+    parent = model.get_submodule(target.name.rpartition(".")[0])
+    layer_type = LoraOutProjection if isinstance(parent, nn.MultiheadAttention) else layer_class(layer)
     assert layer_type is not None, f"{target.name} passed the plan"
     made = layer_type(layer, switch)
     _replace(model, target.name, made)

@@ -19,7 +19,7 @@ _CONVOLUTIONS: dict[type[nn.Module], type[LoraLayer]] = {
     nn.Conv3d: LoraConv3d,
 }
 #: Names of the module types that :func:`layer_class` knows, for messages.
-ADAPTABLE = "Linear, Conv1D, Conv1d, Conv2d, Conv3d, Embedding"
+ADAPTABLE = "Linear, Conv1D, Conv1d, Conv2d, Conv3d, Embedding, MultiheadAttention"
 
 
 def layer_class(module: nn.Module) -> type[LoraLayer] | None:
@@ -38,7 +38,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def adaptable(module: nn.Module) -> bool:
     """Whether LoRA can be put on ``module`` (again, if it has some)."""
-    return layer_class(unwrapped(module)) is not None
+    base = unwrapped(module)
+    return layer_class(base) is not None or isinstance(base, nn.MultiheadAttention)
 
 
 def inside_adapter(model: nn.Module, name: str) -> bool:

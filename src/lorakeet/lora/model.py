@@ -30,6 +30,7 @@ from lorakeet.lora.lifecycle.rollback import all_or_nothing
 from lorakeet.lora.merge import MergeMethods
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.peft_names.model import ModelNames
+from lorakeet.lora.target_parameters import LoraParameter
 
 #: PEFT's arguments for ways to combine adapters, and to decompose, that are not needed here.
 _UNUSED = {"svd_full_matrices", "svd_driver", "svd_clamp", "density", "majority_sign_method"}
@@ -269,9 +270,9 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods):
         if merged_names(self):
             raise AdapterError("an adapter is merged into the base, so rows cannot have their own", "unmerge first")
         for name in names:
-            if self.peft_config[name].target_parameters:
+            if any(isinstance(layer, LoraParameter) and name in layer.r for layer in self.lora_layers()):
                 raise AdapterError(
-                    f"adapter {name!r} has target_parameters, which see the tokens of all rows at once",
+                    f"adapter {name!r} adapts bare parameters (of experts or an attention), which see all rows at once",
                     "run one batch for each adapter",
                 )
 

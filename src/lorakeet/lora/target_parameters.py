@@ -13,7 +13,7 @@ gradient.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from lorakeet.kernels.low_rank_weight import LowRankWeight
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.layer import ActiveAdapters, noise
-from lorakeet.lora.linear import LoraPair
+from lorakeet.lora.linear import LoraLinear, LoraPair
+from lorakeet.lora.targeting import Target
 
 
 @dataclass(eq=False)
@@ -82,7 +83,8 @@ class LoraParameter(LoraPair):
             module.add_module("lora_parameters", table)
         assert isinstance(table, LoraParameters)
         if name not in table:
-            table[name] = cls(Slot(module, name), switch)
+            kind = LoraInProjection if isinstance(module, nn.MultiheadAttention) else cls
+            table[name] = kind(Slot(module, name), switch)
         layer = table[name]
         assert isinstance(layer, LoraParameter)
         return layer
@@ -158,3 +160,52 @@ class LoraParameter(LoraPair):
 
     def weight_slices(self, weight: Tensor) -> Sequence[Tensor]:
         return super().weight_slices(weight) if weight.ndim == 2 else weight.unbind()
+
+
+class LoraInProjection(LoraParameter):
+    """LoRA on the packed projection of ``nn.MultiheadAttention``, [3·dim, dim]; its output projection is a LoRA layer.
+
+    The attention calls neither: it reads both weights. While it runs, their names lead to W + ΔW. As in PEFT, dropout does
+    not act here.
+    """
+
+    shown_as = "lora.MultiheadAttention"
+
+    def _show(self, module: nn.Module, args: Any) -> None:
+        out: Any = module.out_proj
+        for owner, name, layer in ((module, self.base_layer.name, self), (out, "weight", out)):
+            if isinstance(layer, LoraPair) and (adapters := layer.acting):
+                owner.__dict__[name] = layer.merged_weight(adapters).to(layer.base_layer.weight.dtype)
+
+    def _hide(self, module: nn.Module, args: Any, output: Any) -> None:
+        super()._hide(module, args, output)
+        module.out_proj.__dict__.pop("weight", None)  # type: ignore[union-attr]
+
+    def low_rank_sum(self, adapters: list[str]) -> Any:
+        """Return W + Σ ΔW."""
+        return self.merged_weight(adapters)
+
+
+class LoraOutProjection(LoraLinear):
+    """LoRA on the output projection of ``nn.MultiheadAttention``, with twice the usual s.
+
+    PEFT adds this update twice, in forward as in merging (release 0.21.2); an adapter must mean the same in both.
+    """
+
+    def add_adapter(self, adapter: str, config: PeftConfig, r: int, alpha: float) -> None:
+        super().add_adapter(adapter, config, r, alpha)
+        self.scaling[adapter] *= 2
+        self.configured_scaling[adapter] *= 2
+
+
+def attention_error(attention: nn.MultiheadAttention, config: PeftConfig) -> str | None:
+    """Return why an attention cannot be adapted with these settings; None if it can."""
+    if attention.in_proj_weight is None:
+        return "has separate projections of query, key and value; LoRA adapts the packed one"
+    return "is read by its weights, so lora_bias cannot act" if config.lora_bias else None
+
+
+def attention_targets(target: Target) -> list[Target]:
+    """Return the two places of an attention that get an A and a B: the packed projection, and the output projection."""
+    packed = replace(target, name=f"{target.name}.in_proj_weight", parameter=True)
+    return [packed, replace(target, name=f"{target.name}.out_proj")]

@@ -43,7 +43,10 @@ def calls_loss_function(model: nn.Module) -> bool:
 
 
 def count_targets(batch: Mapping[str, Any], shifted: bool) -> int:
-    """Count the targets that a batch's loss is the mean of: unmasked labels, or samples where labels are never masked."""
+    """Count the targets that a batch's loss is the mean of: unmasked labels, or samples where labels are never masked.
+
+    Labels of fractions are never masked: they are numbers, or one mark for each class.
+    """
     labels = batch.get("shift_labels")
     if labels is None:
         labels = batch.get("labels")
@@ -51,7 +54,7 @@ def count_targets(batch: Mapping[str, Any], shifted: bool) -> int:
     if not torch.is_tensor(labels):
         first = next((value for value in batch.values() if torch.is_tensor(value)), None)
         return 1 if first is None else len(first)
-    return int(labels.ne(IGNORE_INDEX).sum())
+    return len(labels) if labels.is_floating_point() else int(labels.ne(IGNORE_INDEX).sum())
 
 
 def sample_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

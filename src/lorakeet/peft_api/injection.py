@@ -15,6 +15,7 @@ from lorakeet.lora.inject import freeze_base, plan_injection
 from lorakeet.lora.lifecycle.adoption import adopt
 from lorakeet.lora.lifecycle.rollback import all_or_nothing
 from lorakeet.lora.model import LoraModel
+from lorakeet.lora.peft_names.model import reallocate
 
 
 def inject_adapter_in_model(
@@ -30,7 +31,7 @@ def inject_adapter_in_model(
         peft_config: The settings.
         model: Any module; the same object comes back, with the methods of ``LoraModel``.
         adapter_name: Name of the adapter.
-        low_cpu_mem_usage: Accepted for code written for PEFT, without effect.
+        low_cpu_mem_usage: Leave the adapter on the meta device; ``set_peft_model_state_dict`` brings its tensors.
         state_dict: Tensors of a saved adapter: the layers that they name are adapted instead of those that the settings
             name. Their values are not loaded; ``set_peft_model_state_dict`` does that.
 
@@ -45,6 +46,8 @@ def inject_adapter_in_model(
         adapted.add_adapter(adapter_name, peft_config, strict=state_dict is None)
         if new:
             freeze_base(adapted)
+        if low_cpu_mem_usage:
+            reallocate(adapted, adapter_name, "meta")
         adapted.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
     return adapted
 

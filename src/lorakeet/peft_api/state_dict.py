@@ -16,6 +16,7 @@ from lorakeet.errors import AdapterError
 from lorakeet.log import warn
 from lorakeet.lora.inject import OWN
 from lorakeet.lora.model import LoraModel
+from lorakeet.lora.peft_names.model import reallocate
 
 
 def get_peft_model_state_dict(
@@ -59,7 +60,7 @@ def set_peft_model_state_dict(
         peft_model_state_dict: The tensors by the keys of an adapter's file, with or without ``base_model.model.``.
         adapter_name: The adapter.
         ignore_mismatched_sizes: Leave out tensors of another shape, with a warning; otherwise they are an error.
-        low_cpu_mem_usage: Accepted for code written for PEFT; an adapter is never held twice.
+        low_cpu_mem_usage: Accepted for code written for PEFT, without effect. An adapter on the meta device gets memory.
 
     Returns:
         The keys that the tensors lack, and those that the model lacks. Either is also a warning.
@@ -68,7 +69,10 @@ def set_peft_model_state_dict(
         AdapterError: the model has no such adapter; a tensor has another shape, or NaN or infinite values.
     """
     tensors = {PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in peft_model_state_dict.items()}
-    result = put_tensors(_checked(model, adapter_name), adapter_name, tensors, skip_shapes=ignore_mismatched_sizes)
+    model = _checked(model, adapter_name)
+    if any(parameter.is_meta for parameter in model.adapter_parameters(adapter_name)):
+        reallocate(model, adapter_name)
+    result = put_tensors(model, adapter_name, tensors, skip_shapes=ignore_mismatched_sizes)
     for kind, keys in zip(("missing", "unexpected"), result, strict=True):
         if keys:
             warn(f"tensors of adapter {adapter_name!r}: {len(keys)} {kind} ({', '.join(keys[:5])})")

@@ -134,11 +134,13 @@ def announce_unfrozen(model: nn.Module) -> None:
 def expect_all_gradients(model: nn.Module, args: TrainingArguments) -> None:
     """Tell DDP not to search for parameters without a gradient, of which it would warn on every rank.
 
-    An adapter has none (:func:`check_gradients`). Among experts, some may see no token in a step.
+    An adapter has none (:func:`check_gradients`). But in some steps experts see no token, or a vision tower no image.
     """
-    has_experts = any("expert" in name for name in vars(getattr(model, "config", object)))
-    if args.ddp_find_unused_parameters is None and isinstance(model, PeftModel) and not has_experts:
-        args.ddp_find_unused_parameters = False
+    config = getattr(model, "config", None)
+    towers = any(hasattr(config, name) for name in ("vision_config", "audio_config"))
+    if args.ddp_find_unused_parameters is None and isinstance(model, PeftModel) and not towers:
+        has_experts = any("expert" in name for name, _ in model.named_modules())
+        args.ddp_find_unused_parameters = has_experts
 
 
 def checkpoint_bytes(model: nn.Module) -> int:

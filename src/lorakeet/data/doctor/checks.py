@@ -199,7 +199,7 @@ def _check_turn(message: Mapping[str, Any], before: str | None) -> Problems:
         problems["turns"] = f"of the {role} " + (f"follows one of the {before}" if before else "is the first")
     if (is_learned := message.get("train")) is not None:
         code = "marked_turn" if is_learned else "unlearned_turn"
-        problems[code] = f"of the {role} is marked as {'to' if is_learned else 'not to'} be learned"
+        problems[code] = f"of the {role} is marked {'to be' if is_learned else 'as not to be'} learned"
     calls = message.get("tool_calls")
     if content is None and not calls and (near := get_close_matches("content", message.keys() - {"content"}, 1, 0.7)):
         problems["misspelt_column"] = f"has {near[0]!r}; is 'content' meant?"

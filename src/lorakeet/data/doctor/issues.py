@@ -39,8 +39,14 @@ PROBLEMS: dict[str, tuple[Severity, str]] = {
     "both_sides": ("warns", "rows of a test or validation file that are learned too"),
     "turns": ("warns", "conversations whose roles do not alternate"),
     "last_turn": ("warns", "conversations whose last turn is not the assistant's"),
-    "unlearned_turn": ("warns", "conversations with turns that are marked as not to be learned, and are not"),
-    "marked_turn": ("warns", "conversations with marked turns that are not the assistant's, and so are not learned"),
+    "unlearned_turn": (
+        "warns",
+        "conversations with turns that are marked as not to be learned, and so are left out of the loss",
+    ),
+    "marked_turn": (
+        "warns",
+        "conversations with turns of others marked to be learned; only the assistant's are",
+    ),
     "unread": ("warns", "conversations with parts that the chat template leaves out"),
     "empty_turn": ("warns", "conversations with an empty turn"),
     "label_spelling": ("warns", "rows whose label looks like a misspelling of another"),

@@ -15,12 +15,19 @@ from lorakeet.data.read.record import Fault, FaultError
 _TEXT_KEYS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 #: Errors of PyYAML's constructors, e.g. IndexError for ``!!int ""`` and OverflowError for a long ``1:2:3.0``.
 _VALUE_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
+#: Line breaks of YAML 1.1 that are characters of a line elsewhere -> private characters that stand for them while parsing.
+_NO_BREAKS = str.maketrans({sign: chr(0xF0000 + ord(sign)) for sign in "\x85\u2028\u2029"})
+_BREAKS = {ord(private): sign for sign, private in _NO_BREAKS.items()}
 _AS_YAML = "write each row as a mapping: - text: …"
 _QUOTE_KEY = "put the key in quotes; YAML reads a bare yes, no, on or 7 as another type"
 
 
 class _Loader(yaml.SafeLoader):
     """Safe loader in Python that refuses a key that is not text or is given twice; the one in C overflows its stack."""
+
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        return value.translate(_BREAKS) if isinstance(value, str) else value
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -42,7 +49,7 @@ def parse_rows(lines: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any] | 
     """
     starts = list(accumulate(map(len, lines), initial=0))[:-1]  # index of the first character of each line
     try:
-        loader = _Loader("".join(lines))
+        loader = _Loader("".join(lines).translate(_NO_BREAKS))
         for node in _items(loader):
             yield bisect_right(starts, node.start_mark.index), _row(loader, node)
     except yaml.reader.ReaderError as error:

@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from lorakeet.log import warn
 from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.modules_to_save import SavedModule
-from lorakeet.lora.target_parameters import LoraParameter
+from lorakeet.lora.target_parameters import LoraOutProjection, LoraParameter
 from lorakeet.lora.trainable_tokens import TiedLayer
 
 _SCAN = ("out_proj", "conv1d")  # outer products of a state space model in one kernel; steps of a cached convolution
@@ -62,6 +62,7 @@ READS: Mapping[str, tuple[str, ...]] = {
 
 #: Modules without a forward of their own: the module around them calls their children.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+_UNCALLED = (LoraParameter, LoraOutProjection)
 
 
 def direct_read(modules: Mapping[str, nn.Module], name: str) -> str | None:
@@ -170,8 +171,8 @@ def _passed_by(model: nn.Module, called: Iterable[int]) -> list[str]:
     shared = {id(module.source) for module in modules.values() if isinstance(module, TiedLayer)}
     found = []
     for name, module in modules.items():
-        # an adapted parameter has no call of its own, and a shared weight is called through the layers that share it
-        expected = isinstance(module, (LoraLayer, SavedModule)) and not isinstance(module, LoraParameter)
+        # a bare parameter and an attention's output projection have no call of their own, and a shared weight is called through the layers that share it
+        expected = isinstance(module, (LoraLayer, SavedModule)) and not isinstance(module, _UNCALLED)
         if not expected or id(module) in seen or id(module) in shared:
             continue
         around = [modules[path] for path in _ancestors(name)]

@@ -133,8 +133,10 @@ def stored_copies(model: nn.Module, adapters: Sequence[str], store: Store) -> li
     """Measure the loss of the modules trained whole, whose update is their difference from the base's own."""
     losses = []
     for name, module in model.named_modules():
-        adapter = next((adapter for adapter in adapters if adapter in getattr(module, "modules_to_save", ())), None)
-        if not isinstance(module, SavedModule) or adapter is None:
+        if not isinstance(module, SavedModule):
+            continue
+        adapter = next((adapter for adapter in adapters if adapter in module.modules_to_save), None)
+        if adapter is None:
             continue
         own = dict(module.original_module.named_parameters())
         pairs = [

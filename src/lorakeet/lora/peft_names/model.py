@@ -76,7 +76,7 @@ class ModelNames(nn.Module):
     @staticmethod
     def get_model_config(model: Any) -> dict[str, Any]:
         """Return the base's configuration as a dictionary; ``{"model_type": "custom"}`` where it has none."""
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         values = config.to_dict() if hasattr(config, "to_dict") else config
         return values if isinstance(values, dict) else {"model_type": "custom"}
 
@@ -126,3 +126,16 @@ def prepare_for_gradient_checkpointing(model: Any) -> Any:
     elif hasattr(model, "get_input_embeddings"):
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
     return model
+
+
+def reallocate(model: Any, adapter: str, device: str | None = None) -> None:
+    """Give an adapter's parameters new memory, without values, on a device; left out: on that of each base layer."""
+    for layer in model.lora_layers():
+        where = device or layer.base_layer.weight.device
+        for name in layer.adapter_layer_names:
+            table = getattr(layer, name, {})
+            if adapter in table and isinstance(table[adapter], nn.Module):
+                table[adapter].to_empty(device=where)
+            elif adapter in table:
+                old = table[adapter]
+                table[adapter] = nn.Parameter(torch.empty_like(old, device=where), requires_grad=old.requires_grad)
