@@ -173,15 +173,15 @@ def test_the_saved_configuration_reads_back(tmp_path: Path) -> None:
         (48, {}, 10, 1e-3),  # 3 steps a pass: at most ten passes
         (190, {}, 9, 1e-3),  # 12 steps a pass: 100 steps
         (1600, {}, 1, 2e-4),
-        (0, {"steps": 5}, 1, 2e-4),  # a stream
-        (48, {"steps": 5}, 1, 2e-4),
+        (0, {"steps": 5}, None, 2e-4),  # a stream
+        (48, {"steps": 5}, None, 2e-4),
         (48, {"epochs": 2}, 2, 2e-4),
         (48, {"lr": 0.1}, 10, 0.1),
         (48, {"batch_size": 1, "grad_accum": 1}, 3, 1e-3),
     ],
 )
 def test_the_length_that_is_left_out_is_chosen_by_the_data(
-    rows: int, given: dict[str, Any], epochs: float, lr: float
+    rows: int, given: dict[str, Any], epochs: float | None, lr: float
 ) -> None:
     train = config.make_run({"train": given}).train.for_rows(rows)
     assert (train.epochs, train.lr, train.steps) == (epochs, lr, given.get("steps"))

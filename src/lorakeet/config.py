@@ -156,7 +156,7 @@ class LoraSettings(Section):
             )
         if chosen == ["layers_pattern"]:
             raise contradiction(
-                f"layers_pattern={pattern!r} is set without layers_to_transform, which names the layers of that list",
+                "layers_pattern is set without layers_to_transform, which gives the numbers of the layers in that list",
                 "give the numbers, for example layers_to_transform=[0, 1], or leave layers_pattern out",
             )
         return self
@@ -293,9 +293,9 @@ class TrainSettings(Section):
         """
         steps = math.ceil(rows / (self.batch_size * self.grad_accum * processes))  # of one pass
         small = self.steps is None and self.epochs is None and 0 < steps < ENOUGH_STEPS
-        passes = min(MOST_PASSES, math.ceil(ENOUGH_STEPS / steps)) if small else 1
-        chosen = {"epochs": self.epochs or float(passes), "lr": self.lr or (SMALL_DATA_RATE if small else DEFAULT_RATE)}
-        return self.model_copy(update=chosen)
+        passes = float(min(MOST_PASSES, math.ceil(ENOUGH_STEPS / steps))) if small else 1.0
+        rate = self.lr or (SMALL_DATA_RATE if small else DEFAULT_RATE)
+        return self.model_copy(update={"epochs": self.epochs or (None if self.steps else passes), "lr": rate})
 
 
 class RunConfig(Section):

@@ -180,7 +180,8 @@ def settings_error(error: ValidationError, section: type[BaseModel]) -> ConfigEr
         name = ".".join(str(part) for part in item["loc"] if "[" not in str(part) and part not in _UNION_BRANCHES)
         if item["type"] in ("extra_forbidden", "invalid_key"):
             expected[f"unknown setting {name!r}"] = []
-            hints.append(did_you_mean(name, setting_names(section)))
+            known = f"known here: {', '.join(section.model_fields)}"
+            hints.append(did_you_mean(name, setting_names(section)) or known)
         elif item["type"] == "contradiction":
             expected[item["msg"]] = []
             hints.append(item["ctx"]["hint"])

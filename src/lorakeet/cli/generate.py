@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import BASE_FLAGS, base_settings, bounded, with_settings
+from lorakeet.cli.options import BASE_FLAGS, base_settings, bounded, check_file, with_settings
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.log import info
 from lorakeet.setting_types import Count, Positive, Seed, Share
@@ -145,6 +145,7 @@ def _read_prompts(path: Path) -> list[Any]:
     """Read the prompts of a file: a text for each row, or a conversation in ``messages``."""
     from lorakeet.data.read.formats import read_inputs
 
+    check_file(path)
     found, answered = [], 0
     for location, row in read_inputs(path, "prompt"):
         prompt: Any = next((row[name] for name in ("prompt", "messages") if row.get(name)), None)

@@ -11,7 +11,7 @@ import typer
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from lorakeet.config import BaseSettings, RunConfig, read_run
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, DataError
 from lorakeet.setting_types import plain_types, setting_names, text_error
 
 #: Base class of typer's usage errors; releases of typer keep click in different places.
@@ -185,6 +185,17 @@ def bounded(kind: Any) -> Callable[..., Any]:
             ) from None
 
     return check
+
+
+def check_file(path: Path) -> None:
+    """Check that there is a file to read texts from.
+
+    Raises:
+        DataError: There is none.
+    """
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise DataError(f"{path} {found}, expected a file with texts", "give a file with one text per line, or a table")
 
 
 def parse_and_call(command: Callable[..., Any], name: str, words: list[str]) -> int | None:

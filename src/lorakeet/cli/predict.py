@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import BASE_FLAGS, DATA_FLAGS, bounded, read_overrides, with_settings
+from lorakeet.cli.options import BASE_FLAGS, DATA_FLAGS, bounded, check_file, read_overrides, with_settings
 from lorakeet.errors import DataError
 from lorakeet.setting_types import Count
 
@@ -114,7 +114,5 @@ def _read(
     """Read the rows of a file; see :func:`lorakeet.inference.questions.read_questions`."""
     from lorakeet.inference.questions import ROLES, read_questions
 
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise DataError(f"{path} {found}, expected a file with texts", "give a file with one text per line, or a table")
+    check_file(path)
     return read_questions(path, task if task in ROLES else "SEQ_CLS", columns or {}, taught)

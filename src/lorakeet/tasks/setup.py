@@ -48,7 +48,7 @@ def task_settings(config: RunConfig, model: ModelInfo) -> TaskSettings:
 def with_length(config: RunConfig, rows: int, processes: int) -> RunConfig:
     """Return the settings with the length and learning rate that they leave out, and log a length chosen for small data."""
     train = config.train.for_rows(rows, processes)
-    if config.train.epochs is None and train.epochs != 1:
+    if config.train.epochs is None and (train.epochs or 1) != 1:
         info(f"small data: {train.epochs:g} passes at {train.lr:g}; train.epochs or train.steps sets another length")
     return config.model_copy(update={"train": train})
 

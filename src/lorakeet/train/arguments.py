@@ -22,7 +22,7 @@ def training_arguments(config: RunConfig, base: Base) -> TrainingArguments:
     args = TrainingArguments(
         output_dir=str(Path(config.out) / "checkpoints"),
         max_steps=train.steps or -1,
-        num_train_epochs=train.epochs,
+        num_train_epochs=train.epochs or 1,  # unless there are steps
         per_device_train_batch_size=train.batch_size,
         per_device_eval_batch_size=train.batch_size,
         gradient_accumulation_steps=train.grad_accum,

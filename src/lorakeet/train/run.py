@@ -147,8 +147,8 @@ class Run:
         train, lora, world = self.config.train, self.config.lora, self.args.world_size
         per_step = train.batch_size * train.grad_accum * world
         rows = self.data.report.train_samples
-        assert train.epochs and train.lr  # chosen by the data where they were left out
-        steps = train.steps or -(-rows * train.epochs // per_step)
+        assert train.lr  # chosen by the data where it was left out
+        steps = train.steps or -(-rows * (train.epochs or 1) // per_step)
         processes = f" x {world} processes" if world > 1 else ""
         length = f"{steps:.0f} steps of {per_step} samples ({train.batch_size} x {train.grad_accum}{processes})"
         info(f"adapter    r={lora.r}, alpha={lora.lora_alpha:g}: {trainable:,} of {total:,} parameters are trainable")

@@ -152,5 +152,4 @@ def _group_lines(group: IssueGroup, rows: int, colour: bool) -> list[str]:
 def steps_of(samples: int, train: TrainSettings) -> int:
     """Return the number of optimizer steps for this many samples."""
     train = train.for_rows(samples)
-    assert train.epochs is not None
-    return train.steps or math.ceil(samples * train.epochs / (train.batch_size * train.grad_accum))
+    return train.steps or math.ceil(samples * (train.epochs or 1) / (train.batch_size * train.grad_accum))
