@@ -44,7 +44,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-#: Instructions for bf16 that a processor is said to have: none, AVX512_BF16 alone, AMX too.
+#: Features for bf16, as ``LORAKEET_CPU_FEATURES`` names them: none, AVX512_BF16 alone, AMX too.
 PROCESSORS = {"plain": "-bf16,-amx", "avx512_bf16": "+bf16,-amx", "amx": "+bf16,+amx"}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.base.architectures import AUTO_CLASSES, DEFAULT_TASKS, check_task, family
 from lorakeet.base.meta_device import meta_model, read_config
-from lorakeet.chat_template import has_system_turn, with_system_turn
+from lorakeet.chat.template import has_system_turn, with_system_turn
 from lorakeet.config import DataSettings, LoraSettings, TaskName, TaskSettings
 from lorakeet.data.collate import make_collator
 from lorakeet.data.prepare import prepare

@@ -1,4 +1,4 @@
-"""One job on each path that this machine can take: train, evaluate and merge agree, whatever the processor is said to be."""
+"""One job on each path that this machine can take: train, evaluate and merge agree on all."""
 
 from __future__ import annotations
 

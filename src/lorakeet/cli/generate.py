@@ -60,24 +60,14 @@ def generate(
         settings: Settings set by flags, by dotted name; every other parameter has its help text.
     """
     wanted = [*(prompt or []), *(_read_prompts(prompts) if prompts else [])]
-    if not wanted and not (chat and sys.stdin.isatty()):
-        raise DataError("no prompt", 'give --prompt "..." or --prompts FILE, or --chat at a terminal')
-    if system is not None and not chat and all(isinstance(one, str) for one in wanted):
-        raise ConfigError(
-            "--system is set, but no prompt is a conversation", "add --chat, or give prompts with messages"
-        )
+    _check_prompts(wanted, chat, system)
     base, adapters = base_settings(settings), list(dict.fromkeys(adapter or []))
     from lorakeet import api
 
     accepted: dict[str, Any] = {"allow_other_base": allow_other_base, "allow_untrained": allow_untrained}
     opened = api.open_model(base, adapters, verb="generate", **accepted)
-    sampling = {
-        "max_new_tokens": max_new_tokens,
-        "greedy": greedy,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-    }
+    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "greedy": greedy, "seed": seed}
+    sampling |= {"temperature": temperature, "top_p": top_p}
     if not wanted:
         _chat(opened, adapters[0] if adapters else None, system, sampling)
     elif as_json:
@@ -85,6 +75,16 @@ def generate(
             print(json.dumps(answer, ensure_ascii=False), flush=True)
     else:
         _print_answers(opened, adapters, wanted, {"chat": chat, "system": system, **sampling})
+
+
+def _check_prompts(wanted: list[Any], chat: bool, system: str | None) -> None:
+    """Refuse no prompt, and a system turn without a conversation."""
+    if not wanted and not (chat and sys.stdin.isatty()):
+        raise DataError("no prompt", 'give --prompt "..." or --prompts FILE, or --chat at a terminal')
+    if system is not None and not chat and all(isinstance(one, str) for one in wanted):
+        raise ConfigError(
+            "--system is set, but no prompt is a conversation", "add --chat, or give prompts with messages"
+        )
 
 
 def _print_answers(opened: Any, adapters: list[str], wanted: list[Any], settings: dict[str, Any]) -> None:
@@ -118,7 +118,7 @@ def _stream(opened: Any, adapter: str | None, prompt: Any, settings: dict[str, A
 def _chat(opened: Any, adapter: str | None, system: str | None, sampling: dict[str, Any]) -> None:
     """Hold a conversation at the terminal, until an empty line or Ctrl-D; each turn sees all earlier ones."""
     from lorakeet.api import system_turn
-    from lorakeet.chat_template import with_system_turn
+    from lorakeet.chat.template import with_system_turn
     from lorakeet.inference.generate import complete
 
     turns = with_system_turn([], system_turn(opened, adapter, system))

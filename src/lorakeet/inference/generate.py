@@ -9,8 +9,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from lorakeet.chat_messages import Message
-from lorakeet.chat_template import render_chat
+from lorakeet.chat.messages import Message
+from lorakeet.chat.template import render_chat
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.facts.padding import padding_token
 from lorakeet.facts.special_tokens import prompt_ids, rendered_ids, text_ids

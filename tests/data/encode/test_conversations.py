@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from helpers.bytewise import byte_tokenizer
-from lorakeet.chat_template import render_chat
+from lorakeet.chat.template import render_chat
 from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data.doctor.examine import examine
 from lorakeet.data.prepare import prepare

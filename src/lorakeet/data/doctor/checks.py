@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from lorakeet.chat_messages import unread_members
-from lorakeet.chat_template import ROLES
+from lorakeet.chat.messages import unread_members
+from lorakeet.chat.template import ROLES
 from lorakeet.data.doctor.text_damage import damages
 from lorakeet.data.read.column_types import value_of
 from lorakeet.data.read.record import Record

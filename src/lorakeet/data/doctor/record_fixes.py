@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from lorakeet.chat_template import ROLES
+from lorakeet.chat.template import ROLES
 from lorakeet.data.doctor.checks import Problems, diagnose
 from lorakeet.data.doctor.issues import PROBLEMS
 from lorakeet.data.doctor.label_stats import plain, slip

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lorakeet.chat_messages import Message
-from lorakeet.chat_template import assistant_turns, check_offsets, learned_tokens, render_chat
+from lorakeet.chat.messages import Message
+from lorakeet.chat.template import render_chat
+from lorakeet.chat.turns import assistant_turns, check_offsets, learned_tokens
 from lorakeet.data.encode.encoder import Batch, CausalEncoder, Sample
 from lorakeet.data.encode.text import CompletionEncoder
 from lorakeet.data.read.record import Fault
@@ -27,7 +28,7 @@ def chat_encoder(layout: Layout, tokenizer: Any) -> type[CausalEncoder]:
 
 @dataclass(frozen=True)
 class ChatEncoder(CausalEncoder):
-    """A conversation as the chat template renders it, tokenized once; see :mod:`lorakeet.chat_template`."""
+    """A conversation as the chat template renders it, tokenized once; see :mod:`lorakeet.chat.template`."""
 
     def __post_init__(self) -> None:
         if not self.tokenizer.chat_template:

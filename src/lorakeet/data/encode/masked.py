@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lorakeet.chat_template import check_offsets
+from lorakeet.chat.turns import check_offsets
 from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample
 from lorakeet.data.read.record import Fault
 

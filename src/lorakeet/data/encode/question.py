@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from lorakeet.chat_template import check_offsets
+from lorakeet.chat.turns import check_offsets
 from lorakeet.data.encode.classification import type_id_columns
 from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample
 from lorakeet.data.read.record import Fault

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from lorakeet.chat_template import check_offsets
+from lorakeet.chat.turns import check_offsets
 from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample
 from lorakeet.data.read.record import Fault
 from lorakeet.data.rows.label_set import LabelSet

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import datasets
 
-from lorakeet.chat_messages import parse_object
+from lorakeet.chat.messages import parse_object
 from lorakeet.data.read.record import FaultError
 from lorakeet.data.rows.values import Values
 

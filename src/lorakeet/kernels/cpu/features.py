@@ -4,7 +4,7 @@ The compiled library answers through one C function (``csrc/features.c``). It li
 and the operating system permits it. Without a library torch answers, for its own int8 product.
 
 ``LORAKEET_CPU_FEATURES`` overrides the answer with a list such as ``avx2,vnni``; an empty list means no feature. A list of
-names with signs, such as ``-vnni,+amx``, changes what is there. It selects kernels and the number format of a base for tests
+names with signs, such as ``-vnni,+amx``, adds and removes features. It selects kernels and the number format of a base for tests
 and comparisons. It cannot name a feature whose kernels would not run here.
 """
 
@@ -81,7 +81,7 @@ def available() -> frozenset[Feature]:
 
 
 def half_precision() -> frozenset[Feature]:
-    """Return which of BF16 and AMX this processor has, or is said to have; nothing is compiled for the answer."""
+    """Return which of BF16 and AMX this processor has, or the override names; nothing is compiled for the answer."""
     said = _said(_half_precision(), os.environ.get("LORAKEET_CPU_FEATURES"))
     return frozenset(feature for feature in (Feature.BF16, Feature.AMX) if feature in said)
 

@@ -171,8 +171,8 @@ def _passed_by(model: nn.Module, called: Iterable[int]) -> list[str]:
     shared = {id(module.source) for module in modules.values() if isinstance(module, TiedLayer)}
     found = []
     for name, module in modules.items():
-        # a bare parameter and an attention's output projection have no call of their own, and a shared weight is called
-        # through the layers that share it
+        # a bare parameter and an attention's output projection have no call of their own; a shared weight is called
+        # through other layers
         expected = isinstance(module, (LoraLayer, SavedModule)) and not isinstance(module, _UNCALLED)
         if not expected or id(module) in seen or id(module) in shared:
             continue

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.bytewise import byte_tokenizer
 from helpers.chat_templates import CHATML, STYLES, THINKING, Messages, chat_tokenizer
-from lorakeet.chat_template import ROLES, assistant_turns, encode_chat, learned_tokens, render_chat
+from lorakeet.chat.template import ROLES, render_chat
+from lorakeet.chat.turns import assistant_turns, encode_chat, learned_tokens
 from lorakeet.errors import BaseModelError, DataError
 
 ASK = {"role": "user", "content": "Why?"}
