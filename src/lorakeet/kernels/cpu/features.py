@@ -4,8 +4,8 @@ The compiled library answers through one C function (``csrc/features.c``). It li
 and the operating system permits it. Without a library torch answers, for its own int8 product.
 
 ``LORAKEET_CPU_FEATURES`` overrides the answer with a list such as ``avx2,vnni``; an empty list means no feature. A list of
-names with signs, such as ``-vnni,+amx``, adds and removes features. It selects kernels and the number format of a base for tests
-and comparisons. It cannot name a feature whose kernels would not run here.
+names with signs, such as ``-vnni,+amx``, adds and removes features. It selects kernels and the number format of a base, for
+tests and comparisons. It cannot name a feature whose kernels would not run here.
 """
 
 from __future__ import annotations
