@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 MAIN   := $(VENV)/.main
 READY  := $(VENV)/.ready
+# Processes of the tests, with one thread each: two cores are what every laptop has.
+WORKERS ?= 2
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .PHONY: help install demo test test-all lint bench docs picture clean
@@ -30,8 +32,8 @@ $(READY): $(MAIN)
 demo: $(MAIN)    ## run the main job on real input, 200 steps: adapter, loss before and after, merge
 	$(BIN)/lorakeet demo --out demo-run --overwrite
 
-test: lint       ## run lint, types, import contracts, and all but the slow tests
-	$(BIN)/python -m pytest
+test: lint       ## run lint, types, import contracts, and all but the slow tests, in WORKERS processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-all: lint   ## run all tests, with the slow ones and new random inputs
 	$(BIN)/python -m pytest -m '' --hypothesis-profile=wild

@@ -118,7 +118,8 @@ def test_a_truncated_file(saved, keep):
 
 
 def test_a_missing_adapter(tmp_path, saved):
-    assert "has no adapter_config.json" in refuse(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "has no adapter_config.json" in refuse(tmp_path / "empty")
     assert "does not exist" in refuse(tmp_path / "nowhere")
     assert "is a file" in refuse(saved / "adapter_config.json")
     assert "not a folder here" in refuse("nobody/nothing")

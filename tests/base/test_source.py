@@ -91,7 +91,9 @@ def test_an_adapter_on_the_hub(tmp_path: Path, hub_cache: Callable[[Path, str], 
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/tiny"}')
     hub_cache(tmp_path / "adapter", "org/adapter")
-    assert refusal("org/adapter").hint == "use --adapter org/adapter with --model org/tiny"
+    assert refusal("org/adapter").hint == (
+        "use --adapter org/adapter, or --init-adapter org/adapter to train it further, with --model org/tiny"
+    )
 
 
 def test_a_revision_of_a_folder(folder: Path) -> None:
@@ -102,7 +104,9 @@ def test_an_adapter_folder(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
     error = refusal(tmp_path)
     assert "is an adapter" in error.message
-    assert error.hint == f"use --adapter {tmp_path} with --model org/base"
+    assert error.hint == (
+        f"use --adapter {tmp_path}, or --init-adapter {tmp_path} to train it further, with --model org/base"
+    )
 
 
 def test_a_folder_without_config(tmp_path: Path) -> None:

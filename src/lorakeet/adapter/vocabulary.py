@@ -13,7 +13,7 @@ from lorakeet.errors import AdapterError
 from lorakeet.facts.padding import agree_on_special_tokens
 from lorakeet.facts.vocabulary import embedding_rows, tokens_without_row
 from lorakeet.log import info, warn
-from lorakeet.lora.config import PeftConfig, find_adapter_file
+from lorakeet.lora.config import PeftConfig, adapter_folder, find_adapter_file
 from lorakeet.rng import seeded
 
 #: Last parts of the keys whose tensors have a row for each token.
@@ -26,7 +26,7 @@ def adapter_tokenizer(adapter: str) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(adapter)
+    return AutoTokenizer.from_pretrained(folder if (folder := adapter_folder(adapter)).is_dir() else adapter)
 
 
 def fit_to_adapters(model: Any, own_tokenizer: Any, adapters: Sequence[str], *, seed: int | None = None) -> Any:
