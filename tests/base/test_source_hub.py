@@ -104,5 +104,8 @@ def test_an_adapter_and_a_repository_that_is_no_model(
     for folder in (adapter, other):
         folder.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/tiny"}')
-    assert "hint: use --adapter org/adapter, or --init-adapter org/adapter to train it further, with --model org/tiny" in load("org/adapter").stderr
+    assert (
+        "hint: use --adapter org/adapter, or --init-adapter org/adapter to train it further, with --model org/tiny"
+        in load("org/adapter").stderr
+    )
     assert "'org/other' on the hub is no model: it has no config.json" in load("org/other").stderr

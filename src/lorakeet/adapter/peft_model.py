@@ -28,6 +28,7 @@ from lorakeet.lora.model import LoraModel
 _LOADING = {
     *("device_map", "dtype", "ephemeral_gpu_offload", "ignore_mismatched_sizes", "low_cpu_mem_usage", "max_memory"),
     *("offload_dir", "offload_folder", "offload_index", "torch_device", "torch_dtype", "use_safetensors"),
+    *("attn_implementation", "trust_remote_code"),  # of the base, which is loaded already
 }
 #: Arguments that find and download files on the hub.
 _HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
@@ -223,6 +224,7 @@ class PeftModel(LoraModel):
             AdapterError: NaN or infinite values, or ``safe_serialization=False``.
             OutputError: the folder cannot be written to.
         """
+        token = peft_only.pop("token", None)
         refuse_unknown("save_pretrained", peft_only, {"max_shard_size", "save_function", "save_original_format"})
         if not safe_serialization:
             raise AdapterError(
@@ -246,7 +248,7 @@ class PeftModel(LoraModel):
         if push_to_hub and is_main_process:
             from lorakeet.adapter.hub import push_folder
 
-            push_folder(folder, repo_id or folder.resolve().name)
+            push_folder(folder, repo_id or folder.resolve().name, token=token)
 
     def push_to_hub(  # type: ignore[override]
         self,

@@ -302,8 +302,12 @@ def find_adapter_file(
 
 
 def refuse_unknown(method: str, given: dict[str, Any], harmless: set[str]) -> None:
-    """Accept PEFT's arguments that have no effect here; any other is a TypeError, as in any function."""
-    if unknown := sorted(set(given) - harmless):
+    """Accept PEFT's arguments that have no effect here, and None, which asks for nothing.
+
+    Raises:
+        TypeError: Any other argument, as in any function.
+    """
+    if unknown := sorted({name for name, value in given.items() if value is not None} - harmless):
         raise TypeError(f"{method}() got an unexpected keyword argument {unknown[0]!r}")
 
 
