@@ -15,7 +15,7 @@ from lorakeet.config import RunConfig, TaskSettings
 from lorakeet.data.rows.column_mapping import choose_task
 from lorakeet.data.rows.load import peek
 from lorakeet.errors import ConfigError
-from lorakeet.log import info, silent
+from lorakeet.log import info, silent, warn
 from lorakeet.lora.config import LoraConfig, PeftConfig
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import plan_injection
@@ -66,7 +66,7 @@ def check_rank(
 
     Raises:
         TargetError: The settings select no layer.
-        ConfigError: The ranks are larger than every layer, or what is trained does not fit into the free memory.
+        ConfigError: What is trained does not fit into the free memory.
     """
     device = choose_device(config.base.device)
     if config.base.trust_remote_code:
@@ -78,9 +78,9 @@ def check_rank(
     shapes = [(target.r, _matrix(ghost, target)) for target in targets]
     if shapes and all(rank > min(shape) for rank, shape in shapes):
         most = max(min(shape) for _, shape in shapes)
-        raise ConfigError(
-            f"lora.r = {config.lora.r} is larger than every layer, whose smaller side is {most} at most",
-            f"give --r {most} or less",
+        warn(
+            f"lora.r = {config.lora.r} is larger than every layer, whose smaller side is {most} at most: more parameters "
+            "are trained than an update of full rank has"
         )
     free = free_memory(device)
     needed = sum(TRAINED_BYTES * rank * sum(shape) for rank, shape in shapes)
