@@ -16,7 +16,7 @@ from lorakeet.adapter.serialization import check_base, read_notes, read_tensors,
 from lorakeet.adapter.tensor_loading import LoadResult
 from lorakeet.adapter.unfrozen import NOTE
 from lorakeet.errors import AdapterError
-from lorakeet.lora.config import PeftConfig, refuse_unknown
+from lorakeet.lora.config import DOWNLOAD_ARGUMENTS, PeftConfig, refuse_unknown
 from lorakeet.lora.inject import freeze_base
 from lorakeet.lora.interop.wrappers import bare
 from lorakeet.lora.lifecycle.adoption import adopt
@@ -30,8 +30,6 @@ _LOADING = {
     *("offload_dir", "offload_folder", "offload_index", "torch_device", "torch_dtype", "use_safetensors"),
     *("attn_implementation", "trust_remote_code"),  # of the base, which is loaded already
 }
-#: Arguments that find and download files on the hub.
-_HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
 class PeftModel(LoraModel):
@@ -76,7 +74,7 @@ class PeftModel(LoraModel):
                 damaged file; another base. The model is as before then.
             TargetError: the adapter's layers are not in this model.
         """
-        refuse_unknown("from_pretrained", peft_only, {*_LOADING, *_HUB})
+        refuse_unknown("from_pretrained", peft_only, {*_LOADING, *DOWNLOAD_ARGUMENTS})
         model = bare(model)
         fresh = not isinstance(model, LoraModel)
         with all_or_nothing(model):
@@ -139,7 +137,7 @@ class PeftModel(LoraModel):
             TargetError: As :meth:`from_pretrained`.
         """
         where = {"revision": revision, "subfolder": subfolder}
-        where |= {key: peft_only.pop(key) for key in _HUB if key in peft_only}
+        where |= {key: peft_only.pop(key) for key in DOWNLOAD_ARGUMENTS if key in peft_only}
         refuse_unknown("load_adapter", peft_only, _LOADING)
         config = config or PeftConfig.from_pretrained(model_id, **where)
         notes = read_notes(model_id, **where)

@@ -29,8 +29,10 @@ CONFIG_NAME = "adapter_config.json"
 #: Release of PEFT whose file format is read and written.
 PEFT_FORMAT = "0.21.2"
 
+#: Arguments of a download from the hub, by huggingface_hub's names.
+DOWNLOAD_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 #: Arguments of :func:`find_adapter_file` that say where to look.
-FILE_ARGUMENTS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+FILE_ARGUMENTS = ("revision", "subfolder", *DOWNLOAD_ARGUMENTS)
 
 #: PEFT's keys that Lorakeet does not implement -> the values that mean "not used".
 NEUTRAL: dict[str, Any] = {

@@ -11,12 +11,10 @@ import transformers
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.base.architectures import AUTO_CLASSES
 from lorakeet.errors import AdapterError
-from lorakeet.lora.config import PeftConfig, find_adapter_file
+from lorakeet.lora.config import DOWNLOAD_ARGUMENTS, PeftConfig, find_adapter_file
 
 #: Packages from which the class of a base may be imported, if only the adapter's file names it.
 ALLOWED_PACKAGES = ("transformers", "lorakeet")
-#: Arguments that find and download files; both the base and the adapter get them.
-_HUB = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 #: Arguments of :meth:`PeftModel.from_pretrained`; all others are the base's.
 _ADAPTER = ("autocast_adapter_dtype", "ephemeral_gpu_offload", "allow_other_base", "allow_untrained", "subfolder")
 
@@ -64,7 +62,7 @@ class AutoPeftModel:
         """
         name = pretrained_model_name_or_path
         own = {key: kwargs.pop(key) for key in _ADAPTER if key in kwargs}
-        hub = {key: kwargs[key] for key in _HUB if key in kwargs}
+        hub = {key: kwargs[key] for key in DOWNLOAD_ARGUMENTS if key in kwargs}
         where = {"revision": revision, "subfolder": own.get("subfolder"), **hub}
         settings = config or PeftConfig.from_pretrained(name, **where)
         base_class = cls._base_class(name, settings, import_allowlist or ALLOWED_PACKAGES)
