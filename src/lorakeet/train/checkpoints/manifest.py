@@ -26,14 +26,16 @@ _SELF = "manifest_sha256"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def write_manifest(folder: Path, fingerprint: Mapping[str, Any], versions: Mapping[str, str], **counters: Any) -> None:
+def write_manifest(
+    folder: Path, fingerprint: Mapping[str, Any], versions: Mapping[str, str], progress: Mapping[str, Any]
+) -> None:
     """Write the manifest of the checkpoint whose other files are in ``folder``.
 
     Args:
         folder: The checkpoint's folder, complete but for the manifest.
         fingerprint: Facts that a run must share to resume from it.
         versions: Versions of the programs that wrote it.
-        counters: Counters of the Trainer that ``trainer_state.json`` does not hold.
+        progress: Counters of the Trainer that ``trainer_state.json`` does not hold.
     """
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     manifest = {
@@ -42,7 +44,7 @@ def write_manifest(folder: Path, fingerprint: Mapping[str, Any], versions: Mappi
         },
         "fingerprint": dict(fingerprint),
         "versions": dict(versions),
-        "progress": counters,
+        "progress": dict(progress),
     }
     text = json.dumps({**manifest, _SELF: _own_hash(manifest)}, indent=2, ensure_ascii=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -136,9 +138,3 @@ def keep_checkpoints(run_folder: Path, newest: int, best: int | None, most: int 
     if best in steps and best not in kept:
         kept = [*kept[: max(1, len(kept) - 1)], best]
     remove_checkpoints(folder for step, folder in checkpoints(run_folder).items() if step not in kept)
-
-
-def clear_aside(run_folder: Path) -> None:
-    """Remove partial checkpoints of a killed process."""
-    for leftover in run_folder.glob(".checkpoint-*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)

@@ -19,14 +19,15 @@ from transformers.trainer_utils import TrainOutput
 
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import OutputError, TrainingError
-from lorakeet.files import check_output, check_room, write_folder
+from lorakeet.files import check_output, check_room, clear_aside, write_folder
 from lorakeet.log import info, warn
 from lorakeet.train import preflight
+from lorakeet.train.callbacks.interrupt import EvaluationStoppedError
+from lorakeet.train.callbacks.save_by_time import SaveByTime
 from lorakeet.train.checkpoints.fingerprint import refuse_other_run, run_fingerprint, versions
 from lorakeet.train.checkpoints.manifest import (
     MANIFEST,
     checkpoints,
-    clear_aside,
     keep_checkpoints,
     latest_checkpoint,
     read_manifest,
@@ -44,11 +45,17 @@ class ResumableTrainer(SavedState):
         save_seconds: Time that each save of this session took, in seconds.
     """
 
+    control: Any
     keep_best = False
     _resumed: dict[str, Any] | None = None
     _fingerprint: dict[str, Any] | None = None
     _own: dict[str, Any] | None = None
     _saved_step = -1
+    _evaluation_due = _saves_by_time = False
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        self.save_seconds: list[float] = []
+        super().__init__(*args, **settings)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what a checkpoint must share with the run that resumes from it."""
@@ -128,16 +135,36 @@ class ResumableTrainer(SavedState):
         if self.args.should_save:
             self._export_callbacks()
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-            counters = {"logged": self._total_loss_scalar, "last_logged": self._globalstep_last_logged}
-            write_manifest(folder, self.fingerprint(), versions(), **counters)
+            progress = {
+                "logged": self._total_loss_scalar,
+                "last_logged": self._globalstep_last_logged,
+                "evaluation_due": self._evaluation_due,
+            }
+            write_manifest(folder, self.fingerprint(), versions(), progress)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: Any, grad_norm: Any, model: nn.Module, trial: Any, *rest: Any, **more: Any
+    ) -> None:
+        """Log, evaluate and save where this is due; an evaluation that a signal stops is left to the resumed run."""
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **more)
+        except EvaluationStoppedError:
+            self._evaluation_due = self.control.should_training_stop = True
+            self._save_checkpoint(model, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _rehearse_saving(self) -> None:
         """Check that a checkpoint fits on the disk and that the adapter can be saved."""
-        if self.args.should_save and self.args.save_strategy != "no":
+        if self.args.should_save and (self._saves_by_time or self.args.save_strategy != "no"):
             check_output(self.args.output_dir, preflight.checkpoint_bytes(self.model))
-            clear_aside(Path(self.args.output_dir))
+            clear_aside(Path(self.args.output_dir), ["checkpoint-*", "rehearsal"])
             if isinstance(self.model, PeftModel):
                 preflight.rehearse_save(self.model, self.args.output_dir)
+
+    def save_by_time(self, minutes: float) -> None:
+        """Save a checkpoint every so many minutes and at the end, whatever the arguments say of steps."""
+        self._saves_by_time = True
+        self.add_callback(SaveByTime(minutes, self.save_seconds))
 
     def save_last_good_state(self) -> str | None:
         """Save a checkpoint of the last step that was applied; return its folder, None if there is none."""
@@ -166,7 +193,8 @@ class ResumableTrainer(SavedState):
             OutputError: The output folder cannot be written, or has no space for a checkpoint.
         """
         self._resumed, self._own, self._fingerprint, self._saved_step = None, None, None, -1
-        self.save_seconds: list[float] = []
+        self._evaluation_due = False
+        self.save_seconds.clear()
         folder = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, (str, Path)) else None
         if resume_from_checkpoint is True:
             newest = latest_checkpoint(self.args.output_dir) if self.args.should_save else None
@@ -206,8 +234,13 @@ class ResumableTrainer(SavedState):
             super()._load_best_model()
 
     def _restore_progress(self) -> None:
-        """Restore the losses that the interrupted session had not logged."""
+        """Restore the losses that the interrupted session had not logged, and make up for an evaluation it broke off."""
         if resumed := self._resumed:
             self._tr_loss += self._own["loss"] if self._own else 0.0
             self._total_loss_scalar = resumed["logged"]
             self._globalstep_last_logged = int(resumed["last_logged"])
+            if resumed["evaluation_due"]:
+                is_best = self._determine_best_metric(self._evaluate(None, None), None)
+                best = checkpoints(self.args.output_dir).get(self.state.global_step)
+                if is_best and best is not None:
+                    self.state.best_model_checkpoint = str(best)
