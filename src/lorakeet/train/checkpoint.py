@@ -29,7 +29,7 @@ from lorakeet.files import check_output, write_folder
 from lorakeet.log import info, warn
 from lorakeet.lora.interop.trainer_hooks import missing_parts
 from lorakeet.rng import same_random_state
-from lorakeet.train import preflight
+from lorakeet.train.guards import preflight
 from lorakeet.train.manifest import (
     MANIFEST,
     clear_aside,
