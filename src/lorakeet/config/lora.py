@@ -1,0 +1,99 @@
+"""Settings of LoRA."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from lorakeet.setting_types import (
+    ALL_LINEAR,
+    Count,
+    Fraction,
+    Index,
+    LayersPattern,
+    NamePattern,
+    PositiveNumber,
+    Section,
+    Selection,
+    Text,
+    TokenIds,
+    as_names,
+    contradiction,
+)
+
+
+class LoraSettings(Section):
+    """The settings of LoRA, with the names and defaults of the field (Hu et al. 2021, arXiv:2106.09685)."""
+
+    r: Count = Field(8, description="rank of the update B·A")
+    lora_alpha: PositiveNumber = Field(8, description="the update is scaled by lora_alpha / r")
+    lora_dropout: Fraction = Field(0.0, description="dropout probability of the inputs of A, in training")
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="biases to train: none, all, lora_only (those of adapted layers)"
+    )
+    target_modules: Selection | None = Field(
+        None,
+        description="layers to adapt: names or suffixes, one regular expression, or 'all-linear'; default: by architecture",
+    )
+    exclude_modules: Selection | None = Field(
+        None, description="layers never to adapt: names, suffixes or one regular expression"
+    )
+    modules_to_save: list[Text] | None = Field(None, description="modules to train in full and save with the adapter")
+    layers_to_transform: list[Index] | Index | None = Field(
+        None, description="numbers of the layers to adapt; default: all"
+    )
+    layers_pattern: list[LayersPattern] | LayersPattern | None = Field(
+        None, description="name of the module list that layers_to_transform indexes"
+    )
+    rank_pattern: dict[NamePattern, Count] = Field(
+        default_factory=dict, description="ranks of single layers, by name or regular expression"
+    )
+    alpha_pattern: dict[NamePattern, PositiveNumber] = Field(
+        default_factory=dict, description="alphas of single layers, by name or regular expression"
+    )
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) (arXiv:2312.03732)")
+    fan_in_fan_out: bool = Field(False, description="weights are stored as [in, out] (detected for GPT-2's Conv1D)")
+    init_lora_weights: bool | Literal["gaussian"] = Field(
+        True,
+        description="true: A Kaiming-uniform, B zero; gaussian: A normal, B zero; false: both random (for tests)",
+    )
+    lora_bias: bool = Field(False, description="add a bias to B")
+    target_parameters: list[Text] | None = Field(
+        None,
+        description="parameters to adapt that belong to no linear layer, such as stacked expert weights: names or suffixes",
+    )
+    trainable_token_indices: TokenIds | dict[Text, TokenIds] | None = Field(
+        None,
+        description="token ids whose embedding rows (and rows of a tied head) to train and save; or such lists by layer name",
+    )
+    ensure_weight_tying: bool = Field(
+        False, description="apply the adaptation or training of an embedding to all layers that share its weight"
+    )
+
+    #: Whether a single word is a list with that name, as it is in a flag; else, as in PEFT, it is a regular expression.
+    words_are_names: ClassVar[bool] = True
+
+    @field_validator(
+        "target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "target_parameters", mode="before"
+    )
+    @classmethod
+    def _names_are_a_list(cls, value: Any) -> Any:
+        return as_names(value, cls.words_are_names)
+
+    @model_validator(mode="after")
+    def _layers_are_chosen_once(self) -> Self:
+        numbers, pattern, targets = self.layers_to_transform, self.layers_pattern, self.target_modules
+        chosen = [] if numbers in (None, []) else ["layers_to_transform"]
+        chosen += ["layers_pattern"] if pattern else []
+        if chosen and isinstance(targets, str) and targets.lower() != ALL_LINEAR:
+            raise contradiction(
+                f"`{chosen[0]}` cannot be used when `target_modules` is a str: {targets!r} is one regular expression",
+                "give target_modules as a list of names, or write the numbers of the layers into the expression",
+            )
+        if chosen == ["layers_pattern"]:
+            raise contradiction(
+                "layers_pattern is set without layers_to_transform, which gives the numbers of the layers in that list",
+                "give the numbers, for example layers_to_transform=[0, 1], or leave layers_pattern out",
+            )
+        return self
