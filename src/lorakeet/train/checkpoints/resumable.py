@@ -29,7 +29,6 @@ from lorakeet.files import check_output, write_folder
 from lorakeet.log import info, warn
 from lorakeet.lora.interop.trainer_hooks import missing_parts
 from lorakeet.rng import same_random_state
-from lorakeet.train import preflight
 from lorakeet.train.checkpoints.manifest import (
     MANIFEST,
     clear_aside,
@@ -39,6 +38,7 @@ from lorakeet.train.checkpoints.manifest import (
     run_fingerprint,
     write_manifest,
 )
+from lorakeet.train.guards import preflight
 
 
 class SteadyCollator:
