@@ -54,7 +54,12 @@ def test_a_run_that_was_killed_before_it_began_is_resumed_from_nothing(tmp_path:
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    left = [".adapter.x1.tmp/a.safetensors", ".run.yaml.x2.tmp", "checkpoints/.rehearsal.x3.tmp/b", "checkpoints/.checkpoint-2.x.tmp/c"]
+    left = [
+        ".adapter.x1.tmp/a.safetensors",
+        ".run.yaml.x2.tmp",
+        "checkpoints/.rehearsal.x3.tmp/b",
+        "checkpoints/.checkpoint-2.x.tmp/c",
+    ]
     mine = [".mine.tmp", ".adapter", "checkpoints/checkpoint-2/d"]
     for name in left + mine:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

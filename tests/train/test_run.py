@@ -230,7 +230,9 @@ def test_errors_are_raised_before_anything_is_written(changes, error, message, s
 def test_a_run_is_never_overwritten_by_chance(settings, tmp_path):
     first = run_training(settings(train__steps=1))
     for resume in (False, True):
-        with pytest.raises(OutputError, match=r"already holds a finished run with .*: train\.steps was 1, is 6\n.*--overwrite"):
+        with pytest.raises(
+            OutputError, match=r"already holds a finished run with .*: train\.steps was 1, is 6\n.*--overwrite"
+        ):
             run_training(settings(), resume=resume, any_checkpoint=resume)
         before = files(tmp_path / "run")
         assert run_training(settings(train__steps=1), resume=resume) == first and files(tmp_path / "run") == before
@@ -284,7 +286,9 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_uninterrupted_one(settings, tmp
     caplog.set_level("INFO", logger="lorakeet")
     parts = run_training(config)
     first = caplog.records[0].getMessage()
-    assert first == f"continuing the run in {tmp_path}/parts after step 3, from {tmp_path}/parts/checkpoints/checkpoint-3"
+    assert (
+        first == f"continuing the run in {tmp_path}/parts after step 3, from {tmp_path}/parts/checkpoints/checkpoint-3"
+    )
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
     same = ("steps", "samples", "tokens", "train_loss_first", "train_loss_last", "eval_loss_before", "eval_loss_after")
     assert {key: parts[key] for key in same} == {key: whole[key] for key in same}

@@ -21,7 +21,7 @@ from lorakeet.tasks.task import Task
 from lorakeet.tasks.taught import NOTES, taught_notes
 from lorakeet.train.callbacks.progress import ProgressCallback
 from lorakeet.train.checkpoints.run_start import remove_what_only_resumes
-from lorakeet.train.preflight import checkpoint_bytes
+from lorakeet.train.guards.preflight import checkpoint_bytes
 from lorakeet.train.summary import Progress, compare_figures, samples_seen, summarize
 from lorakeet.train.trainer import Trainer
 

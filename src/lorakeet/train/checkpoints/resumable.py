@@ -21,7 +21,6 @@ from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import OutputError, TrainingError
 from lorakeet.files import check_output, check_room, clear_aside, write_folder
 from lorakeet.log import info, warn
-from lorakeet.train import preflight
 from lorakeet.train.callbacks.interrupt import EvaluationStoppedError
 from lorakeet.train.callbacks.save_by_time import SaveByTime
 from lorakeet.train.checkpoints.fingerprint import refuse_other_run, run_fingerprint, versions
@@ -35,6 +34,7 @@ from lorakeet.train.checkpoints.manifest import (
     write_manifest,
 )
 from lorakeet.train.checkpoints.saved_state import SavedState
+from lorakeet.train.guards import preflight
 
 
 class ResumableTrainer(SavedState):
