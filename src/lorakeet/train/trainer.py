@@ -31,7 +31,8 @@ from lorakeet.patches.fused_loss import fused_sample_losses
 from lorakeet.rng import random_state, same_random_state, set_random_state
 from lorakeet.tasks.measure import Measure, Sums, TokenMeasure
 from lorakeet.train.callbacks.step import StepCallback
-from lorakeet.train.checkpoints.resumable import ResumableTrainer, SteadyCollator
+from lorakeet.train.checkpoints.resumable import ResumableTrainer
+from lorakeet.train.checkpoints.steady_collator import SteadyCollator
 from lorakeet.train.evaluate import all_batches, held_out_sums, longest_first
 from lorakeet.train.guards import preflight
 from lorakeet.train.length_sampler import LengthWindows
