@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, and that only the run that wrote them resumes from.
+"""Trainer whose checkpoints are complete or absent, and that only the run that wrote them resumes from.
 
 A checkpoint is written to a temporary folder, flushed to disk and renamed last, so ``checkpoint-*`` is never partial.
 Its ``lorakeet_checkpoint.json`` lists the files with their sizes, so that a truncated copy is detected. It also holds
@@ -29,8 +29,7 @@ from lorakeet.files import check_output, write_folder
 from lorakeet.log import info, warn
 from lorakeet.lora.interop.trainer_hooks import missing_parts
 from lorakeet.rng import same_random_state
-from lorakeet.train.guards import preflight
-from lorakeet.train.manifest import (
+from lorakeet.train.checkpoints.manifest import (
     MANIFEST,
     clear_aside,
     latest_checkpoint,
@@ -39,6 +38,7 @@ from lorakeet.train.manifest import (
     run_fingerprint,
     write_manifest,
 )
+from lorakeet.train.guards import preflight
 
 
 class SteadyCollator:
