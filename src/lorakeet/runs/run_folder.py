@@ -20,7 +20,7 @@ FILES = ("run.yaml", "metrics.jsonl", "summary.json", "loss_curve.png", "confusi
 #: Settings that a run chooses by its data where they are left out, and writes to ``run.yaml``.
 CHOSEN_SETTINGS = ("train.epochs", "train.lr")
 #: Settings that do not change the result: they may differ between an interrupted run and the run that resumes it.
-FREE_SETTINGS = ("out", "train.log_every", "train.eval_every", "train.save_every")
+FREE_SETTINGS = ("out", "train.log_every", "train.eval_every", "train.save_every", "train.non_finite", "train.spike")
 
 
 def check_run_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:

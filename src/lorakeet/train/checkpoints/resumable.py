@@ -131,13 +131,15 @@ class ResumableTrainer(transformers.Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
 
-    def _rehearse_saving(self) -> None:
-        """Check that a checkpoint fits on the disk and that the adapter can be saved."""
+    def rehearse_saving(self) -> str | None:
+        """Check that a checkpoint fits on the disk and that the adapter can be saved; return what was done."""
         if self.args.should_save and self.args.save_strategy != "no":
             check_output(self.args.output_dir, preflight.checkpoint_bytes(self.model))
             clear_aside(Path(self.args.output_dir))
             if isinstance(self.model, PeftModel):
                 preflight.rehearse_save(self.model, self.args.output_dir)
+                return "a checkpoint"
+        return None
 
     def _export_callbacks(self) -> None:
         states: dict[str, list[Any]] = {}
@@ -146,7 +148,7 @@ class ResumableTrainer(transformers.Trainer):
                 states.setdefault(type(callback).__name__, []).append(callback.state())
         self.state.stateful_callbacks = {name: kept[0] if len(kept) == 1 else kept for name, kept in states.items()}
 
-    def _progress(self) -> dict[str, float]:
+    def _progress(self) -> dict[str, Any]:
         """Return the losses that are not logged yet, which the parent does not save."""
         if not hasattr(self, "_tr_loss"):
             return {}

@@ -1,4 +1,4 @@
-"""Checks of a training for errors that would otherwise be silent, and descriptions of batches for messages.
+"""Checks of a training, before and on its first step, for errors that would otherwise be silent.
 
 Before the first step: number formats that cannot train, FSDP that is not applied, an adapter that cannot be saved. On
 the first step: parameters without a gradient, and processes whose gradients differ.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,12 @@ def check_gradients(model: nn.Module) -> None:
         "the loss does not depend on them: leave them out (exclude_modules, requires_grad_(False)), "
         "or give inputs that use them",
     )
+
+
+def nonfinite_parameters(model: nn.Module) -> str | None:
+    """Return a clause that names the trainable parameters with NaN or infinity; None if there are none."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
+    return f"{len(names)} trainable parameters are not finite themselves: {_some(names)}" if names else None
 
 
 def check_synchronized(model: nn.Module, accelerator: Accelerator) -> None:
@@ -196,20 +202,6 @@ def _first_tokens(batch: Mapping[str, Any]) -> Mapping[str, Any]:
 def _loss(outputs: Any) -> Tensor:
     loss: Tensor = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
     return loss
-
-
-def describe_batch(inputs: Mapping[str, Any], decode: Callable[[Any], str] | None) -> str:
-    """Describe each sample of a micro-batch in a line, so that a person finds it in the data."""
-    ids = inputs.get("input_ids")
-    if not torch.is_tensor(ids) or ids.dim() != 2:
-        return ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items() if torch.is_tensor(value))
-    mask = inputs.get("attention_mask")
-    lines = []
-    for row, tokens in enumerate(ids):
-        real = tokens[mask[row].bool()] if torch.is_tensor(mask) and mask.shape == ids.shape else tokens
-        text = repr(decode(real)[:80]) if decode else f"token ids {real[:16].tolist()}"
-        lines.append(f"  sample {row}: {len(real)} tokens, {text}")
-    return "\n".join(lines)
 
 
 def _some(names: list[str]) -> str:
