@@ -31,7 +31,7 @@ from lorakeet.patches.fused_loss import fused_sample_losses
 from lorakeet.rng import same_random_state
 from lorakeet.tasks.measure import Measure, Sums, TokenMeasure
 from lorakeet.train.callbacks.step import StepCallback
-from lorakeet.train.checkpoints.resumable import SteadyCollator
+from lorakeet.train.checkpoints.steady_collator import SteadyCollator
 from lorakeet.train.evaluate import all_batches, held_out_sums
 from lorakeet.train.guards import preflight
 from lorakeet.train.guards.guarded_trainer import GuardedTrainer

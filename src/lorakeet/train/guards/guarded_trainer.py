@@ -34,7 +34,8 @@ class GuardedTrainer(ResumableTrainer):
         super().__init__(*rest, **settings)
         self._reactions: dict[str, Reaction] = {"non_finite": non_finite, "spike": spike}
         self.locations = locations
-        self.step, self.spikes = StepState(), SpikeDetector()
+        self.step = StepState()
+        self.add_callback(SpikeDetector())
 
     def train(self, *rest: Any, **settings: Any) -> TrainOutput:
         """Train as the parent does; lack of memory is an error with advice."""
@@ -52,6 +53,12 @@ class GuardedTrainer(ResumableTrainer):
         return nullcontext() if self.args.auto_find_batch_size else memory_errors(lambda: during)
 
     # ---- what helpers of a step ask for (lorakeet.train.step_state.StepHost) ------------------------------------
+
+    @property
+    def spikes(self) -> SpikeDetector:
+        """Figures of the last steps; a checkpoint holds them."""
+        found: SpikeDetector = next(c for c in self.callback_handler.callbacks if isinstance(c, SpikeDetector))
+        return found
 
     def reaction(self, fault: Literal["non_finite", "spike"]) -> Reaction:
         """Return the reaction to a kind of fault of a step."""
@@ -82,12 +89,3 @@ class GuardedTrainer(ResumableTrainer):
         set_random_state(self.step.before["random"])
         self._tr_loss.copy_(self.step.before["loss"])
         self.state.num_input_tokens_seen = self.step.before["tokens"]
-
-    # ---- checkpoints ------------------------------------------------------------------------------------------
-
-    def _progress(self) -> dict[str, Any]:
-        return {**super()._progress(), "spikes": self.spikes.state()}
-
-    def _restore_progress(self) -> None:
-        super()._restore_progress()
-        self.spikes.restore((self._resumed or {}).get("spikes", {}))

@@ -7,7 +7,6 @@ the first step: parameters without a gradient, and processes whose gradients dif
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.adapter.tensor_loading import check_tensors
 from lorakeet.adapter.unfrozen import unfrozen_names
 from lorakeet.errors import TrainingError
-from lorakeet.log import info, log, warn
+from lorakeet.log import info, warn
 from lorakeet.lora.interop.wrappers import compiled_in_place
 
 #: Names that a message shows of a longer list.
@@ -126,22 +125,14 @@ def check_sharded(model: nn.Module, args: TrainingArguments) -> None:
         )
 
 
-def rehearse_save(model: PeftModel, folder: str | Path) -> None:
-    """Write the adapters to a temporary folder, and compare the files with what a resumed run would expect there.
-
-    So an error of saving or restoring shows before the training, not after it.
+def check_saved_adapters(model: PeftModel, folder: str | Path) -> None:
+    """Compare saved adapters with what a resumed run would expect in their files.
 
     Raises:
-        AdapterError: An adapter cannot be saved, or its file would not fit this model.
+        AdapterError: A file would not fit this model.
     """
-    with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=folder) as aside:
-        log.disabled = True  # the warning that the adapter is untrained
-        try:
-            model.save_pretrained(aside)
-        finally:
-            log.disabled = False
-        for adapter, path in adapter_folders(aside, model.peft_config).items():
-            check_tensors(model, adapter, path)
+    for adapter, path in adapter_folders(folder, model.peft_config).items():
+        check_tensors(model, adapter, path)
 
 
 def announce_unfrozen(model: nn.Module) -> None:

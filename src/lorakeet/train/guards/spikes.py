@@ -2,9 +2,11 @@
 
 Losses and norms of small batches vary by factors, so their logarithms are compared. A value is a spike if it is both
 
-- more than :data:`DEVIATIONS` robust standard deviations above the median of the last :data:`WINDOW` steps. Such a
-  deviation is 1.4826 times the median absolute deviation (Hampel 1974), and at least :data:`LEAST_DEVIATION`;
+- more than :data:`DEVIATIONS` robust standard deviations above the median of the last :data:`WINDOW` steps;
 - more than :data:`ABOVE_LARGEST` times their largest value.
+
+The robust standard deviation is 1.4826 times the median absolute deviation (Hampel 1974), at least
+:data:`LEAST_DEVIATION`.
 
 The first condition alone would stop heavy-tailed but healthy runs; the second alone those of nearly constant losses.
 """
@@ -13,9 +15,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 #: Steps. The last ones that a value is compared with.
 WINDOW = 128
@@ -42,14 +47,18 @@ class Spike:
     comparison: str
 
 
-class SpikeDetector:
+class SpikeDetector(TrainerCallback, ExportableState):
     """Histories of the figures of a training, and the comparison of a new step with them.
 
-    It is the same in all processes, since they are given the same figures.
+    It is the same in all processes, since they are given the same figures. It is a callback so that a checkpoint holds
+    it.
+
+    Attributes:
+        history: The last figures, by name.
     """
 
     def __init__(self) -> None:
-        self._values: dict[str, deque[float]] = {}
+        self.history: dict[str, list[float]] = {}
 
     def find(self, figures: Mapping[str, float]) -> Spike | None:
         """Return the first figure that is a spike; None if none is.
@@ -58,7 +67,7 @@ class SpikeDetector:
             figures: Figures of a step by name, such as its loss.
         """
         for name, value in figures.items():
-            history = self._values.get(name, ())
+            history = self.history.get(name, [])
             limit = spike_limit(history)
             if limit is not None and value > limit:
                 median = statistics.median(history)
@@ -69,15 +78,15 @@ class SpikeDetector:
         """Add the figures of a step that was applied; zero and values that are not finite tell nothing."""
         for name, value in figures.items():
             if 0 < value < math.inf:
-                self._values.setdefault(name, deque(maxlen=WINDOW)).append(value)
+                self.history[name] = [*self.history.get(name, [])[1 - WINDOW :], value]
 
-    def state(self) -> dict[str, list[float]]:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.global_step:  # another training of the same Trainer
+            self.history = {}
+
+    def state(self) -> dict[str, Any]:
         """Return the histories for a checkpoint."""
-        return {name: list(values) for name, values in self._values.items()}
-
-    def restore(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Restore the histories of a checkpoint."""
-        self._values = {name: deque(map(float, values), maxlen=WINDOW) for name, values in state.items()}
+        return {"args": {}, "attributes": {"history": self.history}}
 
 
 def spike_limit(history: Sequence[float]) -> float | None:
