@@ -270,7 +270,7 @@ def test_flags_known_from_transformers_set_the_same(here, monkeypatch):
 
 
 def test_an_output_folder_that_holds_a_run(here, capsys):
-    mistake(here, capsys, train_words("run"), "run", "--resume", "--overwrite")
+    mistake(here, capsys, [*train_words("run"), "lora.r=3"], "finished run", "lora.r was", "--overwrite")
     mistake(here, capsys, ["merge", "--model", "base", "--adapter", "run/adapter", "--out", "run"], "not empty")
 
 

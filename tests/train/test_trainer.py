@@ -23,7 +23,8 @@ from helpers.tiny_training import PAD, tiny_data, tiny_llama, tiny_peft, tiny_to
 from helpers.training_loop import bert, classes, masked, poisoned, train, with_poison
 from lorakeet import files
 from lorakeet.errors import OutputError, TrainingError
-from lorakeet.train import evaluate, preflight
+from lorakeet.train import evaluate
+from lorakeet.train.guards import preflight
 from lorakeet.train.trainer import Trainer
 
 SHAPES = [(1, 16), (4, 4), (16, 1)]

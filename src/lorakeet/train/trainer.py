@@ -8,7 +8,7 @@ alone. Differences from the parent:
 - the loss is per real target token over the whole optimizer step, also for models that do not count tokens themselves;
 - micro-batches of one step may share a forward pass (:mod:`lorakeet.train.microbatch_packing`);
 - held-out loss is per target token, and evaluation draws no random number from training;
-- saving, evaluating, gradients, synchronization and finite values are checked (:mod:`lorakeet.train.preflight`).
+- saving, evaluating, gradients, synchronization and finite values are checked (:mod:`lorakeet.train.guards.preflight`).
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from lorakeet.patches.causal_loss import count_targets, shifts_labels
 from lorakeet.patches.fused_loss import fused_sample_losses
 from lorakeet.rng import random_state, same_random_state, set_random_state
 from lorakeet.tasks.measure import Measure, Sums, TokenMeasure
-from lorakeet.train import preflight
 from lorakeet.train.callbacks.step import StepCallback
-from lorakeet.train.checkpoints.resumable import ResumableTrainer, SteadyCollator
+from lorakeet.train.checkpoints.resumable import ResumableTrainer
+from lorakeet.train.checkpoints.steady_collator import SteadyCollator
 from lorakeet.train.evaluate import all_batches, held_out_sums, longest_first
+from lorakeet.train.guards import preflight
 from lorakeet.train.length_sampler import LengthWindows
 from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.microbatch_packing import ForwardGroups, why_model_separates

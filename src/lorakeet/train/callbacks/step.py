@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from lorakeet.errors import TrainingError
 from lorakeet.log import warn
-from lorakeet.train import nonfinite, preflight
+from lorakeet.train.guards import nonfinite, preflight
 from lorakeet.train.step_state import StepHost
 
 _NONFINITE_HINT = "check these samples, lower the learning rate, or skip such steps: Trainer(..., non_finite='skip')"

@@ -128,7 +128,7 @@ def rehearse_save(model: PeftModel, folder: str | Path) -> None:
     Raises:
         AdapterError: An adapter cannot be saved, or its file would not fit this model.
     """
-    with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=folder) as aside:
+    with tempfile.TemporaryDirectory(prefix=".rehearsal.", suffix=".tmp", dir=folder) as aside:
         log.disabled = True  # the warning that the adapter is untrained
         try:
             model.save_pretrained(aside)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.rng import same_random_state
-from lorakeet.train import preflight
+from lorakeet.train.guards import preflight
 from lorakeet.train.step_state import Batch, StepState
 
 
