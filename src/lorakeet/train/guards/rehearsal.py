@@ -73,10 +73,10 @@ def _evaluation(trainer: Trainer) -> str | None:
     if trainer.args.eval_strategy == "no":
         return None
     sets = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
-    batches = [batch for each in sets for batch in _longest(trainer, each, trainer.args.eval_batch_size, 1)]
     trainer.model.eval()
     what = "an evaluation of the longest samples"
     with trainer.memory_errors_in(f"the rehearsal of {what}, before the first step"), trainer.accelerator.autocast():
+        batches = [batch for each in sets for batch in _longest(trainer, each, trainer.args.eval_batch_size, 1)]
         for batch in batches:
             trainer.evaluate_batch(trainer._prepare_inputs(batch))
     return what if batches else None
