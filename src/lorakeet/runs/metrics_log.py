@@ -70,17 +70,15 @@ class MetricsLog:
             return
         self._pending.clear()
 
-    def keep_until(self, step: int) -> list[dict[str, Any]]:
-        """Drop the lines after ``step``; return those that stay.
+    def replace(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write these lines in place of all that are there.
 
         Raises:
             OutputError: The file cannot be written.
         """
-        kept = [line for line in self.read() if line["step"] <= step]
         with write_file(self.path) as aside:
-            aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         self._pending.clear()
-        return kept
 
 
 def first_and_last(lines: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
