@@ -26,6 +26,7 @@ COMMANDS = {
     "quantize": "save a base in 8 bits, so that it loads in seconds",
     "push": "upload an adapter to the hub",
     "inspect": "show what an adapter is, whether it was trained, and which tools load it",
+    "rank": "show which rank each layer of an adapter needs, and write a smaller adapter",
     "plan": "list the layers that would be adapted, without loading weights",
 }
 

@@ -73,6 +73,11 @@ class TrainSettings(Section):
         "stop",
         description="on a loss or gradient that is not finite: stop, with the last good state saved, or skip the step",
     )
+    spike: Literal["stop", "skip", "warn"] = Field(
+        "stop",
+        description="on a loss or gradient norm far above those of the last 128 steps: as non_finite, or warn and apply the "
+        "step",
+    )
     gradient_checkpointing: bool | Count | Literal["auto"] = Field(
         "auto",
         description="recompute layers in the backward pass: less memory, more time; true: all; n: layer 0 and every n-th "

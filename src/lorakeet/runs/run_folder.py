@@ -28,6 +28,8 @@ FREE_SETTINGS = (
     "train.save_minutes",
     "train.keep_checkpoints",
     "train.keep_best",
+    "train.non_finite",
+    "train.spike",
 )
 
 

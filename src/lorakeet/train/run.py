@@ -222,6 +222,8 @@ class Run(RunOutput):
             "callbacks": callbacks,
             "any_checkpoint": any_checkpoint,
             "non_finite": train.non_finite,
+            "spike": train.spike,
+            "locations": data.train_locations,
             "token_budget": budget,
             "loraplus": self.loraplus,
         }

@@ -7,6 +7,7 @@ and the fingerprint of the run (:mod:`lorakeet.train.checkpoints.fingerprint`).
 
 from __future__ import annotations
 
+import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers.trainer_utils import TrainOutput
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import OutputError, TrainingError
 from lorakeet.files import check_output, check_room, clear_aside, write_folder
-from lorakeet.log import info, warn
+from lorakeet.log import info, silent, warn
 from lorakeet.train.callbacks.interrupt import EvaluationStoppedError
 from lorakeet.train.callbacks.save_by_time import SaveByTime
 from lorakeet.train.checkpoints.fingerprint import refuse_other_run, run_fingerprint, versions
@@ -34,6 +35,7 @@ from lorakeet.train.checkpoints.manifest import (
     write_manifest,
 )
 from lorakeet.train.checkpoints.saved_state import SavedState
+from lorakeet.train.checkpoints.state_files import read_state
 from lorakeet.train.guards import preflight
 
 
@@ -112,9 +114,7 @@ class ResumableTrainer(SavedState):
                 self.state.best_model_checkpoint = str(best)
         if self.args.should_save and folder.is_dir():  # damaged, or of another training
             remove_checkpoints([folder])
-        with write_folder(folder) if self.args.should_save else nullcontext() as temporary:
-            aside = Path(broadcast_object_list([str(temporary)])[0])
-            self._write_parts(aside)
+        self._write_aside(folder)
         self._saved_step = self.state.global_step
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
@@ -122,6 +122,11 @@ class ResumableTrainer(SavedState):
         if self.args.should_save:
             best_step = self.state.best_global_step if self.state.best_model_checkpoint else None
             keep_checkpoints(run_folder, self.state.global_step, best_step, self.args.save_total_limit)
+
+    def _write_aside(self, folder: Path) -> None:
+        """Write the files of a checkpoint to a temporary folder, which becomes ``folder`` when it is whole."""
+        with write_folder(folder) if self.args.should_save else nullcontext() as temporary:
+            self._write_parts(Path(broadcast_object_list([str(temporary)])[0]))
 
     def _write_parts(self, folder: Path) -> None:
         """Write the files of a checkpoint into a folder that is there already."""
@@ -153,13 +158,40 @@ class ResumableTrainer(SavedState):
             self._save_checkpoint(model, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
-    def _rehearse_saving(self) -> None:
-        """Check that a checkpoint fits on the disk and that the adapter can be saved."""
-        if self.args.should_save and (self._saves_by_time or self.args.save_strategy != "no"):
+    def rehearse_saving(self) -> str | None:
+        """Write a checkpoint aside, read it back and remove it; return what was done, None where none will be saved.
+
+        Raises:
+            OutputError: The output folder cannot be written, or has no space for a checkpoint.
+            TrainingError, AdapterError: What was written could not be resumed from.
+        """
+        if not (self._saves_by_time or self.args.save_strategy != "no"):
+            return None
+        folder = Path(self.args.output_dir) / "rehearsal"
+        if self.args.should_save:
             check_output(self.args.output_dir, preflight.checkpoint_bytes(self.model))
-            clear_aside(Path(self.args.output_dir), ["checkpoint-*", "rehearsal"])
-            if isinstance(self.model, PeftModel):
-                preflight.rehearse_save(self.model, self.args.output_dir)
+            clear_aside(Path(self.args.output_dir), ["checkpoint-*", folder.name])
+            shutil.rmtree(folder, ignore_errors=True)
+        if self._has_engine:  # its files can be written by a step only
+            return None
+        with silent():  # the adapter is untrained yet
+            self._write_aside(folder)
+        if self.args.should_save:
+            try:
+                self._read_back(folder)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+        return "a checkpoint, written and read back"
+
+    def _read_back(self, folder: Path) -> None:
+        """Check that a checkpoint could be resumed from, without changing the run."""
+        read_manifest(folder)
+        if not self.args.save_only_model:
+            self._check_parts(folder)
+            for name in ("optimizer", "scheduler", f"process_{self.args.process_index}"):
+                read_state(folder, name)
+        if isinstance(self.model, PeftModel):
+            preflight.check_saved_adapters(self.model, folder)
 
     def save_by_time(self, minutes: float) -> None:
         """Save a checkpoint every so many minutes and at the end, whatever the arguments say of steps."""
