@@ -32,8 +32,28 @@ SMALL = 1 << 20
 
 #: Elementwise operations whose edges differ.
 ELEMENTWISE = (
-    *("elu", "elu_backward", "exp2", "gelu", "gelu_backward", "glu", "glu_backward", "logaddexp", "mish", "mish_backward"),
-    *("mul.Tensor", "pow.Scalar", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "rsqrt", "sigmoid", "sigmoid_backward", "silu"),
+    *(
+        "elu",
+        "elu_backward",
+        "exp2",
+        "gelu",
+        "gelu_backward",
+        "glu",
+        "glu_backward",
+        "logaddexp",
+        "mish",
+        "mish_backward",
+    ),
+    *(
+        "mul.Tensor",
+        "pow.Scalar",
+        "pow.Tensor_Scalar",
+        "pow.Tensor_Tensor",
+        "rsqrt",
+        "sigmoid",
+        "sigmoid_backward",
+        "silu",
+    ),
     *("silu_backward", "sinh", "softplus", "softplus_backward", "softshrink", "softshrink_backward"),
 )
 #: Elementwise operations that differ in half precision only.
@@ -41,7 +61,14 @@ HALF_ONLY = ("mul.Tensor", "rsqrt", "softshrink")
 #: Sums, and operations with a sum for each thread.
 SUMS = (
     *("sum", "sum.dim_IntList", "mean", "mean.dim", "prod", "prod.dim_int", "dot", "vdot", "mv", "addmv", "_softmax"),
-    *("_softmax_backward_data", "_log_softmax", "_log_softmax_backward_data", "mse_loss", "smooth_l1_loss", "huber_loss"),
+    *(
+        "_softmax_backward_data",
+        "_log_softmax",
+        "_log_softmax_backward_data",
+        "mse_loss",
+        "smooth_l1_loss",
+        "huber_loss",
+    ),
     *("native_layer_norm_backward", "native_batch_norm", "native_batch_norm_backward", "native_group_norm"),
     *("native_group_norm_backward", "convolution", "convolution_backward", "_index_put_impl_"),
 )
@@ -150,9 +177,7 @@ def _mm(kernel: Any) -> Kernel:
 
 
 def _addmm(kernel: Any, in_place: bool = False) -> Kernel:
-    def run(
-        keyset: Any, given: Tensor, a: Tensor, b: Tensor, beta: Any = 1, alpha: Any = 1, **settings: Any
-    ) -> Any:
+    def run(keyset: Any, given: Tensor, a: Tensor, b: Tensor, beta: Any = 1, alpha: Any = 1, **settings: Any) -> Any:
         if a.numel() * b.shape[-1] <= SMALL:
             return _alone(kernel, keyset, (given, a, b), {"beta": beta, "alpha": alpha, **settings})
         bias = given if given.dim() == 1 and alpha == beta == 1 else None
