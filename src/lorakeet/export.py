@@ -64,7 +64,7 @@ def merge(
         OutputError: ``out`` is not empty or not writable, or its disk has too little room.
     """
     folder = check_empty(out, overwrite)
-    settings = settings_of_base(settings, PeftConfig.from_pretrained(adapter))
+    settings = settings_of_base(settings, PeftConfig.from_pretrained(adapter), adapter)
     with write_folder(folder) as aside:  # fails before the expensive part if the folder is not writable
         source, asked, loaded = _formats_of(settings)
         check_room(folder, bytes_to_store(source, asked))

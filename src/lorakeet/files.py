@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakeet.errors import LorakeetError, OutputError
+from lorakeet.security.shown import redact
 
 #: File name suffixes of formats that hold pickles; opening one can run code.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -260,9 +261,9 @@ def write_elsewhere(name: str, write: Callable[[Path], None]) -> Path | None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically."""
+    """Write ``value`` as indented JSON, atomically; secrets in its texts are hidden."""
     with write_file(path) as aside:
-        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside.write_text(redact(json.dumps(value, indent=2, ensure_ascii=False)) + "\n", encoding="utf-8")
 
 
 def hub_file(
