@@ -52,7 +52,7 @@ def _unmount(folder: Path) -> bool:
 
 @contextmanager
 def small_disk(folder: Path, size: int = DISK_BYTES) -> Iterator[Path]:
-    """Mount a disk in memory at ``folder`` inside the block.
+    """Set up a disk in memory at ``folder`` inside the block.
 
     Raises:
         OSError: It cannot be mounted.
@@ -82,7 +82,7 @@ def limit_files() -> None:
 
 
 def make_read_only(disk: Path) -> None:
-    """Mount the disk again so that it refuses every write; one with an open file stays as it is."""
+    """Switch the disk to refuse every write; one with an open file stays as it is."""
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True, check=False)
 
 
@@ -94,7 +94,7 @@ def make_usable(disk: Path) -> None:
 
 @dataclass
 class Trial:
-    """One session whose disk failed, and the one that went on from it."""
+    """A session whose disk failed, and the one that went on from it."""
 
     bits: int
     fault: str

@@ -75,7 +75,8 @@ class RunOutput:
         }
         best = self.best_step(trainer)
         lines = [line for line in progress.log.read() if best is None or line["step"] <= best or "loss" in line]
-        return summarize(self.folder, self.base, self.model, self.task, self.data, done, settings, lines)
+        figures = summarize(self.folder, self.base, self.model, self.task, self.data, done, settings, lines)
+        return {**figures, **({} if best is None else {"best_step": best})}
 
     def best_step(self, trainer: Trainer) -> int | None:
         """Return the step that the adapter at the end is from, where it is an earlier one than the last."""
