@@ -50,6 +50,7 @@ from lorakeet.train.manifest import latest_checkpoint
 from lorakeet.train.memory_plan import every_that_fits, free_memory
 from lorakeet.train.microbatch_packing import default_token_budget
 from lorakeet.train.preflight import checkpoint_bytes
+from lorakeet.train.processes.sharding import check_can_shard, shard_base
 from lorakeet.train.summary import Progress, compare_figures, report_outcome, samples_seen, summarize
 from lorakeet.train.task_trainer import TaskTrainer
 from lorakeet.train.trainer import Trainer
@@ -113,6 +114,8 @@ def run_training(
     args.eval_strategy = "no" if data.held_out is None else args.eval_strategy
     set_seed(config.train.seed)
     model = put_adapter(config, base, task)
+    if config.train.fsdp:
+        check_can_shard(model, state.num_processes)
     run = Run(config, folder, base, model, data, chosen, task, args, began)
     run.announce()
     if args.process_index == 0:
@@ -176,6 +179,8 @@ class Run:
             if self.config.train.fused_layers:
                 patches.enter_context(fused_layers(self.model))
             patches.enter_context(self._with_checkpointing(trainer))
+            if self.config.train.fsdp:  # the patches above are verified with whole weights
+                shard_base(self.model, self.args.device, self.args.world_size)
             self._fit(trainer, progress, stop, resume, any_checkpoint)
             self._save()  # before anything else can fail
             self._measure(trainer, trainer.state.global_step, progress.log)

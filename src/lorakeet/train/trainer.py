@@ -37,6 +37,7 @@ from lorakeet.train.evaluate import all_batches, held_out_sums, longest_first
 from lorakeet.train.length_sampler import LengthWindows
 from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.microbatch_packing import ForwardGroups, why_model_separates
+from lorakeet.train.processes.sharding import data_parallel, is_sharded
 from lorakeet.train.step_state import Batch, ForwardPass, StepState
 
 
@@ -120,6 +121,14 @@ class Trainer(ResumableTrainer):
         if is_new and self.loraplus:
             self.loraplus.split_(created, self.model if model is None else model, self.args.learning_rate)
         return created
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Wrap the model as the parent does; one with a sharded base in DDP for its adapters alone."""
+        if training and is_sharded(model) and not isinstance(model, nn.parallel.DistributedDataParallel):
+            settings = self.accelerator.ddp_handler.to_kwargs() if self.accelerator.ddp_handler else {}
+            return data_parallel(model, self.args.device, **settings)
+        wrapped: nn.Module = super()._wrap_model(model, training, dataloader)
+        return wrapped
 
     # ---- loss -------------------------------------------------------------------------------------------------
 
