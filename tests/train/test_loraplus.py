@@ -17,8 +17,8 @@ from helpers.tiny_training import tiny_data, tiny_llama, tiny_peft
 from lorakeet import LoraConfig, PeftModel, Trainer, get_peft_model
 from lorakeet.config import make_run
 from lorakeet.errors import ConfigError, TrainingError
+from lorakeet.train.checkpoints.manifest import latest_checkpoint
 from lorakeet.train.loraplus import LoraPlus
-from lorakeet.train.manifest import latest_checkpoint
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "pairs": {"base": "llama", "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"},

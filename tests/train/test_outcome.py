@@ -10,9 +10,9 @@ import pytest
 
 from lorakeet.adapter.inspect import inspect_adapter
 from lorakeet.errors import OutputError, TrainingError
-from lorakeet.train import checkpoint
 from lorakeet.train import run as module
 from lorakeet.train.callbacks.progress import ProgressCallback
+from lorakeet.train.checkpoints import resumable
 from lorakeet.train.run import run_training
 from lorakeet.train.summary import OUTCOMES, outcome, report_outcome
 
@@ -96,14 +96,14 @@ def test_a_run_without_room_ends_before_its_first_step(settings, tmp_path: Path,
 
 
 def test_a_checkpoint_that_does_not_fit_is_left_out_and_the_run_goes_on(settings, monkeypatch, caplog) -> None:
-    real = checkpoint.write_manifest
+    real = resumable.write_manifest
 
     def full(folder: Path, *rest) -> None:
         if "checkpoint-2." in folder.name:
             raise OSError(errno.ENOSPC, "full")
         real(folder, *rest)
 
-    monkeypatch.setattr(checkpoint, "write_manifest", full)
+    monkeypatch.setattr(resumable, "write_manifest", full)
     summary = run_training(settings(train__save_every=2))
     assert summary["steps"] == 6
     assert "step 2 has no checkpoint" in caplog.text

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from lorakeet.chat.messages import Message
 from lorakeet.chat.template import render_chat
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.eval_mode import evaluating
 from lorakeet.facts.padding import padding_token
 from lorakeet.facts.special_tokens import prompt_ids, rendered_ids, text_ids
 from lorakeet.facts.vocabulary import check_token_ids, embedding_rows
@@ -212,15 +212,3 @@ class _Streamer(BaseStreamer):
         if text.startswith(self.shown) and text != self.shown:
             self.stream(text[len(self.shown) :])
             self.shown = text
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put the model into eval mode within the block, and restore the mode of every module afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

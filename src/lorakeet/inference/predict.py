@@ -20,6 +20,7 @@ from lorakeet.config import TaskSettings
 from lorakeet.data.collate import make_collator
 from lorakeet.data.encode.encoder import Sample, cannot_encode
 from lorakeet.errors import DataError
+from lorakeet.eval_mode import evaluating
 from lorakeet.facts.vocabulary import embedding_rows
 from lorakeet.facts.window import longest_text
 from lorakeet.inference.answers import (
@@ -31,7 +32,6 @@ from lorakeet.inference.answers import (
     window_answers,
     word_tags,
 )
-from lorakeet.inference.generate import evaluating
 from lorakeet.inference.questions import Question, canonical_questions, question_encoder, word_starts
 from lorakeet.log import warn
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.errors import MergeError
+from lorakeet.eval_mode import evaluating
 from lorakeet.log import info, warn
 from lorakeet.lora.checks.merge_loss import (
     ACCEPTED_LOSS,
@@ -26,7 +27,7 @@ from lorakeet.lora.checks.merge_loss import (
     stored_copies,
     worst_loss,
 )
-from lorakeet.lora.checks.merge_probe import Probe, evaluating, largest_difference
+from lorakeet.lora.checks.merge_probe import Probe, largest_difference
 from lorakeet.lora.config import refuse_unknown
 from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.lifecycle.merged import merged_names

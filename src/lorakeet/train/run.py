@@ -43,10 +43,10 @@ from lorakeet.tasks.taught import NOTES, taught_notes
 from lorakeet.train.arguments import training_arguments
 from lorakeet.train.callbacks.interrupt import StopAfterStep, resume_command
 from lorakeet.train.callbacks.progress import ProgressCallback
+from lorakeet.train.checkpoints.manifest import latest_checkpoint
 from lorakeet.train.evaluate import longest_first
 from lorakeet.train.init_adapter import fit_base, loading_options, put_adapter, tokenizer_and_limits, with_init_adapter
 from lorakeet.train.loraplus import LoraPlus
-from lorakeet.train.manifest import latest_checkpoint
 from lorakeet.train.memory_plan import every_that_fits, free_memory
 from lorakeet.train.microbatch_packing import default_token_budget
 from lorakeet.train.preflight import checkpoint_bytes

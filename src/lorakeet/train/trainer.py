@@ -3,7 +3,7 @@
 Same constructor, same TrainingArguments, any transformers model; checkpoints of a Lorakeet model hold the adapter
 alone. Differences from the parent:
 
-- a checkpoint is complete or absent, and a checkpoint of another run is refused (:mod:`lorakeet.train.checkpoint`);
+- a checkpoint is complete or absent, and a checkpoint of another run is refused (:mod:`lorakeet.train.checkpoints`);
 - a resumed run equals an uninterrupted one bit for bit on the same machine;
 - the loss is per real target token over the whole optimizer step, also for models that do not count tokens themselves;
 - micro-batches of one step may share a forward pass (:mod:`lorakeet.train.microbatch_packing`);
@@ -32,7 +32,7 @@ from lorakeet.rng import random_state, same_random_state, set_random_state
 from lorakeet.tasks.measure import Measure, Sums, TokenMeasure
 from lorakeet.train import preflight
 from lorakeet.train.callbacks.step import StepCallback
-from lorakeet.train.checkpoint import ResumableTrainer, SteadyCollator
+from lorakeet.train.checkpoints.resumable import ResumableTrainer, SteadyCollator
 from lorakeet.train.evaluate import all_batches, held_out_sums, longest_first
 from lorakeet.train.length_sampler import LengthWindows
 from lorakeet.train.loraplus import LoraPlus

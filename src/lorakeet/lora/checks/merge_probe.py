@@ -6,12 +6,11 @@ them. There each layer runs on its own, widened to fp32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakeet.facts.padding import padding_token
 from lorakeet.facts.vocabulary import embedding_rows
@@ -98,15 +97,3 @@ def largest_difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """Return the largest absolute difference between outputs; NaN if one of them is."""
     differences = torch.tensor([float((x - y).abs().max()) for x, y in zip(a, b, strict=True)])
     return float(differences.max()) if len(differences) else 0.0
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode inside the block, and back into its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorakeet.lora.peft_names.own_switch import own_switch
+from lorakeet.lora.peft_names.own_switch import SwitchNames
 
 
-class LayerNames(nn.Module):
+class LayerNames(SwitchNames):
     """PEFT's names, as a parent class of :class:`~lorakeet.lora.layer.LoraLayer`."""
 
     #: Tables of an adapter's parameters, by adapter.
@@ -23,30 +23,11 @@ class LayerNames(nn.Module):
         """Whether the base's weight holds an adapter."""
         return bool(self.merged_adapters)
 
-    @property
-    def active_adapters(self: Any) -> list[str]:
-        """Names of the active adapters."""
-        return list(self.switch.active)
-
-    @property
-    def active_adapter(self: Any) -> list[str]:
-        """The same; PEFT has both names."""
-        return list(self.switch.active)
-
-    @property
-    def disable_adapters(self: Any) -> bool:
-        """Whether no adapter acts."""
-        return not self.switch.enabled
-
     def is_target(self) -> bool:
         """Whether the layer has an adapter because ``target_modules`` names it."""
         return True
 
-    def available_adapters(self: Any) -> list[str]:
-        """Return the names of the layer's adapters, sorted."""
-        return sorted(self.r)
-
-    _get_available_adapters = _all_available_adapter_names = available_adapters
+    _all_available_adapter_names = SwitchNames.available_adapters
 
     def get_base_layer(self: Any) -> nn.Module:
         """Return the adapted layer of the base."""
@@ -65,24 +46,6 @@ class LayerNames(nn.Module):
     def out_features(self: Any) -> int:
         """Number of features of the output."""
         return _features(self.base_layer, ("out_features", "out_channels", "embedding_dim", "nf"))
-
-    def enable_adapters(self: Any, enabled: bool) -> None:
-        """Let the adapters of this layer act, or none; :meth:`LoraModel.enable_adapter_layers` does so for all."""
-        own_switch(self).enabled = enabled
-        for adapter in self.r:
-            self.set_trainable(adapter, enabled and adapter in self.switch.active)
-
-    def set_adapter(self: Any, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activate adapters in this layer alone, until the model's ``set_adapter``; they are trainable then."""
-        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        own_switch(self).active = names
-        for adapter in self.r:
-            self.set_trainable(adapter, adapter in names and not inference_mode)
-
-    def set_requires_grad(self: Any, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Make adapters trainable in this layer, or freeze them."""
-        for adapter in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
-            self.set_trainable(adapter, requires_grad)
 
     def merge(self: Any, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Merge adapters in this layer alone; left out: the active ones."""

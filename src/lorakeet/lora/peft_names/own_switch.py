@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from torch import nn
 
 
 class OwnSwitch:
@@ -36,3 +39,46 @@ def own_switch(layer: Any) -> OwnSwitch:
     if not isinstance(layer.switch, OwnSwitch):
         layer.switch = OwnSwitch(layer.switch)
     return layer.switch
+
+
+class SwitchNames(nn.Module):
+    """PEFT's names for the choice of adapters in one layer; a parent class of adapted layers and saved modules."""
+
+    @property
+    def active_adapters(self: Any) -> list[str]:
+        """Names of the active adapters."""
+        return list(self.switch.active)
+
+    @property
+    def active_adapter(self: Any) -> list[str]:
+        """The same; PEFT has both names."""
+        return list(self.switch.active)
+
+    @property
+    def disable_adapters(self: Any) -> bool:
+        """Whether no adapter acts."""
+        return not self.switch.enabled
+
+    def available_adapters(self: Any) -> list[str]:
+        """Return the names of the adapters that have a part here, sorted."""
+        return sorted(self.adapters)
+
+    _get_available_adapters = available_adapters
+
+    def enable_adapters(self: Any, enabled: bool) -> None:
+        """Let the adapters act here, or none; :meth:`LoraModel.enable_adapter_layers` does so for all layers."""
+        own_switch(self).enabled = enabled
+        for adapter in self.adapters:
+            self.set_trainable(adapter, enabled and adapter in self.switch.active)
+
+    def set_adapter(self: Any, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate adapters in this layer alone, until the model's ``set_adapter``; they are trainable then."""
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        own_switch(self).active = names
+        for adapter in self.adapters:
+            self.set_trainable(adapter, adapter in names and not inference_mode)
+
+    def set_requires_grad(self: Any, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable in this layer, or freeze them."""
+        for adapter in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+            self.set_trainable(adapter, requires_grad)

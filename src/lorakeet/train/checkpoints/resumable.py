@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, and that only the run that wrote them resumes from.
+"""Trainer whose checkpoints are complete or absent, and that only the run that wrote them resumes from.
 
 A checkpoint is written to a temporary folder, flushed to disk and renamed last, so ``checkpoint-*`` is never partial.
 Its ``lorakeet_checkpoint.json`` lists the files with their sizes, so that a truncated copy is detected. It also holds
@@ -30,7 +30,7 @@ from lorakeet.log import info, warn
 from lorakeet.lora.interop.trainer_hooks import missing_parts
 from lorakeet.rng import same_random_state
 from lorakeet.train import preflight
-from lorakeet.train.manifest import (
+from lorakeet.train.checkpoints.manifest import (
     MANIFEST,
     clear_aside,
     latest_checkpoint,

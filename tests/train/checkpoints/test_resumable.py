@@ -14,7 +14,7 @@ from transformers import DataCollatorForLanguageModeling, TrainerCallback
 from helpers.tiny_training import tiny_data, tiny_llama, tiny_peft, tiny_tokenizer
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import TrainingError
-from lorakeet.train import checkpoint, manifest
+from lorakeet.train.checkpoints import manifest, resumable
 from lorakeet.train.trainer import Trainer
 
 
@@ -100,7 +100,7 @@ def test_a_random_collator_draws_the_same_masks_when_resumed(make_args, tmp_path
 
 
 def test_a_random_collator_draws_new_masks_in_each_epoch():
-    steady = checkpoint.SteadyCollator(lambda samples: torch.rand(3).tolist(), seed=1)
+    steady = resumable.SteadyCollator(lambda samples: torch.rand(3).tolist(), seed=1)
     first, other = steady([1]), steady([2])
     assert steady([1]) == first != other
     steady.epoch = 1
@@ -167,7 +167,7 @@ def test_killed_while_writing_leaves_no_checkpoint(at, make_args, collator, tmp_
         "model": (Trainer, "_save"),
         "optimizer": (Trainer, "_save_optimizer_and_scheduler"),
         "state": (Trainer, "_export_callbacks"),
-        "manifest": (checkpoint, "write_manifest"),
+        "manifest": (resumable, "write_manifest"),
     }
     where, name = places[at]
     real = getattr(where, name)
