@@ -21,6 +21,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.adapter.serialization import add_notes
 from lorakeet.base.architectures import AUTO_CLASSES
+from lorakeet.base.device_dtype import choose_device
 from lorakeet.base.load import Base, inspect_model, load_base
 from lorakeet.base.quiet import quiet
 from lorakeet.config import RunConfig, TaskSettings
@@ -35,6 +36,7 @@ from lorakeet.patches.fused_layers import fused_layers
 from lorakeet.patches.fused_loss import fused_loss
 from lorakeet.patches.gradient_checkpointing import gradient_checkpointing
 from lorakeet.patches.padding_free import padding_free, why_padded
+from lorakeet.runs.folder_lock import check_unlocked, locked
 from lorakeet.runs.metrics_log import MetricsLog
 from lorakeet.runs.run_folder import check_run_folder, claim_folder, is_run, refuse_other_settings
 from lorakeet.tasks.setup import check_rank, task_settings, with_length
@@ -43,13 +45,16 @@ from lorakeet.tasks.taught import NOTES, taught_notes
 from lorakeet.train.arguments import training_arguments
 from lorakeet.train.callbacks.interrupt import StopAfterStep, resume_command
 from lorakeet.train.callbacks.progress import ProgressCallback
-from lorakeet.train.checkpoints.manifest import latest_checkpoint
+from lorakeet.train.checkpoints.manifest import data_hash, latest_checkpoint
 from lorakeet.train.evaluate import longest_first
 from lorakeet.train.init_adapter import fit_base, loading_options, put_adapter, tokenizer_and_limits, with_init_adapter
 from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.memory_plan import every_that_fits, free_memory
 from lorakeet.train.microbatch_packing import default_token_budget
 from lorakeet.train.preflight import checkpoint_bytes
+from lorakeet.train.processes.agreement import check_agreement, in_any_process, settings_facts
+from lorakeet.train.processes.failures import shared_failures
+from lorakeet.train.processes.launch import join_processes, restarts
 from lorakeet.train.processes.sharding import check_can_shard, shard_base
 from lorakeet.train.summary import Progress, compare_figures, report_outcome, samples_seen, summarize
 from lorakeet.train.task_trainer import TaskTrainer
@@ -91,9 +96,23 @@ def run_training(
         TrainingError: The run must stop, see :class:`lorakeet.train.trainer.Trainer`.
     """
     began = time.perf_counter()
-    if int(os.environ.get("RANK", "0")) > 0:
+    if int(os.environ.get("RANK") or 0) > 0:
         log.setLevel("ERROR")
+    state = join_processes(choose_device(config.base.device))
+    with shared_failures():
+        if in_any_process(restarts() > 0):
+            resume, overwrite = True, False
+        return _train_together(config, state, began, resume, overwrite, any_checkpoint)
+
+
+def _train_together(
+    config: RunConfig, state: PartialState, began: float, resume: bool, overwrite: bool, any_checkpoint: bool
+) -> dict[str, Any]:
+    """Train as :func:`run_training` says, after the processes have joined each other."""
     folder = Path(config.out)
+    check_agreement(settings_facts(config))
+    if state.is_main_process:
+        check_unlocked(folder)
     check_run_folder(folder, resume=resume, overwrite=overwrite)
     config = with_init_adapter(config)
     if resume and not any_checkpoint and is_run(folder):
@@ -101,10 +120,12 @@ def run_training(
     model_info = inspect_model(config.base)
     chosen = task_settings(config, model_info)
     check_rank(config, model_info, Task(chosen.type), free_memory)
-    (state := PartialState()).wait_for_everyone()  # no process writes to the folder before all have checked it
+    state.wait_for_everyone()  # no process writes to the folder before all have checked it
     with state.main_process_first():  # damaged data is reported before a base of many gigabytes is read
         tokenizer, limits = tokenizer_and_limits(config, model_info)
         data = prepare(config.data, chosen, tokenizer, seed=config.train.seed, **limits)
+    if state.num_processes > 1:
+        check_agreement({"the data": data.report.content_hash, "the order of its samples": data_hash(data.train)})
     config = with_length(config, data.report.train_samples, state.num_processes)
     task = Task(chosen.type, data.problem, data.labels)
     options = loading_options(config, task)
@@ -118,10 +139,11 @@ def run_training(
         check_can_shard(model, state.num_processes)
     run = Run(config, folder, base, model, data, chosen, task, args, began)
     run.announce()
-    if args.process_index == 0:
-        claim_folder(folder, config, resume=resume, need=run.bytes_to_write(resume))
-    with quiet(), StopAfterStep() as stop:
-        return run.train(stop, resume, any_checkpoint)
+    with locked(folder) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            claim_folder(folder, config, resume=resume, need=run.bytes_to_write(resume))
+        with quiet(), StopAfterStep() as stop:
+            return run.train(stop, resume, any_checkpoint)
 
 
 @dataclass

@@ -37,6 +37,7 @@ from lorakeet.train.evaluate import all_batches, held_out_sums, longest_first
 from lorakeet.train.length_sampler import LengthWindows
 from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.microbatch_packing import ForwardGroups, why_model_separates
+from lorakeet.train.processes.agreement import check_agreement, check_same_weights
 from lorakeet.train.processes.sharding import data_parallel, is_sharded
 from lorakeet.train.step_state import Batch, ForwardPass, StepState
 
@@ -124,6 +125,8 @@ class Trainer(ResumableTrainer):
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """Wrap the model as the parent does; one with a sharded base in DDP for its adapters alone."""
+        if training:
+            check_same_weights(self.model)  # DDP would silently take those of the first process
         if training and is_sharded(model) and not isinstance(model, nn.parallel.DistributedDataParallel):
             settings = self.accelerator.ddp_handler.to_kwargs() if self.accelerator.ddp_handler else {}
             return data_parallel(model, self.args.device, **settings)
@@ -246,6 +249,8 @@ class Trainer(ResumableTrainer):
     def begin_training(self) -> None:
         """Check that the training can run, save and evaluate; restore the logged losses of a resumed run."""
         self._groups.restart()
+        if self.args.world_size > 1:
+            check_agreement(self.fingerprint())
         preflight.check_sharded(self.model_wrapped, self.args)
         preflight.announce_unfrozen(self.model)
         self.rehearse()

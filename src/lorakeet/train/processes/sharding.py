@@ -27,6 +27,7 @@ from lorakeet.errors import TrainingError
 from lorakeet.log import info
 from lorakeet.patches.gradient_checkpointing import checkpointable_layers
 from lorakeet.quant.protocol import quantized_layers
+from lorakeet.train.processes.agreement import check_same_weights
 
 
 def check_can_shard(model: nn.Module, processes: int) -> None:
@@ -54,7 +55,9 @@ def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if id(parameter) in inside and not parameter.requires_grad and (parameter.ndim > 1 or id(parameter) in quantized)
+        if id(parameter) in inside
+        and not parameter.requires_grad
+        and (parameter.ndim > 1 or id(parameter) in quantized)
     }
 
 
@@ -69,9 +72,10 @@ def shard_base(model: nn.Module, device: torch.device, processes: int) -> None:
         processes: Number of processes.
 
     Raises:
-        TrainingError: See :func:`check_can_shard`, or the shards are not a part of the base.
+        TrainingError: See :func:`check_can_shard`; weights differ between processes, or stay whole in them.
     """
     check_can_shard(model, processes)
+    check_same_weights(model)  # afterwards each process has other ones
     warnings.filterwarnings("ignore", message=r".*returned a view tensor")  # no layer changes its input in place
     mesh = init_device_mesh(device.type, (processes,))
     chosen = set(sharded_parameters(model).values())
