@@ -15,7 +15,7 @@ from lorakeet.patches.fused_layers import fused_layers
 from lorakeet.patches.fused_loss import fused_loss
 from lorakeet.patches.gradient_checkpointing import checkpointable_layers
 from lorakeet.patches.padding_free import padding_free
-from lorakeet.train import preflight
+from lorakeet.train.guards import preflight
 from lorakeet.train.memory_plan import (
     SHARE,
     _kept,

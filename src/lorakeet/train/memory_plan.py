@@ -14,7 +14,7 @@ from lorakeet.log import info, warn
 from lorakeet.patches.gradient_checkpointing import KeptBytes, can_checkpoint, choose_every, kept_by
 from lorakeet.patches.padding_free import is_padding_free
 from lorakeet.rng import same_random_state
-from lorakeet.train import preflight
+from lorakeet.train.guards import preflight
 
 if TYPE_CHECKING:
     from lorakeet.train.trainer import Trainer
