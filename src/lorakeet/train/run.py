@@ -21,6 +21,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.adapter.serialization import add_notes
 from lorakeet.base.architectures import AUTO_CLASSES
+from lorakeet.base.device_dtype import choose_device
 from lorakeet.base.load import Base, inspect_model, load_base
 from lorakeet.base.quiet import quiet
 from lorakeet.config import RunConfig, TaskSettings
@@ -31,10 +32,10 @@ from lorakeet.data.prepared import Prepared
 from lorakeet.errors import OutputError, TrainingError
 from lorakeet.files import write_elsewhere, write_folder, write_json
 from lorakeet.log import info, log, warn
-from lorakeet.patches.fused_layers import fused_layers
-from lorakeet.patches.fused_loss import fused_loss
 from lorakeet.patches.gradient_checkpointing import gradient_checkpointing
-from lorakeet.patches.padding_free import padding_free, why_padded
+from lorakeet.patches.of_training import training_patches
+from lorakeet.plan.free_memory import free_memory
+from lorakeet.plan.plan import Plan, compare, step_seconds
 from lorakeet.runs.metrics_log import MetricsLog
 from lorakeet.runs.run_folder import check_run_folder, claim_folder, is_run, refuse_other_settings
 from lorakeet.tasks.setup import check_rank, task_settings, with_length
@@ -47,8 +48,8 @@ from lorakeet.train.checkpoints.manifest import latest_checkpoint
 from lorakeet.train.evaluate import longest_first
 from lorakeet.train.init_adapter import fit_base, loading_options, put_adapter, tokenizer_and_limits, with_init_adapter
 from lorakeet.train.loraplus import LoraPlus
-from lorakeet.train.memory_plan import every_that_fits, free_memory
 from lorakeet.train.microbatch_packing import default_token_budget
+from lorakeet.train.planning.at_start import plan_at_start, same_in_all_processes
 from lorakeet.train.preflight import checkpoint_bytes
 from lorakeet.train.summary import Progress, compare_figures, report_outcome, samples_seen, summarize
 from lorakeet.train.task_trainer import TaskTrainer
@@ -106,6 +107,7 @@ def run_training(
         data = prepare(config.data, chosen, tokenizer, seed=config.train.seed, **limits)
     config = with_length(config, data.report.train_samples, state.num_processes)
     task = Task(chosen.type, data.problem, data.labels)
+    plan = plan_at_start(config, model_info, chosen, data, free_memory(choose_device(config.base.device)))
     options = loading_options(config, task)
     base = fit_base(config, load_base(config.base, auto_class=AUTO_CLASSES[task.name], for_training=True, **options))
     info(f"base       {base.describe()}")
@@ -113,7 +115,7 @@ def run_training(
     args.eval_strategy = "no" if data.held_out is None else args.eval_strategy
     set_seed(config.train.seed)
     model = put_adapter(config, base, task)
-    run = Run(config, folder, base, model, data, chosen, task, args, began)
+    run = Run(config, folder, base, model, data, chosen, task, args, began, plan)
     run.announce()
     if args.process_index == 0:
         claim_folder(folder, config, resume=resume, need=run.bytes_to_write(resume))
@@ -134,6 +136,7 @@ class Run:
     task: Task
     args: TrainingArguments
     began: float
+    plan: Plan | None = None
 
     @property
     def loraplus(self) -> LoraPlus | None:
@@ -170,11 +173,7 @@ class Run:
         progress = ProgressCallback(self.folder / "metrics.jsonl")
         trainer = self._trainer([progress, stop], any_checkpoint)
         with ExitStack() as patches:
-            patches.enter_context(self._without_padding())
-            if self.config.train.fused_loss:
-                patches.enter_context(fused_loss(self.model))
-            if self.config.train.fused_layers:
-                patches.enter_context(fused_layers(self.model))
+            patches.enter_context(training_patches(self.model, self.config.train))
             patches.enter_context(self._with_checkpointing(trainer))
             self._fit(trainer, progress, stop, resume, any_checkpoint)
             self._save()  # before anything else can fail
@@ -199,20 +198,11 @@ class Run:
         adapter = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         return adapter + tokenizer + FIGURES_BYTES + checkpoints * checkpoint_bytes(self.model)
 
-    def _without_padding(self) -> AbstractContextManager[Any]:
-        """Return the context in which layers skip padding, where that is proven to change nothing else."""
-        if not self.config.train.padding_free:
-            return nullcontext()
-        if reason := why_padded(self.model):
-            info(f"padding    is computed: {reason}")
-            return nullcontext()
-        return padding_free(self.model)
-
     def _with_checkpointing(self, trainer: Trainer) -> AbstractContextManager[Any]:
         """Return the context in which layers are checkpointed: as set, or as memory needs."""
         every: bool | int | str | None = self.config.train.gradient_checkpointing
         if every == "auto":
-            every = every_that_fits(trainer, free_memory(self.args.device), self.config.data.max_length)
+            every = same_in_all_processes(self.plan, trainer.accelerator)
         return gradient_checkpointing(self.model, int(every)) if every else nullcontext()
 
     def _fit(
@@ -292,7 +282,9 @@ class Run:
             "seed": train.seed,
         }
         lines = progress.log.read()
-        return summarize(self.folder, self.base, self.model, self.task, self.data, done, settings, lines)
+        found = summarize(self.folder, self.base, self.model, self.task, self.data, done, settings, lines)
+        peak = found["peak_device_bytes"] or found["peak_rss_bytes"]
+        return found | compare(self.plan, peak, step_seconds(lines))
 
     def _save(self) -> None:
         """Write the adapter, complete or not at all; elsewhere, if the run's folder has no room.
