@@ -6,9 +6,14 @@ MAIN   := $(VENV)/.main
 READY  := $(VENV)/.ready
 # Processes of the tests, with one thread each: two cores are what every laptop has.
 WORKERS ?= 2
+# The torture: the seed of its moments, and the runs of its three parts.
+SEED    ?= 1
+KILLS   ?= 100
+DAMAGES ?= 200
+DISKS   ?= 60
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: help install demo test test-all lint bench docs picture clean
+.PHONY: help install demo test test-all torture lint bench docs picture clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -37,6 +42,9 @@ test: lint       ## run lint, types, import contracts, and all but the slow test
 
 test-all: lint   ## run all tests, with the slow ones and new random inputs
 	$(BIN)/python -m pytest -m '' --hypothesis-profile=wild
+
+torture: install ## kill runs, damage their files and fill their disks; SEED, KILLS, DAMAGES and DISKS choose
+	PYTHONPATH=scripts $(BIN)/python -m torture --seed $(SEED) --kills $(KILLS) --damages $(DAMAGES) --disks $(DISKS)
 
 lint: install    ## run lint, types and import contracts
 	$(BIN)/ruff check .

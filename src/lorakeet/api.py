@@ -6,13 +6,14 @@ Each takes settings and returns plain values; nothing here prints to stdout.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.base.architectures import AUTO_CLASSES, DEFAULT_TASKS, check_task, family
 from lorakeet.base.meta_device import meta_model, read_config
 from lorakeet.chat.template import has_system_turn, with_system_turn
-from lorakeet.config import DataSettings, LoraSettings, TaskName, TaskSettings
+from lorakeet.config import BaseSettings, DataSettings, LoraSettings, TaskName, TaskSettings
 from lorakeet.data.collate import make_collator
 from lorakeet.data.prepare import prepare
 from lorakeet.errors import DataError
@@ -27,6 +28,7 @@ from lorakeet.log import info, warn
 from lorakeet.lora.config import LoraConfig, PeftConfig
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import plan_injection
+from lorakeet.rank.resize import resize
 from lorakeet.tasks.task import Task
 from lorakeet.tasks.taught import Taught
 from lorakeet.train.evaluate import evaluate
@@ -46,6 +48,7 @@ __all__ = [
     "plan_layers",
     "predict",
     "quantize",
+    "resize_adapter",
     "system_turn",
 ]
 
@@ -256,3 +259,39 @@ def plan_layers(model: str, lora: LoraSettings, task: TaskName = "auto") -> dict
         "trainable_parameters": trainable,
         "all_parameters": total,
     }
+
+
+def resize_adapter(
+    adapter: str,
+    out: Path,
+    base: BaseSettings,
+    data: DataSettings | None = None,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write the nearest adapter of a lower rank, and measure the loss of both if data is given.
+
+    Args:
+        adapter: Folder or hub id.
+        out: Folder to write.
+        base: Settings of the base, which only a measurement needs.
+        data: Data to measure on, all rows of it.
+        rank: The rank of every layer.
+        energy: Instead of ``rank``: the share of the energy that each layer keeps.
+        overwrite: Replace the contents of ``out``.
+
+    Returns:
+        The result of :func:`lorakeet.rank.resize.resize`; with data also ``loss_before`` and ``loss_after``.
+
+    Raises:
+        AdapterError: See :func:`lorakeet.rank.resize.resize`.
+        OutputError: ``out`` is not empty or not writable.
+    """
+    made = resize(adapter, check_empty(out, overwrite), rank=rank, energy=energy)
+    if data is not None:
+        opened = open_model(base, [adapter, str(out)], allow_untrained=True)
+        for name, which in (("loss_before", adapter), ("loss_after", str(out))):
+            made[name] = evaluate_data(opened, which, data)["loss"]
+    return made

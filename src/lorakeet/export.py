@@ -63,7 +63,7 @@ def merge(
         OutputError: ``out`` is not empty or not writable.
     """
     folder = check_empty(out, overwrite)
-    settings = settings_of_base(settings, PeftConfig.from_pretrained(adapter))
+    settings = settings_of_base(settings, PeftConfig.from_pretrained(adapter), adapter)
     with write_folder(folder) as aside:  # fails before the expensive part if the folder is not writable
         source, asked, loaded = _formats_of(settings)
         opened = open_model(loaded, [adapter], allow_other_base=allow_other_base, allow_untrained=allow_untrained)

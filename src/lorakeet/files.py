@@ -11,12 +11,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lorakeet.errors import LorakeetError, OutputError
+from lorakeet.security.shown import redact
 
 #: File name suffixes of formats that hold pickles; opening one can run code.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -149,10 +151,11 @@ def write_folder(path: str | Path) -> Iterator[Path]:
         with _disk_problems(path):
             yield aside
             _chmod(aside, 0o755)
-            for file in aside.rglob("*"):
-                if file.is_file():
-                    _chmod(file, 0o644)  # some writers create files that only their owner may read
-                    _fsync(file)
+            for path_inside in aside.rglob("*"):
+                if path_inside.is_file():
+                    _chmod(path_inside, 0o644)  # some writers create files that only their owner may read
+                _fsync(path_inside)
+            _fsync(aside)
             if place.is_dir():
                 _fill(place, aside)
             else:
@@ -169,15 +172,32 @@ def _fill(place: Path, aside: Path) -> None:
     try:
         for entry in contents(place):
             if entry not in (aside, old):
-                moved.append((entry, entry.rename(old / entry.name)))
+                moved.append((entry, old / entry.name))
+                entry.rename(moved[-1][1])
         for entry in contents(aside):
-            moved.append((entry, entry.rename(place / entry.name)))
-    except OSError:
+            moved.append((entry, place / entry.name))
+            entry.rename(moved[-1][1])
+    except BaseException:  # a signal too, which may come before the last rename
         for origin, now in reversed(moved):
-            now.rename(origin)
+            if not os.path.lexists(origin):
+                now.rename(origin)
         old.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_aside(folder: Path, names: Iterable[str]) -> None:
+    """Remove the temporary files and folders that a killed process left behind.
+
+    Args:
+        folder: Where they are.
+        names: Names, or patterns of names, of the files and folders that were to be written.
+    """
+    for leftover in chain.from_iterable(list(folder.glob(f".{name}.*.tmp")) for name in names):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def contents(folder: Path) -> list[Path]:
@@ -208,9 +228,9 @@ def write_elsewhere(name: str, write: Callable[[Path], None]) -> Path | None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically."""
+    """Write ``value`` as indented JSON, atomically; secrets in its texts are hidden."""
     with write_file(path) as aside:
-        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside.write_text(redact(json.dumps(value, indent=2, ensure_ascii=False)) + "\n", encoding="utf-8")
 
 
 def hub_file(

@@ -104,6 +104,15 @@ def test_the_saved_yaml_alone_repeats_the_run(here, capsys):
     assert one.read_bytes() == two.read_bytes()
 
 
+def test_rank_measures_the_loss_of_both_adapters(here, capsys):
+    words = ["rank", "run/adapter", "--resize", "1", "--out", "rank-1", "--model", "base", "--data", "data.jsonl"]
+    assert main([*words, "--json"]) == 0
+    resized = json.loads(capsys.readouterr().out)["resized"]
+    assert resized["loss_after"] != resized["loss_before"] == pytest.approx(resized["loss_after"], rel=0.2)
+    assert main([*words, "--overwrite"]) == 0
+    assert "loss on the data: " in capsys.readouterr().out
+
+
 def test_eval(here, capsys):
     words = ["eval", "--model", "base", "--dtype", "fp32", "--data", "data.jsonl", "--json"]
     assert main(words) == 0
@@ -270,7 +279,7 @@ def test_flags_known_from_transformers_set_the_same(here, monkeypatch):
 
 
 def test_an_output_folder_that_holds_a_run(here, capsys):
-    mistake(here, capsys, train_words("run"), "run", "--resume", "--overwrite")
+    mistake(here, capsys, [*train_words("run"), "lora.r=3"], "finished run", "lora.r was", "--overwrite")
     mistake(here, capsys, ["merge", "--model", "base", "--adapter", "run/adapter", "--out", "run"], "not empty")
 
 

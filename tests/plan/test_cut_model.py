@@ -83,7 +83,7 @@ def test_the_peak_with_checkpoints_is_that_of_a_counted_pass(kind: str) -> None:
             predicted.append(PassCost(283, made.whole(parts)).peak(every))
     assert counted == sorted(counted, reverse=True) and predicted == sorted(predicted, reverse=True)
     ratios = [one / other for one, other in zip(predicted, counted, strict=True)]
-    assert min(ratios) > 0.9 and max(ratios) < 1.1, ratios
+    assert min(ratios) > 0.9 and max(ratios) < 1.15, ratios
 
 
 def test_layers_below_the_lowest_adapter_keep_nothing() -> None:

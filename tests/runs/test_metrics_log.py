@@ -43,7 +43,8 @@ def test_a_line_that_the_disk_refuses_is_written_with_a_later_one(tmp_path, capl
     assert caplog.text.count("tried again") == 1
     log.append({"step": 4})
     assert [line["step"] for line in read_metrics(log.path)] == [1, 2, 3, 4]
-    assert log.keep_until(2) == read_metrics(log.path) == [{"step": 1}, {"step": 2, "loss": 1.5}]
+    log.replace(log.read()[:2])
+    assert read_metrics(log.path) == [{"step": 1}, {"step": 2, "loss": 1.5}]
 
 
 def test_peak_memory_never_falls():

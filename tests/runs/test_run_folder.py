@@ -9,7 +9,15 @@ import pytest
 
 from lorakeet.config import make_run
 from lorakeet.errors import OutputError
-from lorakeet.runs.run_folder import check_run_folder, claim_folder, folder_of, is_run, read_summary
+from lorakeet.runs.run_folder import (
+    check_run_folder,
+    claim_folder,
+    folder_of,
+    is_finished,
+    is_run,
+    read_summary,
+    refuse_other_settings,
+)
 
 
 def test_the_summary_of_a_run_that_has_not_finished(tmp_path: Path) -> None:
@@ -28,20 +36,47 @@ def test_a_folder_is_claimed_once(tmp_path: Path) -> None:
     claim_folder(folder, config, resume=False)
     (folder / "metrics.jsonl").write_text("{}\n")
     (folder / "mine.txt").write_text("stays")
-    with pytest.raises(OutputError, match="already holds a run"):
-        check_run_folder(folder)
-    check_run_folder(folder, resume=True)
+    check_run_folder(folder)
+    with pytest.raises(OutputError, match=r"already holds a run with other settings: train\.lr was None, is 0\.1"):
+        refuse_other_settings(make_run({"data": {"path": "a.jsonl"}, "train": {"lr": 0.1}}), folder, resume=False)
     claim_folder(folder, config, resume=False)
     assert sorted(path.name for path in folder.iterdir()) == ["mine.txt", "run.yaml"]
     (folder / "run.yaml").unlink()
     (folder / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(OutputError, match="no run.yaml"):
-        check_run_folder(folder, resume=True)
+    for resume in (True, False):
+        with pytest.raises(OutputError, match="no run.yaml"):
+            check_run_folder(folder, resume=resume)
 
 
 def test_a_run_that_was_killed_before_it_began_is_resumed_from_nothing(tmp_path: Path) -> None:
     check_run_folder(tmp_path / "other", resume=True)
     assert not is_run(tmp_path / "other")
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    left = [
+        ".adapter.x1.tmp/a.safetensors",
+        ".run.yaml.x2.tmp",
+        "checkpoints/.rehearsal.x3.tmp/b",
+        "checkpoints/.checkpoint-2.x.tmp/c",
+    ]
+    mine = [".mine.tmp", ".adapter", "checkpoints/checkpoint-2/d"]
+    for name in left + mine:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    claim_folder(tmp_path, make_run({"data": {"path": "a.jsonl"}}), resume=True)
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {*mine, "run.yaml"}
+
+
+def test_a_run_is_finished_with_figures_and_an_adapter(tmp_path: Path) -> None:
+    claim_folder(tmp_path, make_run({"data": {"path": "a.jsonl"}}), resume=False)
+    (tmp_path / "summary.json").write_text("[1")
+    assert not is_finished(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    assert is_finished(tmp_path)
+    with pytest.raises(OutputError, match="is damaged, expected the figures of a run"):
+        read_summary(tmp_path)
 
 
 def test_a_moved_run_is_resumed_where_it_is(tmp_path: Path) -> None:

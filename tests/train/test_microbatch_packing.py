@@ -231,7 +231,7 @@ def test_samples_whose_loss_is_not_finite_are_named(make_args, collator, tmp_pat
         learn(poisoned(tiny_peft()), args, with_poison(21), collator, PLENTY, processing_class=tiny_tokenizer())
     message = str(caught.value)  # rows 16 to 23 are step 3, and 20 and 21 its third micro-batch
     assert "the loss of step 3 is not finite" in message and "micro-batch 3 of 4, loss nan" in message
-    assert "sample 1:" in message and all(f"micro-batch {i} of" not in message for i in (1, 2, 4))
+    assert "sample 1, train_dataset[21]:" in message and all(f"micro-batch {i} of" not in message for i in (1, 2, 4))
     assert str(tmp_path / "out" / "checkpoint-2") in message
     skipped, _, passes, trainer = learn(
         poisoned(tiny_peft()), args, with_poison(21), collator, PLENTY, non_finite="skip"

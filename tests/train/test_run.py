@@ -25,6 +25,7 @@ from lorakeet.errors import BaseModelError, DataError, OutputError, TargetError,
 from lorakeet.runs.metrics_log import read_metrics
 from lorakeet.tasks import setup
 from lorakeet.train import run as module
+from lorakeet.train import run_output
 from lorakeet.train.callbacks import interrupt as stop_module
 from lorakeet.train.callbacks.interrupt import StopAfterStep
 from lorakeet.train.callbacks.progress import ProgressCallback
@@ -94,7 +95,7 @@ def test_the_adapter_is_written_once(settings, tmp_path, monkeypatch):
         return real(self, folder, **more)
 
     monkeypatch.setattr(PeftModel, "save_pretrained", counting)
-    run_training(settings(train__save_every=None))
+    run_training(settings(train__save_minutes=0))
     assert len(written) == 1 and "adapter" in written[0]
 
 
@@ -108,7 +109,7 @@ def test_an_adapter_survives_an_error_after_the_training(failing, settings, tmp_
     def fail(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(module, failing, fail)
+    monkeypatch.setattr(run_output, failing, fail)
     with pytest.raises(MemoryError):
         run_training(settings(), overwrite=True)
     assert weights.read_bytes() == whole
@@ -227,12 +228,14 @@ def test_errors_are_raised_before_anything_is_written(changes, error, message, s
 
 
 def test_a_run_is_never_overwritten_by_chance(settings, tmp_path):
-    run_training(settings(train__steps=1))
-    with pytest.raises(OutputError, match=r"already holds a run \(run.yaml, .*adapter.*--overwrite"):
-        try:
-            run_training(settings())
-        except OutputError as error:
-            raise OutputError(str(error).replace("\n", " ")) from None
+    first = run_training(settings(train__steps=1))
+    for resume in (False, True):
+        with pytest.raises(
+            OutputError, match=r"already holds a finished run with .*: train\.steps was 1, is 6\n.*--overwrite"
+        ):
+            run_training(settings(), resume=resume, any_checkpoint=resume)
+        before = files(tmp_path / "run")
+        assert run_training(settings(train__steps=1), resume=resume) == first and files(tmp_path / "run") == before
     keep = tmp_path / "run" / "my-notes.txt"
     keep.write_text("mine")
     assert run_training(settings(train__steps=2), overwrite=True)["steps"] == 2
@@ -269,7 +272,7 @@ def interrupted(monkeypatch, config, step, **how):
     return str(caught.value)
 
 
-def test_ctrl_c_saves_and_the_resumed_run_is_the_uninterrupted_one(settings, tmp_path, monkeypatch):
+def test_ctrl_c_saves_and_the_resumed_run_is_the_uninterrupted_one(settings, tmp_path, monkeypatch, caplog):
     handler = signal.getsignal(signal.SIGINT)
     whole = run_training(settings(out=str(tmp_path / "whole"), train__eval_every=4))
     config = settings(out=str(tmp_path / "parts"), train__eval_every=4)
@@ -278,9 +281,15 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_uninterrupted_one(settings, tmp
     assert message == f"stopped after step 3 of 6, a checkpoint is saved\nhint: {hint}"
     assert signal.getsignal(signal.SIGINT) is handler
     assert files(tmp_path / "parts") == {"run.yaml", "metrics.jsonl", "checkpoints"}
-    with pytest.raises(OutputError, match="already holds a run"):
-        run_training(config)
-    parts = run_training(read_run(tmp_path / "parts" / "run.yaml"), resume=True)
+    with pytest.raises(OutputError, match=r"already holds a run with other settings: train\.steps was 6, is 7"):
+        run_training(settings(out=str(tmp_path / "parts"), train__steps=7))
+    caplog.set_level("INFO", logger="lorakeet")
+    parts = run_training(config)
+    first = caplog.records[0].getMessage()
+    assert (
+        first == f"continuing the run in {tmp_path}/parts after step 3, from {tmp_path}/parts/checkpoints/checkpoint-3"
+    )
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
     same = ("steps", "samples", "tokens", "train_loss_first", "train_loss_last", "eval_loss_before", "eval_loss_after")
     assert {key: parts[key] for key in same} == {key: whole[key] for key in same}
     weights = "adapter/adapter_model.safetensors"
@@ -288,8 +297,7 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_uninterrupted_one(settings, tmp
     kept = ("step", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens")
     lines = [[line.get(key) for key in kept] for line in read_metrics(tmp_path / "parts" / "metrics.jsonl")]
     assert lines == [[line.get(key) for key in kept] for line in read_metrics(tmp_path / "whole" / "metrics.jsonl")]
-    with pytest.raises(OutputError, match="is finished"):
-        run_training(config, resume=True)
+    assert run_training(config, resume=True) == parts and "is finished, so nothing is trained" in caplog.text
 
 
 def test_layers_are_checkpointed_when_memory_is_short_without_changing_a_bit(settings, tmp_path, monkeypatch, caplog):

@@ -32,7 +32,7 @@ _MATRICES = {
 
 
 @dataclass(frozen=True)
-class _Layer:
+class SavedLayer:
     """The tensors of one layer and its settings.
 
     Attributes:
@@ -56,7 +56,23 @@ class _Layer:
         return a.shape[0] == b.shape[1] if a.ndim == 2 else a.shape[0] % b.shape[1] == 0  # a convolution has groups
 
     @property
-    def _stacks_experts(self) -> bool:
+    def kind(self) -> str:
+        """The last part of the layer's name."""
+        return self.name.replace(".base_layer", "").rpartition(".")[2]
+
+    @property
+    def rank(self) -> int:
+        """The rank: of stacked experts, of each."""
+        return self.target.r if self.stacks_experts else len(self.tensors["A"])
+
+    @property
+    def scaling(self) -> float:
+        """s in h = W₀x + s·B·A·x."""
+        return self.config.scaling(self.rank, self.target.alpha)
+
+    @property
+    def stacks_experts(self) -> bool:
+        """Whether A and B hold the matrices of several experts."""
         return bool(self.config.target_parameters) and len(self.tensors["A"]) % self.target.r == 0
 
     def error(self) -> str | None:
@@ -67,24 +83,22 @@ class _Layer:
         shapes = f"A {list(self.tensors['A'].shape)} and B {list(self.tensors['B'].shape)}"
         if not self.is_whole:
             return f"{self.name} has {shapes}, which cannot be multiplied"
-        if len(self.tensors["A"]) == self.target.r or self._stacks_experts:
+        if len(self.tensors["A"]) == self.target.r or self.stacks_experts:
             return None
         return f"{self.name} has {shapes}, but the settings have rank {self.target.r}"
 
     def summary(self) -> dict[str, Any]:
         """Return the layer's entry in :func:`inspect_adapter`; the layer must be whole."""
         a, b = self.tensors["A"], self.tensors["B"]
-        r = self.target.r if self._stacks_experts else len(a)
-        scaling = self.config.scaling(r, self.target.alpha)
-        norm = math.hypot(*(update_norm(*block, scaling) for block in _blocks(a, b, r)))
+        norm = math.hypot(*(update_norm(*block, self.scaling) for block in pairs(a, b, self.rank)))
         return {
             "name": self.name,
-            "kind": self.name.replace(".base_layer", "").rpartition(".")[2],
+            "kind": self.kind,
             "in": a.shape[1],
             "out": b.shape[0],
-            "r": r,
+            "r": self.rank,
             "alpha": self.target.alpha,
-            "scaling": scaling,
+            "scaling": self.scaling,
             "parameters": sum(tensor.numel() for tensor in self.tensors.values()),
             "update_norm": norm if math.isfinite(norm) else None,
             "dead": not (bool(a.any()) and bool(b.any())),
@@ -111,7 +125,7 @@ def inspect_adapter(name: str | Path, *, revision: str | None = None, subfolder:
     config = PeftConfig.from_pretrained(name, **source)
     tensors = read_tensors(name, **source)
     notes = read_notes(name, **source)
-    layers, others = _layers(tensors, config)
+    layers, others = saved_layers(tensors, config)
     summaries = [layer.summary() for layer in layers if layer.is_whole]
     nonfinite, trained = nonfinite_error(tensors), not is_untrained(tensors)
     errors = [error for layer in layers if (error := layer.error())] + ([nonfinite] if nonfinite else [])
@@ -144,7 +158,7 @@ def update_norm(lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
     return scaling * math.sqrt(max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0))
 
 
-def _layers(tensors: Mapping[str, Tensor], config: PeftConfig) -> tuple[list[_Layer], list[str]]:
+def saved_layers(tensors: Mapping[str, Tensor], config: PeftConfig) -> tuple[list[SavedLayer], list[str]]:
     """Return the adapted layers by name, and the names of all other tensors."""
     known = _MATRICES | {name: name for name in config.variant.tensor_names("")}
     found: dict[str, dict[str, Tensor]] = {}
@@ -156,7 +170,7 @@ def _layers(tensors: Mapping[str, Tensor], config: PeftConfig) -> tuple[list[_La
         else:
             others.append(key.removeprefix(PREFIX))
     targets = _targets(found, config)
-    return [_Layer(name, found[name], targets[name], config) for name in sorted(found)], sorted(others)
+    return [SavedLayer(name, found[name], targets[name], config) for name in sorted(found)], sorted(others)
 
 
 def _targets(found: Mapping[str, Mapping[str, Tensor]], config: PeftConfig) -> dict[str, Target]:
@@ -187,7 +201,7 @@ def _same_experts(rows: list[int], order: tuple[Target, ...]) -> bool:
     return divisible and len({n // target.r for n, target in zip(rows, order, strict=True)}) == 1
 
 
-def _blocks(a: Tensor, b: Tensor, r: int) -> list[tuple[Tensor, Tensor]]:
+def pairs(a: Tensor, b: Tensor, r: int) -> list[tuple[Tensor, Tensor]]:
     """Return the A [r, in] and B [out, r] that are multiplied: one of each, or one for each group or expert."""
     a, b = a.flatten(1), b.flatten(1)
     if groups := len(a) // b.shape[1] - 1:

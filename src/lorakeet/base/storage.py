@@ -6,7 +6,6 @@ fp32 on another. The files of a model made from it must not depend on that, so t
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from lorakeet.base.device_dtype import DTYPES, dtype_name
 from lorakeet.base.quiet import quiet
 from lorakeet.errors import BaseModelError
 from lorakeet.quant.protocol import quantized_layers
+from lorakeet.security.json_file import read_object
 
 GENERATION_CONFIG = "generation_config.json"
 #: Formats of safetensors -> torch dtype. fp64 is stored as fp32, the widest format that a base is loaded in.
@@ -114,11 +114,10 @@ def check_generation_config(folder: Path) -> None:
     """
     file = folder / GENERATION_CONFIG
     try:
-        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if file.is_file():
+            read_object(file)
     except ValueError as error:
         raise BaseModelError(f"{file} is not readable as JSON: {error}", "download it again, or delete it") from error
-    if not isinstance(values, dict):
-        raise BaseModelError(f"{file} is a JSON {type(values).__name__}, expected an object", "download it again")
 
 
 def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path, source: Path) -> None:

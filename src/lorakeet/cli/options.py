@@ -39,6 +39,8 @@ TRAIN_FLAGS = {
     "--init-adapter": "train.init_adapter",
     "--seed": "train.seed",
     "--save-every": "train.save_every",
+    "--on-nonfinite": "train.non_finite",
+    "--on-spike": "train.spike",
 }
 
 #: Flag -> other spelling that `transformers` users type.

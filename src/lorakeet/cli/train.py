@@ -20,11 +20,15 @@ def train(
         list[str] | None,
         typer.Argument(metavar="[RUN.yaml] [SECTION.KEY=VALUE]...", help="YAML file of a run, then overrides"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue from the newest checkpoint in --out")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier run in --out")] = False,
-    any_checkpoint: Annotated[
-        bool, typer.Option("--any-checkpoint", help="resume even if settings, data or number of processes differ")
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the run in --out; without it, the same settings go on too")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier run in --out")] = False,
+    resume_anyway: Annotated[
+        bool,
+        typer.Option("--resume-anyway", help="resume even if settings, data, base or number of processes differ"),
+    ] = False,
+    any_checkpoint: Annotated[bool, typer.Option("--any-checkpoint", hidden=True)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the summary as JSON")] = False,
 ) -> None:
     """Train an adapter. Settings come from the YAML file, then flags, then overrides; the last one wins.
@@ -51,10 +55,11 @@ def train(
         )
     config = read_run(file, words, settings)
     given = settings.get("out") is not None or any(word.split("=")[0].strip() == "out" for word in words)
-    if resume and file and not given:
+    if (resume or resume_anyway or any_checkpoint) and file and not given:
         config = config.model_copy(update={"out": folder_of(file, config.out)})
     from lorakeet.train.run import run_training
 
-    summary = run_training(config, resume=resume, overwrite=overwrite, any_checkpoint=any_checkpoint)
+    anyway = resume_anyway or any_checkpoint
+    summary = run_training(config, resume=resume or anyway, overwrite=overwrite, any_checkpoint=anyway)
     if as_json:
         print(json.dumps(summary))

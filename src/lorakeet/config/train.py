@@ -51,10 +51,32 @@ class TrainSettings(Section):
     eval_every: Count | None = Field(
         None, description="steps between evaluations; default: only before and after training"
     )
-    save_every: Count | None = Field(None, description="steps between checkpoints; default: only on Ctrl-C")
+    save_every: Count | None = Field(
+        None, description="steps between checkpoints; default: by time, see train.save_minutes"
+    )
+    save_minutes: NonNegative = Field(
+        5.0,
+        description="minutes between checkpoints, where train.save_every is not set; longer if saving would take over 1 % "
+        "of the time; 0: a checkpoint only on Ctrl-C",
+    )
+    keep_checkpoints: Count = Field(
+        2, description="newest checkpoints to keep; of two, one is left if the other is damaged"
+    )
+    keep_best: bool = Field(
+        False, description="save and keep the checkpoint of the lowest held-out loss too; needs train.eval_every"
+    )
+    load_best: bool = Field(
+        False,
+        description="end with the adapter of the lowest held-out loss, not of the last step; needs train.eval_every",
+    )
     non_finite: Literal["stop", "skip"] = Field(
         "stop",
         description="on a loss or gradient that is not finite: stop, with the last good state saved, or skip the step",
+    )
+    spike: Literal["stop", "skip", "warn"] = Field(
+        "stop",
+        description="on a loss or gradient norm far above those of the last 128 steps: as non_finite, or warn and apply the "
+        "step",
     )
     gradient_checkpointing: bool | Count | Literal["auto"] = Field(
         "auto",

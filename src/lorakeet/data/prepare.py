@@ -210,4 +210,5 @@ def _report(
         streamed=False,
         content_hash=examined.found.content_hash,
     )
-    return finish(report, samples.encoder, labels, rows.layout, tokens, canonical, rows.data)
+    locations = rows.locations.select(samples.counts["row"][sides.train])
+    return finish(report, samples.encoder, labels, rows.layout, tokens, canonical, rows.data, locations)

@@ -17,6 +17,7 @@ from lorakeet.data.encode.chat import ChatEncoder
 from lorakeet.data.encode.encoder import Encoder
 from lorakeet.data.encode.render import describe_sample
 from lorakeet.data.prepare_report import PrepareReport
+from lorakeet.data.read.record import Locations
 from lorakeet.data.rows.conversations import system_turn_notes
 from lorakeet.data.rows.kinds import Layout
 from lorakeet.data.rows.label_set import LabelSet, Problem
@@ -35,6 +36,7 @@ class Prepared:
         labels: names of the classes or tags by their number; None where there are none.
         problem: kind of a SEQ_CLS, else None.
         layout: kind of the rows, and which column of the source plays which part.
+        train_locations: where the row of each training sample is (None for a stream).
         train_rows, held_out_rows: the rows that the samples were made of, in canonical columns (None for a stream).
     rows: all usable rows (of a stream the held-out ones), as the column ``row`` of samples numbers them; for a task whose
         samples have that column.
@@ -46,6 +48,7 @@ class Prepared:
     labels: tuple[str, ...] | None
     problem: Problem | None
     layout: Layout
+    train_locations: Locations | None = None
     train_rows: datasets.Dataset | None = None
     held_out_rows: datasets.Dataset | None = None
     rows: datasets.Dataset | None = None
@@ -78,6 +81,7 @@ def finish(
     samples: tuple[Any, datasets.Dataset | None],
     rows: tuple[datasets.Dataset | None, datasets.Dataset | None] = (None, None),
     usable: datasets.Dataset | None = None,
+    locations: Locations | None = None,
 ) -> Prepared:
     """Build the result, with only the columns that a model takes, and log the warnings of the report.
 
@@ -89,6 +93,7 @@ def finish(
         samples: training and held-out samples.
         rows: the rows of both.
         usable: all rows that samples were made of.
+        locations: of the training samples.
     """
     for warning in report.warnings():
         warn(warning)
@@ -98,7 +103,7 @@ def finish(
     problem = labels.problem if labels else None
     answers = usable if "row" in columns else None
     chat = system_turn_notes(usable) if isinstance(encoder, ChatEncoder) else {}
-    return Prepared(train, held_out, report, names, problem, layout, *rows, answers, chat)
+    return Prepared(train, held_out, report, names, problem, layout, locations, *rows, answers, chat)
 
 
 def sample_columns(encoder: Encoder) -> list[str]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lorakeet.kernels.dropout import draw_seed, dropout_reference, dropped, plus_dropped
 from lorakeet.kernels.frozen_linear import linear_out
+from lorakeet.kernels.ordered_product import add_low_rank_, low_rank_gradient, low_rank_tokens
 
 
 class FrozenWeight(Protocol):
@@ -93,13 +94,13 @@ class _LoraLinear(torch.autograd.Function):
         fan_in_fan_out: bool,
     ) -> Tensor:
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # [n, in]
-        u = _dropped(rows, lora_A.dtype, p, seed) @ lora_A.T  # [n, r]
+        u = low_rank_tokens(_dropped(rows, lora_A.dtype, p, seed), lora_A.T)  # [n, r]
         if not isinstance(weight, Tensor):
             h = weight.product(rows, bias, (u * scaling, lora_B))
         else:
             h = linear_out(rows, weight if fan_in_fan_out else weight.T, bias)
             if h.dtype == lora_B.dtype:
-                h.addmm_(u, lora_B.T, alpha=scaling)
+                add_low_rank_(h, u * scaling, lora_B.T)
             else:  # half-precision base, fp32 adapter: the sum is rounded once
                 h = torch.addmm(h.to(lora_B.dtype), u, lora_B.T, alpha=scaling).to(h.dtype)
         # The stored tensors of a quantized weight are saved too, so that autograd sees when one is overwritten.
@@ -117,7 +118,7 @@ class _LoraLinear(torch.autograd.Function):
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # [n, in]
         g = grad.reshape(rows.shape[0], grad.shape[-1])  # [n, out]
         g_low = g.to(lora_B.dtype)
-        gu = (g_low @ lora_B) * ctx.scaling  # [n, r]
+        gu = low_rank_tokens(g_low, lora_B) * ctx.scaling  # [n, r]
         dx = dA = dB = db = None
         if need_x and quantized is not None and ctx.p == 0.0:
             dx = quantized.input_gradient(g, (gu, lora_A.T)).to(x.dtype).view(x.shape)
@@ -127,15 +128,15 @@ class _LoraLinear(torch.autograd.Function):
             else:
                 dx = quantized.input_gradient(g, None)
             if ctx.p == 0.0 and dx.dtype == lora_A.dtype:
-                dx.addmm_(gu, lora_A)
+                add_low_rank_(dx, gu, lora_A)
             else:
-                update = gu @ lora_A
+                update = low_rank_tokens(gu, lora_A)
                 dx = (plus_dropped(dx, update, ctx.p, ctx.seed) if ctx.p > 0.0 else dx + update).to(x.dtype)
             dx = dx.view(x.shape)
         if need_A:
-            dA = gu.T @ _dropped(rows, lora_A.dtype, ctx.p, ctx.seed)
+            dA = low_rank_gradient(gu, _dropped(rows, lora_A.dtype, ctx.p, ctx.seed))
         if need_B:
-            dB = (g_low.T @ u).mul_(ctx.scaling)
+            dB = low_rank_gradient(u, g_low).T.mul(ctx.scaling).contiguous()
         if need_bias:
             db = g.sum(0)
         return dx, None, db, dA, dB, None, None, None, None

@@ -12,17 +12,21 @@ from typing import Any
 
 from lorakeet.files import write_file
 from lorakeet.log import warn
+from lorakeet.security.json_file import JsonError, parse_json
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Read the lines of a ``metrics.jsonl``; a last line truncated by a crash is left out."""
+    """Read the lines of a ``metrics.jsonl``; one that a crash has damaged is left out, with all after it."""
     path = Path(path)
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    lines: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            found = parse_json(line)
+        except JsonError:
             break
+        if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+            break
+        lines.append(found)
     return lines
 
 
@@ -70,17 +74,15 @@ class MetricsLog:
             return
         self._pending.clear()
 
-    def keep_until(self, step: int) -> list[dict[str, Any]]:
-        """Drop the lines after ``step``; return those that stay.
+    def replace(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write these lines in place of all that are there.
 
         Raises:
             OutputError: The file cannot be written.
         """
-        kept = [line for line in self.read() if line["step"] <= step]
         with write_file(self.path) as aside:
-            aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         self._pending.clear()
-        return kept
 
 
 def first_and_last(lines: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
@@ -88,7 +90,7 @@ def first_and_last(lines: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
 
     The loss of a single step depends on its samples as much as on the model; means of several steps are comparable.
     """
-    losses = [line["loss"] for line in lines if "loss" in line]
+    losses = [line["loss"] for line in lines if isinstance(line.get("loss"), (int, float))]
     if not losses:
         return float("nan"), float("nan")
     count = max(1, min(10, len(losses) // 5))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -12,7 +11,8 @@ from typing import Any
 
 from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import OutputError, TrainingError
-from lorakeet.files import check_output, contents, write_file
+from lorakeet.files import check_output, clear_aside, contents, write_file
+from lorakeet.security.json_file import JsonError, read_object
 
 #: Files and folders that a run writes.
 FILES = ("run.yaml", "metrics.jsonl", "summary.json", "loss_curve.png", "confusion.png", "adapter", "checkpoints")
@@ -20,27 +20,31 @@ FILES = ("run.yaml", "metrics.jsonl", "summary.json", "loss_curve.png", "confusi
 #: Settings that a run chooses by its data where they are left out, and writes to ``run.yaml``.
 CHOSEN_SETTINGS = ("train.epochs", "train.lr")
 #: Settings that do not change the result: they may differ between an interrupted run and the run that resumes it.
-FREE_SETTINGS = ("out", "train.log_every", "train.eval_every", "train.save_every")
+FREE_SETTINGS = (
+    "out",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.save_minutes",
+    "train.keep_checkpoints",
+    "train.keep_best",
+    "train.non_finite",
+    "train.spike",
+)
 
 
 def check_run_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
     """Check that a run may write to ``folder``; creates nothing.
 
     Raises:
-        OutputError: The folder is a file, cannot be written to, holds a run already, or one without its settings.
+        OutputError: The folder is a file, cannot be written to, or holds parts of a run without its settings.
     """
     present = [name for name in FILES if (folder / name).exists()]
-    if resume and present and not is_run(folder):
+    if present and not (overwrite or is_run(folder)):
+        what = "cannot be resumed" if resume else "is no run that could go on"
         raise OutputError(
-            f"{folder} holds {', '.join(present)} but no run.yaml, so the run cannot be resumed",
-            "repeat it with --overwrite, or choose another --out",
-        )
-    if resume and "summary.json" in present:
-        raise OutputError(f"the run in {folder} is finished", "repeat it with --overwrite, or choose another --out")
-    if present and not (resume or overwrite):
-        raise OutputError(
-            f"{folder} already holds a run ({', '.join(present)})",
-            "resume it with --resume, replace it with --overwrite, or choose another --out",
+            f"{folder} holds {', '.join(present)} but no run.yaml, so it {what}",
+            "replace it with --overwrite, or choose another --out",
         )
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
@@ -58,6 +62,11 @@ def is_run(folder: Path) -> bool:
     return (folder / "run.yaml").exists()
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether the folder holds a finished run, with its figures and its adapter."""
+    return is_run(folder) and (folder / "summary.json").exists() and (folder / "adapter").is_dir()
+
+
 def folder_of(file: str | Path, out: str) -> str:
     """Return the folder to resume in: the one of the ``run.yaml`` given, if the run was moved or copied there.
 
@@ -70,36 +79,57 @@ def folder_of(file: str | Path, out: str) -> str:
     return str(here) if other and any((here / name).exists() for name in ("checkpoints", "metrics.jsonl")) else out
 
 
-def refuse_other_settings(config: RunConfig, folder: Path) -> None:
-    """Refuse to resume a run with settings that it was not started with.
+def refuse_other_settings(config: RunConfig, folder: Path, *, resume: bool = True) -> None:
+    """Refuse to continue a run with settings that it was not started with.
+
+    Args:
+        config: The settings.
+        folder: Folder of the run.
+        resume: Whether the user asks to resume, and not for a run in a folder that happens to hold one.
 
     Raises:
-        TrainingError: Settings differ; the message names each of them.
+        TrainingError, OutputError: Settings differ; the message names each of them.
     """
-    then, now = (_flat(c.model_dump(mode="json")) for c in (read_run(folder / "run.yaml"), config))
-    changed = [
-        f"{key} was {then[key]}, is {now[key]}"
-        for key in now
-        if then[key] != now[key] and key not in FREE_SETTINGS and not (now[key] is None and key in CHOSEN_SETTINGS)
-    ]
-    if changed:
+    if not (changed := changed_settings(config, folder)):
+        return
+    own = f"lorakeet train {folder / 'run.yaml'} --resume"
+    if resume:
         raise TrainingError(
             f"the run in {folder} has other settings: {'; '.join(changed)}",
-            f"resume with its own: lorakeet train {folder / 'run.yaml'} --resume",
+            f"resume with its own: {own}; or with these: --resume-anyway",
         )
+    raise OutputError(
+        f"{folder} already holds a run with other settings: {'; '.join(changed)}",
+        f"replace it with --overwrite, choose another --out, or resume with its own settings: {own}",
+    )
+
+
+def changed_settings(config: RunConfig, folder: Path) -> list[str]:
+    """Describe each setting that changes the result and differs between the run in ``folder`` and ``config``."""
+    then, now = (_flat(c.model_dump(mode="json")) for c in (read_run(folder / "run.yaml"), config))
+    free = {*FREE_SETTINGS} - ({"train.eval_every"} if config.train.load_best else set())
+    return [
+        f"{key} was {then[key]}, is {now[key]}"
+        for key in now
+        if then[key] != now[key] and key not in free and not (now[key] is None and key in CHOSEN_SETTINGS)
+    ]
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:
     """Read the ``summary.json`` of a finished run.
 
     Raises:
-        OutputError: The folder holds no finished run.
+        OutputError: The folder holds no finished run, or its summary is damaged.
     """
     path = Path(folder) / "summary.json"
     if not path.exists():
         raise OutputError(f"{folder} holds no finished run", "finish it with `lorakeet train ... --resume`")
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return summary
+    try:
+        return read_object(path)
+    except (JsonError, OSError) as error:
+        raise OutputError(
+            f"{path} is damaged, expected the figures of a run as JSON: {error}", "repeat the run with --overwrite"
+        ) from None
 
 
 def _flat(tree: dict[str, Any]) -> dict[str, Any]:
@@ -113,13 +143,15 @@ def claim_folder(folder: Path, config: RunConfig, *, resume: bool, need: int = 0
     Args:
         folder: The run's folder; made if it does not exist.
         config: Settings of the run.
-        resume: Keep the files that are there.
+        resume: Keep the files that are there, but not what a killed process left half written.
         need: Bytes that the run will write.
 
     Raises:
         OutputError: The folder is not writable, or its disk has less free space.
     """
     check_output(folder, need)
+    clear_aside(folder, FILES)
+    clear_aside(folder / "checkpoints", ["*"])
     if not resume:
         for name in FILES:
             _remove(folder / name)

@@ -21,7 +21,7 @@ MAX_CLASSES = 30
 #: Letters of a name that are shown; a longer name is shortened in the middle.
 MAX_LETTERS = 24
 DARK, GREY = "#08306b", "#595959"
-_BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", "#d6e6f4", "#7ab6d9", "#2676b8", DARK])
+BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", "#d6e6f4", "#7ab6d9", "#2676b8", DARK])
 
 
 def draw_confusion(
@@ -51,10 +51,10 @@ def draw_confusion(
         note += f"; the {max_classes} classes with most errors, all others together"
     size = len(names)
     side = max(3.2, 0.42 * size if size > 12 else 0.62 * size)
-    figure = _figure(side + 2.6, side + 1.7)
+    figure = new_figure(side + 2.6, side + 1.7)
     axes = figure.add_subplot()
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    image = axes.imshow(shares, cmap=_BLUES, vmin=0, vmax=1)
+    image = axes.imshow(shares, cmap=BLUES, vmin=0, vmax=1)
     short = [_short(name) for name in names]
     upright = size > 6 or max(map(len, short)) > 9
     axes.set_xticks(range(size), short, rotation=90 if upright else 0)
@@ -71,7 +71,7 @@ def draw_confusion(
     bar.set_label("share of the true class")
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     bar.outline.set_visible(False)
-    _save(figure, axes, path, title, note)
+    save_figure(figure, axes, path, title, note)
 
 
 def confusion(labels: Array, predicted: Array, classes: int) -> Array:
@@ -126,7 +126,7 @@ def draw_loss_curve(lines: Iterable[Mapping[str, Any]], path: str | Path, title:
     lines = list(lines)
     trained = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
-    figure = _figure(8, 4.5)
+    figure = new_figure(8, 4.5)
     axes = figure.add_subplot()
     if trained:
         steps, losses = map(list, zip(*trained, strict=True))
@@ -157,14 +157,23 @@ def draw_loss_curve(lines: Iterable[Mapping[str, Any]], path: str | Path, title:
         figure.savefig(aside, format="png")
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Make an empty figure of this size, in inches."""
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save(figure: Figure, axes: Any, path: str | Path, title: str, note: str) -> None:
-    """Put title and note above the plot, then write the file."""
+def save_figure(figure: Figure, axes: Any, path: str | Path, title: str, note: str) -> None:
+    """Put title and note above the plot, then write the file.
+
+    Args:
+        figure: The figure to write.
+        axes: The upper plot of it.
+        path: Path of the PNG.
+        title: Title of the plot.
+        note: Line below the title.
+    """
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=24 if title else 12)
     above = {"xycoords": "axes fraction", "xytext": (0, 8), "textcoords": "offset points"}
     axes.annotate(note, (0, 1), **above, fontsize=9, color=GREY)

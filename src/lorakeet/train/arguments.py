@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from lorakeet.base.load import Base
 from lorakeet.config import RunConfig
-from lorakeet.errors import TrainingError
+from lorakeet.errors import ConfigError, TrainingError
 
 
 def training_arguments(config: RunConfig, base: Base) -> TrainingArguments:
@@ -19,6 +19,7 @@ def training_arguments(config: RunConfig, base: Base) -> TrainingArguments:
         TrainingError: The base is on another GPU than this process trains on.
     """
     train = config.train
+    keep_best = train.keep_best or train.load_best
     args = TrainingArguments(
         output_dir=str(Path(config.out) / "checkpoints"),
         max_steps=train.steps or -1,
@@ -41,7 +42,9 @@ def training_arguments(config: RunConfig, base: Base) -> TrainingArguments:
         eval_steps=train.eval_every,
         save_strategy="steps" if train.save_every else "no",
         save_steps=train.save_every or 500,
-        save_total_limit=2,
+        save_total_limit=train.keep_checkpoints + keep_best,
+        metric_for_best_model="loss",
+        greater_is_better=False,
         include_num_input_tokens_seen="non_padding",
         use_cpu=base.device.type == "cpu",
         dataloader_pin_memory=base.device.type == "cuda",
@@ -49,6 +52,7 @@ def training_arguments(config: RunConfig, base: Base) -> TrainingArguments:
         disable_tqdm=True,
         report_to="none",
     )
+    args.load_best_model_at_end = train.load_best  # the parent would allow it only at steps that are saved anyway
     here = args.device  # the first use: joins the other processes, if there are any
     if base.device.type == "cuda" and (base.device.index or 0) != (here.index or 0):
         raise TrainingError(
@@ -56,3 +60,17 @@ def training_arguments(config: RunConfig, base: Base) -> TrainingArguments:
             f"use --device auto, and CUDA_VISIBLE_DEVICES={base.device.index} to choose a GPU",
         )
     return args
+
+
+def check_best(config: RunConfig) -> None:
+    """Check that a run which keeps its best checkpoint measures more than its end.
+
+    Raises:
+        ConfigError: Held-out figures are only measured before and after the training, or not at all.
+    """
+    name = "load_best" if config.train.load_best else "keep_best"
+    if getattr(config.train, name) and config.train.eval_every is None:
+        raise ConfigError(
+            f"train.{name} compares held-out losses during the training, but train.eval_every is not set",
+            f"add train.eval_every=STEPS, or leave train.{name} out",
+        )

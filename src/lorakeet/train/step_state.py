@@ -12,7 +12,11 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from lorakeet.train.guards.spikes import SpikeDetector
+
 Batch = Mapping[str, Any]
+#: Reaction to a fault of a step: stop the run, leave out the step, or warn and apply it.
+Reaction = Literal["stop", "skip", "warn"]
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,12 @@ class StepHost(Protocol):
 
     Attributes:
         step: The step that is computed.
-        non_finite: Reaction to a loss or gradient that is not finite.
+        spikes: Figures of the steps before it.
         model, model_wrapped, args, accelerator, processing_class, state: as in ``transformers.Trainer``.
     """
 
     step: StepState
-    non_finite: Literal["stop", "skip"]
+    spikes: SpikeDetector
     model: Any
     model_wrapped: Any
     args: Any
@@ -79,6 +83,12 @@ class StepHost(Protocol):
 
     def why_separate(self) -> str | None:
         """Return why micro-batches may not share a pass; None if they may."""
+
+    def reaction(self, fault: Literal["non_finite", "spike"]) -> Reaction:
+        """Return the reaction to a kind of fault of a step."""
+
+    def sample_places(self, micro_batch: int) -> list[str]:
+        """Return where each sample of a micro-batch of the step is in the data; none if that is unknown."""
 
     def micro_batch_loss(self, batch: Batch, targets: Any = None) -> Tensor:
         """Return the loss of one micro-batch on its own, outside the training loop."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from lorakeet._version import __version__
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.base.load import Base
 from lorakeet.data.prepared import Prepared
@@ -21,6 +18,7 @@ from lorakeet.log import warn
 from lorakeet.runs.metrics_log import first_and_last, peak_rss_bytes
 from lorakeet.tasks.baselines import baseline
 from lorakeet.tasks.task import Task
+from lorakeet.train.checkpoints.fingerprint import versions
 
 #: Figures that are no score.
 _COUNTS = ("loss", "perplexity", "tokens", "targets")
@@ -119,16 +117,6 @@ def summarize(
         "lora": model.peft_config["default"].model_dump(mode="json", include=_LORA_SETTINGS),
         "data": asdict(data.report),
         "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python, Lorakeet, torch and transformers."""
-    return {
-        "python": platform.python_version(),
-        "lorakeet": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }
 
 

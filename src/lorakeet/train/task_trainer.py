@@ -85,5 +85,6 @@ class TaskTrainer(Trainer):
         self.predictions = measure.predictions or self.predictions
         return output
 
-    def _rehearse_batch(self, batch: dict[str, Tensor]) -> None:
+    def evaluate_batch(self, batch: dict[str, Tensor]) -> None:
+        """Run a batch as an evaluation does, and drop the result."""
         TaskMeasure(self.task, self.processing_class, generated=0).score(self.model, batch)

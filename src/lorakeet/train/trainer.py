@@ -8,12 +8,12 @@ alone. Differences from the parent:
 - the loss is per real target token over the whole optimizer step, also for models that do not count tokens themselves;
 - micro-batches of one step may share a forward pass (:mod:`lorakeet.train.microbatch_packing`);
 - held-out loss is per target token, and evaluation draws no random number from training;
-- saving, evaluating, gradients, synchronization and finite values are checked (:mod:`lorakeet.train.preflight`).
+- saving, evaluating, gradients, synchronization and finite values are checked (:mod:`lorakeet.train.guards`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -28,33 +28,38 @@ from transformers.trainer_utils import EvalLoopOutput
 from lorakeet.errors import TrainingError
 from lorakeet.patches.causal_loss import count_targets, shifts_labels
 from lorakeet.patches.fused_loss import fused_sample_losses
-from lorakeet.rng import random_state, same_random_state, set_random_state
+from lorakeet.rng import same_random_state
 from lorakeet.tasks.measure import Measure, Sums, TokenMeasure
-from lorakeet.train import preflight
 from lorakeet.train.callbacks.step import StepCallback
-from lorakeet.train.checkpoints.resumable import ResumableTrainer, SteadyCollator
-from lorakeet.train.evaluate import all_batches, held_out_sums, longest_first
+from lorakeet.train.checkpoints.steady_collator import SteadyCollator
+from lorakeet.train.evaluate import all_batches, held_out_sums
+from lorakeet.train.guards import preflight
+from lorakeet.train.guards.guarded_trainer import GuardedTrainer
 from lorakeet.train.length_sampler import LengthWindows
 from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.microbatch_packing import ForwardGroups, why_model_separates
-from lorakeet.train.step_state import Batch, ForwardPass, StepState
+from lorakeet.train.step_state import Batch, ForwardPass, Reaction
 
 
-class Trainer(ResumableTrainer):
+class Trainer(GuardedTrainer):
     """Trains a model, or the adapter in it.
 
     Args:
         model, args, and all others: as ``transformers.Trainer``.
         non_finite: Reaction to a loss or gradient that is not finite: ``"stop"`` saves the last good state as a
             checkpoint and raises; ``"skip"`` discards the step with a warning.
+        spike: Reaction to a loss or gradient norm far above those before (:mod:`lorakeet.train.guards.spikes`): the
+            same, or ``"warn"``, which applies the step.
         any_checkpoint: Resume even from a checkpoint whose settings, data or number of processes differ.
         token_budget: Real tokens of a pass that several micro-batches of a step may share; None or 0: no sharing.
             It needs :func:`lorakeet.patches.padding_free.padding_free` around the training, and for a language model
             :func:`lorakeet.patches.fused_loss.fused_loss` too; a message tells whether they are shared.
         loraplus: B learns faster than A (:mod:`lorakeet.train.loraplus`); a number is the ratio.
+        locations: Where each training sample comes from, as text, for messages; None: its number is shown.
 
     Attributes:
         step: State of the optimizer step that is computed.
+        spikes: Figures of the last steps.
 
     Raises:
         TrainingError: fp16 on a CPU, trainable parameters in fp16, or LoRA+ together with ``optimizers``.
@@ -70,22 +75,24 @@ class Trainer(ResumableTrainer):
         args: TrainingArguments | None = None,
         *rest: Any,
         non_finite: Literal["stop", "skip"] = "stop",
+        spike: Reaction = "stop",
         any_checkpoint: bool = False,
         token_budget: int | None = None,
         loraplus: LoraPlus | float | None = None,
+        locations: Sequence[object] | None = None,
         **settings: Any,
     ) -> None:
         args = TrainingArguments("tmp_trainer") if args is None else args
         model = preflight.prepare(model, args)
-        super().__init__(model, args, *rest, **settings)
-        self.non_finite, self.any_checkpoint = non_finite, any_checkpoint
+        guards: dict[str, Any] = {"non_finite": non_finite, "spike": spike, "locations": locations}
+        super().__init__(model, args, *rest, **guards, **settings)
+        self.any_checkpoint = any_checkpoint
         self.loraplus = LoraPlus(loraplus) if isinstance(loraplus, (int, float)) else loraplus
         if self.loraplus and self.optimizer is not None:
             raise TrainingError("`optimizers=` and `loraplus=` both set learning rates", "pass one of them")
         # without it the order of samples follows the last seed given to torch, not the seed of the run
         self.accelerator.dataloader_config.data_seed = args.seed if args.data_seed is None else args.data_seed
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # the parent's loop updates it
-        self.step = StepState()
         self._shifts_labels = shifts_labels(self.model)
         self._counts_known = False
         self._groups = ForwardGroups(self, token_budget)
@@ -234,29 +241,20 @@ class Trainer(ResumableTrainer):
             loss: Tensor = self.compute_loss(self.running_model, prepared, num_items_in_batch=targets)
         return loss
 
+    def largest_pass(self, batches: Sequence[Batch]) -> Batch:
+        """Return the first pass of a step of these micro-batches, which has the most tokens if the longest come first."""
+        self._groups.plan_groups(batches)
+        return self._groups.join(next(filter(None, map(self._groups.take, batches))))
+
     def begin_training(self) -> None:
-        """Check that the training can run, save and evaluate; restore the logged losses of a resumed run."""
+        """Decide anew whether micro-batches share a pass, then check what the training needs."""
         self._groups.restart()
-        preflight.check_sharded(self.model_wrapped, self.args)
-        preflight.announce_unfrozen(self.model)
-        self.rehearse()
-        self._restore_progress()
+        super().begin_training()
 
     def begin_epoch(self, epoch: int) -> None:
         """Set the epoch that the collator's random numbers depend on."""
         if self._collator is not None:
             self._collator.epoch = epoch
-
-    def begin_step(self) -> None:
-        """Keep random numbers, summed loss and token count from before a step."""
-        tokens = self.state.num_input_tokens_seen
-        self.step.begin({"random": random_state(), "loss": self._tr_loss.clone(), "tokens": tokens})
-
-    def undo_step(self) -> None:
-        """Restore random numbers, summed loss and token count from before the step."""
-        set_random_state(self.step.before["random"])
-        self._tr_loss.copy_(self.step.before["loss"])
-        self.state.num_input_tokens_seen = self.step.before["tokens"]
 
     # ---- evaluation -------------------------------------------------------------------------------------------
 
@@ -310,32 +308,8 @@ class Trainer(ResumableTrainer):
         figures = {f"{prefix}_{name}": value for name, value in measure.figures(sums).items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=figures, num_samples=sums.samples)
 
-    def rehearse(self) -> None:
-        """Check before the first step that checkpoints can be saved and an evaluation fits into memory.
-
-        Raises:
-            OutputError: The output folder cannot be written, or has no space for a checkpoint.
-        """
-        self._rehearse_saving()
-        if self.args.eval_strategy != "no":
-            sets = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-            with same_random_state():
-                for dataset in sets:
-                    self._rehearse_evaluation(dataset)
-
-    @torch.no_grad()
-    def _rehearse_evaluation(self, dataset: Any) -> None:
-        """Run one batch of the longest samples, as the evaluation will run it."""
-        columns = dataset.column_names if isinstance(dataset, datasets.Dataset) else []
-        if "input_ids" in columns or "length" in columns:
-            longest = longest_first(dataset).select(range(min(self.args.eval_batch_size, len(dataset))))
-            rows = self._remove_unused_columns(longest, description="rehearsal")
-            batch = self.data_collator([rows[i] for i in range(len(rows))])
-            self.model.eval()
-            with self.accelerator.autocast():
-                self._rehearse_batch(self._prepare_inputs(batch))
-
-    def _rehearse_batch(self, batch: dict[str, Tensor]) -> None:
+    def evaluate_batch(self, batch: dict[str, Tensor]) -> None:
+        """Run a batch as an evaluation does, and drop the result."""
         if self.compute_metrics is None and self._shifts_labels and self._models_own_loss:
             fused_sample_losses(self.model, batch)
         else:

@@ -105,7 +105,7 @@ ARGUMENTS: dict[str, list[Any]] = {
     "lk_outlier_dgrad": [_POINTER] * 4 + [_SIZE] * 4,
     "lk_pack_a8_grouped": [_POINTER] * 5 + [_SIZE] * 2 + [_INT],
     "lk_gemm_w8a8_grouped_dgrad": [_POINTER] * 6 + [_SIZE] * 3,
-    "lk_gemm_f32": [_POINTER] * 5 + [_SIZE] * 3 + [_INT],
+    "lk_gemm_f32": [_POINTER] * 5 + [_SIZE] * 3 + [_INT] * 3,
 }
 #: Arguments of every function that returns a size.
 SIZE_ARGUMENTS: dict[str, list[Any]] = {

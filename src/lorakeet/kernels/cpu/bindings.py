@@ -27,6 +27,12 @@ def is_cpu_contiguous(*tensors: Tensor) -> bool:
     return True
 
 
+def is_plain_fp32(tensor: Tensor) -> bool:
+    """Whether a tensor, or a contiguous copy of it, can be read: fp32, not empty, on the CPU, of a plain type."""
+    plain = tensor.dtype == torch.float32 and tensor.is_cpu and type(tensor) in PLAIN and tensor.numel() > 0
+    return plain and not torch.compiler.is_compiling() and library() is not None
+
+
 def is_fp32_vector(width: int, *vectors: Tensor | None) -> bool:
     """Whether all vectors are fp32 [width] or None: C would read beyond one that is shorter."""
     return all(v is None or (v.dtype == torch.float32 and v.shape == (width,)) for v in vectors)

@@ -169,10 +169,24 @@ def has_fast_f32() -> bool:
     return has(Feature.AVX2) and has(Feature.AMD)
 
 
-def gemm_f32(x: Tensor, m: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute x·m + b for x fp32 [n, k] and m fp32 [k, columns], of which m or mᵀ is contiguous; fp32 [n, columns]."""
-    h = transient_empty(x, x.shape[0], m.shape[1])
+def gemm_f32(
+    x: Tensor, m: Tensor, bias: Tensor | None = None, low_rank: bool = False, add_to: Tensor | None = None
+) -> Tensor:
+    """Compute x·m + b. The order of each sum is fixed: it depends on shapes alone, and not on the number of threads.
+
+    Args:
+        x: fp32 [n, k], contiguous.
+        m: fp32 [k, columns]; m or mᵀ is contiguous.
+        bias: fp32 [columns] or None.
+        low_rank: Sum in the blocks of a product with an adapter's A or B.
+        add_to: fp32 [n, columns], contiguous: add the product to it, in place.
+
+    Returns:
+        fp32 [n, columns].
+    """
+    h = transient_empty(x, x.shape[0], m.shape[1]) if add_to is None else add_to
     strips = workspace(library().lk_packed_f32_size(x.shape[0]), torch.float32)
     tensors = x, m, bias, strips, h
-    library().lk_gemm_f32(*map(pointer, tensors), *x.shape, m.shape[1], not m.is_contiguous())
+    column_major = not m.is_contiguous()
+    library().lk_gemm_f32(*map(pointer, tensors), *x.shape, m.shape[1], column_major, low_rank, add_to is not None)
     return h

@@ -1,4 +1,4 @@
-"""Handling of Ctrl-C and SIGTERM: a run ends after the current step, with a checkpoint to resume from."""
+"""Handling of Ctrl-C, SIGTERM and SIGHUP: a run ends after the current step, with a checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from lorakeet.log import info
 
 #: Seconds after a Ctrl-C in which a second one is ignored: torchrun sends the terminal's signal again.
 ECHO = 2.0
+#: Signals that end a run: Ctrl-C, the stop of a cluster or machine, and a terminal that is closed.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 
 def resume_command(file: Path) -> str:
@@ -31,10 +33,29 @@ def resume_command(file: Path) -> str:
     return f"{start} train {file} --resume"
 
 
+def any_process(flag: bool, args: Any) -> bool:
+    """Whether ``flag`` is set in any process; all processes ask at the same step and get the same answer.
+
+    Args:
+        flag: The flag of this process.
+        args: TrainingArguments of the run.
+    """
+    if args.world_size == 1:
+        return flag
+    count = torch.tensor(float(flag), device=args.device)
+    torch.distributed.all_reduce(count)
+    return bool(count)
+
+
+class EvaluationStoppedError(Exception):
+    """A signal came during an evaluation inside the training; the Trainer saves, and the resumed run evaluates again."""
+
+
 class StopAfterStep(TrainerCallback):
     """Context in which a signal stops training after its step and saves; a second Ctrl-C stops at once.
 
-    Before the first step and after the last, Ctrl-C stops at once too. All processes stop after the same step.
+    An evaluation inside the training is broken off. Before the first step and after the last, where nothing would be
+    lost, a signal stops at once. All processes stop after the same step.
 
     Attributes:
         stopped: Whether the training was stopped.
@@ -47,8 +68,9 @@ class StopAfterStep(TrainerCallback):
 
     def __enter__(self) -> StopAfterStep:
         if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._on_signal)
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                    self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
@@ -75,13 +97,15 @@ class StopAfterStep(TrainerCallback):
         self.training = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._any_process_requested(args):
+        if any_process(self.requested, args):
             self.stopped = state.global_step < state.max_steps
             control.should_save = control.should_training_stop = True
 
-    def _any_process_requested(self, args: Any) -> bool:
-        if args.world_size == 1:
-            return self.requested
-        requested = torch.tensor(float(self.requested), device=args.device)
-        torch.distributed.all_reduce(requested)
-        return bool(requested)
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.training and self.requested and args.world_size == 1:  # several processes take unequal shares
+            self.stopped = True
+            raise EvaluationStoppedError
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.training:
+            self.on_step_end(args, state, control)

@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from lorakeet.log import info
 from lorakeet.runs.metrics_log import MetricsLog
@@ -31,8 +32,8 @@ TIMES = ("_runtime", "_per_second")
 LINE_INTERVAL = 10.0
 
 
-class ProgressCallback(TrainerCallback):
-    """Writer of ``metrics.jsonl`` and progress display, in the main process only.
+class ProgressCallback(TrainerCallback, ExportableState):
+    """Writer of ``metrics.jsonl`` and progress display, in the main process only; a checkpoint holds its lines.
 
     Needs ``include_num_input_tokens_seen="non_padding"`` in the TrainingArguments, which counts the real tokens.
 
@@ -48,11 +49,19 @@ class ProgressCallback(TrainerCallback):
         self._line = {"tokens": 0, "seconds": 0.0}  # of the last training line
         self._measured = 0  # batches of the current evaluation
         self._display = ProgressDisplay()
+        self.saved_lines: list[dict[str, Any]] | None = None  # of the checkpoint that a run resumes from
+
+    def state(self) -> dict[str, Any]:
+        """Return the lines of the log for a checkpoint."""
+        return {"args": {"path": str(self.log.path)}, "attributes": {"saved_lines": self.log.read()}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        trained = [line for line in self.log.keep_until(state.global_step) if "loss" in line]
+        lines = self.log.read() if self.saved_lines is None else self.saved_lines
+        self.saved_lines = None
+        self.log.replace([line for line in lines if line["step"] <= state.global_step])
+        trained = [line for line in self.log.read() if "loss" in line]
         self.seconds = self.earlier_seconds = trained[-1]["seconds"] if trained else 0.0
         self._line = {"tokens": state.num_input_tokens_seen, "seconds": self.seconds}
         self._display.open(state.max_steps, state.global_step)

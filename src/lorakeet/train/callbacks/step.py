@@ -1,4 +1,4 @@
-"""Callback of the Trainer at the events of its loop: checks of the first step, the collator's epoch, finite values."""
+"""Callback of the Trainer at the events of its loop: checks of the first step, the collator's epoch, faults of a step."""
 
 from __future__ import annotations
 
@@ -8,10 +8,19 @@ from transformers import TrainerCallback, TrainingArguments
 
 from lorakeet.errors import TrainingError
 from lorakeet.log import warn
-from lorakeet.train import nonfinite, preflight
+from lorakeet.train.guards import preflight
+from lorakeet.train.guards.step_faults import StepFault, describe_fault, find_fault, step_figures
 from lorakeet.train.step_state import StepHost
 
-_NONFINITE_HINT = "check these samples, lower the learning rate, or skip such steps: Trainer(..., non_finite='skip')"
+#: Steps. Skipped ones in a row that stop a run: perhaps none would ever count.
+MOST_SKIPPED = 20
+#: Hint for each kind of fault: the settings that go on.
+_HINTS = {
+    "non_finite": "check these samples, lower the learning rate, or skip such steps: --resume --on-nonfinite skip "
+    "(Trainer(..., non_finite='skip'))",
+    "spike": "check these samples, lower the learning rate, or skip such steps: --resume --on-spike skip; "
+    "--on-spike warn applies them (Trainer(..., spike='skip'))",
+}
 
 
 class StepCallback(TrainerCallback):
@@ -20,9 +29,10 @@ class StepCallback(TrainerCallback):
     def __init__(self, host: StepHost) -> None:
         self.host = host
         self.first = True
+        self.skipped = 0  # steps in a row
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        self.first = True
+        self.first, self.skipped = True, 0
         self.host.begin_training()
 
     def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
@@ -37,16 +47,37 @@ class StepCallback(TrainerCallback):
             preflight.check_gradients(host.model)
             preflight.check_synchronized(host.model, host.accelerator)
             self.first = False
-        if nonfinite.is_finite(host.step, host.accelerator):
+        figures = step_figures(host.step, host.accelerator)
+        fault = find_fault(figures, state.global_step + 1, host.spikes)
+        if fault is None or host.reaction(fault.kind) == "warn":
+            host.spikes.add(figures)
+            self.skipped = 0
+        if fault is not None:
+            self._react(fault)
+
+    def _react(self, fault: StepFault) -> None:
+        """Stop, skip the step, or warn, as the settings say.
+
+        Raises:
+            TrainingError: The run stops; the step is not applied, and the last good state is saved.
+        """
+        host, reaction = self.host, self.host.reaction(fault.kind)
+        if reaction == "warn":
+            warn(fault.sentence)
             return
-        decode = getattr(host.processing_class, "decode", None)
-        error = nonfinite.nonfinite_error(host.step, state.global_step + 1, host.micro_batch_loss, decode)
+        error = describe_fault(fault, host)
         host.model_wrapped.zero_grad()  # without gradients the optimizer changes nothing
-        if host.non_finite == "skip":
+        self.skipped += 1
+        if reaction == "skip" and self.skipped < MOST_SKIPPED:
             warn(f"step skipped: {error}")
             return
         host.undo_step()
+        if self.skipped > 1:
+            error = f"{self.skipped} steps in a row were skipped, the last because {error}"
+        if broken := preflight.nonfinite_parameters(host.model):
+            raise TrainingError(f"{broken}; {error}", "resume from an earlier checkpoint, with a lower learning rate")
         folder = host.save_last_good_state()
-        raise TrainingError(
-            error, _NONFINITE_HINT if folder is None else f"the last good state is in {folder}; {_NONFINITE_HINT}"
+        hint = (
+            _HINTS[fault.kind] if reaction == "stop" else "the model may be damaged: begin with a lower learning rate"
         )
+        raise TrainingError(error, hint if folder is None else f"the last good state is in {folder}; {hint}")

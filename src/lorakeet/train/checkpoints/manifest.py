@@ -1,4 +1,8 @@
-"""Manifest of a checkpoint: its files with their sizes, and the fingerprint of the run that wrote it."""
+"""Manifest of a checkpoint: its files with size and SHA-256, the fingerprint of its run, and counters of the Trainer.
+
+Reading a checkpoint begins with its manifest, which has a hash of its own. Whatever was cut, changed or lost since it was
+written is named, and the checkpoint is not used.
+"""
 
 from __future__ import annotations
 
@@ -6,154 +10,137 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
-from torch import nn
-from transformers import TrainingArguments
-
-from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import TrainingError
+from lorakeet.log import warn
+from lorakeet.security.json_file import read_object
+from lorakeet.security.paths import outside
 
 #: Name of the file that lists a checkpoint's files and the run's fingerprint.
 MANIFEST = "lorakeet_checkpoint.json"
-
-#: TrainingArguments that the result depends on. Logging, saving and evaluating may change freely.
-SETTINGS = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "warmup_ratio",
-    "optim",
-    "optim_args",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "seed",
-    "data_seed",
-    "bf16",
-    "fp16",
-    "label_smoothing_factor",
-    "neftune_noise_alpha",
-    "train_sampling_strategy",
-    "dataloader_drop_last",
-)
-
-#: Rows of a data set that are read for its hash; a larger data set is sampled evenly.
-HASHED_ROWS = 50_000
+#: Key of the hash that the manifest has of itself.
+_SELF = "manifest_sha256"
+#: Name of a checkpoint's folder, with its step.
+_NAME = re.compile(r"checkpoint-(\d+)")
 
 
-def data_hash(dataset: Any) -> str:
-    """Return a hash of the samples and their order; of other types than ``Dataset`` and list, of type and length."""
-    digest = hashlib.sha256(type(dataset).__name__.encode())
-    rows = len(dataset) if hasattr(dataset, "__len__") else -1
-    digest.update(str(rows).encode())
-    if isinstance(dataset, datasets.Dataset):
-        if rows > HASHED_ROWS:
-            dataset = dataset.select([i * rows // HASHED_ROWS for i in range(HASHED_ROWS)])
-        for table in dataset.with_format("arrow").iter(batch_size=1000):
-            digest.update(json.dumps(table.to_pydict(), default=str).encode())
-    elif isinstance(dataset, (list, tuple)):
-        for row in dataset:
-            digest.update(repr(row).encode())
-    return digest.hexdigest()[:16]
+def write_manifest(
+    folder: Path, fingerprint: Mapping[str, Any], versions: Mapping[str, str], progress: Mapping[str, Any]
+) -> None:
+    """Write the manifest of the checkpoint whose other files are in ``folder``.
 
-
-def trainable_hash(model: nn.Module) -> str:
-    """Return a hash of names and shapes of all trainable parameters, and of the adapter's settings if there is one."""
-    shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
-    adapters = (
-        {name: model.peft_config[name].to_dict() for name in model.active_adapters}
-        if isinstance(model, PeftModel)
-        else {}
-    )
-    return hashlib.sha256(json.dumps([sorted(shapes), adapters], sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def run_fingerprint(args: TrainingArguments, model: nn.Module, dataset: Any) -> dict[str, Any]:
-    """Return what must be equal for a run to resume exactly."""
-    settings = {name: str(getattr(args, name)) for name in SETTINGS if hasattr(args, name)}
-    return {
-        **settings,
-        "processes": str(args.world_size),
-        "data": data_hash(dataset),
-        "trainable parameters": trainable_hash(model),
+    Args:
+        folder: The checkpoint's folder, complete but for the manifest.
+        fingerprint: Facts that a run must share to resume from it.
+        versions: Versions of the programs that wrote it.
+        progress: Counters of the Trainer that ``trainer_state.json`` does not hold.
+    """
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    manifest = {
+        "files": {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": file_hash(folder / name)} for name in names
+        },
+        "fingerprint": dict(fingerprint),
+        "versions": dict(versions),
+        "progress": dict(progress),
     }
+    text = json.dumps({**manifest, _SELF: _own_hash(manifest)}, indent=2, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def write_manifest(folder: Path, fingerprint: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
-    """Write the manifest of a checkpoint: its files with their sizes, the run's fingerprint and its progress."""
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-    manifest = {"files": files, "fingerprint": dict(fingerprint), "progress": dict(progress)}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def clear_aside(run_folder: Path) -> None:
-    """Remove partial checkpoints of a killed process."""
-    for leftover in run_folder.glob(".checkpoint-*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def _own_hash(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != _SELF}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a complete checkpoint.
+    """Return the manifest of a whole checkpoint, all of whose files are as they were written.
 
     Raises:
-        TrainingError: The folder is no checkpoint of Lorakeet, or files in it are missing or truncated.
+        TrainingError: The folder is no checkpoint of Lorakeet, or files in it are missing or damaged.
     """
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
+        manifest = read_object(folder / MANIFEST)
+        if manifest[_SELF] != _own_hash(manifest):
+            raise ValueError("its hash differs")
+        files, _ = dict(manifest["files"]), dict(manifest["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError):
         raise TrainingError(
             f"{folder} has no readable {MANIFEST}, so it is not a complete checkpoint of Lorakeet",
             "resume from another one, or start again",
         ) from None
-    broken = [
-        f"{name} (expected {size} bytes, got {(folder / name).stat().st_size if (folder / name).is_file() else 'none'})"
-        for name, size in files.items()
-        if not (folder / name).is_file() or (folder / name).stat().st_size != size
-    ]
-    if broken:
-        raise TrainingError(f"checkpoint {folder} is incomplete: {', '.join(broken)}", "resume from an earlier one")
+    damaged = [fault for name, written in files.items() if (fault := _fault(folder, name, written))]
+    if damaged:
+        raise TrainingError(f"checkpoint {folder} is incomplete: {', '.join(damaged)}", "resume from an earlier one")
     return manifest
 
 
+def _fault(folder: Path, name: str, written: Mapping[str, Any]) -> str | None:
+    """Return what became of a file of the manifest, None if nothing."""
+    if place := outside(folder, name):
+        return f"{name} (leads out of the folder, to {place})"
+    path = folder / name
+    try:
+        size = path.stat().st_size if path.is_file() else None
+        if size != written["bytes"]:
+            return f"{name} (expected {written['bytes']} bytes, got {'none' if size is None else size})"
+        return None if file_hash(path) == written["sha256"] else f"{name} (its content has changed)"
+    except OSError as error:
+        return f"{name} ({error.strerror})"
+    except (KeyError, TypeError):
+        return f"{name} (its size and hash are not readable)"
+
+
+def checkpoints(run_folder: str | Path) -> dict[int, Path]:
+    """Return the folders below ``run_folder`` that are named as checkpoints, by step, the newest first."""
+    folders = [path for path in Path(run_folder).glob("checkpoint-*") if path.is_dir()]
+    found = {int(match[1]): path for path in folders if (match := _NAME.fullmatch(path.name))}
+    return dict(sorted(found.items(), reverse=True))
+
+
 def latest_checkpoint(run_folder: str | Path) -> Path | None:
-    """Return the complete checkpoint with the highest step below ``run_folder``; damaged checkpoints are skipped."""
-    found = []
-    for folder in Path(run_folder).glob("checkpoint-*"):
-        if match := re.fullmatch(r"checkpoint-(\d+)", folder.name):
-            try:
-                read_manifest(folder)
-            except TrainingError:
-                continue
-            found.append((int(match[1]), folder))
-    return max(found)[1] if found else None
+    """Return the newest whole checkpoint below ``run_folder``; a warning names each damaged one that is newer."""
+    for folder in checkpoints(run_folder).values():
+        try:
+            read_manifest(folder)
+        except TrainingError as error:
+            warn(f"{error.message}; it is left out, and the one before is taken")
+            continue
+        return folder
+    return None
 
 
-def refuse_other_run(folder: Path, now: Mapping[str, Any]) -> None:
-    """Compare the run that wrote ``folder`` with the run that resumes.
+def remove_checkpoints(folders: Iterable[Path]) -> None:
+    """Remove checkpoints; each is renamed first, so that a kill leaves none that is half there."""
+    for folder in folders:
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
-    Raises:
-        TrainingError: The runs differ; the message names every difference.
+
+def keep_checkpoints(run_folder: Path, newest: int, best: int | None, most: int | None) -> None:
+    """Remove older checkpoints until ``most`` are left, the newest and the best among them.
+
+    Args:
+        run_folder: Folder with the checkpoints.
+        newest: Step of the newest; later ones are left over from another training, and are removed too.
+        best: Step of the best; None: there is none.
+        most: Checkpoints to keep; None: all, and nothing is removed.
     """
-    then = read_manifest(folder)["fingerprint"]
-    differences = [
-        f"{name} was {then.get(name, 'not set')}, is {now.get(name, 'not set')}"
-        for name in dict.fromkeys([*then, *now])
-        if then.get(name) != now.get(name)
-    ]
-    if differences:
-        raise TrainingError(
-            f"checkpoint {folder} comes from another run: {'; '.join(differences)}",
-            "resume with the run's own settings and data, or pass Trainer(..., any_checkpoint=True)",
-        )
+    if most is None:
+        return
+    steps = [step for step in checkpoints(run_folder) if step <= newest]
+    kept = steps[:most]
+    if best in steps and best not in kept:
+        kept = [*kept[: max(1, len(kept) - 1)], best]
+    remove_checkpoints(folder for step, folder in checkpoints(run_folder).items() if step not in kept)

@@ -24,9 +24,9 @@ from lorakeet.plan.passes import count_steps, evaluation_passes, training_passes
 from lorakeet.plan.plan import HEAP, LATER_BYTES, SHARE, Memory, Plan
 from lorakeet.quant.protocol import has_quantized
 from lorakeet.tasks.task import Task
+from lorakeet.train.guards.preflight import checkpoint_bytes
 from lorakeet.train.planning.pass_meter import PassMeter
 from lorakeet.train.planning.rows import rows_of
-from lorakeet.train.preflight import checkpoint_bytes
 
 #: Seconds of a step outside of its passes: reading rows, clipping, logging; and of AdamW per trained parameter.
 STEP_SECONDS, PARAMETER_SECONDS = 0.01, 2e-9

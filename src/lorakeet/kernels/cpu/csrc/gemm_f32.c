@@ -8,6 +8,7 @@
 
 enum {
     F32_KC = 640,                /* depth of a block, at most: panels stay in the L2 cache */
+    F32_LOW_RANK_KC = 192,       /* depth of a block of a low-rank product */
     F32_PANELS = 2,              /* panels that a strip of x is multiplied with while it is in the L1 cache */
     F32_ROW_STRIDE = F32_KC + 16 /* row stride of a packed strip; +16 floats avoids cache-set conflicts */
 };
@@ -64,21 +65,29 @@ static void f32_pack_panel(const float *m, float *panel, ptrdiff_t depth, ptrdif
     }
 }
 
-/* A tile of h: the first block writes its sums plus the bias, later blocks add theirs. */
+/* A tile of h: the first block writes its sums plus the bias, later blocks add theirs. The sums of a column do not depend
+ * on how many columns the tile has. */
 static inline void f32_tile(const float *strip, const float *panel, ptrdiff_t size, const float *bias, float *h,
                             ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t columns, int first)
 {
     floats s[MR][2];
     for (int r = 0; r < MR; r++)
         s[r][0] = s[r][1] = (floats){0};
-    for (ptrdiff_t k = 0; k < size; k++, panel += NR) {
-        const floats low = load(panel), high = load(panel + VLEN);
-        for (int r = 0; r < MR; r++) {
-            const float x = strip[r * F32_ROW_STRIDE + k];
-            s[r][0] += x * low;
-            s[r][1] += x * high;
+    if (columns <= VLEN) /* a low-rank product: half of the tile */
+        for (ptrdiff_t k = 0; k < size; k++, panel += NR) {
+            const floats low = load(panel);
+            for (int r = 0; r < MR; r++)
+                s[r][0] += strip[r * F32_ROW_STRIDE + k] * low;
         }
-    }
+    else
+        for (ptrdiff_t k = 0; k < size; k++, panel += NR) {
+            const floats low = load(panel), high = load(panel + VLEN);
+            for (int r = 0; r < MR; r++) {
+                const float x = strip[r * F32_ROW_STRIDE + k];
+                s[r][0] += x * low;
+                s[r][1] += x * high;
+            }
+        }
     floats made[MR][2]; /* a copy: variable indices would keep `s` out of the registers */
     memcpy(made, s, sizeof s);
     for (ptrdiff_t r = 0; r < rows; r++) {
@@ -92,12 +101,23 @@ static inline void f32_tile(const float *strip, const float *panel, ptrdiff_t si
     }
 }
 
-/* h = x m + bias for x [n, depth] and m [depth, columns], column-major if `transposed`; bias may be NULL. One block of x
- * at a time is packed into `strips`, [row][F32_ROW_STRIDE]; the last strip is padded with copies of the last row. */
-void lk_gemm_f32(const float *x, const float *m, const float *bias, float *strips, float *h, ptrdiff_t n, ptrdiff_t depth,
-                 ptrdiff_t columns, int transposed)
+/* Depth of the blocks, whose sums are added one after the other: the order of every sum, whatever the number of threads.
+ * Where x or m is low-rank, blocks are smaller: those of MKL 2024 with AVX-512, so that results are often the same. */
+static ptrdiff_t f32_kc(ptrdiff_t depth, int low_rank)
 {
-    const ptrdiff_t blocks = (depth + F32_KC - 1) / F32_KC, size = (depth + blocks - 1) / blocks, wide = F32_PANELS * NR;
+    const ptrdiff_t blocks = (depth + F32_KC - 1) / F32_KC;
+    if (!low_rank)
+        return (depth + blocks - 1) / blocks;
+    return depth <= F32_LOW_RANK_KC ? depth : depth < 2 * F32_LOW_RANK_KC ? depth / 2 : F32_LOW_RANK_KC;
+}
+
+/* h = x m + bias for x [n, depth] and m [depth, columns], column-major if `transposed`; bias may be NULL. With `add`, h
+ * += x m. One block of x at a time is packed into `strips`, [row][F32_ROW_STRIDE]; the last strip is padded with copies of
+ * the last row. */
+void lk_gemm_f32(const float *x, const float *m, const float *bias, float *strips, float *h, ptrdiff_t n, ptrdiff_t depth,
+                 ptrdiff_t columns, int transposed, int low_rank, int add)
+{
+    const ptrdiff_t size = f32_kc(depth, low_rank), wide = F32_PANELS * NR;
     const ptrdiff_t count = (n + MR - 1) / MR, sides = (columns + wide - 1) / wide, parts = row_parts(sides, n);
     const ptrdiff_t each = (count + parts - 1) / parts;
 #pragma omp parallel if (n * columns > 4096)
@@ -121,7 +141,7 @@ void lk_gemm_f32(const float *x, const float *m, const float *bias, float *strip
                     for (ptrdiff_t j = 0; j < width; j += NR)
                         f32_tile(strips + s * MR * F32_ROW_STRIDE, panels[j / NR], here, start + j,
                                  h + s * MR * columns + begin + j, columns, min_of(n - s * MR, MR),
-                                 min_of(width - j, NR), from == 0);
+                                 min_of(width - j, NR), from == 0 && !add);
             }
     }
 }

@@ -1,4 +1,4 @@
-"""Checks of a training for errors that would otherwise be silent, and descriptions of batches for messages.
+"""Checks of a training, before and on its first step, for errors that would otherwise be silent.
 
 Before the first step: number formats that cannot train, FSDP that is not applied, an adapter that cannot be saved. On
 the first step: parameters without a gradient, and processes whose gradients differ.
@@ -7,8 +7,7 @@ the first step: parameters without a gradient, and processes whose gradients dif
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.adapter.tensor_loading import check_tensors
 from lorakeet.adapter.unfrozen import unfrozen_names
 from lorakeet.errors import TrainingError
-from lorakeet.log import info, log, warn
+from lorakeet.log import info, warn
 from lorakeet.lora.interop.wrappers import compiled_in_place
 
 #: Names that a message shows of a longer list.
@@ -86,6 +85,12 @@ def check_gradients(model: nn.Module) -> None:
     )
 
 
+def nonfinite_parameters(model: nn.Module) -> str | None:
+    """Return a clause that names the trainable parameters with NaN or infinity; None if there are none."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
+    return f"{len(names)} trainable parameters are not finite themselves: {_some(names)}" if names else None
+
+
 def check_synchronized(model: nn.Module, accelerator: Accelerator) -> None:
     """Check that the gradients are equal in all processes after the backward pass.
 
@@ -120,22 +125,14 @@ def check_sharded(model: nn.Module, args: TrainingArguments) -> None:
         )
 
 
-def rehearse_save(model: PeftModel, folder: str | Path) -> None:
-    """Write the adapters to a temporary folder, and compare the files with what a resumed run would expect there.
-
-    So an error of saving or restoring shows before the training, not after it.
+def check_saved_adapters(model: PeftModel, folder: str | Path) -> None:
+    """Compare saved adapters with what a resumed run would expect in their files.
 
     Raises:
-        AdapterError: An adapter cannot be saved, or its file would not fit this model.
+        AdapterError: A file would not fit this model.
     """
-    with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=folder) as aside:
-        log.disabled = True  # the warning that the adapter is untrained
-        try:
-            model.save_pretrained(aside)
-        finally:
-            log.disabled = False
-        for adapter, path in adapter_folders(aside, model.peft_config).items():
-            check_tensors(model, adapter, path)
+    for adapter, path in adapter_folders(folder, model.peft_config).items():
+        check_tensors(model, adapter, path)
 
 
 def announce_unfrozen(model: nn.Module) -> None:
@@ -196,20 +193,6 @@ def _first_tokens(batch: Mapping[str, Any]) -> Mapping[str, Any]:
 def _loss(outputs: Any) -> Tensor:
     loss: Tensor = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
     return loss
-
-
-def describe_batch(inputs: Mapping[str, Any], decode: Callable[[Any], str] | None) -> str:
-    """Describe each sample of a micro-batch in a line, so that a person finds it in the data."""
-    ids = inputs.get("input_ids")
-    if not torch.is_tensor(ids) or ids.dim() != 2:
-        return ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items() if torch.is_tensor(value))
-    mask = inputs.get("attention_mask")
-    lines = []
-    for row, tokens in enumerate(ids):
-        real = tokens[mask[row].bool()] if torch.is_tensor(mask) and mask.shape == ids.shape else tokens
-        text = repr(decode(real)[:80]) if decode else f"token ids {real[:16].tolist()}"
-        lines.append(f"  sample {row}: {len(real)} tokens, {text}")
-    return "\n".join(lines)
 
 
 def _some(names: list[str]) -> str:

@@ -1,0 +1,70 @@
+"""Picture of an adapter's ranks: a heat map over the layers, and the singular values of each kind of layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorakeet.tasks.plots import BLUES, new_figure, save_figure
+
+#: Colors of kinds of layers, distinguishable for color-blind readers (Okabe and Ito 2008).
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+
+
+def draw_ranks(report: Mapping[str, Any], path: str | Path) -> None:
+    """Draw the rank that each layer needs, and the falling singular values of each kind of layer, as a PNG.
+
+    Args:
+        report: The result of :func:`lorakeet.rank.report.rank_report`.
+        path: Path of the PNG.
+    """
+    layers = report["layers"]
+    kinds = sorted({layer["kind"] for layer in layers})
+    numbers = sorted({layer["layer"] for layer in layers}, key=lambda number: -1 if number is None else number)
+    figure = new_figure(max(7.0, 0.28 * len(numbers) + 3), 1.2 + 0.42 * len(kinds) + 3.6)
+    heat, curves = figure.subplots(2, 1, height_ratios=[0.6 + 0.42 * len(kinds), 3])
+    _draw_heat_map(heat, layers, kinds, numbers, report["energy"])
+    for kind, color in zip(kinds, _COLORS * len(kinds), strict=False):
+        _draw_spectra(curves, [layer for layer in layers if layer["kind"] == kind], kind, color)
+    curves.set_yscale("log")
+    curves.set_xlabel("number of the singular value")
+    curves.set_ylabel("σ / largest σ of the layer")
+    curves.grid(alpha=0.25)
+    curves.spines[["top", "right"]].set_visible(False)
+    curves.legend(frameon=False, ncols=2)
+    note = f"rank that keeps {report['energy']:.4g} of each layer's energy ‖ΔW‖²"
+    save_figure(figure, heat, path, "Ranks", note)
+
+
+def _draw_heat_map(axes: Any, layers: list[Any], kinds: list[str], numbers: list[Any], energy: float) -> None:
+    """Draw the rank needed, a row for each kind and a column for each layer number."""
+    table = np.full((len(kinds), len(numbers)), np.nan)
+    for layer in layers:
+        place = kinds.index(layer["kind"]), numbers.index(layer["layer"])
+        table[place] = np.nanmax([table[place], layer["rank_needed"]])
+    largest = max(layer["r"] for layer in layers)
+    image = axes.imshow(table, cmap=BLUES, vmin=0, vmax=largest, aspect="auto")
+    for row, column in zip(*np.nonzero(~np.isnan(table)), strict=True):
+        color = "white" if table[row, column] > 0.5 * largest else "black"
+        axes.text(column, row, f"{table[row, column]:.0f}", ha="center", va="center", color=color, fontsize=7)
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set_xticks(range(len(numbers)), ["-" if number is None else str(number) for number in numbers], fontsize=7)
+    axes.set_xlabel("layer")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02, label=f"rank, of {largest}")
+
+
+def _draw_spectra(axes: Any, layers: list[Any], kind: str, color: str) -> None:
+    """Draw the median of the layers' singular values, and the span from the smallest to the largest."""
+    learned = [np.array(layer["singular_values"]) for layer in layers if layer["update_norm"]]
+    if not learned:
+        return
+    length = min(map(len, learned))
+    curves = np.array([values[:length] / values[0] for values in learned]).clip(1e-8)
+    positions = np.arange(1, length + 1)
+    axes.plot(positions, np.median(curves, axis=0), color=color, linewidth=2, label=kind, marker="o", markersize=3)
+    axes.fill_between(positions, curves.min(0), curves.max(0), color=color, alpha=0.15, linewidth=0)
