@@ -28,13 +28,9 @@ from lorakeet.data.prepare import prepare
 from lorakeet.errors import OutputError, TrainingError
 from lorakeet.log import info, log, warn
 from lorakeet.patches.gradient_checkpointing import gradient_checkpointing
-<<<<<<< HEAD
 from lorakeet.patches.of_training import training_patches
 from lorakeet.plan.free_memory import free_memory
-=======
-from lorakeet.patches.padding_free import padding_free, why_padded
 from lorakeet.runs.folder_lock import check_unlocked, locked
->>>>>>> main
 from lorakeet.runs.metrics_log import MetricsLog
 from lorakeet.runs.run_folder import check_run_folder, claim_folder, is_finished, is_run
 from lorakeet.tasks.setup import check_rank, task_settings, with_length
@@ -48,14 +44,11 @@ from lorakeet.train.evaluate import longest_first
 from lorakeet.train.init_adapter import fit_base, loading_options, put_adapter, tokenizer_and_limits, with_init_adapter
 from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.microbatch_packing import default_token_budget
-<<<<<<< HEAD
 from lorakeet.train.planning.at_start import plan_at_start, same_in_all_processes
-=======
 from lorakeet.train.processes.agreement import check_agreement, in_any_process, settings_facts
 from lorakeet.train.processes.failures import shared_failures
 from lorakeet.train.processes.launch import join_processes, restarts
 from lorakeet.train.processes.sharding import check_can_shard, shard_base
->>>>>>> main
 from lorakeet.train.run_output import RunOutput
 from lorakeet.train.summary import report_outcome
 from lorakeet.train.task_trainer import TaskTrainer
@@ -150,18 +143,9 @@ def _load(config: RunConfig, folder: Path, state: PartialState, began: float) ->
     args.eval_strategy = "no" if data.held_out is None else args.eval_strategy
     set_seed(config.train.seed)
     model = put_adapter(config, base, task)
-<<<<<<< HEAD
-    run = Run(config, folder, base, model, data, chosen, task, args, began, plan)
-    run.announce()
-    if args.process_index == 0:
-        claim_folder(folder, config, resume=start is not None, need=run.bytes_to_write(start is not None))
-    with quiet(), StopAfterStep() as stop:
-        return run.train(stop, broadcast_object_list([start])[0], any_checkpoint)
-=======
     if config.train.fsdp:
         check_can_shard(model, state.num_processes)
-    return Run(config, folder, base, model, data, chosen, task, args, began)
->>>>>>> main
+    return Run(config, folder, base, model, data, chosen, task, args, began, plan)
 
 
 class Run(RunOutput):
