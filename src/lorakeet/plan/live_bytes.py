@@ -37,7 +37,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def restart(self) -> None:
-        """Forget the peak so far."""
+        """Set the peak back to what is alive now."""
         self.most = self.now
 
     def _count(self, tensor: Tensor) -> None:

@@ -71,17 +71,38 @@ def training_passes(
 
 
 def evaluation_passes(lengths: Sequence[int], batch_size: int, join: Joining, skips_padding: bool) -> list[Pass]:
-    """Return the passes of an evaluation, the longest rows first."""
+    """Return the passes of an evaluation, the longest rows first.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_size: Rows of a batch.
+        join: Decides which micro-batches share a pass.
+        skips_padding: Whether padding is not computed.
+    """
     rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     batches = [tuple(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
     return _joined(batches, lengths, join, skips_padding)
 
 
-def typical_passes(steps: Sequence[Sequence[Pass]]) -> list[Pass]:
+def largest_pass(lengths: Sequence[int], train: TrainSettings, join: Joining, skips_padding: bool) -> Pass:
+    """Return the pass of the longest rows of all, which a training rehearses before its first step.
+
+    Args:
+        lengths: Tokens of each row.
+        train: Settings of the training loop.
+        join: Decides which micro-batches share a pass.
+        skips_padding: Whether padding is not computed.
+    """
+    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])[: train.batch_size * train.grad_accum]
+    batches = [tuple(rows[start : start + train.batch_size]) for start in range(0, len(rows), train.batch_size)]
+    return max(_joined(batches, lengths, join, skips_padding), key=lambda each: each.tokens)
+
+
+def typical_passes(steps: Sequence[Sequence[Pass]], largest: Pass) -> list[Pass]:
     """Return the largest pass, the median and a small one, without those that are about as large as another."""
     ordered = sorted((each for step in steps for each in step), key=lambda each: each.tokens)
-    chosen: list[Pass] = []
-    for each in (ordered[-1], ordered[len(ordered) // 2], ordered[len(ordered) // 20]):
+    chosen = [largest]
+    for each in (ordered[len(ordered) // 2], ordered[len(ordered) // 20]):
         if all(abs(each.tokens - other.tokens) > _ALIKE * other.tokens for other in chosen):
             chosen.append(each)
     return chosen

@@ -31,7 +31,7 @@ def plan_at_start(
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         plan = plan_run(config, found, chosen, data, processes=processes, free=free)
-    except Exception as error:  # foreign architectures fail in many ways; what is wrong with the run is said later
+    except Exception as error:  # foreign architectures fail in many ways, and errors of the run itself are raised later
         reason = " ".join(str(error).split())[:200]
         info(f"memory     is not known before the base is loaded ({type(error).__name__}: {reason})")
         return None

@@ -20,7 +20,7 @@ from lorakeet.log import silent
 from lorakeet.plan.cut_model import whole_model
 from lorakeet.plan.free_memory import free_memory, resident_bytes
 from lorakeet.plan.pass_cost import PassCost, choose_every, seconds_of
-from lorakeet.plan.passes import count_steps, evaluation_passes, training_passes, typical_passes
+from lorakeet.plan.passes import count_steps, evaluation_passes, largest_pass, training_passes, typical_passes
 from lorakeet.plan.plan import HEAP, LATER_BYTES, SHARE, Memory, Plan
 from lorakeet.quant.protocol import has_quantized
 from lorakeet.tasks.task import Task
@@ -80,6 +80,8 @@ def plan_run(
     *,
     processes: int = 1,
     free: int | None = None,
+    limit: int | None = None,
+    used: int | None = None,
 ) -> Plan:
     """Plan a run; reads no weights and draws no random number from the caller.
 
@@ -90,11 +92,13 @@ def plan_run(
         data: Prepared data; None: samples of ``data.max_length`` tokens.
         processes: Processes that share a step.
         free: Free bytes of the device; None: as it is now.
+        limit: Bytes that the process may have; None: a share of what is free.
+        used: Bytes that the process has without what earlier plans left behind; None: as it is now.
 
     Raises:
         ConfigError: There is no data, and samples of the task cannot be made up.
     """
-    used = resident_bytes()
+    used = resident_bytes() if used is None else used
     task = Task(chosen.type, data.problem, data.labels) if data is not None else Task(chosen.type)
     rows = rows_of(data, config, task.name)
     model = whole_model(config, found, task)
@@ -103,7 +107,8 @@ def plan_run(
         meter = PassMeter(config, model, found, chosen, task, rows)
         with meter.undo:
             steps = training_passes(rows.lengths, config.train, meter.join, meter.skips_padding, processes)
-            costs = [meter.cost(each) for each in typical_passes(steps)]
+            longest = largest_pass(rows.lengths, config.train, meter.join, meter.skips_padding)
+            costs = [meter.cost(each) for each in typical_passes(steps, longest)]
             held_out = evaluation_passes(
                 rows.held_out_lengths, config.train.batch_size, meter.join, meter.skips_padding
             )
@@ -129,7 +134,7 @@ def plan_run(
             evaluation=int(heap * max((cost.peak() for cost in evaluation), default=0)),
         )
 
-    every = _every(config, meter.can_checkpoint, largest, heap, memory(None), used, free)
+    every = _every(config, meter.can_checkpoint, largest, heap, memory(None), limit, used, free)
     seconds = [seconds_of([each.tokens for each in step], costs, every) for step in steps]
     of_step = sum(seconds) / len(seconds) + STEP_SECONDS + PARAMETER_SECONDS * weights.trained
     count = count_steps(len(rows.lengths), config.train, processes)
@@ -162,6 +167,7 @@ def _every(
     largest: PassCost,
     heap: float,
     memory: Memory,
+    limit: int | None,
     used: int,
     free: int | None,
 ) -> int | None:
@@ -169,9 +175,9 @@ def _every(
     wanted = config.train.gradient_checkpointing
     if wanted != "auto":
         return int(wanted) or None
-    if free is None or not can_checkpoint:
+    if not can_checkpoint or (free is None and limit is None):
         return None
-    available = SHARE * free - (memory.fixed - used)
+    available = limit - memory.fixed if limit is not None else SHARE * (free or 0) - (memory.fixed - used)
     return choose_every(largest, available / heap)
 
 
