@@ -27,6 +27,7 @@ OWN_FILES = {
     "text_files.py": "the reader itself",
     "adapter/model_card.py": "a README, of which only a mark is sought",
     "base/gguf.py": "bytes",
+    "base/gguf_header.py": "bytes",
     "cli/__init__.py": "/dev/null",
     "data/doctor/fix.py": "a copy that is written",
     "data/read/fortune.py": "bytes of an index",
@@ -34,6 +35,7 @@ OWN_FILES = {
     "kernels/cpu/build.py": "C sources, /proc/cpuinfo",
     "quant/mmap_release.py": "/proc/self/smaps",
     "runs/metrics_log.py": "lines that were written with \\u escapes",
+    "security/json_file.py": "JSON, of which the bytes are counted",
     "train/memory_plan.py": "/proc/meminfo",
     "train/callbacks/progress.py": "a progress bar",
 }

@@ -26,6 +26,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from lorakeet.errors import TrainingError
+from lorakeet.log import silent
 from lorakeet.patches.causal_loss import count_targets, shifts_labels
 from lorakeet.patches.fused_loss import fused_sample_losses
 from lorakeet.rng import same_random_state
@@ -255,8 +256,11 @@ class Trainer(GuardedTrainer):
 
     def largest_pass(self, batches: Sequence[Batch]) -> Batch:
         """Return the first pass of a step of these micro-batches, which has the most tokens if the longest come first."""
-        self._groups.plan_groups(batches)
-        return self._groups.join(next(filter(None, map(self._groups.take, batches))))
+        with silent():  # the first step decides, and says so
+            self._groups.plan_groups(batches)
+        together = self._groups.join(next(filter(None, map(self._groups.take, batches))))
+        self._groups.restart()
+        return together
 
     def begin_training(self) -> None:
         """Decide anew whether micro-batches share a pass, then check what the training needs."""

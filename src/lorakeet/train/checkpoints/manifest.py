@@ -73,7 +73,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = read_object(folder / MANIFEST)
         if manifest[_SELF] != _own_hash(manifest):
             raise ValueError("its hash differs")
-        files, _ = dict(manifest["files"]), dict(manifest["fingerprint"])
+        files, *_ = (dict(manifest[part]) for part in ("files", "fingerprint", "versions", "progress"))
     except (OSError, ValueError, KeyError, TypeError):
         raise TrainingError(
             f"{folder} has no readable {MANIFEST}, so it is not a complete checkpoint of Lorakeet",
