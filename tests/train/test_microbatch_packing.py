@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from helpers.small_models import small
 from helpers.task_runs import run_of
 from helpers.tiny_training import PAD, tiny_data, tiny_llama, tiny_peft, tiny_tokenizer
-from helpers.training_loop import bert, classes, learn, masked, poisoned, train, with_poison
+from helpers.training_loop import Forget, bert, classes, learn, masked, poisoned, train, with_poison
 from lorakeet.data.collate import PairsCollator
 from lorakeet.errors import TrainingError
 from lorakeet.patches.fused_loss import fused_loss
@@ -191,7 +191,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_args, collator, tmp_path):
     handle = model.register_forward_pre_hook(
         lambda m, _, given: again.append(len(given["input_ids"])) if m.training else None, with_kwargs=True
     )
-    trainer = Trainer(model, args, train_dataset=data, data_collator=collator, token_budget=SCARCE)
+    trainer = Trainer(
+        model, args, train_dataset=data, data_collator=collator, token_budget=SCARCE, callbacks=[Forget(again)]
+    )
     with padding_free(model), fused_loss(model):
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     handle.remove()
@@ -218,7 +220,12 @@ def test_an_interrupted_step_leaves_no_batches_for_the_next(make_args, collator)
         lambda m, _, given: rows.append(len(given["input_ids"])) if m.training else None, with_kwargs=True
     )
     trainer = Trainer(
-        model, args, train_dataset=tiny_data(48), data_collator=collator, token_budget=PLENTY, callbacks=[Stop()]
+        model,
+        args,
+        train_dataset=tiny_data(48),
+        data_collator=collator,
+        token_budget=PLENTY,
+        callbacks=[Stop(), Forget(rows)],
     )
     with padding_free(model), fused_loss(model):
         trainer.train()
