@@ -1,7 +1,7 @@
-"""Torture of training runs: ``python -m torture``, or ``make torture``; about a quarter of an hour on an idle core.
+"""Torture of training runs: ``make torture``, or ``PYTHONPATH=scripts python -m torture``; half an hour on an idle core.
 
-Three parts, each on an 8-bit and a 32-bit base: runs that are killed and resumed, interrupted runs whose files are damaged, and
-disks that fail. Exit code 1 if any run ended with a wrong result, a traceback or half-written files.
+It has three parts, each on bases of 32 and of 8 bits. Runs are killed and resumed. Files of interrupted runs are damaged.
+Disks fail. The exit code is 1 if any run ended with a wrong result, a traceback or half-written files.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Torture; print each trial, then a table, and return the exit code."""
+    """Run all trials, print each and a table, write the report, and return the exit code."""
     options = arguments()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
@@ -60,7 +60,8 @@ def main() -> int:
 def tortures(folder: Path, options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """Yield the name of a part and a trial of it, the number formats in turn."""
     from torture.damage import Damager
-    from torture.disks import Disks, can_mount
+    from torture.disks import Disks
+    from torture.failing_disk import can_mount
     from torture.kills import Killer
     from torture.small_run import SmallRun, furnish
 

@@ -1,7 +1,7 @@
 """Damage to the files of an interrupted run, and the check that no resumed run goes wrong without a word.
 
-Each file of both checkpoints and the run's own logs are damaged: a bit flips, the end is missing, a part is zero as after a power
-failure, the file is missing, empty, or that of the other checkpoint.
+Any file of a checkpoint or of the run itself is damaged. A bit flips, the end is missing, or a part is zero as after a power
+failure. The file is empty or missing, or has changed places with that of another checkpoint.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ SECTOR = 512
 
 @dataclass
 class Trial:
-    """One damaged file, and how the resumed run took it.
+    """A damaged file, and how the resumed run took it.
 
     Attributes:
         file: Its path in the run's folder.
         damage: Kind and place of the damage.
-        outcome: ``error``, ``an earlier checkpoint``, ``from the beginning``, or ``not read``: the newest checkpoint was whole or
-            taken as whole.
+        outcome: ``error``, ``an earlier checkpoint`` or ``from the beginning``; ``not read``: the newest checkpoint was used.
         faults: Reasons for which the outcome is wrong.
     """
 
@@ -52,7 +51,7 @@ class Trial:
 
 
 def damage(kind: str, file: Path, chance: random.Random) -> str:
-    """Damage a file; return a description."""
+    """Write damage into a file, and return its description."""
     content = bytearray(file.read_bytes())
     place = chance.randrange(max(len(content), 1))
     if kind == "remove":
@@ -82,7 +81,7 @@ class Damager:
         run: The command.
         folder: Folder of the runs and their logs.
         chance: Source of the damage.
-        expected: Results of the run that nobody disturbs.
+        expected: Results of the undisturbed run.
     """
 
     def __init__(self, run: SmallRun, folder: Path, chance: random.Random, expected: dict[str, Any]) -> None:
@@ -90,7 +89,7 @@ class Damager:
         self.out, self.torn, self.log = folder / "run", folder / "torn", folder / "session.log"
 
     def interrupt(self) -> None:
-        """Kill the run soon after a checkpoint, and keep its folder."""
+        """Start the run, let it be killed right after a checkpoint, and keep its folder."""
         shutil.rmtree(self.out, ignore_errors=True)
         last = self.out / "checkpoints" / LAST
         before = at_each(self.out, lambda _: kill() if last.exists() else None)
@@ -108,7 +107,7 @@ class Damager:
         return self.chance.choice(newest if self.chance.random() < NEWEST else self.files())
 
     def trial(self, name: str | None = None, kind: str | None = None) -> Trial:
-        """Damage one file, resume, and judge what happens.
+        """Run one session on a damaged file, and judge how it ends.
 
         Args:
             name: The file; default: any.
@@ -132,7 +131,7 @@ class Damager:
         if not (self.out / "summary.json").exists():
             return "not finished", [ended.said[-SHOWN:]]
         faults = differences(self.expected, results(self.out))
-        start = re.search(r"resuming from \S*/(checkpoint-\d+)", ended.said)
+        start = re.search(r"^continuing .*/(checkpoint-\d+)$", ended.said, re.M)
         if start and start[1] == LAST:
             return "not read", faults
         warned = [line for line in ended.said.splitlines() if line.startswith("warning: ") and LAST in line]

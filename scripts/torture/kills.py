@@ -1,7 +1,7 @@
-"""Kills of a run by SIGKILL, each at a moment that a seed decides, and the comparison with the run that nobody kills.
+"""Kills of a run by SIGKILL, each at a moment that a seed decides, and the comparison with the undisturbed run.
 
-There are three kinds of moments: seconds after the start; a part of a second after a save has begun; and the n-th operation on a
-file of the run's folder. Some sessions are forks of this process, and some are started as a shell starts them.
+There are three kinds of moments: seconds after the start, part of a second after a save has begun, and the n-th operation on
+a file of the run's folder. Some sessions are forks of this process, and some are started as a shell starts them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ SAVE_SECONDS = 0.08
 KILLS_OF_A_RUN = 3
 #: Share of the sessions that are started as a shell starts them, which takes seconds longer.
 STARTED = 0.1
+#: Ways to go on with a run: to ask for it, or simply the same command again.
+AGAIN = ((), ("--resume",))
 #: Last characters of a session's output that a fault shows.
 SHOWN = 2000
 
 
 @dataclass(frozen=True)
 class Length:
-    """What the run that nobody kills takes: its seconds, saves and file operations."""
+    """Length of the undisturbed run: its seconds, saves and file operations."""
 
     seconds: float
     saves: int
@@ -58,7 +60,7 @@ class Moment:
 
 @dataclass
 class Trial:
-    """One run that was killed and resumed until it ended."""
+    """A run that was killed and resumed until it ended."""
 
     bits: int
     kills: list[Moment] = field(default_factory=list)
@@ -109,7 +111,7 @@ class Killer:
         run: The command.
         folder: Folder for the runs and their logs.
         chance: Source of the moments.
-        expected: Results of the run that nobody kills.
+        expected: Results of the undisturbed run.
         length: Its length.
     """
 
@@ -124,7 +126,7 @@ class Killer:
         self.out, self.log = self.folder / "run", self.folder / "session.log"
 
     def measure(self) -> None:
-        """Do the run that nobody kills, and keep its results and its length."""
+        """Run without a kill, and keep its results and its length."""
         shutil.rmtree(self.out, ignore_errors=True)
         counter, saves = self.folder / "operations", SaveWatch(self.out)
         ended = fork(self.run.words(self.out), self.log, at_each(self.out, count_into(counter))).wait(saves)
@@ -132,7 +134,7 @@ class Killer:
         self.length = Length(ended.seconds, len(saves.seen), int(counter.read_text()))
 
     def measure_started(self) -> None:
-        """Do the run once more as a shell starts it, and compare: the forks must not differ from it.
+        """Run without a kill as a shell starts it, and compare: the forks must not differ from it.
 
         Raises:
             RuntimeError: They differ.
@@ -148,7 +150,7 @@ class Killer:
         return results(self.out)
 
     def trial(self, moments: list[Moment] | None = None) -> Trial:
-        """Kill one run at random moments, or at those given; resume it until it ends, and compare the results."""
+        """Run with kills at random moments, or at those given, resume it until it ends, and compare the results."""
         while True:
             trial = Trial(self.run.bits)
             shutil.rmtree(self.out, ignore_errors=True)
@@ -180,7 +182,7 @@ class Killer:
 
     def _begin(self, operation: int | None) -> Session:
         """Begin or resume the run, in a session that kills itself at a file operation if one is given."""
-        words = self.run.words(self.out, "--resume")
+        words = self.run.words(self.out, *self.chance.choice(AGAIN))
         if operation is not None:
             return fork(words, self.log, at_number(self.out, operation, kill))
         return start(words, self.log) if self.chance.random() < STARTED else fork(words, self.log)

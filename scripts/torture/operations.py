@@ -1,7 +1,7 @@
 """Operations of a session on the files of a folder, seen by an audit hook of Python, and acts at one of them.
 
-The hook sees the moment before a file is opened, renamed, removed or made. So a kill at the n-th operation falls exactly between
-two of them, and a disk fills up exactly before one write. Bytes that a library writes by itself are not seen, only the opening.
+The hook sees the moment before a file is opened, renamed, removed or made. So a kill at the n-th operation falls exactly
+between two of them, and a disk fills up exactly before one write. Of files that a library writes by itself it sees nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def at_number(folder: Path, number: int, act: Callable[[], None]) -> Callable[[]
 
 
 def kill() -> None:
-    """Kill this process, as a machine that takes back its memory does."""
+    """End this process, as a machine that takes back its memory does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 

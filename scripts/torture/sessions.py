@@ -90,7 +90,7 @@ def fork(words: Sequence[str], log: Path, before: Callable[[], None] | None = No
     began = time.monotonic()
     if pid := os.fork():
         return Session(pid, log, began)
-    _become(words, log, before)
+    return _become(words, log, before)
 
 
 def start(words: Sequence[str], log: Path) -> Session:
@@ -108,6 +108,9 @@ def import_everything() -> None:
 
     import lorakeet.cli.train
     import lorakeet.train.run  # noqa: F401
+    from lorakeet.kernels.cpu.build import library
+
+    library()  # compiled once, for all forks
 
 
 def _become(words: Sequence[str], log: Path, before: Callable[[], None] | None) -> NoReturn:
@@ -119,7 +122,7 @@ def _become(words: Sequence[str], log: Path, before: Callable[[], None] | None) 
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        sys.stdout, sys.stderr = (open(fd, "w", closefd=False, encoding="utf-8") for fd in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False, encoding="utf-8") for fd in (1, 2))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if before is not None:
             before()

@@ -18,6 +18,7 @@ ROWS, LONGEST = 26, 90
 SETTINGS = (
     *("train.epochs=3", "train.batch_size=2", "train.grad_accum=2", "train.lr=0.02", "train.warmup=3"),
     *("train.eval_every=5", "train.save_every=2", "train.log_every=1"),
+    *("train.keep_checkpoints=2", "train.keep_best=true"),
     *("lora.r=4", "lora.lora_alpha=8", "lora.lora_dropout=0.2", "lora.target_modules=all-linear"),
     *("data.max_length=96", "data.eval_fraction=0.2"),
 )
@@ -84,20 +85,16 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 def _lasting(value: Any) -> Any:
     """Return the figures without those of the session."""
     if isinstance(value, dict):
-        kept = {key: _lasting(v) for key, v in value.items() if not any(part in key for part in OF_THE_SESSION)}
-        return kept
+        return {key: _lasting(v) for key, v in value.items() if not any(part in key for part in OF_THE_SESSION)}
     return value
 
 
 def _first_difference(one: Any, other: Any) -> str:
     """Return the first entries that differ, or the entries that only one side has."""
     if isinstance(one, dict) and isinstance(other, dict):
-        return "; ".join(
-            f"{key} {one.get(key)!r} != {other.get(key)!r}"
-            for key in {**one, **other}
-            if one.get(key) != other.get(key)
-        )
-    if isinstance(one, list) and isinstance(other, list):
-        if alone := [entry for entry in [*one, *other] if (entry in one) != (entry in other)]:
-            return f"{len(alone)} of one side only, such as {alone[:3]!r}"
+        keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+        return "; ".join(f"{key} {one.get(key)!r} != {other.get(key)!r}" for key in keys)
+    lists = isinstance(one, list) and isinstance(other, list)
+    if lists and (alone := [entry for entry in [*one, *other] if (entry in one) != (entry in other)]):
+        return f"{len(alone)} of one side only, such as {alone[:3]!r}"
     return f"{one!r} != {other!r}"

@@ -11,9 +11,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from lorakeet.security.shown import for_people
+
 
 class LorakeetError(Exception):
-    """Base class of the errors that Lorakeet raises on purpose.
+    """Base class of the errors that Lorakeet raises on purpose; secrets in their texts are hidden.
 
     Args:
         message: One sentence, lower case, no period: what, got, expected.
@@ -26,9 +28,10 @@ class LorakeetError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, hint: str | None = None) -> None:
+        message = for_people(message)
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint and for_people(hint)
 
     def __str__(self) -> str:
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
@@ -60,6 +63,10 @@ class MergeError(LorakeetError, RuntimeError, ValueError):
 
 class TrainingError(LorakeetError, RuntimeError):
     """A run cannot start or cannot continue."""
+
+
+class ProcessError(TrainingError):
+    """Another process of the run failed, so this one ends too; the exit code is that of the other."""
 
 
 class OutputError(LorakeetError, OSError):

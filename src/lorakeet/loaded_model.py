@@ -81,7 +81,7 @@ def open_model(
         BaseModelError: See :func:`lorakeet.base.load.load_base`.
     """
     configs = [PeftConfig.from_pretrained(adapter) for adapter in adapters]
-    settings = settings_of_base(settings, configs[0]) if configs else settings
+    settings = settings_of_base(settings, configs[0], adapters[0]) if configs else settings
     tasks = {adapter: adapter_task(adapter, config) for adapter, config in zip(adapters, configs, strict=True)}
     if len(set(tasks.values())) > 1:
         listed = "; ".join(f"{adapter}: {task.name} {', '.join(task.labels or ())}" for adapter, task in tasks.items())
@@ -103,10 +103,15 @@ def open_model(
     return LoadedModel(base, names, task)
 
 
-def settings_of_base(settings: BaseSettings, config: PeftConfig) -> BaseSettings:
-    """Return the settings with the base that an adapter names, if they name the default model."""
-    named = config.base_model_name_or_path
-    return settings.model_copy(update={"model": named}) if settings.model == DEFAULT_MODEL and named else settings
+def settings_of_base(settings: BaseSettings, config: PeftConfig, adapter: str) -> BaseSettings:
+    """Return the settings with the base that an adapter names, if they name the default model.
+
+    Raises:
+        AdapterError: The adapter names a path.
+    """
+    if settings.model != DEFAULT_MODEL or not (named := config.named_base(adapter)):
+        return settings
+    return settings.model_copy(update={"model": named})
 
 
 def check_verb(task: Task, verb: Verb) -> None:

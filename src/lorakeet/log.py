@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lorakeet.security.shown import for_people
+
 log = logging.getLogger("lorakeet")
 
 
@@ -28,12 +30,12 @@ class _StderrHandler(logging.Handler):
 
 
 def _log(level: int, message: str) -> None:
-    """Log a message; without any logging configured, install a handler for stderr first."""
+    """Log a message, its secrets hidden; without any logging configured, install a handler for stderr first."""
     if not log.hasHandlers():
         log.addHandler(_StderrHandler())
         if log.level == logging.NOTSET:
             log.setLevel(logging.INFO)
-    log.log(level, message)
+    log.log(level, for_people(message))
 
 
 @contextmanager
@@ -57,4 +59,4 @@ def warn(message: str) -> None:
     if not any(entry[2] is LorakeetWarning for entry in warnings.filters):
         # appended: any filter of the program, such as "error" or one that records, comes first
         warnings.simplefilter("ignore", LorakeetWarning, append=True)
-    warnings.warn(message, LorakeetWarning, stacklevel=3)
+    warnings.warn(for_people(message), LorakeetWarning, stacklevel=3)

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from lorakeet.errors import ConfigError, did_you_mean
+from lorakeet.security.shown import cut, holds_secret
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
@@ -61,7 +62,10 @@ def text_error(text: str) -> str | None:
 
 
 def _filled(text: str) -> str:
-    if wish := text_error(text):
+    wish = text_error(text) or (
+        "text without a token or password: set HF_TOKEN instead" if holds_secret(text) else None
+    )
+    if wish:
         raise PydanticCustomError("text", "Input should be {wish}", {"wish": wish})
     return text
 
@@ -179,7 +183,7 @@ def settings_error(error: ValidationError, section: type[BaseModel]) -> ConfigEr
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"] if "[" not in str(part) and part not in _UNION_BRANCHES)
         if item["type"] in ("extra_forbidden", "invalid_key"):
-            expected[f"unknown setting {name!r}"] = []
+            expected[f"unknown setting {_shown(name)}"] = []
             known = f"known here: {', '.join(section.model_fields)}"
             hints.append(did_you_mean(name, setting_names(section)) or known)
         elif item["type"] == "contradiction":
@@ -188,7 +192,8 @@ def settings_error(error: ValidationError, section: type[BaseModel]) -> ConfigEr
         else:
             wish = item["msg"].removeprefix("Input should be ")
             wish = "a section with settings of its own" if item["type"] == "model_type" else wish
-            expected.setdefault(f"{name} = {_shown(item['input'])}", []).append(wish[0].lower() + wish[1:])
+            problem = f"{cut(name, _SHOWN)} = {_shown(item['input'])}"
+            expected.setdefault(problem, []).append(wish[0].lower() + wish[1:])
             hints.append(_description(name, section))
     problems = [
         problem + (f": expected {', or '.join(dict.fromkeys(wishes))}" if wishes else "")
@@ -211,5 +216,4 @@ def _description(name: str, section: type[BaseModel]) -> str | None:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return cut(repr(value), _SHOWN)

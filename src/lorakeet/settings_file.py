@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 
 from lorakeet.errors import ConfigError
+from lorakeet.security.shown import cut
+from lorakeet.security.yaml_loader import BoundedLoader
 from lorakeet.text_files import NotTextError, read_text
 
 #: File name suffixes of a run's settings; any other file, and a list, is taken for data that was given in the wrong place.
@@ -23,7 +25,7 @@ class _DuplicateKeyError(yaml.YAMLError):
     """A mapping has the same key twice, of which YAML would silently keep the last."""
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(BoundedLoader):
     """Safe YAML loader that refuses duplicate keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -96,9 +98,9 @@ def parse_override(override: str) -> tuple[str, Any]:
     try:
         return name.strip(), _scalar(text)
     except yaml.YAMLError:
-        shown = override if len(override) <= _SHOWN else f"{override[:_SHOWN]}..."
         raise ConfigError(
-            f"the value of override {shown!r} is not YAML", f"""put the value in quotes: '{name.strip()}="..."'"""
+            f"the value of override {cut(override, _SHOWN)!r} is not YAML",
+            f"""put the value in quotes: '{cut(name.strip(), _SHOWN)}="..."'""",
         ) from None
 
 
@@ -123,6 +125,7 @@ def put(tree: dict[str, Any], dotted: str, value: Any) -> None:
     for section in sections:
         inner = tree.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{section!r} is {inner!r}, expected a section with keys of its own")
+            shown = cut(repr(inner), _SHOWN)
+            raise ConfigError(f"{cut(section, _SHOWN)!r} is {shown}, expected a section with keys of its own")
         tree = inner
     tree[key] = value

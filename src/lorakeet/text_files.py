@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import os
 import zipfile
 from collections.abc import Iterator
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, NamedTuple
 
 #: Bytes at the beginning of a file that its kind and its encoding are recognized by.
 _HEAD = 4096
+#: Characters of the longest line.
+LONGEST_LINE = 1 << 26
+#: Times its own size that a compressed file may unpack to, beyond the bytes that any may; text packs 3 to 30 times.
+_RATIO, _FREE = 400, 1 << 24
 #: Byte order mark -> encoding; that of UTF-32 comes first, since it begins as that of UTF-16.
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -83,9 +89,25 @@ class EncodingProblem(NamedTuple):
     hint: str
 
 
+class _Gzip(gzip.GzipFile):
+    """Compressed file that refuses to unpack to far more than text does (a "zip bomb")."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._bounded(super().read(size))
+
+    def read1(self, size: int = -1) -> bytes:
+        return self._bounded(super().read1(size))
+
+    def _bounded(self, chunk: bytes) -> bytes:
+        packed = max(os.fstat(self.fileno()).st_size, 1)
+        if self.tell() > max(_FREE, packed * _RATIO):
+            raise NotTextError(f"it unpacks to more than {_RATIO} times its size, expected text", _UNPACK)
+        return chunk
+
+
 def open_bytes(path: Path) -> IO[bytes]:
     """Open ``path`` to read its bytes, unpacked if its name ends in ``.gz``."""
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+    return _Gzip(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
 def read_lines(path: Path) -> Iterator[str]:
@@ -101,9 +123,19 @@ def read_lines(path: Path) -> Iterator[str]:
         is_utf8 = encoding == "utf-8-sig"
         with TextIOWrapper(file, encoding, errors="surrogateescape" if is_utf8 else "strict") as text:
             try:
-                yield from text
+                yield from _bounded_lines(text)
             except UnicodeDecodeError as error:
                 raise NotTextError(f"broken {encoding.upper()}: {error.reason}", "save it as UTF-8") from None
+
+
+def _bounded_lines(text: TextIOWrapper) -> Iterator[str]:
+    """Yield the lines of a text, none longer than :data:`LONGEST_LINE`; a device or a compressed file has no end to it."""
+    for number, line in enumerate(iter(partial(text.readline, LONGEST_LINE), ""), start=1):
+        if len(line) == LONGEST_LINE and not line.endswith("\n"):
+            raise NotTextError(
+                f"line {number} has more than {LONGEST_LINE:,} characters", "is this a text file at all?"
+            )
+        yield line
 
 
 def all_lines(path: str | Path) -> list[str]:

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from helpers.bytewise import TEMPLATE, VOCABULARY, byte_tokenizer, llama_config
 from lorakeet.base import gguf
-from lorakeet.base.gguf import converted, gguf_name
+from lorakeet.base.gguf import converted
+from lorakeet.base.gguf_header import gguf_name
 from lorakeet.base.load import load_base
 from lorakeet.base.source import find_source, local_folder
 from lorakeet.config import DEFAULT_MODEL

@@ -32,7 +32,8 @@ class Gradients(TrainerCallback):
 
 def train(model, args, data, collator, kind=Trainer, **more):
     seen = Gradients()
-    trainer = kind(model, args, train_dataset=data, data_collator=collator, callbacks=[seen], **more)
+    callbacks = [seen, *more.pop("callbacks", [])]
+    trainer = kind(model, args, train_dataset=data, data_collator=collator, callbacks=callbacks, **more)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses, seen.steps, trainer
@@ -89,6 +90,40 @@ def with_poison(at):
     return Dataset.from_list(rows)
 
 
+SPIKE = 39
+
+
+def spiking(model):
+    """Make token 39 so improbable that a step with it as a target has a loss far above all others."""
+    head = nn.Linear(model.config.hidden_size, model.config.vocab_size)
+    head.weight.data.copy_(model.lm_head.weight)
+    head.bias.data.zero_()[SPIKE] = -5000.0
+    model.lm_head = head.requires_grad_(False)
+    return model
+
+
+def with_spike(at, rows=400):
+    """Return rows of which one has the token 39."""
+    ids = [[i % 38 for i in row["input_ids"]] for row in tiny_data(rows)]
+    ids[at][1] = SPIKE
+    return Dataset.from_dict({"input_ids": ids})
+
+
+class Forget(TrainerCallback):
+    """Empties a list when the first epoch begins: the rehearsal is no part of the training."""
+
+    def __init__(self, noted):
+        self.noted = noted
+
+    def on_train_begin(self, args, state, control, **_):
+        self.fresh = True
+
+    def on_epoch_begin(self, args, state, control, **_):
+        if self.fresh:
+            self.noted.clear()
+        self.fresh = False
+
+
 def learn(model: nn.Module, args: Any, data: Any, collate: Any, budget: int | None, **more: Any) -> Any:
     """Train; return losses, gradients of each step, rows and real tokens of each pass, and the Trainer."""
     passes: list[tuple[int, int]] = []
@@ -99,6 +134,8 @@ def learn(model: nn.Module, args: Any, data: Any, collate: Any, budget: int | No
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
     with padding_free(model), fused_loss(model):
-        losses, gradients, trainer = train(model, args, data, collate, token_budget=budget, **more)
+        losses, gradients, trainer = train(
+            model, args, data, collate, token_budget=budget, callbacks=[Forget(passes)], **more
+        )
     handle.remove()
     return losses, gradients, passes, trainer

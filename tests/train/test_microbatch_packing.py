@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from helpers.small_models import small
 from helpers.task_runs import run_of
 from helpers.tiny_training import PAD, tiny_data, tiny_llama, tiny_peft, tiny_tokenizer
-from helpers.training_loop import bert, classes, learn, masked, poisoned, train, with_poison
+from helpers.training_loop import Forget, bert, classes, learn, masked, poisoned, train, with_poison
 from lorakeet.data.collate import PairsCollator
 from lorakeet.errors import TrainingError
 from lorakeet.patches.fused_loss import fused_loss
@@ -191,7 +191,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_args, collator, tmp_path):
     handle = model.register_forward_pre_hook(
         lambda m, _, given: again.append(len(given["input_ids"])) if m.training else None, with_kwargs=True
     )
-    trainer = Trainer(model, args, train_dataset=data, data_collator=collator, token_budget=SCARCE)
+    trainer = Trainer(
+        model, args, train_dataset=data, data_collator=collator, token_budget=SCARCE, callbacks=[Forget(again)]
+    )
     with padding_free(model), fused_loss(model):
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     handle.remove()
@@ -218,7 +220,12 @@ def test_an_interrupted_step_leaves_no_batches_for_the_next(make_args, collator)
         lambda m, _, given: rows.append(len(given["input_ids"])) if m.training else None, with_kwargs=True
     )
     trainer = Trainer(
-        model, args, train_dataset=tiny_data(48), data_collator=collator, token_budget=PLENTY, callbacks=[Stop()]
+        model,
+        args,
+        train_dataset=tiny_data(48),
+        data_collator=collator,
+        token_budget=PLENTY,
+        callbacks=[Stop(), Forget(rows)],
     )
     with padding_free(model), fused_loss(model):
         trainer.train()
@@ -231,7 +238,7 @@ def test_samples_whose_loss_is_not_finite_are_named(make_args, collator, tmp_pat
         learn(poisoned(tiny_peft()), args, with_poison(21), collator, PLENTY, processing_class=tiny_tokenizer())
     message = str(caught.value)  # rows 16 to 23 are step 3, and 20 and 21 its third micro-batch
     assert "the loss of step 3 is not finite" in message and "micro-batch 3 of 4, loss nan" in message
-    assert "sample 1:" in message and all(f"micro-batch {i} of" not in message for i in (1, 2, 4))
+    assert "sample 1, train_dataset[21]:" in message and all(f"micro-batch {i} of" not in message for i in (1, 2, 4))
     assert str(tmp_path / "out" / "checkpoint-2") in message
     skipped, _, passes, trainer = learn(
         poisoned(tiny_peft()), args, with_poison(21), collator, PLENTY, non_finite="skip"

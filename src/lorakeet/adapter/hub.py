@@ -20,6 +20,8 @@ from lorakeet.adapter.tensor_checks import is_untrained, nonfinite_error
 from lorakeet.errors import AdapterError
 from lorakeet.log import info, warn
 from lorakeet.lora.config import CONFIG_NAME, PeftConfig
+from lorakeet.security.paths import file_problem
+from lorakeet.security.shown import HIDDEN, redact
 
 #: Names of the files that are uploaded, if they exist. Other files of the folder (checkpoints, optimizer, .env) are not.
 FILES = (
@@ -97,8 +99,13 @@ def _checked_files(folder: Path, repo_id: str, allow_untrained: bool) -> list[st
         raise AdapterError(f"{folder} is the folder of a run, not of an adapter", f"push {folder / 'adapter'}")
     for adapter in adapters or [folder]:
         _check_adapter(adapter, allow_untrained)
-    paths = [adapter / name for adapter in adapters for name in FILES]
-    return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
+    paths = [(adapter / name).relative_to(folder) for adapter in adapters for name in FILES]
+    found = [path.as_posix() for path in paths if (folder / path).is_file()]
+    if problems := [problem for path in found if (problem := file_problem(folder, path))]:
+        raise AdapterError(
+            f"{folder} is not pushed: {'; '.join(problems)}", "copy the files themselves into the folder"
+        )
+    return found
 
 
 def _check_adapter(folder: Path, allow_untrained: bool) -> None:
@@ -134,7 +141,7 @@ def _push_error(error: BaseException, repo_id: str, secret: str) -> AdapterError
     hub = constants.ENDPOINT
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     text = getattr(error, "server_message", None) or str(error) or type(error).__name__
-    message = " ".join(text.replace(secret, "***").split())[:_MESSAGE_LENGTH]
+    message = " ".join(redact(text.replace(secret, HIDDEN)).split())[:_MESSAGE_LENGTH]
     if isinstance(error, OfflineModeIsEnabled):
         return AdapterError(f"cannot push {repo_id!r}: HF_HUB_OFFLINE forbids it", "unset HF_HUB_OFFLINE")
     if status is None and isinstance(error, HTTPError):

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from lorakeet.files import write_file
 from lorakeet.lora.config import PeftConfig, TaskType
+from lorakeet.security.shown import redact
 
 CARD_NAME = "README.md"
 PLACE = "path/or/hub-id/of/this/adapter"
@@ -65,7 +66,7 @@ def write_card(folder: Path, config: PeftConfig, notes: Mapping[str, Any]) -> No
     if path.is_file() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
         return
     with write_file(path) as aside:
-        aside.write_text(card(config, notes), encoding="utf-8")
+        aside.write_text(redact(card(config, notes)), encoding="utf-8")
 
 
 def card(config: PeftConfig, notes: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorakeet.adapter.tensor_checks import check_ranks
 from lorakeet.adapter.tensor_loading import load_tensors
 from lorakeet.log import warn
 from lorakeet.lora.config import PeftConfig
@@ -48,6 +49,7 @@ def put_adapter(
         AdapterError: As :func:`load_tensors`.
         TargetError: The adapter's layers are not in this model.
     """
+    check_ranks(config, tensors, name)
     learning = is_trainable or (adapter in model.peft_config and model.trains(adapter))
     with all_or_nothing(model):
         if adapter in merged_names(model):

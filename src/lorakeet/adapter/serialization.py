@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from huggingface_hub import try_to_load_from_cache
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,6 +24,7 @@ from lorakeet.adapter.older_names import CurrentNames
 from lorakeet.adapter.tensor_checks import is_untrained, nonfinite_error
 from lorakeet.adapter.tensor_names import is_token_rows, mirrored_names, tensor_names, vocabulary_names
 from lorakeet.adapter.unfrozen import NOTE, unfrozen_keys, unfrozen_names
+from lorakeet.config import TaskName
 from lorakeet.errors import AdapterError, OutputError
 from lorakeet.facts.vocabulary import embedding_rows, vocabulary_size
 from lorakeet.files import PICKLE_SUFFIXES, write_file, write_json
@@ -33,8 +35,14 @@ from lorakeet.lora.model import LoraModel
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.trainable_tokens import TiedLayer, TrainableTokens
 from lorakeet.quant.state_dict import read_weight
+from lorakeet.security.json_file import JsonError, read_object
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+#: Number formats of an adapter's tensors; the integers are those of counters and quantized weights.
+DTYPES = frozenset(
+    (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    + (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+)
 OWN_NAME = "lorakeet.json"
 
 
@@ -139,7 +147,10 @@ def resize_reason(model: LoraModel, adapter: str) -> str | None:
     file = _base_config(str(getattr(getattr(model, "config", None), "_name_or_path", None) or ""))
     if not layers or file is None:
         return None  # the base's own vocabulary is unknown
-    values = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        values = read_object(file)
+    except (JsonError, OSError):
+        return None
     original, rows = vocabulary_size(values), embedding_rows(model)
     if original is None or rows is None or original == rows:
         return None
@@ -194,26 +205,66 @@ def read_tensors(name: str | Path, **where: Any) -> dict[str, Tensor]:
             )
         raise AdapterError(f"{name} has no {WEIGHTS_NAME}", "give the folder that save_pretrained wrote")
     try:
-        return {canonical(key): tensor for key, tensor in load_file(path).items()}
-    except (SafetensorError, OSError) as error:
+        tensors = {canonical(key): tensor for key, tensor in load_file(path).items()}
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError, MemoryError) as error:
         raise AdapterError(
             f"{path} is damaged or not a safetensors file ({error})", "copy it again; was the transfer complete?"
         ) from None
+    if strange := [key for key, tensor in tensors.items() if tensor.dtype not in DTYPES]:
+        formats = ", ".join(sorted({str(tensors[key].dtype).removeprefix("torch.") for key in strange}))
+        raise AdapterError(f"{path} has tensors of format {formats}, such as {strange[0]}", "convert them to float32")
+    return tensors
+
+
+class _Fingerprint(BaseModel):
+    """Fingerprint of a base, as :func:`lorakeet.adapter.fingerprint.fingerprint` makes it."""
+
+    architecture: str
+    shapes: str
+    values: dict[str, list[float]]
+
+
+class _BaseNotes(BaseModel):
+    """The base in the notes."""
+
+    name: str | None = None
+    fingerprint: _Fingerprint | None = None
+
+
+class _TaskNotes(BaseModel):
+    """The task in the notes, as :meth:`lorakeet.tasks.task.Task.notes` makes it."""
+
+    type: TaskName
+    problem: Literal["single_label", "multi_label", "regression"] | None = None
+    labels: list[str] | None = None
+
+
+class _Notes(BaseModel):
+    """The entries of ``lorakeet.json`` that are read again; all others may be anything."""
+
+    base: _BaseNotes | None = None
+    task: _TaskNotes | None = None
+    unfrozen: list[str] | None = None
 
 
 def read_notes(name: str | Path, **where: Any) -> dict[str, Any]:
     """Read ``lorakeet.json``; empty if another tool made the adapter. ``where``: see :func:`find_adapter_file`.
 
     Raises:
-        AdapterError: the file is not a JSON object.
+        AdapterError: the file is not a JSON object, or an entry is not what Lorakeet writes.
     """
     path = find_adapter_file(name, OWN_NAME, **where)
     try:
-        notes = json.loads(path.read_text(encoding="utf-8")) if path else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        notes = read_object(path) if path else {}
+        _Notes.model_validate(notes)
+    except (JsonError, OSError) as error:
         raise AdapterError(f"{path} is not JSON: {error}", "copy the adapter again, or delete this file") from None
-    if not isinstance(notes, dict):
-        raise AdapterError(f"{path} is a JSON {type(notes).__name__}, expected an object", "delete this file")
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise AdapterError(
+            f"{path} has {'.'.join(map(str, first['loc']))} of another form: {first['msg'].lower()}",
+            "copy the adapter again, or delete this file",
+        ) from None
     return notes
 
 

@@ -11,11 +11,17 @@ from torch import Tensor
 
 from lorakeet.adapter.tensor_names import mirrored_names, tensor_names, vocabulary_names
 from lorakeet.errors import AdapterError
+from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.model import LoraModel
 from lorakeet.quant.state_dict import stored_shape
+from lorakeet.security.shown import cut
 
 #: Tensors of one sort that a message names.
 _SHOWN = 5
+#: Tensors of one sort that the list of differences names; more are counted.
+_LISTED = 500
+#: Rank up to which layers are made without a look at the tensors.
+_LARGE_RANK = 1024
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Differences:
             "wrong shapes": self.shapes,
             "layers that share their weight here, with tensors that differ": self.untied,
         }
-        errors = [f"{sort} ({len(found)}): {', '.join(found)}" for sort, found in sorts.items() if found]
+        errors = [f"{sort} ({len(found)}): {_listed(found)}" for sort, found in sorts.items() if found]
         errors += [self.nonfinite] if self.nonfinite else []
         if not errors:
             return
@@ -97,6 +103,11 @@ def compare(
     )
 
 
+def _listed(found: tuple[str, ...]) -> str:
+    more = [f"and {len(found) - _LISTED:,} more"] if len(found) > _LISTED else []
+    return ", ".join([*(cut(text, 300) for text in found[:_LISTED]), *more])
+
+
 def _is_copy(key: str) -> bool:
     """Whether a key is one of the copies that PEFT writes of biases which the file has under their own names too."""
     return key.endswith((".original_module.bias", ".modules_to_save.bias"))
@@ -132,6 +143,21 @@ def _untied(
             if not torch.equal(tensors[key], other):
                 found.append(f"{first} and {key}")
     return found
+
+
+def check_ranks(config: PeftConfig, tensors: Mapping[str, Tensor], name: str | Path) -> None:
+    """Check that the settings ask for no rank that is far above those of the tensors, before layers are made by them.
+
+    Raises:
+        AdapterError: they do.
+    """
+    wanted = max(config.r, *config.rank_pattern.values(), 0)
+    found = max((len(tensor) for key, tensor in tensors.items() if ".lora_" in key and tensor.ndim), default=0)
+    if wanted > max(found, _LARGE_RANK):
+        raise AdapterError(
+            f"adapter {str(name)!r} has rank {wanted:,} in its settings, and no tensor with as many rows",
+            "copy both files again: they do not belong together",
+        )
 
 
 def nonfinite_error(tensors: Mapping[str, Tensor]) -> str | None:

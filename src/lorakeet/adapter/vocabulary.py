@@ -15,18 +15,37 @@ from lorakeet.facts.vocabulary import embedding_rows, tokens_without_row
 from lorakeet.log import info, warn
 from lorakeet.lora.config import PeftConfig, adapter_folder, find_adapter_file
 from lorakeet.rng import seeded
+from lorakeet.security.paths import folder_problems
 
+#: Patterns of the files that a tokenizer is read from.
+TOKENIZER_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "additional_chat_templates/*")
+#: Rows by which a vocabulary may more than double, where no file has them.
+_MOST_NEW = 4096
 #: Last parts of the keys whose tensors have a row for each token.
 _WHOLE = ("weight", "base_layer.weight", "token_adapter.base_layer.weight")
 
 
 def adapter_tokenizer(adapter: str) -> Any:
-    """Return the tokenizer saved with an adapter, which may have its own chat template or tokens; None: there is none."""
+    """Return the tokenizer saved with an adapter, which may have its own chat template or tokens; None: there is none.
+
+    Raises:
+        AdapterError: its files are damaged, or lead out of the adapter's folder.
+    """
     if find_adapter_file(adapter, "tokenizer_config.json") is None:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder if (folder := adapter_folder(adapter)).is_dir() else adapter)
+    folder = adapter_folder(adapter)
+    if folder.is_dir() and (problems := folder_problems(folder, TOKENIZER_PATTERNS)):
+        raise AdapterError(f"{adapter} is refused: {'; '.join(problems)}", "copy the files themselves into the folder")
+    try:
+        return AutoTokenizer.from_pretrained(folder if folder.is_dir() else adapter, trust_remote_code=False)
+    except Exception as error:  # damaged vocabularies raise many kinds of errors
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise AdapterError(
+            f"the tokenizer of {adapter} cannot be read: {type(error).__name__}: {reason}",
+            "copy the adapter again, or delete its tokenizer files to use the base's",
+        ) from error
 
 
 def fit_to_adapters(model: Any, own_tokenizer: Any, adapters: Sequence[str], *, seed: int | None = None) -> Any:
@@ -77,6 +96,11 @@ def fit_vocabulary(
     wanted = next(iter(saved.values()), max([rows - 1, *trained, *beyond]) + 1)
     if wanted == rows:
         return
+    if not saved and wanted > 2 * rows + _MOST_NEW:
+        raise AdapterError(
+            f"the adapter trains token {wanted - 1:,}, and the base has {rows:,} tokens",
+            "load the base it was trained on",
+        )
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
     with seeded(seed):
         model.resize_token_embeddings(wanted, mean_resizing=False)

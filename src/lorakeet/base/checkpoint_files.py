@@ -5,13 +5,17 @@ Only safetensors are read. Pickles are refused by name, since opening one can ru
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from lorakeet.base.config_checks import config_problems, weight_facts
 from lorakeet.errors import BaseModelError
 from lorakeet.files import PICKLE_SUFFIXES
+from lorakeet.security.json_file import read_json, read_object
+from lorakeet.security.paths import file_problem, is_plain_name
+from lorakeet.security.paths import folder_problems as path_problems
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -21,26 +25,41 @@ TOKENIZER_FILES = (
 )
 
 
-def check_folder(folder: Path, name: str | None = None) -> None:
-    """Check that ``folder`` can be loaded as a model; ``name`` is what the user called it.
+#: Patterns of the files in a model's folder that are opened, here or by transformers.
+OPENED = (
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors", "*.py"),
+    "additional_chat_templates/*",
+)
+
+
+def check_folder(folder: Path, name: str | None = None, *, trust_remote_code: bool = False) -> None:
+    """Check that ``folder`` can be loaded as a model.
+
+    Args:
+        folder: The folder.
+        name: What the user called it.
+        trust_remote_code: Whether its files may name code.
 
     Raises:
         BaseModelError: Files are missing, truncated or refused; the message lists all of them.
     """
-    check_config(folder, name)
-    if problems := folder_problems(folder):
+    config = check_config(folder, name)
+    problems = folder_problems(folder)
+    if problems or (problems := config_problems(config, weight_facts(weight_files(folder)), trust_remote_code)):
         raise BaseModelError(
             f"{name or folder} cannot be loaded: {'; '.join(problems)}",
             "download its files again, or save the model with save_pretrained(), which writes safetensors",
         )
 
 
-def check_config(folder: Path, name: str | None = None) -> None:
-    """Check by its config alone that ``folder`` is a model and no adapter.
+def check_config(folder: Path, name: str | None = None) -> dict[str, Any]:
+    """Check by its config alone that ``folder`` is a model and no adapter; return the config.
 
     Raises:
-        BaseModelError: It is an adapter, or has no config.json, or one that names no architecture.
+        BaseModelError: It is an adapter, or has no config.json, or one that names no architecture or asks for too much.
     """
+    if problem := file_problem(folder, "config.json"):
+        raise BaseModelError(f"{name or folder} is refused: {problem}", "copy the file itself into the folder")
     if (folder / "adapter_config.json").exists():
         raise adapter_not_model(name or str(folder), folder / "adapter_config.json")
     if not (folder / "config.json").exists() and (folder / "adapter" / "adapter_config.json").exists():
@@ -50,7 +69,7 @@ def check_config(folder: Path, name: str | None = None) -> None:
         hint = f"give the GGUF file: {files[0]}" if files else "give the folder that save_pretrained() wrote"
         raise BaseModelError(f"{name or folder} is no model: there is no config.json in {folder}", hint)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except (OSError, ValueError) as error:
         raise BaseModelError(
             f"{folder / 'config.json'} is not readable as JSON: {error}", "download it again"
@@ -60,11 +79,14 @@ def check_config(folder: Path, name: str | None = None) -> None:
             f"{folder / 'config.json'} has no model_type, so the architecture is unknown",
             "give a folder that save_pretrained() wrote",
         )
+    if problems := config_problems(config, trust=True):  # whether its code is trusted is asked when it is loaded
+        raise BaseModelError(f"{name or folder} is refused: {'; '.join(problems)}", "check its config.json")
+    return config
 
 
 def folder_problems(folder: Path) -> list[str]:
     """List all missing, truncated or refused files of the weights and the tokenizer in ``folder``."""
-    problems = _weight_problems(folder)
+    problems = path_problems(folder, OPENED) or _weight_problems(folder)
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         problems.append("no tokenizer (such as tokenizer.json)")
     return problems
@@ -73,8 +95,8 @@ def folder_problems(folder: Path) -> list[str]:
 def adapter_not_model(path: str, adapter_config: Path) -> BaseModelError:
     """Return the error for an adapter where a model is expected; the hint names the adapter's base."""
     try:
-        base = json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
+        base = read_object(adapter_config).get("base_model_name_or_path")
+    except (OSError, ValueError):
         base = None
     return BaseModelError(
         f"{path} is an adapter (it has an adapter_config.json), expected a model",
@@ -92,17 +114,19 @@ def weight_files(folder: Path) -> list[Path]:
     if not (folder / INDEX).exists():
         return [folder / WEIGHTS]
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        return [folder / name for name in sorted({str(name) for name in index["weight_map"].values()})]
-    except (OSError, KeyError, TypeError, AttributeError) as error:
+        names = {*read_object(folder / INDEX)["weight_map"].values()}
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{INDEX} is not readable") from error
+    if strange := [name for name in names if not is_plain_name(name) or Path(name).suffix != ".safetensors"]:
+        raise ValueError(f"{INDEX} names {str(strange[0])[:80]!r}, expected safetensors files in its own folder")
+    return [folder / name for name in sorted(names)]
 
 
 def _weight_problems(folder: Path) -> list[str]:
     try:
         files = [file.name for file in weight_files(folder)]
-    except ValueError:
-        return [f"{INDEX} is not readable"]
+    except ValueError as error:
+        return [str(error)]
     missing = [name for name in files if not (folder / name).exists()]
     if missing:
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)

@@ -10,14 +10,13 @@ import functools
 import hashlib
 import io
 import re
-import struct
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import transformers
@@ -26,11 +25,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from lorakeet.base.checkpoint_files import folder_problems
+from lorakeet.base.gguf_header import read_header
 from lorakeet.base.quiet import quiet
 from lorakeet.errors import BaseModelError, LorakeetError, OutputError
 from lorakeet.files import cache_home, write_folder
 from lorakeet.log import info
 
+#: Characters of a model's name in the name of its folder.
+_LABEL = 80
 #: Role of a tokenizer's special token -> its name in GGUF.
 SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
@@ -51,7 +53,7 @@ def converted(path: Path, name: str) -> Path:
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    label = re.sub(r"[^\w.-]+", "-", name.rpartition("/")[2])
+    label = re.sub(r"[^\w.-]+", "-", name.rpartition("/")[2])[:_LABEL]
     folder = cache_home() / "gguf" / f"{label}-{digest}"
     if _is_complete(folder):
         return folder
@@ -137,66 +139,3 @@ def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, header: Mapping[str,
     tokenizer.clean_up_tokenization_spaces = False  # keep every space when decoding
     if template := header.get("tokenizer.chat_template"):
         tokenizer.chat_template = template
-
-
-def gguf_name(path: Path) -> str:
-    """Return the model's name in a GGUF file (``general.name``), or else the file's stem.
-
-    Raises:
-        BaseModelError: It is no GGUF file, or it is truncated within its header.
-    """
-    return str(read_header(path).get("general.name") or path.stem)
-
-
-def read_header(path: Path) -> dict[str, str | int]:
-    """Read the strings and unsigned 32-bit integers of a GGUF file's key-value pairs, in milliseconds.
-
-    Raises:
-        BaseModelError: It is no GGUF file, or it is truncated within its header.
-    """
-    header: dict[str, str | int] = {}
-    try:
-        with path.open("rb") as file:
-            magic, version, _tensors, pairs = _unpack(file, "<4sIQQ")
-            if magic != b"GGUF" or not 2 <= version <= 3:
-                raise ValueError(f"it begins with {magic!r}, version {version}")
-            for _ in range(pairs):
-                key = _value(file, _STRING)
-                value = _value(file, *_unpack(file, "<I"))
-                if value is not None:
-                    header[str(key)] = value
-    except (OSError, ValueError, KeyError, struct.error) as error:
-        raise BaseModelError(
-            f"{path} is truncated or no GGUF file: {error}",
-            "give a folder, a hub id, or a GGUF file of version 2 or 3",
-        ) from error
-    return header
-
-
-_UINT32, _STRING, _ARRAY = 4, 8, 9  # value types of the GGUF format
-_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # number type -> bytes of a value
-
-
-def _value(file: BinaryIO, value_type: int) -> str | int | None:
-    """Read a string or an unsigned 32-bit integer; skip arrays and other numbers."""
-    if value_type == _STRING:
-        (length,) = _unpack(file, "<Q")
-        if length > 2**24:
-            raise ValueError(f"a text of {length} bytes in its header")
-        return file.read(length).decode("utf-8", errors="replace")
-    if value_type == _UINT32:
-        return int(_unpack(file, "<I")[0])
-    if value_type == _ARRAY:
-        item_type, count = _unpack(file, "<IQ")
-        if item_type in _BYTES:
-            file.seek(_BYTES[item_type] * count, 1)
-        else:
-            for _ in range(count):
-                _value(file, item_type)
-        return None
-    file.seek(_BYTES[value_type], 1)
-    return None
-
-
-def _unpack(file: BinaryIO, layout: str) -> tuple[Any, ...]:
-    return struct.unpack(layout, file.read(struct.calcsize(layout)))

@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from lorakeet.base.architectures import NO_NEW_HEAD
-from lorakeet.base.checkpoint_files import check_folder
+from lorakeet.base.checkpoint_files import check_folder, weight_files
+from lorakeet.base.config_checks import check_size, weight_facts
 from lorakeet.base.device_dtype import bytes_by_dtype, check_dtypes, choose_device, choose_dtype, dtype_name, some
 from lorakeet.base.quiet import quiet
 from lorakeet.base.source import find_source, local_folder
@@ -93,8 +94,7 @@ def inspect_model(settings: BaseSettings) -> ModelInfo:
     """
     source = find_source(settings.model, settings.revision)
     folder = local_folder(source, settings.trust_remote_code)
-    check_folder(folder, source.name)
-    remote = {"trust_remote_code": settings.trust_remote_code}
+    check_folder(folder, source.name, **(remote := {"trust_remote_code": settings.trust_remote_code}))
     tokenizer, config = load_tokenizer(folder, source.name, remote), _config(folder, source.name, remote)
     agree_on_special_tokens(tokenizer, config)
     return ModelInfo(source.name, config, tokenizer)
@@ -134,8 +134,10 @@ def load_base(
     dtype = choose_dtype(chosen, device, for_training)
     source = find_source(chosen.model, chosen.revision)
     folder = local_folder(source, chosen.trust_remote_code)
-    check_folder(folder, source.name)
-    remote = {"trust_remote_code": chosen.trust_remote_code}
+    check_folder(folder, source.name, **(remote := {"trust_remote_code": chosen.trust_remote_code}))
+    check_size(
+        _config(folder, source.name, remote), weight_facts(weight_files(folder)), source.name, auto_class, **remote
+    )
     tokenizer = load_tokenizer(folder, source.name, remote)
     options = {"dtype": dtype, **remote, **_rounding(folder, chosen.bits, source.name, remote), **(model_options or {})}
     with seeded(seed):
@@ -152,7 +154,7 @@ def load_base(
 def _config(folder: Path, name: str, remote: Mapping[str, Any]) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, **remote)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # values of wrong types raise many kinds of errors
         raise BaseModelError(
             f"the configuration of {name} cannot be read: {_reason(error)}", "check its config.json"
         ) from error

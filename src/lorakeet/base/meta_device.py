@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from lorakeet.base.config_checks import skeleton
 from lorakeet.base.source import find_source
 from lorakeet.errors import BaseModelError
 
@@ -27,8 +27,7 @@ def meta_model(name_or_config: str | PreTrainedConfig, *, auto_class: Any = Auto
         BaseModelError: There is no such model, or its architecture is unknown.
     """
     config = read_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
-    with torch.device("meta"):
-        model = auto_class.from_config(config)
+    model: PreTrainedModel = skeleton(config, config._name_or_path or config.model_type, auto_class)
     return model.requires_grad_(False).eval()
 
 

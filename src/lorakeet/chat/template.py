@@ -6,15 +6,19 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError, UndefinedError
+from jinja2 import UndefinedError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from lorakeet.chat.messages import Message, plain_message
+from lorakeet.chat.sandbox import render
 from lorakeet.errors import BaseModelError, DataError
+from lorakeet.security.shown import cut
 
 #: Roles of a message.
 ROLES = ("system", "user", "assistant", "tool")
+
+#: Characters of a template's own message that an error shows.
+_SHOWN = 1000
 
 Tools = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]  # first character, and the one after the last
@@ -91,9 +95,9 @@ def render_marked(
         except (UndefinedError, TypeError):  # e.g. a text is added to a content that is missing
             filled = [{"content": "", **plain_message(message)} for message in messages]
             return _apply(tokenizer, template, filled, listed, prompt)
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever its expressions raise
         raise DataError(
-            f"the chat template of {tokenizer.name_or_path} refuses the conversation: {error}",
+            f"the chat template of {tokenizer.name_or_path} refuses the conversation: {cut(str(error), _SHOWN)}",
             "check the roles, their order and empty contents; some templates take no system turn or no tool calls",
         ) from error
 
@@ -115,16 +119,9 @@ def _apply(
     tools: list[dict[str, Any]] | None,
     prompt: bool,
 ) -> tuple[str, list[Span] | None]:
+    variables = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
     marks = bool(_GENERATION_MARK.search(template))
-    [text], spans = render_jinja_template(
-        conversations=[messages],
-        tools=tools,
-        chat_template=template,
-        return_assistant_tokens_mask=marks,
-        add_generation_prompt=prompt,
-        **tokenizer.special_tokens_map,
-    )
-    return text, [(start, end) for start, end in spans[0]] if marks else None
+    return render(template, marks, {**tokenizer.special_tokens_map, **variables})
 
 
 def _problems(messages: Sequence[Message]) -> list[str]:

@@ -10,6 +10,7 @@ import errno
 import importlib
 import os
 import sys
+from types import TracebackType
 
 from lorakeet._optional_imports import hide_optional_packages
 from lorakeet._version import __version__
@@ -116,13 +117,25 @@ def _run(command: str, words: list[str], debug: bool) -> int:
 
 def _print_error(message: str, hint: str | None, code: int = 2) -> int:
     """Print an error and its hint, one line each, to stderr; return the exit code."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    from lorakeet.security.shown import for_people
+
+    print(f"error: {' '.join(for_people(message).split())}", file=sys.stderr)
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        print(f"hint: {for_people(hint)}", file=sys.stderr)
     return code
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback as Python does, its secrets hidden."""
+    import traceback
+
+    from lorakeet.security.shown import for_people
+
+    print(for_people("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def script() -> None:
     """Run the program ``lorakeet``; its entry point."""
     hide_optional_packages()
+    sys.excepthook = _print_traceback
     sys.exit(main())

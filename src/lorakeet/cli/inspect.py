@@ -21,6 +21,7 @@ def inspect(
     """
     from lorakeet.adapter.inspect import inspect_adapter
     from lorakeet.adapter.inspection_text import inspection_text
+    from lorakeet.security.shown import printable
 
     found = inspect_adapter(adapter)
-    print(json.dumps(found, ensure_ascii=False) if as_json else inspection_text(found))
+    print(json.dumps(found, ensure_ascii=False) if as_json else printable(inspection_text(found)))

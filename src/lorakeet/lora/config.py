@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,9 +22,13 @@ from lorakeet.lora.interop.peft_classes import AnswersAsPeft
 from lorakeet.lora.interop.trainer_hooks import hook_trainer
 from lorakeet.lora.interop.wrappers import canonical_settings
 from lorakeet.lora.variants import Variant, chosen_variant, variant_settings
+from lorakeet.security.json_file import JsonError, read_object
+from lorakeet.security.paths import file_problem, is_hub_id
 from lorakeet.setting_types import settings_error
 
 CONFIG_NAME = "adapter_config.json"
+#: Bytes of the largest ``adapter_config.json``; some name each of thousands of layers.
+LARGEST_FILE = 1 << 22
 #: Release of PEFT whose file format is read and written.
 PEFT_FORMAT = "0.21.2"
 
@@ -182,6 +185,20 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
         """The values of the chosen variant's own settings."""
         return {key: self._foreign.get(key, neutral) for key, neutral in self.variant.settings.items()}
 
+    def named_base(self, adapter: str | Path) -> str | None:
+        """Return the base that the file names: a hub id, never a path, which a stranger may have written.
+
+        Raises:
+            AdapterError: It names a path. ``adapter`` is what the user called the adapter.
+        """
+        name = self.base_model_name_or_path
+        if name and not is_hub_id(name):
+            raise AdapterError(
+                f"adapter {str(adapter)!r} names its base by a path, {name!r}, and paths in an adapter are not followed",
+                f"give the base yourself: --model {name}, or allow_local_base=True of an auto class",
+            )
+        return name
+
     def scaling(self, r: int, alpha: float) -> float:
         """Return s in h = W₀x + s·B·A·x for an adapter of rank r."""
         return self.variant.scaling(self, r, alpha)
@@ -236,11 +253,9 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
                 "give the folder that save_pretrained wrote, or the adapter's hub id",
             )
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            values = read_object(path, LARGEST_FILE)
+        except (JsonError, OSError) as error:
             raise AdapterError(f"{path} is not JSON: {error}", "download or save the adapter again") from None
-        if not isinstance(values, dict):
-            raise AdapterError(f"{path} is a JSON {type(values).__name__}, expected an object")
         return cls.from_dict({**values, **{key: kwargs[key] for key in kwargs if key in cls.model_fields}})
 
 
@@ -284,11 +299,14 @@ def find_adapter_file(
         The path; None if the adapter has no such file.
 
     Raises:
-        AdapterError: there is no such folder and the hub has no such adapter, or cannot be reached.
+        AdapterError: there is no such folder and the hub has no such adapter, or cannot be reached. Or the file is a link
+            that leads out of the folder, or no regular file.
     """
     inner = f"{subfolder}/{filename}" if subfolder else filename
     folder = adapter_folder(name)
     if folder.is_dir():
+        if problem := file_problem(folder, inner):
+            raise AdapterError(f"{folder} is refused: {problem}", "copy the file itself into the folder")
         return folder / inner if (folder / inner).is_file() else None
     text = str(name)
     if folder.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:

@@ -42,6 +42,7 @@ class AutoPeftModel:
         config: PeftConfig | None = None,
         revision: str | None = None,
         import_allowlist: list[str] | None = None,
+        allow_local_base: bool = False,
         **kwargs: Any,
     ) -> PeftModel:
         """Load the base that an adapter names, and put the adapter on it.
@@ -53,6 +54,7 @@ class AutoPeftModel:
             config: Used instead of the adapter's own ``adapter_config.json``.
             revision: Revision of the adapter on the hub; the base's is in the adapter's settings.
             import_allowlist: Packages from which a base's class may be imported; left out: :data:`ALLOWED_PACKAGES`.
+            allow_local_base: Whether a base that the adapter names by a path of this machine is loaded.
             **kwargs: Arguments of the base's ``from_pretrained`` (``dtype``, ``device_map``, ``token``, …), and of
                 :meth:`PeftModel.from_pretrained`.
 
@@ -66,9 +68,10 @@ class AutoPeftModel:
         where = {"revision": revision, "subfolder": own.get("subfolder"), **hub}
         settings = config or PeftConfig.from_pretrained(name, **where)
         base_class = cls._base_class(name, settings, import_allowlist or ALLOWED_PACKAGES)
-        if not settings.base_model_name_or_path:
+        base_name = settings.base_model_name_or_path if allow_local_base else settings.named_base(name)
+        if not base_name:
             raise AdapterError(f"adapter {str(name)!r} names no base", "load the base, then PeftModel.from_pretrained")
-        base = base_class.from_pretrained(settings.base_model_name_or_path, revision=settings.revision, **kwargs)
+        base = base_class.from_pretrained(base_name, revision=settings.revision, **kwargs)
         if find_adapter_file(name, "tokenizer_config.json", **where) is not None:
             trust = kwargs.get("trust_remote_code", False)
             _make_room(

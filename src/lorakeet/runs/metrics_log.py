@@ -12,17 +12,21 @@ from typing import Any
 
 from lorakeet.files import write_file
 from lorakeet.log import warn
+from lorakeet.security.json_file import JsonError, parse_json
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Read the lines of a ``metrics.jsonl``; a last line truncated by a crash is left out."""
+    """Read the lines of a ``metrics.jsonl``; one that a crash has damaged is left out, with all after it."""
     path = Path(path)
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    lines: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            found = parse_json(line)
+        except JsonError:
             break
+        if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+            break
+        lines.append(found)
     return lines
 
 
@@ -86,7 +90,7 @@ def first_and_last(lines: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
 
     The loss of a single step depends on its samples as much as on the model; means of several steps are comparable.
     """
-    losses = [line["loss"] for line in lines if "loss" in line]
+    losses = [line["loss"] for line in lines if isinstance(line.get("loss"), (int, float))]
     if not losses:
         return float("nan"), float("nan")
     count = max(1, min(10, len(losses) // 5))

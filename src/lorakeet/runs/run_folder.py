@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -13,6 +12,7 @@ from typing import Any
 from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import OutputError, TrainingError
 from lorakeet.files import check_output, clear_aside, contents, write_file
+from lorakeet.security.json_file import JsonError, read_object
 
 #: Files and folders that a run writes.
 FILES = ("run.yaml", "metrics.jsonl", "summary.json", "loss_curve.png", "confusion.png", "adapter", "checkpoints")
@@ -119,18 +119,17 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
     """Read the ``summary.json`` of a finished run.
 
     Raises:
-        OutputError: The folder holds no finished run.
+        OutputError: The folder holds no finished run, or its summary is damaged.
     """
     path = Path(folder) / "summary.json"
     if not path.exists():
         raise OutputError(f"{folder} holds no finished run", "finish it with `lorakeet train ... --resume`")
     try:
-        summary: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError):
+        return read_object(path)
+    except (JsonError, OSError) as error:
         raise OutputError(
-            f"{path} is damaged, expected the figures of a run as JSON", "repeat the run with --overwrite"
+            f"{path} is damaged, expected the figures of a run as JSON: {error}", "repeat the run with --overwrite"
         ) from None
-    return summary
 
 
 def _flat(tree: dict[str, Any]) -> dict[str, Any]:

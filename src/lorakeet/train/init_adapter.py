@@ -40,8 +40,8 @@ def with_init_adapter(config: RunConfig) -> RunConfig:
                 "leave it out: the settings of the adapter apply",
             )
     update: dict[str, Any] = {"lora": config.lora.model_copy(update={**own, **free})}
-    if config.base.model == DEFAULT_MODEL and adapter.base_model_name_or_path:
-        update["base"] = config.base.model_copy(update={"model": adapter.base_model_name_or_path})
+    if config.base.model == DEFAULT_MODEL and (named := adapter.named_base(name)):
+        update["base"] = config.base.model_copy(update={"model": named})
     task = Task.from_notes(notes["task"]) if notes.get("task") else None
     if task is not None and task.labels and config.task.labels is None:
         update["task"] = config.task.model_copy(update={"type": task.name, "labels": list(task.labels)})

@@ -122,6 +122,7 @@ def test_the_trainer_sets_the_epoch_of_its_collator(make_args, collator):
         return collator(samples)
 
     run(make_args(train_sampling_strategy="sequential", max_steps=8), data=tiny_data(32), collator=at_random)
+    del drawn[:2]  # the rehearsal
     assert len(drawn) == len(set(drawn)) == 16  # two passes over eight batches
 
 

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment, also inside a save, resumes to the same bytes as the run that nobody kills."""
+"""A run that is killed at any moment, also inside a save, resumes to the same bytes as an undisturbed run."""
 
 from __future__ import annotations
 

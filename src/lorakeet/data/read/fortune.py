@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from lorakeet.security.paths import file_problem
+
 DELIMITER = re.compile(r"^%[ \t]*$", re.MULTILINE)
 _DASHED = re.compile(r"([ \t]*)--[ \t]+\S.*")
 _OVERSTRIKE = re.compile(r"(.)\x08(.?)")
@@ -61,9 +63,12 @@ def indexed_by(path: Path) -> Path | None:
 
 def is_rotated(path: Path) -> bool:
     """Whether the letters of ``path`` are rotated by 13 places, by its index."""
+    name = f"{path.name}.dat"
     try:
-        # Big-endian words of 4 bytes: version, count, longest, shortest, flags, delimiter.
-        header = path.with_name(f"{path.name}.dat").read_bytes()[:24]
+        if file_problem(path.parent, name):
+            return False
+        with path.with_name(name).open("rb") as file:
+            header = file.read(24)  # big-endian words of 4 bytes: version, count, longest, shortest, flags, delimiter
     except OSError:
         return False
     return len(header) == 24 and bool(int.from_bytes(header[16:20], "big") & _ROTATED)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import importlib.metadata
-import json
 import re
 from pathlib import Path
 
@@ -12,6 +11,8 @@ from lorakeet.data.read.formats import SUFFIXES, suffix
 from lorakeet.data.read.fortune import indexed_by, is_rotated
 from lorakeet.errors import DataError, did_you_mean
 from lorakeet.log import info
+from lorakeet.security.json_file import read_object
+from lorakeet.security.paths import file_problem, irregular
 
 #: The name that stands for the quotations of the package below, where no file is called so.
 EMBEDDED = "fortunes"
@@ -25,7 +26,8 @@ def locate(name: str | None) -> list[Path] | None:
     """Return the files and folders that ``name`` means (a pattern may mean many); None if it can only be a hub id.
 
     Raises:
-        DataError: there is no such file or folder and it is no hub id either, or it is the index of a fortune file.
+        DataError: there is no such file or folder and it is no hub id either, or it is the index of a fortune file, or a
+            pipe or a device.
     """
     if not name:
         raise DataError("no data given", f"name a file, a folder or a hub id: --data quotes.jsonl, --data {EMBEDDED}")
@@ -33,7 +35,11 @@ def locate(name: str | None) -> list[Path] | None:
     if file := indexed_by(path):
         raise DataError(f"{path} is the index of a fortune file and holds no text", f"give the file: {file}")
     if path.exists():
-        return [path]
+        if path.is_dir() or (kind := irregular(path)) is None:
+            return [path]
+        raise DataError(
+            f"{path} is {kind}, expected a file or a folder", "data is read several times: write it to a file"
+        )
     if name == EMBEDDED:
         return [embedded_fortunes()]
     if glob.has_magic(name):
@@ -89,7 +95,7 @@ def data_files(folder: Path, split: str) -> list[Path]:
     which may offend. So are files named for another split, as ``test.jsonl`` next to ``train.jsonl``.
 
     Raises:
-        DataError: no file remains.
+        DataError: no file remains, or one of them is a link that leads out of the folder.
     """
     kept: dict[Path, Path] = {}  # by what a link points to
     left: list[str] = []
@@ -102,6 +108,8 @@ def data_files(folder: Path, split: str) -> list[Path]:
         words = set(re.split(r"[^a-z]+", str(inner).lower())) & _SPLITS
         if words and split.lower() not in words:
             left.append(f"{inner} (not {split})")
+        elif problem := file_problem(folder, inner):
+            raise DataError(f"folder {folder} is refused: {problem}", "name that file itself as data, or copy it here")
         elif is_rotated(path):
             left.append(f"{inner} (rotated: may offend)")
         else:
@@ -121,7 +129,9 @@ def _is_saved_part(path: Path) -> bool:
     if path.name == "dataset_dict.json":
         return False
     try:
-        files = json.loads(path.with_name("state.json").read_text(encoding="utf-8"))["_data_files"]
+        if file_problem(path.parent, "state.json"):
+            return True
+        files = read_object(path.with_name("state.json"))["_data_files"]
         return path.name in {file["filename"] for file in files}
     except (OSError, ValueError, KeyError, TypeError):
         return True

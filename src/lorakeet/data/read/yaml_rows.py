@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from lorakeet.data.read.record import Fault, FaultError
+from lorakeet.security.yaml_loader import BoundedLoader
 
 #: Tags of a key that is text, and of ``<<``, which takes the members of another mapping.
 _TEXT_KEYS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
@@ -22,7 +23,7 @@ _AS_YAML = "write each row as a mapping: - text: …"
 _QUOTE_KEY = "put the key in quotes; YAML reads a bare yes, no, on or 7 as another type"
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(BoundedLoader):
     """Safe loader in Python that refuses a key that is not text or is given twice; the one in C overflows its stack."""
 
     def construct_scalar(self, node: Any) -> Any:

@@ -23,7 +23,7 @@ from lorakeet.log import info, warn
 
 #: Files of a checkpoint that a resumed run needs beside the weights -> the state that they hold.
 _PARTS = {
-    "optimizer*": "optimizer",
+    "optimizer[._][pb0-9]*": "optimizer",  # .pt, .bin or a folder of FSDP; Lorakeet's own is not read by transformers
     "scheduler.pt": "learning rate schedule",
     "trainer_state.json": "number of steps",
 }

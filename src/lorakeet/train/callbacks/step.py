@@ -75,7 +75,7 @@ class StepCallback(TrainerCallback):
         if self.skipped > 1:
             error = f"{self.skipped} steps in a row were skipped, the last because {error}"
         if broken := preflight.nonfinite_parameters(host.model):
-            raise TrainingError(f"{error}\n{broken}", "resume from an earlier checkpoint, with a lower learning rate")
+            raise TrainingError(f"{broken}; {error}", "resume from an earlier checkpoint, with a lower learning rate")
         folder = host.save_last_good_state()
         hint = (
             _HINTS[fault.kind] if reaction == "stop" else "the model may be damaged: begin with a lower learning rate"

@@ -17,6 +17,8 @@ from typing import Any
 
 from lorakeet.errors import TrainingError
 from lorakeet.log import warn
+from lorakeet.security.json_file import read_object
+from lorakeet.security.paths import outside
 
 #: Name of the file that lists a checkpoint's files and the run's fingerprint.
 MANIFEST = "lorakeet_checkpoint.json"
@@ -68,11 +70,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         TrainingError: The folder is no checkpoint of Lorakeet, or files in it are missing or damaged.
     """
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_object(folder / MANIFEST)
         if manifest[_SELF] != _own_hash(manifest):
             raise ValueError("its hash differs")
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        files, *_ = (dict(manifest[part]) for part in ("files", "fingerprint", "versions", "progress"))
+    except (OSError, ValueError, KeyError, TypeError):
         raise TrainingError(
             f"{folder} has no readable {MANIFEST}, so it is not a complete checkpoint of Lorakeet",
             "resume from another one, or start again",
@@ -85,6 +87,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _fault(folder: Path, name: str, written: Mapping[str, Any]) -> str | None:
     """Return what became of a file of the manifest, None if nothing."""
+    if place := outside(folder, name):
+        return f"{name} (leads out of the folder, to {place})"
     path = folder / name
     try:
         size = path.stat().st_size if path.is_file() else None
@@ -93,6 +97,8 @@ def _fault(folder: Path, name: str, written: Mapping[str, Any]) -> str | None:
         return None if file_hash(path) == written["sha256"] else f"{name} (its content has changed)"
     except OSError as error:
         return f"{name} ({error.strerror})"
+    except (KeyError, TypeError):
+        return f"{name} (its size and hash are not readable)"
 
 
 def checkpoints(run_folder: str | Path) -> dict[int, Path]:

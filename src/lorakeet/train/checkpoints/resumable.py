@@ -197,7 +197,7 @@ class ResumableTrainer(SavedState):
             preflight.check_saved_adapters(self.model, folder)
 
     def save_by_time(self, minutes: float) -> None:
-        """Save a checkpoint every so many minutes and at the end, whatever the arguments say of steps."""
+        """Save a checkpoint at this interval and at the end, whatever the arguments say of steps."""
         self._saves_by_time = True
         self.add_callback(SaveByTime(minutes, self.save_seconds))
 

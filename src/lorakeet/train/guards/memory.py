@@ -44,6 +44,13 @@ def memory_errors(during: Callable[[], str]) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        detail = re.search(r"[Tt]ried to allocate ([\d.]+ ?\w+)", str(error))
-        wanted = f" ({detail[1]} more were asked for)" if detail else ""
+        wanted = f" ({size} more asked for)" if (size := _asked_for(str(error))) else ""
         raise TrainingError(f"memory ran out during {during()}{wanted}", ADVICE) from error
+
+
+def _asked_for(message: str) -> str | None:
+    """Return the size that torch could not allocate; None if its message has none."""
+    found = re.search(r"[Tt]ried to allocate ([\d.]+) ?(\w+)", message)
+    if not found:
+        return None
+    return f"{float(found[1]) / 1e9:,.1f} GB" if found[2] == "bytes" else f"{found[1]} {found[2]}"

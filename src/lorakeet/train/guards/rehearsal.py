@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import torch
@@ -21,9 +21,8 @@ from lorakeet.log import info
 from lorakeet.rng import same_random_state
 from lorakeet.train.evaluate import longest_first
 
-if TYPE_CHECKING:
-    from lorakeet.train.trainer import Trainer
-
+#: A :class:`lorakeet.train.trainer.Trainer`, which is made above this module.
+Trainer = Any
 #: Samples of a stream from whose beginning the longest are taken.
 INSPECTED = 64
 
@@ -73,10 +72,10 @@ def _evaluation(trainer: Trainer) -> str | None:
     if trainer.args.eval_strategy == "no":
         return None
     sets = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
-    batches = [batch for each in sets for batch in _longest(trainer, each, trainer.args.eval_batch_size, 1)]
     trainer.model.eval()
     what = "an evaluation of the longest samples"
     with trainer.memory_errors_in(f"the rehearsal of {what}, before the first step"), trainer.accelerator.autocast():
+        batches = [batch for each in sets for batch in _longest(trainer, each, trainer.args.eval_batch_size, 1)]
         for batch in batches:
             trainer.evaluate_batch(trainer._prepare_inputs(batch))
     return what if batches else None

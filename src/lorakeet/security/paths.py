@@ -1,0 +1,75 @@
+"""Paths that a folder of a stranger leads to: regular files inside of it, and nothing else.
+
+A link may point to another place in the folder. In the hub's cache it may point to the ``blobs`` of its repository, where
+``huggingface_hub`` keeps the contents of all files.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+#: Mode of a file -> what it is called, for those that are no regular files.
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def outside(folder: str | Path, name: str | Path) -> str | None:
+    """Return the place outside of ``folder`` that the file ``name`` in it leads to; None if it stays inside.
+
+    Args:
+        folder: The folder; it may itself be reached by a link.
+        name: Path of the file, relative to the folder. It need not exist.
+    """
+    root = Path(os.path.realpath(folder))
+    place = Path(os.path.realpath(root / name))
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    return None if any(place.is_relative_to(one) for one in roots) else str(place)
+
+
+def irregular(path: str | Path) -> str | None:
+    """Return what ``path`` is if it is no regular file: a folder, a pipe, a device; None if it is one, or nothing."""
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 (Path.stat is slower and the same)
+    except OSError:
+        return None
+    return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "a special file")
+
+
+def file_problem(folder: str | Path, name: str | Path) -> str | None:
+    """Return why the file ``name`` in ``folder`` must not be opened; None if it may."""
+    if place := outside(folder, name):
+        return f"{name} leads out of the folder, to {place}"
+    if kind := irregular(Path(folder) / name):
+        return f"{name} is {kind}, expected a file"
+    return None
+
+
+def folder_problems(folder: Path, patterns: Iterable[str] = ("*",)) -> list[str]:
+    """List the files in ``folder`` that must not be opened, each with the reason; folders do not count."""
+    names = {path.relative_to(folder) for path in _matching(folder, patterns)}
+    return [problem for name in sorted(names) if (problem := file_problem(folder, name))]
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
+    for pattern in patterns:
+        yield from (path for path in folder.glob(pattern) if path.is_symlink() or not path.is_dir())
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` can be that of a repository on the hub, ``name`` or ``user/name``; a path cannot."""
+    return _HUB_ID.fullmatch(name) is not None and not name.endswith(".gguf")
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether ``name`` is the name of a file in the same folder: no path, no parent, no drive."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
