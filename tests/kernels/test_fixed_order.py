@@ -179,7 +179,9 @@ def test_products_of_bf16_have_no_edges() -> None:
 
 
 @pytest.mark.skipif(not features.has(Feature.AVX2), reason="torch multiplies on this processor")
-@pytest.mark.parametrize(("n", "k", "columns"), [(1, 33, 65), (7, 576, 16), (16, 640, 96), (170, 65, 133), (171, 576, 33)])
+@pytest.mark.parametrize(
+    ("n", "k", "columns"), [(1, 33, 65), (7, 576, 16), (16, 640, 96), (170, 65, 133), (171, 576, 33)]
+)
 def test_products_have_one_order_and_torchs_value(n: int, k: int, columns: int) -> None:
     a, b, h, bias = random(n, k), random(k, columns, seed=4), random(n, columns, seed=5), random(columns, seed=6)
     layouts = [(a, b), (a.T.contiguous().T, b), (a, b.T.contiguous().T), (a.repeat_interleave(2, 1)[:, ::2], b)]
@@ -261,7 +263,9 @@ def test_lora_on_a_dense_weight_has_one_order(rank: int, n: int, width: int, out
         return lora_linear(x, weight, None, a, b, 0.7, p)
 
     with fixed_order():
-        assert_one_order(with_gradients(layer, random(n, width), random(rank, width, seed=5), random(out, rank, seed=6)))
+        assert_one_order(
+            with_gradients(layer, random(n, width), random(rank, width, seed=5), random(out, rank, seed=6))
+        )
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
