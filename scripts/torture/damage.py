@@ -20,8 +20,10 @@ from torture.small_run import SmallRun, differences, results
 
 #: Kinds of damage, and how often each is drawn.
 KINDS = {"flip": 8, "truncate": 5, "zeros": 2, "remove": 2, "empty": 1, "swap": 2}
-#: Share of the damage that falls on the newest checkpoint, since a resumed run reads no other one while it is whole.
-NEWEST = 0.75
+#: Share of the damage in the newest checkpoint and the run's own files; a resumed run reads no other one while it is whole.
+READ = 0.75
+#: File of the settings. Damage may change those that the user may change too: they do not change the adapter.
+SETTINGS = "run.yaml"
 #: Bytes of a part that is zero: a sector of a disk.
 SECTOR = 512
 
@@ -109,9 +111,9 @@ class Damager:
         return sorted(str(path.relative_to(self.torn)) for path in self.torn.rglob("*") if path.is_file())
 
     def any_file(self) -> str:
-        """Return a file of the interrupted run, mostly one of the newest checkpoint."""
-        newest = [name for name in self.files() if self.newest in name]
-        return self.chance.choice(newest if self.chance.random() < NEWEST else self.files())
+        """Return a file of the interrupted run, mostly one that the resumed run reads."""
+        read = [name for name in self.files() if self.newest in name or "/" not in name]
+        return self.chance.choice(read if self.chance.random() < READ else self.files())
 
     def trial(self, name: str | None = None, kind: str | None = None) -> Trial:
         """Run one session on a damaged file, and judge how it ends.
@@ -127,7 +129,8 @@ class Damager:
         name = name or self.any_file()
         kind = kind or self.chance.choices(list(KINDS), list(KINDS.values()))[0]
         told = damage(kind, self.out / name, self.chance)
-        ended = fork(self.run.words(self.out, "--resume"), self.log).wait()
+        by_file = ["train", str(self.out / SETTINGS), "--resume"]
+        ended = fork(self.chance.choice([by_file, self.run.words(self.out)]), self.log).wait()
         outcome, faults = self.judge(name, ended)
         return Trial(self.run.bits, name, told, outcome, faults)
 
@@ -140,6 +143,8 @@ class Damager:
         if not (self.out / "summary.json").exists():
             return "not finished", [ended.said[-SHOWN:]]
         faults = differences(self.expected, results(self.out))
+        if name == SETTINGS:
+            return "not read", [text for text in faults if text.startswith("adapter/adapter_model")]
         start = re.search(r"^continuing .*/(checkpoint-\d+)$", ended.said, re.M)
         if start and start[1] == self.newest:
             return "not read", faults

@@ -11,8 +11,7 @@ import random
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +84,8 @@ class Disks:
     def count(self, place: str) -> int:
         """Return the number of operations in a place of a run whose disks are sound."""
         if place not in self.operations:
-            with small_disk(self.disk), self._fresh():
+            shutil.rmtree(self.sound, ignore_errors=True)
+            with small_disk(self.disk):
                 places, counter = self.places(place), self.folder / "operations"
                 counter.write_text("0")
                 ended = self.session(places, at_each(places[place], count_into(counter)))
@@ -95,18 +95,14 @@ class Disks:
                 self.operations[place] = int(counter.read_text())
         return self.operations[place]
 
-    @contextmanager
-    def _fresh(self) -> Iterator[None]:
-        shutil.rmtree(self.sound, ignore_errors=True)
-        yield
-
     def trial(self, fault: str | None = None, place: str | None = None, operation: int | None = None) -> Trial:
         """Let the disk of one place fail at one operation, make it usable again, and resume."""
         fault = fault or self.chance.choice(list(FAULTS))
         place = place or self.chance.choices(PLACES, (6, 2, 1))[0]
         operation = operation or self.chance.randint(1, max(self.count(place), 1))
         trial = Trial(self.run.bits, fault, place, operation)
-        with small_disk(self.disk), self._fresh():
+        shutil.rmtree(self.sound, ignore_errors=True)
+        with small_disk(self.disk):
             places = self.places(place)
             act = FAULTS[fault](self.disk, places[place])
             ended = self.session(places, at_each(places[place], lambda count: act(count - operation)))

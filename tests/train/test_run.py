@@ -56,7 +56,7 @@ def test_a_run_writes_adapter_metrics_summary_and_loss_curve(settings, tmp_path,
     assert summary["base_model"] == str(base_folder) and summary["adapter_path"] == str(out / "adapter")
     assert summary["peak_rss_bytes"] > 1e8 and 0 < summary["train_seconds"] < summary["wall_seconds"]
     assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["train_seconds"])
-    assert {"python", "lorakeet", "torch", "transformers"} == set(summary["versions"])
+    assert {"python", "lorakeet", "torch", "transformers", "C loops"} == set(summary["versions"])
     lines = read_metrics(out / "metrics.jsonl")
     assert [(line["step"], "loss" in line) for line in lines] == [
         *((0, False), (1, True), (2, True), (3, True), (3, False)),

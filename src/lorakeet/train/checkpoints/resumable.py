@@ -239,7 +239,7 @@ class ResumableTrainer(SavedState):
         self.fingerprint()  # of the base as it is before it trains
         if folder is not None:
             self._check_checkpoint(folder)
-        if self._resumed:
+        if self._resumed and "threads" in self._resumed:  # an older version did not note them
             keep_threads(self.model, self._resumed["threads"])
         with in_fixed_order(self.model):
             return super().train(str(folder) if folder else None, *rest, **settings)
