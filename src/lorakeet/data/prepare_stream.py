@@ -170,7 +170,7 @@ class StreamLocations:
     def of_samples(self, epoch: int, start: int, stop: int) -> list[str]:
         """Return the locations of the samples from number ``start`` to ``stop`` of a pass over the stream."""
         self.stream.set_epoch(epoch)
-        with silent():  # what is left out was said when it was read first
+        with silent():  # rows that are left out were named by the first reading
             return [sample[LOCATION] for sample in islice(self.stream, start, stop)]
 
 
