@@ -13,7 +13,10 @@ DAMAGES ?= 200
 DISKS   ?= 60
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: help install demo test test-all torture lint bench docs picture clean
+# Minutes of fuzzing, over all targets.
+MINUTES ?= 60
+
+.PHONY: help install demo test test-all torture fuzz lint bench docs picture clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -42,6 +45,10 @@ test: lint       ## run lint, types, import contracts, and all but the slow test
 
 test-all: lint   ## run all tests, with the slow ones and new random inputs
 	$(BIN)/python -m pytest -m '' --hypothesis-profile=wild
+
+fuzz: install    ## fuzz the readers of files of strangers for MINUTES, guided by coverage
+	$(PIP) -e '.[fuzz]'
+	$(BIN)/python scripts/fuzz.py --minutes $(MINUTES)
 
 torture: install ## kill runs, damage their files and fill their disks; SEED, KILLS, DAMAGES and DISKS choose
 	PYTHONPATH=scripts $(BIN)/python -m torture --seed $(SEED) --kills $(KILLS) --damages $(DAMAGES) --disks $(DISKS)

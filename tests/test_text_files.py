@@ -27,14 +27,17 @@ OWN_FILES = {
     "text_files.py": "the reader itself",
     "adapter/model_card.py": "a README, of which only a mark is sought",
     "base/gguf.py": "bytes",
+    "base/gguf_header.py": "bytes",
     "cli/__init__.py": "/dev/null",
     "data/doctor/fix.py": "a copy that is written",
     "data/read/fortune.py": "bytes of an index",
     "files.py": "folders",
     "kernels/cpu/build.py": "C sources, /proc/cpuinfo",
+    "plan/free_memory.py": "/proc/meminfo",
+    "plan/saved_costs.py": "/proc/cpuinfo, JSON of the cache",
     "quant/mmap_release.py": "/proc/self/smaps",
     "runs/metrics_log.py": "lines that were written with \\u escapes",
-    "train/memory_plan.py": "/proc/meminfo",
+    "security/json_file.py": "JSON, of which the bytes are counted",
     "train/callbacks/progress.py": "a progress bar",
 }
 

@@ -60,7 +60,8 @@ def main() -> int:
 def tortures(folder: Path, options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """Yield the name of a part and a trial of it, the number formats in turn."""
     from torture.damage import Damager
-    from torture.disks import Disks, can_mount
+    from torture.disks import Disks
+    from torture.failing_disk import can_mount
     from torture.kills import Killer
     from torture.small_run import SmallRun, furnish
 

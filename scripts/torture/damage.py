@@ -131,7 +131,7 @@ class Damager:
         if not (self.out / "summary.json").exists():
             return "not finished", [ended.said[-SHOWN:]]
         faults = differences(self.expected, results(self.out))
-        start = re.search(r"resuming from \S*/(checkpoint-\d+)", ended.said)
+        start = re.search(r"^continuing .*/(checkpoint-\d+)$", ended.said, re.M)
         if start and start[1] == LAST:
             return "not read", faults
         warned = [line for line in ended.said.splitlines() if line.startswith("warning: ") and LAST in line]

@@ -9,87 +9,20 @@ from __future__ import annotations
 import os
 import random
 import re
-import resource
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorakeet.kernels.cpu.build import library
+from torture.failing_disk import fill, limit_files, make_read_only, make_usable, small_disk
 from torture.kills import SHOWN, leftovers
 from torture.operations import at_each, count_into
 from torture.sessions import Ended, fork
 from torture.small_run import SmallRun, differences, results
-
-#: Bytes of a small disk: several times what the run writes.
-DISK_BYTES = 32 * 2**20
-#: Bytes of the largest file under a limit: more than a session says, less than weights, optimizer or tokenizer.
-FILE_BYTES = 2**13
-#: Name of the file that fills a disk.
-BALLAST = "ballast"
-
-
-def can_mount() -> bool:
-    """Whether this process may mount file systems: it is root, and not in a container that forbids it."""
-    with tempfile.TemporaryDirectory() as folder:
-        return os.geteuid() == 0 and _mount(Path(folder), DISK_BYTES) and _unmount(Path(folder))
-
-
-def _mount(folder: Path, size: int) -> bool:
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    try:
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except OSError:
-        return False
-
-
-def _unmount(folder: Path) -> bool:
-    return subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False).returncode == 0
-
-
-@contextmanager
-def small_disk(folder: Path, size: int = DISK_BYTES) -> Iterator[Path]:
-    """Set up a disk in memory at ``folder`` inside the block.
-
-    Raises:
-        OSError: It cannot be mounted.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not _mount(folder, size):
-        raise OSError(f"cannot mount a disk at {folder}")
-    try:
-        yield folder
-    finally:
-        _unmount(folder)
-
-
-def fill(disk: Path) -> None:
-    """Write until the disk is full."""
-    with (disk / BALLAST).open("wb", buffering=0) as file, suppress(OSError):
-        while True:
-            file.write(bytes(2**16))
-    with (disk / BALLAST).open("ab", buffering=0) as file, suppress(OSError):
-        while True:
-            file.write(bytes(64))
-
-
-def limit_files() -> None:
-    """Let this process write no files that are larger than :data:`FILE_BYTES`."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-
-def make_read_only(disk: Path) -> None:
-    """Switch the disk to refuse every write; one with an open file stays as it is."""
-    subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True, check=False)
-
-
-def make_usable(disk: Path) -> None:
-    """Undo what was done to a disk."""
-    subprocess.run(["mount", "-o", "remount,rw", str(disk)], capture_output=True, check=False)
-    (disk / BALLAST).unlink(missing_ok=True)
 
 
 @dataclass
@@ -109,6 +42,8 @@ class Trial:
         return asdict(self)
 
 
+#: Beginnings of the differences that do not count after a fault: files, and the lines of a log that was removed.
+LOST = ("files: ", "metrics.jsonl: ", "summary.json: ", "adapter/lorakeet.json: ")
 #: Places of a run's files: its own folder, the cache, and the system's folder for temporary files.
 PLACES = ("run", "cache", "temporary")
 
@@ -138,7 +73,9 @@ class Disks:
 
         def enter() -> None:
             os.environ["LORAKEET_HOME"] = str(places["cache"])
-            tempfile.tempdir = str(places["temporary"])
+            tempfile.tempdir = os.environ["TMPDIR"] = str(places["temporary"])
+            if self.disk in places["cache"].parents:
+                library.cache_clear()
             if before is not None:
                 before()
 
@@ -184,9 +121,10 @@ class Disks:
         """Note the faults of the session whose disk failed."""
         if ended.crashed or ended.code not in (0, 2):
             trial.faults.append(f"code {ended.code}: {ended.said[-SHOWN:]}")
-        elif ended.code == 0:  # checkpoints may be missing
+        elif ended.code == 0:
+            lost = LOST if trial.fault == "folder removed" else LOST[:1]  # checkpoints may be missing
             found = differences(self.expected, results(out))
-            trial.faults += [text for text in found if not text.startswith("files: ")]
+            trial.faults += [text for text in found if not text.startswith(lost)]
         elif out.exists() and trial.fault != "read-only" and (left := leftovers(out)):
             trial.faults.append(f"half-written files stay: {left}")
 
@@ -194,9 +132,9 @@ class Disks:
         """Note the faults of the session that went on with a usable disk."""
         if ended.crashed or ended.code not in (0, 2):
             trial.faults.append(f"resumed, code {ended.code}: {ended.said[-SHOWN:]}")
-        elif ended.code == 2:
+        elif ended.code == 2 and trial.fault != "folder removed":
             trial.faults.append(f"cannot be resumed: {_last_words(ended)}")
-        else:
+        elif ended.code == 0:
             trial.faults += differences(self.expected, results(out))
 
 
@@ -227,6 +165,10 @@ def _gone(disk: Path, place: Path) -> Callable[[int], None]:
     return lambda late: shutil.rmtree(place, ignore_errors=True) if late == 0 else None
 
 
+def _checkpoints_gone(disk: Path, place: Path) -> Callable[[int], None]:
+    return lambda late: shutil.rmtree(place / "checkpoints", ignore_errors=True) if late == 0 else None
+
+
 #: Operations for which a disk stays full that is full for a while.
 WHILE = 100
 #: Fault -> function that returns the act of each operation, by its distance from the chosen one.
@@ -236,4 +178,5 @@ FAULTS: dict[str, Callable[[Path, Path], Callable[[int], None]]] = {
     "limit of a file's size": _limit,
     "read-only": _read_only,
     "folder removed": _gone,
+    "checkpoints removed": _checkpoints_gone,
 }

@@ -108,6 +108,9 @@ def import_everything() -> None:
 
     import lorakeet.cli.train
     import lorakeet.train.run  # noqa: F401
+    from lorakeet.kernels.cpu.build import library
+
+    library()  # compiled once, for all forks
 
 
 def _become(words: Sequence[str], log: Path, before: Callable[[], None] | None) -> NoReturn:

@@ -65,6 +65,10 @@ class TrainingError(LorakeetError, RuntimeError):
     """A run cannot start or cannot continue."""
 
 
+class ProcessError(TrainingError):
+    """Another process of the run failed, so this one ends too; the exit code is that of the other."""
+
+
 class OutputError(LorakeetError, OSError):
     """An output path is not writable, or already holds something."""
 

@@ -18,6 +18,7 @@ from lorakeet.base.load import inspect_model, load_base
 from lorakeet.base.source import find_source, local_folder
 from lorakeet.base.storage import (
     StoredFormats,
+    bytes_to_store,
     check_generation_config,
     chosen_formats,
     save_model,
@@ -27,7 +28,7 @@ from lorakeet.base.storage import (
 )
 from lorakeet.config import FLOATING_BITS, BaseSettings
 from lorakeet.errors import BaseModelError, OutputError
-from lorakeet.files import write_folder, write_json
+from lorakeet.files import check_room, write_folder, write_json
 from lorakeet.loaded_model import open_model, settings_of_base
 from lorakeet.log import info
 from lorakeet.lora.config import PeftConfig
@@ -60,12 +61,13 @@ def merge(
 
     Raises:
         MergeError: The stored format would lose the update, the outputs differ, or a layer cannot be merged.
-        OutputError: ``out`` is not empty or not writable.
+        OutputError: ``out`` is not empty or not writable, or its disk has too little room.
     """
     folder = check_empty(out, overwrite)
     settings = settings_of_base(settings, PeftConfig.from_pretrained(adapter), adapter)
     with write_folder(folder) as aside:  # fails before the expensive part if the folder is not writable
         source, asked, loaded = _formats_of(settings)
+        check_room(folder, bytes_to_store(source, asked))
         opened = open_model(loaded, [adapter], allow_other_base=allow_other_base, allow_untrained=allow_untrained)
         formats = _stored(opened.model, source, asked)
         names = {id(parameter): base_name(name) for name, parameter in opened.model.named_parameters()}
@@ -95,7 +97,7 @@ def quantize(settings: BaseSettings, out: str | Path, *, overwrite: bool = False
 
     Raises:
         BaseModelError: The base is quantized already, incomplete, or has weights that are not finite.
-        OutputError: ``out`` is not empty or not writable.
+        OutputError: ``out`` is not empty or not writable, or its disk has too little room.
     """
     folder = check_empty(out, overwrite)
     config = inspect_model(settings).config
@@ -104,6 +106,7 @@ def quantize(settings: BaseSettings, out: str | Path, *, overwrite: bool = False
         raise BaseModelError(f"{settings.model} is quantized already ({name})", "give the full-precision model")
     with write_folder(folder) as aside:  # fails before the expensive part if the folder is not writable
         source, asked, loaded = _formats_of(settings)
+        check_room(folder, bytes_to_store(source, asked, bits=8))
         base = load_base(loaded.model_copy(update={"bits": 8}), auto_class=own_class(config))
         if base.fresh:
             raise BaseModelError(

@@ -34,6 +34,8 @@ def cache_home() -> Path:
 
 #: Error numbers of a full, limited or read-only disk.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+#: Reason of a write that fails because another program removes its folder.
+_REMOVED = "its folder was removed meanwhile"
 #: Names of torch's writer, which loses the error number of a failed write.
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
 #: Folder that a new ext4 file system has at its root.
@@ -55,16 +57,52 @@ def disk_problem(error: BaseException) -> str | None:
 
 
 @contextmanager
-def _disk_problems(path: Path) -> Iterator[None]:
-    """Raise an OutputError for a write that the disk refuses inside the block, whichever library writes."""
+def _disk_problems(path: Path, aside: Path) -> Iterator[None]:
+    """Raise an OutputError for a write that the disk refuses inside the block, whichever library writes.
+
+    Args:
+        path: The path to write, which messages name.
+        aside: The temporary path that stands for it.
+    """
     try:
         yield
+    except OutputError as error:  # of a file in a temporary folder
+        raise OutputError(error.message.replace(str(aside), str(path)), error.hint) from error
     except LorakeetError:
         raise
     except Exception as error:
-        if reason := disk_problem(error):
+        reason = disk_problem(error) or (None if aside.parent.exists() else _REMOVED)
+        if reason:
             raise OutputError(f"cannot write {path}: {reason}", "free some space or choose another folder") from error
         raise
+
+
+@contextmanager
+def not_removed(folder: Path, path: Path | None = None) -> Iterator[Callable[[], None]]:
+    """Yield a check that a folder is still the one that it is now: removed and made again, it has lost files.
+
+    Args:
+        folder: The folder.
+        path: The path that messages name; None: the folder's own.
+
+    Raises:
+        OutputError: By the check, and for any error inside the block, if the folder has been removed.
+    """
+    fd = os.open(folder, os.O_RDONLY)
+
+    def check() -> None:
+        if not (folder.exists() and os.path.samestat(os.fstat(fd), folder.stat())):
+            raise OutputError(
+                f"cannot write {path or folder}: {_REMOVED}", "choose a folder that no other program removes"
+            )
+
+    try:
+        yield check
+    except Exception:
+        check()
+        raise
+    finally:
+        os.close(fd)
 
 
 @contextmanager
@@ -116,7 +154,7 @@ def write_file(path: str | Path) -> Iterator[Path]:
         os.close(fd)
     aside = Path(name)
     try:
-        with _disk_problems(path):
+        with _disk_problems(path, aside):
             yield aside
             if special:
                 place.write_bytes(aside.read_bytes())
@@ -148,7 +186,7 @@ def write_folder(path: str | Path) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=parent))
     try:
-        with _disk_problems(path):
+        with _disk_problems(path, aside), not_removed(aside, path) as check:
             yield aside
             _chmod(aside, 0o755)
             for path_inside in aside.rglob("*"):
@@ -156,6 +194,7 @@ def write_folder(path: str | Path) -> Iterator[Path]:
                     _chmod(path_inside, 0o644)  # some writers create files that only their owner may read
                 _fsync(path_inside)
             _fsync(aside)
+            check()
             if place.is_dir():
                 _fill(place, aside)
             else:

@@ -115,6 +115,13 @@ def test_only_the_adapters_own_files_leave_the_machine(hub: Hub, folder: Path) -
     assert set(hub.repos["ana/quotes"]["main"]) == FILES | {"tokenizer.json", "chat_template.jinja"}
 
 
+def test_a_link_out_of_the_folder_is_not_pushed(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "secret")
+    assert "leads out of the folder" in refused(folder, token=TOKEN)
+    assert not hub.requests
+
+
 def test_the_cards_snippets_run(hub: Hub, folder: Path, tmp_path: Path) -> None:
     make("llama").save_pretrained(tmp_path / "base")
     hub.put(TINY, tmp_path / "base")

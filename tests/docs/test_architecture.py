@@ -26,7 +26,7 @@ from import_graph import (
     violations,
 )
 
-LEAVES = {"errors", "log", "files", "ignore_index", "rng", "_optional_imports", "text_files", "eval_mode"}
+LEAVES = {"errors", "log", "files", "ignore_index", "rng", "_optional_imports", "text_files", "eval_mode", "security"}
 
 
 def graph(**imports: str) -> Graph:

@@ -42,7 +42,8 @@ from lorakeet.lora.config import LoraConfig, PeftConfig
 from lorakeet.runs.metrics_log import first_and_last, read_metrics
 from lorakeet.runs.run_folder import read_summary
 from lorakeet.tasks.taught import Taught
-from lorakeet.train.checkpoints.manifest import latest_checkpoint, refuse_other_run
+from lorakeet.train.checkpoints.manifest import MANIFEST, latest_checkpoint, write_manifest
+from lorakeet.train.checkpoints.state_files import read_state, write_state
 
 #: Rows of a data file that are read.
 _ROWS = 300
@@ -196,7 +197,7 @@ def read_run_folder(folder: Path) -> None:
         lambda: first_and_last(read_metrics(folder / "metrics.jsonl")),
         lambda: read_summary(folder),
         lambda: latest_checkpoint(folder / "checkpoints"),
-        lambda: refuse_other_run(folder / "checkpoints" / "checkpoint-2", {"seed": "1"}),
+        lambda: read_state(folder / "checkpoints" / "checkpoint-2", "optimizer"),
     )
     problems = []
     for step in steps:
@@ -211,17 +212,23 @@ def read_run_folder(folder: Path) -> None:
 def run_examples() -> list[bytes]:
     """Make the folder of a run with a checkpoint."""
     metrics = "".join(json.dumps({"step": n, "loss": 1 / n, "lr": 1e-3}) + "\n" for n in range(1, 12))
-    manifest = {"files": {"a.safetensors": 4}, "fingerprint": {"seed": "1"}, "progress": {}}
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "a.safetensors").write_bytes(b"four")
+        write_state(Path(place), "optimizer", {"state": {0: {"step": 1, "exp_avg": torch.ones(2)}}, "lr": (0.5, 1e-3)})
+        state = _bundle(Path(place), ("optimizer.json", "optimizer.safetensors")).replace(
+            b"== file ", b"== file checkpoints/checkpoint-2/"
+        )
+        write_manifest(Path(place), {"seed": "1"}, {"torch": "2"}, {"logged": 1})
+        manifest = (Path(place) / MANIFEST).read_bytes()
+    inner = {f"checkpoints/checkpoint-2/{MANIFEST}": manifest, "checkpoints/checkpoint-2/a.safetensors": b"four"}
     return [
         files(
             run__yaml=read_run(None, []).to_yaml().encode(),
             metrics__jsonl=metrics.encode(),
             summary__json=json.dumps({"steps": 11, "train_loss_last": 0.1}).encode(),
-            **{
-                "checkpoints/checkpoint-2/lorakeet_checkpoint.json": json.dumps(manifest).encode(),
-                "checkpoints/checkpoint-2/a.safetensors": b"four",
-            },
+            **inner,
         )
+        + state
     ]
 
 

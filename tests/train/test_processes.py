@@ -149,7 +149,7 @@ t.Trainer.__init__ = patched
     file = settings(tmp_path, "parts", **changes)
     assert launch(torn, str(file)).returncode != 0
     folder = tmp_path / "parts" / "checkpoints" / "checkpoint-3"
-    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in folder.iterdir()}
+    assert {"process_0.json", "process_1.json"} <= {path.name for path in folder.iterdir()}
     refused = launch(script, str(file), "resume", processes=1)
     assert "processes was 2, is 1" in refused.stderr
     done = launch(script, str(file), "resume")
@@ -173,7 +173,7 @@ def test_ctrl_c_under_torchrun_saves_in_every_process(tmp_path):
     _, told = process.communicate(timeout=100)
     assert "a checkpoint is saved" in told, told[-3000:]
     (folder,) = (tmp_path / "long" / "checkpoints").iterdir()
-    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in folder.iterdir()}
+    assert {"process_0.json", "process_1.json"} <= {path.name for path in folder.iterdir()}
 
 
 def test_gradients_that_are_not_synchronized_are_an_error(tmp_path):

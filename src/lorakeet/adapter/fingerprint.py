@@ -122,7 +122,10 @@ def fingerprint(
     """
     base = _base_of(model, state or {})
     trained = {id(base.parameters[name]) for name in map(base_name, leave_out) if name in base.parameters}
-    if not base.parameters or any(p.is_meta or isinstance(p, DTensor) for p in base.parameters.values()):
+    sampled = [
+        base.parameters[name] for name in base.sampled_names()
+    ]  # of a sharded base, norms and embedding may be whole
+    if not base.parameters or any(p.is_meta or isinstance(p, DTensor) for p in sampled):
         return None
     return {
         "architecture": getattr(getattr(model, "config", None), "model_type", type(model).__name__),

@@ -6,6 +6,7 @@ fp32 on another. The files of a model made from it must not depend on that, so t
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ from lorakeet.quant.protocol import quantized_layers
 from lorakeet.security.json_file import read_object
 
 GENERATION_CONFIG = "generation_config.json"
+#: Bytes of the scale of each row of a quantized matrix.
+SCALE_BYTES = 4
 #: Formats of safetensors -> torch dtype. fp64 is stored as fp32, the widest format that a base is loaded in.
 _FLOATING = {"F64": torch.float32, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -83,6 +86,28 @@ def chosen_formats(name: str, model: PreTrainedModel) -> StoredFormats:
     kept = {*(model._keep_in_fp32_modules_strict or ()), *(model._keep_in_fp32_modules or () if name == "fp16" else ())}
     names = {key for key in model.state_dict() if any(part in key for part in kept)}
     return StoredFormats(dict.fromkeys(names, torch.float32), DTYPES[name])
+
+
+def bytes_to_store(folder: Path, asked: str | None = None, bits: int | None = None) -> int:
+    """Return the bytes that the weights of a base take in another number format, by its files' headers alone.
+
+    Args:
+        folder: Folder of the base.
+        asked: Name of the format of floating tensors, such as ``bf16``; None: their own.
+        bits: Bits of each value of a matrix; None: those of the format.
+    """
+    total = 0
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as opened:
+            slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118 - it is no dict
+            for shape, kind in [(part.get_shape(), part.get_dtype()) for part in slices]:
+                own = _FLOATING.get(kind)
+                dtype = own if own is None or asked is None else DTYPES[asked]
+                if bits and own is not None and len(shape) == 2:
+                    total += math.prod(shape) * bits // 8 + shape[0] * SCALE_BYTES
+                else:
+                    total += math.prod(shape) * (1 if dtype is None else dtype.itemsize)
+    return total
 
 
 def _formats(file: Path) -> dict[str, torch.dtype]:

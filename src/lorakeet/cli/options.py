@@ -41,6 +41,7 @@ TRAIN_FLAGS = {
     "--save-every": "train.save_every",
     "--on-nonfinite": "train.non_finite",
     "--on-spike": "train.spike",
+    "--fsdp": "train.fsdp",
 }
 
 #: Flag -> other spelling that `transformers` users type.
@@ -123,21 +124,24 @@ def _parameter(name: str, flag: str, dotted: str, defaults: dict[str, Any]) -> i
     field = setting_field(dotted)
     default = defaults.get(dotted, field.get_default(call_default_factory=True))
     description = HELP.get(dotted, field.description)
-    help_text = description + ("" if default in (None, {}) else f"  [default: {default}]")
+    is_switch = field.annotation is bool
+    help_text = description + ("" if default in (None, {}) or is_switch else f"  [default: {default}]")
     metavar = {int: "INT", float: "NUMBER"}.get(_flag_type(field.annotation), "TEXT")
     spellings = [flag, *([ALIASES[flag]] if flag in ALIASES else [])]
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=typer.Option(None, *spellings, help=help_text, show_default=False, metavar=metavar),
-        annotation=str | None,
+        default=typer.Option(
+            None, *spellings, help=help_text, show_default=False, metavar=None if is_switch else metavar
+        ),
+        annotation=bool | None if is_switch else str | None,
     )
 
 
-def _value(dotted: str, text: str | None) -> Any:
+def _value(dotted: str, text: str | bool | None) -> Any:
     """Convert a flag's text to a number if the setting is one; other text is refused by the check of the settings."""
     number = _flag_type(setting_field(dotted).annotation)
-    if text is None or number is str:
+    if text is None or isinstance(text, bool) or number is str:
         return text
     try:
         return number(text)

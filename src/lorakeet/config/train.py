@@ -83,6 +83,11 @@ class TrainSettings(Section):
         description="recompute layers in the backward pass: less memory, more time; true: all; n: layer 0 and every n-th "
         "after it; auto: as few as a step needs to fit into memory (reported)",
     )
+    fsdp: bool = Field(
+        False,
+        description="shard the frozen base over the processes (FSDP2), for one that does not fit one device; adapters stay "
+        "whole in each",
+    )
     padding_free: bool = Field(True, description="skip the computation of padding, where the architecture allows it")
     fused_loss: bool = Field(
         True, description="compute a language model's loss in chunks, without the full logits in memory"

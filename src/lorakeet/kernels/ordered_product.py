@@ -1,7 +1,8 @@
 """fp32 products on a CPU whose sums have one order, which depends on shapes alone and not on the number of threads.
 
-torch's libraries choose blocks by the number of threads, so the last bits of a product may depend on it. ``gemm_f32.c`` shares
-whole tiles of the result among threads, and each sum runs over the depth in fixed blocks. Where it cannot multiply, torch does.
+torch's libraries choose blocks by the number of threads, so the last bits of a product may depend on it. ``gemm_f32.c``
+shares whole tiles of the result among threads, and each sum runs over the depth in fixed blocks. Where it cannot multiply,
+torch does.
 """
 
 from __future__ import annotations

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+from lorakeet.errors import ConfigError
 from lorakeet.lora.config import PeftConfig
+from lorakeet.security.patterns import SlowPatternError, fullmatch, match
 from lorakeet.setting_types import NAME_ENDS_WITH, NUMBERED_LIST
 
 #: Names of a list that a message shows.
@@ -40,14 +42,21 @@ def _pattern_value(patterns: dict, name: str, default: float) -> float:
     return next((value for pattern, value in patterns.items() if _matches_pattern(name, pattern)), default)
 
 
+def _bounded(how: Callable[[str, str], Any], pattern: str, name: str) -> Any:
+    try:
+        return how(pattern, name)
+    except SlowPatternError as error:
+        raise ConfigError(f"the regular expression {error}", "write it without, or list the names") from None
+
+
 def _matches_pattern(name: str, pattern: str) -> bool:
-    return re.match(NAME_ENDS_WITH.replace("{}", pattern), name) is not None
+    return _bounded(match, NAME_ENDS_WITH.replace("{}", pattern), name) is not None
 
 
 def matches(name: str, wanted: Iterable[str] | str) -> bool:
     """Whether one of the names is ``name`` or its last parts; a single string is a regular expression for all of it."""
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
+        return _bounded(fullmatch, wanted, name) is not None
     return any(name == key or name.endswith(f".{key}") for key in wanted)
 
 
@@ -70,7 +79,7 @@ def layer_index(name: str, config: PeftConfig) -> int | None:
     else:
         regexes = [r"(?:.*?\.)??[^.]*[^.\d][^.]*\.(\d+)\."]  # the number of an expert in it comes later
     for regex in regexes:
-        if found := re.match(regex, name):
+        if found := _bounded(match, regex, name):
             return int(found.group(found.re.groups))  # the pattern may have groups of its own before it
     return None
 

@@ -21,17 +21,26 @@ class BoundedLoader(yaml.SafeLoader):
         """Return the next node; count those that an alias stands for."""
         event: Any = self.peek_event()
         node: Any = super().compose_node(parent, index)
-        if isinstance(event, yaml.AliasEvent):
-            mark: Any = event.start_mark
-            if not hasattr(node, "size"):
-                raise yaml.composer.ComposerError(None, None, "an alias inside of what it stands for", mark)
-            self._repeated += node.size
-            if self._repeated > MOST_REPEATED:
-                problem = f"aliases stand for more than {MOST_REPEATED:,} values"
-                raise yaml.composer.ComposerError(None, None, problem, mark)
-        else:
+        if not isinstance(event, yaml.AliasEvent):
             node.size = 1 + sum(inner.size for inner in _members(node))
+        elif not hasattr(node, "size"):
+            node.size, node.holds_itself = 1, True
+        self._repeated += node.size if isinstance(event, yaml.AliasEvent) else 0
+        if self._repeated > MOST_REPEATED:
+            mark: Any = event.start_mark
+            problem = f"aliases stand for more than {MOST_REPEATED:,} values"
+            raise yaml.composer.ComposerError(None, None, problem, mark)
         return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """Return the value of a node.
+
+        Raises:
+            yaml.constructor.ConstructorError: It is a part of itself.
+        """
+        if hasattr(node, "holds_itself"):
+            raise yaml.constructor.ConstructorError(None, None, "found unconstructable recursive node", node.start_mark)
+        return super().construct_object(node, deep)
 
     def construct_yaml_int(self, node: Any) -> int:
         """Return an integer, in decimal digits only as many as Python can show."""

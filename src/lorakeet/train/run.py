@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, set_seed
 
 from lorakeet.base.architectures import AUTO_CLASSES
+from lorakeet.base.device_dtype import choose_device
 from lorakeet.base.load import inspect_model, load_base
 from lorakeet.base.quiet import quiet
 from lorakeet.config import RunConfig
@@ -25,24 +26,30 @@ from lorakeet.data.collate import make_collator
 from lorakeet.data.encode.render import describe_sample
 from lorakeet.data.prepare import prepare
 from lorakeet.errors import OutputError, TrainingError
+from lorakeet.files import not_removed
 from lorakeet.log import info, log, warn
-from lorakeet.patches.fused_layers import fused_layers
-from lorakeet.patches.fused_loss import fused_loss
 from lorakeet.patches.gradient_checkpointing import gradient_checkpointing
-from lorakeet.patches.padding_free import padding_free, why_padded
+from lorakeet.patches.of_training import training_patches
+from lorakeet.plan.free_memory import free_memory
+from lorakeet.runs.folder_lock import check_unlocked, locked
 from lorakeet.runs.metrics_log import MetricsLog
-from lorakeet.runs.run_folder import check_run_folder, claim_folder, is_finished
+from lorakeet.runs.run_folder import check_run_folder, claim_folder, is_finished, is_run
 from lorakeet.tasks.setup import check_rank, task_settings, with_length
 from lorakeet.tasks.task import Task
 from lorakeet.train.arguments import check_best, training_arguments
 from lorakeet.train.callbacks.interrupt import StopAfterStep, resume_command
 from lorakeet.train.callbacks.progress import ProgressCallback
+from lorakeet.train.checkpoints.fingerprint import data_hash
 from lorakeet.train.checkpoints.run_start import checkpoint_to_continue, finished_summary
 from lorakeet.train.evaluate import longest_first
 from lorakeet.train.init_adapter import fit_base, loading_options, put_adapter, tokenizer_and_limits, with_init_adapter
 from lorakeet.train.loraplus import LoraPlus
-from lorakeet.train.memory_plan import every_that_fits, free_memory
 from lorakeet.train.microbatch_packing import default_token_budget
+from lorakeet.train.planning.at_start import plan_at_start, same_in_all_processes
+from lorakeet.train.processes.agreement import check_agreement, in_any_process, settings_facts
+from lorakeet.train.processes.failures import shared_failures
+from lorakeet.train.processes.launch import join_processes, restarts
+from lorakeet.train.processes.sharding import check_can_shard, shard_base
 from lorakeet.train.run_output import RunOutput
 from lorakeet.train.summary import report_outcome
 from lorakeet.train.task_trainer import TaskTrainer
@@ -80,9 +87,24 @@ def run_training(
         TrainingError: The run must stop, see :class:`lorakeet.train.trainer.Trainer`.
     """
     began = time.perf_counter()
-    if int(os.environ.get("RANK", "0")) > 0:
+    if int(os.environ.get("RANK") or 0) > 0:
         log.setLevel("ERROR")
+    state = join_processes(choose_device(config.base.device))
+    with shared_failures():
+        if in_any_process(restarts() > 0):
+            resume, overwrite = True, False
+        return _train_together(config, state, began, resume, overwrite, any_checkpoint)
+
+
+def _train_together(
+    config: RunConfig, state: PartialState, began: float, resume: bool, overwrite: bool, any_checkpoint: bool
+) -> dict[str, Any]:
+    """Train as :func:`run_training` says, after the processes have joined each other."""
     folder = Path(config.out)
+    found = {"the run in its folder": "finished" if is_finished(folder) else "begun" if is_run(folder) else "none"}
+    check_agreement({**settings_facts(config), **found})
+    if state.is_main_process:
+        check_unlocked(folder)
     check_run_folder(folder, resume=resume, overwrite=overwrite)
     config = with_init_adapter(config)
     if is_finished(folder) and not overwrite:
@@ -92,15 +114,29 @@ def run_training(
     how = {"resume": resume, "overwrite": overwrite, "any_checkpoint": any_checkpoint}
     start = checkpoint_to_continue(config, folder, **how)
     check_best(config)
+    run = _load(config, folder, state, began)
+    run.announce()
+    with locked(folder) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            claim_folder(folder, run.config, resume=start is not None, need=run.bytes_to_write(start is not None))
+        with quiet(), not_removed(folder), StopAfterStep() as stop:
+            return run.train(stop, broadcast_object_list([start])[0], any_checkpoint)
+
+
+def _load(config: RunConfig, folder: Path, state: PartialState, began: float) -> Run:
+    """Prepare the data, load the base, and put the adapter on it; nothing is written."""
     model_info = inspect_model(config.base)
     chosen = task_settings(config, model_info)
     check_rank(config, model_info, Task(chosen.type), free_memory)
-    (state := PartialState()).wait_for_everyone()  # no process writes to the folder before all have checked it
+    state.wait_for_everyone()  # no process writes to the folder before all have checked it
     with state.main_process_first():  # damaged data is reported before a base of many gigabytes is read
         tokenizer, limits = tokenizer_and_limits(config, model_info)
         data = prepare(config.data, chosen, tokenizer, seed=config.train.seed, **limits)
+    if state.num_processes > 1:
+        check_agreement({"the data": data.report.content_hash, "the order of its samples": data_hash(data.train)})
     config = with_length(config, data.report.train_samples, state.num_processes)
     task = Task(chosen.type, data.problem, data.labels)
+    plan = plan_at_start(config, model_info, chosen, data, free_memory(choose_device(config.base.device)))
     options = loading_options(config, task)
     base = fit_base(config, load_base(config.base, auto_class=AUTO_CLASSES[task.name], for_training=True, **options))
     info(f"base       {base.describe()}")
@@ -108,12 +144,9 @@ def run_training(
     args.eval_strategy = "no" if data.held_out is None else args.eval_strategy
     set_seed(config.train.seed)
     model = put_adapter(config, base, task)
-    run = Run(config, folder, base, model, data, chosen, task, args, began)
-    run.announce()
-    if args.process_index == 0:
-        claim_folder(folder, config, resume=start is not None, need=run.bytes_to_write(start is not None))
-    with quiet(), StopAfterStep() as stop:
-        return run.train(stop, broadcast_object_list([start])[0], any_checkpoint)
+    if config.train.fsdp:
+        check_can_shard(model, state.num_processes)
+    return Run(config, folder, base, model, data, chosen, task, args, began, plan)
 
 
 class Run(RunOutput):
@@ -154,12 +187,10 @@ class Run(RunOutput):
         progress = ProgressCallback(self.folder / "metrics.jsonl")
         trainer = self._trainer([progress, stop], any_checkpoint)
         with ExitStack() as patches:
-            patches.enter_context(self._without_padding())
-            if self.config.train.fused_loss:
-                patches.enter_context(fused_loss(self.model))
-            if self.config.train.fused_layers:
-                patches.enter_context(fused_layers(self.model))
+            patches.enter_context(training_patches(self.model, self.config.train))
             patches.enter_context(self._with_checkpointing(trainer))
+            if self.config.train.fsdp:  # the patches above are verified with whole weights
+                shard_base(self.model, self.args.device, self.args.world_size)
             self._fit(trainer, progress, stop, start)
             self.save_adapter()  # before anything else can fail
             self._measure_end(trainer, progress)
@@ -170,20 +201,11 @@ class Run(RunOutput):
         report_outcome(summary)
         return summary
 
-    def _without_padding(self) -> AbstractContextManager[Any]:
-        """Return the context in which layers skip padding, where that is proven to change nothing else."""
-        if not self.config.train.padding_free:
-            return nullcontext()
-        if reason := why_padded(self.model):
-            info(f"padding    is computed: {reason}")
-            return nullcontext()
-        return padding_free(self.model)
-
     def _with_checkpointing(self, trainer: Trainer) -> AbstractContextManager[Any]:
         """Return the context in which layers are checkpointed: as set, or as memory needs."""
         every: bool | int | str | None = self.config.train.gradient_checkpointing
         if every == "auto":
-            every = every_that_fits(trainer, free_memory(self.args.device), self.config.data.max_length)
+            every = same_in_all_processes(self.plan, trainer.accelerator)
         return gradient_checkpointing(self.model, int(every)) if every else nullcontext()
 
     def _fit(self, trainer: Trainer, progress: ProgressCallback, stop: StopAfterStep, start: Path | None) -> None:

@@ -30,6 +30,7 @@ from lorakeet.errors import TrainingError
 from lorakeet.log import silent
 from lorakeet.patches.causal_loss import count_targets, shifts_labels
 from lorakeet.patches.fused_loss import fused_sample_losses
+from lorakeet.patches.thread_order import in_fixed_order
 from lorakeet.rng import same_random_state
 from lorakeet.tasks.measure import Measure, Sums, TokenMeasure
 from lorakeet.train.callbacks.step import StepCallback
@@ -40,6 +41,8 @@ from lorakeet.train.guards.guarded_trainer import GuardedTrainer
 from lorakeet.train.length_sampler import LengthWindows
 from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.microbatch_packing import ForwardGroups, why_model_separates
+from lorakeet.train.processes.agreement import check_agreement, check_same_weights
+from lorakeet.train.processes.sharding import data_parallel, is_sharded
 from lorakeet.train.step_state import Batch, ForwardPass, Reaction
 
 
@@ -129,6 +132,16 @@ class Trainer(GuardedTrainer):
         if is_new and self.loraplus:
             self.loraplus.split_(created, self.model if model is None else model, self.args.learning_rate)
         return created
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """Wrap the model as the parent does; one with a sharded base in DDP for its adapters alone."""
+        if training:
+            check_same_weights(self.model)  # DDP would silently take those of the first process
+        if training and is_sharded(model) and not isinstance(model, nn.parallel.DistributedDataParallel):
+            settings = self.accelerator.ddp_handler.to_kwargs() if self.accelerator.ddp_handler else {}
+            return data_parallel(model, self.args.device, **settings)
+        wrapped: nn.Module = super()._wrap_model(model, training, dataloader)
+        return wrapped
 
     # ---- loss -------------------------------------------------------------------------------------------------
 
@@ -254,6 +267,8 @@ class Trainer(GuardedTrainer):
     def begin_training(self) -> None:
         """Decide anew whether micro-batches share a pass, then check what the training needs."""
         self._groups.restart()
+        if self.args.world_size > 1:
+            check_agreement(self.fingerprint())
         super().begin_training()
 
     def begin_epoch(self, epoch: int) -> None:
@@ -282,7 +297,7 @@ class Trainer(GuardedTrainer):
             metric_key_prefix: Begins the name of each figure.
         """
         only_loss = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
-        with same_random_state():
+        with same_random_state(), in_fixed_order(self.model):
             if not (only_loss and self._shifts_labels and self._models_own_loss):
                 return super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix

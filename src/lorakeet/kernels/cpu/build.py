@@ -20,7 +20,7 @@ from typing import Any
 
 from lorakeet.files import cache_home
 from lorakeet.kernels.cpu.abi import bind
-from lorakeet.log import info
+from lorakeet.log import warn
 
 #: Folder of the C files. The library is all of them together.
 SOURCE_FOLDER = Path(__file__).parent / "csrc"
@@ -50,15 +50,29 @@ def library() -> Any:
         return None
     contents = b"".join(path.read_bytes() for path in sources())
     key = hashlib.sha256(contents + repr((flags(), compiler, _processor())).encode()).hexdigest()[:16]
-    path = cache_home() / "native" / f"{key}.so"
+    try:
+        return _cached_or_compiled(compiler, cache_home() / "native" / f"{key}.so")
+    except (OSError, subprocess.SubprocessError) as error:
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        warn(f"the C loops cannot be compiled ({lines[0] if lines else error}); plain torch computes instead")
+        return None
+
+
+def _cached_or_compiled(compiler: str, path: Path) -> Any:
+    """Load the library from the cache; compile it first if it is not there, for this process alone if need be."""
     try:
         if not path.exists():
             compile_library(compiler, path)
         return bind(ctypes.CDLL(str(path)))
-    except (OSError, subprocess.SubprocessError) as error:
-        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        info(f"the C loops cannot be compiled ({lines[0] if lines else error}); plain torch computes instead")
-        return None
+    except (OSError, subprocess.SubprocessError):  # a cache that is full, damaged or belongs to somebody else
+        with tempfile.TemporaryDirectory() as folder:
+            compile_library(compiler, Path(folder, path.name))
+            return bind(ctypes.CDLL(str(Path(folder, path.name))))
+
+
+def library_version() -> str:
+    """Return a hash of the compiled loops' sources, options and processor: others round differently. Without them: none."""
+    return Path(library()._name).stem if library() is not None else "none"
 
 
 def compile_library(compiler: str, path: Path) -> None:

@@ -20,6 +20,7 @@ from lorakeet._version import __version__
 from lorakeet.adapter.fingerprint import base_name
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import TrainingError
+from lorakeet.kernels.cpu.build import library_version
 from lorakeet.log import warn
 from lorakeet.train.checkpoints.manifest import read_manifest
 
@@ -124,12 +125,13 @@ def run_fingerprint(args: TrainingArguments, model: nn.Module, dataset: Any) -> 
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, Lorakeet, torch and transformers."""
+    """Return the versions of Python, Lorakeet, torch, transformers and the compiled loops."""
     return {
         "python": platform.python_version(),
         "lorakeet": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "C loops": library_version(),
     }
 
 

@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = read_object(folder / MANIFEST)
         if manifest[_SELF] != _own_hash(manifest):
             raise ValueError("its hash differs")
-        files, _ = dict(manifest["files"]), dict(manifest["fingerprint"])
+        files, *_ = (dict(manifest[part]) for part in ("files", "fingerprint", "versions", "progress"))
     except (OSError, ValueError, KeyError, TypeError):
         raise TrainingError(
             f"{folder} has no readable {MANIFEST}, so it is not a complete checkpoint of Lorakeet",
@@ -123,9 +124,10 @@ def latest_checkpoint(run_folder: str | Path) -> Path | None:
 def remove_checkpoints(folders: Iterable[Path]) -> None:
     """Remove checkpoints; each is renamed first, so that a kill leaves none that is half there."""
     for folder in folders:
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-        folder.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another program has removed it already
+            aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+            folder.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def keep_checkpoints(run_folder: Path, newest: int, best: int | None, most: int | None) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import torch
@@ -21,9 +21,8 @@ from lorakeet.log import info
 from lorakeet.rng import same_random_state
 from lorakeet.train.evaluate import longest_first
 
-if TYPE_CHECKING:
-    from lorakeet.train.trainer import Trainer
-
+#: A :class:`lorakeet.train.trainer.Trainer`, which is made above this module.
+Trainer = Any
 #: Samples of a stream from whose beginning the longest are taken.
 INSPECTED = 64
 
