@@ -120,7 +120,8 @@ def _open(folder: str) -> None:
 
 @functools.cache
 def adapter_examples() -> list[bytes]:
-    """Make adapters of several settings."""
+    """Make adapters of several settings, and the base that they are put on."""
+    _base()
     made = []
     changes: list[dict[str, Any]] = [
         {},
