@@ -123,7 +123,9 @@ def skeleton(config: PreTrainedConfig, name: str, auto_class: Any, trust_remote_
     """
     try:
         with quiet(), torch.device("meta"):
-            model: PreTrainedModel = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+            concrete = isinstance(auto_class, type) and issubclass(auto_class, PreTrainedModel)
+            build: Any = auto_class._from_config if concrete else auto_class.from_config
+            model: PreTrainedModel = build(config, **({} if concrete else {"trust_remote_code": trust_remote_code}))
     except Exception as error:  # a wrong number raises whatever the model's code comes upon first
         reason = (str(error).strip().splitlines() or [""])[0]
         raise BaseModelError(
