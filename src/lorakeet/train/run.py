@@ -26,6 +26,7 @@ from lorakeet.data.collate import make_collator
 from lorakeet.data.encode.render import describe_sample
 from lorakeet.data.prepare import prepare
 from lorakeet.errors import OutputError, TrainingError
+from lorakeet.files import not_removed
 from lorakeet.log import info, log, warn
 from lorakeet.patches.gradient_checkpointing import gradient_checkpointing
 from lorakeet.patches.of_training import training_patches
@@ -118,7 +119,7 @@ def _train_together(
     with locked(folder) if state.is_main_process else nullcontext():
         if state.is_main_process:
             claim_folder(folder, run.config, resume=start is not None, need=run.bytes_to_write(start is not None))
-        with quiet(), StopAfterStep() as stop:
+        with quiet(), not_removed(folder), StopAfterStep() as stop:
             return run.train(stop, broadcast_object_list([start])[0], any_checkpoint)
 
 

@@ -7,10 +7,14 @@ word in one process, and every process writes its own adapter over those of the 
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import distributed
 
 from lorakeet.errors import TrainingError
 
@@ -25,6 +29,10 @@ _NUMBERS = (
 )
 #: Variables that torch needs beside ``WORLD_SIZE``.
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+#: Type of device -> torch's backend of its collective operations.
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+#: Seconds between two looks for processes that have not come yet.
+POLL = 0.02
 _HINT = "start with torchrun or accelerate launch, as docs/scale.md shows; for one process of several tasks: srun --ntasks 1"
 
 
@@ -69,6 +77,10 @@ def join_processes(device: torch.device) -> PartialState:
     check_launch()
     number, name = declared_processes()
     try:
+        if number > 1 and name == "WORLD_SIZE" and device.type in _BACKENDS and not distributed.is_initialized():
+            store, rank, processes = next(distributed.rendezvous("env://"))
+            fresh = distributed.PrefixStore(fresh_prefix(store, rank, processes), store)
+            distributed.init_process_group(_BACKENDS[device.type], store=fresh, rank=rank, world_size=processes)
         state = PartialState(cpu=device.type == "cpu")
     except Exception as error:
         if number == 1:
@@ -79,6 +91,50 @@ def join_processes(device: torch.device) -> PartialState:
             f"{name}={number}, but this process found {state.num_processes - 1} others: it would train alone", _HINT
         )
     return state
+
+
+def fresh_prefix(store: Any, rank: int, processes: int) -> str:
+    """Return a prefix that all processes of this start share, and that no earlier start has used.
+
+    Under ``torchrun --max-restarts`` the store outlives a restart, with the addresses of the processes that have ended.
+    Of two processes that start again, the faster one reads the old address of the other, and joining fails about every
+    second time (seen in torch 2.13). So each process says hello by a random name until the first one answers that name.
+
+    Args:
+        store: Store of the launcher.
+        rank: Number of this process.
+        processes: Number of all processes.
+
+    Raises:
+        DistStoreError: A process has not come in time.
+    """
+    own = uuid.uuid4().hex
+    if rank == 0:
+        _answer_all(store, own, processes)
+        return own
+    store.set(f"lorakeet/hello/{rank}", own)
+    prefix: str = store.get(f"lorakeet/answer/{own}").decode()
+    store.set(f"{prefix}/here/{rank}", "")
+    store.wait([f"{prefix}/all"])
+    return prefix
+
+
+def _answer_all(store: Any, prefix: str, processes: int) -> None:
+    """Answer every hello, those of an earlier start too, until every process has read its answer."""
+    missing, answered = set(range(1, processes)), dict[int, str]()
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    while missing:
+        for rank in sorted(missing):
+            if store.check([hello := f"lorakeet/hello/{rank}"]) and answered.get(rank) != (
+                name := store.get(hello).decode()
+            ):
+                store.set(f"lorakeet/answer/{name}", prefix)
+                answered[rank] = name
+        missing = {rank for rank in missing if not store.check([f"{prefix}/here/{rank}"])}
+        if time.monotonic() > deadline:
+            raise distributed.DistStoreError(f"processes {sorted(missing)} have not started")
+        time.sleep(POLL)
+    store.set(f"{prefix}/all", "")
 
 
 def restarts(environment: Mapping[str, str] = os.environ) -> int:
