@@ -90,35 +90,36 @@ def prepare_stream(
     if not head:
         raise _nothing(settings, task, encoder, seed, source, kind)
     check_length(max(sample["length"] for sample in [*head, *tokens]), max_positions)
-    counts, everything = count_columns(tokens), np.arange(len(tokens))
     report = PrepareReport(
-        source=source,
-        kind=kind,
         task=task.type,
-        rows=0,
-        empty=len(held.data) - len(rows),
         unlearnable=len(rows) - len(set(tokens["row"][:])),
-        distinct=0,
-        duplicates=0,
-        moved=0,
-        train_samples=0,
-        train_tokens=0,
-        train_targets=0,
-        **figures("held_out", counts, everything),
-        **shape(counts, everything),
+        empty=len(held.data) - len(rows),
         max_length=settings.max_length,
         end_token=tokenizer.eos_token,
-        damaged=0,
-        labels=None,
-        streamed=True,
         checked=checked,
         sound=sound,
         content_hash=hashlib.sha256(json.dumps([source, settings.model_dump(), seed]).encode()).hexdigest(),
+        **_of_stream(source, kind, tokens),
     )
     held_out = tokens if len(tokens) else None
     return finish(
         report, encoder, labels, layout, (train, held_out), usable=rows.data, locations=StreamLocations(located)
     )
+
+
+def _of_stream(source: str, kind: str, tokens: datasets.Dataset) -> dict[str, Any]:
+    """Return figures of a report: those of the held-out part, and zeros for what is not known of a stream."""
+    counts, everything = count_columns(tokens), np.arange(len(tokens))
+    unknown = ("rows", "distinct", "duplicates", "moved", "train_samples", "train_tokens", "train_targets", "damaged")
+    return {
+        "source": source,
+        "kind": kind,
+        "labels": None,
+        "streamed": True,
+        **dict.fromkeys(unknown, 0),
+        **figures("held_out", counts, everything),
+        **shape(counts, everything),
+    }
 
 
 def _check(settings: DataSettings, task: TaskSettings, tokenizer: Any) -> tuple[int, int]:
