@@ -40,8 +40,8 @@ def plan(
 
     \b
     examples:
-      lorakeet plan --model facebook/opt-6.7b --target-modules q_proj,v_proj --r 16
-      lorakeet plan --target-modules all-linear --layers
+      lorakeet plan --model facebook/opt-6.7b --target-modules q_proj --r 16
+      lorakeet plan --layers
       lorakeet plan run.yaml lora.r=32 --data quotes.jsonl
       lorakeet plan --data quotes.jsonl --fit 2GB --write plan.yaml
     \f

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from lorakeet.adapter.peft_model import PeftModel, get_peft_model
 from lorakeet.base.architectures import AUTO_CLASSES, own_class
+from lorakeet.base.config_checks import skeleton
 from lorakeet.base.device_dtype import choose_device, choose_dtype
 from lorakeet.base.load import Base, ModelInfo
 from lorakeet.config import QUANTIZED_FORMATS, RunConfig
@@ -53,17 +54,17 @@ def whole_model(config: RunConfig, found: ModelInfo, task: Task) -> PeftModel:
         for name, value in task.model_options().items():
             setattr(settings, name, value)
         stored = getattr(settings, "quantization_config", None) is not None
-        remote = {"trust_remote_code": True} if config.base.trust_remote_code else {}
-        with torch.device("meta"):
-            model = AUTO_CLASSES[task.name].from_config(settings, dtype=dtype, **remote)
+        trust = config.base.trust_remote_code
+        model = skeleton(settings, found.name, AUTO_CLASSES[task.name], trust, dtype=dtype)
         model.requires_grad_(False).eval()
+        fresh = _fresh(model)
         if stored or config.base.bits in QUANTIZED_FORMATS:
-            _quantize(model)
-        base = Base(model, found.tokenizer, found.name, dtype, device, _fresh(model))
+            _quantize(model, fresh)
+        base = Base(model, found.tokenizer, found.name, dtype, device, fresh)
         return get_peft_model(model, adapter_config(config, base, task))
 
 
-def _quantize(model: PreTrainedModel) -> None:
+def _quantize(model: PreTrainedModel, fresh: Sequence[str]) -> None:
     """Put placeholders of 8-bit layers in place of those that loading would quantize."""
 
     def placeholder(dense: Tensor, vocabulary: bool) -> Int8Weight:
@@ -72,17 +73,20 @@ def _quantize(model: PreTrainedModel) -> None:
         weight = torch.empty(rows, columns, dtype=torch.int8, device="meta")
         return Int8Weight(weight, torch.empty(scales, dtype=torch.float32, device="meta"))
 
-    chosen = layers_to_quantize(model)
+    found = layers_to_quantize(model)
+    chosen = {name: layer for name, layer in found.items() if f"{name}.weight" not in fresh}
     replace_layers_(model, chosen, QuantizedFormat(placeholder, INT8.layer))
     tie_tensors(model, chosen)
 
 
 def _fresh(model: PreTrainedModel) -> tuple[str, ...]:
     """Return the names of the weights that a checkpoint of the base lacks: those of a new head."""
-    if isinstance(model, own_class(model.config)):
+    own = own_class(model.config)
+    if isinstance(model, own):
         return ()
-    prefix = f"{model.base_model_prefix}."
-    return tuple(name for name, _ in model.named_parameters() if not name.startswith(prefix))
+    with torch.device("meta"):
+        saved = {name for name, _ in own(copy.deepcopy(model.config)).named_parameters()}
+    return tuple(name for name, _ in model.named_parameters() if name not in saved)
 
 
 # ---- the cut --------------------------------------------------------------------------------------------------------

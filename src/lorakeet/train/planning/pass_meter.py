@@ -18,6 +18,7 @@ from lorakeet.data.collate import PaddingCollator, make_collator
 from lorakeet.patches.gradient_checkpointing import can_checkpoint
 from lorakeet.patches.of_training import training_patches
 from lorakeet.patches.padding_free import is_padding_free
+from lorakeet.patches.thread_order import in_fixed_order
 from lorakeet.plan.cut_model import CutModel, cut
 from lorakeet.plan.measure_pass import measure_pass
 from lorakeet.plan.pass_cost import PassCost
@@ -133,7 +134,7 @@ class PassMeter:
         model = self.cut.model
         batch = {name: v.to(self.device) if torch.is_tensor(v) else v for name, v in batch.items()}
         model.train(training)
-        with torch.set_grad_enabled(training), same_random_state():
+        with torch.set_grad_enabled(training), same_random_state(), in_fixed_order(model):
             run = (lambda: self._loss(model, batch)) if training else (lambda: self._score(model, batch))
             parts = measure_pass(model, self.cut.layers, run, batch)
         return list(self.cut.whole(parts))

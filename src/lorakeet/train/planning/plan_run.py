@@ -117,13 +117,15 @@ def plan_run(
     largest = costs[0].grown(rows.growth)
     software = 0 if meter.device.type == "cuda" else used + LATER_BYTES
     heap = HEAP if meter.device.type == "cpu" else 1.0
-    loading = _loading(weights, model, config.base, meter.device)
+    kept_of_base = weights.base // (processes if config.train.fsdp else 1)
+    # each process reads the whole base before it is sharded
+    loading = _loading(weights, model, config.base, meter.device) + weights.base - kept_of_base
 
     def memory(every: int | None) -> Memory:
         peak, kept = largest.peak(every) * heap, largest.kept(every) * heap
         return Memory(
             software=software,
-            base=weights.base,
+            base=kept_of_base,
             adapter=weights.adapter,
             gradients=weights.adapter * (2 if processes > 1 else 1),  # and the buckets in which they are sent
             optimizer=8 * weights.trained,
