@@ -39,7 +39,7 @@ def test_a_run_has_the_same_bits_with_one_and_two_threads(tmp_path: Path, kind: 
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        settings = {"train__steps": 3, "train__log_every": 1, "train__eval_every": 2, "lora__lora_dropout": 0.1}
+        settings = {"train__steps": 2, "train__warmup": 0, "data__eval_fraction": 0.05, "lora__lora_dropout": 0.1}
         config = run_of(tmp_path, kind, rows, base__bits=bits, **settings)
         out = tmp_path / f"run-{threads}"
         run_training(config.model_copy(update={"out": str(out)}))

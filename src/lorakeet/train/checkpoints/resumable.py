@@ -240,7 +240,7 @@ class ResumableTrainer(SavedState):
         if folder is not None:
             self._check_checkpoint(folder)
         if self._resumed:
-            keep_threads(self.model, self._resumed["threads"])
+            keep_threads(self.model, self._resumed.get("threads", torch.get_num_threads()))
         with in_fixed_order(self.model):
             return super().train(str(folder) if folder else None, *rest, **settings)
 
