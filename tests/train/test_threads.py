@@ -26,14 +26,10 @@ def _threads() -> Iterator[None]:
 
 
 @pytest.mark.skipif(not features.has(Feature.AVX2), reason="torch multiplies on this processor")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "rows", "bits"),
-    [
-        ("llama", "CAUSAL_LM", 8),
-        pytest.param("llama", "CAUSAL_LM", 32, marks=pytest.mark.slow),
-        pytest.param("bert", "SEQ_CLS", 32, marks=pytest.mark.slow),
-        pytest.param("t5", "SEQ_2_SEQ_LM", 8, marks=pytest.mark.slow),
-    ],
+    [("llama", "CAUSAL_LM", 8), ("llama", "CAUSAL_LM", 32), ("bert", "SEQ_CLS", 32), ("t5", "SEQ_2_SEQ_LM", 8)],
 )
 def test_a_run_has_the_same_bits_with_one_and_two_threads(tmp_path: Path, kind: str, rows: str, bits: int) -> None:
     found = []
