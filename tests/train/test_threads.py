@@ -26,20 +26,16 @@ def _threads() -> Iterator[None]:
 
 
 @pytest.mark.skipif(not features.has(Feature.AVX2), reason="torch multiplies on this processor")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "rows", "bits"),
-    [
-        ("llama", "CAUSAL_LM", 8),
-        pytest.param("llama", "CAUSAL_LM", 32, marks=pytest.mark.slow),
-        pytest.param("bert", "SEQ_CLS", 32, marks=pytest.mark.slow),
-        pytest.param("t5", "SEQ_2_SEQ_LM", 8, marks=pytest.mark.slow),
-    ],
+    [("llama", "CAUSAL_LM", 8), ("llama", "CAUSAL_LM", 32), ("bert", "SEQ_CLS", 32), ("t5", "SEQ_2_SEQ_LM", 8)],
 )
 def test_a_run_has_the_same_bits_with_one_and_two_threads(tmp_path: Path, kind: str, rows: str, bits: int) -> None:
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        settings = {"train__steps": 3, "train__log_every": 1, "train__eval_every": 2, "lora__lora_dropout": 0.1}
+        settings = {"train__steps": 2, "train__warmup": 0, "data__eval_fraction": 0.05, "lora__lora_dropout": 0.1}
         config = run_of(tmp_path, kind, rows, base__bits=bits, **settings)
         out = tmp_path / f"run-{threads}"
         run_training(config.model_copy(update={"out": str(out)}))

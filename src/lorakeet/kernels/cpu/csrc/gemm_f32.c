@@ -65,31 +65,38 @@ static void f32_pack_panel(const float *m, float *panel, ptrdiff_t depth, ptrdif
     }
 }
 
-/* A tile of h: the first block writes its sums plus the bias, later blocks add theirs. The sums of a column do not depend
- * on how many columns the tile has. */
+/* The sums of `size` products of `count` rows of a strip with `halves` vectors of a panel: both are constants. */
+static inline __attribute__((always_inline)) void f32_sum(const float *strip, const float *panel, ptrdiff_t size,
+                                                          const int count, const int halves, floats made[MR][2])
+{
+    floats s[MR][2];
+    for (int r = 0; r < count; r++)
+        s[r][0] = s[r][1] = (floats){0};
+    for (ptrdiff_t k = 0; k < size; k++, panel += NR) {
+        const floats low = load(panel), high = load(panel + VLEN);
+        for (int r = 0; r < count; r++) {
+            const float x = strip[r * F32_ROW_STRIDE + k];
+            s[r][0] += x * low;
+            if (halves == 2)
+                s[r][1] += x * high;
+        }
+    }
+    memcpy(made, s, (size_t)count * sizeof s[0]); /* a copy: variable indices would keep `s` out of the registers */
+}
+
+/* A tile of h: the first block writes its sums plus the bias, later blocks add theirs. A sum is the same in a smaller tile. */
 static inline void f32_tile(const float *strip, const float *panel, ptrdiff_t size, const float *bias, float *h,
                             ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t columns, int first)
 {
-    floats s[MR][2];
-    for (int r = 0; r < MR; r++)
-        s[r][0] = s[r][1] = (floats){0};
-    if (columns <= VLEN) /* a low-rank product: half of the tile */
-        for (ptrdiff_t k = 0; k < size; k++, panel += NR) {
-            const floats low = load(panel);
-            for (int r = 0; r < MR; r++)
-                s[r][0] += strip[r * F32_ROW_STRIDE + k] * low;
-        }
+    floats made[MR][2];
+    if (columns <= VLEN)
+        f32_sum(strip, panel, size, MR, 1, made);
+    else if (rows <= MR / 3)
+        f32_sum(strip, panel, size, MR / 3, 2, made);
+    else if (rows <= 2 * MR / 3)
+        f32_sum(strip, panel, size, 2 * MR / 3, 2, made);
     else
-        for (ptrdiff_t k = 0; k < size; k++, panel += NR) {
-            const floats low = load(panel), high = load(panel + VLEN);
-            for (int r = 0; r < MR; r++) {
-                const float x = strip[r * F32_ROW_STRIDE + k];
-                s[r][0] += x * low;
-                s[r][1] += x * high;
-            }
-        }
-    floats made[MR][2]; /* a copy: variable indices would keep `s` out of the registers */
-    memcpy(made, s, sizeof s);
+        f32_sum(strip, panel, size, MR, 2, made);
     for (ptrdiff_t r = 0; r < rows; r++) {
         float edge[NR], *to = columns == NR ? h + r * stride : edge;
         if (columns < NR && !first)
