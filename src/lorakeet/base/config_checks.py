@@ -109,7 +109,9 @@ def check_size(config: PreTrainedConfig, facts: WeightFacts, name: str, auto_cla
         )
 
 
-def skeleton(config: PreTrainedConfig, name: str, auto_class: Any, trust_remote_code: bool = False) -> PreTrainedModel:
+def skeleton(
+    config: PreTrainedConfig, name: str, auto_class: Any, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedModel:
     """Build the model of a configuration on the meta device, without memory for its weights.
 
     Args:
@@ -117,6 +119,7 @@ def skeleton(config: PreTrainedConfig, name: str, auto_class: Any, trust_remote_
         name: Name of the model, for the message.
         auto_class: Class of `transformers` that makes it.
         trust_remote_code: Whether that class may be one that comes with the model.
+        **options: Further arguments, such as ``dtype``.
 
     Raises:
         BaseModelError: The configuration contradicts itself, or its architecture has no such class.
@@ -125,7 +128,8 @@ def skeleton(config: PreTrainedConfig, name: str, auto_class: Any, trust_remote_
         with quiet(), torch.device("meta"):
             concrete = isinstance(auto_class, type) and issubclass(auto_class, PreTrainedModel)
             build: Any = auto_class._from_config if concrete else auto_class.from_config
-            model: PreTrainedModel = build(config, **({} if concrete else {"trust_remote_code": trust_remote_code}))
+            remote = {} if concrete else {"trust_remote_code": trust_remote_code}
+            model: PreTrainedModel = build(config, **remote, **options)
     except Exception as error:  # a wrong number raises whatever the model's code comes upon first
         reason = (str(error).strip().splitlines() or [""])[0]
         raise BaseModelError(

@@ -114,6 +114,11 @@ def fixed_order(half_precision: bool = False) -> Iterator[None]:
             library._destroy()
 
 
+def is_active() -> bool:
+    """Whether :func:`fixed_order` is active."""
+    return bool(_depth.get("mm"))
+
+
 def _replace(library: torch.library.Library, name: str) -> None:
     kernel = _kernel(name)
     if kernel is not None:

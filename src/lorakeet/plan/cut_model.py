@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from lorakeet.adapter.peft_model import PeftModel, get_peft_model
 from lorakeet.base.architectures import AUTO_CLASSES, own_class
+from lorakeet.base.config_checks import skeleton
 from lorakeet.base.device_dtype import choose_device, choose_dtype
 from lorakeet.base.load import Base, ModelInfo
 from lorakeet.config import QUANTIZED_FORMATS, RunConfig
@@ -53,9 +54,8 @@ def whole_model(config: RunConfig, found: ModelInfo, task: Task) -> PeftModel:
         for name, value in task.model_options().items():
             setattr(settings, name, value)
         stored = getattr(settings, "quantization_config", None) is not None
-        remote = {"trust_remote_code": True} if config.base.trust_remote_code else {}
-        with torch.device("meta"):
-            model = AUTO_CLASSES[task.name].from_config(settings, dtype=dtype, **remote)
+        trust = config.base.trust_remote_code
+        model = skeleton(settings, found.name, AUTO_CLASSES[task.name], trust, dtype=dtype)
         model.requires_grad_(False).eval()
         fresh = _fresh(model)
         if stored or config.base.bits in QUANTIZED_FORMATS:

@@ -119,8 +119,9 @@ def _train_together(
     with locked(folder) if state.is_main_process else nullcontext():
         if state.is_main_process:
             claim_folder(folder, run.config, resume=start is not None, need=run.bytes_to_write(start is not None))
+        start = broadcast_object_list([start])[0]  # by then the folder is there for all processes
         with quiet(), not_removed(folder), StopAfterStep() as stop:
-            return run.train(stop, broadcast_object_list([start])[0], any_checkpoint)
+            return run.train(stop, start, any_checkpoint)
 
 
 def _load(config: RunConfig, folder: Path, state: PartialState, began: float) -> Run:

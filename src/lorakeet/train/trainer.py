@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from lorakeet.data.prepared import LocatedStream
 from lorakeet.errors import TrainingError
 from lorakeet.log import silent
 from lorakeet.patches.causal_loss import count_targets, shifts_labels
@@ -83,7 +84,7 @@ class Trainer(GuardedTrainer):
         any_checkpoint: bool = False,
         token_budget: int | None = None,
         loraplus: LoraPlus | float | None = None,
-        locations: Sequence[object] | None = None,
+        locations: Sequence[object] | LocatedStream | None = None,
         **settings: Any,
     ) -> None:
         args = TrainingArguments("tmp_trainer") if args is None else args
@@ -272,6 +273,7 @@ class Trainer(GuardedTrainer):
 
     def begin_epoch(self, epoch: int) -> None:
         """Set the epoch that the collator's random numbers depend on."""
+        super().begin_epoch(epoch)
         if self._collator is not None:
             self._collator.epoch = epoch
 
