@@ -81,11 +81,12 @@ def _quantize(model: PreTrainedModel, fresh: Sequence[str]) -> None:
 
 def _fresh(model: PreTrainedModel) -> tuple[str, ...]:
     """Return the names of the weights that a checkpoint of the base lacks: those of a new head."""
-    own = own_class(model.config)
+    own, settings = own_class(model.config), copy.deepcopy(model.config)
     if isinstance(model, own):
         return ()
+    make = getattr(own, "from_config", None) or own._from_config  # an auto class, or a class of an architecture
     with torch.device("meta"):
-        saved = {name for name, _ in own(copy.deepcopy(model.config)).named_parameters()}
+        saved = {name for name, _ in make(settings).named_parameters()}
     return tuple(name for name, _ in model.named_parameters() if name not in saved)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,18 +20,18 @@ from lorakeet.log import silent
 from lorakeet.plan.cut_model import whole_model
 from lorakeet.plan.free_memory import free_memory, resident_bytes
 from lorakeet.plan.pass_cost import PassCost, choose_every, seconds_of
-from lorakeet.plan.passes import count_steps, evaluation_passes, largest_pass, training_passes, typical_passes
+from lorakeet.plan.passes import Pass, count_steps, evaluation_passes, largest_pass, training_passes, typical_passes
 from lorakeet.plan.plan import HEAP, LATER_BYTES, SHARE, Memory, Plan
 from lorakeet.quant.protocol import has_quantized
 from lorakeet.tasks.task import Task
 from lorakeet.train.guards.preflight import checkpoint_bytes
 from lorakeet.train.planning.pass_meter import PassMeter
-from lorakeet.train.planning.rows import rows_of
+from lorakeet.train.planning.rows import Rows, rows_of
 
 #: Seconds of a step outside of its passes: reading rows, clipping, logging; and of AdamW per trained parameter.
 STEP_SECONDS, PARAMETER_SECONDS = 0.01, 2e-9
-#: Bytes of mapped files that stay resident while a base is quantized.
-MAPPED_BYTES = 1 << 26
+#: Bytes of mapped files that are resident while a base is quantized, at most; and after it, as was measured.
+MAPPED_BYTES, STILL_MAPPED_BYTES = 1 << 26, 40_000_000
 
 
 @dataclass(frozen=True)
@@ -105,69 +105,125 @@ def plan_run(
     weights = Weights.of(model)
     with silent():
         meter = PassMeter(config, model, found, chosen, task, rows)
-        with meter.undo:
-            steps = training_passes(rows.lengths, config.train, meter.join, meter.skips_padding, processes)
-            longest = largest_pass(rows.lengths, config.train, meter.join, meter.skips_padding)
-            costs = [meter.cost(each) for each in typical_passes(steps, longest)]
-            held_out = evaluation_passes(
-                rows.held_out_lengths, config.train.batch_size, meter.join, meter.skips_padding
-            )
-            evaluation = [meter.evaluation_cost(held_out[0])] if held_out else []
+        costs = Costs.of(meter, config, rows, processes)
     free = free_memory(meter.device) if free is None else free
-    largest = costs[0].grown(rows.growth)
-    software = 0 if meter.device.type == "cuda" else used + LATER_BYTES
-    heap = HEAP if meter.device.type == "cpu" else 1.0
-    kept_of_base = weights.base // (processes if config.train.fsdp else 1)
-    # each process reads the whole base before it is sharded
-    loading = _loading(weights, model, config.base, meter.device) + weights.base - kept_of_base
-
-    def memory(every: int | None) -> Memory:
-        peak, kept = largest.peak(every) * heap, largest.kept(every) * heap
-        return Memory(
-            software=software,
-            base=kept_of_base,
-            adapter=weights.adapter,
-            gradients=weights.adapter * (2 if processes > 1 else 1),  # and the buckets in which they are sent
-            optimizer=8 * weights.trained,
-            activations=int(kept),
-            logits=largest.peak_outside(),
-            transient=int(peak - kept),
-            loading=loading,
-            evaluation=int(heap * max((cost.peak() for cost in evaluation), default=0)),
-        )
-
-    every = _every(config, meter.can_checkpoint, largest, heap, memory(None), limit, used, free)
-    seconds = [seconds_of([each.tokens for each in step], costs, every) for step in steps]
-    of_step = sum(seconds) / len(seconds) + STEP_SECONDS + PARAMETER_SECONDS * weights.trained
-    count = count_steps(len(rows.lengths), config.train, processes)
-    between = (count - 1) // config.train.eval_every if config.train.eval_every else 0
+    memory = _memory(config, weights, _loading(weights, model, config.base, meter.device), costs, used, processes)
+    every = _every(config, meter.can_checkpoint, costs.largest, memory, limit, used, free)
+    train = config.train
+    count = count_steps(len(rows.lengths), train, processes)
+    between = (count - 1) // train.eval_every if train.eval_every else 0
     return Plan(
         trainable_parameters=weights.trained,
         all_parameters=weights.total,
-        memory=memory(every),
+        memory=_with_pass(memory, costs.largest, every),
         used=used,
         free=free,
         device=str(meter.device),
         every=every,
-        layers=largest.layers,
-        largest_pass=largest.tokens,
-        step_tokens=sum(each.tokens for step in steps for each in step) / len(steps),
-        step_seconds=of_step,
+        layers=costs.largest.layers,
+        largest_pass=costs.largest.tokens,
+        step_tokens=costs.step_tokens,
+        step_seconds=costs.step_seconds(every) + STEP_SECONDS + PARAMETER_SECONDS * weights.trained,
         steps=count,
-        evaluation_seconds=seconds_of([each.tokens for each in held_out], evaluation) if held_out else 0.0,
-        evaluations=2 + between if held_out else 0,
+        evaluation_seconds=costs.evaluation_seconds,
+        evaluations=2 + between if costs.held_out else 0,
         adapter_bytes=weights.adapter,
         checkpoint_bytes=weights.checkpoint,
-        checkpoints=3 if config.train.save_every else 0,
-        without_checkpointing=memory(None).peak,
+        checkpoints=3 if train.save_every else 0,
+        without_checkpointing=memory.peak,
     )
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of the passes of a run.
+
+    Attributes:
+        steps: Passes of each step.
+        passes: Costs of the largest pass and of typical ones.
+        largest: Cost of the largest pass that may come.
+        held_out: Passes of an evaluation, the largest first.
+        evaluation: Cost of the first of them; empty without held-out rows.
+        device: Device of the run.
+    """
+
+    steps: list[list[Pass]]
+    passes: list[PassCost]
+    largest: PassCost
+    held_out: list[Pass]
+    evaluation: list[PassCost]
+    device: torch.device
+
+    @classmethod
+    def of(cls, meter: PassMeter, config: RunConfig, rows: Rows, processes: int) -> Costs:
+        """Measure the costs, or read them from the cache.
+
+        Args:
+            meter: Meter of the run.
+            config: Settings of the run.
+            rows: Its samples.
+            processes: Processes that share a step.
+        """
+        how = (meter.join, meter.skips_padding)
+        with meter.undo:
+            steps = training_passes(rows.lengths, config.train, *how, processes)
+            passes = [
+                meter.cost(each) for each in typical_passes(steps, largest_pass(rows.lengths, config.train, *how))
+            ]
+            held_out = evaluation_passes(rows.held_out_lengths, config.train.batch_size, *how)
+            evaluation = [meter.evaluation_cost(held_out[0])] if held_out else []
+        return cls(steps, passes, passes[0].grown(rows.growth), held_out, evaluation, meter.device)
+
+    @property
+    def step_tokens(self) -> float:
+        """Tokens of a step, on average."""
+        return sum(each.tokens for step in self.steps for each in step) / len(self.steps)
+
+    def step_seconds(self, every: int | None) -> float:
+        """Return the time of the passes of a step, on average; layers 0, n, 2n, … are checkpointed."""
+        tokens = [each.tokens for step in self.steps for each in step]
+        return seconds_of(tokens, self.passes, every) / len(self.steps)
+
+    @property
+    def evaluation_seconds(self) -> float:
+        """Time of an evaluation."""
+        return seconds_of([each.tokens for each in self.held_out], self.evaluation) if self.evaluation else 0.0
+
+
+def _memory(config: RunConfig, weights: Weights, loading: int, costs: Costs, used: int, processes: int) -> Memory:
+    """Return the memory of a run without checkpointed layers."""
+    on_gpu, heap = costs.device.type == "cuda", HEAP if costs.device.type == "cpu" else 1.0
+    base = weights.base // (processes if config.train.fsdp else 1)
+    mapped = STILL_MAPPED_BYTES if weights.quantized and loading else 0
+    return _with_pass(
+        Memory(
+            software=0 if on_gpu else used + LATER_BYTES + mapped,
+            base=base,
+            adapter=weights.adapter,
+            gradients=weights.adapter * (2 if processes > 1 else 1),  # and the buckets in which they are sent
+            optimizer=8 * weights.trained,
+            activations=0,
+            logits=0,
+            transient=0,
+            loading=loading + weights.base - base,  # each process reads the whole base before it is sharded
+            evaluation=int(heap * max((cost.peak() for cost in costs.evaluation), default=0)),
+            heap=heap,
+        ),
+        costs.largest,
+        None,
+    )
+
+
+def _with_pass(memory: Memory, largest: PassCost, every: int | None) -> Memory:
+    """Return the memory with the largest pass, of which layers 0, n, 2n, … are checkpointed."""
+    peak, kept = largest.peak(every) * memory.heap, largest.kept(every) * memory.heap
+    return replace(memory, activations=int(kept), logits=largest.peak_outside(), transient=int(peak - kept))
 
 
 def _every(
     config: RunConfig,
     can_checkpoint: bool,
     largest: PassCost,
-    heap: float,
     memory: Memory,
     limit: int | None,
     used: int,
@@ -180,7 +236,7 @@ def _every(
     if not can_checkpoint or (free is None and limit is None):
         return None
     available = limit - memory.fixed if limit is not None else SHARE * (free or 0) - (memory.fixed - used)
-    return choose_every(largest, available / heap)
+    return choose_every(largest, available / memory.heap)
 
 
 def _loading(weights: Weights, model: nn.Module, base: BaseSettings, device: torch.device) -> int:
