@@ -67,7 +67,7 @@ def _run_child(name: str, seconds: int, report: Path) -> None:
     code = subprocess.run(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
     inputs = sorted((report.parent / name).glob("current"))
     if code and inputs:  # the process died: what it was reading is a finding
-        _keep(name, inputs[0].read_bytes(), f"the process ended with {code}")
+        _keep(report, name, inputs[0].read_bytes(), f"the process ended with {code}")
         _add(report, name, 0, seconds, 1)
 
 
@@ -99,7 +99,7 @@ def fuzz_one(name: str, seconds: int, report: Path) -> None:
         if finding and (finding.kind, finding.detail) not in known:
             known.add((finding.kind, finding.detail))
             smaller = minimized(data, lambda part: judge(chosen.run, part, arena) == finding)
-            _keep(name, smaller, f"{finding.kind}: {finding.detail}\n{finding.trace}")
+            _keep(report, name, smaller, f"{finding.kind}: {finding.detail}\n{finding.trace}")
         if time.monotonic() - begin > seconds:
             (corpus / "current").unlink()
             arena.close()
@@ -130,13 +130,13 @@ def minimized(data: bytes, fails: Any, seconds: float = 10) -> bytes:
     return data
 
 
-def _keep(name: str, data: bytes, what: str) -> None:
-    """Write a finding as a seed, and say what it was."""
+def _keep(report: Path, name: str, data: bytes, what: str) -> None:
+    """Write a finding as a seed, and say what it was in ``findings.txt`` beside the report."""
     folder = SEEDS / name
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / hashlib.sha256(data).hexdigest()[:16]
     path.write_bytes(data)
-    with (ROOT / ".fuzz" / "findings.txt").open("a") as log:
+    with (report.parent / "findings.txt").open("a") as log:
         log.write(f"== {name} {path.name} {what}\n")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from helpers.disk import files_of_at_most
 from lorakeet.errors import OutputError
-from lorakeet.files import check_room, write_elsewhere, write_file, write_folder
+from lorakeet.files import check_room, not_removed, write_elsewhere, write_file, write_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -148,3 +149,39 @@ def test_a_folder_is_written_where_there_is_room(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     place = write_elsewhere("run", lambda folder: (folder / "a").write_text("kept") and None)
     assert place is not None and place.parent == tmp_path / "lorakeet-rescued"
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["gone", "made again by the next file"])
+def test_a_folder_that_is_removed_while_it_is_written_is_an_error(again: bool, tmp_path: Path) -> None:
+    out = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    with (
+        pytest.raises(OutputError, match=f"cannot write {out}: its folder was removed meanwhile"),
+        write_folder(out) as aside,
+    ):
+        (aside / "weights").write_text("first")
+        shutil.rmtree(tmp_path / "run")
+        if again:
+            with write_file(aside / "config") as file:
+                file.write_text("second")
+    assert not out.exists()
+
+
+def test_an_error_in_a_folder_that_was_removed_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with pytest.raises(OutputError, match="was removed meanwhile"), not_removed(folder):
+        folder.rmdir()
+        (folder / "log").write_text("x")
+    folder.mkdir()
+    with pytest.raises(ZeroDivisionError), not_removed(folder):
+        _ = 1 / 0
+
+
+def test_a_file_of_a_folder_is_named_by_its_final_path(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match=f"cannot write {tmp_path}/adapter/config"),
+        files_of_at_most(10),
+        write_folder(tmp_path / "adapter") as aside,
+        write_file(aside / "config") as file,
+    ):
+        file.write_text("x" * 100)

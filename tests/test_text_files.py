@@ -33,10 +33,11 @@ OWN_FILES = {
     "data/read/fortune.py": "bytes of an index",
     "files.py": "folders",
     "kernels/cpu/build.py": "C sources, /proc/cpuinfo",
+    "plan/free_memory.py": "/proc/meminfo",
+    "plan/saved_costs.py": "/proc/cpuinfo, JSON of the cache",
     "quant/mmap_release.py": "/proc/self/smaps",
     "runs/metrics_log.py": "lines that were written with \\u escapes",
     "security/json_file.py": "JSON, of which the bytes are counted",
-    "train/memory_plan.py": "/proc/meminfo",
     "train/callbacks/progress.py": "a progress bar",
 }
 

@@ -20,9 +20,7 @@ from torture.small_run import SmallRun, differences, results
 
 #: Kinds of damage, and how often each is drawn.
 KINDS = {"flip": 8, "truncate": 5, "zeros": 2, "remove": 2, "empty": 1, "swap": 2}
-#: Last checkpoint of the interrupted run.
-LAST = "checkpoint-12"
-#: Share of the damage that falls on it, since a resumed run reads no other one while it is whole.
+#: Share of the damage that falls on the newest checkpoint, since a resumed run reads no other one while it is whole.
 NEWEST = 0.75
 #: Bytes of a part that is zero: a sector of a disk.
 SECTOR = 512
@@ -82,18 +80,27 @@ class Damager:
         folder: Folder of the runs and their logs.
         chance: Source of the damage.
         expected: Results of the undisturbed run.
+        last: Step of the newest checkpoint of the interrupted run.
     """
 
-    def __init__(self, run: SmallRun, folder: Path, chance: random.Random, expected: dict[str, Any]) -> None:
-        self.run, self.chance, self.expected = run, chance, expected
+    def __init__(
+        self, run: SmallRun, folder: Path, chance: random.Random, expected: dict[str, Any], last: int = 12
+    ) -> None:
+        self.run, self.chance, self.expected, self.newest = run, chance, expected, f"checkpoint-{last}"
         self.out, self.torn, self.log = folder / "run", folder / "torn", folder / "session.log"
 
     def interrupt(self) -> None:
-        """Start the run, let it be killed right after a checkpoint, and keep its folder."""
+        """Start the run, let it be killed right after a checkpoint, and keep its folder.
+
+        Raises:
+            RuntimeError: It ends in another way.
+        """
         shutil.rmtree(self.out, ignore_errors=True)
-        last = self.out / "checkpoints" / LAST
+        last = self.out / "checkpoints" / self.newest
         before = at_each(self.out, lambda _: kill() if last.exists() else None)
-        fork(self.run.words(self.out), self.log, before).wait()
+        ended = fork(self.run.words(self.out), self.log, before).wait()
+        if not ended.killed:
+            raise RuntimeError(f"no kill after {self.newest}: {ended.said}")
         shutil.rmtree(self.torn, ignore_errors=True)
         shutil.move(self.out, self.torn)
 
@@ -103,7 +110,7 @@ class Damager:
 
     def any_file(self) -> str:
         """Return a file of the interrupted run, mostly one of the newest checkpoint."""
-        newest = [name for name in self.files() if LAST in name]
+        newest = [name for name in self.files() if self.newest in name]
         return self.chance.choice(newest if self.chance.random() < NEWEST else self.files())
 
     def trial(self, name: str | None = None, kind: str | None = None) -> Trial:
@@ -113,6 +120,8 @@ class Damager:
             name: The file; default: any.
             kind: The kind of damage; default: any.
         """
+        if not self.torn.exists():
+            self.interrupt()
         shutil.rmtree(self.out, ignore_errors=True)
         shutil.copytree(self.torn, self.out)
         name = name or self.any_file()
@@ -132,9 +141,9 @@ class Damager:
             return "not finished", [ended.said[-SHOWN:]]
         faults = differences(self.expected, results(self.out))
         start = re.search(r"^continuing .*/(checkpoint-\d+)$", ended.said, re.M)
-        if start and start[1] == LAST:
+        if start and start[1] == self.newest:
             return "not read", faults
-        warned = [line for line in ended.said.splitlines() if line.startswith("warning: ") and LAST in line]
+        warned = [line for line in ended.said.splitlines() if line.startswith("warning: ") and self.newest in line]
         if not warned:
-            faults.append(f"{name} is damaged, and no warning says that {LAST} was left out")
+            faults.append(f"{name} is damaged, and no warning says that {self.newest} was left out")
         return "an earlier checkpoint" if start else "from the beginning", faults

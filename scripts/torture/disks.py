@@ -165,6 +165,10 @@ def _gone(disk: Path, place: Path) -> Callable[[int], None]:
     return lambda late: shutil.rmtree(place, ignore_errors=True) if late == 0 else None
 
 
+def _checkpoints_gone(disk: Path, place: Path) -> Callable[[int], None]:
+    return lambda late: shutil.rmtree(place / "checkpoints", ignore_errors=True) if late == 0 else None
+
+
 #: Operations for which a disk stays full that is full for a while.
 WHILE = 100
 #: Fault -> function that returns the act of each operation, by its distance from the chosen one.
@@ -174,4 +178,5 @@ FAULTS: dict[str, Callable[[Path, Path], Callable[[int], None]]] = {
     "limit of a file's size": _limit,
     "read-only": _read_only,
     "folder removed": _gone,
+    "checkpoints removed": _checkpoints_gone,
 }

@@ -64,15 +64,15 @@ def furnish(workshop: Path) -> None:
 def results(out: Path) -> dict[str, Any]:
     """Return what equal runs share: hashes of the adapter's files, and the logs without the figures of a session."""
     found: dict[str, Any] = {"files": sorted(str(path.relative_to(out)) for path in out.rglob("*"))}
-    for path in sorted((out / "adapter").iterdir()):
+    for path in sorted((out / "adapter").glob("*")):
         if path.name not in ("lorakeet.json", "README.md"):  # these hold seconds
             found[f"adapter/{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    found["metrics.jsonl"] = [_lasting(json.loads(line)) for line in lines]
-    found["summary.json"] = _lasting(json.loads((out / "summary.json").read_text(encoding="utf-8")))
-    found["adapter/lorakeet.json"] = _lasting(
-        json.loads((out / "adapter" / "lorakeet.json").read_text(encoding="utf-8"))
-    )
+    for name in ("metrics.jsonl", "summary.json", "adapter/lorakeet.json"):
+        found[name] = None  # a removed folder has lost it
+        if (out / name).exists():
+            text = (out / name).read_text(encoding="utf-8")
+            one_a_line = name.endswith("l")
+            found[name] = _lasting([json.loads(line) for line in text.splitlines()] if one_a_line else json.loads(text))
     return found
 
 
@@ -86,7 +86,7 @@ def _lasting(value: Any) -> Any:
     """Return the figures without those of the session."""
     if isinstance(value, dict):
         return {key: _lasting(v) for key, v in value.items() if not any(part in key for part in OF_THE_SESSION)}
-    return value
+    return [_lasting(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _first_difference(one: Any, other: Any) -> str:

@@ -13,7 +13,7 @@ from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.base.architectures import AUTO_CLASSES, DEFAULT_TASKS, check_task, family
 from lorakeet.base.meta_device import meta_model, read_config
 from lorakeet.chat.template import has_system_turn, with_system_turn
-from lorakeet.config import BaseSettings, DataSettings, LoraSettings, TaskName, TaskSettings
+from lorakeet.config import BaseSettings, DataSettings, LoraSettings, RunConfig, TaskName, TaskSettings
 from lorakeet.data.collate import make_collator
 from lorakeet.data.prepare import prepare
 from lorakeet.errors import DataError
@@ -28,11 +28,14 @@ from lorakeet.log import info, warn
 from lorakeet.lora.config import LoraConfig, PeftConfig
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import plan_injection
+from lorakeet.plan.fit import Fitted, bytes_of
+from lorakeet.plan.plan import Plan
 from lorakeet.rank.resize import resize
 from lorakeet.tasks.task import Task
 from lorakeet.tasks.taught import Taught
 from lorakeet.train.evaluate import evaluate
 from lorakeet.train.microbatch_packing import default_token_budget
+from lorakeet.train.planning.planner import Planner, fit_run
 
 #: Share of conversations with a system turn from which on one without is warned of.
 _MOST = 0.5
@@ -42,10 +45,12 @@ __all__ = [
     "check_empty",
     "compare",
     "evaluate_data",
+    "fit_training",
     "generate",
     "merge",
     "open_model",
     "plan_layers",
+    "plan_training",
     "predict",
     "quantize",
     "resize_adapter",
@@ -295,3 +300,28 @@ def resize_adapter(
         for name, which in (("loss_before", adapter), ("loss_after", str(out))):
             made[name] = evaluate_data(opened, which, data)["loss"]
     return made
+
+
+def plan_training(config: RunConfig) -> Plan:
+    """Predict memory, time and disk space of a run; reads no weights.
+
+    Args:
+        config: Settings of the run; without ``data.path`` samples of ``data.max_length`` tokens are assumed.
+
+    Raises:
+        BaseModelError, ConfigError, DataError, TargetError: As a run raises them before its base is loaded.
+    """
+    return Planner().plan(config)
+
+
+def fit_training(config: RunConfig, limit: int | str | None = None) -> Fitted:
+    """Choose the changes of settings that make a run fit into memory and cost least time.
+
+    Args:
+        config: Settings of the run.
+        limit: Bytes that the process may have, or a text such as ``2GB``; None: what is free.
+
+    Raises:
+        ConfigError: No change makes it fit, or ``limit`` is no size.
+    """
+    return fit_run(config, bytes_of(limit) if isinstance(limit, str) else limit)

@@ -78,17 +78,23 @@ def _disk_problems(path: Path, aside: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _not_replaced(path: Path, aside: Path) -> Iterator[Callable[[], None]]:
+def not_removed(folder: Path, path: Path | None = None) -> Iterator[Callable[[], None]]:
     """Yield a check that a folder is still the one that it is now: removed and made again, it has lost files.
+
+    Args:
+        folder: The folder.
+        path: The path that messages name; None: the folder's own.
 
     Raises:
         OutputError: By the check, and for any error inside the block, if the folder has been removed.
     """
-    fd = os.open(aside, os.O_RDONLY)
+    fd = os.open(folder, os.O_RDONLY)
 
     def check() -> None:
-        if not (aside.exists() and os.path.samestat(os.fstat(fd), aside.stat())):
-            raise OutputError(f"cannot write {path}: {_REMOVED}", "choose a folder that no other program removes")
+        if not (folder.exists() and os.path.samestat(os.fstat(fd), folder.stat())):
+            raise OutputError(
+                f"cannot write {path or folder}: {_REMOVED}", "choose a folder that no other program removes"
+            )
 
     try:
         yield check
@@ -180,7 +186,7 @@ def write_folder(path: str | Path) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=parent))
     try:
-        with _disk_problems(path, aside), _not_replaced(path, aside) as check:
+        with _disk_problems(path, aside), not_removed(aside, path) as check:
             yield aside
             _chmod(aside, 0o755)
             for path_inside in aside.rglob("*"):

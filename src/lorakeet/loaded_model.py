@@ -137,6 +137,8 @@ def adapter_task(adapter: str, config: PeftConfig) -> Task:
     name: Any = str(config.task_type or "CAUSAL_LM")
     if name not in ("SEQ_CLS", "TOKEN_CLS"):
         return Task(name)
-    heads = [t.shape[0] for key, t in read_tensors(adapter).items() if "lora_" not in key and key.endswith("weight")]
+    heads = [
+        len(t) for key, t in read_tensors(adapter).items() if "lora_" not in key and key.endswith("weight") and t.ndim
+    ]
     count = min(heads, default=2)  # the last layer of a head is its narrowest
     return Task(name, None, tuple(f"LABEL_{number}" for number in range(count)))

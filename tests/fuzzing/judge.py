@@ -42,7 +42,7 @@ class HangError(BaseException):
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with the treatment of an input.
+    """Failure of a reader on an input.
 
     Attributes:
         kind: ``error``, ``hang``, ``outside``, ``write`` or ``message``.
@@ -119,7 +119,7 @@ class Arena:
 
 
 def judge(run: Callable[[Path], None], data: bytes, arena: Arena) -> Finding | None:
-    """Run one input; return what is wrong, or None.
+    """Run one input; return the failure, or None.
 
     Args:
         run: A target.

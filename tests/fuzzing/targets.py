@@ -37,7 +37,7 @@ from lorakeet.chat.turns import assistant_turns
 from lorakeet.config import BaseSettings, DataSettings, TaskSettings, read_run
 from lorakeet.data.doctor.examine import examine
 from lorakeet.data.read.source import find_sources
-from lorakeet.loaded_model import adapter_task
+from lorakeet.loaded_model import adapter_task, open_model
 from lorakeet.lora.config import LoraConfig, PeftConfig
 from lorakeet.runs.metrics_log import first_and_last, read_metrics
 from lorakeet.runs.run_folder import read_summary
@@ -77,7 +77,7 @@ def _model() -> Any:
 def read_adapter(folder: Path) -> None:
     """Inspect an adapter, read its notes and tokenizer, and put it on a tiny model."""
     problems = []
-    for step in (_inspect, _notes, _load):
+    for step in (_inspect, _notes, _load, _open):
         try:
             step(str(folder))
         except ValueError as error:  # Lorakeet's are; others are raised again below
@@ -110,8 +110,18 @@ def _load(folder: str) -> None:
 
 
 @functools.cache
+def _base() -> str:
+    return str(save_base(Path(tempfile.mkdtemp(prefix="lorakeet-fuzz-base-")) / "base"))
+
+
+def _open(folder: str) -> None:
+    open_model(BaseSettings(model=_base()), [folder], allow_other_base=True)
+
+
+@functools.cache
 def adapter_examples() -> list[bytes]:
-    """Make adapters of several settings."""
+    """Make adapters of several settings, and the base that they are put on."""
+    _base()
     made = []
     changes: list[dict[str, Any]] = [
         {},

@@ -22,11 +22,8 @@ from lorakeet.lora.config import LoraConfig
 from lorakeet.patches.fused_layers import fused_layers
 from lorakeet.patches.fused_loss import fused_loss
 from lorakeet.patches.gradient_checkpointing import (
-    KeptBytes,
     checkpointable_layers,
-    choose_every,
     gradient_checkpointing,
-    kept_by,
 )
 from lorakeet.patches.padding_free import padding_free
 from lorakeet.quant.hf_quantizer import Int8Config
@@ -176,85 +173,6 @@ class Live(TorchDispatchMode):
         self.sizes = {number: kept for number, kept in self.sizes.items() if not kept[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self.sizes.values()))
         return made
-
-
-def wide(kind: str, layers: int = 6) -> nn.Module:
-    base = layered(kind, layers, hidden_size=64, intermediate_size=160)
-    return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).train()
-
-
-@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
-@pytest.mark.parametrize("kind", ["llama", "opt", "gemma2"])
-def test_the_peak_is_near_the_measurement(kind: str, fast: bool) -> None:
-    model = wide(kind)
-    measured, learned = ragged(lengths=[40, 3]), ragged(lengths=[40] * 7 + [3])
-
-    def loss(batch: dict[str, Tensor]) -> Tensor:
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        result: Tensor = model(**batch, labels=labels).loss
-        return result
-
-    with ExitStack() as around:
-        if fast:
-            for context in (padding_free, fused_loss, fused_layers):
-                around.enter_context(context(model))
-        loss(learned).backward()  # allocates the workspace
-        kept = kept_by(model, lambda: loss(measured))
-        passes = 283 / 43 if fast else 8 * 40 / (2 * 40)
-        found, expected = [], []
-        for every in (None, 6, 3, 2, 1):
-            with ExitStack() as inner:
-                if every is not None:
-                    inner.enter_context(gradient_checkpointing(model, every))
-                live = inner.enter_context(Live(model))
-                loss(learned).backward()
-            found.append(live.peak)
-            expected.append(kept.peak(every) * passes)
-    assert found == sorted(found, reverse=True) and expected == sorted(expected, reverse=True)
-    ratios = [estimate / true for estimate, true in zip(expected, found, strict=True)]
-    assert min(ratios) > 1.0 and max(ratios) < 1.6, ratios
-
-
-def test_every_storage_counts_once_and_weights_do_not() -> None:
-    model = wide("llama", layers=2)
-    tensors: dict[int, Tensor] = {}
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: tensors.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
-    ):
-        logits = model(**ragged()).logits
-    true = sum(t.untyped_storage().nbytes() for place, t in tensors.items() if place not in weights)
-    assert logits.requires_grad
-    kept = kept_by(model, lambda: model(**ragged()).logits)
-    assert sum(kept.layers) + kept.rest == true
-
-    def gradient_right_away() -> (
-        Tensor
-    ):  # a loss may compute its gradient in the forward pass: its tensors are freed again
-        x = torch.ones(10_000, requires_grad=True)
-        (gradient,) = torch.autograd.grad(x.exp().sum(), x)
-        assert torch.equal(gradient, x.exp())
-        output: Tensor = model(**ragged()).logits
-        return output
-
-    assert kept_by(model, gradient_right_away) == kept
-    assert kept.inputs == (ragged()["input_ids"].numel() * 64 * 4,) * 2
-    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in checkpointable_layers(model))
-
-
-def test_as_few_layers_as_fit_are_checkpointed() -> None:
-    kept = KeptBytes(layers=(100,) * 12, inputs=(10,) * 12, rest=50)
-    assert kept.peak(None) == 50 + 11 * 100 + 200
-    assert kept.peak(12) == 50 + 10 + 10 * 100 + 200
-    assert kept.peak(5) == 50 + 3 * 10 + 8 * 100 + 200
-    assert kept.peak(1) == 50 + 11 * 10 + 10 + 200
-    assert choose_every(kept, 1.0, kept.peak(None)) is None
-    assert choose_every(kept, 1.0, kept.peak(None) - 1) == 12
-    assert choose_every(kept, 2.0, 2 * kept.peak(5)) == 5
-    assert choose_every(kept, 2.0, 2 * kept.peak(5) - 1) == 3  # 4 would be as many layers as 5
-    assert choose_every(kept, 1.0, kept.peak(1)) == 1
-    assert choose_every(kept, 1.0, 1) == 1
-    assert choose_every(KeptBytes((), (), 50), 1.0, 1) is None
 
 
 def test_inputs_of_layers_share_a_buffer_and_layers_are_restored() -> None:

@@ -147,7 +147,9 @@ def test_an_auto_class_opens_the_base_that_the_adapter_names(tmp_path):
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM"))
     shake(model)
     model.save_pretrained(tmp_path / "adapter")
-    opened = lorakeet.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    with pytest.raises(AdapterError, match="paths in an adapter are not followed"):
+        lorakeet.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    opened = lorakeet.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", allow_local_base=True).eval()
     assert torch.equal(opened(token_ids()).logits, model.eval()(token_ids()).logits)
     with pytest.raises(AdapterError, match="CAUSAL_LM"):
         lorakeet.AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter")

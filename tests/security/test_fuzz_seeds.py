@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import fuzzing
+from fuzz import minimized
 from fuzzing.judge import Arena, judge
 from fuzzing.mutate import mutate
 from fuzzing.targets import Target, targets
@@ -51,3 +52,8 @@ def test_the_judge_sees(kind: str, arena: Arena, monkeypatch: pytest.MonkeyPatch
     finding = judge(broken, kind.encode(), arena)
     assert finding is not None and finding.kind == {"memory": "error"}.get(kind, kind)
     assert judge(broken, b"fine", arena) is None
+
+
+def test_a_finding_is_made_smaller() -> None:
+    data = bytes(1000) + b"needle" + bytes(777)
+    assert minimized(data, lambda part: b"needle" in part) == b"needle"

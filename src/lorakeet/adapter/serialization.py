@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -237,6 +237,13 @@ class _TaskNotes(BaseModel):
     type: TaskName
     problem: Literal["single_label", "multi_label", "regression"] | None = None
     labels: list[str] | None = None
+
+    @field_validator("type")
+    @classmethod
+    def _is_concrete(cls, name: str) -> str:
+        if name == "auto":
+            raise ValueError("a task by name, not auto")
+        return name
 
 
 class _Notes(BaseModel):

@@ -129,7 +129,7 @@ def saved_rows(model: Any, adapter: str) -> int | None:
                     if part != key and part in (*_WHOLE, "lora_B.weight", "lora_embedding_A"):
                         shape = file.get_slice(key).get_shape()
                         return int(shape[1 if part == "lora_embedding_A" else 0])
-    except (SafetensorError, OSError, TypeError):
+    except (SafetensorError, OSError, TypeError, IndexError):
         return None  # a missing or damaged file is reported when the tensors are read
     return None
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorakeet.base.quiet import quiet
 from lorakeet.errors import BaseModelError
+from lorakeet.security.shown import cut
 
 #: Layers, blocks or experts of the largest model that is built without its weights.
 MOST_PARTS = 4096
@@ -69,7 +70,7 @@ def config_problems(config: Mapping[str, Any], facts: WeightFacts | None = None,
     problems = []
     for name, value in _values(config):
         if isinstance(value, int) and _COUNT.search(name) and value > most:
-            problems.append(f"config.json asks for {name} = {value:.0e}, {'more ' if facts else ''}{where}")
+            problems.append(f"config.json asks for {name} = {cut(str(value), 20)}, {'more ' if facts else ''}{where}")
         if isinstance(value, str) and "/" in value and _CODE.search(name) and not trust:
             problems.append(f"config.json asks for code of the hub ({name}: {value[:80]!r})")
     return problems
@@ -108,15 +109,27 @@ def check_size(config: PreTrainedConfig, facts: WeightFacts, name: str, auto_cla
         )
 
 
-def skeleton(config: PreTrainedConfig, name: str, auto_class: Any, trust_remote_code: bool = False) -> PreTrainedModel:
+def skeleton(
+    config: PreTrainedConfig, name: str, auto_class: Any, trust_remote_code: bool = False, **options: Any
+) -> PreTrainedModel:
     """Build the model of a configuration on the meta device, without memory for its weights.
+
+    Args:
+        config: Of the model.
+        name: Name of the model, for the message.
+        auto_class: Class of `transformers` that makes it.
+        trust_remote_code: Whether that class may be one that comes with the model.
+        **options: Further arguments, such as ``dtype``.
 
     Raises:
         BaseModelError: The configuration contradicts itself, or its architecture has no such class.
     """
     try:
         with quiet(), torch.device("meta"):
-            model: PreTrainedModel = auto_class.from_config(config, trust_remote_code=trust_remote_code)
+            concrete = isinstance(auto_class, type) and issubclass(auto_class, PreTrainedModel)
+            build: Any = auto_class._from_config if concrete else auto_class.from_config
+            remote = {} if concrete else {"trust_remote_code": trust_remote_code}
+            model: PreTrainedModel = build(config, **remote, **options)
     except Exception as error:  # a wrong number raises whatever the model's code comes upon first
         reason = (str(error).strip().splitlines() or [""])[0]
         raise BaseModelError(

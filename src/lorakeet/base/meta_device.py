@@ -40,9 +40,10 @@ def read_config(name: str) -> PreTrainedConfig:
         else:
             source = find_source(name)
             gguf = {"gguf_file": source.path.name} if source.kind == "gguf" else {}
-            config = AutoConfig.from_pretrained(source.path.parent if gguf else source.path, **gguf)
+            place = source.path.parent if gguf else source.path
+            config = AutoConfig.from_pretrained(place, trust_remote_code=False, **gguf)
             public_name = source.name
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # values of wrong types raise many kinds of errors
         if isinstance(error, BaseModelError):
             raise
         raise BaseModelError(

@@ -161,7 +161,14 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().call(__context, __function, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Compute an operator after its result is estimated."""
+        """Compute an operator after its result is estimated; the name and the arguments are Jinja's.
+
+        Args:
+            context: Variables of the template.
+            operator: Its sign.
+            left: First operand.
+            right: Second operand.
+        """
         _BUDGET.get().spend(_operation(operator, left, right))
         return super().call_binop(context, operator, left, right)
 

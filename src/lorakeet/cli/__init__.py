@@ -28,7 +28,7 @@ COMMANDS = {
     "push": "upload an adapter to the hub",
     "inspect": "show what an adapter is, whether it was trained, and which tools load it",
     "rank": "show which rank each layer of an adapter needs, and write a smaller adapter",
-    "plan": "list the layers that would be adapted, without loading weights",
+    "plan": "predict memory, time and disk of a run, and what makes it fit, without loading weights",
 }
 
 #: Errors of files that a person or the machine causes, not a bug.

@@ -12,8 +12,9 @@ import typer
 
 from lorakeet.cli.options import with_settings
 from lorakeet.config import RunConfig, read_run
-from lorakeet.errors import LorakeetError
+from lorakeet.errors import LorakeetError, OutputError
 from lorakeet.log import info
+from lorakeet.runs.run_folder import is_finished
 
 #: Dotted setting -> value: r=16 on query and value projections, 200 steps of 4 × 4 quotations, an 8-bit base.
 JOB: dict[str, Any] = {
@@ -70,6 +71,8 @@ def demo(
     from lorakeet.train.run import check_run_folder, run_training
 
     check_run_folder(out, overwrite=overwrite)
+    if is_finished(out) and not overwrite:
+        raise OutputError(f"{out} already holds a finished run", "repeat it with --overwrite, or choose another --out")
     info("1/5 completing prompts with the base model")
     before = api.generate(api.open_model(config.base), None, OPENINGS, **WRITE)
     info("2/5 training")

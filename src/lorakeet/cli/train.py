@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lorakeet.cli.options import TRAIN_FLAGS, with_settings
-from lorakeet.config import read_run
+from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import ConfigError
 from lorakeet.runs.run_folder import folder_of
 
@@ -46,14 +46,7 @@ def train(
     Args:
         settings: Settings set by flags, by dotted name; every other parameter has its help text.
     """
-    words = list(run or [])
-    file = words.pop(0) if words and "=" not in words[0] else None
-    if stray := [word for word in words if "=" not in word]:
-        raise ConfigError(
-            f"{stray[0]!r} is no override, expected section.key=value",
-            "give at most one YAML file, before the overrides",
-        )
-    config = read_run(file, words, settings)
+    config, words, file = run_settings(run, settings), list(run or []), run_file(run)
     given = settings.get("out") is not None or any(word.split("=")[0].strip() == "out" for word in words)
     if (resume or resume_anyway or any_checkpoint) and file and not given:
         config = config.model_copy(update={"out": folder_of(file, config.out)})
@@ -63,3 +56,24 @@ def train(
     summary = run_training(config, resume=resume or anyway, overwrite=overwrite, any_checkpoint=anyway)
     if as_json:
         print(json.dumps(summary))
+
+
+def run_file(run: list[str] | None) -> str | None:
+    """Return the YAML file among the words of a command; None: there is none."""
+    return run[0] if run and "=" not in run[0] else None
+
+
+def run_settings(run: list[str] | None, settings: dict[str, Any]) -> RunConfig:
+    """Return the settings of a run from its YAML file, then flags, then overrides.
+
+    Raises:
+        ConfigError: A word is no override, or a setting is wrong.
+    """
+    file = run_file(run)
+    words = list(run or [])[file is not None :]
+    if stray := [word for word in words if "=" not in word]:
+        raise ConfigError(
+            f"{stray[0]!r} is no override, expected section.key=value",
+            "give at most one YAML file, before the overrides",
+        )
+    return read_run(file, words, settings)

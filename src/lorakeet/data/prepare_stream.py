@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -35,7 +36,7 @@ from lorakeet.data.rows.label_set import given_labels
 from lorakeet.data.rows.load import Rows, usable
 from lorakeet.data.rows.stream import LOCATION, held_out_rows, map_sources, stream_rows
 from lorakeet.errors import DataError
-from lorakeet.log import warn
+from lorakeet.log import silent, warn
 
 #: Samples that are encoded before training, to measure lengths.
 _HEAD = 256
@@ -84,6 +85,7 @@ def prepare_stream(
     tokens = _held_out(rows, encoder, source)
     measured = {digest(sample) for sample in tokens.select_columns(id_columns(encoder.model_columns()))}
     train = _samples(stream_rows(settings, task.type, seed), encoder, kind, measured)
+    located = _samples(stream_rows(settings, task.type, seed), encoder, kind, measured, columns=[LOCATION])
     head = list(islice(_samples(stream_rows(settings, task.type, seed), encoder, kind, measured), _HEAD))
     if not head:
         raise _nothing(settings, task, encoder, seed, source, kind)
@@ -114,7 +116,9 @@ def prepare_stream(
         content_hash=hashlib.sha256(json.dumps([source, settings.model_dump(), seed]).encode()).hexdigest(),
     )
     held_out = tokens if len(tokens) else None
-    return finish(report, encoder, labels, layout, (train, held_out), usable=rows.data)
+    return finish(
+        report, encoder, labels, layout, (train, held_out), usable=rows.data, locations=StreamLocations(located)
+    )
 
 
 def _check(settings: DataSettings, task: TaskSettings, tokenizer: Any) -> tuple[int, int]:
@@ -153,11 +157,41 @@ def _held_out(rows: Rows, encoder: Encoder, source: str) -> datasets.Dataset:
     return tokens.select([number for number, targets in enumerate(columns["targets"]) if targets])
 
 
+@dataclass(frozen=True)
+class StreamLocations:
+    """Locations of the samples of a stream, found by reading it once more.
+
+    Attributes:
+        stream: Samples with their location alone.
+    """
+
+    stream: datasets.IterableDataset
+
+    def of_samples(self, epoch: int, start: int, stop: int) -> list[str]:
+        """Return the locations of the samples from number ``start`` to ``stop`` of a pass over the stream."""
+        self.stream.set_epoch(epoch)
+        with silent():  # rows that are left out were named by the first reading
+            return [sample[LOCATION] for sample in islice(self.stream, start, stop)]
+
+
 def _samples(
-    stream: datasets.IterableDataset, encoder: Encoder, kind: str, measured: set[bytes]
+    stream: datasets.IterableDataset,
+    encoder: Encoder,
+    kind: str,
+    measured: set[bytes],
+    columns: list[str] | None = None,
 ) -> datasets.IterableDataset:
-    """Encode a stream; yields the samples that have a target and differ from all ``measured`` ones."""
+    """Encode a stream; yields the samples that have a target and differ from all ``measured`` ones.
+
+    Args:
+        stream: Rows in canonical columns, with their location.
+        encoder: Makes the samples.
+        kind: Of the rows.
+        measured: Digests of the held-out samples.
+        columns: Columns to keep; None: those of a sample.
+    """
     texts = id_columns(encoder.model_columns())
+    features = datasets.Features({**encoder.features(), LOCATION: datasets.Value("string")})
     logged = left = 0
 
     def encode(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -168,7 +202,7 @@ def _samples(
         before, left = left, left + len(rows) - len(good)
         if not good:
             _count(before, left)
-            return {name: [] for name in encoder.features()}
+            return {name: [] for name in features}
         encoded = encoder({name: [row[name] for row in good] for name in names}, range(len(good)))
         faults = dict(encoded.faults)
         left += len(faults)
@@ -177,7 +211,7 @@ def _samples(
             if logged < _LOGGED:
                 logged += 1
                 warn(f"{good[row][LOCATION]}: {fault.message.partition(chr(10))[0]}; left out")
-        return encoded.columns
+        return {**encoded.columns, LOCATION: [good[row][LOCATION] for row in encoded.columns["row"]]}
 
     def learnable(sample: Mapping[str, Any]) -> bool:
         if not sample["targets"]:
@@ -185,9 +219,9 @@ def _samples(
         return not sample["cut"] or digest({name: sample[name] for name in texts}) not in measured
 
     encoded = stream.map(
-        encode, batched=True, batch_size=_BATCH, remove_columns=list(stream.features), features=encoder.features()
+        encode, batched=True, batch_size=_BATCH, remove_columns=list(stream.features), features=features
     )
-    return encoded.filter(learnable).select_columns(sample_columns(encoder))
+    return encoded.filter(learnable).select_columns(columns or sample_columns(encoder))
 
 
 def _count(before: int, now: int) -> None:

@@ -6,7 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
@@ -25,6 +25,13 @@ from lorakeet.errors import DataError
 from lorakeet.log import warn
 
 
+class LocatedStream(Protocol):
+    """Stream whose samples can be located by their number in a pass."""
+
+    def of_samples(self, epoch: int, start: int, stop: int) -> list[str]:
+        """Return the locations of the samples from number ``start`` to ``stop``."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Samples with what the model takes and ``length``, unpadded, in the order of the data.
@@ -36,7 +43,7 @@ class Prepared:
         labels: names of the classes or tags by their number; None where there are none.
         problem: kind of a SEQ_CLS, else None.
         layout: kind of the rows, and which column of the source plays which part.
-        train_locations: where the row of each training sample is (None for a stream).
+        train_locations: where the row of each training sample is.
         train_rows, held_out_rows: the rows that the samples were made of, in canonical columns (None for a stream).
     rows: all usable rows (of a stream the held-out ones), as the column ``row`` of samples numbers them; for a task whose
         samples have that column.
@@ -48,7 +55,7 @@ class Prepared:
     labels: tuple[str, ...] | None
     problem: Problem | None
     layout: Layout
-    train_locations: Locations | None = None
+    train_locations: Locations | LocatedStream | None = None
     train_rows: datasets.Dataset | None = None
     held_out_rows: datasets.Dataset | None = None
     rows: datasets.Dataset | None = None
@@ -81,7 +88,7 @@ def finish(
     samples: tuple[Any, datasets.Dataset | None],
     rows: tuple[datasets.Dataset | None, datasets.Dataset | None] = (None, None),
     usable: datasets.Dataset | None = None,
-    locations: Locations | None = None,
+    locations: Locations | LocatedStream | None = None,
 ) -> Prepared:
     """Build the result, with only the columns that a model takes, and log the warnings of the report.
 

@@ -75,6 +75,14 @@ SUMS = (
 #: Products of many small matrices, as attention in plain torch has them.
 BATCHED = ("bmm", "bmm.out", "baddbmm", "baddbmm.out", "baddbmm_")
 
+#: Attention of torch, forward and backward, and the place of the queries among its arguments.
+ATTENTION = {
+    "_scaled_dot_product_flash_attention_for_cpu": 0,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": 1,
+}
+#: Queries. With fewer, the buffers of a thread begin within a vector, and products depend on where.
+ALIGNED_QUERIES = 32
+
 Kernel = Callable[..., Any]
 _lock = threading.RLock()
 #: Operations that are replaced now, each with the blocks that it is replaced in.
@@ -104,6 +112,11 @@ def fixed_order(half_precision: bool = False) -> Iterator[None]:
             for name in names:
                 _depth[name] -= 1
             library._destroy()
+
+
+def is_active() -> bool:
+    """Whether :func:`fixed_order` is active."""
+    return bool(_depth.get("mm"))
 
 
 def _replace(library: torch.library.Library, name: str) -> None:
@@ -155,12 +168,40 @@ def _elementwise(kernel: Any) -> Kernel:
     return run
 
 
+def _mul(kernel: Any) -> Kernel:
+    """Replace a product of elements; torch hands a tensor that stands for a Python number over as that number."""
+    run = _elementwise(kernel)
+
+    def multiply(keyset: Any, a: Any, b: Any) -> Any:
+        return run(keyset, *(x if isinstance(x, Tensor) else _wrapped(x, y) for x, y in ((a, b), (b, a))))
+
+    return multiply
+
+
+def _wrapped(number: Any, tensor: Tensor) -> Tensor:
+    """Return a number as a tensor that does not change the dtype of its product with ``tensor``, and is not rounded."""
+    exact = isinstance(number, float) and tensor.is_floating_point()
+    return torch.tensor(number, dtype=torch.float64 if exact else torch.result_type(tensor, number))
+
+
 def _has_whole_shares(tensors: Sequence[Tensor]) -> bool:
     """Whether each thread's share of an elementwise operation is made of whole vectors."""
     threads, most = torch.get_num_threads(), max(t.numel() for t in tensors)
     share = -(-most // min(threads, -(-most // GRAIN)))
     rows = all(t.is_contiguous() and (t.dim() == 0 or t.shape[-1] % WHOLE == 0) for t in tensors)
     return rows and share % WHOLE == 0
+
+
+def _attention(place: int) -> Callable[[Any], Kernel]:
+    def replace(kernel: Any) -> Kernel:
+        def run(keyset: Any, *args: Any, **settings: Any) -> Any:
+            if args[place].shape[2] < ALIGNED_QUERIES:
+                return _alone(kernel, keyset, args, settings)
+            return kernel.call_boxed(keyset, *args, **settings)
+
+        return run
+
+    return replace
 
 
 # ---- products -----------------------------------------------------------------------------------------------------------
@@ -208,4 +249,6 @@ _REPLACEMENTS: dict[str, Callable[[Any], Kernel]] = {
     **dict.fromkeys(("mm", "mm.out"), _mm),
     **dict.fromkeys(("addmm", "addmm.out"), _addmm),
     "addmm_": _addmm_,
+    "mul.Tensor": _mul,
+    **{name: _attention(place) for name, place in ATTENTION.items()},
 }

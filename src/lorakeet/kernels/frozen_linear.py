@@ -3,7 +3,7 @@
     h = x·Wᵀ + b          ∂x = g·W
 
 On x86 torch multiplies with Intel's MKL, which reaches about two thirds of the peak of AMD's processors. There the product is
-that of ``gemm_f32.c``.
+that of ``gemm_f32.c``. It is on other processors too where the order of sums is fixed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakeet.kernels.cpu import bindings, gemm
+from lorakeet.kernels import fixed_order
+from lorakeet.kernels.cpu import bindings, features, gemm
+from lorakeet.kernels.cpu.features import Feature
 from lorakeet.kernels.cpu.memory import transient_empty
 
 
@@ -32,7 +34,7 @@ def linear_out(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute rows·weight + bias without autograd, for rows [n, in], weight [in, out] and bias [out] of one dtype."""
     if not (rows.is_cpu and _plain(rows, weight)):
         return F.linear(rows, weight.T, bias)
-    if gemm.has_fast_f32() and _tiles_support(rows, weight, bias):
+    if (gemm.has_fast_f32() or fixed_order.is_active()) and _tiles_support(rows, weight, bias):
         return gemm.gemm_f32(rows, weight, bias)
     h = transient_empty(rows, rows.shape[0], weight.shape[1])
     return torch.mm(rows, weight, out=h) if bias is None else torch.addmm(bias, rows, weight, out=h)
@@ -41,7 +43,8 @@ def linear_out(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _tiles_support(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether ``gemm_f32.c`` can multiply these: many fp32 tokens, shapes that fit, contiguous memory."""
     depth, columns = weight.shape
-    if rows.shape[0] <= gemm.GEMV_TOKENS or rows.shape[1] != depth or not weight.numel():
+    few = rows.shape[0] <= gemm.GEMV_TOKENS
+    if few or rows.shape[1] != depth or not weight.numel() or not features.has(Feature.AVX2):
         return False
     side = weight if weight.is_contiguous() else weight.T
     tensors = (rows, side) if bias is None else (rows, side, bias)

@@ -3,21 +3,18 @@
 A checkpointed layer keeps only its input and runs again in the backward pass. It draws the same random numbers and
 computes the same bits, so loss and gradients do not change. The cost is one more forward pass of these layers.
 
-The bytes that a pass keeps are measured by one forward pass of real samples. Each tensor that autograd would keep is
-counted and, within layers, freed at once.
+What a pass keeps, and which layers have to be checkpointed so that it fits, is predicted by :mod:`lorakeet.plan`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -113,100 +110,3 @@ class _CopyToBuffer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad, None
-
-
-@dataclass(frozen=True)
-class KeptBytes:
-    """Bytes that a pass keeps for its backward pass.
-
-    Attributes:
-        layers: Bytes of each of :func:`checkpointable_layers`.
-        inputs: Bytes of each layer's input, which is all that a checkpointed layer keeps.
-        rest: Bytes outside of the layers.
-    """
-
-    layers: tuple[int, ...]
-    inputs: tuple[int, ...]
-    rest: int
-
-    def peak(self, every: int | None) -> int:
-        """Return the peak if layers 0, n, 2n, … are checkpointed; None: no layer is.
-
-        The backward pass frees layers from the last to the first. It needs all bytes of the layers below, those that
-        the layer itself has kept or computes again, and about as many for its gradients.
-        """
-        peak = below = 0
-        for index, (kept, layer_input) in enumerate(zip(self.layers, self.inputs, strict=True)):
-            checkpointed = every is not None and index % every == 0
-            peak = max(peak, below + (layer_input if checkpointed else 0) + 2 * kept)
-            below += layer_input if checkpointed else kept
-        return self.rest + peak
-
-
-def kept_by(model: nn.Module, forward: Callable[[], Any]) -> KeptBytes:
-    """Measure the bytes that ``forward()``, a pass of ``model``, keeps for its backward pass.
-
-    Weights do not count. A storage that several layers keep counts once. Tensors that layers keep are freed at once, so
-    the pass itself takes little memory and can have no backward pass. Tensors outside of layers stay, since a loss may
-    compute its gradient right away. Tensors that are freed before the end of the pass do not count.
-
-    Args:
-        model: The model that ``forward`` calls.
-        forward: Runs the pass and returns an object that holds its graph.
-    """
-    layers = checkpointable_layers(model)
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    seen: dict[int, StorageWeakRef] = {}  # a weak reference keeps the number from being reused
-    counts, inputs = [0] * len(layers), [0] * len(layers)
-    outside: dict[int, int] = {}
-    running: int | None = None  # index of the layer that runs
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        number, size = storage._cdata, storage.nbytes()
-        if number not in own and number not in seen:
-            seen[number] = StorageWeakRef(storage)
-            if running is None:
-                outside[number] = size
-            else:
-                counts[running] += size
-        return (
-            tensor.detach() if running is None else tensor.new_empty(0)
-        )  # the tensor itself would be a reference cycle
-
-    def enter(index: int, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        nonlocal running
-        running = index
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        inputs[index] = hidden.nbytes if torch.is_tensor(hidden) else 0
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        nonlocal running
-        running = None
-
-    with ExitStack() as undo:
-        for index, layer in enumerate(layers):
-            undo.callback(layer.register_forward_pre_hook(functools.partial(enter, index), with_kwargs=True).remove)
-            undo.callback(layer.register_forward_hook(leave, always_call=True).remove)
-        undo.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept))
-        graph = forward()
-    alive = [size for number, size in outside.items() if not seen[number].expired()]
-    del graph
-    return KeptBytes(tuple(counts), tuple(inputs), sum(alive))
-
-
-def choose_every(kept: KeptBytes, passes: float, available: float) -> int | None:
-    """Choose n so that a pass fits with every n-th layer checkpointed, as few as possible; None: no layer has to be.
-
-    Args:
-        kept: Bytes of the pass that was measured.
-        passes: Size of the largest pass, relative to the measured one.
-        available: Bytes that the largest pass may take.
-
-    Returns:
-        n; 1 also where not even that fits.
-    """
-    if kept.peak(None) * passes <= available or not kept.layers:
-        return None
-    fitting = (n for n in range(len(kept.layers), 1, -1) if kept.peak(n) * passes <= available)
-    return next(fitting, 1)

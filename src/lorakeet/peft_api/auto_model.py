@@ -64,6 +64,7 @@ class AutoPeftModel:
         """
         name = pretrained_model_name_or_path
         own = {key: kwargs.pop(key) for key in _ADAPTER if key in kwargs}
+        kwargs.setdefault("trust_remote_code", False)  # else transformers would ask at the terminal
         hub = {key: kwargs[key] for key in DOWNLOAD_ARGUMENTS if key in kwargs}
         where = {"revision": revision, "subfolder": own.get("subfolder"), **hub}
         settings = config or PeftConfig.from_pretrained(name, **where)

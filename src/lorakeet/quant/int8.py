@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakeet.kernels.decoder_step import LinearWeights
+from lorakeet.kernels.fixed_order import fixed_order
 from lorakeet.kernels.int8.format import dequantize, quantize_rows, quantize_weight, rounding_steps
 from lorakeet.kernels.int8.linear import input_gradient, int8_linear, product
 from lorakeet.quant.protocol import QuantizedLayer, QuantizedWeight
@@ -81,7 +82,8 @@ def quantize_dense(weight: Tensor, vocabulary: bool = False) -> Int8Weight:
         weight: Any floating dtype, finite.
         vocabulary: Each row belongs to a token, and rows may be added later: use one scale for each.
     """
-    return Int8Weight(*(quantize_rows if vocabulary else quantize_weight)(weight))
+    with fixed_order():
+        return Int8Weight(*(quantize_rows if vocabulary else quantize_weight)(weight))
 
 
 class _Int8Layer(QuantizedLayer):

@@ -61,7 +61,8 @@ def locked(folder: str | Path) -> Iterator[None]:
         _OWN.discard(str(path))
         if file is not None:
             with suppress(OSError):
-                path.unlink()
+                if os.path.samestat(os.fstat(file), path.stat()):  # else the folder was removed, and is another run's
+                    path.unlink()
             os.close(file)
 
 

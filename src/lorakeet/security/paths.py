@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+#: Bytes of the longest name of a file.
+_LONGEST_NAME = 255
 #: Mode of a file -> what it is called, for those that are no regular files.
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -40,8 +42,10 @@ def irregular(path: str | Path) -> str | None:
     """Return what ``path`` is if it is no regular file: a folder, a pipe, a device; None if it is one, or nothing."""
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116 (Path.stat is slower and the same)
-    except OSError:
+    except FileNotFoundError:
         return None
+    except OSError as error:  # a link in a circle, or to a name that is too long
+        return f"not readable ({error.strerror})"
     return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "a special file")
 
 
@@ -72,4 +76,6 @@ def is_hub_id(name: str) -> bool:
 
 def is_plain_name(name: object) -> bool:
     """Whether ``name`` is the name of a file in the same folder: no path, no parent, no drive."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
+        return False
+    return len(name.encode(errors="replace")) <= _LONGEST_NAME

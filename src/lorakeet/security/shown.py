@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-#: What stands in place of a secret.
+#: Text in place of a secret.
 HIDDEN = "***"
 #: Environment variables whose values are never shown.
 SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY")

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lorakeet.errors import DataError
 from lorakeet.patches.fused_loss import fused_loss
 from lorakeet.patches.padding_free import is_padding_free, padding_free, why_padded
+from lorakeet.patches.thread_order import in_fixed_order
 from lorakeet.rng import same_random_state
 from lorakeet.tasks.measure import Measure, Sums, measure_for
 from lorakeet.tasks.task import Task
@@ -166,6 +167,7 @@ def _evaluating(model: nn.Module, skip_padding: bool) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.enter_context(same_random_state())
+            stack.enter_context(in_fixed_order(model))
             if skip_padding and not is_padding_free(model) and why_padded(model) is None:
                 stack.enter_context(padding_free(model))
             stack.enter_context(fused_loss(model))

@@ -26,11 +26,11 @@ from lorakeet.data.collate import make_collator
 from lorakeet.data.encode.render import describe_sample
 from lorakeet.data.prepare import prepare
 from lorakeet.errors import OutputError, TrainingError
+from lorakeet.files import not_removed
 from lorakeet.log import info, log, warn
-from lorakeet.patches.fused_layers import fused_layers
-from lorakeet.patches.fused_loss import fused_loss
 from lorakeet.patches.gradient_checkpointing import gradient_checkpointing
-from lorakeet.patches.padding_free import padding_free, why_padded
+from lorakeet.patches.of_training import training_patches
+from lorakeet.plan.free_memory import free_memory
 from lorakeet.runs.folder_lock import check_unlocked, locked
 from lorakeet.runs.metrics_log import MetricsLog
 from lorakeet.runs.run_folder import check_run_folder, claim_folder, is_finished, is_run
@@ -44,8 +44,8 @@ from lorakeet.train.checkpoints.run_start import checkpoint_to_continue, finishe
 from lorakeet.train.evaluate import longest_first
 from lorakeet.train.init_adapter import fit_base, loading_options, put_adapter, tokenizer_and_limits, with_init_adapter
 from lorakeet.train.loraplus import LoraPlus
-from lorakeet.train.memory_plan import every_that_fits, free_memory
 from lorakeet.train.microbatch_packing import default_token_budget
+from lorakeet.train.planning.at_start import plan_at_start, same_in_all_processes
 from lorakeet.train.processes.agreement import check_agreement, in_any_process, settings_facts
 from lorakeet.train.processes.failures import shared_failures
 from lorakeet.train.processes.launch import join_processes, restarts
@@ -119,8 +119,9 @@ def _train_together(
     with locked(folder) if state.is_main_process else nullcontext():
         if state.is_main_process:
             claim_folder(folder, run.config, resume=start is not None, need=run.bytes_to_write(start is not None))
-        with quiet(), StopAfterStep() as stop:
-            return run.train(stop, broadcast_object_list([start])[0], any_checkpoint)
+        start = broadcast_object_list([start])[0]  # by then the folder is there for all processes
+        with quiet(), not_removed(folder), StopAfterStep() as stop:
+            return run.train(stop, start, any_checkpoint)
 
 
 def _load(config: RunConfig, folder: Path, state: PartialState, began: float) -> Run:
@@ -136,6 +137,7 @@ def _load(config: RunConfig, folder: Path, state: PartialState, began: float) ->
         check_agreement({"the data": data.report.content_hash, "the order of its samples": data_hash(data.train)})
     config = with_length(config, data.report.train_samples, state.num_processes)
     task = Task(chosen.type, data.problem, data.labels)
+    plan = plan_at_start(config, model_info, chosen, data, free_memory(choose_device(config.base.device)))
     options = loading_options(config, task)
     base = fit_base(config, load_base(config.base, auto_class=AUTO_CLASSES[task.name], for_training=True, **options))
     info(f"base       {base.describe()}")
@@ -145,7 +147,7 @@ def _load(config: RunConfig, folder: Path, state: PartialState, began: float) ->
     model = put_adapter(config, base, task)
     if config.train.fsdp:
         check_can_shard(model, state.num_processes, config.train.fsdp_size)
-    return Run(config, folder, base, model, data, chosen, task, args, began)
+    return Run(config, folder, base, model, data, chosen, task, args, began, plan)
 
 
 class Run(RunOutput):
@@ -186,11 +188,7 @@ class Run(RunOutput):
         progress = ProgressCallback(self.folder / "metrics.jsonl")
         trainer = self._trainer([progress, stop], any_checkpoint)
         with ExitStack() as patches:
-            patches.enter_context(self._without_padding())
-            if self.config.train.fused_loss:
-                patches.enter_context(fused_loss(self.model))
-            if self.config.train.fused_layers:
-                patches.enter_context(fused_layers(self.model))
+            patches.enter_context(training_patches(self.model, self.config.train))
             patches.enter_context(self._with_checkpointing(trainer))
             if self.config.train.fsdp:  # the patches above are verified with whole weights
                 shard_base(self.model, self.args.device, self.args.world_size, self.config.train.fsdp_size)
@@ -204,20 +202,11 @@ class Run(RunOutput):
         report_outcome(summary)
         return summary
 
-    def _without_padding(self) -> AbstractContextManager[Any]:
-        """Return the context in which layers skip padding, where that is proven to change nothing else."""
-        if not self.config.train.padding_free:
-            return nullcontext()
-        if reason := why_padded(self.model):
-            info(f"padding    is computed: {reason}")
-            return nullcontext()
-        return padding_free(self.model)
-
     def _with_checkpointing(self, trainer: Trainer) -> AbstractContextManager[Any]:
         """Return the context in which layers are checkpointed: as set, or as memory needs."""
         every: bool | int | str | None = self.config.train.gradient_checkpointing
         if every == "auto":
-            every = every_that_fits(trainer, free_memory(self.args.device), self.config.data.max_length)
+            every = same_in_all_processes(self.plan, trainer.accelerator)
         return gradient_checkpointing(self.model, int(every)) if every else nullcontext()
 
     def _fit(self, trainer: Trainer, progress: ProgressCallback, stop: StopAfterStep, start: Path | None) -> None:

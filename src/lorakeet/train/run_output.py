@@ -17,6 +17,7 @@ from lorakeet.data.prepared import Prepared
 from lorakeet.errors import OutputError
 from lorakeet.files import write_elsewhere, write_folder, write_json
 from lorakeet.log import info
+from lorakeet.plan.plan import Plan, compare, step_seconds
 from lorakeet.tasks.task import Task
 from lorakeet.tasks.taught import NOTES, taught_notes
 from lorakeet.train.callbacks.progress import ProgressCallback
@@ -42,6 +43,7 @@ class RunOutput:
     task: Task
     args: TrainingArguments
     began: float
+    plan: Plan | None = None
 
     def bytes_to_write(self, resume: bool) -> int:
         """Return the disk space that the run needs: the adapter with its tokenizer, figures, and checkpoints.
@@ -76,6 +78,8 @@ class RunOutput:
         best = self.best_step(trainer)
         lines = [line for line in progress.log.read() if best is None or line["step"] <= best or "loss" in line]
         figures = summarize(self.folder, self.base, self.model, self.task, self.data, done, settings, lines)
+        peak = figures["peak_device_bytes"] or figures["peak_rss_bytes"]
+        figures |= compare(self.plan, peak, step_seconds(progress.log.read()))
         return {**figures, **({} if best is None else {"best_step": best})}
 
     def best_step(self, trainer: Trainer) -> int | None:

@@ -25,10 +25,12 @@ from torch.optim import Optimizer
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from lorakeet.data.prepared import LocatedStream
 from lorakeet.errors import TrainingError
 from lorakeet.log import silent
 from lorakeet.patches.causal_loss import count_targets, shifts_labels
 from lorakeet.patches.fused_loss import fused_sample_losses
+from lorakeet.patches.thread_order import in_fixed_order
 from lorakeet.rng import same_random_state
 from lorakeet.tasks.measure import Measure, Sums, TokenMeasure
 from lorakeet.train.callbacks.step import StepCallback
@@ -82,7 +84,7 @@ class Trainer(GuardedTrainer):
         any_checkpoint: bool = False,
         token_budget: int | None = None,
         loraplus: LoraPlus | float | None = None,
-        locations: Sequence[object] | None = None,
+        locations: Sequence[object] | LocatedStream | None = None,
         **settings: Any,
     ) -> None:
         args = TrainingArguments("tmp_trainer") if args is None else args
@@ -271,6 +273,7 @@ class Trainer(GuardedTrainer):
 
     def begin_epoch(self, epoch: int) -> None:
         """Set the epoch that the collator's random numbers depend on."""
+        super().begin_epoch(epoch)
         if self._collator is not None:
             self._collator.epoch = epoch
 
@@ -294,7 +297,7 @@ class Trainer(GuardedTrainer):
             metric_key_prefix: Begins the name of each figure.
         """
         only_loss = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
-        with same_random_state():
+        with same_random_state(), in_fixed_order(self.model):
             if not (only_loss and self._shifts_labels and self._models_own_loss):
                 return super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix

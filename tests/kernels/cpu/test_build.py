@@ -48,6 +48,17 @@ def test_it_is_compiled_once(tmp_path: Path) -> None:
     assert [path.stat().st_mtime_ns for path in tmp_path.glob("native/*")] == [before]
 
 
+def test_a_cache_that_cannot_be_written_changes_no_bit(tmp_path: Path) -> None:
+    """The loops are compiled for one process: plain torch rounds differently, so a resumed run would differ."""
+    (tmp_path / "native").write_text("a file where the folder of the cache belongs")
+    script = (
+        "from lorakeet.kernels.cpu import build; assert build.library() is not None; print(build.library_version())"
+    )
+    env = {**os.environ, "LORAKEET_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout.strip() == build.library_version() and [path.name for path in tmp_path.iterdir()] == ["native"]
+
+
 def test_only_prefixed_symbols_are_exported(tmp_path: Path) -> None:
     nm = shutil.which("nm")
     if nm is None:

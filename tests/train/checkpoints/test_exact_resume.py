@@ -39,8 +39,9 @@ def killed_at(step: int) -> type[ProgressCallback]:
     return Kill
 
 
-def result(folder: str) -> tuple[bytes, list[dict[str, Any]], set[str]]:
-    lines = [{k: v for k, v in line.items() if k not in CLOCK} for line in read_metrics(Path(folder) / "metrics.jsonl")]
+def result(folder: str) -> tuple[bytes, list[str], set[str]]:
+    metrics = read_metrics(Path(folder) / "metrics.jsonl")
+    lines = [json.dumps({k: v for k, v in line.items() if k not in CLOCK}) for line in metrics]
     weights = (Path(folder) / "adapter" / "adapter_model.safetensors").read_bytes()
     return weights, lines, {path.name for path in Path(folder).iterdir()}
 

@@ -277,6 +277,12 @@ def test_the_data_hash_depends_on_order_content_and_selection():
     assert fingerprint.data_hash(list(data)) != fingerprint.data_hash(list(data)[1:])
 
 
+def test_the_data_hash_of_a_stream_reads_its_beginning():
+    streams = [tiny_data(40, seed=seed).to_iterable_dataset() for seed in (0, 0, 1)]
+    hashes = [fingerprint.data_hash(stream) for stream in streams]
+    assert hashes[0] == hashes[1] == fingerprint.data_hash(streams[0]) != hashes[2]
+
+
 def test_data_hash_of_a_large_set_reads_a_part(monkeypatch):
     monkeypatch.setattr(fingerprint, "HASHED_ROWS", 10)
     assert fingerprint.data_hash(tiny_data(25)) != fingerprint.data_hash(tiny_data(26))

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from helpers.tiny_training import tiny_peft, tiny_tokenizer
+from helpers.tiny_training import tiny_llama, tiny_peft, tiny_tokenizer
 from helpers.training_loop import poisoned, spiking, train, with_poison, with_spike
+from lorakeet.cli import main
 from lorakeet.errors import TrainingError
 from lorakeet.train.callbacks.step import MOST_SKIPPED
 from lorakeet.train.trainer import Trainer
@@ -123,3 +124,27 @@ def test_rows_are_named_in_every_order_and_epoch(sampling: str, at: int, make_ar
         trainer.train()
     found = caught.value.message
     assert f"train_dataset[{at % 48}]" in found and found.count("train_dataset[") == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_run_names_lines_of_the_file_and_goes_on_with_skip(
+    stream: bool, settings: Any, tmp_path: Path, capfd: Any, caplog: Any
+) -> None:
+    """The word `rain` has no finite vector; it stands in one line of the data."""
+    base = tiny_llama(initializer_range=0.2)
+    tokenizer = tiny_tokenizer()
+    with torch.no_grad():
+        base.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("rain")] = float("nan")
+    base.save_pretrained(tmp_path / "base")
+    lines = [f"a bird sings the {word} song {word}" for word in ("green", "one", "parrot", "its") for _ in range(12)]
+    lines[17] = "then the rain falls"
+    (tmp_path / "texts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    config = settings(data__eval_fraction=0.0, data__stream=stream, train__steps=6, train__save_minutes=0.0)
+    file = tmp_path / "run.yaml"
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    assert main(["train", str(file)]) == 2
+    told = capfd.readouterr().err
+    assert f"{tmp_path}/texts.txt:18: 5 tokens, 'then the rain falls </s>'" in told
+    assert "the last good state is in" in told and "--resume --on-nonfinite skip" in told
+    assert main(["train", str(file), "--resume", "--on-nonfinite", "skip"]) == 0
+    assert "step skipped: the loss of step" in caplog.text

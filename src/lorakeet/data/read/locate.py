@@ -26,8 +26,8 @@ def locate(name: str | None) -> list[Path] | None:
     """Return the files and folders that ``name`` means (a pattern may mean many); None if it can only be a hub id.
 
     Raises:
-        DataError: there is no such file or folder and it is no hub id either, or it is the index of a fortune file, or a
-            pipe or a device.
+        DataError: there is no such file or folder and it is no hub id either. Or it is the index of a fortune file, a pipe
+            or a device.
     """
     if not name:
         raise DataError("no data given", f"name a file, a folder or a hub id: --data quotes.jsonl, --data {EMBEDDED}")

@@ -16,6 +16,8 @@ from lorakeet.data.read.record import FaultError
 _BATCH = 1024  # rows of a parquet file that are decoded at once
 #: Times its own size that a file may unpack to, beyond the bytes that any may.
 _RATIO, _FREE = 2000, 1 << 28
+#: Rows for each byte of a file, beyond the rows that any may have: a value that repeats takes almost none.
+_ROWS_PER_BYTE, _FREE_ROWS = 100, 10_000_000
 _BUFFER = 1 << 20  # bytes of a column that are read at once; without it, all of its row group are
 
 
@@ -85,7 +87,7 @@ def _check_size(metadata: pyarrow.parquet.FileMetaData, path: Path) -> None:
     """
     most = max(_FREE, path.stat().st_size * _RATIO)
     unpacked = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
-    if unpacked > most or metadata.num_rows > most:
+    if unpacked > most or metadata.num_rows > max(_FREE_ROWS, most // _RATIO * _ROWS_PER_BYTE):
         raise pyarrow.ArrowInvalid(f"{metadata.num_rows:,} rows and {unpacked:,} bytes, expected at most {most:,}")
 
 

@@ -12,6 +12,7 @@ A held-out line has ``step``, ``epoch``, ``eval_loss`` and the figures of its ta
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Mapping
@@ -49,16 +50,17 @@ class ProgressCallback(TrainerCallback, ExportableState):
         self._line = {"tokens": 0, "seconds": 0.0}  # of the last training line
         self._measured = 0  # batches of the current evaluation
         self._display = ProgressDisplay()
-        self.saved_lines: list[dict[str, Any]] | None = None  # of the checkpoint that a run resumes from
+        self.saved_lines: list[str] | None = None  # of the checkpoint that a run resumes from, each as JSON
 
     def state(self) -> dict[str, Any]:
-        """Return the lines of the log for a checkpoint."""
-        return {"args": {"path": str(self.log.path)}, "attributes": {"saved_lines": self.log.read()}}
+        """Return the lines of the log for a checkpoint, as text: the checkpoint's JSON would sort their fields."""
+        lines = [json.dumps(line) for line in self.log.read()]
+        return {"args": {"path": str(self.log.path)}, "attributes": {"saved_lines": lines}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        lines = self.log.read() if self.saved_lines is None else self.saved_lines
+        lines = self.log.read() if self.saved_lines is None else [json.loads(line) for line in self.saved_lines]
         self.saved_lines = None
         self.log.replace([line for line in lines if line["step"] <= state.global_step])
         trained = [line for line in self.log.read() if "loss" in line]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import TrainingError
 from lorakeet.kernels.cpu.build import library_version
 from lorakeet.log import warn
+from lorakeet.rng import same_random_state
 from lorakeet.train.checkpoints.manifest import read_manifest
 
 #: TrainingArguments that the result depends on. Logging, saving and evaluating may change freely.
@@ -59,10 +61,12 @@ SETTINGS = (
 
 #: Rows of a data set that are read for its hash; a larger data set is sampled evenly.
 HASHED_ROWS = 50_000
+#: Samples at the beginning of a stream that are read for its hash.
+HASHED_OF_STREAM = 32
 
 
 def data_hash(dataset: Any) -> str:
-    """Return a hash of the samples and their order; of other types than ``Dataset`` and list, of type and length."""
+    """Return a hash of the samples and their order; of a stream, of the first ones; of other types, of type and length."""
     digest = hashlib.sha256(type(dataset).__name__.encode())
     rows = len(dataset) if hasattr(dataset, "__len__") else -1
     digest.update(str(rows).encode())
@@ -71,6 +75,10 @@ def data_hash(dataset: Any) -> str:
             dataset = dataset.select([i * rows // HASHED_ROWS for i in range(HASHED_ROWS)])
         for table in dataset.with_format("arrow").iter(batch_size=1000):
             digest.update(json.dumps(table.to_pydict(), default=str).encode())
+    elif isinstance(dataset, datasets.IterableDataset):
+        with same_random_state():
+            for row in islice(dataset, HASHED_OF_STREAM):
+                digest.update(repr(sorted(row.items())).encode())
     elif isinstance(dataset, (list, tuple)):
         for row in dataset:
             digest.update(repr(row).encode())

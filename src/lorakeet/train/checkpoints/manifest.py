@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +124,10 @@ def latest_checkpoint(run_folder: str | Path) -> Path | None:
 def remove_checkpoints(folders: Iterable[Path]) -> None:
     """Remove checkpoints; each is renamed first, so that a kill leaves none that is half there."""
     for folder in folders:
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-        folder.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another program has removed it already
+            aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+            folder.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def keep_checkpoints(run_folder: Path, newest: int, best: int | None, most: int | None) -> None:

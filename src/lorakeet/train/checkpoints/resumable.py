@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
@@ -22,6 +23,7 @@ from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import OutputError, TrainingError
 from lorakeet.files import check_output, check_room, clear_aside, write_folder
 from lorakeet.log import info, silent, warn
+from lorakeet.patches.thread_order import in_fixed_order, keep_threads
 from lorakeet.train.callbacks.interrupt import EvaluationStoppedError
 from lorakeet.train.callbacks.save_by_time import SaveByTime
 from lorakeet.train.checkpoints.fingerprint import refuse_other_run, run_fingerprint, versions
@@ -144,6 +146,7 @@ class ResumableTrainer(SavedState):
                 "logged": self._total_loss_scalar,
                 "last_logged": self._globalstep_last_logged,
                 "evaluation_due": self._evaluation_due,
+                "threads": torch.get_num_threads(),
             }
             write_manifest(folder, self.fingerprint(), versions(), progress)
 
@@ -236,7 +239,10 @@ class ResumableTrainer(SavedState):
         self.fingerprint()  # of the base as it is before it trains
         if folder is not None:
             self._check_checkpoint(folder)
-        return super().train(str(folder) if folder else None, *rest, **settings)
+        if self._resumed:
+            keep_threads(self.model, self._resumed["threads"])
+        with in_fixed_order(self.model):
+            return super().train(str(folder) if folder else None, *rest, **settings)
 
     def _check_checkpoint(self, folder: Path) -> None:
         """Refuse a checkpoint that is damaged, of another run, or not whole; read the counters of its Trainer."""

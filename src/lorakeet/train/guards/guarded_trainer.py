@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
+import datasets
+from torch.utils.data import IterableDataset
 from transformers.trainer_utils import TrainOutput
 
+from lorakeet.data.prepared import LocatedStream
 from lorakeet.rng import random_state, set_random_state
 from lorakeet.train.checkpoints.resumable import ResumableTrainer
 from lorakeet.train.guards import preflight
@@ -28,13 +31,14 @@ class GuardedTrainer(ResumableTrainer):
         *rest: Any,
         non_finite: Literal["stop", "skip"],
         spike: Reaction,
-        locations: Sequence[object] | None,
+        locations: Sequence[object] | LocatedStream | None,
         **settings: Any,
     ) -> None:
         super().__init__(*rest, **settings)
         self._reactions: dict[str, Reaction] = {"non_finite": non_finite, "spike": spike}
         self.locations = locations
         self.step = StepState()
+        self._pass_began: tuple[int, int] | None = None
         self.add_callback(SpikeDetector())
 
     def train(self, *rest: Any, **settings: Any) -> TrainOutput:
@@ -65,19 +69,32 @@ class GuardedTrainer(ResumableTrainer):
         return self._reactions[fault]
 
     def sample_places(self, micro_batch: int) -> list[str]:
-        """Return where each sample of a micro-batch of the step is in the data; none of a stream."""
-        loader, accumulation = self.callback_handler.train_dataloader, self.args.gradient_accumulation_steps
-        numbers = sample_numbers(loader, self.state.global_step, accumulation, micro_batch)
-        if self.locations is None:
-            return [f"train_dataset[{number}]" for number in numbers]
-        return [str(self.locations[number]) for number in numbers]
+        """Return where each sample of a micro-batch of the step is in the data; none where that is unknown."""
+        args, loader = self.args, self.callback_handler.train_dataloader
+        if isinstance(self.train_dataset, (IterableDataset, datasets.IterableDataset)):
+            if self._pass_began is None or self.locations is None or isinstance(self.locations, Sequence):
+                return []
+            epoch, began = self._pass_began
+            batch = (self.state.global_step - began) * args.gradient_accumulation_steps + micro_batch
+            first = (batch * args.world_size + args.process_index) * args.per_device_train_batch_size
+            return self.locations.of_samples(epoch, first, first + args.per_device_train_batch_size)
+        numbers = sample_numbers(loader, self.state.global_step, args.gradient_accumulation_steps, micro_batch)
+        if isinstance(self.locations, Sequence):
+            return [str(self.locations[number]) for number in numbers]
+        return [f"train_dataset[{number}]" for number in numbers]
 
     def begin_training(self) -> None:
         """Check that the training can run, save and evaluate; restore the progress of a resumed run."""
         preflight.check_sharded(self.model_wrapped, self.args)
         preflight.announce_unfrozen(self.model)
+        self._pass_began = None
         rehearse(self)
         self._restore_progress()
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Keep the step with which a pass over the data began; of a resumed later pass over a stream it is unknown."""
+        if self._pass_began is not None or not epoch:
+            self._pass_began = epoch, 0 if not epoch else self.state.global_step
 
     def begin_step(self) -> None:
         """Keep random numbers, summed loss and token count from before a step."""

@@ -17,7 +17,7 @@ _OUT_OF_MEMORY = re.compile(
 #: Changes that lower the need of memory, the cheapest first.
 ADVICE = (
     "lower train.token_budget, train.batch_size or data.max_length, set train.gradient_checkpointing=true or --bits 8; "
-    "`lorakeet plan` predicts what fits"
+    "`lorakeet plan --fit` chooses"
 )
 
 

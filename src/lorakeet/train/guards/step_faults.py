@@ -40,7 +40,8 @@ def step_figures(step: StepState, accelerator: Any) -> dict[str, float]:
     loss = torch.stack([each.loss for each in step.passes]).float().sum()
     norm = loss * 0 if step.grad_norm is None else torch.as_tensor(step.grad_norm, device=loss.device).float()
     every = accelerator.gather(torch.stack([loss, norm])[None])  # [processes, 2]
-    figures = {"loss": float(every[:, 0].mean()), "gradient norm": float(every[:, 1].max())}
+    mean, largest = torch.stack([every[:, 0].mean(), every[:, 1].max()]).tolist()
+    figures = {"loss": mean, "gradient norm": largest}
     # with loss scaling an overflow is part of the method, and the scaler skips the step
     if step.grad_norm is None or (accelerator.scaler is not None and not math.isfinite(figures["gradient norm"])):
         del figures["gradient norm"]

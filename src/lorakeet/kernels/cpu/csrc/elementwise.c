@@ -45,19 +45,23 @@ static inline float itself(float x)
     return x;
 }
 
-#define PARALLEL PRAGMA(omp parallel for schedule(static) if (size > 32768))
+/* Run a loop over i in [0, size), shared by threads in blocks of whole vectors. The last values of a share would be
+ * computed without vectors, which may round otherwise, so the bits would depend on the number of threads. */
+enum { ELEMENT_BLOCK = 4096 };
+#define EACH_ELEMENT                                                                                                   \
+    PRAGMA(omp parallel for schedule(static) if (size > 32768))                                                        \
+    for (ptrdiff_t from = 0; from < size; from += ELEMENT_BLOCK)                                                       \
+        for (ptrdiff_t i = from; i < min_of(from + ELEMENT_BLOCK, size); i++)
 #define GATED(NAME, KIND)                                                                                              \
     static void NAME(const float *gate, const float *up, float *h, ptrdiff_t size)                                     \
     {                                                                                                                  \
-        PARALLEL                                                                                                       \
-        for (ptrdiff_t i = 0; i < size; i++)                                                                           \
+        EACH_ELEMENT                                                                                                   \
             h[i] = gate[i] * logistic(gate[i], KIND) * up[i];                                                          \
     }
 #define GATED_SAVING(NAME, KIND)                                                                                       \
     static void NAME(const float *gate, const float *up, float *h, uint16_t *bf16_gate, uint16_t *bf16_up, ptrdiff_t size) \
     {                                                                                                                  \
-        PARALLEL                                                                                                       \
-        for (ptrdiff_t i = 0; i < size; i++) {                                                                         \
+        EACH_ELEMENT {                                                                                                 \
             h[i] = gate[i] * logistic(gate[i], KIND) * up[i];                                                          \
             bf16_gate[i] = narrow_of(gate[i]);                                                                         \
             bf16_up[i] = narrow_of(up[i]);                                                                             \
@@ -66,8 +70,7 @@ static inline float itself(float x)
 #define GATED_BACKWARD(NAME, KIND, TYPE, WIDE)                                                                         \
     static void NAME(const float *grad, const TYPE *gate, const TYPE *up, float *dgate, float *dup, ptrdiff_t size)    \
     {                                                                                                                  \
-        PARALLEL                                                                                                       \
-        for (ptrdiff_t i = 0; i < size; i++) {                                                                         \
+        EACH_ELEMENT {                                                                                                 \
             const float a = WIDE(gate[i]), s = logistic(a, KIND), g = grad[i];                                         \
             dgate[i] = g * WIDE(up[i]) * slope(a, s, KIND);                                                            \
             dup[i] = g * a * s;                                                                                        \
@@ -160,8 +163,7 @@ void lk_rotary(const float *x, const float *cos, const float *sin, float *y, ptr
 void lk_dropout(const float *x, float *y, ptrdiff_t size, uint32_t low, uint32_t high, uint32_t levels, float scale,
                 int add)
 {
-    PRAGMA(omp parallel for schedule(static) if (size > 32768))
-    for (ptrdiff_t i = 0; i < size; i++) {
+    EACH_ELEMENT {
         uint32_t hash = (uint32_t)i + low;
         hash = (hash ^ hash >> 16) * 0x7feb352du ^ high;
         hash = (hash ^ hash >> 15) * 0x846ca68bu;
