@@ -10,20 +10,18 @@ import argparse
 from typing import Any
 
 from lorakeet.config import read_run
+from lorakeet.runs.run_folder import read_summary
 
 
 def train(loop: dict[str, Any]) -> None:
-    """Train in one worker of Ray; the first one reports the figures of the run."""
-    from ray.train import get_context, report
-
+    """Train in one worker of Ray."""
     from lorakeet.train.run import run_training
 
-    summary = run_training(read_run(loop["file"], loop["overrides"]))
-    report({"eval_loss_after": summary["eval_loss_after"], "processes": get_context().get_world_size()})
+    run_training(read_run(loop["file"], loop["overrides"]))
 
 
 def main() -> None:
-    """Start the workers and print what the first one reports."""
+    """Start the workers, and print the figures of the run when they have ended."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -42,7 +40,9 @@ def main() -> None:
         scaling_config=ScalingConfig(num_workers=given.workers, use_gpu=given.gpu),
         run_config=RunConfig(storage_path=given.storage, failure_config=FailureConfig(max_failures=given.max_failures)),
     )
-    print(trainer.fit().metrics)
+    trainer.fit()
+    summary = read_summary(read_run(given.file, given.overrides).out)
+    print(f"{summary['processes']} processes, held-out loss {summary['eval_loss_after']}")
 
 
 if __name__ == "__main__":

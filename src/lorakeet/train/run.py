@@ -195,7 +195,7 @@ class Run(RunOutput):
             self._fit(trainer, progress, stop, start)
             self.save_adapter()  # before anything else can fail
             self._measure_end(trainer, progress)
-        summary = self.summary(trainer, progress)
+        summary = broadcast_object_list([self.summary(trainer, progress)])[0]  # the first process has all lines
         if self.args.process_index == 0:
             self.finish(trainer, summary, progress.log.read())
         trainer.accelerator.wait_for_everyone()
