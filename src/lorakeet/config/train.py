@@ -88,6 +88,11 @@ class TrainSettings(Section):
         description="shard the frozen base over the processes (FSDP2), for one that does not fit one device; adapters stay "
         "whole in each",
     )
+    fsdp_size: Count | None = Field(
+        None,
+        description="processes that share one copy of the base, with fsdp; default: all; the number of GPUs of a node keeps "
+        "the traffic inside the nodes",
+    )
     padding_free: bool = Field(True, description="skip the computation of padding, where the architecture allows it")
     fused_loss: bool = Field(
         True, description="compute a language model's loss in chunks, without the full logits in memory"

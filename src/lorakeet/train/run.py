@@ -146,7 +146,7 @@ def _load(config: RunConfig, folder: Path, state: PartialState, began: float) ->
     set_seed(config.train.seed)
     model = put_adapter(config, base, task)
     if config.train.fsdp:
-        check_can_shard(model, state.num_processes)
+        check_can_shard(model, state.num_processes, config.train.fsdp_size)
     return Run(config, folder, base, model, data, chosen, task, args, began, plan)
 
 
@@ -191,11 +191,11 @@ class Run(RunOutput):
             patches.enter_context(training_patches(self.model, self.config.train))
             patches.enter_context(self._with_checkpointing(trainer))
             if self.config.train.fsdp:  # the patches above are verified with whole weights
-                shard_base(self.model, self.args.device, self.args.world_size)
+                shard_base(self.model, self.args.device, self.args.world_size, self.config.train.fsdp_size)
             self._fit(trainer, progress, stop, start)
             self.save_adapter()  # before anything else can fail
             self._measure_end(trainer, progress)
-        summary = self.summary(trainer, progress)
+        summary = broadcast_object_list([self.summary(trainer, progress)])[0]  # the first process has all lines
         if self.args.process_index == 0:
             self.finish(trainer, summary, progress.log.read())
         trainer.accelerator.wait_for_everyone()

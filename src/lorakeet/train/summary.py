@@ -19,6 +19,7 @@ from lorakeet.runs.metrics_log import first_and_last, peak_rss_bytes
 from lorakeet.tasks.baselines import baseline
 from lorakeet.tasks.task import Task
 from lorakeet.train.checkpoints.fingerprint import versions
+from lorakeet.train.processes.agreement import of_all_processes
 
 #: Figures that are no score.
 _COUNTS = ("loss", "perplexity", "tokens", "targets")
@@ -89,6 +90,7 @@ def summarize(
     first, last = first_and_last(lines)
     trainable, total = model.get_nb_trainable_parameters()
     plain = baseline(task, data)
+    rss, on_device = of_all_processes(peak_rss_bytes()), of_all_processes(torch.cuda.max_memory_allocated())
     return {
         "base_model": base.name,
         "task": task.notes(),
@@ -107,8 +109,9 @@ def summarize(
         "tokens_per_second": done.tokens / done.train_seconds if done.train_seconds else None,
         "train_seconds": done.train_seconds,
         "wall_seconds": done.wall_seconds,
-        "peak_rss_bytes": peak_rss_bytes(),
-        "peak_device_bytes": torch.cuda.max_memory_allocated() if base.device.type == "cuda" else None,
+        "peak_rss_bytes": max(rss),
+        "peak_device_bytes": max(on_device) if base.device.type == "cuda" else None,
+        "peak_bytes_by_process": on_device if base.device.type == "cuda" else rss,
         "trainable_parameters": trainable,
         "all_parameters": total,
         "adapter_path": str(folder / "adapter"),

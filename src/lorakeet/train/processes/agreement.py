@@ -24,9 +24,14 @@ def processes() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
+def of_all_processes(value: Any) -> list[Any]:
+    """Return the values of all processes, by their number."""
+    return [value] if processes() == 1 else list(gather_object([value]))
+
+
 def in_any_process(holds: bool) -> bool:
     """Whether something holds in any process; all get the same answer."""
-    return holds if processes() == 1 else any(gather_object([holds]))
+    return any(of_all_processes(holds))
 
 
 def settings_facts(config: RunConfig) -> dict[str, str]:

@@ -78,8 +78,8 @@ def join_processes(device: torch.device) -> PartialState:
     number, name = declared_processes()
     try:
         if number > 1 and name == "WORLD_SIZE" and device.type in _BACKENDS and not distributed.is_initialized():
-            store, rank, processes = next(distributed.rendezvous("env://"))
-            fresh = distributed.PrefixStore(fresh_prefix(store, rank, processes), store)
+            store, rank, processes = next(distributed.rendezvous("env://"))  # type: ignore[attr-defined]
+            fresh = distributed.PrefixStore(fresh_prefix(store, rank, processes), store)  # type: ignore[attr-defined]
             distributed.init_process_group(_BACKENDS[device.type], store=fresh, rank=rank, world_size=processes)
         state = PartialState(cpu=device.type == "cpu")
     except Exception as error:
@@ -97,8 +97,8 @@ def fresh_prefix(store: Any, rank: int, processes: int) -> str:
     """Return a prefix that all processes of this start share, and that no earlier start has used.
 
     Under ``torchrun --max-restarts`` the store outlives a restart, with the addresses of the processes that have ended.
-    Of two processes that start again, the faster one reads the old address of the other, and joining fails about every
-    second time (seen in torch 2.13). So each process says hello by a random name until the first one answers that name.
+    The faster of two processes then reads the old address of the other, and joining fails about every second time (seen in
+    torch 2.13). So each process says hello by a random name until the first one answers that name.
 
     Args:
         store: Store of the launcher.
@@ -106,7 +106,7 @@ def fresh_prefix(store: Any, rank: int, processes: int) -> str:
         processes: Number of all processes.
 
     Raises:
-        DistStoreError: A process has not come in time.
+        TimeoutError, DistStoreError: A process has not come in time.
     """
     own = uuid.uuid4().hex
     if rank == 0:
@@ -132,7 +132,7 @@ def _answer_all(store: Any, prefix: str, processes: int) -> None:
                 answered[rank] = name
         missing = {rank for rank in missing if not store.check([f"{prefix}/here/{rank}"])}
         if time.monotonic() > deadline:
-            raise distributed.DistStoreError(f"processes {sorted(missing)} have not started")
+            raise TimeoutError(f"processes {sorted(missing)} have not started")
         time.sleep(POLL)
     store.set(f"{prefix}/all", "")
 

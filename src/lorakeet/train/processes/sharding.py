@@ -30,16 +30,26 @@ from lorakeet.quant.protocol import quantized_layers
 from lorakeet.train.processes.agreement import check_same_weights
 
 
-def check_can_shard(model: nn.Module, processes: int) -> None:
+def check_can_shard(model: nn.Module, processes: int, size: int | None = None) -> None:
     """Check that a base can be sharded over this many processes.
 
+    Args:
+        model: A model with adapters.
+        processes: Number of processes.
+        size: Processes that share a copy of the base; None: all.
+
     Raises:
-        TrainingError: There is one process, or the model has no layers that transformers marks as such.
+        TrainingError: There is one process, or copies of unequal size, or no layers that transformers marks as such.
     """
     if processes == 1:
         raise TrainingError(
             "train.fsdp shards the base over processes, and there is only one",
             "start several: torchrun --nproc-per-node 2 -m lorakeet train ..., or leave --fsdp out",
+        )
+    if size is not None and (size < 2 or processes % size):
+        raise TrainingError(
+            f"train.fsdp_size={size} does not divide {processes} processes into equal groups of two or more",
+            "give the number of processes of a node, or leave it out",
         )
     if not sharded_parameters(model):
         raise TrainingError(
@@ -61,8 +71,8 @@ def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def shard_base(model: nn.Module, device: torch.device, processes: int) -> None:
-    """Shard the frozen layers of ``model`` over all processes, in place.
+def shard_base(model: nn.Module, device: torch.device, processes: int, size: int | None = None) -> None:
+    """Shard the frozen layers of ``model`` over all processes or each group of ``size``, in place.
 
     Patches of the model's layers must be applied before: they are verified with whole weights.
 
@@ -70,14 +80,16 @@ def shard_base(model: nn.Module, device: torch.device, processes: int) -> None:
         model: A model with adapters, the same in all processes.
         device: Device of the training; layers are moved to it one at a time.
         processes: Number of processes.
+        size: Processes that share a copy of the base; None: all.
 
     Raises:
         TrainingError: See :func:`check_can_shard`; weights differ between processes, or stay whole in them.
     """
-    check_can_shard(model, processes)
+    check_can_shard(model, processes, size)
+    size = size or processes
     check_same_weights(model)  # afterwards each process has other ones
     warnings.filterwarnings("ignore", message=r".*returned a view tensor")  # no layer changes its input in place
-    mesh = init_device_mesh(device.type, (processes,))
+    mesh = init_device_mesh(device.type, (processes // size, size), mesh_dim_names=("copies", "shards"))["shards"]
     chosen = set(sharded_parameters(model).values())
     whole = sum(p.nbytes for p in chosen)
     others = set(model.parameters()) - chosen
@@ -85,7 +97,7 @@ def shard_base(model: nn.Module, device: torch.device, processes: int) -> None:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=others)
     for owner in _owners(model):  # so that layers share one queue of gathers, each ahead of the layer that runs
         fully_shard(owner, mesh=mesh, ignored_params=others)
-    _check_shards(model, whole, processes)
+    _check_shards(model, whole, size)
 
 
 def is_sharded(model: nn.Module) -> bool:
