@@ -36,6 +36,8 @@ OWN_FILES = {
     "plan/free_memory.py": "/proc/meminfo",
     "plan/saved_costs.py": "/proc/cpuinfo, JSON of the cache",
     "quant/mmap_release.py": "/proc/self/smaps",
+    "rank/resize.py": "copies of files",
+    "runs/folder_lock.py": "a lock",
     "runs/metrics_log.py": "lines that were written with \\u escapes",
     "security/json_file.py": "JSON, of which the bytes are counted",
     "train/callbacks/progress.py": "a progress bar",
