@@ -1,7 +1,8 @@
 """A run under Ray Train: ``python examples/ray_train.py run.yaml --workers 2 --storage /shared/ray``.
 
 Ray starts the workers, sets the variables by which they find each other, and starts all of them again after a failure.
-The rest is ``lorakeet train``: the same settings, the same folder, and a run that was interrupted goes on from its last checkpoint.
+The rest is ``lorakeet train``: the same settings, the same folder, and a run that was interrupted goes on from its last
+checkpoint.
 """
 
 from __future__ import annotations
