@@ -87,7 +87,13 @@ def in_processes(function: Callable[..., Any], *args: Any, processes: int = 2, s
     started = []
     for rank in range(processes):
         receive, send = context.Pipe(duplex=False)
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        environment = {
+            **os.environ,
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": processes,
+            "LOCAL_WORLD_SIZE": processes,
+        }
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         process = context.Process(target=_call, args=(send, environment, function, args))
         process.start()
