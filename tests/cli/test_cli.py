@@ -364,7 +364,7 @@ def test_a_run_folder_means_its_adapter_and_a_model_is_none(here, capsys):
 @pytest.mark.parametrize(
     ("words", "hint"),
     [
-        (["plan", "--dropout", "0.1"], "it is the setting lora.lora_dropout: add lora.lora_dropout=VALUE"),
+        (["plan", "--use-rslora", "true"], "it is the setting lora.use_rslora: add lora.use_rslora=VALUE"),
         (["demo", "--lr", "1"], "train.lr is a setting of `lorakeet train`"),
         (["merge", "--colour", "1"], "lorakeet merge --help"),
     ],

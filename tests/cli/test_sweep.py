@@ -180,6 +180,7 @@ COMPLETE = {
     "quantize": ["--model", "./none", "--out", "new"],
     "push": ["./none", "me/it"],
     "inspect": ["./none"],
+    "rank": ["./none"],
     "plan": ["--model", "./none"],
 }
 #: Flags of which a good value begins the work of the demo.

@@ -29,6 +29,7 @@ class Memory:
         transient: Short-lived tensors at the peak of the largest pass, beyond what it keeps.
         loading: Bytes beyond the base while it is loaded.
         evaluation: Tensors of the largest pass of an evaluation.
+        planning: Bytes beyond the software while a few layers are measured for the plan; 0 where costs were known.
         heap: Resident bytes per byte of live tensors; in activations, transient and evaluation already.
     """
 
@@ -42,6 +43,7 @@ class Memory:
     transient: int
     loading: int
     evaluation: int
+    planning: int = 0
     heap: float = 1.0
 
     @property
@@ -53,6 +55,7 @@ class Memory:
     def peaks(self) -> dict[str, int]:
         """Peak of each phase, the whole process."""
         return {
+            "planning": self.software + self.planning,
             "loading": self.software + self.base + self.loading,
             "training": self.fixed + self.activations + self.transient,
             "evaluation": self.fixed + self.evaluation,

@@ -16,6 +16,7 @@ KINDS = {
     "activations": "kept for the backward pass",
     "transient": "short-lived, at the peak",
     "logits": "at a time, with their gradient",
+    "planning": "beyond the software, while a few layers are measured",
     "loading": "beyond the base, while it is read",
     "evaluation": "of its largest pass",
 }
@@ -66,7 +67,12 @@ def lines(plan: Plan) -> Iterator[str]:
     yield f"disk       {size(plan.disk_bytes)}: adapter {size(plan.adapter_bytes)}, {disk}"
 
 
-_DURING = {"loading": "the base is loaded", "training": "training", "evaluation": "evaluating"}
+_DURING = {
+    "planning": "the plan is made",
+    "loading": "the base is loaded",
+    "training": "training",
+    "evaluation": "evaluating",
+}
 
 
 def _largest_kinds(plan: Plan) -> str:

@@ -27,6 +27,7 @@ def test_a_disk_that_fails_in_the_middle_of_the_run(fault: str, disks: Disks) ->
     assert not trial.faults
 
 
+@pytest.mark.slow
 def test_a_full_cache_changes_no_bit(disks: Disks) -> None:
     assert not disks.trial("full", "cache", 1).faults
 

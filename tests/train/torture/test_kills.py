@@ -7,7 +7,7 @@ import pytest
 from torture.kills import Moment
 
 
-@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("bits", [32, pytest.param(8, marks=pytest.mark.slow)])
 def test_killed_runs_resume_to_the_same_bytes(bits: int, few_steps) -> None:
     killer = few_steps(bits)
     operations = killer.length.operations

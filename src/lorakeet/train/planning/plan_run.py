@@ -23,6 +23,7 @@ from lorakeet.plan.pass_cost import PassCost, choose_every, seconds_of
 from lorakeet.plan.passes import Pass, count_steps, evaluation_passes, largest_pass, training_passes, typical_passes
 from lorakeet.plan.plan import HEAP, LATER_BYTES, SHARE, Memory, Plan
 from lorakeet.quant.protocol import has_quantized
+from lorakeet.runs.metrics_log import peak_since_restart, restart_peak
 from lorakeet.tasks.task import Task
 from lorakeet.train.guards.preflight import checkpoint_bytes
 from lorakeet.train.planning.pass_meter import PassMeter
@@ -103,11 +104,16 @@ def plan_run(
     rows = rows_of(data, config, task.name)
     model = whole_model(config, found, task)
     weights = Weights.of(model)
+    restart_peak()
+    before = resident_bytes()
     with silent():
         meter = PassMeter(config, model, found, chosen, task, rows)
         costs = Costs.of(meter, config, rows, processes)
+    planning = used + peak_since_restart() - before
     free = free_memory(meter.device) if free is None else free
     memory = _memory(config, weights, _loading(weights, model, config.base, meter.device), costs, used, processes)
+    if meter.device.type == "cpu":
+        memory = replace(memory, planning=max(planning - memory.software, 0))
     every = _every(config, meter.can_checkpoint, costs.largest, memory, limit, used, free)
     train = config.train
     count = count_steps(len(rows.lengths), train, processes)
