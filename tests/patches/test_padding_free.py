@@ -43,7 +43,7 @@ def test_outputs_and_gradients_are_those_of_the_padded_model(kind: str) -> None:
         expected = outcome(model, batch)
         with padding_free(model):
             found = outcome(model, batch)
-        assert_same(found, expected)
+        assert_same(found, expected, 2e-5)  # in BERT both are 8e-5 from the gradient in fp64, to either side
         assert_same(outcome(model, batch), expected, 0.0)  # restored afterwards
 
 
