@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import subprocess
@@ -123,6 +124,8 @@ def _become(words: Sequence[str], log: Path, before: Callable[[], None] | None) 
         os.dup2(file, 1)
         os.dup2(file, 2)
         sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False, encoding="utf-8") for fd in (1, 2))
+        for name in (None, "lorakeet"):
+            logging.getLogger(name).handlers.clear()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if before is not None:
             before()
