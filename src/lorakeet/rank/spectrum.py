@@ -58,7 +58,7 @@ def decompose(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Decomposition:
 def singular_values(lora_A: Tensor, lora_B: Tensor, scaling: float) -> list[float]:
     """Compute the singular values of s·B·A, falling; as many as r, or as the smaller side of ΔW.
 
-    R_a and R_b are taken from the Gram matrices A·Aᵀ and Bᵀ·B in fp64, ten times faster than by QR decompositions. The error
+    R_a and R_b are taken from the Gram matrices A·Aᵀ and Bᵀ·B in fp64, without QR decompositions. The error
     is about 1e-8 of the largest value.
 
     Args:
