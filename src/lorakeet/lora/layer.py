@@ -22,7 +22,7 @@ from lorakeet.lora.interop.peft_classes import AnswersAsPeft
 from lorakeet.lora.lifecycle.merged import refuse_gradient
 from lorakeet.lora.peft_names.layer import LayerNames
 from lorakeet.lora.variants import Variant
-from lorakeet.quant.protocol import dense_weight, is_quantized, weight_dtype
+from lorakeet.quant.protocol import dense_weight, is_quantized, weight_dtype, weight_shape
 
 
 @dataclass
@@ -109,8 +109,12 @@ class LoraLayer(AnswersAsPeft, LayerNames):
         """Initialize A and B as ``init_lora_weights`` says."""
         raise NotImplementedError
 
-    def low_rank_output(self, adapter: str, x: Tensor) -> Tensor:
-        """Compute s·B·A·dropout(x), in the adapter's dtype."""
+    def low_rank(self, adapter: str, dropped: Tensor) -> Tensor:
+        """Compute s·B·A·x for an input after dropout, in the adapter's dtype."""
+        raise NotImplementedError
+
+    def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Return A [r, in] and B [out, r], of a convolution with the kernel flattened into ``in``."""
         raise NotImplementedError
 
     def delta(self, adapter: str) -> Tensor:
@@ -120,6 +124,10 @@ class LoraLayer(AnswersAsPeft, LayerNames):
     def parts(self, adapter: str) -> list[Tensor]:
         """Return the adapter's parameters in this layer."""
         raise NotImplementedError
+
+    def dropped(self, adapter: str, x: Tensor) -> Tensor:
+        """Return dropout(x); ``x`` itself where no dropout acts."""
+        return x
 
     def tensor_names(self, adapter: str) -> dict[str, str]:
         """Map names in the adapter's file to names in the state dict, both relative to this layer."""
@@ -203,21 +211,23 @@ class LoraLayer(AnswersAsPeft, LayerNames):
         if adapter in self.lora_dropout:
             del self.lora_dropout[adapter]
 
-    def add_parameter(self, name: str, adapter: str, value: Tensor) -> None:
-        """Give the adapter a further parameter; ``name`` is one of its variant's ``parameters``."""
+    def add_part(self, name: str, adapter: str, part: nn.Parameter | nn.Module) -> None:
+        """Give the adapter a further part; ``name`` is one of its variant's ``parameters``."""
         if name not in self._modules:
-            self.add_module(name, nn.ParameterDict())
-        self._table(name)[adapter] = nn.Parameter(value)
+            self.add_module(name, nn.ParameterDict() if isinstance(part, nn.Parameter) else nn.ModuleDict())
+        self._table(name)[adapter] = part
 
-    def parameter(self, name: str, adapter: str) -> Tensor:
-        """Return a parameter that :meth:`add_parameter` gave the adapter."""
-        value: Tensor = self._table(name)[adapter]
-        return value
+    def part(self, name: str, adapter: str) -> Any:
+        """Return a part that :meth:`add_part` gave the adapter."""
+        return self._table(name)[adapter]
 
-    def _table(self, name: str) -> nn.ParameterDict:
-        table = self._modules[name]
-        assert isinstance(table, nn.ParameterDict)
-        return table
+    def variant_parts(self, adapter: str) -> list[Tensor]:
+        """Return the parameters that the adapter's variant added."""
+        found = [self.part(name, adapter) for name in self.variants[adapter].parameters]
+        return [p for part in found for p in ([part] if isinstance(part, Tensor) else part.parameters())]
+
+    def _table(self, name: str) -> Any:
+        return self._modules[name]
 
     def set_trainable(self, adapter: str, trainable: bool) -> None:
         """Make the adapter's parameters trainable, or freeze them."""
@@ -227,11 +237,27 @@ class LoraLayer(AnswersAsPeft, LayerNames):
 
     def conflict(self, adapters: Sequence[str]) -> str | None:
         """Return why these adapters cannot act together here; None if they can."""
-        here = [adapter for adapter in dict.fromkeys(adapters) if adapter in self.variants]
-        for adapter in here if len(here) > 1 else ():
-            if not self.variants[adapter].additive:
-                return f"{adapter!r} is a {self.variants[adapter].name} adapter, which adds up with no other"
         return None
+
+    # -- output channels --------------------------------------------------------------------------------------------
+
+    #: Dimension of the base layer's weight that counts output channels.
+    channel_dim = 0
+
+    def for_outputs(self, channels: Tensor) -> Tensor:
+        """Return a vector [out] in a shape that broadcasts with outputs."""
+        return channels
+
+    def for_weight(self, channels: Tensor) -> Tensor:
+        """Return a vector [out] in a shape that broadcasts with the base layer's weight."""
+        return channels.view(
+            [-1 if dim == self.channel_dim else 1 for dim in range(len(weight_shape(self.base_layer)))]
+        )
+
+    def without_bias(self, h: Tensor) -> Tensor:
+        """Return an output of the layer without the base layer's bias."""
+        bias = getattr(self.base_layer, "bias", None)
+        return h if bias is None else h - self.for_outputs(bias)
 
     # -- merging ----------------------------------------------------------------------------------------------------
 
