@@ -18,7 +18,17 @@ from lorakeet.kernels.ordered_product import low_rank_gradient, low_rank_tokens
 
 
 def channel_norms_reference(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Compute the reference for W [out, in], A [r, in] and B [out, r]: the norm of each row of the dense sum."""
+    """Compute the reference: the norm of each row of the dense sum.
+
+    Args:
+        weight: W [out, in].
+        lora_A: [r, in].
+        lora_B: [out, r].
+        scaling: s above.
+
+    Returns:
+        [out].
+    """
     return torch.linalg.vector_norm(weight + scaling * (lora_B @ lora_A), dim=1)
 
 

@@ -22,7 +22,8 @@ from lorakeet.lora.interop.peft_classes import AnswersAsPeft
 from lorakeet.lora.lifecycle.merged import refuse_gradient
 from lorakeet.lora.peft_names.layer import LayerNames
 from lorakeet.lora.variants import Variant
-from lorakeet.quant.protocol import dense_weight, is_quantized, weight_dtype, weight_shape
+from lorakeet.lora.variants.host import VariantHost
+from lorakeet.quant.protocol import dense_weight, is_quantized, weight_dtype
 
 
 @dataclass
@@ -58,7 +59,7 @@ class ActiveAdapters:
             self.rows = before
 
 
-class LoraLayer(AnswersAsPeft, LayerNames):
+class LoraLayer(AnswersAsPeft, LayerNames, VariantHost):
     """A frozen base layer and its adapters. A subclass computes the low-rank output of one layer type.
 
     Attributes:
@@ -211,24 +212,6 @@ class LoraLayer(AnswersAsPeft, LayerNames):
         if adapter in self.lora_dropout:
             del self.lora_dropout[adapter]
 
-    def add_part(self, name: str, adapter: str, part: nn.Parameter | nn.Module) -> None:
-        """Give the adapter a further part; ``name`` is one of its variant's ``parameters``."""
-        if name not in self._modules:
-            self.add_module(name, nn.ParameterDict() if isinstance(part, nn.Parameter) else nn.ModuleDict())
-        self._table(name)[adapter] = part
-
-    def part(self, name: str, adapter: str) -> Any:
-        """Return a part that :meth:`add_part` gave the adapter."""
-        return self._table(name)[adapter]
-
-    def variant_parts(self, adapter: str) -> list[Tensor]:
-        """Return the parameters that the adapter's variant added."""
-        found = [self.part(name, adapter) for name in self.variants[adapter].parameters]
-        return [p for part in found for p in ([part] if isinstance(part, Tensor) else part.parameters())]
-
-    def _table(self, name: str) -> Any:
-        return self._modules[name]
-
     def set_trainable(self, adapter: str, trainable: bool) -> None:
         """Make the adapter's parameters trainable, or freeze them."""
         if adapter in self.r:
@@ -238,26 +221,6 @@ class LoraLayer(AnswersAsPeft, LayerNames):
     def conflict(self, adapters: Sequence[str]) -> str | None:
         """Return why these adapters cannot act together here; None if they can."""
         return None
-
-    # -- output channels --------------------------------------------------------------------------------------------
-
-    #: Dimension of the base layer's weight that counts output channels.
-    channel_dim = 0
-
-    def for_outputs(self, channels: Tensor) -> Tensor:
-        """Return a vector [out] in a shape that broadcasts with outputs."""
-        return channels
-
-    def for_weight(self, channels: Tensor) -> Tensor:
-        """Return a vector [out] in a shape that broadcasts with the base layer's weight."""
-        return channels.view(
-            [-1 if dim == self.channel_dim else 1 for dim in range(len(weight_shape(self.base_layer)))]
-        )
-
-    def without_bias(self, h: Tensor) -> Tensor:
-        """Return an output of the layer without the base layer's bias."""
-        bias = getattr(self.base_layer, "bias", None)
-        return h if bias is None else h - self.for_outputs(bias)
 
     # -- merging ----------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "rsLoRA": {"use_rslora": True, "lora_alpha": 3},
     "DoRA": {"use_dora": True},
-    "DoRA with rsLoRA": {"use_dora": True, "use_rslora": True, "rank_pattern": {"layer": 2}, "alpha_pattern": {"layer": 5}},
+    "DoRA with rsLoRA": {
+        "use_dora": True,
+        "use_rslora": True,
+        "rank_pattern": {"layer": 2},
+        "alpha_pattern": {"layer": 5},
+    },
 }
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Linear": (lambda: nn.Linear(6, 5), (3, 6)),

@@ -58,7 +58,17 @@ class _Known:
         return a.is_cpu and certain and not torch.compiler.is_compiling()
 
     def is_of(self, layer: AdaptedLayer, a: Tensor, b: Tensor, scaling: float) -> bool:
-        """Whether A, B and s have these values, and the base's tensors are the same, unchanged."""
+        """Check that A, B and s have these values, and that the base's tensors are the same, unchanged.
+
+        Args:
+            layer: The adapted layer.
+            a: A, detached.
+            b: B, detached.
+            scaling: s.
+
+        Returns:
+            Whether the norms need not be computed again.
+        """
         now = _stored(layer)
         same = len(now) == len(self.base) and all(
             ref() is t and address == t.data_ptr() and version == t._version
