@@ -127,6 +127,7 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
                 "train it without, or use a newer version",
             )
         self._check_target_parameters()
+        self._check_initialization()
 
     def _check_target_parameters(self) -> None:
         """Refuse settings that act on a layer's input or output: as in PEFT, a bare parameter has neither."""
@@ -135,6 +136,14 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
             raise ConfigError(
                 f"target_parameters={self.target_parameters} cannot be adapted with {', '.join(given)}",
                 "leave it out, or train two adapters",
+            )
+
+    def _check_initialization(self) -> None:
+        """Refuse a trained bias beside an initialization by name, as PEFT does: each sets A and B alone."""
+        if self.lora_bias and isinstance(self.init_lora_weights, str):
+            raise ConfigError(
+                f"lora_bias=True is for init_lora_weights=True or False, got {self.init_lora_weights!r}",
+                "leave one of them out",
             )
 
     # -- what was made of it ----------------------------------------------------------------------------------------
@@ -146,7 +155,8 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
         """
         for name in type(self).model_fields:
             setattr(self, name, getattr(resolved, name))
-        self._made = {name: getattr(self, name) for name in LoraSettings.model_fields}
+        made = LoraSettings.model_fields.keys() - {"init_lora_weights"}  # which changes no layer that is there
+        self._made = {name: getattr(self, name) for name in made}
 
     def as_made(self) -> PeftConfig:
         """Return a copy with the settings that the adapter was made with, for its file.

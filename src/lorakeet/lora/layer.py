@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorakeet.errors import AdapterError
 from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.initialization.taken_part import TABLE, add_idle_parts, give_back, leave_part
 from lorakeet.lora.interop.peft_classes import AnswersAsPeft
 from lorakeet.lora.lifecycle.merged import refuse_gradient
 from lorakeet.lora.peft_names.layer import LayerNames
@@ -147,6 +148,8 @@ class LoraLayer(AnswersAsPeft, LayerNames, VariantHost):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the base layer's output and apply the active adapters; in a mixed batch, to each row its own."""
         h = self.base_layer(x, *args, **kwargs)
+        if TABLE in self._modules:
+            h = add_idle_parts(self, self.merged_adapters or self.acting, x, h)
         if self.switch.rows is not None and self.switch.enabled:
             return self._forward_by_row(x, h, self.switch.rows)
         if self.merged_adapters and self.training:
@@ -179,7 +182,8 @@ class LoraLayer(AnswersAsPeft, LayerNames, VariantHost):
     def _forward_by_row(self, x: Tensor, h: Tensor, rows: tuple[str, ...]) -> Tensor:
         for adapter, indices in row_indices(rows, x):
             if adapter in self.r:
-                h = h.index_copy(0, indices, self.update(adapter, x[indices], h[indices]))
+                own = leave_part(self, adapter, x[indices], h[indices])
+                h = h.index_copy(0, indices, self.update(adapter, x[indices], own))
         return h
 
     # -- adapters ---------------------------------------------------------------------------------------------------
@@ -204,7 +208,8 @@ class LoraLayer(AnswersAsPeft, LayerNames, VariantHost):
         variant.init(self, adapter, config)
 
     def delete_adapter(self, adapter: str) -> None:
-        """Remove the adapter and its parameters."""
+        """Remove the adapter and its parameters; the base's weight gets the part back that the adapter took of it."""
+        give_back(self, [adapter])
         for name in self.variants[adapter].parameters if adapter in self.variants else ():
             del self._table(name)[adapter]
         for table in (self.r, self.lora_alpha, self.scaling, self.configured_scaling, self.use_rslora, self.variants):

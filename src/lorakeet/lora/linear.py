@@ -22,7 +22,6 @@ trained. Merged, W' = W₀ + s·B·A. Dropout acts in training only.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -33,6 +32,8 @@ from lorakeet.kernels.decoder_step import LinearWeights
 from lorakeet.kernels.dropout import dropout
 from lorakeet.kernels.lora_linear import lora_linear
 from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.initialization.random import initialize_pair
+from lorakeet.lora.initialization.taken_part import take_part, taken_parts, takes_part
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer, noise
 from lorakeet.quant.protocol import is_hooked, is_quantized, weight_shape
 
@@ -126,6 +127,12 @@ class LoraLinear(LoraPair):
         if self.variants[adapter].fused and not config.lora_bias:
             self._fused.add(adapter)
 
+    def initialize(self, adapter: str, how: bool | str) -> None:
+        if isinstance(how, str) and takes_part(how):
+            take_part(self, adapter, how)
+        else:
+            super().initialize(adapter, how)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapters = self.acting
         if len(adapters) != 1 or not self._can_fuse(adapters[0]):
@@ -151,6 +158,7 @@ class LoraLinear(LoraPair):
             and not is_hooked(base)
             and adapter in self._fused
             and not base.weight.is_meta
+            and taken_parts(self).keys() <= {adapter}
         )
 
     def delta(self, adapter: str) -> Tensor:
@@ -168,6 +176,8 @@ class LoraLinear(LoraPair):
         mixed = self.switch.enabled and self.switch.rows is not None
         if not is_quantized(base) or is_hooked(base) or mixed or len(adapters) > 1:
             return None
+        if not taken_parts(self).keys() <= {*adapters, *self.merged_adapters}:
+            return None
         own = base.decoder_weights()
         if own is None or not adapters:
             return own
@@ -180,22 +190,3 @@ class LoraLinear(LoraPair):
 
     def probe(self) -> Tensor:
         return noise((32, weight_shape(self.base_layer)[0 if self.fan_in_fan_out else 1]), self.base_layer)
-
-
-def initialize_pair(lora_A: Tensor, lora_B: Tensor, how: bool | str, r: int) -> None:
-    """Initialize A [r, in] and B [out, r] in place.
-
-    Args:
-        lora_A: Kaiming-uniform with a = √5, or normal with standard deviation 1/r for ``"gaussian"``.
-        lora_B: Zero; Kaiming-uniform for ``False``, so that a test sees a change.
-        how: The setting ``init_lora_weights``.
-        r: The rank.
-    """
-    if how == "gaussian":
-        nn.init.normal_(lora_A, std=1 / r)
-    else:
-        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-    if how is False:
-        nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
-    else:
-        nn.init.zeros_(lora_B)
