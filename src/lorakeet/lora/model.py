@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorakeet.errors import AdapterError, ConfigError, did_you_mean
 from lorakeet.log import warn
 from lorakeet.lora.checks.direct_reads import was_watched, watched_calls
-from lorakeet.lora.combine import combine
+from lorakeet.lora.algebra.combine import combine
 from lorakeet.lora.config import PeftConfig, refuse_unknown
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import InjectionPlan, Part, inject, plan_injection, release_unused, restore, trained_biases
