@@ -17,7 +17,7 @@ from lorakeet.config import BaseSettings, DataSettings, LoraSettings, RunConfig,
 from lorakeet.data.collate import make_collator
 from lorakeet.data.prepare import prepare
 from lorakeet.errors import DataError
-from lorakeet.export import check_empty, merge, quantize
+from lorakeet.export.models import check_empty, merge, quantize
 from lorakeet.facts.vocabulary import embedding_rows
 from lorakeet.facts.window import window
 from lorakeet.inference.generate import Prompt, complete
