@@ -21,6 +21,7 @@ from lorakeet.log import warn
 from lorakeet.lora.interop.peft_classes import AnswersAsPeft
 from lorakeet.lora.interop.trainer_hooks import hook_trainer
 from lorakeet.lora.interop.wrappers import canonical_settings
+from lorakeet.lora.peft_names.other_settings import NEUTRAL, is_neutral, without_runtime
 from lorakeet.lora.variants import Variant, chosen_variant, variant_settings
 from lorakeet.security.json_file import JsonError, read_object
 from lorakeet.security.paths import file_problem, is_hub_id
@@ -36,25 +37,6 @@ PEFT_FORMAT = "0.21.2"
 DOWNLOAD_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 #: Arguments of :func:`find_adapter_file` that say where to look.
 FILE_ARGUMENTS = ("revision", "subfolder", *DOWNLOAD_ARGUMENTS)
-
-#: PEFT's keys that Lorakeet does not implement -> the values that mean "not used".
-NEUTRAL: dict[str, Any] = {
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "corda_config": None,
-    "eva_config": None,
-    "kasa_config": None,
-    "layer_replication": None,
-    "loftq_config": {},
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "monteclora_config": None,
-    "qalora_group_size": 16,
-    "use_bdlora": None,
-    "use_qalora": False,
-    "velora_config": None,
-}
 
 
 class PeftType(enum.StrEnum):
@@ -100,6 +82,7 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
 
     def __init__(self, **values: Any) -> None:
         hook_trainer()
+        values = without_runtime(values)
         unknown = set(values) - set(type(self).model_fields) - set(NEUTRAL) - set(variant_settings())
         if unknown:
             raise ConfigError(
@@ -118,7 +101,7 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
             raise settings_error(error, type(self)) from None
         self._foreign = foreign
         supported = self.variant.settings
-        unsupported = {k: v for k, v in foreign.items() if k not in supported and not _is_neutral(k, v)}
+        unsupported = {k: v for k, v in foreign.items() if k not in supported and not is_neutral(k, v)}
         if unsupported:
             listed = ", ".join(f"{key}={value!r}" for key, value in sorted(unsupported.items()))
             raise ConfigError(
@@ -342,10 +325,3 @@ def refuse_unknown(method: str, given: dict[str, Any], harmless: set[str]) -> No
 
 def _integral(value: float) -> int | float:
     return int(value) if float(value).is_integer() else value
-
-
-def _is_neutral(key: str, value: Any) -> bool:
-    """Whether a foreign key does not change the result: unset, PEFT's default, or read only when another key is set."""
-    if value in (None, False, {}, []) or key in ("megatron_core", "qalora_group_size"):
-        return True
-    return value == {**NEUTRAL, **variant_settings()}.get(key)
