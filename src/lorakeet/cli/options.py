@@ -36,6 +36,7 @@ TRAIN_FLAGS = {
     "--alpha": "lora.lora_alpha",
     "--dropout": "lora.lora_dropout",
     "--target-modules": "lora.target_modules",
+    "--init-lora-weights": "lora.init_lora_weights",
     "--init-adapter": "train.init_adapter",
     "--seed": "train.seed",
     "--save-every": "train.save_every",
