@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from textwrap import wrap
 from typing import Any
 
-from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.variants import variant_settings
 
 #: Names shown of a longer list.
 SHOWN = 5
@@ -55,7 +55,7 @@ def _settings(settings: Mapping[str, Any]) -> str:
     if_set = [key for key in ("use_rslora", "rank_pattern", "alpha_pattern") if settings[key]]
     if isinstance(settings["init_lora_weights"], str):
         if_set.append("init_lora_weights")
-    of_variant = [key for key in settings if key not in PeftConfig.model_fields]
+    of_variant = [key for key, neutral in variant_settings().items() if settings.get(key, neutral) != neutral]
     return ", ".join(f"{key}={settings[key]}" for key in (*always, *if_set, *of_variant))
 
 

@@ -74,6 +74,10 @@ class LoraSettings(Section):
         default_factory=dict, description="alphas of single layers, by name or regular expression"
     )
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) (arXiv:2312.03732)")
+    use_dora: bool = Field(
+        False,
+        description="train the magnitude of each output channel apart from its direction (DoRA, arXiv:2402.09353)",
+    )
     fan_in_fan_out: bool = Field(False, description="weights are stored as [in, out] (detected for GPT-2's Conv1D)")
     init_lora_weights: Annotated[bool | str, AfterValidator(_initialization)] = Field(
         True,

@@ -48,7 +48,6 @@ NEUTRAL: dict[str, Any] = {
     "monteclora_config": None,
     "qalora_group_size": 16,
     "use_bdlora": None,
-    "use_dora": False,
     "use_qalora": False,
     "velora_config": None,
 }
@@ -113,7 +112,12 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
         values = canonical_settings(values)
         own = {key: value for key, value in values.items() if key in type(self).model_fields}
         foreign = {key: value for key, value in values.items() if key not in own}
-        supported = {*chosen_variant(foreign).settings, *INITIALIZATION}
+        try:
+            super().__init__(**own)
+        except ValidationError as error:
+            raise settings_error(error, type(self)) from None
+        self._foreign = {**foreign, **own_settings(self.init_lora_weights, foreign)}
+        supported = {*self.variant.settings, *INITIALIZATION}
         unsupported = {k: v for k, v in foreign.items() if k not in supported and not _is_neutral(k, v)}
         if unsupported:
             listed = ", ".join(f"{key}={value!r}" for key, value in sorted(unsupported.items()))
@@ -122,11 +126,6 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
                 "the result",
                 "train it without, or use a newer version",
             )
-        try:
-            super().__init__(**own)
-        except ValidationError as error:
-            raise settings_error(error, type(self)) from None
-        self._foreign = {**foreign, **own_settings(self.init_lora_weights, foreign)}
         self._check_target_parameters()
         self._check_initialization()
 
@@ -188,12 +187,12 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
     @property
     def variant(self) -> Variant:
         """The variant of LoRA that the settings choose."""
-        return chosen_variant(self._foreign)
+        return chosen_variant({**self._foreign, **{name: getattr(self, name) for name in type(self).model_fields}})
 
     @property
     def variant_settings(self) -> dict[str, Any]:
         """The values of the chosen variant's own settings."""
-        return {key: self._foreign.get(key, neutral) for key, neutral in self.variant.settings.items()}
+        return {key: getattr(self, key) for key in self.variant.settings}
 
     def named_base(self, adapter: str | Path) -> str | None:
         """Return the base that the file names: a hub id, never a path, which a stranger may have written.

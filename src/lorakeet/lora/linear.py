@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -61,20 +62,27 @@ class LoraPair(LoraLayer):
         if b.bias is not None:
             nn.init.zeros_(b.bias)
 
-    def low_rank_output(self, adapter: str, x: Tensor) -> Tensor:
+    def dropped(self, adapter: str, x: Tensor) -> Tensor:
+        p = self.dropout_probability(adapter) if self.training else 0.0
+        if not p:
+            return x
+        weight = self.pair(adapter)[0].weight  # a function, once torch.ao has quantized the layer
+        return dropout(x.to(weight.dtype) if isinstance(weight, Tensor) else x, p, True)
+
+    def low_rank(self, adapter: str, dropped: Tensor) -> Tensor:
         a, b = self.pair(adapter)
-        weight = a.weight  # a function, once torch.ao has quantized the layer
-        dtype = weight.dtype if isinstance(weight, Tensor) else x.dtype
-        dropped = dropout(x.to(dtype), self.dropout_probability(adapter), self.training)
-        low_rank: Tensor = b(a(dropped)) * self.scaling[adapter]
+        dtype = a.weight.dtype if isinstance(a.weight, Tensor) else dropped.dtype
+        low_rank: Tensor = b(a(dropped.to(dtype))) * self.scaling[adapter]
         return low_rank
+
+    def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
+        a, b = self.pair(adapter)
+        return a.weight.flatten(1), b.weight.flatten(1)
 
     def parts(self, adapter: str) -> list[Tensor]:
         a, b = self.pair(adapter)
         own = [p for p in (*a._parameters.values(), *b._parameters.values()) if p is not None]
-        if names := self.variants[adapter].parameters:
-            own += [self.parameter(name, adapter) for name in names]
-        return own
+        return own + self.variant_parts(adapter)
 
     def tensor_names(self, adapter: str) -> dict[str, str]:
         names = ["lora_A.weight", "lora_B.weight"]
@@ -107,6 +115,7 @@ class LoraLinear(LoraPair):
     def __init__(self, base_layer: nn.Module, switch: ActiveAdapters) -> None:
         super().__init__(base_layer, switch)
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
+        self.channel_dim = int(self.fan_in_fan_out)
         self._fused: set[str] = set()  # adapters whose equation is kernels.lora_linear's
 
     def make(self, adapter: str, config: PeftConfig, r: int) -> None:
@@ -132,7 +141,13 @@ class LoraLinear(LoraPair):
         p = self.dropout_probability(adapters[0]) if self.training else 0.0
         scaling = self.scaling[adapters[0]]
         weight = base.quantized_weight() if is_quantized(base) else base.weight
-        return lora_linear(x, weight, base.bias, a.weight, b.weight, scaling, p, self.fan_in_fan_out)
+        scale = self.variants[adapters[0]].output_scale(self, adapters[0])
+        if scale is None:
+            return lora_linear(x, weight, base.bias, a.weight, b.weight, scaling, p, self.fan_in_fan_out)
+        if p:
+            return super().forward(x, *args, **kwargs)
+        h = lora_linear(x, weight, None, a.weight, b.weight, scaling, 0.0, self.fan_in_fan_out)
+        return (h * scale if base.bias is None else torch.addcmul(base.bias, h, scale)).to(h.dtype)
 
     def _can_fuse(self, adapter: str) -> bool:
         """Whether base and update can run as one operation: plain LoRA on a frozen weight without hooks."""

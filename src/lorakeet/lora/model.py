@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lorakeet.errors import AdapterError, ConfigError, did_you_mean
 from lorakeet.log import warn
+from lorakeet.lora.algebra.of_model import CombineMethods
 from lorakeet.lora.checks.direct_reads import was_watched, watched_calls
-from lorakeet.lora.combine import combine
 from lorakeet.lora.config import PeftConfig, refuse_unknown
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.initialization.loftq import start_from_quantized
@@ -34,11 +34,8 @@ from lorakeet.lora.merge import MergeMethods
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.peft_names.model import ModelNames
 
-#: PEFT's arguments for ways to combine adapters, and to decompose, that are not needed here.
-_UNUSED = {"svd_full_matrices", "svd_driver", "svd_clamp", "density", "majority_sign_method"}
 
-
-class LoraModel(AnswersAsPeft, ModelNames, MergeMethods):
+class LoraModel(AnswersAsPeft, ModelNames, MergeMethods, CombineMethods):
     """The methods that a model gains with its first adapter. Never constructed: see :mod:`.lifecycle.adoption`.
 
     Attributes:
@@ -177,37 +174,6 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods):
         if self.peft_config[adapter_name].bias != "none":
             for bias, _ in self._base_biases:
                 bias.requires_grad_(trainable)
-
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "svd",
-        svd_rank: int | None = None,
-        **peft_only: Any,
-    ) -> None:
-        """Combine adapters into a new one, ΔW = Σ wᵢ·ΔWᵢ; it is frozen and inactive until :meth:`set_adapter`.
-
-        Args:
-            adapters: Names of the adapters; each has A and B alone, in linear layers and embeddings.
-            weights: One for each, of any sign.
-            adapter_name: Name of the new adapter.
-            combination_type: ``cat`` is exact, with the sum of the ranks. ``svd`` gives the nearest ΔW of rank ``svd_rank``
-                (Eckart and Young 1936). ``linear`` adds the A and the B, which is cheap but has cross terms.
-            svd_rank: Left out: the largest rank of the adapters.
-            **peft_only: Arguments that only PEFT has; each is refused by name.
-
-        Raises:
-            AdapterError: no such adapter; one of them has more than A and B; or they cannot be combined in this way.
-        """
-        refuse_unknown("add_weighted_adapter", peft_only, _UNUSED)
-        for name in adapters:
-            self._check_known(name)
-        combined = combine(self, adapters, weights, combination_type, svd_rank)
-        with all_or_nothing(self):
-            self.add_adapter(adapter_name, combined.config, strict=False)
-            combined.fill(self, adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter. If it was the only active one, the first that remains becomes active, frozen.
