@@ -1,4 +1,4 @@
-"""The commands as functions: load a model with adapters, evaluate, generate, predict, compare, merge, quantize, plan.
+"""The commands as functions: load a model with adapters, evaluate, generate, predict, compare, merge, quantize, export, plan.
 
 Each takes settings and returns plain values; nothing here prints to stdout.
 """
@@ -16,7 +16,8 @@ from lorakeet.base.architectures import AUTO_CLASSES, DEFAULT_TASKS, check_task,
 from lorakeet.base.meta_device import meta_model, read_config
 from lorakeet.chat.template import has_system_turn, with_system_turn
 from lorakeet.config import BaseSettings, DataSettings, LoraSettings, RunConfig, TaskName
-from lorakeet.export import check_empty, merge, quantize
+from lorakeet.export.models import check_empty, merge, quantize
+from lorakeet.export.run import export
 from lorakeet.inference.generate import Prompt, complete
 from lorakeet.inference.predict import predict as predict_rows
 from lorakeet.inference.questions import Question
@@ -43,6 +44,7 @@ __all__ = [
     "combine_adapters",
     "compare",
     "evaluate_data",
+    "export",
     "fit_training",
     "generate",
     "merge",

@@ -182,6 +182,7 @@ COMPLETE = {
     "inspect": ["./none"],
     "rank": ["./none"],
     "combine": ["./none", "./none2", "--out", "new"],
+    "export": ["./none", "--for", "peft", "--out", "new"],
     "plan": ["--model", "./none"],
 }
 #: Flags of which a good value begins the work of the demo.

@@ -19,6 +19,7 @@ from lorakeet.lora.algebra.of_model import CombineMethods
 from lorakeet.lora.checks.direct_reads import was_watched, watched_calls
 from lorakeet.lora.config import PeftConfig, refuse_unknown
 from lorakeet.lora.default_targets import resolve_config
+from lorakeet.lora.initialization.taken_part import give_back, tell_rounding
 from lorakeet.lora.inject import InjectionPlan, Part, inject, plan_injection, release_unused, restore, trained_biases
 from lorakeet.lora.interop.peft_classes import AnswersAsPeft
 from lorakeet.lora.interop.wrappers import bare
@@ -114,6 +115,7 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods, CombineMethods):
                 part.set_trainable(adapter_name, False)
                 part.train(self.training)
             self._parts = [module for module in self.modules() if isinstance(module, (LoraLayer, SavedModule))]
+            tell_rounding(self, adapter_name)
             if not autocast_adapter_dtype:
                 self.store_in_base_dtype(adapter_name)
             biases = trained_biases(self, config, adapter_name)
@@ -183,7 +185,7 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods, CombineMethods):
                 f"adapter {adapter_name!r} is merged into the base, so deleting it would leave its update there",
                 "unmerge_adapter() first",
             )
-        with all_or_nothing(self):
+        with all_or_nothing(self), unmerged(self):
             self.remove_parts(adapter_name)
             del self.peft_config[adapter_name]
             self.switch.active = tuple(name for name in self.switch.active if name != adapter_name)
@@ -288,6 +290,8 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods, CombineMethods):
             if not _merged:
                 self.unmerge()
                 self._restore_biases()
+            for layer in self.lora_layers():
+                give_back(layer)
             restore(self)
             del self.peft_config, self.switch, self._parts, self._base_biases
             self.__dict__.pop("_watched", None)
