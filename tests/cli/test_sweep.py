@@ -181,6 +181,7 @@ COMPLETE = {
     "push": ["./none", "me/it"],
     "inspect": ["./none"],
     "rank": ["./none"],
+    "combine": ["./none", "./none2", "--out", "new"],
     "export": ["./none", "--for", "peft", "--out", "new"],
     "plan": ["--model", "./none"],
 }
