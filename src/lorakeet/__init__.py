@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from lorakeet.peft_api.task_models import PeftModelForSequenceClassification as PeftModelForSequenceClassification
     from lorakeet.peft_api.task_models import PeftModelForTokenClassification as PeftModelForTokenClassification
     from lorakeet.quant.hf_quantizer import Int8Config as Int8Config
+    from lorakeet.quant.hf_quantizer import Nf4Config as Nf4Config
     from lorakeet.train.trainer import Trainer as Trainer
 
 #: Module -> public names that it defines.
@@ -67,7 +68,7 @@ _NAMES = {
     "base.kbit": "prepare_model_for_kbit_training",
     "base.load": "load_base",
     "log": "LorakeetWarning",
-    "quant.hf_quantizer": "Int8Config",
+    "quant.hf_quantizer": "Int8Config Nf4Config",
     "train.trainer": "Trainer",
     "peft_api.auto_model": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
     "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
