@@ -242,5 +242,5 @@ def _filled(like: Tensor, device: torch.device, draw: torch.Generator | None) ->
     return (
         empty.uniform_(-0.05, 0.05, generator=draw)
         if like.is_floating_point()
-        else empty.random_(-100, 100, generator=draw)
+        else empty.random_(-100 if like.dtype.is_signed else 0, 100, generator=draw)
     )
