@@ -35,6 +35,7 @@ TRAIN_FLAGS = {
     "--r": "lora.r",
     "--alpha": "lora.lora_alpha",
     "--dropout": "lora.lora_dropout",
+    "--use-dora": "lora.use_dora",
     "--target-modules": "lora.target_modules",
     "--init-adapter": "train.init_adapter",
     "--seed": "train.seed",

@@ -52,7 +52,6 @@ NEUTRAL: dict[str, Any] = {
     "monteclora_config": None,
     "qalora_group_size": 16,
     "use_bdlora": None,
-    "use_dora": False,
     "use_qalora": False,
     "velora_config": None,
 }
@@ -113,7 +112,12 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
         values = canonical_settings(values)
         own = {key: value for key, value in values.items() if key in type(self).model_fields}
         foreign = {key: value for key, value in values.items() if key not in own}
-        supported = chosen_variant(foreign).settings
+        try:
+            super().__init__(**own)
+        except ValidationError as error:
+            raise settings_error(error, type(self)) from None
+        self._foreign = foreign
+        supported = self.variant.settings
         unsupported = {k: v for k, v in foreign.items() if k not in supported and not _is_neutral(k, v)}
         if unsupported:
             listed = ", ".join(f"{key}={value!r}" for key, value in sorted(unsupported.items()))
@@ -122,12 +126,8 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
                 "the result",
                 "train it without, or use a newer version",
             )
-        try:
-            super().__init__(**own)
-        except ValidationError as error:
-            raise settings_error(error, type(self)) from None
-        self._foreign = foreign
         self._check_target_parameters()
+        self._check_initialization()
 
     def _check_target_parameters(self) -> None:
         """Refuse settings that act on a layer's input or output: as in PEFT, a bare parameter has neither."""
@@ -136,6 +136,14 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
             raise ConfigError(
                 f"target_parameters={self.target_parameters} cannot be adapted with {', '.join(given)}",
                 "leave it out, or train two adapters",
+            )
+
+    def _check_initialization(self) -> None:
+        """Refuse a trained bias beside an initialization by name, as PEFT does: each sets A and B alone."""
+        if self.lora_bias and isinstance(self.init_lora_weights, str):
+            raise ConfigError(
+                f"lora_bias=True is for init_lora_weights=True or False, got {self.init_lora_weights!r}",
+                "leave one of them out",
             )
 
     # -- what was made of it ----------------------------------------------------------------------------------------
@@ -147,7 +155,8 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
         """
         for name in type(self).model_fields:
             setattr(self, name, getattr(resolved, name))
-        self._made = {name: getattr(self, name) for name in LoraSettings.model_fields}
+        made = LoraSettings.model_fields.keys() - {"init_lora_weights"}  # which changes no layer that is there
+        self._made = {name: getattr(self, name) for name in made}
 
     def as_made(self) -> PeftConfig:
         """Return a copy with the settings that the adapter was made with, for its file.
@@ -178,12 +187,12 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
     @property
     def variant(self) -> Variant:
         """The variant of LoRA that the settings choose."""
-        return chosen_variant(self._foreign)
+        return chosen_variant({**self._foreign, **{name: getattr(self, name) for name in type(self).model_fields}})
 
     @property
     def variant_settings(self) -> dict[str, Any]:
         """The values of the chosen variant's own settings."""
-        return {key: self._foreign.get(key, neutral) for key, neutral in self.variant.settings.items()}
+        return {key: getattr(self, key) for key in self.variant.settings}
 
     def named_base(self, adapter: str | Path) -> str | None:
         """Return the base that the file names: a hub id, never a path, which a stranger may have written.

@@ -7,10 +7,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lorakeet.adapter.inspect import SavedLayer, pairs, saved_layers
+from lorakeet.adapter.inspect import SavedLayer, saved_layers
 from lorakeet.adapter.serialization import read_tensors
 from lorakeet.adapter.tensor_checks import nonfinite_error
 from lorakeet.errors import AdapterError
+from lorakeet.lora.algebra.blocks import split_blocks
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.targeting import layer_index
 from lorakeet.rank.spectrum import Spectrum, singular_values
@@ -45,7 +46,7 @@ def read_layers(name: str | Path, **where: Any) -> tuple[PeftConfig, dict[str, A
 
 def spectrum_of(layer: SavedLayer) -> Spectrum:
     """Compute the singular values of a layer's update."""
-    blocks = pairs(layer.tensors["A"], layer.tensors["B"], layer.rank)
+    blocks = split_blocks(layer.tensors["A"], layer.tensors["B"], layer.rank)
     return Spectrum(tuple(tuple(singular_values(a, b, layer.scaling)) for a, b in blocks))
 
 
