@@ -21,12 +21,21 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lorakeet.errors import BaseModelError, ConfigError, did_you_mean
 from lorakeet.kernels.int8.format import scale_size
-from lorakeet.quant.int8 import Int8Embedding, Int8Linear, int8_layer, int8_layers, plain_layer, quantize_dense
+from lorakeet.quant.int8 import (
+    BLOCK_ROWS,
+    Int8Embedding,
+    Int8Linear,
+    int8_layer,
+    int8_layers,
+    plain_layer,
+    quantize_dense,
+)
 from lorakeet.quant.layer_selection import layers_to_quantize, vocabulary_layers
 from lorakeet.quant.mmap_release import MappedFiles
 from lorakeet.quant.replace import dense_shape, tie_tensors
 from lorakeet.quant.resize_vocabulary import enable_resizing
 from lorakeet.quant.saved_layers import layers_saved_in_int8
+from lorakeet.runs.process_memory import return_free_memory
 
 #: Name of the method in a model's ``config.json``.
 METHOD = "lorakeet_int8"
@@ -138,6 +147,8 @@ class Int8Quantizer(HfQuantizer):
                 layer.weight.requires_grad_(False)
                 layer.scale.requires_grad_(False)
         enable_resizing(model)
+        self.files.release()
+        return_free_memory()
 
     def _check_shapes(self, model: PreTrainedModel) -> None:
         """Check all weights against the architecture; a task's head of another shape is left to the caller.
@@ -194,7 +205,7 @@ class _Quantize(ConversionOps):
             if leaf != "weight" or not isinstance(layer, (Int8Linear, Int8Embedding)):
                 made[name] = tensor
                 continue
-            if not torch.isfinite(tensor).all():
+            if not all(torch.isfinite(block).all() for block in tensor.split(BLOCK_ROWS)):
                 self.quantizer.not_finite.append(owner)
             vocabulary = len(layer.scale) == len(layer.weight)
             weight = quantize_dense(tensor.T.contiguous() if layer.transposed else tensor, vocabulary)
