@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(command: str, words: list[str], debug: bool) -> int:
-    from lorakeet.cli.options import UsageError, parse_and_call, usage_hint, usage_message
+    from lorakeet.cli.shared.options import UsageError, parse_and_call, usage_hint, usage_message
     from lorakeet.errors import LorakeetError
 
     try:
