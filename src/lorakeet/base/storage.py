@@ -27,6 +27,7 @@ from lorakeet.errors import BaseModelError
 from lorakeet.kernels.nf4.format import BLOCK
 from lorakeet.quant.protocol import quantized_layers
 from lorakeet.security.json_file import read_object
+from lorakeet.security.paths import is_file
 
 GENERATION_CONFIG = "generation_config.json"
 #: Bytes of the scale of each row of a quantized matrix.
@@ -146,7 +147,7 @@ def check_generation_config(folder: Path) -> None:
     """
     file = folder / GENERATION_CONFIG
     try:
-        if file.is_file():
+        if is_file(file):
             read_object(file)
     except ValueError as error:
         raise BaseModelError(f"{file} is not readable as JSON: {error}", "download it again, or delete it") from error
@@ -177,7 +178,7 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path, source: Pat
         model.generation_config = generation
         for key, value in legacy.items():
             setattr(model.config, key, value)
-    if own.is_file():
+    if is_file(own):
         shutil.copyfile(own, folder / GENERATION_CONFIG)
     elif generation is not None and model.can_generate():
         generation.to_json_file(folder / GENERATION_CONFIG, use_diff=True)

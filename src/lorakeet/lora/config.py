@@ -28,7 +28,7 @@ from lorakeet.lora.lifecycle.adapter_files import FILE_ARGUMENTS, find_adapter_f
 from lorakeet.lora.peft_names.other_settings import NEUTRAL, is_neutral, without_runtime
 from lorakeet.lora.variants import Variant, chosen_variant, variant_settings
 from lorakeet.security.json_file import JsonError, read_object
-from lorakeet.security.paths import is_hub_id
+from lorakeet.security.paths import is_file, is_hub_id
 from lorakeet.setting_types import settings_error
 
 #: Bytes of the largest ``adapter_config.json``; some name each of thousands of layers.
@@ -240,7 +240,7 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
         path = find_adapter_file(pretrained_model_name_or_path, CONFIG_NAME, **where)
         if path is None:
             folder = Path(pretrained_model_name_or_path)
-            if (folder / "config.json").is_file():
+            if is_file(folder / "config.json"):
                 raise AdapterError(f"{folder} is a model, expected an adapter", f"use it without one: --model {folder}")
             raise AdapterError(
                 f"{pretrained_model_name_or_path} has no {CONFIG_NAME}",
