@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from lorakeet.peft_api.task_models import PeftModelForSequenceClassification as PeftModelForSequenceClassification
     from lorakeet.peft_api.task_models import PeftModelForTokenClassification as PeftModelForTokenClassification
     from lorakeet.quant.hf_quantizer import Int8Config as Int8Config
+    from lorakeet.train.lorafa import create_lorafa_optimizer as create_lorafa_optimizer
     from lorakeet.train.loraplus import create_loraplus_optimizer as create_loraplus_optimizer
     from lorakeet.train.trainer import Trainer as Trainer
 
@@ -69,6 +70,7 @@ _NAMES = {
     "base.load": "load_base",
     "log": "LorakeetWarning",
     "quant.hf_quantizer": "Int8Config",
+    "train.lorafa": "create_lorafa_optimizer",
     "train.loraplus": "create_loraplus_optimizer",
     "train.trainer": "Trainer",
     "peft_api.auto_model": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "

@@ -13,6 +13,7 @@ from lorakeet.config import DEFAULT_MODEL, LoraSettings, RunConfig
 from lorakeet.errors import ConfigError
 from lorakeet.facts.limits import limits_of
 from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.lifecycle.frozen_a import freeze_lora_a
 from lorakeet.tasks.setup import adapter_config
 from lorakeet.tasks.task import Task
 
@@ -77,5 +78,9 @@ def fit_base(config: RunConfig, base: Base) -> Base:
 def put_adapter(config: RunConfig, base: Base, task: Task) -> PeftModel:
     """Put the adapter of a run on its base: a new one, or the one to continue from."""
     if config.train.init_adapter is None:
-        return get_peft_model(base.model, adapter_config(config, base, task))
-    return PeftModel.from_pretrained(base.model, config.train.init_adapter, is_trainable=True)
+        model = get_peft_model(base.model, adapter_config(config, base, task))
+    else:
+        model = PeftModel.from_pretrained(base.model, config.train.init_adapter, is_trainable=True)
+    if config.train.lorafa:
+        freeze_lora_a(model)
+    return model

@@ -249,6 +249,7 @@ class Run(RunOutput):
             "locations": data.train_locations,
             "token_budget": budget,
             "loraplus": self.loraplus,
+            "lorafa": train.lorafa,
         }
         if self.task.name == "CAUSAL_LM":
             trainer = Trainer(**settings)

@@ -17,6 +17,7 @@ from lorakeet.config import BaseSettings, RunConfig, TaskSettings
 from lorakeet.data.prepared import Prepared
 from lorakeet.errors import BaseModelError
 from lorakeet.log import silent
+from lorakeet.lora.lifecycle.frozen_a import freeze_lora_a
 from lorakeet.plan.cut_model import whole_model
 from lorakeet.plan.free_memory import free_memory, resident_bytes
 from lorakeet.plan.pass_cost import PassCost, choose_every, seconds_of
@@ -103,6 +104,8 @@ def plan_run(
     task = Task(chosen.type, data.problem, data.labels) if data is not None else Task(chosen.type)
     rows = rows_of(data, config, task.name)
     model = whole_model(config, found, task)
+    if config.train.lorafa:
+        freeze_lora_a(model)
     weights = Weights.of(model)
     restart_peak()
     before = resident_bytes()
