@@ -1,4 +1,4 @@
-"""The commands as functions: load a model with adapters, evaluate, generate, predict, compare, merge, quantize, plan.
+"""The commands as functions: load a model with adapters, evaluate, generate, predict, compare, merge, quantize, export, plan.
 
 Each takes settings and returns plain values; nothing here prints to stdout.
 """
@@ -13,11 +13,20 @@ from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.base.architectures import AUTO_CLASSES, DEFAULT_TASKS, check_task, family
 from lorakeet.base.meta_device import meta_model, read_config
 from lorakeet.chat.template import has_system_turn, with_system_turn
-from lorakeet.config import BaseSettings, DataSettings, LoraSettings, RunConfig, TaskName, TaskSettings
+from lorakeet.config import (
+    QUANTIZED_FORMATS,
+    BaseSettings,
+    DataSettings,
+    LoraSettings,
+    RunConfig,
+    TaskName,
+    TaskSettings,
+)
 from lorakeet.data.collate import make_collator
 from lorakeet.data.prepare import prepare
 from lorakeet.errors import DataError
-from lorakeet.export import check_empty, merge, quantize
+from lorakeet.export.models import check_empty, merge, quantize
+from lorakeet.export.run import export
 from lorakeet.facts.vocabulary import embedding_rows
 from lorakeet.facts.window import window
 from lorakeet.inference.generate import Prompt, complete
@@ -31,6 +40,7 @@ from lorakeet.lora.inject import plan_injection
 from lorakeet.plan.fit import Fitted, bytes_of
 from lorakeet.plan.plan import Plan
 from lorakeet.rank.resize import resize
+from lorakeet.tasks.setup import lora_arguments
 from lorakeet.tasks.task import Task
 from lorakeet.tasks.taught import Taught
 from lorakeet.train.evaluate import evaluate
@@ -45,6 +55,7 @@ __all__ = [
     "check_empty",
     "compare",
     "evaluate_data",
+    "export",
     "fit_training",
     "generate",
     "merge",
@@ -253,7 +264,7 @@ def plan_layers(model: str, lora: LoraSettings, task: TaskName = "auto") -> dict
     task = DEFAULT_TASKS[family(config)] if task == "auto" else task
     check_task(task, config, model)
     ghost = meta_model(config, auto_class=AUTO_CLASSES[task])
-    adapter: PeftConfig = LoraConfig(**lora.model_dump(), task_type=Task(task).peft_type)
+    adapter: PeftConfig = LoraConfig(**lora_arguments(lora, min(QUANTIZED_FORMATS)), task_type=Task(task).peft_type)
     adapter = resolve_config(ghost, adapter)
     targets = plan_injection(ghost, adapter)
     trainable, total = get_peft_model(ghost, adapter).get_nb_trainable_parameters()
