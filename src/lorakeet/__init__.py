@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from lorakeet.lora.initialization.settings import LoftQConfig as LoftQConfig
     from lorakeet.lora.layer import LoraLayer as LoraLayer
     from lorakeet.lora.model import LoraModel as LoraModel
+    from lorakeet.lora.variants.bdlora import BdLoraConfig as BdLoraConfig
+    from lorakeet.lora.variants.velora import VeloraConfig as VeloraConfig
     from lorakeet.peft_api.auto_model import AutoPeftModel as AutoPeftModel
     from lorakeet.peft_api.auto_model import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
     from lorakeet.peft_api.auto_model import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -71,6 +73,8 @@ _NAMES = {
     "lora.initialization.settings": "EvaConfig LoftQConfig",
     "lora.layer": "LoraLayer",
     "lora.model": "LoraModel",
+    "lora.variants.bdlora": "BdLoraConfig",
+    "lora.variants.velora": "VeloraConfig",
     "adapter.peft_model": "PeftModel get_peft_model",
     "base.kbit": "prepare_model_for_kbit_training",
     "base.load": "load_base",
