@@ -50,9 +50,9 @@ def corrected_gradient(gradient: Tensor, lora_A: Tensor, scaling: float) -> Tens
     """Return g' above for g_B [out, r, ...] and A [r, in], in the gradient's dtype and shape."""
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     a = lora_A.to(dtype)
-    gram = a @ a.T + _RIDGE * torch.eye(len(a), dtype=dtype, device=a.device)
-    solved = torch.linalg.solve(gram, gradient.flatten(1).to(dtype), left=False)
-    return (solved / scaling**2).view_as(gradient).to(gradient.dtype)
+    gram = (a @ a.T).double()  # inverted in fp64, [r, r]; the products have the same bits with any number of threads
+    inverse = torch.linalg.inv(gram + _RIDGE * torch.eye(len(a), dtype=gram.dtype, device=a.device)) / scaling**2
+    return (gradient.flatten(1).to(dtype) @ inverse.to(dtype)).view_as(gradient).to(gradient.dtype)
 
 
 def create_lorafa_optimizer(
