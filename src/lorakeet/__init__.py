@@ -63,11 +63,8 @@ if TYPE_CHECKING:
     from lorakeet.peft_api.task_models import PeftModelForSequenceClassification as PeftModelForSequenceClassification
     from lorakeet.peft_api.task_models import PeftModelForTokenClassification as PeftModelForTokenClassification
     from lorakeet.quant.hf_quantizer import Int8Config as Int8Config
-<<<<<<< HEAD
-    from lorakeet.train.lorafa import create_lorafa_optimizer as create_lorafa_optimizer
-=======
     from lorakeet.quant.hf_quantizer import Nf4Config as Nf4Config
->>>>>>> main
+    from lorakeet.train.lorafa import create_lorafa_optimizer as create_lorafa_optimizer
     from lorakeet.train.loraplus import create_loraplus_optimizer as create_loraplus_optimizer
     from lorakeet.train.trainer import Trainer as Trainer
 
@@ -83,13 +80,9 @@ _NAMES = {
     "base.kbit": "prepare_model_for_kbit_training",
     "base.load": "load_base",
     "log": "LorakeetWarning",
-<<<<<<< HEAD
-    "quant.hf_quantizer": "Int8Config",
-    "train.lorafa": "create_lorafa_optimizer",
-=======
->>>>>>> main
-    "train.loraplus": "create_loraplus_optimizer",
     "quant.hf_quantizer": "Int8Config Nf4Config",
+    "train.lorafa": "create_lorafa_optimizer",
+    "train.loraplus": "create_loraplus_optimizer",
     "train.trainer": "Trainer",
     "peft_api.auto_model": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
     "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
