@@ -30,6 +30,7 @@ from lorakeet.errors import OutputError, TrainingError
 from lorakeet.files import not_removed
 from lorakeet.log import info, log, warn
 from lorakeet.lora.initialization.eva import first_batches
+from lorakeet.lora.lifecycle.frozen_a import freeze_lora_a
 from lorakeet.patches.gradient_checkpointing import gradient_checkpointing
 from lorakeet.patches.of_training import training_patches
 from lorakeet.plan.free_memory import free_memory
@@ -148,6 +149,8 @@ def _load(config: RunConfig, folder: Path, state: PartialState, began: float) ->
     set_seed(config.train.seed)
     collate = partial(make_collator, chosen, base.tokenizer)
     model = put_adapter(config, base, task, lambda model: first_batches(data.train, collate(model)))
+    if config.train.lorafa:
+        freeze_lora_a(model)
     if config.train.fsdp:
         check_can_shard(model, state.num_processes, config.train.fsdp_size)
     return Run(config, folder, base, model, data, chosen, task, args, began, plan)
@@ -252,6 +255,7 @@ class Run(RunOutput):
             "locations": data.train_locations,
             "token_budget": budget,
             "loraplus": self.loraplus,
+            "lorafa": train.lorafa,
         }
         if self.task.name == "CAUSAL_LM":
             trainer = Trainer(**settings)

@@ -19,6 +19,7 @@ from lorakeet.config import BaseSettings, RunConfig, TaskSettings
 from lorakeet.data.prepared import Prepared
 from lorakeet.errors import BaseModelError
 from lorakeet.log import silent
+from lorakeet.lora.lifecycle.frozen_a import freeze_lora_a
 from lorakeet.plan.cut_model import whole_model
 from lorakeet.plan.free_memory import free_memory
 from lorakeet.plan.pass_cost import PassCost, choose_every, seconds_of
@@ -207,6 +208,8 @@ def _measured(
     restart_peak()
     before = resident_bytes()
     model = whole_model(config, found, task)
+    if config.train.lorafa:
+        freeze_lora_a(model)
     weights = Weights.of(model, config.base, choose_device(config.base.device))
     with silent():
         costs = Costs.of(PassMeter(config, model, found, chosen, task, rows), config, rows, processes)
