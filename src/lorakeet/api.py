@@ -1,4 +1,4 @@
-"""The commands as functions: load a model with adapters, evaluate, generate, predict, compare, merge, quantize, plan.
+"""The commands as functions: load a model with adapters, evaluate, generate, predict, compare, merge, quantize, export, plan.
 
 Each takes settings and returns plain values; nothing here prints to stdout.
 """
@@ -25,7 +25,8 @@ from lorakeet.config import (
 from lorakeet.data.collate import make_collator
 from lorakeet.data.prepare import prepare
 from lorakeet.errors import DataError
-from lorakeet.export import check_empty, merge, quantize
+from lorakeet.export.models import check_empty, merge, quantize
+from lorakeet.export.run import export
 from lorakeet.facts.vocabulary import embedding_rows
 from lorakeet.facts.window import window
 from lorakeet.inference.generate import Prompt, complete
@@ -54,6 +55,7 @@ __all__ = [
     "check_empty",
     "compare",
     "evaluate_data",
+    "export",
     "fit_training",
     "generate",
     "merge",

@@ -181,6 +181,7 @@ COMPLETE = {
     "push": ["./none", "me/it"],
     "inspect": ["./none"],
     "rank": ["./none"],
+    "export": ["./none", "--for", "peft", "--out", "new"],
     "plan": ["--model", "./none"],
 }
 #: Flags of which a good value begins the work of the demo.

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lorakeet.adapter.compatibility import readers
+from lorakeet.adapter.compatibility import exports, readers
 from lorakeet.adapter.serialization import read_notes, read_tensors
 from lorakeet.adapter.tensor_checks import is_untrained, nonfinite_error
 from lorakeet.adapter.tensor_names import PREFIX
@@ -116,6 +116,7 @@ def inspect_adapter(name: str | Path, *, revision: str | None = None, subfolder:
     - ``trained_whole``: names of the other tensors.
     - ``learned``, ``dead_layers``, ``finite``, ``problems``: whether it is trained, and what keeps it from being loaded.
     - ``readers``: the tools that can load it.
+    - ``exports``: the tools that ``lorakeet export`` can write it for.
     - ``lorakeet``: the content of our own file.
 
     Raises:
@@ -132,6 +133,7 @@ def inspect_adapter(name: str | Path, *, revision: str | None = None, subfolder:
     errors = [error for layer in layers if (error := layer.error())] + ([nonfinite] if nonfinite else [])
     refused = errors + ([] if trained else ["it is untrained"])
     architecture = ((notes.get("base") or {}).get("fingerprint") or {}).get("architecture")
+    ranks = {layer["r"] for layer in summaries}
     own_settings = (*type(config).model_fields, *config.variant_settings)
     return {
         "adapter": str(name),
@@ -148,7 +150,8 @@ def inspect_adapter(name: str | Path, *, revision: str | None = None, subfolder:
         "dead_layers": [layer["name"] for layer in summaries if layer["dead"]],
         "finite": nonfinite is None,
         "problems": errors,
-        "readers": readers(config, tensors, {layer["r"] for layer in summaries}, base=architecture, problems=refused),
+        "readers": readers(config, tensors, ranks, base=architecture, problems=refused),
+        "exports": exports(config, tensors, ranks, base=architecture),
         "lorakeet": notes,
     }
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "complete prompts with a model, or with one or more adapters",
     "predict": "predict classes, tags, answers, vectors or masked tokens",
     "merge": "merge an adapter into its base and save a plain model",
+    "export": "write an adapter for PEFT, vLLM, llama.cpp or mlx-lm, or a merged model in GGUF",
     "quantize": "save a base in 8 bits, so that it loads in seconds",
     "push": "upload an adapter to the hub",
     "inspect": "show what an adapter is, whether it was trained, and which tools load it",

@@ -25,6 +25,7 @@ from lorakeet.lora.interop.wrappers import canonical_settings
 from lorakeet.lora.lifecycle.adapter_files import CONFIG_NAME as CONFIG_NAME
 from lorakeet.lora.lifecycle.adapter_files import DOWNLOAD_ARGUMENTS as DOWNLOAD_ARGUMENTS
 from lorakeet.lora.lifecycle.adapter_files import FILE_ARGUMENTS, find_adapter_file
+from lorakeet.lora.peft_names.other_settings import NEUTRAL, is_neutral, without_runtime
 from lorakeet.lora.variants import Variant, chosen_variant, variant_settings
 from lorakeet.security.json_file import JsonError, read_object
 from lorakeet.security.paths import is_hub_id
@@ -34,23 +35,6 @@ from lorakeet.setting_types import settings_error
 LARGEST_FILE = 1 << 22
 #: Release of PEFT whose file format is read and written.
 PEFT_FORMAT = "0.21.2"
-
-#: PEFT's keys that Lorakeet does not implement -> the values that mean "not used".
-NEUTRAL: dict[str, Any] = {
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "corda_config": None,
-    "kasa_config": None,
-    "layer_replication": None,
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "monteclora_config": None,
-    "qalora_group_size": 16,
-    "use_bdlora": None,
-    "use_qalora": False,
-    "velora_config": None,
-}
 
 
 #: PEFT's keys with the settings of single initializations -> the values that mean "not used".
@@ -100,6 +84,7 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
 
     def __init__(self, **values: Any) -> None:
         hook_trainer()
+        values = without_runtime(values)
         unknown = set(values) - set(type(self).model_fields) - _foreign_keys()
         if unknown:
             raise ConfigError(
@@ -118,7 +103,7 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
             raise settings_error(error, type(self)) from None
         self._foreign = {**foreign, **own_settings(self.init_lora_weights, foreign)}
         supported = {*self.variant.settings, *INITIALIZATION}
-        unsupported = {k: v for k, v in foreign.items() if k not in supported and not _is_neutral(k, v)}
+        unsupported = {k: v for k, v in foreign.items() if k not in supported and not is_neutral(k, v)}
         if unsupported:
             listed = ", ".join(f"{key}={value!r}" for key, value in sorted(unsupported.items()))
             raise ConfigError(
@@ -302,10 +287,3 @@ def _foreign_keys() -> set[str]:
 
 def _integral(value: float) -> int | float:
     return int(value) if float(value).is_integer() else value
-
-
-def _is_neutral(key: str, value: Any) -> bool:
-    """Whether a foreign key does not change the result: unset, PEFT's default, or read only when another key is set."""
-    if value in (None, False, {}, []) or key in ("megatron_core", "qalora_group_size"):
-        return True
-    return value == {**NEUTRAL, **variant_settings()}.get(key)

@@ -63,7 +63,7 @@ def resize(
     new = with_ranks(config, ranks)
     notes = {**read_notes(name, **where), "resized": {"from": config.r, "energy_kept": min(kept)}}
     with write_folder(out) as aside:
-        _copy_others(name, aside)
+        copy_others(name, aside)
         save_file({key: tensor.contiguous() for key, tensor in resized.items()}, aside / WEIGHTS_NAME, {"format": "pt"})
         new.save_pretrained(aside)
         write_json(aside / OWN_NAME, notes)
@@ -115,8 +115,12 @@ def _truncated(layer: SavedLayer, r: int, tensors: dict[str, Tensor]) -> dict[st
     return changed
 
 
-def _copy_others(name: str | Path, aside: Path) -> None:
-    """Copy the adapter's further files, such as its tokenizer; of a hub id those that Lorakeet wrote."""
+def copy_others(name: str | Path, aside: Path) -> None:
+    """Copy the further files of an adapter, such as its tokenizer; of a hub id those that Lorakeet wrote.
+
+    Raises:
+        AdapterError: One of them is a link that leads out of the folder.
+    """
     folder = adapter_folder(name)
     written = (WEIGHTS_NAME, CONFIG_NAME, OWN_NAME, CARD_NAME)
     for path in folder.iterdir() if folder.is_dir() else ():

@@ -66,7 +66,7 @@ def merge(
     folder = check_empty(out, overwrite)
     settings = settings_of_base(settings, PeftConfig.from_pretrained(adapter), adapter)
     with write_folder(folder) as aside:  # fails before the expensive part if the folder is not writable
-        source, asked, loaded = _formats_of(settings)
+        source, asked, loaded = formats_of(settings)
         check_room(folder, bytes_to_store(source, asked))
         opened = open_model(loaded, [adapter], allow_other_base=allow_other_base, allow_untrained=allow_untrained)
         formats = _stored(opened.model, source, asked)
@@ -105,7 +105,7 @@ def quantize(settings: BaseSettings, out: str | Path, *, overwrite: bool = False
         name = method.get("quant_method", "") if isinstance(method, dict) else ""
         raise BaseModelError(f"{settings.model} is quantized already ({name})", "give the full-precision model")
     with write_folder(folder) as aside:  # fails before the expensive part if the folder is not writable
-        source, asked, loaded = _formats_of(settings)
+        source, asked, loaded = formats_of(settings)
         check_room(folder, bytes_to_store(source, asked, bits=8))
         base = load_base(loaded.model_copy(update={"bits": 8}), auto_class=own_class(config))
         if base.fresh:
@@ -121,7 +121,7 @@ def quantize(settings: BaseSettings, out: str | Path, *, overwrite: bool = False
     return {"path": str(folder), "base": base.name, **sizes}
 
 
-def _formats_of(settings: BaseSettings) -> tuple[Path, str | None, BaseSettings]:
+def formats_of(settings: BaseSettings) -> tuple[Path, str | None, BaseSettings]:
     """Return the folder of a base, the number format that is asked for, and the settings to load the base with.
 
     On a CPU the base is loaded in fp32, which every processor computes in alike; on a GPU in the widest format of its files.
