@@ -1,7 +1,7 @@
 """Hot-swapping: another adapter's tensors in the place of those of a loaded one, so that a compiled model stays compiled.
 
-The parameters stay the very same objects, and s may be a tensor, so nothing that ``torch.compile`` guards changes. Adapters of
-lower ranks are filled up with zeros. The settings follow, so a saved adapter is the one that answers.
+The parameters stay the very same objects, and s may be a tensor, so nothing that ``torch.compile`` guards changes. Lower
+ranks are filled up with zeros. The settings follow, so a saved adapter is the one that answers.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lorakeet.lora.lifecycle.adapter_files import DOWNLOAD_ARGUMENTS
 from lorakeet.lora.lifecycle.merged import merged_names
 from lorakeet.lora.linear import LoraPair
 from lorakeet.lora.model import LoraModel
+from lorakeet.lora.peft_names.words import COMPILED, NO_ADAPTER, TOO_LOW
 from lorakeet.lora.target_parameters import LoraParameter
 from lorakeet.lora.targeting import target_of
 
@@ -45,8 +46,8 @@ def hotswap_adapter(
         **kwargs: ``revision``, ``subfolder``, ``allow_other_base``, and the arguments of a download.
 
     Raises:
-        AdapterError: The new adapter has tensors that the model has no place for; NaN or infinite values; another base; or
-            the old one is merged, or there is none of this name.
+        AdapterError: The new adapter has tensors that the model has no place for, NaN or infinite values, or another base.
+            Or the old one is merged, or there is none of this name.
     """
     where = {key: kwargs.pop(key) for key in ("revision", "subfolder", *DOWNLOAD_ARGUMENTS) if key in kwargs}
     allow_other_base = kwargs.pop("allow_other_base", False)
@@ -121,7 +122,7 @@ def prepare_model_for_compiled_hotswap(
         _tell_compiled(check_compiled)
     layers = [layer for _, layer in _pairs(model) if layer.adapters]
     if not layers:
-        raise AdapterError("No adapter layers found on the model: there is nothing to prepare", "load an adapter first")
+        raise AdapterError(NO_ADAPTER, "load an adapter first")
     if target_rank is not None:
         for layer in layers:
             _check_rank(layer, target_rank)
@@ -141,11 +142,11 @@ def prepare_model_for_compiled_hotswap(
 
 def _tell_compiled(how: str) -> None:
     if how == "error":
-        raise AdapterError("Call prepare_model_for_compiled_hotswap *before* compiling the model")
+        raise AdapterError(COMPILED, "check_compiled='warn' goes on")
     if how == "warn":
         warn("prepare_model_for_compiled_hotswap was called with a model that is already compiled: it compiles again")
     elif how != "ignore":
-        raise AdapterError(f"check_compiled should be one of 'error', 'warn' or 'ignore', got {how!r}")
+        raise AdapterError(f"check_compiled is {how!r}, expected 'error', 'warn' or 'ignore'")
 
 
 def _checked(model: Any, adapter: str) -> Any:
@@ -154,7 +155,10 @@ def _checked(model: Any, adapter: str) -> Any:
     if not isinstance(inner, LoraModel):
         raise AdapterError("this model has no adapter to swap out", "PeftModel.from_pretrained first")
     if adapter not in inner.peft_config:
-        raise AdapterError(f"no adapter {adapter!r} to swap out, there is {', '.join(map(repr, inner.peft_config))}")
+        raise AdapterError(
+            f"no adapter {adapter!r} to swap out, there is {', '.join(map(repr, inner.peft_config))}",
+            "give the name of a loaded one",
+        )
     if adapter in merged_names(inner):
         raise AdapterError(f"adapter {adapter!r} is merged into the base, so it cannot be swapped out", "unmerge first")
     return inner
@@ -173,9 +177,12 @@ def _pairs(model: nn.Module) -> list[tuple[str, Any]]:
 def _swap(model: LoraModel, adapter: str, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
     names, state = tensor_names(model, adapter), model.state_dict(keep_vars=True)
     if unexpected := sorted(key for key in tensors if key not in names):
-        raise AdapterError(f"the adapter cannot be swapped in: unexpected keys found: {', '.join(unexpected[:5])}")
+        raise AdapterError(
+            f"the adapter cannot be swapped in: unexpected keys found: {', '.join(unexpected[:5])}",
+            "it adapts other layers: load_adapter",
+        )
     if error := nonfinite_error(tensors):
-        raise AdapterError(f"the adapter cannot be swapped in: {error}")
+        raise AdapterError(f"the adapter cannot be swapped in: {error}", "train it again")
     for key, own in names.items():
         if key in tensors:
             _put(model, own, state[own], tensors[key])
@@ -213,12 +220,11 @@ def _first_ranks(old: Tensor, shape: torch.Size, groups: int) -> Tensor:
 def _check_rank(layer: LoraPair, rank: int) -> None:
     groups = getattr(layer.base_layer, "groups", 1)
     if rank % groups:
-        raise AdapterError(f"the target rank {rank} is not divisible by {groups}, the groups of a convolution")
-    if larger := [r for r in layer.r.values() if r > rank]:
         raise AdapterError(
-            f"Trying to pad the adapter to the target rank {rank}, but the original rank is larger ({larger[0]})",
-            "give the largest rank of all adapters",
+            f"the target rank is {rank}, expected one that is divisible by the {groups} groups of a convolution"
         )
+    if larger := [r for r in layer.r.values() if r > rank]:
+        raise AdapterError(TOO_LOW.format(rank=rank, own=larger[0]), "give the largest rank of all adapters")
 
 
 @torch.no_grad()
@@ -242,7 +248,7 @@ def _pad(layer: Any, adapter: str, rank: int) -> None:
 
 
 def _let_scale_change(layer: Any, adapter: str) -> None:
-    """Make s a tensor, which may change under a compiled model; such a layer runs step by step, not fused."""
+    """Make s a tensor, which may change under a compiled model; the layer then runs step by step, not fused."""
     getattr(layer, "_fused", set()).discard(adapter)
     if not isinstance(layer.scaling[adapter], Tensor):
         layer.scaling[adapter] = torch.tensor(layer.scaling[adapter], device=layer.base_layer.weight.device)
