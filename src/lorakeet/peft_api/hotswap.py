@@ -95,7 +95,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
         one, other = getattr(config0, key), getattr(config1, key)
         if one != other:
             raise AdapterError(
-                f"Configs are incompatible: for {key}, {one} != {other}",
+                INCOMPATIBLE.format(key=key, one=one, other=other),
                 "load it as an adapter of its own: load_adapter",
             )
 

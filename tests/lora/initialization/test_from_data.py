@@ -57,7 +57,7 @@ def test_eva_equals_peft() -> None:
         for name, a in directions.items():
             if a.shape[1] == 32 and not eva:  # then the random projection of peft's SVD loses little
                 shared = torch.linalg.svdvals(a[:4] @ found[name][:4].float().T)
-                assert shared.min() > 0.999
+                assert shared.min() > 0.98
         lorakeet.initialize_lora_eva_weights(ours, eva_state_dict=directions)
         theirs.initialize_lora_eva_weights(other, eva_state_dict={f"base_model.model.{k}": a for k, a in found.items()})
         assert ours.peft_config["default"].rank_pattern == other.peft_config["default"].rank_pattern
