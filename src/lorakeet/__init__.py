@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from lorakeet.peft_api.task_models import PeftModelForSequenceClassification as PeftModelForSequenceClassification
     from lorakeet.peft_api.task_models import PeftModelForTokenClassification as PeftModelForTokenClassification
     from lorakeet.quant.hf_quantizer import Int8Config as Int8Config
+    from lorakeet.quant.hf_quantizer import Nf4Config as Nf4Config
     from lorakeet.train.loraplus import create_loraplus_optimizer as create_loraplus_optimizer
     from lorakeet.train.trainer import Trainer as Trainer
 
@@ -74,8 +75,8 @@ _NAMES = {
     "base.kbit": "prepare_model_for_kbit_training",
     "base.load": "load_base",
     "log": "LorakeetWarning",
-    "quant.hf_quantizer": "Int8Config",
     "train.loraplus": "create_loraplus_optimizer",
+    "quant.hf_quantizer": "Int8Config Nf4Config",
     "train.trainer": "Trainer",
     "peft_api.auto_model": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
     "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "

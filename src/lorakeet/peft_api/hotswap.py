@@ -25,7 +25,7 @@ from lorakeet.lora.lifecycle.adapter_files import DOWNLOAD_ARGUMENTS
 from lorakeet.lora.lifecycle.merged import merged_names
 from lorakeet.lora.linear import LoraPair
 from lorakeet.lora.model import LoraModel
-from lorakeet.lora.peft_names.words import COMPILED, NO_ADAPTER, TOO_LOW
+from lorakeet.lora.peft_names.words import COMPILED, INCOMPATIBLE, NO_ADAPTER, TOO_LOW
 from lorakeet.lora.target_parameters import LoraParameter
 from lorakeet.lora.targeting import target_of
 

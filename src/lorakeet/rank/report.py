@@ -43,9 +43,9 @@ def read_layers(name: str | Path, **where: Any) -> tuple[PeftConfig, dict[str, A
     tensors = read_tensors(name, **where)
     layers, _ = saved_layers(tensors, config)
     if problem := next((error for layer in layers if (error := layer.error())), nonfinite_error(tensors)):
-        raise AdapterError(f"adapter {str(name)!r} has no singular values: {problem}", "train or save it again")
+        raise AdapterError(f"adapter {str(name)!r} cannot be used: {problem}", "train or save it again")
     if not layers:
-        raise AdapterError(f"adapter {str(name)!r} adapts no layer, so it has no rank", "give an adapter of LoRA")
+        raise AdapterError(f"adapter {str(name)!r} adapts no layer, so it has no update", "give an adapter of LoRA")
     return config, tensors, layers
 
 
