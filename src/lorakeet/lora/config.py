@@ -221,6 +221,16 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
         config._check_and_set(values)
         return config
 
+    @classmethod
+    def from_peft_type(cls, **values: Any) -> LoraConfig:
+        """Build the settings from values with a ``peft_type``, PEFT's name for :meth:`from_dict`."""
+        return cls.from_dict(values)
+
+    @staticmethod
+    def from_json_file(path_json_file: str | Path, **kwargs: Any) -> dict[str, Any]:
+        """Return the content of an ``adapter_config.json`` as a dictionary."""
+        return read_object(Path(path_json_file), LARGEST_FILE)
+
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``adapter_config.json`` into the folder."""
         write_json(Path(save_directory) / CONFIG_NAME, self.to_dict())
