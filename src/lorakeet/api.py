@@ -5,7 +5,7 @@ Each takes settings and returns plain values; nothing here prints to stdout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lorakeet.base.architectures import AUTO_CLASSES, DEFAULT_TASKS, check_task,
 from lorakeet.base.meta_device import meta_model, read_config
 from lorakeet.chat.template import has_system_turn, with_system_turn
 from lorakeet.config import BaseSettings, DataSettings, LoraSettings, RunConfig, TaskName
+from lorakeet.errors import AdapterError
 from lorakeet.export.models import check_empty, merge, quantize
 from lorakeet.export.run import export
 from lorakeet.inference.generate import Prompt, complete
@@ -33,7 +34,9 @@ from lorakeet.rank.resize import resize
 from lorakeet.tasks.task import Task
 from lorakeet.train.planning.planner import Planner, fit_run
 from lorakeet.workshop.combine import combine_files
-from lorakeet.workshop.evaluate import evaluate_data
+from lorakeet.workshop.evaluate import evaluate_data, prepare_samples
+from lorakeet.workshop.on_data import BASE, compare_on_rows
+from lorakeet.workshop.similarity import similarity_report
 
 #: Share of conversations with a system turn from which on one without is warned of.
 _MOST = 0.5
@@ -43,6 +46,7 @@ __all__ = [
     "check_empty",
     "combine_adapters",
     "compare",
+    "compare_adapters",
     "evaluate_data",
     "export",
     "fit_training",
@@ -270,6 +274,60 @@ def combine_adapters(
     given = [each] * len(adapters) if weights is None else weights
     folder = check_empty(out, overwrite)
     return combine_files(adapters, given, method, folder, allow_other_base=allow_other_base)
+
+
+def compare_adapters(
+    one: str,
+    other: str,
+    base: BaseSettings | None = None,
+    data: DataSettings | None = None,
+    *,
+    prompts: Sequence[Prompt] = (),
+    allow_other_base: bool = False,
+    max_new_tokens: int = 60,
+    progress: Callable[[int, int], None] | None = None,
+    **samples: Any,
+) -> dict[str, Any]:
+    """Compare two adapters: their updates, and with data or prompts what they do.
+
+    Args:
+        one: Folder or hub id.
+        other: The same, of the other adapter.
+        base: Settings of the base, which only data and prompts need.
+        data: Data to compare on, encoded as the first adapter was taught.
+        prompts: Prompts for completions side by side, greedy.
+        allow_other_base: Accept adapters of different bases.
+        max_new_tokens: Maximum number of new tokens of a completion.
+        progress: Function of the rows done and their number.
+        **samples: Arguments of :func:`lorakeet.workshop.evaluate.prepare_samples`, such as ``held_out_only``.
+
+    Returns:
+        The result of :func:`lorakeet.workshop.similarity.similarity_report`; with data also ``data``, the result of
+        :func:`lorakeet.workshop.on_data.compare_on_rows`; with prompts also ``completions``.
+
+    Raises:
+        AdapterError: An adapter cannot be read, they are of different bases, or generate no text.
+        DataError: The data cannot be read.
+    """
+    if str(one) == str(other):
+        raise AdapterError(f"adapter {str(one)!r} is given twice, expected two adapters", "name another one")
+    report = similarity_report(one, other, allow_other_base=allow_other_base)
+    if not data and not prompts:
+        return report
+    opened = open_model(base or BaseSettings(), [one, other], verb="generate", allow_other_base=allow_other_base)
+    if data:
+        rows = prepare_samples(opened, one, data, **samples)
+        report["data"] = compare_on_rows(opened, (one, other), rows, progress)
+    if prompts:
+        settings: dict[str, Any] = {"greedy": True, "max_new_tokens": max_new_tokens}
+        texts = {BASE: generate(opened, None, prompts, **settings)}
+        for answer in compare(opened, (one, other), prompts, **settings):
+            texts.setdefault(answer["adapter"], []).append(answer["text"])
+        report["completions"] = [
+            {"prompt": prompt, "texts": {name: own[row] for name, own in texts.items()}}
+            for row, prompt in enumerate(prompts)
+        ]
+    return report
 
 
 def plan_training(config: RunConfig) -> Plan:

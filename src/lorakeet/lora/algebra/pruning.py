@@ -79,13 +79,14 @@ def merged_update(terms: Sequence[Term], pruning: Pruning) -> Tensor:
     limits = [_limit(term, pruning) for term in terms]
     first = terms[0]
     merged = torch.empty(len(first.B), first.A.shape[1], dtype=first.dtype, device=first.A.device)
-    for start, stop in _row_ranges(first):
+    for start, stop in row_ranges(first):
         parts = [_kept(term.rows(start, stop), limit, pruning) for term, limit in zip(terms, limits, strict=True)]
         merged[start:stop] = _sum(torch.stack(parts), [term.weight for term in terms], pruning)
     return merged
 
 
-def _row_ranges(term: Term) -> Iterator[tuple[int, int]]:
+def row_ranges(term: Term) -> Iterator[tuple[int, int]]:
+    """Yield the first and last row of each part of ΔW that is dense at once."""
     step = max(1, _ENTRIES // term.A.shape[1])
     return ((start, start + step) for start in range(0, len(term.B), step))
 
@@ -99,7 +100,7 @@ def _limit(term: Term, pruning: Pruning) -> float:
     if not count:
         return float("inf")
     magnitudes = torch.empty(len(term.B), term.A.shape[1], dtype=term.dtype)
-    for start, stop in _row_ranges(term):
+    for start, stop in row_ranges(term):
         magnitudes[start:stop] = term.rows(start, stop).abs_()
     flat = magnitudes.flatten().numpy()
     flat.partition(size - count)  # in place: no second matrix
