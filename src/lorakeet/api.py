@@ -15,7 +15,14 @@ from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.base.architectures import AUTO_CLASSES, DEFAULT_TASKS, check_task, family
 from lorakeet.base.meta_device import meta_model, read_config
 from lorakeet.chat.template import has_system_turn, with_system_turn
-from lorakeet.config import BaseSettings, DataSettings, LoraSettings, RunConfig, TaskName
+from lorakeet.config import (
+    QUANTIZED_FORMATS,
+    BaseSettings,
+    DataSettings,
+    LoraSettings,
+    RunConfig,
+    TaskName,
+)
 from lorakeet.errors import AdapterError
 from lorakeet.export.models import check_empty, merge, quantize
 from lorakeet.export.run import export
@@ -31,6 +38,7 @@ from lorakeet.lora.inject import plan_injection
 from lorakeet.plan.fit import Fitted, bytes_of
 from lorakeet.plan.plan import Plan
 from lorakeet.rank.resize import resize
+from lorakeet.tasks.setup import lora_arguments
 from lorakeet.tasks.task import Task
 from lorakeet.train.planning.planner import Planner, fit_run
 from lorakeet.workshop.combine import combine_files
@@ -190,7 +198,7 @@ def plan_layers(model: str, lora: LoraSettings, task: TaskName = "auto") -> dict
     task = DEFAULT_TASKS[family(config)] if task == "auto" else task
     check_task(task, config, model)
     ghost = meta_model(config, auto_class=AUTO_CLASSES[task])
-    adapter: PeftConfig = LoraConfig(**lora.model_dump(), task_type=Task(task).peft_type)
+    adapter: PeftConfig = LoraConfig(**lora_arguments(lora, min(QUANTIZED_FORMATS)), task_type=Task(task).peft_type)
     adapter = resolve_config(ghost, adapter)
     targets = plan_injection(ghost, adapter)
     trainable, total = get_peft_model(ghost, adapter).get_nb_trainable_parameters()

@@ -25,7 +25,7 @@ COMMANDS = {
     "predict": "predict classes, tags, answers, vectors or masked tokens",
     "merge": "merge an adapter into its base and save a plain model",
     "export": "write an adapter for PEFT, vLLM, llama.cpp or mlx-lm, or a merged model in GGUF",
-    "quantize": "save a base in 8 bits, so that it loads in seconds",
+    "quantize": "save a base in 8 or 4 bits, so that it loads in seconds",
     "push": "upload an adapter to the hub",
     "inspect": "show what an adapter is, whether it was trained, and which tools load it",
     "rank": "show which rank each layer of an adapter needs, and write a smaller adapter",
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(command: str, words: list[str], debug: bool) -> int:
-    from lorakeet.cli.options import UsageError, parse_and_call, usage_hint, usage_message
+    from lorakeet.cli.shared.options import UsageError, parse_and_call, usage_hint, usage_message
     from lorakeet.errors import LorakeetError
 
     try:

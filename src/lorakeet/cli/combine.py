@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lorakeet.cli.options import bounded
+from lorakeet.cli.shared.options import bounded
 from lorakeet.errors import ConfigError
 from lorakeet.setting_types import Count, Seed, Share
 

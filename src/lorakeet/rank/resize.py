@@ -18,7 +18,8 @@ from lorakeet.files import write_folder, write_json
 from lorakeet.lora.algebra.blocks import join_blocks, split_blocks
 from lorakeet.lora.algebra.decomposition import decompose
 from lorakeet.lora.algebra.settings import with_ranks
-from lorakeet.lora.config import CONFIG_NAME, PeftConfig, adapter_folder, find_adapter_file
+from lorakeet.lora.config import CONFIG_NAME, PeftConfig
+from lorakeet.lora.lifecycle.adapter_files import adapter_folder, find_adapter_file
 from lorakeet.rank.report import read_layers, spectrum_of
 from lorakeet.security.paths import file_problem
 
@@ -39,7 +40,7 @@ def resize(
         out: Folder to write, whole or not at all.
         rank: The rank of every layer.
         energy: Instead of ``rank``: the share of ‖ΔW‖² that each layer keeps; ranks differ then (``rank_pattern``).
-        where: See :func:`lorakeet.lora.config.find_adapter_file`.
+        where: See :func:`lorakeet.lora.lifecycle.adapter_files.find_adapter_file`.
 
     Returns:
         ``{"path", "ranks", "parameters_before", "parameters_after", "energy_kept"}``: the rank of each layer, parameters of
