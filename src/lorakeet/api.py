@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.base.architectures import AUTO_CLASSES, DEFAULT_TASKS, check_task, family
 from lorakeet.base.meta_device import meta_model, read_config
@@ -31,7 +29,6 @@ from lorakeet.inference.predict import predict as predict_rows
 from lorakeet.inference.questions import Question
 from lorakeet.loaded_model import LoadedModel, check_verb, open_model
 from lorakeet.log import info, warn
-from lorakeet.lora.algebra.methods import make_method
 from lorakeet.lora.config import LoraConfig, PeftConfig
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import plan_injection
@@ -41,7 +38,7 @@ from lorakeet.rank.resize import resize
 from lorakeet.tasks.setup import lora_arguments
 from lorakeet.tasks.task import Task
 from lorakeet.train.planning.planner import Planner, fit_run
-from lorakeet.workshop.combine import combine_files
+from lorakeet.workshop.combine import combine_adapters
 from lorakeet.workshop.evaluate import evaluate_data, prepare_samples
 from lorakeet.workshop.on_data import BASE, compare_on_rows
 from lorakeet.workshop.similarity import similarity_report
@@ -245,43 +242,6 @@ def resize_adapter(
         for name, which in (("loss_before", adapter), ("loss_after", str(out))):
             made[name] = evaluate_data(opened, which, data)["loss"]
     return made
-
-
-def combine_adapters(
-    adapters: Sequence[str | Path],
-    out: Path,
-    weights: Sequence[float] | None = None,
-    how: str = "linear",
-    *,
-    seed: int = 42,
-    overwrite: bool = False,
-    allow_other_base: bool = False,
-    **settings: Any,
-) -> dict[str, Any]:
-    """Write the combination of adapters as a new one; reads their files only.
-
-    Args:
-        adapters: Folders or hub ids.
-        out: Folder to write.
-        weights: One for each, of any sign; None: 1/n for sums, 1 for means (TIES).
-        how: One of :data:`lorakeet.lora.algebra.methods.METHODS`.
-        seed: Of the entries that DARE drops.
-        overwrite: Replace the contents of ``out``.
-        allow_other_base: Accept adapters of different bases.
-        **settings: ``density``, ``rank``, ``majority_sign_method`` and ``clamp`` of the method.
-
-    Returns:
-        The result of :func:`lorakeet.workshop.combine.combine_files`.
-
-    Raises:
-        AdapterError: An adapter cannot be read, or they cannot be combined in this way.
-        OutputError: ``out`` is not empty or not writable.
-    """
-    method = make_method(how, generator=torch.Generator().manual_seed(seed), **settings)
-    each = 1.0 if method.pruning.elect else 1 / max(1, len(adapters))
-    given = [each] * len(adapters) if weights is None else weights
-    folder = check_empty(out, overwrite)
-    return combine_files(adapters, given, method, folder, allow_other_base=allow_other_base)
 
 
 def compare_adapters(
