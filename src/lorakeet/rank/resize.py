@@ -58,7 +58,7 @@ def resize(
         r = ranks[layer.target.name] = max(groups, min(wanted, layer.rank) // groups * groups)
         kept.append(spectrum.energy_kept[r // groups - 1])
         resized |= _truncated(layer, r, tensors)
-    new = _with_ranks(config, ranks, [layer.name for layer in layers])
+    new = with_ranks(config, ranks, [layer.name for layer in layers])
     notes = {**read_notes(name, **where), "resized": {"from": config.r, "energy_kept": min(kept)}}
     with write_folder(out) as aside:
         copy_others(name, aside)
@@ -122,7 +122,7 @@ def _truncated(layer: SavedLayer, r: int, tensors: dict[str, Tensor]) -> dict[st
     return changed
 
 
-def _with_ranks(config: PeftConfig, ranks: dict[str, int], names: list[str]) -> PeftConfig:
+def with_ranks(config: PeftConfig, ranks: dict[str, int], names: list[str]) -> PeftConfig:
     """Return the settings with these ranks and s = 1; α equals the rank.
 
     Raises:
