@@ -25,7 +25,7 @@ from helpers.markdown_pages import (
     sentences_with_commands,
 )
 from lorakeet.cli import COMMANDS, main, reference
-from lorakeet.cli.options import typer_command
+from lorakeet.cli.shared.options import typer_command
 from lorakeet.config import RunConfig, read_run
 from lorakeet.files import cache_home
 from lorakeet.setting_types import setting_names

@@ -16,8 +16,8 @@ from helpers.tiny import make, shake
 from lorakeet import LoraConfig, PeftModel, get_peft_model
 from lorakeet.adapter.inspect import inspect_adapter
 from lorakeet.cli import main
-from lorakeet.rank import approximation
-from lorakeet.rank.approximation import nearest, nearest_for_energy
+from lorakeet.lora.algebra import approximation
+from lorakeet.lora.algebra.approximation import nearest, nearest_for_energy
 
 IDS = torch.tensor([[5, 9, 30, 41, 22, 7]])
 
@@ -46,7 +46,7 @@ def merged(base: Path, folder: Path, **settings: Any) -> Path:
 
 
 def extract(model: Path, base: Path, out: Path, *words: str) -> int:
-    return main(["rank", str(model), "--extract", "--model", str(base), "--out", str(out), *words])
+    return main(["extract", str(model), "--model", str(base), "--out", str(out), *words])
 
 
 def changes(model: Path, base: Path) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ def changes(model: Path, base: Path) -> dict[str, Tensor]:
 def test_a_merged_adapter_is_recovered_at_its_rank(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     model = merged(base, tmp_path / "model", **settings)
     words = ["--embeddings"] if "lm_head" in settings["target_modules"] else []
-    assert extract(model, base, tmp_path / "out", "--resize", "4", *words) == 0
+    assert extract(model, base, tmp_path / "out", "--rank", "4", *words) == 0
     again = PeftModel.from_pretrained(loaded(base), tmp_path / "out")
     torch.testing.assert_close(again(IDS).logits, loaded(model)(IDS).logits, rtol=0, atol=2e-5)
     found = inspect_adapter(tmp_path / "out")
@@ -78,14 +78,14 @@ def test_tied_ends_stay_tied(base: Path, tmp_path: Path) -> None:
     own = saved(tf.LlamaForCausalLM(llama_config(tie_word_embeddings=True)), tmp_path / "tied")
     settings = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}
     model = merged(own, tmp_path / "model", **settings)
-    assert extract(model, own, tmp_path / "out", "--resize", "4", "--embeddings") == 0
+    assert extract(model, own, tmp_path / "out", "--rank", "4", "--embeddings") == 0
     again = PeftModel.from_pretrained(loaded(own), tmp_path / "out")
     torch.testing.assert_close(again(IDS).logits, loaded(model)(IDS).logits, rtol=0, atol=2e-5)
 
 
 def test_a_lower_rank_is_the_best_approximation(base: Path, tmp_path: Path) -> None:
     model = merged(base, tmp_path / "model", target_modules=["q_proj", "down_proj"])
-    assert extract(model, base, tmp_path / "out", "--resize", "2") == 0
+    assert extract(model, base, tmp_path / "out", "--rank", "2") == 0
     best = PeftModel.from_pretrained(loaded(base), tmp_path / "out").merge_and_unload().state_dict()
     before = loaded(base).state_dict()
     for name, change in changes(model, base).items():
@@ -115,14 +115,14 @@ def test_norms_are_saved_whole_and_the_rest_is_told(
         model.model.norm.weight += 0.1
     saved(model, tmp_path / "model")
     with caplog.at_level("INFO", "lorakeet"):
-        assert extract(tmp_path / "model", base, tmp_path / "out", "--resize", "4") == 0
+        assert extract(tmp_path / "model", base, tmp_path / "out", "--rank", "4") == 0
     assert "saved whole, since they are no matrices" in caplog.text and "not in the adapter" not in caplog.text
     again = PeftModel.from_pretrained(loaded(base), tmp_path / "out")
     torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=0, atol=2e-5)
     with torch.no_grad():
         model.lm_head.weight += 0.1
     saved(model, tmp_path / "model")
-    assert extract(tmp_path / "model", base, tmp_path / "out", "--resize", "4", "--overwrite") == 0
+    assert extract(tmp_path / "model", base, tmp_path / "out", "--rank", "4", "--overwrite") == 0
     assert "changed, but not in the adapter: lm_head.weight; --embeddings adds" in caplog.text
 
 
@@ -136,7 +136,7 @@ def test_models_that_do_not_belong_together(base: Path, tmp_path: Path, capsys: 
         (wide, "[32, 56], expected [32, 48]"),
         (base, "no layer of the two"),
     ):
-        assert extract(model, base, tmp_path / "out", "--resize", "4") == 2
+        assert extract(model, base, tmp_path / "out", "--rank", "4") == 2
         assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 

@@ -18,6 +18,7 @@ from lorakeet.adapter.compatibility import exports, readers
 from lorakeet.adapter.serialization import read_notes, read_tensors
 from lorakeet.adapter.tensor_checks import is_untrained, nonfinite_error
 from lorakeet.adapter.tensor_names import PREFIX
+from lorakeet.lora.algebra.blocks import split_blocks
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.targeting import Target, matches, target_of
 
@@ -90,7 +91,7 @@ class SavedLayer:
     def summary(self) -> dict[str, Any]:
         """Return the layer's entry in :func:`inspect_adapter`; the layer must be whole."""
         a, b = self.tensors["A"], self.tensors["B"]
-        norm = math.hypot(*(update_norm(*block, self.scaling) for block in pairs(a, b, self.rank)))
+        norm = math.hypot(*(update_norm(*block, self.scaling) for block in split_blocks(a, b, self.rank)))
         return {
             "name": self.name,
             "kind": self.kind,
@@ -202,15 +203,6 @@ def _same_experts(rows: list[int], order: tuple[Target, ...]) -> bool:
     """Whether the rows of each A are the same multiple (the number of experts) of the targets' ranks."""
     divisible = all(n % target.r == 0 for n, target in zip(rows, order, strict=True))
     return divisible and len({n // target.r for n, target in zip(rows, order, strict=True)}) == 1
-
-
-def pairs(a: Tensor, b: Tensor, r: int) -> list[tuple[Tensor, Tensor]]:
-    """Return the A [r, in] and B [out, r] that are multiplied: one of each, or one for each group or expert."""
-    a, b = a.flatten(1), b.flatten(1)
-    if groups := len(a) // b.shape[1] - 1:
-        return list(zip(a.chunk(groups + 1), b.chunk(groups + 1), strict=True))
-    experts = len(a) // r
-    return list(zip(a.chunk(experts), (b[:, e::experts] for e in range(experts)), strict=True))
 
 
 def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import BASE_FLAGS, DATA_FLAGS, bounded, read_overrides, with_settings
+from lorakeet.cli.shared.options import BASE_FLAGS, DATA_FLAGS, bounded, read_overrides, with_settings
 from lorakeet.errors import ConfigError
 from lorakeet.setting_types import Count, Fraction
 
@@ -16,7 +16,7 @@ from lorakeet.setting_types import Count, Fraction
 @with_settings({**BASE_FLAGS, **DATA_FLAGS})
 def rank(
     settings: dict[str, Any],
-    adapter: Annotated[str, typer.Argument(help="folder or hub id of the adapter; with --extract, of a model")],
+    adapter: Annotated[str, typer.Argument(help="folder or hub id of the adapter")],
     energy: Annotated[
         float | None,
         typer.Option(callback=bounded(Fraction), help="share of each layer's energy to keep; default: 0.99"),
@@ -24,14 +24,8 @@ def rank(
     resize: Annotated[
         int | None, typer.Option(callback=bounded(Count), help="one rank for all layers of the adapter in --out")
     ] = None,
-    out: Annotated[str | None, typer.Option(help="folder to write the adapter to")] = None,
+    out: Annotated[str | None, typer.Option(help="folder to write the adapter of lower rank to")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the contents of --out")] = False,
-    extract: Annotated[
-        bool, typer.Option("--extract", help="ADAPTER is a model trained whole: make an adapter of it for --model")
-    ] = False,
-    embeddings: Annotated[
-        bool, typer.Option("--embeddings", help="extract from the embedding and the head too")
-    ] = False,
     picture: Annotated[str | None, typer.Option(help="PNG to draw: ranks over the layers, singular values")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
@@ -40,14 +34,11 @@ def rank(
     Reads the adapter alone. The singular values are those of ΔW = s·B·A, and its energy is the sum of their squares. With
     --out and --data the loss of both adapters is measured on all rows of the data.
 
-    With --extract the adapter is made from a model that was trained whole and its base, --model. Their files are read tensor
-    by tensor, and each layer gets the nearest update of the rank: lorakeet rank my-model --extract --resize 16 --out my-16
-
     \b
     examples:
       lorakeet rank my-run/adapter --picture ranks.png
       lorakeet rank my-run/adapter --energy 0.99 --out my-adapter-small
-      lorakeet rank my-run/adapter --resize 8 --out my-8 --data quotes.jsonl
+      lorakeet rank my-run/adapter --resize 8 --out my-adapter-8 --data quotes.jsonl
     \f
 
     Args:
@@ -58,11 +49,6 @@ def rank(
     if resize is not None and out is None:
         raise ConfigError("--resize has no folder to write the adapter to", "give --out FOLDER")
     config = read_overrides([], settings)
-    if extract:
-        _extract(adapter, out, config, resize, energy, embeddings, overwrite, picture, as_json)
-        return
-    if embeddings:
-        raise ConfigError("--embeddings is set without --extract", "leave it out, or add --extract")
     if config.data.path and out is None:
         raise ConfigError("--data compares two adapters, and there is no --out", "give --out FOLDER")
     from lorakeet.rank.report import ENERGY, rank_report, rank_text
@@ -85,36 +71,6 @@ def rank(
             overwrite=overwrite,
         )
     print(json.dumps(report) if as_json else _text(rank_text(report), report.get("resized")))
-
-
-def _extract(
-    model: str,
-    out: str | None,
-    config: Any,
-    rank: int | None,
-    energy: float | None,
-    embeddings: bool,
-    overwrite: bool,
-    picture: str | None,
-    as_json: bool,
-) -> None:
-    """Write the adapter of a model that was trained whole; print its path, or all figures as JSON."""
-    if out is None:
-        raise ConfigError("--extract has no folder to write the adapter to", "give --out FOLDER")
-    if config.data.path or picture:
-        raise ConfigError(
-            "--extract reads two models alone", "run lorakeet rank or lorakeet eval on the adapter in --out"
-        )
-    from lorakeet.api import check_empty
-    from lorakeet.cli.progress import progress_bar
-    from lorakeet.rank.extract import extract
-    from lorakeet.rank.report import ENERGY
-
-    folder, share = check_empty(out, overwrite), ENERGY if rank is None and energy is None else energy
-    base = config.base.model
-    with progress_bar("extracting") as progress:
-        made = extract(model, base, folder, rank=rank, energy=share, embeddings=embeddings, progress=progress)
-    print(json.dumps(made) if as_json else made["path"])
 
 
 def _text(table: str, resized: dict[str, Any] | None) -> str:

@@ -18,11 +18,11 @@ from lorakeet.adapter.tensor_checks import is_untrained, nonfinite_error
 from lorakeet.config import BaseSettings
 from lorakeet.errors import AdapterError
 from lorakeet.loaded_model import open_model
+from lorakeet.lora.algebra.approximation import nearest
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.initialization.taken_part import taken_parts
 from lorakeet.lora.linear import LoraLinear
 from lorakeet.quant.protocol import dense_weight
-from lorakeet.rank.approximation import nearest
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ class LoraLinear(LoraPair):
             return None
         a, b = self.pair(adapter)
         lora_A, lora_B = a._parameters["weight"], b._parameters["weight"]
-        return LinearWeights(own.weight, own.scale, own.bias, lora_A, lora_B, self.scaling[adapter])
+        return own._replace(a=lora_A, b=lora_B, scaling=self.scaling[adapter])
 
     def probe(self) -> Tensor:
         return noise((32, weight_shape(self.base_layer)[0 if self.fan_in_fan_out else 1]), self.base_layer)

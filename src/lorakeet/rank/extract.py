@@ -27,9 +27,9 @@ from lorakeet.base.source import find_source
 from lorakeet.errors import AdapterError, BaseModelError
 from lorakeet.files import write_folder, write_json
 from lorakeet.log import info, warn
+from lorakeet.lora.algebra.approximation import nearest, nearest_for_energy
+from lorakeet.lora.algebra.settings import with_ranks
 from lorakeet.lora.config import LoraConfig, PeftConfig, TaskType
-from lorakeet.rank.approximation import nearest, nearest_for_energy
-from lorakeet.rank.resize import with_ranks
 from lorakeet.rank.weights import StoredWeights, stored_weights
 
 #: End of a model's class name -> its task.
@@ -247,7 +247,7 @@ def _settings(found: Extracted, layers: dict[str, nn.Module], config: Any, base:
         base_model_name_or_path=source.name,
         inference_mode=True,
     )
-    return with_ranks(settings, found.ranks, list(found.ranks))
+    return with_ranks(settings, found.ranks)
 
 
 def _task(config: Any) -> TaskType | None:

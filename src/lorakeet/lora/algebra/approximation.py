@@ -1,8 +1,8 @@
 """The nearest matrix of low rank to a dense one: an exact decomposition of small matrices, a randomized one of large.
 
-Halko, Martinsson and Tropp 2011 (arXiv:0909.4061), algorithms 4.4 and 5.1. Products of M and Mᵀ with random vectors find
-the range of M. The projection of M on it is small, and is decomposed exactly. More vectors than the rank and repeated
-products (power iterations) make it as good as the exact one wherever the singular values fall.
+Halko, Martinsson and Tropp 2011 (arXiv:0909.4061), algorithms 4.4 and 5.1. Products of M and Mᵀ with a few random vectors
+find the range of M. M is projected on it, and the small rest is decomposed exactly. More vectors than the rank and
+repeated products (power iterations) make it as good as the exact one wherever the singular values fall.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorakeet.rank.spectrum import Decomposition
+from lorakeet.lora.algebra.decomposition import Decomposition
 
 #: Length of the shorter side up to which a decomposition is exact; that of 1,024 x 1,024 takes half a second.
 EXACT = 1024
