@@ -16,7 +16,16 @@ from lorakeet.security.json_file import JsonError, read_object
 from lorakeet.security.paths import exists, is_dir
 
 #: Files and folders that a run writes.
-FILES = ("run.yaml", "metrics.jsonl", "summary.json", "loss_curve.png", "confusion.png", "adapter", "checkpoints")
+FILES = (
+    "run.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "loss_curve.png",
+    "ranks.png",
+    "confusion.png",
+    "adapter",
+    "checkpoints",
+)
 
 #: Settings that a run chooses by its data where they are left out, and writes to ``run.yaml``.
 CHOSEN_SETTINGS = ("train.epochs", "train.lr")
@@ -31,6 +40,7 @@ FREE_SETTINGS = (
     "train.keep_best",
     "train.non_finite",
     "train.spike",
+    "train.spectrum",
 )
 
 
