@@ -235,7 +235,7 @@ def timed(trainer: Any, rows: list[list[int]], ours: bool, options: argparse.Nam
     from lorakeet.patches.fused_layers import fused_layers
     from lorakeet.patches.fused_loss import fused_loss
     from lorakeet.patches.padding_free import padding_free
-    from lorakeet.runs.metrics_log import peak_rss_bytes
+    from lorakeet.runs.process_memory import peak_rss_bytes
 
     cuda, marks = options.device == "cuda", []
 

@@ -468,7 +468,7 @@ def opt(options: argparse.Namespace) -> list[dict]:
     from lorakeet.quant.int8 import int8_layer, quantize_dense
     from lorakeet.quant.layer_selection import layers_to_quantize
     from lorakeet.quant.replace import dense_shape
-    from lorakeet.runs.metrics_log import peak_rss_bytes
+    from lorakeet.runs.process_memory import peak_rss_bytes
 
     peak, began = Peak(), time.perf_counter()
     with torch.device("meta"):

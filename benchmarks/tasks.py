@@ -188,7 +188,7 @@ def run_lorakeet(bits: int, folder: Path, job: dict[str, Any]) -> dict[str, floa
 
 def one(name: str, job: dict[str, Any]) -> None:
     """Run one contender in this process and print its figures as JSON."""
-    from lorakeet.runs.metrics_log import peak_rss_bytes
+    from lorakeet.runs.process_memory import peak_rss_bytes
 
     library, bits = name.split("-")
     run = {"peft": run_peft, "lorakeet": run_lorakeet}[library]

@@ -29,7 +29,7 @@ def test_shipped_configs_have_the_public_size(name: str) -> None:
 def test_seconds_and_little_memory() -> None:
     program = (
         "import time, lorakeet.base.meta_device as meta;"
-        "from lorakeet.runs.metrics_log import peak_rss_bytes; begin = time.perf_counter();"
+        "from lorakeet.runs.process_memory import peak_rss_bytes; begin = time.perf_counter();"
         f"[meta.meta_model(name) for name in {list(COUNTS)}];"
         "print(time.perf_counter() - begin, peak_rss_bytes())"
     )

@@ -20,7 +20,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.plan.fit import bytes_of
 from lorakeet.plan.passes import largest_pass, training_passes, typical_passes
 from lorakeet.plan.plan import step_seconds
-from lorakeet.runs import metrics_log
+from lorakeet.runs import process_memory
 from lorakeet.runs.metrics_log import read_metrics
 from lorakeet.train.run import run_training
 
@@ -29,8 +29,8 @@ def test_a_run_starts_with_its_plan_and_compares_it(
     settings: Any, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level("INFO", logger="lorakeet")
-    metrics_log.restart_peak()
-    monkeypatch.setattr(metrics_log, "_earlier_peak", 0)  # of other tests in this process
+    process_memory.restart_peak()
+    monkeypatch.setattr(process_memory, "_earlier_peak", 0)  # of other tests in this process
     before = torch.get_rng_state()
     plan = plan_training(settings())
     assert torch.equal(torch.get_rng_state(), before)

@@ -6,7 +6,7 @@ import json
 import math
 
 from helpers.disk import files_of_at_most
-from lorakeet.runs.metrics_log import MetricsLog, append_metrics, first_and_last, peak_rss_bytes, read_metrics
+from lorakeet.runs.metrics_log import MetricsLog, append_metrics, first_and_last, read_metrics
 
 
 def test_first_and_last_are_means_of_a_few():
@@ -45,11 +45,3 @@ def test_a_line_that_the_disk_refuses_is_written_with_a_later_one(tmp_path, capl
     assert [line["step"] for line in read_metrics(log.path)] == [1, 2, 3, 4]
     log.replace(log.read()[:2])
     assert read_metrics(log.path) == [{"step": 1}, {"step": 2, "loss": 1.5}]
-
-
-def test_peak_memory_never_falls():
-    before = peak_rss_bytes()
-    block = bytearray(before + 2**25)
-    assert peak_rss_bytes() >= len(block)
-    del block
-    assert peak_rss_bytes() >= before + 2**25

@@ -20,7 +20,7 @@ import json, sys
 from transformers import TrainerCallback
 from lorakeet.config import make_run
 from lorakeet.train import run as module
-from lorakeet.runs.metrics_log import peak_rss_bytes
+from lorakeet.runs.process_memory import peak_rss_bytes
 
 seen = {}
 

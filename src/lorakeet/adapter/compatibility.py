@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.initialization.taken_part import residual_error
 
 #: vLLM's choices for --max-lora-rank and its default.
 VLLM_RANKS, VLLM_DEFAULT = (1, 8, 16, 32, 64, 128, 256, 320, 512), 16
@@ -58,9 +59,11 @@ def readers(
         "mlx-lm": (["it has its own tensor names and config file"], []),
     }
     refused_by = config.variant.refused_by
+    residual = residual_error(config)
     found = {}
     for tool, (reasons, conditions) in answers.items():
         reasons = [*reasons, *([refused_by[tool]] if tool in refused_by else [])]
+        reasons += [f"it {residual}"] if residual and tool not in ("lorakeet", "peft") else []
         found[tool] = {"can": not reasons, "why": reasons or conditions}
     return found
 

@@ -60,6 +60,8 @@ def _facts(info: Mapping[str, Any]) -> dict[str, str]:
 def _settings(settings: Mapping[str, Any]) -> str:
     always = ("r", "lora_alpha", "lora_dropout", "bias")
     if_set = [key for key in ("use_rslora", "rank_pattern", "alpha_pattern") if settings[key]]
+    if isinstance(settings["init_lora_weights"], str):
+        if_set.append("init_lora_weights")
     of_variant = [key for key, neutral in variant_settings().items() if settings.get(key, neutral) != neutral]
     return ", ".join(f"{key}={settings[key]}" for key in (*always, *if_set, *of_variant))
 

@@ -29,10 +29,11 @@ from lorakeet.errors import AdapterError, OutputError
 from lorakeet.facts.vocabulary import embedding_rows, vocabulary_size
 from lorakeet.files import PICKLE_SUFFIXES, write_file, write_json
 from lorakeet.log import info, warn
-from lorakeet.lora.config import PeftConfig, find_adapter_file
+from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.initialization.conversion import to_plain_lora
 from lorakeet.lora.initialization.taken_part import holds_parts
 from lorakeet.lora.interop.wrappers import canonical, state_of
+from lorakeet.lora.lifecycle.adapter_files import find_adapter_file
 from lorakeet.lora.model import LoraModel
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.trainable_tokens import TiedLayer, TrainableTokens

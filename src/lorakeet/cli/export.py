@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lorakeet.cli.options import BASE_FLAGS, base_settings, bounded, with_settings
+from lorakeet.cli.shared.options import BASE_FLAGS, base_settings, bounded, with_settings
 from lorakeet.setting_types import Count
 
 

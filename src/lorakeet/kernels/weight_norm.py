@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lorakeet.kernels.ordered_product import low_rank_gradient, low_rank_tokens
+from lorakeet.kernels.cpu.ordered_product import low_rank_gradient, low_rank_tokens
 
 
 def channel_norms_reference(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

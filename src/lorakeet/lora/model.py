@@ -19,19 +19,20 @@ from lorakeet.lora.algebra.of_model import CombineMethods
 from lorakeet.lora.checks.direct_reads import was_watched, watched_calls
 from lorakeet.lora.config import PeftConfig, refuse_unknown
 from lorakeet.lora.default_targets import resolve_config
+from lorakeet.lora.initialization.loftq import start_from_quantized
 from lorakeet.lora.initialization.taken_part import give_back, tell_rounding
 from lorakeet.lora.inject import InjectionPlan, Part, inject, plan_injection, release_unused, restore, trained_biases
 from lorakeet.lora.interop.peft_classes import AnswersAsPeft
 from lorakeet.lora.interop.wrappers import bare
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer
-from lorakeet.lora.lifecycle.adapter_names import BARE, check_adapter_name
+from lorakeet.lora.lifecycle.adapter_names import check_adapter_name
 from lorakeet.lora.lifecycle.adoption import abandon, blank, parents
 from lorakeet.lora.lifecycle.merged import merged_names, take_apart, unmerged
+from lorakeet.lora.lifecycle.mixed_batch import check_mixed_batch
 from lorakeet.lora.lifecycle.rollback import all_or_nothing
 from lorakeet.lora.merge import MergeMethods
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.peft_names.model import ModelNames
-from lorakeet.lora.target_parameters import LoraParameter
 
 
 class LoraModel(AnswersAsPeft, ModelNames, MergeMethods, CombineMethods):
@@ -115,6 +116,7 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods, CombineMethods):
                 part.set_trainable(adapter_name, False)
                 part.train(self.training)
             self._parts = [module for module in self.modules() if isinstance(module, (LoraLayer, SavedModule))]
+            start_from_quantized(self, adapter_name, config, fresh=strict)
             tell_rounding(self, adapter_name)
             if not autocast_adapter_dtype:
                 self.store_in_base_dtype(adapter_name)
@@ -228,26 +230,9 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods, CombineMethods):
             AdapterError: no such adapter; in training; while merged; or an adapter has target_parameters, whose layers cannot
                 tell rows apart. In ``forward``: the batch has another number of rows.
         """
-        self._check_mixed_batch(adapter_names)
+        check_mixed_batch(self, adapter_names)
         with self.switch.by_row(tuple(adapter_names)):
             yield
-
-    def _check_mixed_batch(self, adapter_names: Sequence[str]) -> None:
-        names = [name for name in dict.fromkeys(adapter_names) if name != BARE]
-        for name in names:
-            self._check_known(name)
-        if not adapter_names:
-            raise AdapterError("adapter_names is empty, expected one for each row of the batch")
-        if self.training:
-            raise AdapterError("a mixed batch is for inference, and the model is in training mode", "call eval() first")
-        if merged_names(self):
-            raise AdapterError("an adapter is merged into the base, so rows cannot have their own", "unmerge first")
-        for name in names:
-            if any(isinstance(layer, LoraParameter) and name in layer.r for layer in self.lora_layers()):
-                raise AdapterError(
-                    f"adapter {name!r} adapts bare parameters (of experts or an attention), which see all rows at once",
-                    "run one batch for each adapter",
-                )
 
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Run ``forward``; ``adapter_names``: see :meth:`mixed_batch`."""

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 
-from lorakeet.runs.metrics_log import peak_rss_bytes
-
 #: Files in which Linux reports memory: of the machine, the control groups of this process, and their limits.
 _MACHINE, _MEMBER, _GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 #: Files of a control group, version 2: limit, use; and the line of memory.stat with the part that could be dropped.
@@ -57,12 +55,3 @@ def _left_of_limit(folder: Path, limit: str, use: str, droppable: str) -> int | 
     except OSError:  # this container does not see the group
         return None
     return None if most == "max" else max(int(most) - used + int(stat.get(droppable, 0)), 0)
-
-
-def resident_bytes() -> int:
-    """Return the resident memory of this process now; its peak where the system does not say it."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return peak_rss_bytes()
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
-    return int(line.split()[1]) * 1024

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lorakeet.errors import BaseModelError, ConfigError, did_you_mean
 from lorakeet.quant import bitsandbytes_layout
-from lorakeet.quant.int8 import INT8, plain_layer
+from lorakeet.quant.int8 import BLOCK_ROWS, INT8, plain_layer
 from lorakeet.quant.layer_selection import layers_to_quantize, vocabulary_layers
 from lorakeet.quant.mmap_release import MappedFiles
 from lorakeet.quant.nf4 import NF4, Nf4Linear
@@ -29,6 +29,7 @@ from lorakeet.quant.protocol import QuantizedLayer, is_quantized, quantized_laye
 from lorakeet.quant.replace import QuantizedFormat, dense_shape, tie_tensors
 from lorakeet.quant.resize_vocabulary import enable_resizing
 from lorakeet.quant.saved_layers import saved_layers
+from lorakeet.runs.process_memory import return_free_memory
 
 #: Names of the methods in a model's ``config.json``.
 METHOD, NF4_METHOD = "lorakeet_int8", "lorakeet_nf4"
@@ -202,6 +203,8 @@ class _Quantizer(HfQuantizer):
                 for tensor in layer.quantized_weight().tensors().values():
                     tensor.requires_grad_(False)
         enable_resizing(model)
+        self.files.release()
+        return_free_memory()
 
     def _check_shapes(self, model: PreTrainedModel) -> None:
         """Check all weights against the architecture; a task's head of another shape is left to the caller.
@@ -297,7 +300,7 @@ class _Quantize(ConversionOps):
             if leaf != "weight" or not is_quantized(layer):
                 made[name] = tensor
                 continue
-            if not torch.isfinite(tensor).all():
+            if not all(torch.isfinite(block).all() for block in tensor.split(BLOCK_ROWS)):
                 self.quantizer.not_finite.append(owner)
             dense = tensor.T.contiguous() if layer.transposed else tensor
             weight = self.quantizer.form.quantize(dense, owner in self.quantizer.vocabulary)

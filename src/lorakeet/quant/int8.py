@@ -23,6 +23,9 @@ from lorakeet.kernels.int8.linear import input_gradient, int8_linear, product
 from lorakeet.quant.protocol import QuantizedLayer, QuantizedWeight
 from lorakeet.quant.replace import QuantizedFormat
 
+#: Rows of a weight that are worked on at a time where rows are independent: a vocabulary is the largest weight of all.
+BLOCK_ROWS = 1024
+
 
 class Int8Weight(NamedTuple):
     """A weight in 8 bits: int8 [out, in] and the fp32 vector that belongs to it (:mod:`lorakeet.kernels.int8.format`)."""
@@ -83,7 +86,15 @@ def quantize_dense(weight: Tensor, vocabulary: bool = False) -> Int8Weight:
         vocabulary: Each row belongs to a token, and rows may be added later: use one scale for each.
     """
     with fixed_order():
-        return Int8Weight(*(quantize_rows if vocabulary else quantize_weight)(weight))
+        if not vocabulary:
+            return Int8Weight(*quantize_weight(weight))
+        made = Int8Weight(
+            weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(len(weight), dtype=torch.float32)
+        )
+        for rows, rounded, scale in zip(*(each.split(BLOCK_ROWS) for each in (weight, *made)), strict=True):
+            for into, values in zip((rounded, scale), quantize_rows(rows), strict=True):
+                into.copy_(values)
+        return made
 
 
 class _Int8Layer(QuantizedLayer):

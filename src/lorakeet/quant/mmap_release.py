@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 #: Bytes. Pages are released whenever this much has been read.
-EVERY = 1 << 26
+EVERY = 1 << 24
 _MAPS = Path("/proc/self/maps")
 
 
@@ -37,9 +37,13 @@ class MappedFiles:
             self.own = self._mappings() - self.others
         self.read += size
         if self.read >= EVERY:
-            self.read = 0
-            for start, end in self.own & self._mappings():  # those that still exist
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+            self.release()
+
+    def release(self) -> None:
+        """Release the resident pages of what has been read."""
+        self.read = 0
+        for start, end in (self.own or set()) & self._mappings():  # those that still exist
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
     def _mappings(self) -> set[tuple[int, int]]:
         """Return the start and end address of each mapping."""

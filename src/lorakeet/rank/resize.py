@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from lorakeet.files import write_folder, write_json
 from lorakeet.lora.algebra.blocks import join_blocks, split_blocks
 from lorakeet.lora.algebra.decomposition import decompose
 from lorakeet.lora.algebra.settings import with_ranks
-from lorakeet.lora.config import CONFIG_NAME, PeftConfig, adapter_folder, find_adapter_file
+from lorakeet.lora.config import CONFIG_NAME, PeftConfig
+from lorakeet.lora.lifecycle.adapter_files import adapter_folder, find_adapter_file
 from lorakeet.rank.report import read_layers, spectrum_of
 from lorakeet.security.paths import file_problem
 
@@ -38,7 +40,7 @@ def resize(
         out: Folder to write, whole or not at all.
         rank: The rank of every layer.
         energy: Instead of ``rank``: the share of ‖ΔW‖² that each layer keeps; ranks differ then (``rank_pattern``).
-        where: See :func:`lorakeet.lora.config.find_adapter_file`.
+        where: See :func:`lorakeet.lora.lifecycle.adapter_files.find_adapter_file`.
 
     Returns:
         ``{"path", "ranks", "parameters_before", "parameters_after", "energy_kept"}``: the rank of each layer, parameters of
@@ -61,19 +63,37 @@ def resize(
         resized |= _truncated(layer, r, tensors)
     new = with_ranks(config, ranks)
     notes = {**read_notes(name, **where), "resized": {"from": config.r, "energy_kept": min(kept)}}
-    with write_folder(out) as aside:
-        copy_others(name, aside)
-        save_file({key: tensor.contiguous() for key, tensor in resized.items()}, aside / WEIGHTS_NAME, {"format": "pt"})
-        new.save_pretrained(aside)
-        write_json(aside / OWN_NAME, notes)
-        write_card(aside, new, notes)
+    write_made(out, name, new, resized, notes)
     return {
         "path": str(out),
         "ranks": ranks,
-        "parameters_before": sum(t.numel() for layer in layers for t in _factors(layer, tensors).values()),
-        "parameters_after": sum(t.numel() for layer in layers for t in _factors(layer, resized).values()),
+        "parameters_before": sum(t.numel() for layer in layers for t in factors(layer, tensors).values()),
+        "parameters_after": sum(t.numel() for layer in layers for t in factors(layer, resized).values()),
         "energy_kept": min(kept),
     }
+
+
+def write_made(
+    out: Path, first: str | Path, config: PeftConfig, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]
+) -> None:
+    """Write an adapter that was made from others, whole or not at all.
+
+    Args:
+        out: Folder to write.
+        first: The adapter whose further files (tokenizer, template) come along.
+        config: Its settings.
+        tensors: Its tensors by their keys in the file.
+        notes: Contents of ``lorakeet.json``.
+
+    Raises:
+        OutputError: ``out`` cannot be written.
+    """
+    with write_folder(out) as aside:
+        copy_others(first, aside)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside / WEIGHTS_NAME, {"format": "pt"})
+        config.save_pretrained(aside)
+        write_json(aside / OWN_NAME, notes)
+        write_card(aside, config, notes)
 
 
 def _check_plain(name: str | Path, config: PeftConfig) -> None:
@@ -91,7 +111,7 @@ def _check_plain(name: str | Path, config: PeftConfig) -> None:
         )
 
 
-def _factors(layer: SavedLayer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def factors(layer: SavedLayer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return A and B of a layer by their keys in the file."""
     prefix = next(
         key
@@ -104,7 +124,7 @@ def _factors(layer: SavedLayer, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 
 def _truncated(layer: SavedLayer, r: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a layer at rank r, by their keys in the file."""
-    (key_a, a), (key_b, b) = _factors(layer, tensors).items()
+    (key_a, a), (key_b, b) = factors(layer, tensors).items()
     blocks = [decompose(*block, layer.scaling) for block in split_blocks(a, b, layer.rank)]
     each = r if layer.stacks_experts else r // len(blocks)
     changed = dict(zip((key_a, key_b), join_blocks([block.truncated(each) for block in blocks], a, b), strict=True))

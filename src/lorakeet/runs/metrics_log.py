@@ -1,22 +1,16 @@
-"""Metrics log of a run, ``metrics.jsonl``: read, append, summarize; and the peak memory of this process."""
+"""Metrics log of a run, ``metrics.jsonl``: read, append, summarize."""
 
 from __future__ import annotations
 
 import json
 import os
-import resource
-import sys
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lorakeet.files import write_file
 from lorakeet.log import warn
 from lorakeet.security.json_file import JsonError, parse_json
-
-#: Bytes. Peak resident memory of this process before :func:`restart_peak`.
-_earlier_peak = 0
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -99,25 +93,3 @@ def first_and_last(lines: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
         return float("nan"), float("nan")
     count = max(1, min(10, len(losses) // 5))
     return sum(losses[:count]) / count, sum(losses[-count:]) / count
-
-
-def peak_rss_bytes() -> int:
-    """Return the peak resident memory of this process, in bytes."""
-    return max(_earlier_peak, peak_since_restart())
-
-
-def restart_peak() -> None:
-    """Set the peak of :func:`peak_since_restart` back to what is resident now, where the system can; Linux does."""
-    global _earlier_peak
-    _earlier_peak = peak_rss_bytes()
-    with suppress(OSError), open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123
-        file.write("5")
-
-
-def peak_since_restart() -> int:
-    """Return the peak resident memory since :func:`restart_peak`, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage includes the parent's memory from before exec
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -15,7 +15,8 @@ from lorakeet.base.load import Base
 from lorakeet.data.prepared import Prepared
 from lorakeet.errors import TrainingError
 from lorakeet.log import warn
-from lorakeet.runs.metrics_log import first_and_last, peak_rss_bytes
+from lorakeet.runs.metrics_log import first_and_last
+from lorakeet.runs.process_memory import peak_rss_bytes
 from lorakeet.tasks.baselines import baseline
 from lorakeet.tasks.task import Task
 from lorakeet.train.checkpoints.fingerprint import versions

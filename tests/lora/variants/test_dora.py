@@ -179,6 +179,11 @@ def test_layers_and_settings_that_do_not_fit_are_refused() -> None:
         get_peft_model(experts, LoraConfig(use_dora=True, target_modules=[], target_parameters=["gate_up_proj"]))
 
 
+def test_a_runtime_wish_of_peft_is_left_out() -> None:
+    config = LoraConfig(use_dora=True, runtime_config=peft.LoraRuntimeConfig(ephemeral_gpu_offload=True))
+    assert config.variant.name == "DoRA" and "runtime_config" not in config.to_dict()
+
+
 def test_a_weight_of_zeros_stays_finite() -> None:
     base = nn.Sequential(nn.Linear(4, 3))
     nn.init.zeros_(base[0].weight)

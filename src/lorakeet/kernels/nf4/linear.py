@@ -24,8 +24,8 @@ from lorakeet.kernels.cpu import bindings, features, gemm
 from lorakeet.kernels.cpu.features import Feature
 from lorakeet.kernels.cpu.gemm import GEMV_TOKENS, LowRank
 from lorakeet.kernels.cpu.memory import transient_empty
+from lorakeet.kernels.cpu.ordered_product import add_low_rank_
 from lorakeet.kernels.nf4.format import Nf4Tensors, block_scales, dequantize, is_readable
-from lorakeet.kernels.ordered_product import add_low_rank_
 
 #: Values of the weight that plain torch dequantizes at a time: 1 MB in fp32.
 PART = 1 << 18

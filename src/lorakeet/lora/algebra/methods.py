@@ -102,7 +102,8 @@ def make_method(
     if clamp is not None and not 0 < clamp <= 1:
         errors.append(f"svd_clamp is {clamp}, expected a quantile above 0 and at most 1")
     if errors:
-        raise AdapterError("; ".join(errors), did_you_mean(name, METHODS) if name not in METHODS else None)
+        near = did_you_mean(name, METHODS) if name not in METHODS else None
+        raise AdapterError("; ".join(errors), near or "linear is exact and needs no further setting")
     settings: dict[str, Any] = {"density": density, "majority": majority_sign_method, "generator": generator}
     pruning = Pruning(**_PRUNINGS[base], **settings) if base in _PRUNINGS else _ALL
     return Method(name, rank, pruning, clamp)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakeet.log import info
+from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.initialization.olora import orthonormal_pair
 from lorakeet.lora.initialization.pissa import principal_pair
 from lorakeet.quant.protocol import dense_weight, is_quantized
@@ -59,6 +60,16 @@ def takes_part(how: bool | str) -> bool:
     return isinstance(how, str) and (how == "olora" or how.startswith("pissa"))
 
 
+def residual_error(config: PeftConfig) -> str | None:
+    """Return why an adapter's B·A alone is not its update of the base, by its settings; None if it is."""
+    how = config.init_lora_weights
+    if how == "loftq":
+        return "acts on the quantized base of its training, not on the full one"
+    if not takes_part(how):
+        return None
+    return f"acts on a base without the part that {how} took; save_pretrained(plain_lora=True) writes it as plain LoRA"
+
+
 def taken_parts(layer: Any) -> dict[str, TakenPart]:
     """Return the parts that adapters hold of a layer's weight, by adapter."""
     table = layer._modules.get(TABLE)
@@ -83,15 +94,15 @@ def take_part(layer: Any, adapter: str, how: str) -> None:
     if a.is_meta or layer.base_layer.weight.is_meta:
         return  # planned, or loaded later: there are no values yet
     r, scaling = layer.r[adapter], layer.scaling[adapter]
-    with _one_thread():
-        weight = _out_in(layer, dense_weight(layer.base_layer, a.dtype))
+    with one_thread():
+        weight = out_in(layer, dense_weight(layer.base_layer, a.dtype))
         pair = orthonormal_pair(weight, r) if how == "olora" else principal_pair(weight, r, scaling, how)
         a.copy_(pair[0])
         b.copy_(pair[1])
         part = TakenPart(a.detach().clone(), b.detach().clone(), scaling)
         residual = weight - part.matrix()
         set_weight(layer, residual)
-        lost = _out_in(layer, dense_weight(layer.base_layer, a.dtype)) - residual
+        lost = out_in(layer, dense_weight(layer.base_layer, a.dtype)) - residual
         part.rounding = float(lost.norm() / weight.norm().clamp_min(1e-30))
     if TABLE not in layer._modules:
         layer.add_module(TABLE, nn.ModuleDict())
@@ -116,9 +127,9 @@ def give_back(layer: Any, adapters: Collection[str] | None = None) -> None:
     for name in names:
         if name not in parts:
             continue
-        with _one_thread():
+        with one_thread():
             set_weight(
-                layer, _out_in(layer, dense_weight(layer.base_layer, parts[name].lora_A.dtype)) + parts[name].matrix()
+                layer, out_in(layer, dense_weight(layer.base_layer, parts[name].lora_A.dtype)) + parts[name].matrix()
             )
         del layer._modules[TABLE][name]
     if TABLE in layer._modules and not layer._modules[TABLE]:
@@ -178,13 +189,13 @@ def set_weight(layer: Any, weight: Tensor) -> None:
         setattr(base, name, nn.Parameter(new, requires_grad=old.requires_grad))
 
 
-def _out_in(layer: Any, weight: Tensor) -> Tensor:
+def out_in(layer: Any, weight: Tensor) -> Tensor:
     """Return a base layer's weight as [out, in]."""
     return weight.T if layer.fan_in_fan_out else weight
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Compute on one thread: the bits of a decomposition would depend on their number, and a resumed run needs the same."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.base.checkpoint_files import weight_files
+from lorakeet.base.device_dtype import choose_device
 from lorakeet.base.load import ModelInfo
 from lorakeet.base.source import find_source, local_folder
 from lorakeet.base.storage import widest_format
@@ -18,12 +20,12 @@ from lorakeet.data.prepared import Prepared
 from lorakeet.errors import BaseModelError
 from lorakeet.log import silent
 from lorakeet.plan.cut_model import whole_model
-from lorakeet.plan.free_memory import free_memory, resident_bytes
+from lorakeet.plan.free_memory import free_memory
 from lorakeet.plan.pass_cost import PassCost, choose_every, seconds_of
 from lorakeet.plan.passes import Pass, count_steps, evaluation_passes, largest_pass, training_passes, typical_passes
 from lorakeet.plan.plan import HEAP, LATER_BYTES, SHARE, Memory, Plan
 from lorakeet.quant.protocol import has_quantized
-from lorakeet.runs.metrics_log import peak_since_restart, restart_peak
+from lorakeet.runs.process_memory import peak_since_restart, resident_bytes, restart_peak, return_free_memory
 from lorakeet.tasks.task import Task
 from lorakeet.train.guards.preflight import checkpoint_bytes
 from lorakeet.train.planning.pass_meter import PassMeter
@@ -31,8 +33,8 @@ from lorakeet.train.planning.rows import Rows, rows_of
 
 #: Seconds of a step outside of its passes: reading rows, clipping, logging; and of AdamW per trained parameter.
 STEP_SECONDS, PARAMETER_SECONDS = 0.01, 2e-9
-#: Bytes of mapped files that are resident while a base is quantized, at most; and after it, as was measured.
-MAPPED_BYTES, STILL_MAPPED_BYTES = 1 << 26, 40_000_000
+#: Bytes of mapped files that are resident while a base is quantized, at most.
+MAPPED_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Weights:
         base, adapter: Bytes of frozen and of trained weights.
         largest: Elements of the largest frozen weight.
         quantized: Whether layers are in 8 or 4 bits.
+        loading: Bytes beyond the base while it is loaded.
         checkpoint: Bytes of a checkpoint.
     """
 
@@ -53,24 +56,27 @@ class Weights:
     adapter: int
     largest: int
     quantized: bool
+    loading: int
     checkpoint: int
 
     @classmethod
-    def of(cls, model: PeftModel) -> Weights:
-        """Return the weights of a model, which may be on the meta device."""
+    def of(cls, model: PeftModel, settings: BaseSettings, device: torch.device) -> Weights:
+        """Return the weights of a model on the meta device, whose base ``settings`` load on ``device``."""
         trained, total = model.get_nb_trainable_parameters()
         frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
         adapter = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         largest = max((t.numel() for t in frozen), default=0)
-        return cls(
+        made = cls(
             trained,
             total,
             sum(t.nbytes for t in frozen),
             adapter,
             largest,
             has_quantized(model),
+            0,
             checkpoint_bytes(model),
         )
+        return replace(made, loading=_loading(made, model, settings, device))
 
 
 def plan_run(
@@ -102,19 +108,12 @@ def plan_run(
     used = resident_bytes() if used is None else used
     task = Task(chosen.type, data.problem, data.labels) if data is not None else Task(chosen.type)
     rows = rows_of(data, config, task.name)
-    model = whole_model(config, found, task)
-    weights = Weights.of(model)
-    restart_peak()
-    before = resident_bytes()
-    with silent():
-        meter = PassMeter(config, model, found, chosen, task, rows)
-        costs = Costs.of(meter, config, rows, processes)
-    planning = used + peak_since_restart() - before
-    free = free_memory(meter.device) if free is None else free
-    memory = _memory(config, weights, _loading(weights, model, config.base, meter.device), costs, used, processes)
-    if meter.device.type == "cpu":
-        memory = replace(memory, planning=max(planning - memory.software, 0))
-    every = _every(config, meter.can_checkpoint, costs.largest, memory, limit, used, free)
+    weights, costs = _measured(config, found, chosen, task, rows, processes)
+    gc.collect()  # a model refers to itself
+    return_free_memory()
+    free = free_memory(costs.device) if free is None else free
+    memory = _memory(config, weights, costs, used, processes)
+    every = _every(config, costs, memory, limit, used, free)
     train = config.train
     count = count_steps(len(rows.lengths), train, processes)
     between = (count - 1) // train.eval_every if train.eval_every else 0
@@ -124,7 +123,7 @@ def plan_run(
         memory=_with_pass(memory, costs.largest, every),
         used=used,
         free=free,
-        device=str(meter.device),
+        device=str(costs.device),
         every=every,
         layers=costs.largest.layers,
         largest_pass=costs.largest.tokens,
@@ -151,6 +150,8 @@ class Costs:
         held_out: Passes of an evaluation, the largest first.
         evaluation: Cost of the first of them; empty without held-out rows.
         device: Device of the run.
+        can_checkpoint: Whether layers of the model can be checkpointed.
+        measuring: Bytes that the process took at most, beyond those before, to measure this.
     """
 
     steps: list[list[Pass]]
@@ -159,6 +160,8 @@ class Costs:
     held_out: list[Pass]
     evaluation: list[PassCost]
     device: torch.device
+    can_checkpoint: bool
+    measuring: int
 
     @classmethod
     def of(cls, meter: PassMeter, config: RunConfig, rows: Rows, processes: int) -> Costs:
@@ -178,7 +181,8 @@ class Costs:
             ]
             held_out = evaluation_passes(rows.held_out_lengths, config.train.batch_size, *how)
             evaluation = [meter.evaluation_cost(held_out[0])] if held_out else []
-        return cls(steps, passes, passes[0].grown(rows.growth), held_out, evaluation, meter.device)
+        largest = passes[0].grown(rows.growth)
+        return cls(steps, passes, largest, held_out, evaluation, meter.device, meter.can_checkpoint, 0)
 
     @property
     def step_tokens(self) -> float:
@@ -196,14 +200,27 @@ class Costs:
         return seconds_of([each.tokens for each in self.held_out], self.evaluation) if self.evaluation else 0.0
 
 
-def _memory(config: RunConfig, weights: Weights, loading: int, costs: Costs, used: int, processes: int) -> Memory:
+def _measured(
+    config: RunConfig, found: ModelInfo, chosen: TaskSettings, task: Task, rows: Rows, processes: int
+) -> tuple[Weights, Costs]:
+    """Return what the run trains, and the costs of its passes; the model that was measured is gone then."""
+    restart_peak()
+    before = resident_bytes()
+    model = whole_model(config, found, task)
+    weights = Weights.of(model, config.base, choose_device(config.base.device))
+    with silent():
+        costs = Costs.of(PassMeter(config, model, found, chosen, task, rows), config, rows, processes)
+    return weights, replace(costs, measuring=peak_since_restart() - before)
+
+
+def _memory(config: RunConfig, weights: Weights, costs: Costs, used: int, processes: int) -> Memory:
     """Return the memory of a run without checkpointed layers."""
     on_gpu, heap = costs.device.type == "cuda", HEAP if costs.device.type == "cpu" else 1.0
     base = weights.base // (processes if config.train.fsdp else 1)
-    mapped = STILL_MAPPED_BYTES if weights.quantized and loading else 0
+    software = 0 if on_gpu else used + LATER_BYTES
     return _with_pass(
         Memory(
-            software=0 if on_gpu else used + LATER_BYTES + mapped,
+            software=software,
             base=base,
             adapter=weights.adapter,
             gradients=weights.adapter * (2 if processes > 1 else 1),  # and the buckets in which they are sent
@@ -211,8 +228,9 @@ def _memory(config: RunConfig, weights: Weights, loading: int, costs: Costs, use
             activations=0,
             logits=0,
             transient=0,
-            loading=loading + weights.base - base,  # each process reads the whole base before it is sharded
+            loading=weights.loading + weights.base - base,  # each process reads the whole base before it is sharded
             evaluation=int(heap * max((cost.peak() for cost in costs.evaluation), default=0)),
+            planning=0 if on_gpu else max(used + costs.measuring - software, 0),
             heap=heap,
         ),
         costs.largest,
@@ -227,22 +245,16 @@ def _with_pass(memory: Memory, largest: PassCost, every: int | None) -> Memory:
 
 
 def _every(
-    config: RunConfig,
-    can_checkpoint: bool,
-    largest: PassCost,
-    memory: Memory,
-    limit: int | None,
-    used: int,
-    free: int | None,
+    config: RunConfig, costs: Costs, memory: Memory, limit: int | None, used: int, free: int | None
 ) -> int | None:
     """Return n if layers 0, n, 2n, … are checkpointed: as set, or as memory needs; None: no layer is."""
     wanted = config.train.gradient_checkpointing
     if wanted != "auto":
         return int(wanted) or None
-    if not can_checkpoint or (free is None and limit is None):
+    if not costs.can_checkpoint or (free is None and limit is None):
         return None
     available = limit - memory.fixed if limit is not None else SHARE * (free or 0) - (memory.fixed - used)
-    return choose_every(largest, available / memory.heap)
+    return choose_every(costs.largest, available / memory.heap)
 
 
 def _loading(weights: Weights, model: nn.Module, base: BaseSettings, device: torch.device) -> int:

@@ -14,8 +14,9 @@ from lorakeet.data.prepare import prepare
 from lorakeet.data.prepared import Prepared
 from lorakeet.log import silent
 from lorakeet.plan.fit import Fitted, fit
-from lorakeet.plan.free_memory import free_memory, resident_bytes
+from lorakeet.plan.free_memory import free_memory
 from lorakeet.plan.plan import Plan
+from lorakeet.runs.process_memory import resident_bytes
 from lorakeet.tasks.setup import task_settings, with_length
 from lorakeet.train.init_adapter import tokenizer_and_limits, with_init_adapter
 from lorakeet.train.planning.plan_run import plan_run

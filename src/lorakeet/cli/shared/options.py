@@ -37,6 +37,7 @@ TRAIN_FLAGS = {
     "--dropout": "lora.lora_dropout",
     "--use-dora": "lora.use_dora",
     "--target-modules": "lora.target_modules",
+    "--init-lora-weights": "lora.init_lora_weights",
     "--init-adapter": "train.init_adapter",
     "--seed": "train.seed",
     "--save-every": "train.save_every",

@@ -1,0 +1,35 @@
+"""Resident memory of this process: what grows it, its peak, and what is returned."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import pytest
+
+from lorakeet.runs.process_memory import peak_rss_bytes, resident_bytes, return_free_memory
+
+
+def test_resident_memory_grows_with_what_is_held() -> None:
+    before = resident_bytes()
+    held = b"1" * 2**26
+    assert resident_bytes() - before > 0.9 * len(held)
+
+
+def test_peak_memory_never_falls() -> None:
+    before = peak_rss_bytes()
+    block = bytearray(before + 2**25)
+    assert peak_rss_bytes() >= len(block)
+    del block
+    assert peak_rss_bytes() >= before + 2**25
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems return it by themselves")
+def test_free_memory_between_what_is_used_is_returned() -> None:
+    """Small blocks come from the heap, whose end is still in use."""
+    blocks = [ctypes.create_string_buffer(b"1" * 60_000) for _ in range(1000)]
+    end = ctypes.create_string_buffer(b"1" * 60_000)
+    before = resident_bytes()
+    del blocks[:]
+    return_free_memory()
+    assert before - resident_bytes() > 4e7 and end.raw[0] == ord("1")
