@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.kernels.int8.triton import available as available
 from lorakeet.kernels.nf4.format import BLOCK, VALUES, Nf4Tensors, is_readable
 
 try:
@@ -33,7 +32,14 @@ FEW = 16
 def supports(x: Tensor, weight: Nf4Tensors, width: int) -> bool:
     """Whether the kernels can multiply x [n, width] and a weight: on a GPU that they run on, in a dtype that they know."""
     fits = x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.shape[1] == width and is_readable(weight)
-    return fits and all(t.is_contiguous() for t in weight[:3] if t is not None) and available(x.device)[0]
+    return fits and all(t.is_contiguous() for t in weight[:3] if t is not None) and _runs_on(x.device)
+
+
+def _runs_on(device: torch.device) -> bool:
+    """Whether Triton is there and compiles for a device, a GPU with tensor cores for bf16; interpreted, on all."""
+    if triton is None or torch.version.hip:
+        return False
+    return kernels.INTERPRETED or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def product(x: Tensor, weight: Nf4Tensors, bias: Tensor | None = None) -> Tensor:
