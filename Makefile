@@ -69,7 +69,7 @@ bench: install   ## run every benchmark: hours, on an idle machine
 	$(BIN)/python benchmarks/cost.py
 
 docs: install    ## write docs/reference, and the file tree of docs/architecture.md
-	$(BIN)/python -m lorakeet.cli.reference docs/reference
+	$(BIN)/python -m lorakeet.cli.shared.reference docs/reference
 	$(BIN)/python scripts/file_tree.py
 
 picture: install ## draw the rooms and their imports; fail if a rule of the house is broken

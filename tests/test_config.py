@@ -20,7 +20,7 @@ OUT_OF_BOUNDS = {
     "train.lr=.nan": "train.lr = nan: expected",
     "lora.r=true": "lora.r = True: expected a number",
     "lora.lora_alpha=yes": "lora.lora_alpha = True: expected a number",
-    "base.bits=7": "base.bits = 7: expected 8, 16 or 32",
+    "base.bits=7": "base.bits = 7: expected 4, 8, 16 or 32",
     "base.bits=true": "base.bits = True: expected a number",
     "out=": "out = None: expected",
     'out=""': "out = '': expected text that is not empty",
@@ -105,11 +105,11 @@ def test_values_at_the_bounds_are_taken() -> None:
 
 
 def test_a_quantized_format_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="expected 8, 16 or 32"):
-        read_run(None, ["base.bits=4"])
-    monkeypatch.setitem(config.QUANTIZED_FORMATS, 4, "nf4")
-    assert BaseSettings(bits=4).bits == 4 and read_run(None, ["base.bits=4"]).base.bits == 4
     with pytest.raises(ConfigError, match="expected 4, 8, 16 or 32"):
+        read_run(None, ["base.bits=3"])
+    monkeypatch.setitem(config.QUANTIZED_FORMATS, 3, "int3")
+    assert BaseSettings(bits=3).bits == 3 and read_run(None, ["base.bits=3"]).base.bits == 3
+    with pytest.raises(ConfigError, match="expected 3, 4, 8, 16 or 32"):
         read_run(None, ["base.bits=7"])
 
 

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from lorakeet.lora.config import PeftConfig as PeftConfig
     from lorakeet.lora.config import PeftType as PeftType
     from lorakeet.lora.config import TaskType as TaskType
+    from lorakeet.lora.initialization.eva_weights import get_eva_state_dict as get_eva_state_dict
+    from lorakeet.lora.initialization.eva_weights import initialize_lora_eva_weights as initialize_lora_eva_weights
+    from lorakeet.lora.initialization.settings import EvaConfig as EvaConfig
+    from lorakeet.lora.initialization.settings import LoftQConfig as LoftQConfig
     from lorakeet.lora.layer import LoraLayer as LoraLayer
     from lorakeet.lora.model import LoraModel as LoraModel
     from lorakeet.peft_api.auto_model import AutoPeftModel as AutoPeftModel
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     )
     from lorakeet.peft_api.auto_model import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
     from lorakeet.peft_api.injection import inject_adapter_in_model as inject_adapter_in_model
+    from lorakeet.peft_api.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
     from lorakeet.peft_api.other_names import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
     from lorakeet.peft_api.other_names import BaseTuner as BaseTuner
     from lorakeet.peft_api.other_names import BaseTunerLayer as BaseTunerLayer
@@ -56,23 +61,29 @@ if TYPE_CHECKING:
     from lorakeet.peft_api.task_models import PeftModelForSequenceClassification as PeftModelForSequenceClassification
     from lorakeet.peft_api.task_models import PeftModelForTokenClassification as PeftModelForTokenClassification
     from lorakeet.quant.hf_quantizer import Int8Config as Int8Config
+    from lorakeet.quant.hf_quantizer import Nf4Config as Nf4Config
+    from lorakeet.train.loraplus import create_loraplus_optimizer as create_loraplus_optimizer
     from lorakeet.train.trainer import Trainer as Trainer
 
 #: Module -> public names that it defines.
 _NAMES = {
     "lora.config": "LoraConfig PeftConfig PeftType TaskType",
+    "lora.initialization.settings": "EvaConfig LoftQConfig",
     "lora.layer": "LoraLayer",
     "lora.model": "LoraModel",
     "adapter.peft_model": "PeftModel get_peft_model",
     "base.kbit": "prepare_model_for_kbit_training",
     "base.load": "load_base",
     "log": "LorakeetWarning",
-    "quant.hf_quantizer": "Int8Config",
+    "train.loraplus": "create_loraplus_optimizer",
+    "quant.hf_quantizer": "Int8Config Nf4Config",
     "train.trainer": "Trainer",
     "peft_api.auto_model": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
     "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
     "AutoPeftModelForTokenClassification",
+    "lora.initialization.eva_weights": "get_eva_state_dict initialize_lora_eva_weights",
     "peft_api.injection": "inject_adapter_in_model",
+    "peft_api.loftq": "replace_lora_weights_loftq",
     "peft_api.other_names": "AuxiliaryTrainingWrapper BaseTuner BaseTunerLayer ModulesToSaveWrapper TrainableTokensWrapper "
     "get_layer_status get_model_status get_peft_config prepare_model_for_gradient_checkpointing",
     "peft_api.state_dict": "get_base_model_state_dict get_peft_model_state_dict set_base_model_state_dict "

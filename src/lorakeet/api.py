@@ -1,41 +1,47 @@
-"""The commands as functions: load a model with adapters, evaluate, generate, predict, compare, merge, quantize, plan.
+"""The commands as functions: load a model with adapters, evaluate, generate, predict, compare, merge, quantize, export, plan.
 
 Each takes settings and returns plain values; nothing here prints to stdout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.base.architectures import AUTO_CLASSES, DEFAULT_TASKS, check_task, family
 from lorakeet.base.meta_device import meta_model, read_config
 from lorakeet.chat.template import has_system_turn, with_system_turn
-from lorakeet.config import BaseSettings, DataSettings, LoraSettings, RunConfig, TaskName, TaskSettings
-from lorakeet.data.collate import make_collator
-from lorakeet.data.prepare import prepare
-from lorakeet.errors import DataError
-from lorakeet.export import check_empty, merge, quantize
-from lorakeet.facts.vocabulary import embedding_rows
-from lorakeet.facts.window import window
+from lorakeet.config import (
+    QUANTIZED_FORMATS,
+    BaseSettings,
+    DataSettings,
+    LoraSettings,
+    RunConfig,
+    TaskName,
+)
+from lorakeet.export.models import check_empty, merge, quantize
+from lorakeet.export.run import export
 from lorakeet.inference.generate import Prompt, complete
 from lorakeet.inference.predict import predict as predict_rows
 from lorakeet.inference.questions import Question
 from lorakeet.loaded_model import LoadedModel, check_verb, open_model
 from lorakeet.log import info, warn
+from lorakeet.lora.algebra.methods import make_method
 from lorakeet.lora.config import LoraConfig, PeftConfig
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import plan_injection
 from lorakeet.plan.fit import Fitted, bytes_of
 from lorakeet.plan.plan import Plan
 from lorakeet.rank.resize import resize
+from lorakeet.tasks.setup import lora_arguments
 from lorakeet.tasks.task import Task
-from lorakeet.tasks.taught import Taught
-from lorakeet.train.evaluate import evaluate
-from lorakeet.train.microbatch_packing import default_token_budget
 from lorakeet.train.planning.planner import Planner, fit_run
+from lorakeet.workshop.combine import combine_files
+from lorakeet.workshop.evaluate import evaluate_data
 
 #: Share of conversations with a system turn from which on one without is warned of.
 _MOST = 0.5
@@ -43,8 +49,10 @@ _MOST = 0.5
 __all__ = [
     "LoadedModel",
     "check_empty",
+    "combine_adapters",
     "compare",
     "evaluate_data",
+    "export",
     "fit_training",
     "generate",
     "merge",
@@ -56,73 +64,6 @@ __all__ = [
     "resize_adapter",
     "system_turn",
 ]
-
-
-def evaluate_data(
-    opened: LoadedModel,
-    adapter: str | None,
-    data: DataSettings,
-    *,
-    held_out_only: bool = False,
-    task_settings: TaskSettings | None = None,
-    seed: int | None = None,
-    batch_size: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Measure the loss or the task's metrics on data, by default with the settings that the adapter was taught with.
-
-    Args:
-        opened: The model with its adapters.
-        adapter: The active adapter; None: the base alone.
-        data: Settings of the data. Those that are not set are taken from the adapter's notes: columns, ``learn``,
-            ``max_length`` and so on.
-        held_out_only: Use only the rows that a run with this ``seed`` and ``data.eval_fraction`` holds out.
-        task_settings: Settings of the masks; those that are not set are taken from the adapter's notes.
-        seed: Seed of the run; None: that of the adapter's notes, else 42.
-        batch_size: Rows per forward pass; None: that of the adapter's notes, else 8.
-        progress: Function of the rows done and their number.
-
-    Returns:
-        For CAUSAL_LM ``{"loss", "perplexity", "tokens"}``, the loss in nats per target token, end token included; for other
-        tasks their metrics, such as ``accuracy``.
-
-    Raises:
-        DataError: The data cannot be read, or no rows are held out.
-    """
-    tokenizer, task = opened.base.tokenizer, opened.task
-    taught = opened.taught(adapter)
-    data = taught.data_settings(data, held_out_only=held_out_only)
-    data = data if held_out_only else data.model_copy(update={"eval_fraction": 0.0})
-    seed = taught.train.get("seed", 42) if seed is None else seed
-    batch_size = taught.train.get("batch_size", 8) if batch_size is None else batch_size
-    own = {"type": task.name, "problem": task.problem or "auto", "labels": list(task.labels) if task.labels else None}
-    chosen = taught.task_settings(task_settings or TaskSettings()).model_copy(update=own)
-    limits = {"max_positions": window(opened.model.config), "vocabulary": embedding_rows(opened.model)}
-    prepared = prepare(data, chosen, tokenizer, seed=seed, **limits)
-    rows = prepared.held_out if held_out_only else prepared.train
-    if rows is None:
-        raise DataError("nothing is held out: eval_fraction is 0", "give --eval-fraction as in the run")
-    collator = make_collator(chosen, tokenizer, opened.model)
-    with opened.answering(adapter):
-        return evaluate(
-            opened.model,
-            rows,
-            collator,
-            batch_size,
-            task=task,
-            tokenizer=tokenizer,
-            answers=prepared.rows,
-            token_budget=_token_budget(opened, taught, batch_size * data.max_length),
-            skip_padding=taught.train.get("padding_free", True),
-            seed=seed,
-            progress=progress,
-        )
-
-
-def _token_budget(opened: LoadedModel, taught: Taught, micro_batch_tokens: int) -> int:
-    """Return the tokens that batches may share a pass of, as in the training."""
-    noted = taught.train.get("token_budget")
-    return default_token_budget(opened.model, opened.base.device, micro_batch_tokens) if noted is None else noted
 
 
 def generate(
@@ -253,7 +194,7 @@ def plan_layers(model: str, lora: LoraSettings, task: TaskName = "auto") -> dict
     task = DEFAULT_TASKS[family(config)] if task == "auto" else task
     check_task(task, config, model)
     ghost = meta_model(config, auto_class=AUTO_CLASSES[task])
-    adapter: PeftConfig = LoraConfig(**lora.model_dump(), task_type=Task(task).peft_type)
+    adapter: PeftConfig = LoraConfig(**lora_arguments(lora, min(QUANTIZED_FORMATS)), task_type=Task(task).peft_type)
     adapter = resolve_config(ghost, adapter)
     targets = plan_injection(ghost, adapter)
     trainable, total = get_peft_model(ghost, adapter).get_nb_trainable_parameters()
@@ -300,6 +241,43 @@ def resize_adapter(
         for name, which in (("loss_before", adapter), ("loss_after", str(out))):
             made[name] = evaluate_data(opened, which, data)["loss"]
     return made
+
+
+def combine_adapters(
+    adapters: Sequence[str | Path],
+    out: Path,
+    weights: Sequence[float] | None = None,
+    how: str = "linear",
+    *,
+    seed: int = 42,
+    overwrite: bool = False,
+    allow_other_base: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Write the combination of adapters as a new one; reads their files only.
+
+    Args:
+        adapters: Folders or hub ids.
+        out: Folder to write.
+        weights: One for each, of any sign; None: 1/n for sums, 1 for means (TIES).
+        how: One of :data:`lorakeet.lora.algebra.methods.METHODS`.
+        seed: Of the entries that DARE drops.
+        overwrite: Replace the contents of ``out``.
+        allow_other_base: Accept adapters of different bases.
+        **settings: ``density``, ``rank``, ``majority_sign_method`` and ``clamp`` of the method.
+
+    Returns:
+        The result of :func:`lorakeet.workshop.combine.combine_files`.
+
+    Raises:
+        AdapterError: An adapter cannot be read, or they cannot be combined in this way.
+        OutputError: ``out`` is not empty or not writable.
+    """
+    method = make_method(how, generator=torch.Generator().manual_seed(seed), **settings)
+    each = 1.0 if method.pruning.elect else 1 / max(1, len(adapters))
+    given = [each] * len(adapters) if weights is None else weights
+    folder = check_empty(out, overwrite)
+    return combine_files(adapters, given, method, folder, allow_other_base=allow_other_base)
 
 
 def plan_training(config: RunConfig) -> Plan:

@@ -186,8 +186,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="pickle"):
         inspect_adapter(tmp_path)
     weights.write_bytes(whole)
-    config.write_text(json.dumps({**json.loads(config.read_text()), "use_dora": True}))
-    with pytest.raises(ConfigError, match="use_dora"):
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_qalora": True}))
+    with pytest.raises(ConfigError, match="use_qalora"):
         inspect_adapter(tmp_path)
 
 

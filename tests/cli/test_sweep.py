@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from lorakeet.cli import COMMANDS, main
-from lorakeet.cli.options import setting_field, typer_command
+from lorakeet.cli.shared.options import setting_field, typer_command
 from lorakeet.config import RunConfig, make_run, read_run
 from lorakeet.errors import ConfigError
 from lorakeet.setting_types import plain_types, setting_names
@@ -181,6 +181,8 @@ COMPLETE = {
     "push": ["./none", "me/it"],
     "inspect": ["./none"],
     "rank": ["./none"],
+    "combine": ["./none", "./none2", "--out", "new"],
+    "export": ["./none", "--for", "peft", "--out", "new"],
     "plan": ["--model", "./none"],
 }
 #: Flags of which a good value begins the work of the demo.

@@ -66,7 +66,7 @@ class _Hub(BaseHTTPRequestHandler):
             known = path.startswith("/datasets/me/quotes/")
             self._answer(404, b"", **{"X-Error-Code": "EntryNotFound" if known else "RepoNotFound"})
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_GET
 
     def _answer(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)

@@ -24,8 +24,9 @@ from helpers.markdown_pages import (
     read,
     sentences_with_commands,
 )
-from lorakeet.cli import COMMANDS, main, reference
-from lorakeet.cli.options import typer_command
+from lorakeet.cli import COMMANDS, main
+from lorakeet.cli.shared import reference
+from lorakeet.cli.shared.options import typer_command
 from lorakeet.config import RunConfig, read_run
 from lorakeet.files import cache_home
 from lorakeet.setting_types import setting_names

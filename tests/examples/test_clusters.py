@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from helpers.processes import settings
-from lorakeet.cli.options import typer_command
+from lorakeet.cli.shared.options import typer_command
 from lorakeet.cli.train import train
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -142,5 +142,13 @@ def _layer(dense: Any, weight: QuantizedWeight) -> QuantizedLayer:
     return (FakeEmbedding if isinstance(dense, nn.Embedding) else FakeLinear)(dense, weight)
 
 
+def _format(kind: type[FakeWeight]) -> QuantizedFormat:
+    def placeholder(shape: tuple[int, int], vocabulary: bool) -> QuantizedWeight:
+        made = kind.quantize(torch.ones(shape))
+        return kind(made.weight.to("meta"), made.steps.to("meta"), shape)
+
+    return QuantizedFormat(kind.quantize, _layer, placeholder)
+
+
 #: The formats by name.
-FORMATS = {"16 bits": QuantizedFormat(Fake16.quantize, _layer), "4 bits": QuantizedFormat(Fake4.quantize, _layer)}
+FORMATS = {"16 bits": _format(Fake16), "4 bits": _format(Fake4)}

@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
             headers = {"X-Error-Message": refusal.message, **({"X-Error-Code": refusal.code} if refusal.code else {})}
             self._send(refusal.status, json.dumps(refusal.body).encode(), headers)
 
-    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":

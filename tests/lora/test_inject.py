@@ -160,10 +160,10 @@ def test_initial_values_follow_the_paper():
         ({"bias": "some"}, "bias = 'some'"),
         ({"task_type": "POETRY"}, "POETRY"),
         ({"lora_alfa": 3}, "lora_alfa"),
-        ({"use_dora": True}, "use_dora=True"),
+        ({"use_qalora": True}, "use_qalora=True"),
         ({"target_parameters": ["experts"], "lora_dropout": 0.1}, "lora_dropout=0.1"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"init_lora_weights": "pizza"}, "init_lora_weights"),
     ],
 )
 def test_a_bad_setting_is_one_clear_error(wrong, says):

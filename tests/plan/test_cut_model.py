@@ -39,7 +39,7 @@ def small_run(kind: str, bits: int | None = None, **lora: Any) -> tuple[Any, Any
     return run, ModelInfo("small", small(kind, use_cache=False, **changes).config, None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("kind", ["llama", "opt", "gemma2"])
 def test_a_few_layers_tell_the_bytes_of_all(kind: str, bits: int | None) -> None:
     run, found = small_run(kind, bits)

@@ -11,6 +11,7 @@ import transformers
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
+import lorakeet
 from helpers.random_rows import collate, rows
 from helpers.tiny import make
 from helpers.tiny_training import tiny_data, tiny_llama, tiny_peft
@@ -25,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "an embedding too": {"base": "bert", "target_modules": ["query", "word_embeddings"], "task_type": "SEQ_CLS"},
     "bias of B": {"base": "opt", "target_modules": ["q_proj", "fc1"], "lora_bias": True},
     "all biases": {"base": "bert", "target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"},
+    "magnitudes": {"base": "bert", "target_modules": ["query", "word_embeddings"], "use_dora": True},
     "a head": {"base": "bert", "target_modules": ["query"], "modules_to_save": ["classifier"], "task_type": "SEQ_CLS"},
     "tokens": {"base": "bert", "target_modules": ["key"], "trainable_token_indices": {"word_embeddings": [3, 5]}},
     "bare parameters": {"base": "llama", "target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]},
@@ -46,18 +48,13 @@ def test_groups_are_those_of_peft(kind, make_args):
     settings = dict(SETTINGS[kind])
     base = settings.pop("base")
     theirs = peft.get_peft_model(make(base), peft.LoraConfig(r=2, **settings))
-    wanted = create_loraplus_optimizer(
-        theirs,
-        torch.optim.AdamW,
-        lr=2e-4,
-        loraplus_lr_ratio=16.0,
-        loraplus_weight_decay=0.1,
-        loraplus_lr_embedding=3e-5,
-    )
+    rates = {"lr": 2e-4, "loraplus_lr_ratio": 16.0, "loraplus_weight_decay": 0.1, "loraplus_lr_embedding": 3e-5}
+    wanted = create_loraplus_optimizer(theirs, torch.optim.AdamW, **rates)
     args = make_args(learning_rate=2e-4, weight_decay=0.1)
     ours = get_peft_model(make(base), LoraConfig(r=2, **settings))
     made = Trainer(ours, args, loraplus=LoraPlus(16.0, lr_embedding=3e-5)).create_optimizer()
     assert groups(made, ours) == groups(wanted, theirs)
+    assert groups(lorakeet.create_loraplus_optimizer(ours, torch.optim.SGD, **rates), ours) == groups(wanted, theirs)
     assert type(made) is torch.optim.AdamW and made.param_groups[0]["fused"]  # the Trainer's own, only its groups split
 
 

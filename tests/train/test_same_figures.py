@@ -15,6 +15,7 @@ from lorakeet.api import evaluate_data, open_model
 from lorakeet.config import BaseSettings
 from lorakeet.patches.padding_free import is_padding_free
 from lorakeet.train.run import run_training
+from lorakeet.workshop import evaluate as workshop_evaluate
 
 #: Base, rows and settings of a run for each task.
 RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -70,14 +71,14 @@ def test_eval_computes_neither_padding_nor_whole_logits(tmp_path: Path, monkeypa
     layer.register_forward_hook(lambda module, args, output: positions.append(tuple(output.shape)))
     head.register_forward_hook(lambda module, args, output: logits.append(tuple(output.shape)))
     rows: list[int] = []
-    prepare = api.prepare
+    prepare = workshop_evaluate.prepare
 
     def noting(*args: Any, **settings: Any) -> Any:
         prepared = prepare(*args, **settings)
         rows.extend(prepared.held_out["length"][:])
         return prepared
 
-    monkeypatch.setattr(api, "prepare", noting)
+    monkeypatch.setattr(workshop_evaluate, "prepare", noting)
     evaluate_data(opened, None, config.data, held_out_only=True)
     assert len(set(rows)) > 1  # so that batches have padding
     assert sum(shape[0] * shape[1] for shape in positions) == sum(rows)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lorakeet.facts.vocabulary import embedding_rows
+from lorakeet.lora.initialization.taken_part import taken_parts, whole_weight
 from lorakeet.lora.interop.wrappers import canonical
 from lorakeet.quant.protocol import QuantizedLayer, quantized_layers, weight_rows, weight_shape
 
@@ -38,12 +39,14 @@ class _Base:
         quantized: The layers of quantized weights, by the name of the weight.
         transposed: Names of weights whose shape counts the other way round.
         vocabulary: Rows of the input embedding; -1 without one.
+        taken: LoRA layers whose adapters hold a part of the weight, by the name of the weight.
     """
 
     parameters: Mapping[str, Tensor]
     quantized: Mapping[str, QuantizedLayer]
     transposed: frozenset[str]
     vocabulary: int
+    taken: Mapping[str, Any]
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -79,11 +82,12 @@ class _Base:
     @torch.no_grad()
     def sample(self, name: str) -> list[float]:
         """Return 16 values from the first rows, spread over the columns; of a quantized weight the dequantized ones."""
-        parameter = self.parameters[name]
+        parameter = whole_weight(self.taken[name]) if name in self.taken else self.parameters[name]
         line = parameter
         if len(self.shapes[name]) > 1:
             first = torch.arange(min(_ROWS, self.shapes[name][0]), device=parameter.device)
-            rows = weight_rows(self.quantized[name], first) if name in self.quantized else parameter[first]
+            stored = name in self.quantized and name not in self.taken
+            rows = weight_rows(self.quantized[name], first) if stored else parameter[first]
             line = rows.reshape(len(first), -1).diagonal()
         step = max(1, line.numel() // _VALUES)
         return [float(f"{value:.6g}") for value in line[::step][:_VALUES].float().tolist()]
@@ -104,8 +108,9 @@ def _base_of(model: nn.Module, state: Mapping[str, Tensor]) -> _Base:
     transposed = {
         base_name(f"{name}.weight") for name, module in model.named_modules() if getattr(module, "transposed", False)
     }
+    taken = {base_name(f"{name}.weight"): layer for name, layer in model.named_modules() if taken_parts(layer)}
     rows = embedding_rows(model)
-    return _Base(parameters, quantized, frozenset(transposed), -1 if rows is None else rows)
+    return _Base(parameters, quantized, frozenset(transposed), -1 if rows is None else rows, taken)
 
 
 def fingerprint(

@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lorakeet.adapter.compatibility import readers
+from lorakeet.adapter.compatibility import exports, readers
 from lorakeet.adapter.serialization import read_notes, read_tensors
 from lorakeet.adapter.tensor_checks import is_untrained, nonfinite_error
 from lorakeet.adapter.tensor_names import PREFIX
+from lorakeet.lora.algebra.blocks import split_blocks
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.targeting import Target, matches, target_of
 
@@ -90,7 +91,7 @@ class SavedLayer:
     def summary(self) -> dict[str, Any]:
         """Return the layer's entry in :func:`inspect_adapter`; the layer must be whole."""
         a, b = self.tensors["A"], self.tensors["B"]
-        norm = math.hypot(*(update_norm(*block, self.scaling) for block in pairs(a, b, self.rank)))
+        norm = math.hypot(*(update_norm(*block, self.scaling) for block in split_blocks(a, b, self.rank)))
         return {
             "name": self.name,
             "kind": self.kind,
@@ -115,6 +116,7 @@ def inspect_adapter(name: str | Path, *, revision: str | None = None, subfolder:
     - ``trained_whole``: names of the other tensors.
     - ``learned``, ``dead_layers``, ``finite``, ``problems``: whether it is trained, and what keeps it from being loaded.
     - ``readers``: the tools that can load it.
+    - ``exports``: the tools that ``lorakeet export`` can write it for.
     - ``lorakeet``: the content of our own file.
 
     Raises:
@@ -131,6 +133,7 @@ def inspect_adapter(name: str | Path, *, revision: str | None = None, subfolder:
     errors = [error for layer in layers if (error := layer.error())] + ([nonfinite] if nonfinite else [])
     refused = errors + ([] if trained else ["it is untrained"])
     architecture = ((notes.get("base") or {}).get("fingerprint") or {}).get("architecture")
+    ranks = {layer["r"] for layer in summaries}
     own_settings = (*type(config).model_fields, *config.variant_settings)
     return {
         "adapter": str(name),
@@ -147,7 +150,8 @@ def inspect_adapter(name: str | Path, *, revision: str | None = None, subfolder:
         "dead_layers": [layer["name"] for layer in summaries if layer["dead"]],
         "finite": nonfinite is None,
         "problems": errors,
-        "readers": readers(config, tensors, {layer["r"] for layer in summaries}, base=architecture, problems=refused),
+        "readers": readers(config, tensors, ranks, base=architecture, problems=refused),
+        "exports": exports(config, tensors, ranks, base=architecture),
         "lorakeet": notes,
     }
 
@@ -199,15 +203,6 @@ def _same_experts(rows: list[int], order: tuple[Target, ...]) -> bool:
     """Whether the rows of each A are the same multiple (the number of experts) of the targets' ranks."""
     divisible = all(n % target.r == 0 for n, target in zip(rows, order, strict=True))
     return divisible and len({n // target.r for n, target in zip(rows, order, strict=True)}) == 1
-
-
-def pairs(a: Tensor, b: Tensor, r: int) -> list[tuple[Tensor, Tensor]]:
-    """Return the A [r, in] and B [out, r] that are multiplied: one of each, or one for each group or expert."""
-    a, b = a.flatten(1), b.flatten(1)
-    if groups := len(a) // b.shape[1] - 1:
-        return list(zip(a.chunk(groups + 1), b.chunk(groups + 1), strict=True))
-    experts = len(a) // r
-    return list(zip(a.chunk(experts), (b[:, e::experts] for e in range(experts)), strict=True))
 
 
 def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, int]:

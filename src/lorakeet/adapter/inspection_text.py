@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from textwrap import wrap
 from typing import Any
 
-from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.variants import variant_settings
 
 #: Names shown of a longer list.
 SHOWN = 5
@@ -26,11 +26,18 @@ def inspection_text(info: Mapping[str, Any]) -> str:
             lines.append(f"{'' if number else label:<{_LABEL}}{line}")
     if info["kinds"]:
         lines += ["", *_aligned([_COLUMNS, *(_row(kind) for kind in info["kinds"])])]
-    lines += ["", "tools that can load it"]
-    for tool, answer in info["readers"].items():
-        reasons = "; ".join(answer["why"])
-        lines.append(f"  {tool:<10}" + ("yes" if answer["can"] else "no") + (f" ({reasons})" if reasons else ""))
-    return "\n".join(lines)
+    lines += ["", "tools that can load it", *_answers(info["readers"])]
+    return "\n".join([*lines, "", "lorakeet export --for", *_answers(info["exports"])])
+
+
+def _answers(tools: Mapping[str, Any]) -> list[str]:
+    """Return a line for each tool: whether it can, and why."""
+    width = max(map(len, tools)) + 1
+    reasons = {tool: "; ".join(answer["why"]) for tool, answer in tools.items()}
+    return [
+        f"  {tool:<{width}}" + ("yes" if answer["can"] else "no") + (f" ({reasons[tool]})" if reasons[tool] else "")
+        for tool, answer in tools.items()
+    ]
 
 
 def _facts(info: Mapping[str, Any]) -> dict[str, str]:
@@ -53,7 +60,9 @@ def _facts(info: Mapping[str, Any]) -> dict[str, str]:
 def _settings(settings: Mapping[str, Any]) -> str:
     always = ("r", "lora_alpha", "lora_dropout", "bias")
     if_set = [key for key in ("use_rslora", "rank_pattern", "alpha_pattern") if settings[key]]
-    of_variant = [key for key in settings if key not in PeftConfig.model_fields]
+    if isinstance(settings["init_lora_weights"], str):
+        if_set.append("init_lora_weights")
+    of_variant = [key for key, neutral in variant_settings().items() if settings.get(key, neutral) != neutral]
     return ", ".join(f"{key}={settings[key]}" for key in (*always, *if_set, *of_variant))
 
 

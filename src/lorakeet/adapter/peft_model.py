@@ -12,6 +12,7 @@ from lorakeet.adapter.adapter_folders import adapter_folders, saved_adapters
 from lorakeet.adapter.model_card import write_card
 from lorakeet.adapter.older_names import with_current_names
 from lorakeet.adapter.put_adapter import put_adapter
+from lorakeet.adapter.residual.initial import initial_of, warn_of_residual
 from lorakeet.adapter.serialization import check_base, read_notes, read_tensors, write_adapter
 from lorakeet.adapter.tensor_loading import LoadResult
 from lorakeet.adapter.unfrozen import NOTE
@@ -141,6 +142,7 @@ class PeftModel(LoraModel):
         refuse_unknown("load_adapter", peft_only, _LOADING)
         config = config or PeftConfig.from_pretrained(model_id, **where)
         notes = read_notes(model_id, **where)
+        warn_of_residual(model_id, config, notes)
         if not allow_other_base:
             with unmerged(self):
                 check_base(model_id, notes, self)
@@ -201,6 +203,8 @@ class PeftModel(LoraModel):
         push_to_hub: bool = False,
         repo_id: str | None = None,
         save_embedding_layers: bool | Literal["auto"] = "auto",
+        path_initial_model_for_weight_conversion: str | Path | None = None,
+        plain_lora: bool = False,
         **peft_only: Any,
     ) -> None:
         """Write the adapter (several: ``default`` here, each other in a subfolder of its name) and a model card.
@@ -216,6 +220,9 @@ class PeftModel(LoraModel):
             repo_id: Name on the hub; left out: the folder's name.
             save_embedding_layers: Whether to save the embedding and the head too; ``auto``: if they are adapted or were
                 resized.
+            path_initial_model_for_weight_conversion: Folder where the adapter was saved before its training. It is written as
+                plain LoRA of twice the rank on the whole base, although it took a part of it (PiSSA, OLoRA).
+            plain_lora: The same without that folder, from what the model remembers.
             **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
@@ -235,11 +242,17 @@ class PeftModel(LoraModel):
         folders = adapter_folders(folder, chosen)
         with unmerged(self):
             for name, path in folders.items() if is_main_process else ():
-                write_adapter(
-                    self, name, path, state_dict=state_dict, notes=notes, save_embedding_layers=save_embedding_layers
+                initial = initial_of(self, name, path_initial_model_for_weight_conversion, plain_lora)
+                config = write_adapter(
+                    self,
+                    name,
+                    path,
+                    state_dict=state_dict,
+                    notes=notes,
+                    save_embedding_layers=save_embedding_layers,
+                    initial=initial,
                 )
                 named = hasattr(self, "config")  # a base without a configuration has no public name
-                config = self.peft_config[name]
                 write_card(
                     path, config if named else config.model_copy(update={"base_model_name_or_path": None}), notes or {}
                 )

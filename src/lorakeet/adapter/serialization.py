@@ -29,8 +29,11 @@ from lorakeet.errors import AdapterError, OutputError
 from lorakeet.facts.vocabulary import embedding_rows, vocabulary_size
 from lorakeet.files import PICKLE_SUFFIXES, write_file, write_json
 from lorakeet.log import info, warn
-from lorakeet.lora.config import PeftConfig, find_adapter_file
+from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.initialization.conversion import to_plain_lora
+from lorakeet.lora.initialization.taken_part import holds_parts
 from lorakeet.lora.interop.wrappers import canonical, state_of
+from lorakeet.lora.lifecycle.adapter_files import find_adapter_file
 from lorakeet.lora.model import LoraModel
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.trainable_tokens import TiedLayer, TrainableTokens
@@ -54,8 +57,9 @@ def write_adapter(
     state_dict: Mapping[str, Tensor] | None = None,
     notes: Mapping[str, Any] | None = None,
     save_embedding_layers: bool | Literal["auto"] = "auto",
-) -> None:
-    """Write one adapter's files into ``folder``, each whole or not at all.
+    initial: Mapping[str, Tensor] | None = None,
+) -> PeftConfig:
+    """Write one adapter's files into ``folder``, each whole or not at all; returns the settings that the file has.
 
     Args:
         model: A model that has the adapter.
@@ -64,6 +68,7 @@ def write_adapter(
         state_dict: Gathered tensors of a sharded model; left out: the model's own.
         notes: Further facts for ``lorakeet.json``, for example the final losses.
         save_embedding_layers: As in :func:`adapter_tensors`.
+        initial: The adapter's tensors before its training: it is written as plain LoRA on the whole base.
 
     Raises:
         AdapterError: a tensor has NaN or infinite values; nothing is written then.
@@ -75,18 +80,23 @@ def write_adapter(
     unfrozen = unfrozen_names(model)
     raw = adapter_tensors(model, adapter, state_dict, save_embedding_layers)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in raw.items()}
+    config = model.peft_config[adapter].as_made().model_copy(update={"inference_mode": True})
+    if initial is not None:
+        config, tensors = to_plain_lora(config, tensors, initial)
     if error := nonfinite_error(tensors):
         raise AdapterError(f"adapter {adapter!r} is not saved: {error}", "lower the learning rate and train again")
     if is_untrained(tensors):
         warn(f"adapter {adapter!r} changes nothing: every B is zero. Has it been trained?")
-    config = model.peft_config[adapter].as_made().model_copy(update={"inference_mode": True})
     with write_file(folder / WEIGHTS_NAME) as aside:
         # safetensors refuses tensors that share memory: a tied head and embedding are written as two copies
         save_file(_unshared(tensors), aside, metadata={"format": "pt"})
     config.save_pretrained(folder)
     base = {"name": config.base_model_name_or_path, "fingerprint": fingerprint(model, source, leave_out=unfrozen)}
-    further = {NOTE: sorted(map(canonical, unfrozen))} if unfrozen else {}
+    further: dict[str, Any] = {NOTE: sorted(map(canonical, unfrozen))} if unfrozen else {}
+    if initial is None and holds_parts(model, adapter):
+        further["on_residual"] = True
     write_json(folder / OWN_NAME, {"format": 1, "lorakeet": __version__, "base": base, **further, **(notes or {})})
+    return config
 
 
 def adapter_tensors(
@@ -252,6 +262,7 @@ class _Notes(BaseModel):
     base: _BaseNotes | None = None
     task: _TaskNotes | None = None
     unfrozen: list[str] | None = None
+    on_residual: bool = False
 
 
 def read_notes(name: str | Path, **where: Any) -> dict[str, Any]:

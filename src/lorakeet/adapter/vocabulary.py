@@ -13,7 +13,8 @@ from lorakeet.errors import AdapterError
 from lorakeet.facts.padding import agree_on_special_tokens
 from lorakeet.facts.vocabulary import embedding_rows, tokens_without_row
 from lorakeet.log import info, warn
-from lorakeet.lora.config import PeftConfig, adapter_folder, find_adapter_file
+from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.lifecycle.adapter_files import adapter_folder, find_adapter_file
 from lorakeet.rng import seeded
 from lorakeet.security.paths import folder_problems
 

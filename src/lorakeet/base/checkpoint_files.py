@@ -5,10 +5,12 @@ Only safetensors are read. Pickles are refused by name, since opening one can ru
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from lorakeet.base.config_checks import config_problems, weight_facts
 from lorakeet.errors import BaseModelError
@@ -120,6 +122,44 @@ def weight_files(folder: Path) -> list[Path]:
     if strange := [name for name in names if not is_plain_name(name) or Path(name).suffix != ".safetensors"]:
         raise ValueError(f"{INDEX} names {str(strange[0])[:80]!r}, expected safetensors files in its own folder")
     return [folder / name for name in sorted(names)]
+
+
+def weight_reader(path: Path, model: Any) -> Callable[[str], Tensor]:
+    """Return a function that reads the weight of a layer from the files of a base, by the layer's name in the model.
+
+    Args:
+        path: Folder of the base in full precision, or its only safetensors file.
+        model: The base; its prefix may be missing in the files.
+
+    Raises:
+        BaseModelError: The files cannot be read; or, by the function, they have no such weight in full precision.
+    """
+    try:
+        files = [path] if path.is_file() else weight_files(path)
+        places = {key: file for file in files for key in _keys(file)}
+    except (ValueError, OSError, SafetensorError) as error:
+        raise BaseModelError(
+            f"{path} has no weights that can be read ({error})", "give the folder of the base"
+        ) from None
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+
+    def read(layer: str) -> Tensor:
+        name = f"{layer}.weight"
+        key = next((key for key in (name, name.removeprefix(prefix), prefix + name) if key in places), None)
+        if key is None:
+            raise BaseModelError(f"{path} has no weight {name}", "give the folder of the base in full precision")
+        with safe_open(places[key], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(key)
+        if not tensor.is_floating_point():
+            raise BaseModelError(f"{path} has {name} quantized", "give the folder of the base in full precision")
+        return tensor
+
+    return read
+
+
+def _keys(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
 
 
 def _weight_problems(folder: Path) -> list[str]:

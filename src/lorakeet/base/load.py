@@ -6,6 +6,7 @@ shape, and tensors in another number format than the requested one.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,15 @@ from lorakeet.facts.padding import agree_on_special_tokens
 from lorakeet.facts.vocabulary import embedding_rows, tokens_without_row
 from lorakeet.kernels.int8.registry import best_on
 from lorakeet.log import warn
-from lorakeet.quant.hf_quantizer import CONFIGS, foreign_method, foreign_method_error
-from lorakeet.quant.protocol import quantized_layers
+from lorakeet.quant.hf_quantizer import (
+    CONFIGS,
+    NF4_METHOD,
+    foreign_method,
+    foreign_method_error,
+    own_bits,
+    reads_layout,
+)
+from lorakeet.quant.protocol import quantized_layers, value_count
 from lorakeet.rng import seeded
 from lorakeet.setting_types import settings_error
 
@@ -68,9 +76,10 @@ class Base:
         """Return one line: name, parameters, number format, device, bytes by number format."""
         sizes = bytes_by_dtype(self.model)
         parts = ", ".join(f"{dtype_name(dtype)} {_size(count)}" for dtype, count in sizes.items())
-        count = sum(parameter.numel() for parameter in self.model.parameters())
-        rounded = sum(1 for _ in quantized_layers(self.model))
-        how = f", {rounded} layers in 8 bits ({best_on(self.device).name} products)" if rounded else ""
+        count = value_count(self.model)
+        counts = Counter(layer.bits for _, layer in quantized_layers(self.model))
+        how = "".join(f", {number} layers in {bits} bits" for bits, number in sorted(counts.items()))
+        how += f" ({best_on(self.device).name} products)" if 8 in counts else ""
         return (
             f"{self.name}: {count:,} parameters, {dtype_name(self.dtype)} on {self.device}, "
             f"{_size(sum(sizes.values()))} ({parts}){how}"
@@ -120,7 +129,8 @@ def load_base(
         model_options: Further arguments of ``from_pretrained``, such as ``num_labels``.
         seed: Seed of weights that the checkpoint lacks; None: they are drawn from torch's own state.
         brought: Names of weights that an adapter brings: no warning where the checkpoint lacks them.
-        **overrides: Single settings by name, e.g. ``dtype="bf16"``; ``load_in_8bit=True`` means ``bits=8``.
+        **overrides: Single settings by name, e.g. ``dtype="bf16"``; ``load_in_8bit=True`` means ``bits=8``, and
+            ``load_in_4bit=True`` ``bits=4``.
 
     Returns:
         The frozen model with its tokenizer.
@@ -139,7 +149,7 @@ def load_base(
         _config(folder, source.name, remote), weight_facts(weight_files(folder)), source.name, auto_class, **remote
     )
     tokenizer = load_tokenizer(folder, source.name, remote)
-    options = {"dtype": dtype, **remote, **_rounding(folder, chosen.bits, source.name, remote), **(model_options or {})}
+    options = {"dtype": dtype, **remote, **_rounding(folder, chosen.bits, source.name, remote, model_options or {})}
     with seeded(seed):
         model, fresh = _load_model(folder, source.name, auto_class, device, options, brought)
     check_dtypes(model, dtype, source.name)
@@ -160,28 +170,45 @@ def _config(folder: Path, name: str, remote: Mapping[str, Any]) -> PreTrainedCon
         ) from error
 
 
-def _rounding(folder: Path, bits: int | None, name: str, remote: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of ``from_pretrained`` that quantize during loading; none for a quantized checkpoint.
+def _rounding(
+    folder: Path, bits: int | None, name: str, remote: Mapping[str, Any], more: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` that quantize during loading, or read a quantized checkpoint.
+
+    Args:
+        folder: Folder of the checkpoint.
+        bits: Bits of a weight, or None.
+        name: Name of the model, for messages.
+        remote: The argument ``trust_remote_code``.
+        more: Further arguments, settings of the model.
 
     Raises:
         BaseModelError: The checkpoint is quantized in another format than ``bits``.
     """
-    method = getattr(_config(folder, name, remote), "quantization_config", None)
+    config = _config(folder, name, remote)
+    method = getattr(config, "quantization_config", None)
     quantized = None if bits is None else QUANTIZED_FORMATS.get(bits)
+    if bits in (4, None) and reads_layout(method):
+        config.quantization_config = {"quant_method": NF4_METHOD, "layout": "bitsandbytes"}
+        for key, value in more.items():
+            setattr(config, key, value)
+        return {"config": config}
     if quantized and (other := foreign_method(method)):
         raise foreign_method_error(name, other)
-    if bits in (16, 32) and method is not None and not foreign_method(method):
+    if bits is not None and (own := own_bits(method)) not in (None, bits):
         raise BaseModelError(
-            f"{name} is stored quantized, in 8 bits, and bits={bits} is set",
+            f"{name} is stored quantized, in {own} bits, and bits={bits} is set",
             "remove --bits, or give the full-precision model",
         )
-    return {"quantization_config": CONFIGS[quantized]()} if quantized and method is None else {}
+    return {**({"quantization_config": CONFIGS[quantized]()} if quantized and method is None else {}), **more}
 
 
 def _settings(settings: BaseSettings | str | None, overrides: Mapping[str, Any]) -> BaseSettings:
     overrides = dict(overrides)
     if overrides.pop("load_in_8bit", False):
         overrides["bits"] = 8
+    if overrides.pop("load_in_4bit", False):
+        overrides["bits"] = 4
     values = {"model": settings} if isinstance(settings, str) else settings.model_dump() if settings else {}
     try:
         return BaseSettings.model_validate({**values, **overrides})

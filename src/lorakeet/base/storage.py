@@ -24,6 +24,7 @@ from lorakeet.base.checkpoint_files import weight_files
 from lorakeet.base.device_dtype import DTYPES, dtype_name
 from lorakeet.base.quiet import quiet
 from lorakeet.errors import BaseModelError
+from lorakeet.kernels.nf4.format import BLOCK
 from lorakeet.quant.protocol import quantized_layers
 from lorakeet.security.json_file import read_object
 
@@ -88,13 +89,16 @@ def chosen_formats(name: str, model: PreTrainedModel) -> StoredFormats:
     return StoredFormats(dict.fromkeys(names, torch.float32), DTYPES[name])
 
 
-def bytes_to_store(folder: Path, asked: str | None = None, bits: int | None = None) -> int:
+def bytes_to_store(
+    folder: Path, asked: str | None = None, bits: int | None = None, vocabulary: int | None = None
+) -> int:
     """Return the bytes that the weights of a base take in another number format, by its files' headers alone.
 
     Args:
         folder: Folder of the base.
         asked: Name of the format of floating tensors, such as ``bf16``; None: their own.
         bits: Bits of each value of a matrix; None: those of the format.
+        vocabulary: Rows of a matrix that has a row for each token; it has at least 8 bits.
     """
     total = 0
     for file in weight_files(folder):
@@ -104,7 +108,8 @@ def bytes_to_store(folder: Path, asked: str | None = None, bits: int | None = No
                 own = _FLOATING.get(kind)
                 dtype = own if own is None or asked is None else DTYPES[asked]
                 if bits and own is not None and len(shape) == 2:
-                    total += math.prod(shape) * bits // 8 + shape[0] * SCALE_BYTES
+                    least = max(bits, 8) if shape[0] == vocabulary else bits
+                    total += math.prod(shape) * least // 8 + max(shape[0] * SCALE_BYTES, math.prod(shape) // BLOCK)
                 else:
                     total += math.prod(shape) * (1 if dtype is None else dtype.itemsize)
     return total
@@ -115,7 +120,9 @@ def _formats(file: Path) -> dict[str, torch.dtype]:
     with safe_open(file, framework="pt") as opened:
         names = opened.keys()
         stored = {name: opened.get_slice(name).get_dtype() for name in names}
-    scales = {f"{name.removesuffix('.weight')}.scale" for name, kind in stored.items() if kind == "I8"}
+    owners = {name for name, kind in stored.items() if kind in ("I8", "U8") and name.endswith(".weight")}
+    scales = {f"{owner.removesuffix('weight')}{leaf}" for owner in owners for leaf in ("scale", "absmax", "nested")}
+    scales |= {name for name in stored if name.rpartition(".")[0] in owners}  # of bitsandbytes
     return {name: _FLOATING[kind] for name, kind in stored.items() if kind in _FLOATING and name not in scales}
 
 

@@ -24,10 +24,12 @@ COMMANDS = {
     "generate": "complete prompts with a model, or with one or more adapters",
     "predict": "predict classes, tags, answers, vectors or masked tokens",
     "merge": "merge an adapter into its base and save a plain model",
-    "quantize": "save a base in 8 bits, so that it loads in seconds",
+    "export": "write an adapter for PEFT, vLLM, llama.cpp or mlx-lm, or a merged model in GGUF",
+    "quantize": "save a base in 8 or 4 bits, so that it loads in seconds",
     "push": "upload an adapter to the hub",
     "inspect": "show what an adapter is, whether it was trained, and which tools load it",
     "rank": "show which rank each layer of an adapter needs, and write a smaller adapter",
+    "combine": "add, mix or subtract adapters into a new one: linear, svd, ties, dare",
     "plan": "predict memory, time and disk of a run, and what makes it fit, without loading weights",
 }
 
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(command: str, words: list[str], debug: bool) -> int:
-    from lorakeet.cli.options import UsageError, parse_and_call, usage_hint, usage_message
+    from lorakeet.cli.shared.options import UsageError, parse_and_call, usage_hint, usage_message
     from lorakeet.errors import LorakeetError
 
     try:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import with_settings
+from lorakeet.cli.shared.options import with_settings
 from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import LorakeetError, OutputError
 from lorakeet.log import info

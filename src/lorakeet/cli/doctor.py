@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import bounded, with_settings
-from lorakeet.cli.progress import progress_bar
+from lorakeet.cli.shared.options import bounded, with_settings
+from lorakeet.cli.shared.progress import progress_bar
 from lorakeet.config import RunConfig, read_run
 from lorakeet.setting_types import Count
 

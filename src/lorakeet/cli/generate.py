@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import BASE_FLAGS, base_settings, bounded, check_file, with_settings
+from lorakeet.cli.shared.options import BASE_FLAGS, base_settings, bounded, check_file, with_settings
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.log import info
 from lorakeet.setting_types import Count, Positive, Seed, Share

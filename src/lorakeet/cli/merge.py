@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import BASE_FLAGS, base_settings, with_settings
+from lorakeet.cli.shared.options import BASE_FLAGS, base_settings, with_settings
 
 
 @with_settings({flag: dotted for flag, dotted in BASE_FLAGS.items() if flag != "--bits"})

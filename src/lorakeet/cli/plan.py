@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import TRAIN_FLAGS, with_settings
+from lorakeet.cli.shared.options import TRAIN_FLAGS, with_settings
 from lorakeet.cli.train import run_settings
 from lorakeet.config import RunConfig
 

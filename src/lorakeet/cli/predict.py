@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import BASE_FLAGS, DATA_FLAGS, bounded, check_file, read_overrides, with_settings
+from lorakeet.cli.shared.options import BASE_FLAGS, DATA_FLAGS, bounded, check_file, read_overrides, with_settings
 from lorakeet.errors import DataError
 from lorakeet.setting_types import Count
 

@@ -7,17 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import BASE_FLAGS, base_settings, with_settings
+from lorakeet.cli.shared.options import BASE_FLAGS, base_settings, with_settings
 
 
 @with_settings({flag: dotted for flag, dotted in BASE_FLAGS.items() if flag != "--bits"})
 def quantize(
     settings: dict[str, Any],
-    out: Annotated[str, typer.Option(help="folder to save the 8-bit base in")],
+    out: Annotated[str, typer.Option(help="folder to save the quantized base in")],
+    bits: Annotated[int, typer.Option("--bits", help="bits per weight, 8 or 4")] = 8,
+    layout: Annotated[
+        str, typer.Option("--layout", help="names of the tensors: lorakeet, or bitsandbytes with 4 bits")
+    ] = "lorakeet",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the contents of --out")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
-    """Quantize a base to 8 bits and save it. The folder is a model for every command; its weights are read on demand.
+    """Quantize a base and save it. The folder is a model for every command; its weights are read on demand.
 
     Only one weight at a time is in memory in full precision. What stays unquantized keeps the base's own number format,
     unless --dtype names one. Adapters trained on it also fit the full-precision base.
@@ -26,6 +30,7 @@ def quantize(
     examples:
       lorakeet quantize --model ./base --out base-int8
       lorakeet quantize --out smollm2-int8
+      lorakeet quantize --bits 4 --out smollm2-nf4
       lorakeet train --model smollm2-int8 --data quotes.jsonl --out my-run
     \f
 
@@ -34,5 +39,5 @@ def quantize(
     """
     from lorakeet import api
 
-    figures = api.quantize(base_settings(settings), out, overwrite=overwrite)
+    figures = api.quantize(base_settings(settings), out, bits=bits, layout=layout, overwrite=overwrite)
     print(json.dumps(figures) if as_json else figures["path"])

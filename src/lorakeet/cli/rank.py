@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import BASE_FLAGS, DATA_FLAGS, bounded, read_overrides, with_settings
+from lorakeet.cli.shared.options import BASE_FLAGS, DATA_FLAGS, bounded, read_overrides, with_settings
 from lorakeet.errors import ConfigError
 from lorakeet.setting_types import Count, Fraction
 

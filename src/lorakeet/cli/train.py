@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakeet.cli.options import TRAIN_FLAGS, with_settings
+from lorakeet.cli.shared.options import TRAIN_FLAGS, with_settings
 from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import ConfigError
 from lorakeet.runs.run_folder import folder_of

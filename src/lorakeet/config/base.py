@@ -13,7 +13,7 @@ from lorakeet.setting_types import Int, Section, Text
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 #: Bits per weight -> quantized format of a base, by the name of its module in ``lorakeet.quant``.
-QUANTIZED_FORMATS: dict[int, str] = {8: "int8"}
+QUANTIZED_FORMATS: dict[int, str] = {4: "nf4", 8: "int8"}
 #: Bits per weight of the floating-point formats of a base.
 FLOATING_BITS = (16, 32)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+import re
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from lorakeet.setting_types import (
     ALL_LINEAR,
@@ -21,6 +23,25 @@ from lorakeet.setting_types import (
     as_names,
     contradiction,
 )
+
+#: Initializations by name; of ``pissa_niter_N``, N is the number of subspace iterations of a fast SVD.
+INITIALIZATIONS = ("gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "loftq", "eva")
+
+
+def _initialization(name: bool | str) -> bool | str:
+    """Return the name in lower case, or true and false as they are.
+
+    Raises:
+        PydanticCustomError: There is no such initialization.
+    """
+    if isinstance(name, bool) or name.lower() in ("true", "false"):
+        return name if isinstance(name, bool) else name.lower() == "true"
+    name = name.lower()
+    kind = re.sub(r"_niter_\d{1,3}$", "_niter_N", name, flags=re.ASCII)
+    if kind not in INITIALIZATIONS or name == "pissa_niter_n":
+        wish = "Input should be true, false, or one of {known}"
+        raise PydanticCustomError("initialization", wish, {"known": ", ".join(INITIALIZATIONS)})
+    return name
 
 
 class LoraSettings(Section):
@@ -53,10 +74,15 @@ class LoraSettings(Section):
         default_factory=dict, description="alphas of single layers, by name or regular expression"
     )
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) (arXiv:2312.03732)")
+    use_dora: bool = Field(
+        False,
+        description="train the magnitude of each output channel apart from its direction (DoRA, arXiv:2402.09353)",
+    )
     fan_in_fan_out: bool = Field(False, description="weights are stored as [in, out] (detected for GPT-2's Conv1D)")
-    init_lora_weights: bool | Literal["gaussian"] = Field(
+    init_lora_weights: Annotated[bool | str, AfterValidator(_initialization)] = Field(
         True,
-        description="true: A Kaiming-uniform, B zero; gaussian: A normal, B zero; false: both random (for tests)",
+        description="true: A Kaiming-uniform, B zero; or gaussian, orthogonal, pissa, pissa_niter_N, olora, loftq, eva; "
+        "false: both random (for tests)",
     )
     lora_bias: bool = Field(False, description="add a bias to B")
     target_parameters: list[Text] | None = Field(

@@ -1,4 +1,4 @@
-"""Decoder step in 8 bits: one new token of each of a few texts through a layer of the Llama family, in two calls of C.
+"""Decoder step in 8 or 4 bits: one new token of each of a few texts through a layer of the Llama family, in two calls of C.
 
     a = x + W_o·attention(rope(W_q·n), rope(W_k·n), W_v·n)        n  = norm(x)
     h = a + W_down·(silu(W_gate·m) ∘ W_up·m)                      m  = norm(a)
@@ -20,18 +20,21 @@ from torch import Tensor
 from lorakeet.kernels.cpu import abi, bindings
 from lorakeet.kernels.cpu.bindings import pointer
 from lorakeet.kernels.int8.format import outlier_columns, split_scale
+from lorakeet.kernels.nf4.format import Nf4Tensors, is_readable
 
 
 class LinearWeights(NamedTuple):
     """Weights of a linear layer and its adapter: h = x·W₀ᵀ + bias + scaling·x·Aᵀ·Bᵀ.
 
     Attributes:
-        weight: int8 [out, in].
-        scale: fp32, as :mod:`lorakeet.kernels.int8.format` describes it.
+        weight: int8 [out, in]; or codes of NF4, as :mod:`lorakeet.kernels.nf4.format` describes them.
+        scale: fp32, as :mod:`lorakeet.kernels.int8.format` describes it; or the scales of NF4, ``absmax``.
         bias: fp32 [out] or None.
         a: fp32 [r, in], or None without an adapter.
         b: fp32 [out, r], or None without an adapter.
         scaling: Factor of the low-rank update.
+        nested: Scales of the scales of NF4, or None.
+        packed: (out, in) of a weight in NF4; None for int8.
     """
 
     weight: Tensor
@@ -40,6 +43,13 @@ class LinearWeights(NamedTuple):
     a: Tensor | None = None
     b: Tensor | None = None
     scaling: float = 0.0
+    nested: Tensor | None = None
+    packed: tuple[int, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the weight, (out, in)."""
+        return self.packed or (self.weight.shape[0], self.weight.shape[1])
 
 
 class Norm(NamedTuple):
@@ -65,13 +75,15 @@ class Layer:
     def __init__(
         self, linears: Sequence[LinearWeights], norms: Sequence[Norm | None], dim: int, scaling: float
     ) -> None:
-        shapes = [tuple(linear.weight.shape) for linear in linears]
+        shapes = [linear.shape for linear in linears]
         (wide, hidden), (narrow, _), (inner, _) = shapes[0], shapes[1], shapes[4]
         wanted = [(wide, hidden), (narrow, hidden), (narrow, hidden), (hidden, wide), *[(inner, hidden)] * 2]
         if shapes != [*wanted, (hidden, inner)] or wide % dim or narrow % dim or wide % max(narrow, 1) or dim % 2:
             raise ValueError(f"the weights do not form a decoder layer with heads of width {dim}: got {shapes}")
         if not all(map(_readable, linears)) or not all(map(_norm_readable, norms, (hidden, hidden, dim, dim))):
-            raise ValueError("the weights of a decoder layer must be contiguous CPU tensors: int8, all else fp32")
+            raise ValueError(
+                "the weights of a decoder layer must be contiguous CPU tensors: int8 or NF4, all else fp32"
+            )
         # C reads these tensors: they stay in memory even if a parameter gets another tensor as its data.
         self.tensors = [t.detach() for group in (*linears, *norms) if group for t in group if isinstance(t, Tensor)]
         self.hidden, self.wide, self.narrow, self.dim = hidden, wide, narrow, dim
@@ -89,20 +101,33 @@ class Layer:
 
 
 def _linear(weights: LinearWeights) -> abi.Linear:
-    weight, scale, bias, a, b, scaling = weights
+    weight, scale, bias, a, b, scaling, nested, packed = weights
+    rank = 0 if a is None else len(a)
+    tensors: tuple[Tensor | None, ...]
+    if packed is not None:
+        tensors = weight, scale, nested, None, None, None, None, bias, a, b
+        return abi.Linear(*map(pointer, tensors), *packed, rank, 0, scaling)
     positions, values = outlier_columns(weight, scale) or (None, None)
-    tensors = weight, *split_scale(weight, scale), positions, values, bias, a, b
-    rank, outliers = 0 if a is None else len(a), 0 if positions is None else len(positions)
+    tensors = weight, None, None, *split_scale(weight, scale), positions, values, bias, a, b
+    outliers = 0 if positions is None else len(positions)
     return abi.Linear(*map(pointer, tensors), *weight.shape, rank, outliers, scaling)
 
 
 def _readable(weights: LinearWeights) -> bool:
-    weight, scale, bias, a, b, _ = weights
-    out, width = weight.shape
+    weight, scale, bias, a, b, _, nested, packed = weights
+    out, width = weights.shape
     update = (a is None) == (b is None)
     if a is not None and b is not None:
         update = a.dtype == b.dtype == torch.float32 and a.shape == (len(a), width) and b.shape == (out, len(a))
-    tensors = [tensor for tensor in weights[:5] if tensor is not None]
+    tensors = [tensor for tensor in (*weights[:5], nested) if tensor is not None]
+    if packed is not None:
+        given = Nf4Tensors(weight, scale, nested, packed)
+        return (
+            update
+            and is_readable(given)
+            and bindings.is_fp32_vector(out, bias)
+            and bindings.is_cpu_contiguous(*tensors)
+        )
     row_scale, column_scale = split_scale(weight, scale)
     fits = bindings.is_fp32_vector(out, row_scale, bias) and bindings.is_fp32_vector(width, column_scale)
     return weight.dtype == torch.int8 and fits and update and bindings.is_cpu_contiguous(*tensors)

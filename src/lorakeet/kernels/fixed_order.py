@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.kernels.ordered_product import ordered_product
+from lorakeet.kernels.cpu.ordered_product import ordered_product
 
 #: Elements. torch shares an elementwise operation or a full sum of more than this among threads.
 GRAIN = 32768

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakeet.kernels.cpu.ordered_product import add_low_rank_, low_rank_gradient, low_rank_tokens
 from lorakeet.kernels.dropout import draw_seed, dropout_reference, dropped, plus_dropped
 from lorakeet.kernels.frozen_linear import linear_out
-from lorakeet.kernels.ordered_product import add_low_rank_, low_rank_gradient, low_rank_tokens
 
 
 class FrozenWeight(Protocol):

@@ -15,47 +15,30 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
 from lorakeet.config import LoraSettings
-from lorakeet.errors import AdapterError, ConfigError, LorakeetError, did_you_mean
-from lorakeet.files import hub_file, write_json
+from lorakeet.errors import AdapterError, ConfigError, did_you_mean
+from lorakeet.files import write_json
 from lorakeet.log import warn
+from lorakeet.lora.initialization.settings import own_settings, written
 from lorakeet.lora.interop.peft_classes import AnswersAsPeft
 from lorakeet.lora.interop.trainer_hooks import hook_trainer
 from lorakeet.lora.interop.wrappers import canonical_settings
+from lorakeet.lora.lifecycle.adapter_files import CONFIG_NAME as CONFIG_NAME
+from lorakeet.lora.lifecycle.adapter_files import DOWNLOAD_ARGUMENTS as DOWNLOAD_ARGUMENTS
+from lorakeet.lora.lifecycle.adapter_files import FILE_ARGUMENTS, find_adapter_file
+from lorakeet.lora.peft_names.other_settings import NEUTRAL, is_neutral, without_runtime
 from lorakeet.lora.variants import Variant, chosen_variant, variant_settings
 from lorakeet.security.json_file import JsonError, read_object
-from lorakeet.security.paths import file_problem, is_hub_id
+from lorakeet.security.paths import is_hub_id
 from lorakeet.setting_types import settings_error
 
-CONFIG_NAME = "adapter_config.json"
 #: Bytes of the largest ``adapter_config.json``; some name each of thousands of layers.
 LARGEST_FILE = 1 << 22
 #: Release of PEFT whose file format is read and written.
 PEFT_FORMAT = "0.21.2"
 
-#: Arguments of a download from the hub, by huggingface_hub's names.
-DOWNLOAD_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
-#: Arguments of :func:`find_adapter_file` that say where to look.
-FILE_ARGUMENTS = ("revision", "subfolder", *DOWNLOAD_ARGUMENTS)
 
-#: PEFT's keys that Lorakeet does not implement -> the values that mean "not used".
-NEUTRAL: dict[str, Any] = {
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "corda_config": None,
-    "eva_config": None,
-    "kasa_config": None,
-    "layer_replication": None,
-    "loftq_config": {},
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "monteclora_config": None,
-    "qalora_group_size": 16,
-    "use_bdlora": None,
-    "use_dora": False,
-    "use_qalora": False,
-    "velora_config": None,
-}
+#: PEFT's keys with the settings of single initializations -> the values that mean "not used".
+INITIALIZATION: dict[str, Any] = {"eva_config": None, "loftq_config": {}}
 
 
 class PeftType(enum.StrEnum):
@@ -101,7 +84,8 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
 
     def __init__(self, **values: Any) -> None:
         hook_trainer()
-        unknown = set(values) - set(type(self).model_fields) - set(NEUTRAL) - set(variant_settings())
+        values = without_runtime(values)
+        unknown = set(values) - set(type(self).model_fields) - _foreign_keys()
         if unknown:
             raise ConfigError(
                 f"unknown argument of LoraConfig {', '.join(map(repr, sorted(unknown)))}",
@@ -113,8 +97,13 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
         values = canonical_settings(values)
         own = {key: value for key, value in values.items() if key in type(self).model_fields}
         foreign = {key: value for key, value in values.items() if key not in own}
-        supported = chosen_variant(foreign).settings
-        unsupported = {k: v for k, v in foreign.items() if k not in supported and not _is_neutral(k, v)}
+        try:
+            super().__init__(**own)
+        except ValidationError as error:
+            raise settings_error(error, type(self)) from None
+        self._foreign = {**foreign, **own_settings(self.init_lora_weights, foreign)}
+        supported = {*self.variant.settings, *INITIALIZATION}
+        unsupported = {k: v for k, v in foreign.items() if k not in supported and not is_neutral(k, v)}
         if unsupported:
             listed = ", ".join(f"{key}={value!r}" for key, value in sorted(unsupported.items()))
             raise ConfigError(
@@ -122,12 +111,8 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
                 "the result",
                 "train it without, or use a newer version",
             )
-        try:
-            super().__init__(**own)
-        except ValidationError as error:
-            raise settings_error(error, type(self)) from None
-        self._foreign = foreign
         self._check_target_parameters()
+        self._check_initialization()
 
     def _check_target_parameters(self) -> None:
         """Refuse settings that act on a layer's input or output: as in PEFT, a bare parameter has neither."""
@@ -136,6 +121,14 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
             raise ConfigError(
                 f"target_parameters={self.target_parameters} cannot be adapted with {', '.join(given)}",
                 "leave it out, or train two adapters",
+            )
+
+    def _check_initialization(self) -> None:
+        """Refuse a trained bias beside an initialization by name, as PEFT does: each sets A and B alone."""
+        if self.lora_bias and isinstance(self.init_lora_weights, str):
+            raise ConfigError(
+                f"lora_bias=True is for init_lora_weights=True or False, got {self.init_lora_weights!r}",
+                "leave one of them out",
             )
 
     # -- what was made of it ----------------------------------------------------------------------------------------
@@ -147,7 +140,8 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
         """
         for name in type(self).model_fields:
             setattr(self, name, getattr(resolved, name))
-        self._made = {name: getattr(self, name) for name in LoraSettings.model_fields}
+        made = LoraSettings.model_fields.keys() - {"init_lora_weights"}  # which changes no layer that is there
+        self._made = {name: getattr(self, name) for name in made}
 
     def as_made(self) -> PeftConfig:
         """Return a copy with the settings that the adapter was made with, for its file.
@@ -168,9 +162,9 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
     is_adaption_prompt: ClassVar[bool] = False
 
     def __getattr__(self, name: str) -> Any:
-        # the keys of PEFT's that Lorakeet does not implement, such as ``use_dora``
-        if name in NEUTRAL or name in variant_settings():
-            return self._foreign.get(name, {**NEUTRAL, **variant_settings()}[name])
+        # the keys of PEFT's that have no field here
+        if name in _foreign_keys():
+            return self._foreign.get(name, {**NEUTRAL, **INITIALIZATION, **variant_settings()}[name])
         return super().__getattr__(name)  # type: ignore[misc]
 
     # -- the variant ------------------------------------------------------------------------------------------------
@@ -178,12 +172,12 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
     @property
     def variant(self) -> Variant:
         """The variant of LoRA that the settings choose."""
-        return chosen_variant(self._foreign)
+        return chosen_variant({**self._foreign, **{name: getattr(self, name) for name in type(self).model_fields}})
 
     @property
     def variant_settings(self) -> dict[str, Any]:
         """The values of the chosen variant's own settings."""
-        return {key: self._foreign.get(key, neutral) for key, neutral in self.variant.settings.items()}
+        return {key: getattr(self, key) for key in self.variant.settings}
 
     def named_base(self, adapter: str | Path) -> str | None:
         """Return the base that the file names: a hub id, never a path, which a stranger may have written.
@@ -211,7 +205,7 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
         values["lora_alpha"] = _integral(values["lora_alpha"])  # some readers parse an unsigned integer
         values["alpha_pattern"] = {key: _integral(value) for key, value in values["alpha_pattern"].items()}
         values["peft_version"] = values["peft_version"] or PEFT_FORMAT
-        return dict(sorted({**NEUTRAL, **self._foreign, **values}.items()))
+        return dict(sorted({**NEUTRAL, **INITIALIZATION, **written(self._foreign), **values}.items()))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LoraConfig:
@@ -267,58 +261,13 @@ class LoraConfig(PeftConfig):
 
 def _dataclass_fields(config: type[PeftConfig]) -> dict[str, Any]:
     """Return the settings as fields of a dataclass, so that ``dataclasses.replace``, ``asdict`` and ``fields`` work."""
-    names = [*config.model_fields, *NEUTRAL]
+    names = [*config.model_fields, *NEUTRAL, *INITIALIZATION]
     made: Any = dataclasses.make_dataclass(config.__name__, [(name, Any, None) for name in names])
     return made.__dataclass_fields__
 
 
 for _config in (PeftConfig, LoraConfig):
     _config.__dataclass_fields__ = _dataclass_fields(_config)  # type: ignore[attr-defined, union-attr]
-
-
-def adapter_folder(name: str | Path) -> Path:
-    """Return the folder of an adapter: the one named, or its folder ``adapter`` if it is that of a run."""
-    folder = Path(name)
-    inner = folder / "adapter"
-    return inner if (inner / CONFIG_NAME).is_file() and not (folder / CONFIG_NAME).exists() else folder
-
-
-def find_adapter_file(
-    name: str | Path, filename: str, *, revision: str | None = None, subfolder: str | None = None, **download: Any
-) -> Path | None:
-    """Find a file of an adapter, downloading it if need be.
-
-    Args:
-        name: Folder or hub id of the adapter, or the folder of its run.
-        filename: Name of the file.
-        revision: Revision of the hub repository.
-        subfolder: Folder in the repository or folder.
-        download: Arguments of the download: ``token``, ``cache_dir``, ``local_files_only``, ``force_download``, ``proxies``.
-
-    Returns:
-        The path; None if the adapter has no such file.
-
-    Raises:
-        AdapterError: there is no such folder and the hub has no such adapter, or cannot be reached. Or the file is a link
-            that leads out of the folder, or no regular file.
-    """
-    inner = f"{subfolder}/{filename}" if subfolder else filename
-    folder = adapter_folder(name)
-    if folder.is_dir():
-        if problem := file_problem(folder, inner):
-            raise AdapterError(f"{folder} is refused: {problem}", "copy the file itself into the folder")
-        return folder / inner if (folder / inner).is_file() else None
-    text = str(name)
-    if folder.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
-        found = "is a file" if folder.exists() else "does not exist"
-        raise AdapterError(
-            f"adapter {text!r} {found}, expected a folder with {CONFIG_NAME} or a hub id like user/name",
-            "give the folder `adapter` of a run, or user/name",
-        )
-    try:
-        return hub_file(text, inner, revision=revision, **download)
-    except LorakeetError as error:
-        raise AdapterError(f"adapter {text!r} is not a folder here; {error.message}", error.hint) from error
 
 
 def refuse_unknown(method: str, given: dict[str, Any], harmless: set[str]) -> None:
@@ -331,12 +280,10 @@ def refuse_unknown(method: str, given: dict[str, Any], harmless: set[str]) -> No
         raise TypeError(f"{method}() got an unexpected keyword argument {unknown[0]!r}")
 
 
+def _foreign_keys() -> set[str]:
+    """Return the keys of an adapter's file that have no field here."""
+    return {*NEUTRAL, *INITIALIZATION, *variant_settings()}
+
+
 def _integral(value: float) -> int | float:
     return int(value) if float(value).is_integer() else value
-
-
-def _is_neutral(key: str, value: Any) -> bool:
-    """Whether a foreign key does not change the result: unset, PEFT's default, or read only when another key is set."""
-    if value in (None, False, {}, []) or key in ("megatron_core", "qalora_group_size"):
-        return True
-    return value == {**NEUTRAL, **variant_settings()}.get(key)

@@ -51,6 +51,9 @@ class LoraConv(LoraPair):
         ba = self.scaling[adapter] * (b.weight.flatten(1) @ a.weight.flatten(1))  # [out, in · kernel]
         return ba.view_as(self.base_layer.weight)
 
+    def for_outputs(self, channels: Tensor) -> Tensor:
+        return channels.view(1, -1, *[1] * (self.base_layer.weight.ndim - 2))
+
     def probe(self) -> Tensor:
         base = self.base_layer
         padding = (0,) * len(base.kernel_size) if isinstance(base.padding, str) else base.padding

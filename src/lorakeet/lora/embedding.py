@@ -19,6 +19,7 @@ class LoraEmbedding(LoraLayer):
     """LoRA on ``nn.Embedding`` (weight [vocabulary, dim])."""
 
     shown_as = "lora.Embedding"
+    channel_dim = 1
 
     def __init__(self, base_layer: nn.Module, switch: ActiveAdapters) -> None:
         super().__init__(base_layer, switch)
@@ -37,8 +38,11 @@ class LoraEmbedding(LoraLayer):
         else:
             nn.init.zeros_(self.lora_embedding_A[adapter])
 
-    def low_rank_output(self, adapter: str, x: Tensor) -> Tensor:
-        return self.lookup_delta(adapter, x, self.base_layer)
+    def low_rank(self, adapter: str, dropped: Tensor) -> Tensor:
+        return self.lookup_delta(adapter, dropped, self.base_layer)
+
+    def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
+        return self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
 
     def lookup_delta(self, adapter: str, ids: Tensor, base: nn.Module) -> Tensor:
         """Return the update of the rows ``ids`` [...] of the embedding ``base``: [..., dim]."""
@@ -71,7 +75,7 @@ class LoraEmbedding(LoraLayer):
 
     def parts(self, adapter: str) -> list[Tensor]:
         own = [self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]]
-        return own + [self.parameter(name, adapter) for name in self.variants[adapter].parameters]
+        return own + self.variant_parts(adapter)
 
     def tensor_names(self, adapter: str) -> dict[str, str]:
         own = {name: f"{name}.{adapter}" for name in ("lora_embedding_A", "lora_embedding_B")}

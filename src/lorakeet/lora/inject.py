@@ -17,6 +17,7 @@ from lorakeet.log import warn
 from lorakeet.lora.checks.direct_reads import direct_read, leave_fast_path, left_out_text, return_to_fast_path
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.default_targets import TASK_HEADS, resolve_targets, stacked_parameters
+from lorakeet.lora.initialization.requirements import initialization_error
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer
 from lorakeet.lora.layer_types import ADAPTABLE, adaptable, inside_adapter, layer_class, unwrapped
 from lorakeet.lora.modules_to_save import SavedModule, chosen_modules
@@ -151,14 +152,19 @@ def _layer_error(name: str, modules: Modules, config: PeftConfig) -> str | None:
     """Return why a layer of an adaptable type cannot be adapted with these settings; None if it can."""
     base = unwrapped(modules[name])
     if isinstance(base, nn.MultiheadAttention):
-        return attention_error(base, config) or config.variant.unsupported(base)
+        return (
+            attention_error(base, config)
+            or config.variant.unsupported(base)
+            or initialization_error(base, config, target_of(name, config).r)
+        )
     if "lora_parameters" in base._modules:
         return "has a parameter that another adapter's target_parameters adapt"
     layer_type = layer_class(base)
     assert layer_type is not None
     if isinstance(modules[name], LoraLayer) and type(modules[name]) is not layer_type:
         return "is adapted by another adapter in another way (tied, or single tokens)"
-    return layer_type.rank_error(base, target_of(name, config).r) or config.variant.unsupported(base)
+    r = target_of(name, config).r
+    return layer_type.rank_error(base, r) or config.variant.unsupported(base) or initialization_error(base, config, r)
 
 
 def _chosen_parameters(
@@ -187,7 +193,7 @@ def _chosen_parameters(
         elif parameter.ndim not in (2, 3) or not parameter.is_floating_point():
             shape = f"{parameter.dtype} {list(parameter.shape)}"
             errors.append(f"{name!r} is {shape}, expected a floating [out, in] or [experts, out, in]")
-        elif error := config.variant.unsupported(parameter):
+        elif error := config.variant.unsupported(parameter) or initialization_error(parameter, config, config.r):
             errors.append(f"{name!r} {error}")
     if found and layer_indices(config):
         warn("layers_to_transform applies to target_modules only; to choose among parameters, write their full names")

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from lorakeet.errors import AdapterError
 from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.initialization.taken_part import TABLE, add_idle_parts, give_back, leave_part
 from lorakeet.lora.interop.peft_classes import AnswersAsPeft
 from lorakeet.lora.lifecycle.merged import refuse_gradient
 from lorakeet.lora.peft_names.layer import LayerNames
 from lorakeet.lora.variants import Variant
+from lorakeet.lora.variants.host import VariantHost
 from lorakeet.quant.protocol import dense_weight, is_quantized, weight_dtype
 
 
@@ -58,7 +60,7 @@ class ActiveAdapters:
             self.rows = before
 
 
-class LoraLayer(AnswersAsPeft, LayerNames):
+class LoraLayer(AnswersAsPeft, LayerNames, VariantHost):
     """A frozen base layer and its adapters. A subclass computes the low-rank output of one layer type.
 
     Attributes:
@@ -109,8 +111,12 @@ class LoraLayer(AnswersAsPeft, LayerNames):
         """Initialize A and B as ``init_lora_weights`` says."""
         raise NotImplementedError
 
-    def low_rank_output(self, adapter: str, x: Tensor) -> Tensor:
-        """Compute s·B·A·dropout(x), in the adapter's dtype."""
+    def low_rank(self, adapter: str, dropped: Tensor) -> Tensor:
+        """Compute s·B·A·x for an input after dropout, in the adapter's dtype."""
+        raise NotImplementedError
+
+    def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Return A [r, in] and B [out, r], of a convolution with the kernel flattened into ``in``."""
         raise NotImplementedError
 
     def delta(self, adapter: str) -> Tensor:
@@ -120,6 +126,10 @@ class LoraLayer(AnswersAsPeft, LayerNames):
     def parts(self, adapter: str) -> list[Tensor]:
         """Return the adapter's parameters in this layer."""
         raise NotImplementedError
+
+    def dropped(self, adapter: str, x: Tensor) -> Tensor:
+        """Return dropout(x); ``x`` itself where no dropout acts."""
+        return x
 
     def tensor_names(self, adapter: str) -> dict[str, str]:
         """Map names in the adapter's file to names in the state dict, both relative to this layer."""
@@ -138,6 +148,8 @@ class LoraLayer(AnswersAsPeft, LayerNames):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the base layer's output and apply the active adapters; in a mixed batch, to each row its own."""
         h = self.base_layer(x, *args, **kwargs)
+        if TABLE in self._modules:
+            h = add_idle_parts(self, self.merged_adapters or self.acting, x, h)
         if self.switch.rows is not None and self.switch.enabled:
             return self._forward_by_row(x, h, self.switch.rows)
         if self.merged_adapters and self.training:
@@ -170,7 +182,8 @@ class LoraLayer(AnswersAsPeft, LayerNames):
     def _forward_by_row(self, x: Tensor, h: Tensor, rows: tuple[str, ...]) -> Tensor:
         for adapter, indices in row_indices(rows, x):
             if adapter in self.r:
-                h = h.index_copy(0, indices, self.update(adapter, x[indices], h[indices]))
+                own = leave_part(self, adapter, x[indices], h[indices])
+                h = h.index_copy(0, indices, self.update(adapter, x[indices], own))
         return h
 
     # -- adapters ---------------------------------------------------------------------------------------------------
@@ -195,29 +208,14 @@ class LoraLayer(AnswersAsPeft, LayerNames):
         variant.init(self, adapter, config)
 
     def delete_adapter(self, adapter: str) -> None:
-        """Remove the adapter and its parameters."""
+        """Remove the adapter and its parameters; the base's weight gets the part back that the adapter took of it."""
+        give_back(self, [adapter])
         for name in self.variants[adapter].parameters if adapter in self.variants else ():
             del self._table(name)[adapter]
         for table in (self.r, self.lora_alpha, self.scaling, self.configured_scaling, self.use_rslora, self.variants):
             table.pop(adapter, None)
         if adapter in self.lora_dropout:
             del self.lora_dropout[adapter]
-
-    def add_parameter(self, name: str, adapter: str, value: Tensor) -> None:
-        """Give the adapter a further parameter; ``name`` is one of its variant's ``parameters``."""
-        if name not in self._modules:
-            self.add_module(name, nn.ParameterDict())
-        self._table(name)[adapter] = nn.Parameter(value)
-
-    def parameter(self, name: str, adapter: str) -> Tensor:
-        """Return a parameter that :meth:`add_parameter` gave the adapter."""
-        value: Tensor = self._table(name)[adapter]
-        return value
-
-    def _table(self, name: str) -> nn.ParameterDict:
-        table = self._modules[name]
-        assert isinstance(table, nn.ParameterDict)
-        return table
 
     def set_trainable(self, adapter: str, trainable: bool) -> None:
         """Make the adapter's parameters trainable, or freeze them."""
@@ -227,10 +225,6 @@ class LoraLayer(AnswersAsPeft, LayerNames):
 
     def conflict(self, adapters: Sequence[str]) -> str | None:
         """Return why these adapters cannot act together here; None if they can."""
-        here = [adapter for adapter in dict.fromkeys(adapters) if adapter in self.variants]
-        for adapter in here if len(here) > 1 else ():
-            if not self.variants[adapter].additive:
-                return f"{adapter!r} is a {self.variants[adapter].name} adapter, which adds up with no other"
         return None
 
     # -- merging ----------------------------------------------------------------------------------------------------

@@ -22,9 +22,9 @@ trained. Merged, W' = W₀ + s·B·A. Dropout acts in training only.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -32,6 +32,8 @@ from lorakeet.kernels.decoder_step import LinearWeights
 from lorakeet.kernels.dropout import dropout
 from lorakeet.kernels.lora_linear import lora_linear
 from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.initialization.random import initialize_pair
+from lorakeet.lora.initialization.taken_part import take_part, taken_parts, takes_part
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer, noise
 from lorakeet.quant.protocol import is_hooked, is_quantized, weight_shape
 
@@ -60,20 +62,27 @@ class LoraPair(LoraLayer):
         if b.bias is not None:
             nn.init.zeros_(b.bias)
 
-    def low_rank_output(self, adapter: str, x: Tensor) -> Tensor:
+    def dropped(self, adapter: str, x: Tensor) -> Tensor:
+        p = self.dropout_probability(adapter) if self.training else 0.0
+        if not p:
+            return x
+        weight = self.pair(adapter)[0].weight  # a function, once torch.ao has quantized the layer
+        return dropout(x.to(weight.dtype) if isinstance(weight, Tensor) else x, p, True)
+
+    def low_rank(self, adapter: str, dropped: Tensor) -> Tensor:
         a, b = self.pair(adapter)
-        weight = a.weight  # a function, once torch.ao has quantized the layer
-        dtype = weight.dtype if isinstance(weight, Tensor) else x.dtype
-        dropped = dropout(x.to(dtype), self.dropout_probability(adapter), self.training)
-        low_rank: Tensor = b(a(dropped)) * self.scaling[adapter]
+        dtype = a.weight.dtype if isinstance(a.weight, Tensor) else dropped.dtype
+        low_rank: Tensor = b(a(dropped.to(dtype))) * self.scaling[adapter]
         return low_rank
+
+    def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
+        a, b = self.pair(adapter)
+        return a.weight.flatten(1), b.weight.flatten(1)
 
     def parts(self, adapter: str) -> list[Tensor]:
         a, b = self.pair(adapter)
         own = [p for p in (*a._parameters.values(), *b._parameters.values()) if p is not None]
-        if names := self.variants[adapter].parameters:
-            own += [self.parameter(name, adapter) for name in names]
-        return own
+        return own + self.variant_parts(adapter)
 
     def tensor_names(self, adapter: str) -> dict[str, str]:
         names = ["lora_A.weight", "lora_B.weight"]
@@ -106,6 +115,7 @@ class LoraLinear(LoraPair):
     def __init__(self, base_layer: nn.Module, switch: ActiveAdapters) -> None:
         super().__init__(base_layer, switch)
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
+        self.channel_dim = int(self.fan_in_fan_out)
         self._fused: set[str] = set()  # adapters whose equation is kernels.lora_linear's
 
     def make(self, adapter: str, config: PeftConfig, r: int) -> None:
@@ -117,6 +127,12 @@ class LoraLinear(LoraPair):
         if self.variants[adapter].fused and not config.lora_bias:
             self._fused.add(adapter)
 
+    def initialize(self, adapter: str, how: bool | str) -> None:
+        if isinstance(how, str) and takes_part(how):
+            take_part(self, adapter, how)
+        else:
+            super().initialize(adapter, how)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapters = self.acting
         if len(adapters) != 1 or not self._can_fuse(adapters[0]):
@@ -125,7 +141,13 @@ class LoraLinear(LoraPair):
         p = self.dropout_probability(adapters[0]) if self.training else 0.0
         scaling = self.scaling[adapters[0]]
         weight = base.quantized_weight() if is_quantized(base) else base.weight
-        return lora_linear(x, weight, base.bias, a.weight, b.weight, scaling, p, self.fan_in_fan_out)
+        scale = self.variants[adapters[0]].output_scale(self, adapters[0])
+        if scale is None:
+            return lora_linear(x, weight, base.bias, a.weight, b.weight, scaling, p, self.fan_in_fan_out)
+        if p:
+            return super().forward(x, *args, **kwargs)
+        h = lora_linear(x, weight, None, a.weight, b.weight, scaling, 0.0, self.fan_in_fan_out)
+        return (h * scale if base.bias is None else torch.addcmul(base.bias, h, scale)).to(h.dtype)
 
     def _can_fuse(self, adapter: str) -> bool:
         """Whether base and update can run as one operation: plain LoRA on a frozen weight without hooks."""
@@ -136,6 +158,7 @@ class LoraLinear(LoraPair):
             and not is_hooked(base)
             and adapter in self._fused
             and not base.weight.is_meta
+            and taken_parts(self).keys() <= {adapter}
         )
 
     def delta(self, adapter: str) -> Tensor:
@@ -153,6 +176,8 @@ class LoraLinear(LoraPair):
         mixed = self.switch.enabled and self.switch.rows is not None
         if not is_quantized(base) or is_hooked(base) or mixed or len(adapters) > 1:
             return None
+        if not taken_parts(self).keys() <= {*adapters, *self.merged_adapters}:
+            return None
         own = base.decoder_weights()
         if own is None or not adapters:
             return own
@@ -161,26 +186,7 @@ class LoraLinear(LoraPair):
             return None
         a, b = self.pair(adapter)
         lora_A, lora_B = a._parameters["weight"], b._parameters["weight"]
-        return LinearWeights(own.weight, own.scale, own.bias, lora_A, lora_B, self.scaling[adapter])
+        return own._replace(a=lora_A, b=lora_B, scaling=self.scaling[adapter])
 
     def probe(self) -> Tensor:
         return noise((32, weight_shape(self.base_layer)[0 if self.fan_in_fan_out else 1]), self.base_layer)
-
-
-def initialize_pair(lora_A: Tensor, lora_B: Tensor, how: bool | str, r: int) -> None:
-    """Initialize A [r, in] and B [out, r] in place.
-
-    Args:
-        lora_A: Kaiming-uniform with a = √5, or normal with standard deviation 1/r for ``"gaussian"``.
-        lora_B: Zero; Kaiming-uniform for ``False``, so that a test sees a change.
-        how: The setting ``init_lora_weights``.
-        r: The rank.
-    """
-    if how == "gaussian":
-        nn.init.normal_(lora_A, std=1 / r)
-    else:
-        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-    if how is False:
-        nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
-    else:
-        nn.init.zeros_(lora_B)

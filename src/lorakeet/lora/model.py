@@ -15,28 +15,27 @@ from torch import Tensor, nn
 
 from lorakeet.errors import AdapterError, ConfigError, did_you_mean
 from lorakeet.log import warn
+from lorakeet.lora.algebra.of_model import CombineMethods
 from lorakeet.lora.checks.direct_reads import was_watched, watched_calls
-from lorakeet.lora.combine import combine
 from lorakeet.lora.config import PeftConfig, refuse_unknown
 from lorakeet.lora.default_targets import resolve_config
+from lorakeet.lora.initialization.loftq import start_from_quantized
+from lorakeet.lora.initialization.taken_part import give_back, tell_rounding
 from lorakeet.lora.inject import InjectionPlan, Part, inject, plan_injection, release_unused, restore, trained_biases
 from lorakeet.lora.interop.peft_classes import AnswersAsPeft
 from lorakeet.lora.interop.wrappers import bare
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer
-from lorakeet.lora.lifecycle.adapter_names import BARE, check_adapter_name
+from lorakeet.lora.lifecycle.adapter_names import check_adapter_name
 from lorakeet.lora.lifecycle.adoption import abandon, blank, parents
 from lorakeet.lora.lifecycle.merged import merged_names, take_apart, unmerged
+from lorakeet.lora.lifecycle.mixed_batch import check_mixed_batch
 from lorakeet.lora.lifecycle.rollback import all_or_nothing
 from lorakeet.lora.merge import MergeMethods
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.peft_names.model import ModelNames
-from lorakeet.lora.target_parameters import LoraParameter
-
-#: PEFT's arguments for ways to combine adapters, and to decompose, that are not needed here.
-_UNUSED = {"svd_full_matrices", "svd_driver", "svd_clamp", "density", "majority_sign_method"}
 
 
-class LoraModel(AnswersAsPeft, ModelNames, MergeMethods):
+class LoraModel(AnswersAsPeft, ModelNames, MergeMethods, CombineMethods):
     """The methods that a model gains with its first adapter. Never constructed: see :mod:`.lifecycle.adoption`.
 
     Attributes:
@@ -117,6 +116,8 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods):
                 part.set_trainable(adapter_name, False)
                 part.train(self.training)
             self._parts = [module for module in self.modules() if isinstance(module, (LoraLayer, SavedModule))]
+            start_from_quantized(self, adapter_name, config, fresh=strict)
+            tell_rounding(self, adapter_name)
             if not autocast_adapter_dtype:
                 self.store_in_base_dtype(adapter_name)
             biases = trained_biases(self, config, adapter_name)
@@ -174,37 +175,6 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods):
             for bias, _ in self._base_biases:
                 bias.requires_grad_(trainable)
 
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "svd",
-        svd_rank: int | None = None,
-        **peft_only: Any,
-    ) -> None:
-        """Combine adapters into a new one, ΔW = Σ wᵢ·ΔWᵢ; it is frozen and inactive until :meth:`set_adapter`.
-
-        Args:
-            adapters: Names of the adapters; each has A and B alone, in linear layers and embeddings.
-            weights: One for each, of any sign.
-            adapter_name: Name of the new adapter.
-            combination_type: ``cat`` is exact, with the sum of the ranks. ``svd`` gives the nearest ΔW of rank ``svd_rank``
-                (Eckart and Young 1936). ``linear`` adds the A and the B, which is cheap but has cross terms.
-            svd_rank: Left out: the largest rank of the adapters.
-            **peft_only: Arguments that only PEFT has; each is refused by name.
-
-        Raises:
-            AdapterError: no such adapter; one of them has more than A and B; or they cannot be combined in this way.
-        """
-        refuse_unknown("add_weighted_adapter", peft_only, _UNUSED)
-        for name in adapters:
-            self._check_known(name)
-        combined = combine(self, adapters, weights, combination_type, svd_rank)
-        with all_or_nothing(self):
-            self.add_adapter(adapter_name, combined.config, strict=False)
-            combined.fill(self, adapter_name)
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter. If it was the only active one, the first that remains becomes active, frozen.
 
@@ -217,7 +187,7 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods):
                 f"adapter {adapter_name!r} is merged into the base, so deleting it would leave its update there",
                 "unmerge_adapter() first",
             )
-        with all_or_nothing(self):
+        with all_or_nothing(self), unmerged(self):
             self.remove_parts(adapter_name)
             del self.peft_config[adapter_name]
             self.switch.active = tuple(name for name in self.switch.active if name != adapter_name)
@@ -260,26 +230,9 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods):
             AdapterError: no such adapter; in training; while merged; or an adapter has target_parameters, whose layers cannot
                 tell rows apart. In ``forward``: the batch has another number of rows.
         """
-        self._check_mixed_batch(adapter_names)
+        check_mixed_batch(self, adapter_names)
         with self.switch.by_row(tuple(adapter_names)):
             yield
-
-    def _check_mixed_batch(self, adapter_names: Sequence[str]) -> None:
-        names = [name for name in dict.fromkeys(adapter_names) if name != BARE]
-        for name in names:
-            self._check_known(name)
-        if not adapter_names:
-            raise AdapterError("adapter_names is empty, expected one for each row of the batch")
-        if self.training:
-            raise AdapterError("a mixed batch is for inference, and the model is in training mode", "call eval() first")
-        if merged_names(self):
-            raise AdapterError("an adapter is merged into the base, so rows cannot have their own", "unmerge first")
-        for name in names:
-            if any(isinstance(layer, LoraParameter) and name in layer.r for layer in self.lora_layers()):
-                raise AdapterError(
-                    f"adapter {name!r} adapts bare parameters (of experts or an attention), which see all rows at once",
-                    "run one batch for each adapter",
-                )
 
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Run ``forward``; ``adapter_names``: see :meth:`mixed_batch`."""
@@ -322,6 +275,8 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods):
             if not _merged:
                 self.unmerge()
                 self._restore_biases()
+            for layer in self.lora_layers():
+                give_back(layer)
             restore(self)
             del self.peft_config, self.switch, self._parts, self._base_biases
             self.__dict__.pop("_watched", None)

@@ -11,7 +11,8 @@ import transformers
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.base.architectures import AUTO_CLASSES
 from lorakeet.errors import AdapterError
-from lorakeet.lora.config import DOWNLOAD_ARGUMENTS, PeftConfig, find_adapter_file
+from lorakeet.lora.config import DOWNLOAD_ARGUMENTS, PeftConfig
+from lorakeet.lora.lifecycle.adapter_files import find_adapter_file
 
 #: Packages from which the class of a base may be imported, if only the adapter's file names it.
 ALLOWED_PACKAGES = ("transformers", "lorakeet")

@@ -22,12 +22,12 @@ from lorakeet.base.config_checks import skeleton
 from lorakeet.base.device_dtype import choose_device, choose_dtype
 from lorakeet.base.load import Base, ModelInfo
 from lorakeet.config import QUANTIZED_FORMATS, RunConfig
-from lorakeet.kernels.int8.format import scale_size
 from lorakeet.log import silent
 from lorakeet.patches.gradient_checkpointing import checkpointable_layers
 from lorakeet.plan.pass_cost import Part
-from lorakeet.quant.int8 import INT8, Int8Weight
+from lorakeet.quant.hf_quantizer import FORMATS, own_bits
 from lorakeet.quant.layer_selection import layers_to_quantize
+from lorakeet.quant.protocol import QuantizedWeight
 from lorakeet.quant.replace import QuantizedFormat, replace_layers_, tie_tensors
 from lorakeet.rng import same_random_state
 from lorakeet.tasks.setup import adapter_config
@@ -53,29 +53,27 @@ def whole_model(config: RunConfig, found: ModelInfo, task: Task) -> PeftModel:
         settings = copy.deepcopy(found.config)
         for name, value in task.model_options().items():
             setattr(settings, name, value)
-        stored = getattr(settings, "quantization_config", None) is not None
+        bits = own_bits(getattr(settings, "quantization_config", None)) or config.base.bits
         trust = config.base.trust_remote_code
         model = skeleton(settings, found.name, AUTO_CLASSES[task.name], trust, dtype=dtype)
         model.requires_grad_(False).eval()
         fresh = _fresh(model)
-        if stored or config.base.bits in QUANTIZED_FORMATS:
-            _quantize(model, fresh)
+        if bits in QUANTIZED_FORMATS:
+            _quantize(model, fresh, FORMATS[QUANTIZED_FORMATS[bits]])
         base = Base(model, found.tokenizer, found.name, dtype, device, fresh)
         return get_peft_model(model, adapter_config(config, base, task))
 
 
-def _quantize(model: PreTrainedModel, fresh: Sequence[str]) -> None:
-    """Put placeholders of 8-bit layers in place of those that loading would quantize."""
+def _quantize(model: PreTrainedModel, fresh: Sequence[str], form: QuantizedFormat) -> None:
+    """Put placeholders of quantized layers in place of those that loading would quantize."""
 
-    def placeholder(dense: Tensor, vocabulary: bool) -> Int8Weight:
+    def placeholder(dense: Tensor, vocabulary: bool) -> QuantizedWeight:
         rows, columns = dense.shape
-        scales = rows if vocabulary else scale_size(rows, columns)
-        weight = torch.empty(rows, columns, dtype=torch.int8, device="meta")
-        return Int8Weight(weight, torch.empty(scales, dtype=torch.float32, device="meta"))
+        return form.placeholder((rows, columns), vocabulary)
 
     found = layers_to_quantize(model)
     chosen = {name: layer for name, layer in found.items() if f"{name}.weight" not in fresh}
-    replace_layers_(model, chosen, QuantizedFormat(placeholder, INT8.layer))
+    replace_layers_(model, chosen, QuantizedFormat(placeholder, form.layer, form.placeholder))
     tie_tensors(model, chosen)
 
 
@@ -244,5 +242,5 @@ def _filled(like: Tensor, device: torch.device, draw: torch.Generator | None) ->
     return (
         empty.uniform_(-0.05, 0.05, generator=draw)
         if like.is_floating_point()
-        else empty.random_(-100, 100, generator=draw)
+        else empty.random_(-100 if like.dtype.is_signed else 0, 100, generator=draw)
     )

@@ -125,8 +125,9 @@ def _lengths(config: RunConfig) -> Iterator[Changes]:
 
 def _combinations(config: RunConfig, changes: Changes) -> Iterator[Changes]:
     """Yield changes of the size of a pass and of the bits of the base, the fewest first."""
-    eight = [] if config.base.bits in QUANTIZED_FORMATS else [{"base.bits": min(QUANTIZED_FORMATS)}]
-    for bits in ({}, *eight):
+    now = config.base.bits if config.base.bits in QUANTIZED_FORMATS else max(QUANTIZED_FORMATS) + 1
+    coarser = [{"base.bits": bits} for bits in sorted(QUANTIZED_FORMATS, reverse=True) if bits < now]
+    for bits in ({}, *coarser):
         for halvings in range(HALVINGS):
             smaller = _smaller_passes(config, changes, halvings)
             if smaller is not None:

@@ -1,15 +1,15 @@
-"""``Int8Config``: quantize a base to 8 bits while `transformers` reads it, one tensor at a time.
+"""``Int8Config`` and ``Nf4Config``: quantize a base while `transformers` reads it, one tensor at a time.
 
     AutoModelForCausalLM.from_pretrained(name, quantization_config=Int8Config())
 
 One weight at a time is in memory in its original dtype, and little of the files stays resident. ``save_pretrained`` writes
-the quantized base. Its file shows which layers are in 8 bits, and opening it converts nothing.
+the quantized base. Its file shows which layers are quantized and how, and opening it converts nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,29 +20,37 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lorakeet.errors import BaseModelError, ConfigError, did_you_mean
-from lorakeet.kernels.int8.format import scale_size
-from lorakeet.quant.int8 import (
-    BLOCK_ROWS,
-    Int8Embedding,
-    Int8Linear,
-    int8_layer,
-    int8_layers,
-    plain_layer,
-    quantize_dense,
-)
+from lorakeet.quant import bitsandbytes_layout
+from lorakeet.quant.int8 import BLOCK_ROWS, INT8, plain_layer
 from lorakeet.quant.layer_selection import layers_to_quantize, vocabulary_layers
 from lorakeet.quant.mmap_release import MappedFiles
-from lorakeet.quant.replace import dense_shape, tie_tensors
+from lorakeet.quant.nf4 import NF4, Nf4Linear
+from lorakeet.quant.protocol import QuantizedLayer, is_quantized, quantized_layers, weight_shape
+from lorakeet.quant.replace import QuantizedFormat, dense_shape, tie_tensors
 from lorakeet.quant.resize_vocabulary import enable_resizing
-from lorakeet.quant.saved_layers import layers_saved_in_int8
+from lorakeet.quant.saved_layers import saved_layers
 from lorakeet.runs.process_memory import return_free_memory
 
-#: Name of the method in a model's ``config.json``.
-METHOD = "lorakeet_int8"
+#: Names of the methods in a model's ``config.json``.
+METHOD, NF4_METHOD = "lorakeet_int8", "lorakeet_nf4"
+
+
+class _Config(QuantizationConfigMixin):
+    """Settings of a quantized base, and the check of their names."""
+
+    method: ClassVar[str]
+
+    def __init__(self, embeddings: bool, kept: Iterable[str] | None, others: dict[str, Any], known: list[str]) -> None:
+        if others.pop("quant_method", self.method) != self.method or others:
+            names = ", ".join(others) or "quant_method"
+            raise ConfigError(f"{type(self).__name__} has no setting {names}", did_you_mean(names, known))
+        self.quant_method: Any = self.method
+        self.embeddings = embeddings
+        self.modules_to_not_convert = list(kept or ())
 
 
 @register_quantization_config(METHOD)
-class Int8Config(QuantizationConfigMixin):
+class Int8Config(_Config):
     """Settings of an 8-bit base; :mod:`lorakeet.kernels.int8.format` describes the rounding.
 
     Args:
@@ -53,32 +61,72 @@ class Int8Config(QuantizationConfigMixin):
         ConfigError: a setting is unknown.
     """
 
+    method = METHOD
+
     def __init__(
         self, embeddings: bool = True, modules_to_not_convert: Iterable[str] | None = None, **others: Any
     ) -> None:
-        if others.pop("quant_method", METHOD) != METHOD or others:
-            names = ", ".join(others) or "quant_method"
-            hint = did_you_mean(names, ["embeddings", "modules_to_not_convert"])
-            raise ConfigError(f"Int8Config has no setting {names}", hint)
-        self.quant_method: Any = METHOD
-        self.embeddings = embeddings
-        self.modules_to_not_convert = list(modules_to_not_convert or ())
+        super().__init__(embeddings, modules_to_not_convert, others, ["embeddings", "modules_to_not_convert"])
+
+
+@register_quantization_config(NF4_METHOD)
+class Nf4Config(_Config):
+    """Settings of a 4-bit base; :mod:`lorakeet.kernels.nf4.format` describes the rounding.
+
+    Args:
+        embeddings: Quantize the input embedding and the head of a language model too, in 8 bits.
+        modules_to_not_convert: Modules to leave as they are, named as seen from inside the base model.
+        layout: Names of the tensors in the files: ``lorakeet``, or ``bitsandbytes``, whose users quantize no embedding and no
+            head.
+
+    Raises:
+        ConfigError: a setting is unknown, or the layout has no 8-bit embeddings.
+    """
+
+    method = NF4_METHOD
+
+    def __init__(
+        self,
+        embeddings: bool | None = None,
+        modules_to_not_convert: Iterable[str] | None = None,
+        layout: str = "lorakeet",
+        **others: Any,
+    ) -> None:
+        foreign = layout == "bitsandbytes"
+        embeddings = not foreign if embeddings is None else embeddings
+        known = ["embeddings", "modules_to_not_convert", "layout"]
+        super().__init__(embeddings, modules_to_not_convert, others, known)
+        if layout not in ("lorakeet", "bitsandbytes"):
+            raise ConfigError(f"Nf4Config: unknown layout {layout!r}", "name one of: lorakeet, bitsandbytes")
+        if foreign and embeddings:
+            raise ConfigError("Nf4Config: the layout bitsandbytes has no 8-bit embeddings", "set embeddings=False")
+        self.layout = layout
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as ``config.json`` stores them: in the layout of `bitsandbytes`, that package's own."""
+        return bitsandbytes_layout.config_dict() if self.layout == "bitsandbytes" else super().to_dict()
 
 
 #: Name of a quantized format (``config.QUANTIZED_FORMATS``) -> the ``quantization_config`` that loads a base in it.
-CONFIGS: dict[str, Callable[[], QuantizationConfigMixin]] = {"int8": Int8Config}
+CONFIGS: dict[str, Callable[..., QuantizationConfigMixin]] = {"int8": Int8Config, "nf4": Nf4Config}
+#: The formats by the same names.
+FORMATS = {"int8": INT8, "nf4": NF4}
 
 
-@register_quantizer(METHOD)
-class Int8Quantizer(HfQuantizer):
+class _Quantizer(HfQuantizer):
     """Hook of transformers' loader: chooses the tensors to quantize, converts them, and checks the loaded model."""
 
-    def __init__(self, quantization_config: Int8Config, **settings: Any) -> None:
+    form: QuantizedFormat
+    bits: int
+
+    def __init__(self, quantization_config: Any, **settings: Any) -> None:
         super().__init__(quantization_config, **settings)
-        # Shapes that the architecture expects; transformers checks none of a quantized base.
+        # Shapes that the architecture expects, and of stored tensors; transformers checks none of a quantized base.
         self.shapes: dict[str, torch.Size] = {}
+        self.stored: dict[str, torch.Size] = {}
         self.misshapen: dict[str, tuple[torch.Size, torch.Size]] = {}
         self.not_finite: list[str] = []
+        self.vocabulary: dict[str, str] = {}
         self.files = MappedFiles(())
 
     @property
@@ -96,7 +144,7 @@ class Int8Quantizer(HfQuantizer):
         devices = device_map.values() if isinstance(device_map, dict) else ()
         if "disk" in devices and not self.pre_quantized:
             raise BaseModelError(
-                "cannot quantize a base to 8 bits and offload it to disk in one go",
+                f"cannot quantize a base to {self.bits} bits and offload it to disk in one go",
                 "write it once with `lorakeet quantize`, and load that",
             )
 
@@ -106,30 +154,36 @@ class Int8Quantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Any = None, **_: Any
     ) -> None:
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+        self.vocabulary = vocabulary_layers(model)
         config = self.quantization_config
-        chosen = layers_to_quantize(model, config.embeddings, config.modules_to_not_convert)
         if self.pre_quantized:
-            chosen = layers_saved_in_int8(model, checkpoint_files or ())
+            placeholders = saved_layers(model, checkpoint_files or ())
         else:
+            chosen = layers_to_quantize(model, config.embeddings, config.modules_to_not_convert)
+            placeholders = {
+                name: self.form.placeholder(dense_shape(layer), name in self.vocabulary)
+                for name, layer in chosen.items()
+            }
             self.files = MappedFiles(checkpoint_files or ())
-        # Placeholders of weights yet to be quantized are fp32: the loader would cast a file's weight to int8 unrounded.
-        stored_dtype = torch.int8 if self.pre_quantized else torch.float32
-        vocabulary = vocabulary_layers(model)
-        for name, layer in chosen.items():
-            out_features, in_features = dense_shape(layer)
-            weight = torch.empty(out_features, in_features, dtype=stored_dtype, device="meta")
-            scales = out_features if name in vocabulary else scale_size(out_features, in_features)
-            scale = torch.empty(scales, dtype=torch.float32, device="meta")
-            model.set_submodule(name, int8_layer(layer, weight, scale, layer.weight.dtype))  # type: ignore[arg-type]
-        tie_tensors(model, chosen)
+        for name, weight in placeholders.items():
+            made: Any = self.form.layer(model.get_submodule(name), weight)
+            if not self.pre_quantized:  # in fp32: the loader would cast a file's weight to integers unrounded
+                shape = weight.out_features, weight.in_features
+                made.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta"), requires_grad=False)
+            elif isinstance(made, Nf4Linear):
+                self.stored |= {f"{name}.{leaf}": tensor.shape for leaf, tensor in weight.tensors().items()}
+            model.set_submodule(name, made)
+        tie_tensors(model, placeholders)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
         return True  # so that each tensor's shape is checked
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         owner, _, leaf = param_name.rpartition(".")
-        quantized = leaf == "weight" and isinstance(model.get_submodule(owner), (Int8Linear, Int8Embedding))
-        return 1 if quantized else super().param_element_size(model, param_name, param)
+        layer = model.get_submodule(owner)
+        if leaf != "weight" or not is_quantized(layer):
+            return super().param_element_size(model, param_name, param)
+        return 0.5 if isinstance(layer, Nf4Linear) else 1
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
@@ -140,12 +194,14 @@ class Int8Quantizer(HfQuantizer):
         if self.not_finite:
             raise not_finite_error(self.not_finite)
         self._check_shapes(model)
-        for name, layer in list(int8_layers(model)):
-            if layer.weight.is_floating_point() and not layer.weight.is_meta:
+        for name, layer in list(quantized_layers(model)):
+            stored = layer._parameters["weight"]
+            assert stored is not None
+            if stored.is_floating_point() and not stored.is_meta:
                 model.set_submodule(name, _fresh(model, layer))  # missing from the files: a new layer, to be trained
             else:
-                layer.weight.requires_grad_(False)
-                layer.scale.requires_grad_(False)
+                for tensor in layer.quantized_weight().tensors().values():
+                    tensor.requires_grad_(False)
         enable_resizing(model)
         self.files.release()
         return_free_memory()
@@ -158,10 +214,11 @@ class Int8Quantizer(HfQuantizer):
         """
         misshapen = dict(self.misshapen)
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            expected = self.shapes.get(name)
+            expected = self.stored.get(name, self.shapes.get(name))
             module = model.get_submodule(name.rpartition(".")[0])
-            transposed = getattr(module, "transposed", False) and name.endswith(".weight")
-            found = parameter.shape[::-1] if transposed else parameter.shape
+            found = parameter.shape
+            if name.endswith(".weight") and name not in self.stored and is_quantized(module):
+                found = torch.Size(weight_shape(module)[:: -1 if module.transposed else 1])
             if expected is not None and found != expected:
                 misshapen[name] = (found, expected)
         prefix = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix or " ") else ""
@@ -177,16 +234,54 @@ class Int8Quantizer(HfQuantizer):
             )
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
-        for name, layer in list(int8_layers(model)):
+        for name, layer in list(quantized_layers(model)):
             model.set_submodule(name, layer.dequantized().to(dtype or layer.dtype))
         model.tie_weights()
         return model
 
 
+@register_quantizer(METHOD)
+class Int8Quantizer(_Quantizer):
+    """Hook of transformers' loader for a base in 8 bits."""
+
+    form, bits = INT8, 8
+
+
+@register_quantizer(NF4_METHOD)
+class Nf4Quantizer(_Quantizer):
+    """Hook of transformers' loader for a base in 4 bits."""
+
+    form, bits = NF4, 4
+
+    def __init__(self, quantization_config: Any, **settings: Any) -> None:
+        super().__init__(quantization_config, **settings)
+        self.refused: list[str] = []
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **settings: Any) -> None:
+        if self.refused:
+            raise bitsandbytes_layout.refused_error(self.refused)
+        bitsandbytes_layout.without_conversions(model)
+        super()._process_model_after_weight_loading(model, **settings)
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Return the conversions of files in the layout of `bitsandbytes`."""
+        foreign = self.pre_quantized and self.quantization_config.layout == "bitsandbytes"
+        return bitsandbytes_layout.conversions(self.refused) if foreign else []
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        """Return the tensors to save, under the names of the layout."""
+        foreign = self.quantization_config.layout == "bitsandbytes"
+        return (bitsandbytes_layout.state_dict(model) if foreign else None), {}
+
+
+#: The hooks of the loader by the names of their formats.
+QUANTIZERS: dict[str, type[_Quantizer]] = {"int8": Int8Quantizer, "nf4": Nf4Quantizer}
+
+
 class _Quantize(ConversionOps):
     """Conversion of one tensor of the files into the tensors that the model holds of it."""
 
-    def __init__(self, quantizer: Int8Quantizer) -> None:
+    def __init__(self, quantizer: _Quantizer) -> None:
         self.quantizer = quantizer
 
     @torch.no_grad()
@@ -201,31 +296,42 @@ class _Quantize(ConversionOps):
                 self.quantizer.misshapen[name] = (tensor.shape, expected)
                 continue  # transformers then lists it as missing
             owner, leaf = name.rpartition(".")[::2]
-            layer = model.get_submodule(owner)
-            if leaf != "weight" or not isinstance(layer, (Int8Linear, Int8Embedding)):
+            layer: Any = model.get_submodule(owner)
+            if leaf != "weight" or not is_quantized(layer):
                 made[name] = tensor
                 continue
             if not all(torch.isfinite(block).all() for block in tensor.split(BLOCK_ROWS)):
                 self.quantizer.not_finite.append(owner)
-            vocabulary = len(layer.scale) == len(layer.weight)
-            weight = quantize_dense(tensor.T.contiguous() if layer.transposed else tensor, vocabulary)
-            made[name], made[f"{owner}.scale"] = weight
+            dense = tensor.T.contiguous() if layer.transposed else tensor
+            weight = self.quantizer.form.quantize(dense, owner in self.quantizer.vocabulary)
+            made |= {f"{owner}.{leaf}": part for leaf, part in weight.tensors().items()}
         return made
 
 
-def _fresh(model: PreTrainedModel, layer: Int8Linear | Int8Embedding) -> nn.Module:
+def _fresh(model: PreTrainedModel, layer: QuantizedLayer) -> nn.Module:
     """Build a plain layer of this shape, initialized as the architecture initializes its own."""
     made = plain_layer(layer)
     model._init_weights(made)
     return made
 
 
+def own_bits(config: Any) -> int | None:
+    """Return the bits of a base that Lorakeet quantized, from its configuration of quantization; None for any other."""
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return {METHOD: 8, NF4_METHOD: 4}.get(str(getattr(method, "value", method)))
+
+
 def foreign_method(config: Any) -> str | None:
     """Return the name of the quantization method in a model's configuration; None if there is none, or it is ours."""
-    if config is None or isinstance(config, Int8Config):
+    if config is None or own_bits(config) is not None:
         return None
     method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-    return None if method == METHOD else str(getattr(method, "value", method) or "unknown")
+    return str(getattr(method, "value", method) or "unknown")
+
+
+def reads_layout(config: Any) -> bool:
+    """Whether a model's configuration of quantization is that of `bitsandbytes` for NF4, which is read."""
+    return foreign_method(config) == bitsandbytes_layout.METHOD and bitsandbytes_layout.is_readable(config)
 
 
 def foreign_method_error(name: str, method: str) -> BaseModelError:

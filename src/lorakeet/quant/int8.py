@@ -8,7 +8,7 @@ them. A head that shares its weight with the embedding shares both tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakeet.kernels.decoder_step import LinearWeights
 from lorakeet.kernels.fixed_order import fixed_order
-from lorakeet.kernels.int8.format import dequantize, quantize_rows, quantize_weight, rounding_steps
+from lorakeet.kernels.int8.format import dequantize, quantize_rows, quantize_weight, rounding_steps, scale_size
 from lorakeet.kernels.int8.linear import input_gradient, int8_linear, product
 from lorakeet.quant.protocol import QuantizedLayer, QuantizedWeight
 from lorakeet.quant.replace import QuantizedFormat
@@ -100,6 +100,7 @@ def quantize_dense(weight: Tensor, vocabulary: bool = False) -> Int8Weight:
 class _Int8Layer(QuantizedLayer):
     """The parameters ``weight`` and ``scale`` that linear layer and embedding have in common."""
 
+    bits = 8
     scale: nn.Parameter
 
     def quantized_weight(self, tensors: Mapping[str, Tensor] | None = None) -> Int8Weight:
@@ -173,14 +174,15 @@ class Int8Embedding(_Int8Layer, nn.Embedding):
         return nn.Embedding.from_pretrained(dequantize(self.weight, self.scale, self.dtype), freeze=False)
 
 
-def plain_layer(layer: Int8Linear | Int8Embedding) -> nn.Module:
-    """Build a plain layer of the same kind, shape and dtype, with uninitialized values."""
-    device_dtype: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.dtype}
-    if isinstance(layer, Int8Embedding):
+def plain_layer(layer: QuantizedLayer) -> nn.Module:
+    """Build a plain layer of the kind, shape and dtype of a quantized one, with uninitialized values."""
+    own: Any = layer
+    device_dtype: dict[str, Any] = {"device": own.weight.device, "dtype": layer.dtype}
+    if isinstance(layer, nn.Embedding):
         return nn.utils.skip_init(nn.Embedding, layer.num_embeddings, layer.embedding_dim, **device_dtype)
     if layer.transposed:
-        return Conv1D(layer.out_features, layer.in_features).to(**device_dtype)
-    return nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, layer.bias is not None, **device_dtype)
+        return Conv1D(own.out_features, own.in_features).to(**device_dtype)
+    return nn.utils.skip_init(nn.Linear, own.in_features, own.out_features, own.bias is not None, **device_dtype)
 
 
 def int8_layer(dense: Any, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Int8Linear | Int8Embedding:
@@ -203,12 +205,12 @@ def _layer_of(dense: Any, weight: QuantizedWeight) -> QuantizedLayer:
     return int8_layer(dense, tensors["weight"], tensors["scale"], dense.weight.dtype)
 
 
+def _placeholder(shape: tuple[int, int], vocabulary: bool) -> Int8Weight:
+    weight = torch.empty(shape, dtype=torch.int8, device="meta")
+    return Int8Weight(
+        weight, torch.empty(shape[0] if vocabulary else scale_size(*shape), dtype=torch.float32, device="meta")
+    )
+
+
 #: The 8-bit format, for :func:`~lorakeet.quant.replace.replace_layers_`.
-INT8 = QuantizedFormat(quantize_dense, _layer_of)
-
-
-def int8_layers(model: nn.Module) -> Iterator[tuple[str, Int8Linear | Int8Embedding]]:
-    """Yield the name and the module of each 8-bit layer in ``model``."""
-    for name, module in model.named_modules():
-        if isinstance(module, (Int8Linear, Int8Embedding)):
-            yield name, module
+INT8 = QuantizedFormat(quantize_dense, _layer_of, _placeholder)

@@ -75,11 +75,13 @@ class QuantizedLayer(nn.Module):
     ``weight`` is what layers share when they are tied. No other may be called ``bias``.
 
     Attributes:
+        bits: Bits of a stored value, for messages.
         dtype: The dtype of the layer before it was quantized; the layer computes in it.
         transposed: Whether that layer stored its weight as [in, out]; a quantized weight never is.
         bias: [out] in ``dtype``, or None.
     """
 
+    bits: int = 0
     dtype: torch.dtype
     transposed: bool = False
 
@@ -145,6 +147,14 @@ def quantized_bytes(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
         "bytes": sum(p.nbytes for p in parameters),
         "full_bytes": sum(p.nbytes for p in parameters if id(p) not in stored) + sum(full.values()),
     }
+
+
+def value_count(model: nn.Module) -> int:
+    """Count the values of all parameters; those of a quantized weight, and not of its scales."""
+    layers = [layer for _, layer in quantized_layers(model)]
+    stored = {id(tensor) for layer in layers for tensor in layer.quantized_weight().tensors().values()}
+    packed = {id(layer.weight): math.prod(weight_shape(layer)) for layer in layers}
+    return sum(p.numel() for p in model.parameters() if id(p) not in stored) + sum(packed.values())
 
 
 def weight_shape(layer: Any) -> tuple[int, ...]:

@@ -1,31 +1,37 @@
-"""Quantize a model that is in memory to 8 bits."""
+"""Quantize a model that is in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from lorakeet.quant.hf_quantizer import (
-    METHOD,
-    Int8Config,
-    Int8Quantizer,
+    CONFIGS,
+    FORMATS,
+    QUANTIZERS,
     foreign_method,
     foreign_method_error,
     not_finite_error,
 )
-from lorakeet.quant.int8 import INT8
 from lorakeet.quant.layer_selection import layers_to_quantize
 from lorakeet.quant.protocol import is_quantized
 from lorakeet.quant.replace import replace_layers_, tie_tensors
 
 
 @torch.no_grad()
-def quantize_(model: PreTrainedModel, keep: Iterable[str] = (), embeddings: bool = True) -> int:
-    """Quantize a model in memory to 8 bits, in place and layer by layer.
+def quantize_(model: PreTrainedModel, keep: Iterable[str] = (), embeddings: bool = True, form: str = "int8") -> int:
+    """Quantize a model in memory, in place and layer by layer.
 
     Trainable weights, a task's head outside of the base model, and the modules that ``keep`` names stay as they are.
+
+    Args:
+        model: Has its weights in memory.
+        keep: Modules to leave alone, named as seen from inside the base model.
+        embeddings: Quantize the input embedding and the head of a language model too.
+        form: Name of the format, ``int8`` or ``nf4``.
 
     Returns:
         The number of quantized layers.
@@ -35,7 +41,7 @@ def quantize_(model: PreTrainedModel, keep: Iterable[str] = (), embeddings: bool
     """
     if other := foreign_method(getattr(model.config, "quantization_config", None)):
         raise foreign_method_error("this base", other)
-    config = Int8Config(embeddings, keep)
+    config: Any = CONFIGS[form](embeddings, keep)
     chosen = {
         name: layer
         for name, layer in layers_to_quantize(model, embeddings, config.modules_to_not_convert).items()
@@ -44,10 +50,10 @@ def quantize_(model: PreTrainedModel, keep: Iterable[str] = (), embeddings: bool
     broken = [name for name, layer in chosen.items() if not torch.isfinite(layer.weight).all()]  # type: ignore[arg-type]
     if broken:
         raise not_finite_error(broken)
-    replace_layers_(model, chosen, INT8)
+    replace_layers_(model, chosen, FORMATS[form])
     if chosen:
-        model.hf_quantizer = quantizer = Int8Quantizer(config, pre_quantized=False)
+        model.hf_quantizer = quantizer = QUANTIZERS[form](config, pre_quantized=False)
         quantizer.postprocess_model(model)
-        model.is_quantized, model.quantization_method = True, METHOD
+        model.is_quantized, model.quantization_method = True, config.quant_method
         tie_tensors(model, chosen)
     return len(chosen)

@@ -22,10 +22,13 @@ class QuantizedFormat:
     Attributes:
         quantize: Takes a dense weight [out, in], and whether each row belongs to a token.
         layer: Takes the dense layer and its quantized weight, and builds the layer that replaces it.
+        placeholder: Takes the shape (out, in), and whether each row belongs to a token; builds a weight of
+            the format on the meta device.
     """
 
     quantize: Callable[[Tensor, bool], QuantizedWeight]
     layer: Callable[[nn.Module, QuantizedWeight], QuantizedLayer]
+    placeholder: Callable[[tuple[int, int], bool], QuantizedWeight]
 
 
 @torch.no_grad()

@@ -7,11 +7,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lorakeet.adapter.inspect import SavedLayer, pairs, saved_layers
+from lorakeet.adapter.inspect import SavedLayer, saved_layers
 from lorakeet.adapter.serialization import read_tensors
 from lorakeet.adapter.tensor_checks import nonfinite_error
 from lorakeet.errors import AdapterError
+from lorakeet.lora.algebra.blocks import split_blocks
 from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.initialization.taken_part import residual_error, takes_part
 from lorakeet.lora.targeting import layer_index
 from lorakeet.rank.spectrum import Spectrum, singular_values
 
@@ -28,24 +30,28 @@ def read_layers(name: str | Path, **where: Any) -> tuple[PeftConfig, dict[str, A
 
     Args:
         name: Folder or hub id of the adapter.
-        where: See :func:`lorakeet.lora.config.find_adapter_file`.
+        where: See :func:`lorakeet.lora.lifecycle.adapter_files.find_adapter_file`.
 
     Raises:
         AdapterError: There is no such adapter, it is damaged, has NaN or infinite values, or no layer has A and B.
     """
     config = PeftConfig.from_pretrained(name, **where)
+    if takes_part(config.init_lora_weights):
+        raise AdapterError(
+            f"adapter {str(name)!r} {residual_error(config)}", "the adapter of a run is plain LoRA already"
+        )
     tensors = read_tensors(name, **where)
     layers, _ = saved_layers(tensors, config)
     if problem := next((error for layer in layers if (error := layer.error())), nonfinite_error(tensors)):
-        raise AdapterError(f"adapter {str(name)!r} has no singular values: {problem}", "train or save it again")
+        raise AdapterError(f"adapter {str(name)!r} cannot be used: {problem}", "train or save it again")
     if not layers:
-        raise AdapterError(f"adapter {str(name)!r} adapts no layer, so it has no rank", "give an adapter of LoRA")
+        raise AdapterError(f"adapter {str(name)!r} adapts no layer, so it has no update", "give an adapter of LoRA")
     return config, tensors, layers
 
 
 def spectrum_of(layer: SavedLayer) -> Spectrum:
     """Compute the singular values of a layer's update."""
-    blocks = pairs(layer.tensors["A"], layer.tensors["B"], layer.rank)
+    blocks = split_blocks(layer.tensors["A"], layer.tensors["B"], layer.rank)
     return Spectrum(tuple(tuple(singular_values(a, b, layer.scaling)) for a, b in blocks))
 
 
@@ -62,7 +68,7 @@ def rank_report(name: str | Path, energy: float = ENERGY, **where: Any) -> dict[
     Args:
         name: Folder or hub id of the adapter.
         energy: Share of ‖ΔW‖² to keep in each layer, above 0, at most 1.
-        where: See :func:`lorakeet.lora.config.find_adapter_file`.
+        where: See :func:`lorakeet.lora.lifecycle.adapter_files.find_adapter_file`.
 
     Raises:
         AdapterError: See :func:`read_layers`.

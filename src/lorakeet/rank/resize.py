@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorakeet.adapter.inspect import SavedLayer, pairs
+from lorakeet.adapter.inspect import SavedLayer
 from lorakeet.adapter.model_card import CARD_NAME, write_card
 from lorakeet.adapter.serialization import OWN_NAME, WEIGHTS_NAME, read_notes
 from lorakeet.adapter.tensor_names import PREFIX
 from lorakeet.errors import AdapterError
 from lorakeet.files import write_folder, write_json
-from lorakeet.lora.config import CONFIG_NAME, PeftConfig, adapter_folder, find_adapter_file
-from lorakeet.lora.targeting import target_of
+from lorakeet.lora.algebra.blocks import join_blocks, split_blocks
+from lorakeet.lora.algebra.decomposition import decompose
+from lorakeet.lora.algebra.settings import with_ranks
+from lorakeet.lora.config import CONFIG_NAME, PeftConfig
+from lorakeet.lora.lifecycle.adapter_files import adapter_folder, find_adapter_file
 from lorakeet.rank.report import read_layers, spectrum_of
-from lorakeet.rank.spectrum import decompose
 from lorakeet.security.paths import file_problem
 
 #: Ends of the keys of A and B in an adapter's file: of linear layers and convolutions, of embeddings.
@@ -37,7 +40,7 @@ def resize(
         out: Folder to write, whole or not at all.
         rank: The rank of every layer.
         energy: Instead of ``rank``: the share of ‖ΔW‖² that each layer keeps; ranks differ then (``rank_pattern``).
-        where: See :func:`lorakeet.lora.config.find_adapter_file`.
+        where: See :func:`lorakeet.lora.lifecycle.adapter_files.find_adapter_file`.
 
     Returns:
         ``{"path", "ranks", "parameters_before", "parameters_after", "energy_kept"}``: the rank of each layer, parameters of
@@ -58,21 +61,39 @@ def resize(
         r = ranks[layer.target.name] = max(groups, min(wanted, layer.rank) // groups * groups)
         kept.append(spectrum.energy_kept[r // groups - 1])
         resized |= _truncated(layer, r, tensors)
-    new = _with_ranks(config, ranks, [layer.name for layer in layers])
+    new = with_ranks(config, ranks)
     notes = {**read_notes(name, **where), "resized": {"from": config.r, "energy_kept": min(kept)}}
-    with write_folder(out) as aside:
-        _copy_others(name, aside)
-        save_file({key: tensor.contiguous() for key, tensor in resized.items()}, aside / WEIGHTS_NAME, {"format": "pt"})
-        new.save_pretrained(aside)
-        write_json(aside / OWN_NAME, notes)
-        write_card(aside, new, notes)
+    write_made(out, name, new, resized, notes)
     return {
         "path": str(out),
         "ranks": ranks,
-        "parameters_before": sum(t.numel() for layer in layers for t in _factors(layer, tensors).values()),
-        "parameters_after": sum(t.numel() for layer in layers for t in _factors(layer, resized).values()),
+        "parameters_before": sum(t.numel() for layer in layers for t in factors(layer, tensors).values()),
+        "parameters_after": sum(t.numel() for layer in layers for t in factors(layer, resized).values()),
         "energy_kept": min(kept),
     }
+
+
+def write_made(
+    out: Path, first: str | Path, config: PeftConfig, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]
+) -> None:
+    """Write an adapter that was made from others, whole or not at all.
+
+    Args:
+        out: Folder to write.
+        first: The adapter whose further files (tokenizer, template) come along.
+        config: Its settings.
+        tensors: Its tensors by their keys in the file.
+        notes: Contents of ``lorakeet.json``.
+
+    Raises:
+        OutputError: ``out`` cannot be written.
+    """
+    with write_folder(out) as aside:
+        copy_others(first, aside)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside / WEIGHTS_NAME, {"format": "pt"})
+        config.save_pretrained(aside)
+        write_json(aside / OWN_NAME, notes)
+        write_card(aside, config, notes)
 
 
 def _check_plain(name: str | Path, config: PeftConfig) -> None:
@@ -90,7 +111,7 @@ def _check_plain(name: str | Path, config: PeftConfig) -> None:
         )
 
 
-def _factors(layer: SavedLayer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def factors(layer: SavedLayer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return A and B of a layer by their keys in the file."""
     prefix = next(
         key
@@ -103,46 +124,22 @@ def _factors(layer: SavedLayer, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 
 def _truncated(layer: SavedLayer, r: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a layer at rank r, by their keys in the file."""
-    (key_a, a), (key_b, b) = _factors(layer, tensors).items()
-    blocks = [decompose(*block, layer.scaling) for block in pairs(a, b, layer.rank)]
+    (key_a, a), (key_b, b) = factors(layer, tensors).items()
+    blocks = [decompose(*block, layer.scaling) for block in split_blocks(a, b, layer.rank)]
     each = r if layer.stacks_experts else r // len(blocks)
-    made = [block.truncated(each) for block in blocks]
-    new_a = a.new_empty(len(blocks) * each, *a.shape[1:])
-    new_b = b.new_zeros(b.shape[0], len(blocks) * each if layer.stacks_experts else each, *b.shape[2:])
-    for number, ((part_a, part_b), rows) in enumerate(zip(made, new_b.chunk(len(blocks)), strict=True)):
-        new_a[number * each : (number + 1) * each] = part_a.reshape(each, *a.shape[1:])
-        if layer.stacks_experts:
-            new_b[:, number :: len(blocks)] = part_b
-        else:
-            rows.copy_(part_b.reshape(rows.shape))
-    changed = {key_a: new_a, key_b: new_b}
+    changed = dict(zip((key_a, key_b), join_blocks([block.truncated(each) for block in blocks], a, b), strict=True))
     bias = key_b.replace("lora_B.weight", "lora_B.bias")
     if bias in tensors and bias != key_b:  # scaled by s as B·A is
         changed[bias] = tensors[bias] * layer.scaling
     return changed
 
 
-def _with_ranks(config: PeftConfig, ranks: dict[str, int], names: list[str]) -> PeftConfig:
-    """Return the settings with these ranks and s = 1; α equals the rank.
+def copy_others(name: str | Path, aside: Path) -> None:
+    """Copy the further files of an adapter, such as its tokenizer; of a hub id those that Lorakeet wrote.
 
     Raises:
-        AdapterError: The names of layers cannot say these ranks.
+        AdapterError: One of them is a link that leads out of the folder.
     """
-    common = max(set(ranks.values()), key=lambda r: (list(ranks.values()).count(r), r))
-    own = {name: r for name, r in ranks.items() if r != common}
-    new = config.model_copy(
-        update={"r": common, "lora_alpha": common, "use_rslora": False, "rank_pattern": own, "alpha_pattern": own}
-    )
-    if wrong := [name for name, r in ranks.items() if (t := target_of(name, new)).r != r or t.alpha != r]:
-        raise AdapterError(
-            f"the ranks cannot be written: the name {wrong[0]!r} is the end of another layer's",
-            "use one rank: --resize",
-        )
-    return new
-
-
-def _copy_others(name: str | Path, aside: Path) -> None:
-    """Copy the adapter's further files, such as its tokenizer; of a hub id those that Lorakeet wrote."""
     folder = adapter_folder(name)
     written = (WEIGHTS_NAME, CONFIG_NAME, OWN_NAME, CARD_NAME)
     for path in folder.iterdir() if folder.is_dir() else ():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from lorakeet.base.architectures import AUTO_CLASSES, check_task, family, fresh_
 from lorakeet.base.device_dtype import choose_device
 from lorakeet.base.load import Base, ModelInfo
 from lorakeet.base.meta_device import meta_model
-from lorakeet.config import RunConfig, TaskSettings
+from lorakeet.config import QUANTIZED_FORMATS, LoraSettings, RunConfig, TaskSettings
 from lorakeet.data.rows.column_mapping import choose_task
 from lorakeet.data.rows.load import peek
 from lorakeet.errors import ConfigError
@@ -72,7 +73,7 @@ def check_rank(
     if config.base.trust_remote_code:
         return  # its code decides which modules there are
     ghost = meta_model(model.config, auto_class=AUTO_CLASSES[task.name])
-    settings: PeftConfig = LoraConfig(**config.lora.model_dump(), task_type=task.peft_type)
+    settings: PeftConfig = LoraConfig(**lora_arguments(config.lora, config.base.bits), task_type=task.peft_type)
     with silent():  # the model itself warns once more
         targets = plan_injection(ghost, resolve_config(ghost, settings)).targets
     shapes = [(target.r, _matrix(ghost, target)) for target in targets]
@@ -100,9 +101,26 @@ def _matrix(model: nn.Module, target: Target) -> tuple[int, int]:
     return rows, weight.shape[-1] if target.parameter else weight.numel() // rows
 
 
+def lora_arguments(lora: LoraSettings, bits: int | None) -> dict[str, Any]:
+    """Return the arguments of :class:`~lorakeet.lora.config.LoraConfig`; LoftQ also needs the bits of the base.
+
+    Raises:
+        ConfigError: LoftQ, and the base is not quantized.
+    """
+    values = lora.model_dump()
+    if lora.init_lora_weights != "loftq":
+        return values
+    if bits not in QUANTIZED_FORMATS:
+        raise ConfigError(
+            f"lora.init_lora_weights = loftq makes up for what quantization loses, and the base has {bits or 'its own'} bits",
+            "--bits 8, or another initialization",
+        )
+    return {**values, "loftq_config": {"loftq_bits": bits}}
+
+
 def adapter_config(config: RunConfig, base: Base, task: Task) -> LoraConfig:
     """Return the adapter's configuration: the run's settings, and modules with fresh random weights trained whole."""
-    settings = config.lora.model_dump()
+    settings = lora_arguments(config.lora, config.base.bits)
     if task.name == "FEATURE_EXTRACTION":  # reads hidden states: no head, and nothing that only a head would read
         unread = [
             name for name, module in base.model.named_modules() if name.startswith("pooler.") and adaptable(module)

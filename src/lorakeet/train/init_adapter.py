@@ -1,18 +1,25 @@
-"""A run that continues from an adapter: the adapter's weights are the start, and its settings of LoRA apply."""
+"""The adapter that a run begins with: a new one, or one to continue from, whose settings of LoRA apply."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from lorakeet.adapter.peft_model import PeftModel, get_peft_model
 from lorakeet.adapter.serialization import read_notes
 from lorakeet.adapter.vocabulary import adapter_tokenizer, fit_to_adapters, weights_brought
+from lorakeet.base.checkpoint_files import weight_reader
 from lorakeet.base.load import Base, ModelInfo
+from lorakeet.base.source import find_source, local_folder
 from lorakeet.config import DEFAULT_MODEL, LoraSettings, RunConfig
 from lorakeet.errors import ConfigError
 from lorakeet.facts.limits import limits_of
-from lorakeet.lora.config import PeftConfig
+from lorakeet.log import info
+from lorakeet.lora.config import LoraConfig, PeftConfig
+from lorakeet.lora.initialization.eva_weights import initialize_lora_eva_weights
+from lorakeet.lora.initialization.loftq import start_from_loss
+from lorakeet.rng import same_random_state
 from lorakeet.tasks.setup import adapter_config
 from lorakeet.tasks.task import Task
 
@@ -74,8 +81,41 @@ def fit_base(config: RunConfig, base: Base) -> Base:
     return replace(base, tokenizer=fit_to_adapters(base.model, base.tokenizer, adapters, seed=config.train.seed))
 
 
-def put_adapter(config: RunConfig, base: Base, task: Task) -> PeftModel:
-    """Put the adapter of a run on its base: a new one, or the one to continue from."""
-    if config.train.init_adapter is None:
-        return get_peft_model(base.model, adapter_config(config, base, task))
-    return PeftModel.from_pretrained(base.model, config.train.init_adapter, is_trainable=True)
+def put_adapter(config: RunConfig, base: Base, task: Task, batches: Callable[[PeftModel], list[Any]]) -> PeftModel:
+    """Put the adapter of a run on its base: a new one, or the one to continue from.
+
+    Args:
+        config: Settings of the run.
+        base: Its base.
+        task: Its task.
+        batches: Function of the model with the adapter: batches of its data, for an initialization that reads some.
+
+    Raises:
+        ConfigError: The initialization needs a quantized base, and this one is not.
+    """
+    if config.train.init_adapter is not None:
+        return PeftModel.from_pretrained(base.model, config.train.init_adapter, is_trainable=True)
+    settings = adapter_config(config, base, task)
+    if settings.init_lora_weights == "loftq":
+        return _with_loftq(config, base, settings)
+    model = get_peft_model(base.model, settings)
+    if settings.init_lora_weights == "eva":
+        with same_random_state():
+            # every process reads the same batches
+            initialize_lora_eva_weights(model, batches(model), gather_distributed_inputs=False)
+        ranks = [layer.r["default"] for layer in model.lora_layers()]
+        info(
+            f"EVA        {len(ranks)} layers begin with the directions of their inputs, ranks {min(ranks)} to {max(ranks)}"
+        )
+    return model
+
+
+def _with_loftq(config: RunConfig, base: Base, settings: LoraConfig) -> PeftModel:
+    """Put an adapter on a quantized base that begins with what its layers lost of their full weights."""
+    begun = settings.model_copy(update={"init_lora_weights": True})
+    model = get_peft_model(base.model, begun)
+    folder = local_folder(find_source(config.base.model, config.base.revision))
+    layers = start_from_loss(model, "default", weight_reader(folder, base.model))
+    begun.init_lora_weights = "loftq"
+    info(f"LoftQ      the adapter begins with what {layers} layers lost")
+    return model

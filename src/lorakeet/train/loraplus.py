@@ -73,6 +73,35 @@ class LoraPlus:
         optimizer.param_groups[:] = groups
 
 
+def create_loraplus_optimizer(
+    model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
+) -> Optimizer:
+    """Build an optimizer with the learning rates of LoRA+, as PEFT's function of this name does.
+
+    Args:
+        model: A model with an adapter.
+        optimizer_cls: Class of the optimizer.
+        lr: η above.
+        loraplus_lr_ratio: λ above.
+        **kwargs: Arguments of the optimizer; ``loraplus_lr_embedding`` (1e-6) and ``loraplus_weight_decay`` (0), which biases
+            and norms do not get.
+
+    Raises:
+        ConfigError: The ratio is below 1.
+        TrainingError: No B is trainable.
+    """
+    plus = LoraPlus(loraplus_lr_ratio, kwargs.pop("loraplus_lr_embedding", 1e-6))
+    decay = kwargs.pop("loraplus_weight_decay", 0.0)
+    norms = {p for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
+    trained = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    bare = [p for p, name in trained.items() if p in norms or "bias" in name]
+    decayed = [p for p in trained if p not in set(bare)]
+    groups = [{"params": part, "weight_decay": own} for part, own in ((decayed, decay), (bare, 0.0)) if part]
+    optimizer = optimizer_cls(groups, lr=lr, **kwargs)  # type: ignore[call-arg]
+    plus.split_(optimizer, model, lr)
+    return optimizer
+
+
 def _part(name: str, parameter: Tensor) -> int:
     """Return the index into :meth:`LoraPlus.rates` of a parameter's rate."""
     if "lora_embedding_" in name:

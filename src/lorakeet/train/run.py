@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from lorakeet.data.prepare import prepare
 from lorakeet.errors import OutputError, TrainingError
 from lorakeet.files import not_removed
 from lorakeet.log import info, log, warn
+from lorakeet.lora.initialization.eva import first_batches
 from lorakeet.patches.gradient_checkpointing import gradient_checkpointing
 from lorakeet.patches.of_training import training_patches
 from lorakeet.plan.free_memory import free_memory
@@ -144,7 +146,8 @@ def _load(config: RunConfig, folder: Path, state: PartialState, began: float) ->
     args = training_arguments(config, base)
     args.eval_strategy = "no" if data.held_out is None else args.eval_strategy
     set_seed(config.train.seed)
-    model = put_adapter(config, base, task)
+    collate = partial(make_collator, chosen, base.tokenizer)
+    model = put_adapter(config, base, task, lambda model: first_batches(data.train, collate(model)))
     if config.train.fsdp:
         check_can_shard(model, state.num_processes, config.train.fsdp_size)
     return Run(config, folder, base, model, data, chosen, task, args, began, plan)

@@ -17,6 +17,8 @@ from lorakeet.data.prepared import Prepared
 from lorakeet.errors import OutputError
 from lorakeet.files import write_elsewhere, write_folder, write_json
 from lorakeet.log import info
+from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.initialization.taken_part import holds_parts
 from lorakeet.plan.plan import Plan, compare, step_seconds
 from lorakeet.tasks.task import Task
 from lorakeet.tasks.taught import NOTES, taught_notes
@@ -56,6 +58,7 @@ class RunOutput:
         backend = getattr(self.base.tokenizer, "backend_tokenizer", None)
         tokenizer = len(backend.to_str().encode()) if backend is not None else 0
         adapter = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        adapter *= 2 if holds_parts(self.model, "default") else 1  # saved as plain LoRA of twice the rank
         return adapter + tokenizer + FIGURES_BYTES + checkpoints * checkpoint_bytes(self.model)
 
     def summary(self, trainer: Trainer, progress: ProgressCallback) -> dict[str, Any]:
@@ -105,7 +108,7 @@ class RunOutput:
         """Write the adapter with its tokenizer and chat template."""
         taught = taught_notes(self.config, self.data.layout, self.data.chat)
         origin = {"task": self.task.notes(), "data": self.data.report.content_hash, NOTES: taught}
-        self.model.save_pretrained(folder, notes=origin)
+        self.model.save_pretrained(folder, notes=origin, plain_lora=True)
         self.base.tokenizer.save_pretrained(folder)
 
     def rescue(self, error: OutputError) -> OutputError:
@@ -122,7 +125,8 @@ class RunOutput:
         """Write the notes of the adapter, the plots and last the summary; log the figures."""
         from lorakeet.tasks.plots import draw_confusion, draw_loss_curve  # which load matplotlib
 
-        add_notes(self.folder / "adapter", self.model.peft_config["default"], _notes(summary))
+        folder = self.folder / "adapter"
+        add_notes(folder, PeftConfig.from_pretrained(folder), _notes(summary))
         title = f"{self.base.name}, r={self.config.lora.r}"
         draw_loss_curve(lines, self.folder / "loss_curve.png", title)
         predictions = getattr(trainer, "predictions", None)

@@ -19,7 +19,12 @@ SANITIZE = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-san
 TESTS = (
     *("kernels/cpu/test_abi.py", "kernels/cpu/test_gemm.py", "kernels/cpu/test_elementwise.py"),
     *("kernels/int8/test_blocked.py", "kernels/int8/test_linear.py", "kernels/int8/test_tiled.py"),
-    *("kernels/test_frozen_linear.py", "kernels/test_linear_cross_entropy.py", "kernels/attention/test_segment.py"),
+    *(
+        "kernels/test_frozen_linear.py",
+        "kernels/nf4/test_nf4_linear.py",
+        "kernels/test_linear_cross_entropy.py",
+        "kernels/attention/test_segment.py",
+    ),
     "kernels/test_decoder_step.py",
 )
 #: Tests of the allocator, which the sanitizer replaces, and of an accuracy that only vectorized sums reach.

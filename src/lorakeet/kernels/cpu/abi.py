@@ -40,8 +40,8 @@ class Linear(ctypes.Structure):
     """``lk_linear``: a linear layer of a decoder and its low-rank update."""
 
     _fields_ = [
-        *[(name, _POINTER) for name in ("weight", "row_scale", "column_scale", "outlier_positions", "outlier_values")],
-        *[(name, _POINTER) for name in ("bias", "a", "b")],
+        *[(name, _POINTER) for name in ("weight", "absmax", "nested", "row_scale", "column_scale")],
+        *[(name, _POINTER) for name in ("outlier_positions", "outlier_values", "bias", "a", "b")],
         *[(name, _SIZE) for name in ("out", "in", "rank", "outliers")],
         ("scaling", _FLOAT),
     ]
@@ -106,6 +106,8 @@ ARGUMENTS: dict[str, list[Any]] = {
     "lk_pack_a8_grouped": [_POINTER] * 5 + [_SIZE] * 2 + [_INT],
     "lk_gemm_w8a8_grouped_dgrad": [_POINTER] * 6 + [_SIZE] * 3,
     "lk_gemm_f32": [_POINTER] * 5 + [_SIZE] * 3 + [_INT] * 3,
+    "lk_gemv_nf4": [_POINTER] * 6 + [_SIZE] * 3,
+    "lk_gemm_nf4": [_POINTER] * 7 + [_SIZE] * 3 + [_INT],
 }
 #: Arguments of every function that returns a size.
 SIZE_ARGUMENTS: dict[str, list[Any]] = {

@@ -1,4 +1,4 @@
-"""Matrix products in C: an int8 weight by few tokens (GEMV) or many (GEMM), and an fp32 weight by many.
+"""Matrix products in C: an int8 or NF4 weight by few tokens (GEMV) or many (GEMM), and an fp32 weight by many.
 
 Names follow the number formats: ``w8`` an int8 weight, ``a16`` and ``a8`` activations rounded to int16 or int8, ``dgrad`` the
 gradient to the input. Callers check shapes and memory first, with :mod:`lorakeet.kernels.cpu.bindings`.
@@ -189,4 +189,55 @@ def gemm_f32(
     tensors = x, m, bias, strips, h
     column_major = not m.is_contiguous()
     library().lk_gemm_f32(*map(pointer, tensors), *x.shape, m.shape[1], column_major, low_rank, add_to is not None)
+    return h
+
+
+def gemv_nf4(x: Tensor, codes: Tensor, absmax: Tensor, nested: Tensor | None, bias: Tensor | None, out: int) -> Tensor:
+    """Compute h = x·Wᵀ + b for few tokens and an NF4 weight, which is read once.
+
+    Args:
+        x: fp32 [n, in]; 64 divides ``in``.
+        codes: As :mod:`lorakeet.kernels.nf4.format` describes it, like the next two.
+        absmax: Scales of the blocks.
+        nested: Scales of the scales, or None.
+        bias: b, fp32 [out], or None.
+        out: Output channels.
+
+    Returns:
+        fp32 [n, out].
+    """
+    n, width = x.shape
+    h = x.new_empty(n, out)
+    tensors = x, codes, absmax, nested, bias, h
+    library().lk_gemv_nf4(*map(pointer, tensors), n, out, width)
+    return h
+
+
+def gemm_nf4(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    bias: Tensor | None,
+    shape: tuple[int, int],
+    dgrad: bool = False,
+) -> Tensor:
+    """Compute h = x·Wᵀ + b for an NF4 weight, or the gradient x·W; the order of each sum is fixed, as for :func:`gemm_f32`.
+
+    Args:
+        x: fp32 [n, in]; with ``dgrad`` [n, out].
+        codes: As :mod:`lorakeet.kernels.nf4.format` describes it, like the next two.
+        absmax: Scales of the blocks.
+        nested: Scales of the scales, or None.
+        bias: b, fp32 [out], or None.
+        shape: (out, in); 64 divides ``in``.
+        dgrad: Compute the gradient to the input.
+
+    Returns:
+        fp32 [n, out]; with ``dgrad`` [n, in].
+    """
+    h = transient_empty(x, x.shape[0], shape[1] if dgrad else shape[0])
+    strips = workspace(library().lk_packed_f32_size(x.shape[0]), torch.float32)
+    tensors = x, codes, absmax, nested, bias, strips, h
+    library().lk_gemm_nf4(*map(pointer, tensors), x.shape[0], *shape, dgrad)
     return h

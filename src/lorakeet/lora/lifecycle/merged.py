@@ -53,12 +53,15 @@ class _Merged:
     """Merged tensors of one layer."""
 
     def __init__(self, layer: Any) -> None:
-        self.layer, self.adapters = layer, list(layer.merged_adapters)
+        self.layer, self.adapters, self.originals = layer, list(layer.merged_adapters), layer.originals
         self.tensors = {name: getattr(layer.base_layer, name) for name in layer.originals}
 
     def restore(self) -> None:
-        """Put the merged tensors back."""
+        """Put the merged tensors back; where the base's own changed meanwhile, merge again."""
         base = self.layer.base_layer
+        if any(getattr(base, name) is not original for name, original in self.originals.items()):
+            self.layer.merge_(self.adapters)
+            return
         self.layer.originals = {name: getattr(base, name) for name in self.tensors}
         for name, tensor in self.tensors.items():
             setattr(base, name, tensor)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorakeet.errors import ConfigError
+from lorakeet.lora.variants.dora import Dora
 from lorakeet.lora.variants.lora import Lora
 from lorakeet.lora.variants.variant import AdaptedLayer, Variant
 
@@ -47,7 +48,7 @@ def variant_settings() -> dict[str, Any]:
 
 
 def chosen_variant(settings: Mapping[str, Any]) -> Variant:
-    """Return the variant that the settings of an adapter choose; plain LoRA, if they choose no other.
+    """Return the variant that all settings of an adapter choose; plain LoRA, if they choose no other.
 
     Raises:
         ConfigError: they choose several variants, or the variant refuses their values.
@@ -59,3 +60,6 @@ def chosen_variant(settings: Mapping[str, Any]) -> Variant:
     if error := variant.settings_error(settings):
         raise ConfigError(error)
     return variant
+
+
+register(Dora())

@@ -17,7 +17,7 @@ class Lora(Variant):
         return None
 
     def update(self, layer: AdaptedLayer, adapter: str, x: Tensor, h: Tensor) -> Tensor:
-        return (h + layer.low_rank_output(adapter, x)).to(h.dtype)
+        return (h + layer.low_rank(adapter, layer.dropped(adapter, x))).to(h.dtype)
 
     def merged_weight(self, layer: AdaptedLayer, adapter: str, weight: Tensor) -> Tensor:
         return weight + layer.delta(adapter)

@@ -17,25 +17,45 @@ class AdaptedLayer(Protocol):
     Attributes:
         base_layer: The frozen layer.
         scaling: The factor s of each adapter, by name.
+        channel_dim: Dimension of the base layer's weight that counts output channels.
     """
 
     base_layer: Any
     scaling: dict[str, float]
 
+    @property
+    def channel_dim(self) -> int:
+        """Dimension of the base layer's weight that counts output channels."""
+
     def initialize(self, adapter: str, how: bool | str) -> None:
         """Initialize A and B as ``init_lora_weights`` says."""
 
-    def low_rank_output(self, adapter: str, x: Tensor) -> Tensor:
-        """Compute s·B·A·dropout(x), in the adapter's dtype."""
+    def dropped(self, adapter: str, x: Tensor) -> Tensor:
+        """Return dropout(x); ``x`` itself where no dropout acts."""
+
+    def low_rank(self, adapter: str, dropped: Tensor) -> Tensor:
+        """Compute s·B·A·x for an input after dropout, in the adapter's dtype."""
+
+    def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Return A [r, in] and B [out, r], of a convolution with the kernel flattened into ``in``."""
+
+    def without_bias(self, h: Tensor) -> Tensor:
+        """Return an output of the layer without the base layer's bias."""
+
+    def for_outputs(self, channels: Tensor) -> Tensor:
+        """Return a vector [out] in a shape that broadcasts with outputs."""
+
+    def for_weight(self, channels: Tensor) -> Tensor:
+        """Return a vector [out] in a shape that broadcasts with the base layer's weight."""
 
     def delta(self, adapter: str) -> Tensor:
         """Return s·B·A in the base weight's layout, in the adapter's dtype."""
 
-    def add_parameter(self, name: str, adapter: str, value: Tensor) -> None:
-        """Give the adapter a further parameter; ``name`` is one of :attr:`Variant.parameters`."""
+    def add_part(self, name: str, adapter: str, part: nn.Parameter | nn.Module) -> None:
+        """Give the adapter a further part; ``name`` is one of :attr:`Variant.parameters`."""
 
-    def parameter(self, name: str, adapter: str) -> Tensor:
-        """Return a parameter that :meth:`add_parameter` gave the adapter."""
+    def part(self, name: str, adapter: str) -> Any:
+        """Return a part that :meth:`add_part` gave the adapter."""
 
 
 class Variant:
@@ -45,10 +65,11 @@ class Variant:
         name: The variant's name in messages.
         settings: Keys of ``adapter_config.json`` that belong to the variant -> values that mean "not used". Any other value
             chooses the variant.
-        parameters: Names of the parameters that it adds to each layer's A and B. Each begins with ``lora_``.
-        additive: Whether W' = W + ΔW, where ΔW depends on this adapter alone. Otherwise an adapter cannot be summed with
-            others, combined with them, or shared by tied layers.
-        fused: Whether ``kernels.lora_linear`` computes this variant's equation.
+        parameters: Names of the parameters (or modules of parameters) that it adds to each layer's A and B. Each begins with
+            ``lora_``.
+        additive: Whether W' = W + ΔW, where ΔW depends on this adapter alone. Otherwise an adapter cannot be combined with
+            others into one, or shared by tied layers; several active ones apply in their order.
+        fused: Whether ``kernels.lora_linear`` computes this variant's equation, up to :meth:`output_scale`.
         refused_by: Tools that cannot load such an adapter (names of :mod:`lorakeet.adapter.compatibility`) -> the reason.
     """
 
@@ -82,6 +103,10 @@ class Variant:
     def init(self, layer: AdaptedLayer, adapter: str, settings: LoraSettings) -> None:
         """Initialize the adapter's A and B, which ``layer`` has made, and add further parameters."""
         layer.initialize(adapter, settings.init_lora_weights)
+
+    def output_scale(self, layer: AdaptedLayer, adapter: str) -> Tensor | None:
+        """Return c [out] in h = c∘(W₀x + s·B·A·x) + b, which a fused variant without dropout computes; None for 1."""
+        return None
 
     def update(self, layer: AdaptedLayer, adapter: str, x: Tensor, h: Tensor) -> Tensor:
         """Apply the adapter to one output of a layer.

@@ -17,6 +17,8 @@ static const struct {
     VALUE(LK_HEAD_STEP),
     SIZE(lk_linear),
     OFFSET(lk_linear, weight),
+    OFFSET(lk_linear, absmax),
+    OFFSET(lk_linear, nested),
     OFFSET(lk_linear, row_scale),
     OFFSET(lk_linear, column_scale),
     OFFSET(lk_linear, outlier_positions),

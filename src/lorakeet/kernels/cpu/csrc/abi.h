@@ -18,7 +18,9 @@ enum {
 
 /* A linear layer of a decoder, and the low-rank update scaling B A x of an adapter where rank > 0. */
 struct lk_linear {
-    const int8_t *weight;           /* [out, in] */
+    const int8_t *weight;           /* [out, in]; or codes of NF4, with `absmax` */
+    const void *absmax;             /* scales of NF4, or NULL */
+    const float *nested;            /* scales of those scales, or NULL */
     const float *row_scale;         /* [out] */
     const float *column_scale;      /* [in], or NULL */
     const float *outlier_positions; /* [outliers]: columns that stay fp32, as numbers */

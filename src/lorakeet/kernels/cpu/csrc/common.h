@@ -56,7 +56,9 @@ static inline float exponential(float x)
     return (fmaf(p, r * r, r) + 1.0f) * power.value;
 }
 
-/* Defined in gemv_w8.c; decoder_layer.c calls it too. */
+/* Defined in gemv_w8.c and gemv_nf4.c; decoder_layer.c calls them too. */
+void lk_gemv_nf4(const float *x, const uint8_t *codes, const void *absmax, const float *nested, const float *bias, float *h,
+                 ptrdiff_t n, ptrdiff_t out, ptrdiff_t in);
 void lk_gemv_w8(const float *x, const int8_t *weight, const float *row_scale, const float *column_scale, const float *bias,
                 float *h, ptrdiff_t n, ptrdiff_t out, ptrdiff_t in);
 

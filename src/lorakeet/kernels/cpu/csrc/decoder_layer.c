@@ -1,7 +1,7 @@
-/* One new token of each of n texts through a decoder layer of the Llama family with int8 weights.
+/* One new token of each of n texts through a decoder layer of the Llama family with int8 or NF4 weights.
  *
  * Two calls, before and after attention: the cache appends the new key and value between them. The products are
- * lk_gemv_w8(); everything else is a single pass over small vectors. Reference: the layer's own forward
+ * lk_gemv_w8() and lk_gemv_nf4(); everything else is a single pass over small vectors. Reference: the layer's own forward
  * (inference/fast_decode.py compares).
  */
 #include "common.h"
@@ -10,7 +10,10 @@
 /* h [n, out] from x [n, in]; `low_rank` is a workspace of n * rank values. */
 static void decoder_linear(const struct lk_linear *l, const float *x, float *h, float *low_rank, ptrdiff_t n)
 {
-    lk_gemv_w8(x, l->weight, l->row_scale, l->column_scale, l->bias, h, n, l->out, l->in);
+    if (l->absmax)
+        lk_gemv_nf4(x, (const uint8_t *)l->weight, l->absmax, l->nested, l->bias, h, n, l->out, l->in);
+    else
+        lk_gemv_w8(x, l->weight, l->row_scale, l->column_scale, l->bias, h, n, l->out, l->in);
     for (ptrdiff_t at = 0; at < n * l->outliers; at++) {
         const ptrdiff_t i = at / l->outliers, c = at % l->outliers;
         const float one = x[i * l->in + (ptrdiff_t)l->outlier_positions[c]];

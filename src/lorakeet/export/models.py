@@ -1,4 +1,4 @@
-"""Models made from a base and saved as plain ones: merged with an adapter, or quantized to 8 bits.
+"""Models made from a base and saved as plain ones: merged with an adapter, or quantized.
 
 They are stored in the number formats of the base's own files, unless the settings name one. What this machine computes in has
 no part in it.
@@ -26,12 +26,13 @@ from lorakeet.base.storage import (
     stored_formats,
     widest_format,
 )
-from lorakeet.config import FLOATING_BITS, BaseSettings
-from lorakeet.errors import BaseModelError, OutputError
+from lorakeet.config import FLOATING_BITS, QUANTIZED_FORMATS, BaseSettings
+from lorakeet.errors import BaseModelError, ConfigError, OutputError
 from lorakeet.files import check_room, write_folder, write_json
 from lorakeet.loaded_model import open_model, settings_of_base
 from lorakeet.log import info
 from lorakeet.lora.config import PeftConfig
+from lorakeet.quant.hf_quantizer import CONFIGS, Nf4Config
 from lorakeet.quant.protocol import quantized_bytes
 
 
@@ -66,7 +67,7 @@ def merge(
     folder = check_empty(out, overwrite)
     settings = settings_of_base(settings, PeftConfig.from_pretrained(adapter), adapter)
     with write_folder(folder) as aside:  # fails before the expensive part if the folder is not writable
-        source, asked, loaded = _formats_of(settings)
+        source, asked, loaded = formats_of(settings)
         check_room(folder, bytes_to_store(source, asked))
         opened = open_model(loaded, [adapter], allow_other_base=allow_other_base, allow_untrained=allow_untrained)
         formats = _stored(opened.model, source, asked)
@@ -83,31 +84,38 @@ def merge(
     return {"path": str(folder), **figures}
 
 
-def quantize(settings: BaseSettings, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Quantize a base to 8 bits and save it. The folder loads in seconds; its weights are read from disk on demand.
+def quantize(
+    settings: BaseSettings, out: str | Path, *, bits: int = 8, layout: str = "lorakeet", overwrite: bool = False
+) -> dict[str, Any]:
+    """Quantize a base and save it. The folder loads in seconds; its weights are read from disk on demand.
 
     Args:
         settings: Settings of the base. Its ``dtype`` is the number format of what stays unquantized; ``auto``: that of the
             base's own files.
         out: Folder to write, atomically.
+        bits: Bits of a weight, 8 or 4.
+        layout: Names of the tensors in the files: ``lorakeet``, or ``bitsandbytes`` with 4 bits.
         overwrite: Replace the contents of ``out``.
 
     Returns:
-        ``{"path", "base", "layers", "bytes", "full_bytes"}``: layers in 8 bits, bytes of all weights after and before.
+        ``{"path", "base", "layers", "bytes", "full_bytes"}``: quantized layers, bytes of all weights after and before.
 
     Raises:
         BaseModelError: The base is quantized already, incomplete, or has weights that are not finite.
+        ConfigError: There is no such format or layout.
         OutputError: ``out`` is not empty or not writable, or its disk has too little room.
     """
+    quantization = _quantization(bits, layout)
     folder = check_empty(out, overwrite)
     config = inspect_model(settings).config
     if method := getattr(config, "quantization_config", None):
         name = method.get("quant_method", "") if isinstance(method, dict) else ""
         raise BaseModelError(f"{settings.model} is quantized already ({name})", "give the full-precision model")
     with write_folder(folder) as aside:  # fails before the expensive part if the folder is not writable
-        source, asked, loaded = _formats_of(settings)
-        check_room(folder, bytes_to_store(source, asked, bits=8))
-        base = load_base(loaded.model_copy(update={"bits": 8}), auto_class=own_class(config))
+        source, asked, loaded = formats_of(settings)
+        check_room(folder, bytes_to_store(source, asked, bits, getattr(config.get_text_config(), "vocab_size", None)))
+        loaded = loaded.model_copy(update={"bits": bits})
+        base = load_base(loaded, auto_class=own_class(config), model_options={"quantization_config": quantization})
         if base.fresh:
             raise BaseModelError(
                 f"weights are missing and would be random: {', '.join(base.fresh[:5])}", "download its files again"
@@ -121,7 +129,25 @@ def quantize(settings: BaseSettings, out: str | Path, *, overwrite: bool = False
     return {"path": str(folder), "base": base.name, **sizes}
 
 
-def _formats_of(settings: BaseSettings) -> tuple[Path, str | None, BaseSettings]:
+def _quantization(bits: int, layout: str) -> Any:
+    """Return the ``quantization_config`` of a format in a layout.
+
+    Raises:
+        ConfigError: There is no such format, or the layout is not its own.
+    """
+    if bits not in QUANTIZED_FORMATS:
+        raise ConfigError(f"--bits {bits}: expected {' or '.join(map(str, sorted(QUANTIZED_FORMATS)))}", "use --bits 8")
+    if layout == "lorakeet":
+        return CONFIGS[QUANTIZED_FORMATS[bits]]()
+    if layout != "bitsandbytes" or bits != 4:
+        raise ConfigError(
+            f"--layout {layout!r} with --bits {bits}: expected lorakeet, or bitsandbytes with 4 bits",
+            "leave --layout out, or add --bits 4",
+        )
+    return Nf4Config(layout=layout)
+
+
+def formats_of(settings: BaseSettings) -> tuple[Path, str | None, BaseSettings]:
     """Return the folder of a base, the number format that is asked for, and the settings to load the base with.
 
     On a CPU the base is loaded in fp32, which every processor computes in alike; on a GPU in the widest format of its files.

@@ -1,4 +1,4 @@
-"""The reference pages, generated from the code: ``python -m lorakeet.cli.reference docs/reference``.
+"""The reference pages, generated from the code: ``python -m lorakeet.cli.shared.reference docs/reference``.
 
 ``commands.md`` comes from the parsed options of each command, ``config.md`` from the schema of the settings. A test
 compares the committed pages with the generated ones.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakeet.cli import COMMANDS, usage
-from lorakeet.cli.options import TRAIN_FLAGS, typer_command
+from lorakeet.cli.shared.options import TRAIN_FLAGS, typer_command
 from lorakeet.config import RunConfig
 from lorakeet.files import write_file
 
