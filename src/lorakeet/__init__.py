@@ -39,6 +39,17 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
     )
     from lorakeet.peft_api.auto_model import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+    from lorakeet.peft_api.functional import cast_adapter_dtype as cast_adapter_dtype
+    from lorakeet.peft_api.functional import check_if_peft_model as check_if_peft_model
+    from lorakeet.peft_api.functional import delete_adapter as delete_adapter
+    from lorakeet.peft_api.functional import infer_device as infer_device
+    from lorakeet.peft_api.functional import load_peft_weights as load_peft_weights
+    from lorakeet.peft_api.functional import rescale_adapter_scale as rescale_adapter_scale
+    from lorakeet.peft_api.functional import set_adapter as set_adapter
+    from lorakeet.peft_api.functional import set_requires_grad as set_requires_grad
+    from lorakeet.peft_api.hotswap import hotswap_adapter as hotswap_adapter
+    from lorakeet.peft_api.hotswap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
+    from lorakeet.peft_api.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
     from lorakeet.peft_api.injection import inject_adapter_in_model as inject_adapter_in_model
     from lorakeet.peft_api.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
     from lorakeet.peft_api.other_names import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
@@ -88,6 +99,9 @@ _NAMES = {
     "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
     "AutoPeftModelForTokenClassification",
     "lora.initialization.eva_weights": "get_eva_state_dict initialize_lora_eva_weights",
+    "peft_api.functional": "cast_adapter_dtype check_if_peft_model delete_adapter infer_device load_peft_weights "
+    "rescale_adapter_scale set_adapter set_requires_grad",
+    "peft_api.hotswap": "hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap",
     "peft_api.injection": "inject_adapter_in_model",
     "peft_api.loftq": "replace_lora_weights_loftq",
     "peft_api.other_names": "AuxiliaryTrainingWrapper BaseTuner BaseTunerLayer ModulesToSaveWrapper TrainableTokensWrapper "

@@ -82,6 +82,9 @@ class TrainSettings(Section):
         description="on a loss or gradient norm far above those of the last 128 steps: as non_finite, or warn and apply the "
         "step",
     )
+    spectrum: bool = Field(
+        True, description="log at each evaluation how many directions of the rank the update uses, and draw ranks.png"
+    )
     gradient_checkpointing: bool | Count | Literal["auto"] = Field(
         "auto",
         description="recompute layers in the backward pass: less memory, more time; true: all; n: layer 0 and every n-th "

@@ -28,7 +28,7 @@ from lorakeet.lora.lifecycle.adapter_files import FILE_ARGUMENTS, find_adapter_f
 from lorakeet.lora.peft_names.other_settings import NEUTRAL, is_neutral, without_runtime
 from lorakeet.lora.variants import Variant, chosen_variant, setting_value, variant_settings
 from lorakeet.security.json_file import JsonError, read_object
-from lorakeet.security.paths import is_hub_id
+from lorakeet.security.paths import is_file, is_hub_id
 from lorakeet.setting_types import settings_error
 
 #: Bytes of the largest ``adapter_config.json``; some name each of thousands of layers.
@@ -221,6 +221,16 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
         config._check_and_set(values)
         return config
 
+    @classmethod
+    def from_peft_type(cls, **values: Any) -> LoraConfig:
+        """Build the settings from values with a ``peft_type``, PEFT's name for :meth:`from_dict`."""
+        return cls.from_dict(values)
+
+    @staticmethod
+    def from_json_file(path_json_file: str | Path, **kwargs: Any) -> dict[str, Any]:
+        """Return the content of an ``adapter_config.json`` as a dictionary."""
+        return read_object(Path(path_json_file), LARGEST_FILE)
+
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``adapter_config.json`` into the folder."""
         write_json(Path(save_directory) / CONFIG_NAME, self.to_dict())
@@ -241,7 +251,7 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
         path = find_adapter_file(pretrained_model_name_or_path, CONFIG_NAME, **where)
         if path is None:
             folder = Path(pretrained_model_name_or_path)
-            if (folder / "config.json").is_file():
+            if is_file(folder / "config.json"):
                 raise AdapterError(f"{folder} is a model, expected an adapter", f"use it without one: --model {folder}")
             raise AdapterError(
                 f"{pretrained_model_name_or_path} has no {CONFIG_NAME}",

@@ -8,6 +8,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from lorakeet.security.paths import exists
+
 #: Bytes. Peak resident memory of this process before :func:`restart_peak`.
 _earlier_peak = 0
 
@@ -52,7 +54,7 @@ def return_free_memory() -> None:
 def _in_status(name: str) -> int | None:
     """Return a size in bytes from the system's figures of this process; None where the system has none."""
     status = Path("/proc/self/status")
-    if not status.exists():
+    if not exists(status):
         return None
     line = next(line for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
