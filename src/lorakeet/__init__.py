@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from lorakeet.lora.initialization.settings import LoftQConfig as LoftQConfig
     from lorakeet.lora.layer import LoraLayer as LoraLayer
     from lorakeet.lora.model import LoraModel as LoraModel
+    from lorakeet.lora.variants.bdlora import BdLoraConfig as BdLoraConfig
+    from lorakeet.lora.variants.velora import VeloraConfig as VeloraConfig
     from lorakeet.peft_api.auto_model import AutoPeftModel as AutoPeftModel
     from lorakeet.peft_api.auto_model import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
     from lorakeet.peft_api.auto_model import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from lorakeet.peft_api.task_models import PeftModelForTokenClassification as PeftModelForTokenClassification
     from lorakeet.quant.hf_quantizer import Int8Config as Int8Config
     from lorakeet.quant.hf_quantizer import Nf4Config as Nf4Config
+    from lorakeet.train.lorafa import create_lorafa_optimizer as create_lorafa_optimizer
     from lorakeet.train.loraplus import create_loraplus_optimizer as create_loraplus_optimizer
     from lorakeet.train.trainer import Trainer as Trainer
 
@@ -82,12 +85,15 @@ _NAMES = {
     "lora.initialization.settings": "EvaConfig LoftQConfig",
     "lora.layer": "LoraLayer",
     "lora.model": "LoraModel",
+    "lora.variants.bdlora": "BdLoraConfig",
+    "lora.variants.velora": "VeloraConfig",
     "adapter.peft_model": "PeftModel get_peft_model",
     "base.kbit": "prepare_model_for_kbit_training",
     "base.load": "load_base",
     "log": "LorakeetWarning",
-    "train.loraplus": "create_loraplus_optimizer",
     "quant.hf_quantizer": "Int8Config Nf4Config",
+    "train.lorafa": "create_lorafa_optimizer",
+    "train.loraplus": "create_loraplus_optimizer",
     "train.trainer": "Trainer",
     "peft_api.auto_model": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
     "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "

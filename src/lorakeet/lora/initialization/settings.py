@@ -96,4 +96,4 @@ def _made(key: str, kind: Any, value: Any) -> Any:
 
 def written(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings in the form of JSON."""
-    return {key: dataclasses.asdict(value) if isinstance(value, EvaConfig) else value for key, value in values.items()}
+    return {key: vars(value).copy() if dataclasses.is_dataclass(value) else value for key, value in values.items()}
