@@ -33,6 +33,7 @@ from lorakeet.lora.lifecycle.rollback import all_or_nothing
 from lorakeet.lora.merge import MergeMethods
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.peft_names.model import ModelNames
+from lorakeet.lora.peft_names.words import DELETE_MERGED
 from lorakeet.quant.protocol import value_count
 
 
@@ -184,10 +185,7 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods, CombineMethods):
         """
         self._check_known(adapter_name)
         if adapter_name in merged_names(self):
-            raise AdapterError(
-                f"adapter {adapter_name!r} is merged into the base, so deleting it would leave its update there",
-                "unmerge_adapter() first",
-            )
+            raise AdapterError(DELETE_MERGED.format(adapters=[adapter_name]), "unmerge_adapter() first")
         with all_or_nothing(self), unmerged(self):
             self.remove_parts(adapter_name)
             del self.peft_config[adapter_name]

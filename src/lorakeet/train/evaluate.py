@@ -88,17 +88,19 @@ def all_batches(loader: Any, batch_size: int, processes: int) -> Iterable[Batch]
 
 
 def longest_first(rows: Any) -> Any:
-    """Return the rows by falling length: little padding, and a lack of memory shows at once.
+    """Return the rows by falling length: little padding, and a lack of memory shows at once."""
+    lengths = lengths_of(rows)
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return rows.select(order) if isinstance(rows, datasets.Dataset) else [rows[i] for i in order]
 
-    The length is the column ``length`` where there is one, else that of ``input_ids``.
-    """
+
+def lengths_of(rows: Any) -> list[int]:
+    """Return the tokens of each row: the column ``length`` where there is one, else those of ``input_ids``."""
     is_dataset = isinstance(rows, datasets.Dataset)
     if is_dataset and "length" in rows.column_names:
-        lengths = rows["length"][:]
-    else:
-        lengths = [len(ids) for ids in (rows["input_ids"] if is_dataset else (row["input_ids"] for row in rows))]
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    return rows.select(order) if is_dataset else [rows[i] for i in order]
+        found: list[int] = rows["length"][:]
+        return found
+    return [len(ids) for ids in (rows["input_ids"] if is_dataset else (row["input_ids"] for row in rows))]
 
 
 def evaluate(
@@ -196,13 +198,13 @@ def _scorer(model: nn.Module, measure: Measure, tokenizer: Any) -> Callable[[lis
     def score(batches: list[Batch], before: int) -> Sums:
         batch = batches[0] if len(batches) == 1 else join_batches(batches, pad_token_id)
         batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-        with _autocast(model, device):
+        with autocast_of(model, device):
             return measure.score(model, batch, before)
 
     return score
 
 
-def _autocast(model: nn.Module, device: torch.device) -> Any:
+def autocast_of(model: nn.Module, device: torch.device) -> Any:
     """Return the autocast of a training on this model: bf16 or fp16 where a weight has that type."""
     half = {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}
     return torch.autocast(device.type, dtype=half.pop()) if len(half) == 1 else nullcontext()

@@ -19,6 +19,7 @@ from lorakeet.config import BaseSettings, RunConfig, TaskSettings
 from lorakeet.data.prepared import Prepared
 from lorakeet.errors import BaseModelError
 from lorakeet.log import silent
+from lorakeet.lora.lifecycle.frozen_a import freeze_lora_a
 from lorakeet.plan.cut_model import whole_model
 from lorakeet.plan.free_memory import free_memory
 from lorakeet.plan.pass_cost import PassCost, choose_every, seconds_of
@@ -176,13 +177,12 @@ class Costs:
         how = (meter.join, meter.skips_padding)
         with meter.undo:
             steps = training_passes(rows.lengths, config.train, *how, processes)
-            passes = [
-                meter.cost(each) for each in typical_passes(steps, largest_pass(rows.lengths, config.train, *how))
-            ]
+            largest = largest_pass(rows.lengths, config.train, *how, processes, not rows.is_stream)
+            passes = [meter.cost(each) for each in typical_passes(steps, largest)]
             held_out = evaluation_passes(rows.held_out_lengths, config.train.batch_size, *how)
             evaluation = [meter.evaluation_cost(held_out[0])] if held_out else []
-        largest = passes[0].grown(rows.growth)
-        return cls(steps, passes, largest, held_out, evaluation, meter.device, meter.can_checkpoint, 0)
+        most = passes[0].grown(rows.growth)
+        return cls(steps, passes, most, held_out, evaluation, meter.device, meter.can_checkpoint, 0)
 
     @property
     def step_tokens(self) -> float:
@@ -207,6 +207,8 @@ def _measured(
     restart_peak()
     before = resident_bytes()
     model = whole_model(config, found, task)
+    if config.train.lorafa:
+        freeze_lora_a(model)
     weights = Weights.of(model, config.base, choose_device(config.base.device))
     with silent():
         costs = Costs.of(PassMeter(config, model, found, chosen, task, rows), config, rows, processes)
