@@ -8,8 +8,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-#: Bytes. Larger blocks are mapped on their own. Passes of a thousand tokens of a small model have hardly any.
-MAPPED_ALONE = 1 << 23
+#: Bytes. Larger blocks are mapped on their own, where memory is short: each then costs the time of fresh pages.
+MAPPED_ALONE = 1 << 21
 #: Bytes of free memory that stay at the end of the heap, as glibc chooses itself after large blocks were freed.
 FREE_AT_END = 1 << 26
 #: Numbers of these two parameters in glibc's ``malloc.h``.
