@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lorakeet.cli.generate import _read_prompts
+from lorakeet.cli.generate import read_prompts
 from lorakeet.cli.predict import _read
 from lorakeet.config import read_run
 from lorakeet.data.read.formats import read_file
@@ -83,8 +83,8 @@ def test_only_line_feeds_and_carriage_returns_end_lines(sign: str, tmp_path: Pat
     plain.write_bytes(f"{text}\r\nthree\rfour\n\n".encode())
     lines.write_text(json.dumps({"text": text, "prompt": text}, ensure_ascii=sign < " ") + "\n\n", encoding="utf-8")
     assert all_lines(plain) == [f"{text}\n", "three\n", "four\n", "\n"]
-    assert _read(plain) == _read_prompts(plain) == [text, "three", "four"]
-    assert _read(lines) == _read_prompts(lines) == [text]
+    assert _read(plain) == read_prompts(plain) == [text, "three", "four"]
+    assert _read(lines) == read_prompts(lines) == [text]
     rows = tmp_path / "t.yaml"
     for quote in ("", "'", '"') if sign > " " else ():  # YAML has no control characters
         rows.write_text(f"- text: {quote}{text}{quote}\n  prompt: x\n", encoding="utf-8")
@@ -127,21 +127,21 @@ def test_texts_to_answer_are_read_by_their_format(name: str, content: str, tmp_p
     path = tmp_path / name
     data = content.encode()
     path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    assert _read(path) == _read_prompts(path) == ["one"]
+    assert _read(path) == read_prompts(path) == ["one"]
 
 
 def test_texts_to_answer_of_a_table(tmp_path: Path) -> None:
     import datasets
 
     datasets.Dataset.from_dict({"text": ["one"], "prompt": ["one"]}).to_parquet(tmp_path / "x.parquet")
-    assert _read(tmp_path / "x.parquet") == _read_prompts(tmp_path / "x.parquet") == ["one"]
+    assert _read(tmp_path / "x.parquet") == read_prompts(tmp_path / "x.parquet") == ["one"]
 
 
 @pytest.mark.parametrize("content", ['{"text": 3, "prompt": 3}\n', '{"text": ""}\n', "", "\n\n", "[1]", "{"])
 def test_what_is_no_text_is_refused_with_its_line(content: str, tmp_path: Path) -> None:
     path = tmp_path / "n.jsonl"
     path.write_text(content)
-    for reader in (_read, _read_prompts):
+    for reader in (_read, read_prompts):
         with pytest.raises(DataError, match=r"n\.jsonl"):
             reader(path)
         with pytest.raises(DataError, match="cannot be read|does not exist"):
@@ -178,7 +178,7 @@ KINDS = {
 def test_what_is_no_text_is_named(kind: str, tmp_path: Path) -> None:
     refusals: list[tuple[Any, str, type[LorakeetError]]] = [
         (_read, "f.jsonl", DataError),
-        (_read_prompts, "f.csv", DataError),
+        (read_prompts, "f.csv", DataError),
         (read_run, "f.yaml", ConfigError),
     ]
     for reader, name, error in refusals:

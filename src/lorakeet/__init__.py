@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from lorakeet.lora.initialization.settings import LoftQConfig as LoftQConfig
     from lorakeet.lora.layer import LoraLayer as LoraLayer
     from lorakeet.lora.model import LoraModel as LoraModel
+    from lorakeet.lora.variants.bdlora import BdLoraConfig as BdLoraConfig
+    from lorakeet.lora.variants.velora import VeloraConfig as VeloraConfig
     from lorakeet.peft_api.auto_model import AutoPeftModel as AutoPeftModel
     from lorakeet.peft_api.auto_model import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
     from lorakeet.peft_api.auto_model import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -37,6 +39,17 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
     )
     from lorakeet.peft_api.auto_model import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+    from lorakeet.peft_api.functional import cast_adapter_dtype as cast_adapter_dtype
+    from lorakeet.peft_api.functional import check_if_peft_model as check_if_peft_model
+    from lorakeet.peft_api.functional import delete_adapter as delete_adapter
+    from lorakeet.peft_api.functional import infer_device as infer_device
+    from lorakeet.peft_api.functional import load_peft_weights as load_peft_weights
+    from lorakeet.peft_api.functional import rescale_adapter_scale as rescale_adapter_scale
+    from lorakeet.peft_api.functional import set_adapter as set_adapter
+    from lorakeet.peft_api.functional import set_requires_grad as set_requires_grad
+    from lorakeet.peft_api.hotswap import hotswap_adapter as hotswap_adapter
+    from lorakeet.peft_api.hotswap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
+    from lorakeet.peft_api.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
     from lorakeet.peft_api.injection import inject_adapter_in_model as inject_adapter_in_model
     from lorakeet.peft_api.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
     from lorakeet.peft_api.other_names import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
@@ -62,6 +75,7 @@ if TYPE_CHECKING:
     from lorakeet.peft_api.task_models import PeftModelForTokenClassification as PeftModelForTokenClassification
     from lorakeet.quant.hf_quantizer import Int8Config as Int8Config
     from lorakeet.quant.hf_quantizer import Nf4Config as Nf4Config
+    from lorakeet.train.lorafa import create_lorafa_optimizer as create_lorafa_optimizer
     from lorakeet.train.loraplus import create_loraplus_optimizer as create_loraplus_optimizer
     from lorakeet.train.trainer import Trainer as Trainer
 
@@ -71,17 +85,23 @@ _NAMES = {
     "lora.initialization.settings": "EvaConfig LoftQConfig",
     "lora.layer": "LoraLayer",
     "lora.model": "LoraModel",
+    "lora.variants.bdlora": "BdLoraConfig",
+    "lora.variants.velora": "VeloraConfig",
     "adapter.peft_model": "PeftModel get_peft_model",
     "base.kbit": "prepare_model_for_kbit_training",
     "base.load": "load_base",
     "log": "LorakeetWarning",
-    "train.loraplus": "create_loraplus_optimizer",
     "quant.hf_quantizer": "Int8Config Nf4Config",
+    "train.lorafa": "create_lorafa_optimizer",
+    "train.loraplus": "create_loraplus_optimizer",
     "train.trainer": "Trainer",
     "peft_api.auto_model": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
     "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
     "AutoPeftModelForTokenClassification",
     "lora.initialization.eva_weights": "get_eva_state_dict initialize_lora_eva_weights",
+    "peft_api.functional": "cast_adapter_dtype check_if_peft_model delete_adapter infer_device load_peft_weights "
+    "rescale_adapter_scale set_adapter set_requires_grad",
+    "peft_api.hotswap": "hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap",
     "peft_api.injection": "inject_adapter_in_model",
     "peft_api.loftq": "replace_lora_weights_loftq",
     "peft_api.other_names": "AuxiliaryTrainingWrapper BaseTuner BaseTunerLayer ModulesToSaveWrapper TrainableTokensWrapper "

@@ -5,11 +5,9 @@ Each takes settings and returns plain values; nothing here prints to stdout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.base.architectures import AUTO_CLASSES, DEFAULT_TASKS, check_task, family
@@ -23,6 +21,7 @@ from lorakeet.config import (
     RunConfig,
     TaskName,
 )
+from lorakeet.errors import AdapterError
 from lorakeet.export.models import check_empty, merge, quantize
 from lorakeet.export.run import export
 from lorakeet.inference.generate import Prompt, complete
@@ -30,7 +29,6 @@ from lorakeet.inference.predict import predict as predict_rows
 from lorakeet.inference.questions import Question
 from lorakeet.loaded_model import LoadedModel, check_verb, open_model
 from lorakeet.log import info, warn
-from lorakeet.lora.algebra.methods import make_method
 from lorakeet.lora.config import LoraConfig, PeftConfig
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.inject import plan_injection
@@ -40,8 +38,10 @@ from lorakeet.rank.resize import resize
 from lorakeet.tasks.setup import lora_arguments
 from lorakeet.tasks.task import Task
 from lorakeet.train.planning.planner import Planner, fit_run
-from lorakeet.workshop.combine import combine_files
-from lorakeet.workshop.evaluate import evaluate_data
+from lorakeet.workshop.combine import combine_adapters
+from lorakeet.workshop.evaluate import evaluate_data, prepare_samples
+from lorakeet.workshop.on_data import BASE, compare_on_rows
+from lorakeet.workshop.similarity import similarity_report
 
 #: Share of conversations with a system turn from which on one without is warned of.
 _MOST = 0.5
@@ -51,6 +51,7 @@ __all__ = [
     "check_empty",
     "combine_adapters",
     "compare",
+    "compare_adapters",
     "evaluate_data",
     "export",
     "fit_training",
@@ -243,41 +244,58 @@ def resize_adapter(
     return made
 
 
-def combine_adapters(
-    adapters: Sequence[str | Path],
-    out: Path,
-    weights: Sequence[float] | None = None,
-    how: str = "linear",
+def compare_adapters(
+    one: str,
+    other: str,
+    base: BaseSettings | None = None,
+    data: DataSettings | None = None,
     *,
-    seed: int = 42,
-    overwrite: bool = False,
+    prompts: Sequence[Prompt] = (),
     allow_other_base: bool = False,
-    **settings: Any,
+    max_new_tokens: int = 60,
+    progress: Callable[[int, int], None] | None = None,
+    **samples: Any,
 ) -> dict[str, Any]:
-    """Write the combination of adapters as a new one; reads their files only.
+    """Compare two adapters: their updates, and with data or prompts what they do.
 
     Args:
-        adapters: Folders or hub ids.
-        out: Folder to write.
-        weights: One for each, of any sign; None: 1/n for sums, 1 for means (TIES).
-        how: One of :data:`lorakeet.lora.algebra.methods.METHODS`.
-        seed: Of the entries that DARE drops.
-        overwrite: Replace the contents of ``out``.
+        one: Folder or hub id.
+        other: The same, of the other adapter.
+        base: Settings of the base, which only data and prompts need.
+        data: Data to compare on, encoded as the first adapter was taught.
+        prompts: Prompts for completions side by side, greedy.
         allow_other_base: Accept adapters of different bases.
-        **settings: ``density``, ``rank``, ``majority_sign_method`` and ``clamp`` of the method.
+        max_new_tokens: Maximum number of new tokens of a completion.
+        progress: Function of the rows done and their number.
+        **samples: Arguments of :func:`lorakeet.workshop.evaluate.prepare_samples`, such as ``held_out_only``.
 
     Returns:
-        The result of :func:`lorakeet.workshop.combine.combine_files`.
+        The result of :func:`lorakeet.workshop.similarity.similarity_report`; with data also ``data``, the result of
+        :func:`lorakeet.workshop.on_data.compare_on_rows`; with prompts also ``completions``.
 
     Raises:
-        AdapterError: An adapter cannot be read, or they cannot be combined in this way.
-        OutputError: ``out`` is not empty or not writable.
+        AdapterError: An adapter cannot be read, they are of different bases, or generate no text.
+        DataError: The data cannot be read.
     """
-    method = make_method(how, generator=torch.Generator().manual_seed(seed), **settings)
-    each = 1.0 if method.pruning.elect else 1 / max(1, len(adapters))
-    given = [each] * len(adapters) if weights is None else weights
-    folder = check_empty(out, overwrite)
-    return combine_files(adapters, given, method, folder, allow_other_base=allow_other_base)
+    if str(one) == str(other):
+        raise AdapterError(f"adapter {str(one)!r} is given twice, expected two adapters", "name another one")
+    report = similarity_report(one, other, allow_other_base=allow_other_base)
+    if not data and not prompts:
+        return report
+    opened = open_model(base or BaseSettings(), [one, other], verb="generate", allow_other_base=allow_other_base)
+    if data:
+        rows = prepare_samples(opened, one, data, **samples)
+        report["data"] = compare_on_rows(opened, (one, other), rows, progress)
+    if prompts:
+        settings: dict[str, Any] = {"greedy": True, "max_new_tokens": max_new_tokens}
+        texts = {BASE: generate(opened, None, prompts, **settings)}
+        for answer in compare(opened, (one, other), prompts, **settings):
+            texts.setdefault(answer["adapter"], []).append(answer["text"])
+        report["completions"] = [
+            {"prompt": prompt, "texts": {name: own[row] for name, own in texts.items()}}
+            for row, prompt in enumerate(prompts)
+        ]
+    return report
 
 
 def plan_training(config: RunConfig) -> Plan:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakeet.errors import LorakeetError, OutputError
+from lorakeet.security.paths import exists, is_dir, is_file
 from lorakeet.security.shown import redact
 
 #: File name suffixes of formats that hold pickles; opening one can run code.
@@ -71,7 +72,7 @@ def _disk_problems(path: Path, aside: Path) -> Iterator[None]:
     except LorakeetError:
         raise
     except Exception as error:
-        reason = disk_problem(error) or (None if aside.parent.exists() else _REMOVED)
+        reason = disk_problem(error) or (None if exists(aside.parent) else _REMOVED)
         if reason:
             raise OutputError(f"cannot write {path}: {reason}", "free some space or choose another folder") from error
         raise
@@ -91,7 +92,7 @@ def not_removed(folder: Path, path: Path | None = None) -> Iterator[Callable[[],
     fd = os.open(folder, os.O_RDONLY)
 
     def check() -> None:
-        if not (folder.exists() and os.path.samestat(os.fstat(fd), folder.stat())):
+        if not (exists(folder) and os.path.samestat(os.fstat(fd), folder.stat())):
             raise OutputError(
                 f"cannot write {path or folder}: {_REMOVED}", "choose a folder that no other program removes"
             )
@@ -121,7 +122,7 @@ def _fsync(path: Path) -> None:
     try:
         os.fsync(fd)
     except OSError:
-        if path.is_file():  # some network file systems cannot flush a folder
+        if is_file(path):  # some network file systems cannot flush a folder
             raise
     finally:
         os.close(fd)
@@ -144,10 +145,10 @@ def write_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     with _refusals(path):
         place = Path(os.path.realpath(path))
-        if place.is_dir():
+        if is_dir(place):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        special = place.exists() and not place.is_file()
-        mode = place.stat().st_mode & 0o777 if place.is_file() else 0o644
+        special = exists(place) and not is_file(place)
+        mode = place.stat().st_mode & 0o777 if is_file(place) else 0o644
         place.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.gettempdir()) if special else place.parent
         fd, name = tempfile.mkstemp(prefix=f".{place.name}.", suffix=".tmp", dir=folder)
@@ -180,9 +181,9 @@ def write_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     with _refusals(path):
         place = Path(os.path.realpath(path))
-        if place.exists() and not place.is_dir():
+        if exists(place) and not is_dir(place):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        parent = place if place.is_dir() else place.parent
+        parent = place if is_dir(place) else place.parent
         parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=parent))
     try:
@@ -190,12 +191,12 @@ def write_folder(path: str | Path) -> Iterator[Path]:
             yield aside
             _chmod(aside, 0o755)
             for path_inside in aside.rglob("*"):
-                if path_inside.is_file():
+                if is_file(path_inside):
                     _chmod(path_inside, 0o644)  # some writers create files that only their owner may read
                 _fsync(path_inside)
             _fsync(aside)
             check()
-            if place.is_dir():
+            if is_dir(place):
                 _fill(place, aside)
             else:
                 aside.rename(place)
@@ -233,7 +234,7 @@ def clear_aside(folder: Path, names: Iterable[str]) -> None:
         names: Names, or patterns of names, of the files and folders that were to be written.
     """
     for leftover in chain.from_iterable(list(folder.glob(f".{name}.*.tmp")) for name in names):
-        if leftover.is_dir() and not leftover.is_symlink():
+        if is_dir(leftover) and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
@@ -334,7 +335,7 @@ def check_room(folder: str | Path, need: int) -> None:
         OutputError: It has less free space.
     """
     place = Path(os.path.realpath(folder))
-    free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
+    free = shutil.disk_usage(next(path for path in (place, *place.parents) if exists(path))).free
     if free < need:
         raise OutputError(
             f"{folder} has {free / 1e6:,.1f} MB free, and {need / 1e6:,.1f} MB will be written",

@@ -181,6 +181,7 @@ COMPLETE = {
     "push": ["./none", "me/it"],
     "inspect": ["./none"],
     "rank": ["./none"],
+    "compare": ["./none", "./none2"],
     "combine": ["./none", "./none2", "--out", "new"],
     "export": ["./none", "--for", "peft", "--out", "new"],
     "plan": ["--model", "./none"],

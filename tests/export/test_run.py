@@ -181,12 +181,15 @@ def test_a_merged_model_of_transformers(folder: Path, tmp_path: Path, capsys: py
 
 
 def test_a_faint_update_is_not_lost_in_blocks(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = PeftModel.from_pretrained(loaded(folder / "tied"), folder / "plain")
+    write_model(tmp_path / "base.gguf", loaded(folder / "tied"), byte_level_tokenizer(), "Tiny", "q8_0", "gpt-2")
+    model = adapted(
+        load_base(str(tmp_path / "base.gguf"), dtype="fp32", device="cpu").model
+    )  # on the grid of the format
     with torch.no_grad():
         for layer in model.lora_layers():
-            layer.lora_B["default"].weight.mul_(1e-3)
+            layer.lora_B["default"].weight.mul_(1e-5)
     model.save_pretrained(tmp_path / "faint")
-    words = (tmp_path / "faint", "merged-gguf", tmp_path / "out", folder / "tied", "--format", "q8_0")
+    words = (tmp_path / "faint", "merged-gguf", tmp_path / "out", tmp_path / "base.gguf", "--format", "q8_0")
     assert export(*words) == 2 and not (tmp_path / "out").exists()
     error = capsys.readouterr().err
     assert "q8_0 is too coarse for this adapter" in error and "--format f16" in error
@@ -246,3 +249,43 @@ def test_frequencies_of_a_long_llama_are_those_of_transformers() -> None:
     factors = rope_factors(settings)
     torch.testing.assert_close(plain / factors, wanted, rtol=1e-5, atol=0)
     assert factors.min() == 1 and factors.max() == 8 and rope_factors(config("llama")) is None
+
+
+#: Adapters that are no sum W + s·B·A on the base's whole weight, and the share of the update that plain LoRA may lose.
+OTHERS: dict[str, tuple[dict[str, Any], float]] = {
+    "pissa": ({"init_lora_weights": "pissa"}, 1e-4),
+    "dora": ({"use_dora": True, "target_modules": ["q_proj", "down_proj"]}, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_variants_become_plain_lora(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    settings, most = OTHERS[name]
+    model = adapted(loaded(folder / "tied"), **settings)
+    model.save_pretrained(tmp_path / "adapter")
+    wanted = PeftModel.from_pretrained(loaded(folder / "tied"), tmp_path / "adapter").merge_and_unload().state_dict()
+    before = loaded(folder / "tied").state_dict()
+    losses = []
+    for rank in ([], ["--rank", "32"]):
+        words = ("vllm", tmp_path / "out", folder / "tied", *rank, "--accept-loss", "--overwrite", "--json")
+        assert export(tmp_path / "adapter", *words) == 0
+        losses.append(json.loads(capsys.readouterr().out)["lost"])
+        for layer, update in vllm_updates(tmp_path / "out").items():
+            change = wanted[f"{layer}.weight"] - before[f"{layer}.weight"]
+            assert float((update - change).norm()) <= (losses[-1] + 1e-4) * float(change.norm())
+    assert losses[0] <= most and losses[1] < 1e-4  # of rank 32 it is the whole update
+
+
+def test_a_large_loss_stops_the_export(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = adapted(loaded(folder / "tied"), use_dora=True, target_modules=["down_proj"])
+    with torch.no_grad():  # only the magnitudes move: a change of full rank
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter *= 1 + torch.rand(parameter.shape)
+            elif ".lora_B." in name:
+                parameter *= 1e-3
+    model.save_pretrained(tmp_path / "adapter")
+    assert export(tmp_path / "adapter", "gguf", tmp_path / "out", folder / "tied") == 2
+    assert "--accept-loss" in capsys.readouterr().err and not (tmp_path / "out").exists()

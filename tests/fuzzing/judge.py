@@ -21,8 +21,10 @@ from typing import Any
 from fuzzing.bundle import write
 from lorakeet.errors import LorakeetError
 
-#: Seconds that one input may take.
+#: Seconds of the processor that one input may take.
 SECONDS = 6.0
+#: The same in seconds of the clock, as a factor: on a busy machine a process waits.
+WAITS = 10
 #: Bytes of address space that one input may add.
 MEMORY = 3 << 30
 #: Characters of the longest message of an error.
@@ -173,12 +175,15 @@ def _limits() -> Iterator[None]:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    before = signal.signal(signal.SIGALRM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)}
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, WAITS * SECONDS)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+            signal.setitimer(timer, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from helpers.tiny_training import tiny_llama, tiny_tokenizer
-from lorakeet import LoraConfig, Nf4Config, api, get_peft_model, load_base
+from lorakeet import LoraConfig, Nf4Config, PeftModel, api, get_peft_model, load_base
 from lorakeet.cli import main
 from lorakeet.config import BaseSettings
 from lorakeet.errors import BaseModelError, ConfigError, MergeError
@@ -203,6 +203,16 @@ def test_settings_are_checked(folder: Path, tmp_path: Path, capsys: pytest.Captu
     for wrong in ({"layout": "x"}, {"layout": "bitsandbytes", "embeddings": True}, {"double": True}):
         with pytest.raises(ConfigError):
             Nf4Config(**wrong)
+
+
+def test_an_adapter_fits_the_full_base_and_eight_bits(folder: Path, tmp_path: Path) -> None:
+    model = get_peft_model(
+        load_base(str(folder), bits=4).model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    model.save_pretrained(tmp_path)
+    for settings in ({"dtype": "fp32"}, {"bits": 8}):
+        other = PeftModel.from_pretrained(load_base(str(folder), **settings).model, tmp_path)
+        assert float((logits(other) - logits(model)).std() / logits(other).std()) < 0.6
 
 
 def test_merging_is_refused(folder: Path) -> None:

@@ -17,11 +17,11 @@ from lorakeet import LoraConfig, PeftModel, get_peft_model
 from lorakeet.cli import main
 from lorakeet.errors import AdapterError
 from lorakeet.lora.algebra.decomposition import decompose
+from lorakeet.lora.algebra.spectrum import Spectrum, singular_values
 from lorakeet.lora.layer import LoraLayer
 from lorakeet.rank.plot import draw_ranks
 from lorakeet.rank.report import rank_report, rank_text
 from lorakeet.rank.resize import resize
-from lorakeet.rank.spectrum import Spectrum, singular_values
 
 
 class Convolutions(nn.Module):

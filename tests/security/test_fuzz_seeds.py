@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -45,13 +46,16 @@ def broken(folder: Path) -> None:
         bytearray(1 << 40)
     while name == "hang":
         pass
+    if name == "wait":
+        time.sleep(60)
 
 
-@pytest.mark.parametrize("kind", ["error", "outside", "write", "hang", "memory"])
+@pytest.mark.parametrize("kind", ["error", "outside", "write", "hang", "wait", "memory"])
 def test_the_judge_sees(kind: str, arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fuzzing.judge.SECONDS", 0.2)
+    monkeypatch.setattr("fuzzing.judge.WAITS", 1 if kind == "wait" else 60)
     finding = judge(broken, kind.encode(), arena)
-    assert finding is not None and finding.kind == {"memory": "error"}.get(kind, kind)
+    assert finding is not None and finding.kind == {"memory": "error", "wait": "hang"}.get(kind, kind)
     assert judge(broken, b"fine", arena) is None
 
 

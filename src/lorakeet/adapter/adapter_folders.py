@@ -12,6 +12,7 @@ from pathlib import Path
 from lorakeet.errors import AdapterError
 from lorakeet.lora.config import CONFIG_NAME
 from lorakeet.lora.lifecycle.adapter_names import CHECKPOINT, check_adapter_name
+from lorakeet.security.paths import is_file
 
 #: Name of the adapter that lies in the folder itself; PEFT's.
 DEFAULT = "default"
@@ -50,4 +51,4 @@ def saved_adapters(root: str | Path) -> dict[str, Path]:
     root = Path(root)
     inner = sorted(path.parent for path in root.glob(f"*/{CONFIG_NAME}"))
     named = {path.name: path for path in inner if path.name[0] != "." and not CHECKPOINT.fullmatch(path.name)}
-    return ({DEFAULT: root} if (root / CONFIG_NAME).is_file() else {}) | named
+    return ({DEFAULT: root} if is_file(root / CONFIG_NAME) else {}) | named

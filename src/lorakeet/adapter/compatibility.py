@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 from lorakeet.lora.config import PeftConfig
-from lorakeet.lora.initialization.taken_part import residual_error
+from lorakeet.lora.initialization.taken_part import residual_error, takes_part
 
 #: vLLM's choices for --max-lora-rank and its default.
 VLLM_RANKS, VLLM_DEFAULT = (1, 8, 16, 32, 64, 128, 256, 320, 512), 16
@@ -155,7 +155,11 @@ def _changes(consumer: str, config: PeftConfig) -> list[str]:
     """Return what the export changes for a consumer."""
     if consumer in ("merged", "merged-gguf") or (consumer == "peft" and is_read_by_peft(config)):
         return []
-    changes = [] if is_plain(config) else [f"{config.variant.name} becomes plain LoRA by an SVD, at a loss"]
+    changes = [] if not config.variant_settings else [f"{config.variant.name} becomes plain LoRA by an SVD, at a loss"]
+    if takes_part(config.init_lora_weights):
+        changes.append(
+            f"{config.init_lora_weights} becomes plain LoRA of twice the rank, on the whole weights of the base"
+        )
     scaled = config.use_rslora or config.alpha_pattern or config.lora_alpha != config.r
     changes += ["the scale is multiplied into B"] if scaled and consumer != "peft" else []
     changes += ["all layers get one rank"] if config.rank_pattern and consumer in ("vllm", "mlx") else []
@@ -163,8 +167,8 @@ def _changes(consumer: str, config: PeftConfig) -> list[str]:
 
 
 def is_plain(config: PeftConfig) -> bool:
-    """Whether an adapter is the plain sum W + s·B·A."""
-    return not config.variant_settings
+    """Whether an adapter is the plain sum W + s·B·A with the whole weight W of its base."""
+    return not config.variant_settings and not takes_part(config.init_lora_weights)
 
 
 def is_read_by_peft(config: PeftConfig) -> bool:

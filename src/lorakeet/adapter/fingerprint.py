@@ -141,6 +141,11 @@ def fingerprint(
     }
 
 
+def sampled_names(model: nn.Module) -> list[str]:
+    """Return the names of the parameters whose values a fingerprint has; the model may have no weights."""
+    return _base_of(model, {}).sampled_names()
+
+
 def mismatch(
     expected: dict[str, Any], model: nn.Module, current: Callable[[str], str] = lambda name: name
 ) -> str | None:

@@ -20,7 +20,7 @@ from lorakeet.adapter.tensor_checks import is_untrained, nonfinite_error
 from lorakeet.errors import AdapterError
 from lorakeet.log import info, warn
 from lorakeet.lora.config import CONFIG_NAME, PeftConfig
-from lorakeet.security.paths import file_problem
+from lorakeet.security.paths import file_problem, is_dir, is_file
 from lorakeet.security.shown import HIDDEN, redact
 
 #: Names of the files that are uploaded, if they exist. Other files of the folder (checkpoints, optimizer, .env) are not.
@@ -92,15 +92,15 @@ def _checked_files(folder: Path, repo_id: str, allow_untrained: bool) -> list[st
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise AdapterError(f"{repo_id!r} cannot be a name on the hub: {error}", "write it as user/name") from None
-    if not folder.is_dir():
+    if not is_dir(folder):
         raise AdapterError(f"{folder} is not a folder", "give the folder that save_pretrained wrote")
     adapters = list(saved_adapters(folder).values())
-    if (folder / "run.yaml").is_file() and adapters == [folder / "adapter"]:
+    if is_file(folder / "run.yaml") and adapters == [folder / "adapter"]:
         raise AdapterError(f"{folder} is the folder of a run, not of an adapter", f"push {folder / 'adapter'}")
     for adapter in adapters or [folder]:
         _check_adapter(adapter, allow_untrained)
     paths = [(adapter / name).relative_to(folder) for adapter in adapters for name in FILES]
-    found = [path.as_posix() for path in paths if (folder / path).is_file()]
+    found = [path.as_posix() for path in paths if is_file(folder / path)]
     if problems := [problem for path in found if (problem := file_problem(folder, path))]:
         raise AdapterError(
             f"{folder} is not pushed: {'; '.join(problems)}", "copy the files themselves into the folder"

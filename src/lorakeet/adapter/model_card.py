@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from lorakeet.files import write_file
 from lorakeet.lora.config import PeftConfig, TaskType
+from lorakeet.security.paths import exists, is_file
 from lorakeet.security.shown import redact
 
 CARD_NAME = "README.md"
@@ -63,7 +64,7 @@ def write_card(folder: Path, config: PeftConfig, notes: Mapping[str, Any]) -> No
         OutputError: the folder cannot be written to.
     """
     path = folder / CARD_NAME
-    if path.is_file() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
+    if is_file(path) and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
         return
     with write_file(path) as aside:
         aside.write_text(redact(card(config, notes)), encoding="utf-8")
@@ -94,7 +95,7 @@ def public_name(name: str | None) -> str | None:
         validate_repo_id(name)
     except HFValidationError:
         return None
-    return name if name and not name.endswith(".gguf") and not Path(name).exists() else None
+    return name if name and not name.endswith(".gguf") and not exists(Path(name)) else None
 
 
 def _introduction(base: str | None) -> str:

@@ -39,6 +39,7 @@ from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.trainable_tokens import TiedLayer, TrainableTokens
 from lorakeet.quant.state_dict import read_weight
 from lorakeet.security.json_file import JsonError, read_object
+from lorakeet.security.paths import is_file
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 #: Number formats of an adapter's tensors; the integers are those of counters and quantized weights.
@@ -74,7 +75,7 @@ def write_adapter(
         AdapterError: a tensor has NaN or infinite values; nothing is written then.
         OutputError: the folder cannot be written to.
     """
-    if folder.is_file():
+    if is_file(folder):
         raise OutputError(f"{folder} is a file, expected a folder to save the adapter in")
     source = state_of(model, state_dict)
     unfrozen = unfrozen_names(model)
@@ -171,7 +172,7 @@ def resize_reason(model: LoraModel, adapter: str) -> str | None:
 
 def _base_config(name: str) -> Path | None:
     """Return the base's own config.json if it is on this machine: in its folder, or in the hub's cache."""
-    if (Path(name) / "config.json").is_file():
+    if is_file(Path(name) / "config.json"):
         return Path(name) / "config.json"
     cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 and not name.startswith(".") else None
     return Path(cached) if isinstance(cached, str) else None

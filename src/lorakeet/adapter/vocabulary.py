@@ -16,7 +16,7 @@ from lorakeet.log import info, warn
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.lifecycle.adapter_files import adapter_folder, find_adapter_file
 from lorakeet.rng import seeded
-from lorakeet.security.paths import folder_problems
+from lorakeet.security.paths import folder_problems, is_dir
 
 #: Patterns of the files that a tokenizer is read from.
 TOKENIZER_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "additional_chat_templates/*")
@@ -37,10 +37,10 @@ def adapter_tokenizer(adapter: str) -> Any:
     from transformers import AutoTokenizer
 
     folder = adapter_folder(adapter)
-    if folder.is_dir() and (problems := folder_problems(folder, TOKENIZER_PATTERNS)):
+    if is_dir(folder) and (problems := folder_problems(folder, TOKENIZER_PATTERNS)):
         raise AdapterError(f"{adapter} is refused: {'; '.join(problems)}", "copy the files themselves into the folder")
     try:
-        return AutoTokenizer.from_pretrained(folder if folder.is_dir() else adapter, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder if is_dir(folder) else adapter, trust_remote_code=False)
     except Exception as error:  # damaged vocabularies raise many kinds of errors
         reason = (str(error).strip().splitlines() or [""])[0]
         raise AdapterError(

@@ -16,7 +16,7 @@ from lorakeet.base.config_checks import config_problems, weight_facts
 from lorakeet.errors import BaseModelError
 from lorakeet.files import PICKLE_SUFFIXES
 from lorakeet.security.json_file import read_json, read_object
-from lorakeet.security.paths import file_problem, is_plain_name
+from lorakeet.security.paths import exists, file_problem, is_file, is_plain_name
 from lorakeet.security.paths import folder_problems as path_problems
 
 WEIGHTS = "model.safetensors"
@@ -62,11 +62,11 @@ def check_config(folder: Path, name: str | None = None) -> dict[str, Any]:
     """
     if problem := file_problem(folder, "config.json"):
         raise BaseModelError(f"{name or folder} is refused: {problem}", "copy the file itself into the folder")
-    if (folder / "adapter_config.json").exists():
+    if exists(folder / "adapter_config.json"):
         raise adapter_not_model(name or str(folder), folder / "adapter_config.json")
-    if not (folder / "config.json").exists() and (folder / "adapter" / "adapter_config.json").exists():
+    if not exists(folder / "config.json") and exists(folder / "adapter" / "adapter_config.json"):
         raise adapter_not_model(str(folder / "adapter"), folder / "adapter" / "adapter_config.json")
-    if not (folder / "config.json").exists():
+    if not exists(folder / "config.json"):
         files = sorted(folder.glob("*.gguf"))
         hint = f"give the GGUF file: {files[0]}" if files else "give the folder that save_pretrained() wrote"
         raise BaseModelError(f"{name or folder} is no model: there is no config.json in {folder}", hint)
@@ -89,7 +89,7 @@ def check_config(folder: Path, name: str | None = None) -> dict[str, Any]:
 def folder_problems(folder: Path) -> list[str]:
     """List all missing, truncated or refused files of the weights and the tokenizer in ``folder``."""
     problems = path_problems(folder, OPENED) or _weight_problems(folder)
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+    if not any(exists(folder / name) for name in TOKENIZER_FILES):
         problems.append("no tokenizer (such as tokenizer.json)")
     return problems
 
@@ -113,7 +113,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ValueError: The index is not readable.
     """
-    if not (folder / INDEX).exists():
+    if not exists(folder / INDEX):
         return [folder / WEIGHTS]
     try:
         names = {*read_object(folder / INDEX)["weight_map"].values()}
@@ -135,7 +135,7 @@ def weight_reader(path: Path, model: Any) -> Callable[[str], Tensor]:
         BaseModelError: The files cannot be read; or, by the function, they have no such weight in full precision.
     """
     try:
-        files = [path] if path.is_file() else weight_files(path)
+        files = [path] if is_file(path) else weight_files(path)
         places = {key: file for file in files for key in _keys(file)}
     except (ValueError, OSError, SafetensorError) as error:
         raise BaseModelError(
@@ -167,7 +167,7 @@ def _weight_problems(folder: Path) -> list[str]:
         files = [file.name for file in weight_files(folder)]
     except ValueError as error:
         return [str(error)]
-    missing = [name for name in files if not (folder / name).exists()]
+    missing = [name for name in files if not exists(folder / name)]
     if missing:
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
         refused = f"; refused: {', '.join(pickles)}, since opening a pickle can run code" if pickles else ""

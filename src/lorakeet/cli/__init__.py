@@ -28,7 +28,9 @@ COMMANDS = {
     "quantize": "save a base in 8 or 4 bits, so that it loads in seconds",
     "push": "upload an adapter to the hub",
     "inspect": "show what an adapter is, whether it was trained, and which tools load it",
+    "extract": "make an adapter out of a model trained whole and its base",
     "rank": "show which rank each layer of an adapter needs, and write a smaller adapter",
+    "compare": "compare two adapters: their updates, their losses, and what they write",
     "combine": "add, mix or subtract adapters into a new one: linear, svd, ties, dare",
     "plan": "predict memory, time and disk of a run, and what makes it fit, without loading weights",
 }

@@ -11,6 +11,7 @@ import typer
 
 from lorakeet.cli.shared.options import bounded
 from lorakeet.errors import ConfigError
+from lorakeet.security.paths import exists
 from lorakeet.setting_types import Count, Seed, Share
 
 
@@ -81,7 +82,7 @@ def combine(
 
 def _weights(words: list[str], given: str | None) -> tuple[list[str], list[float] | None]:
     """Return the adapters and their weights; ``--weights 0.7 0.3`` leaves numbers among the adapters."""
-    numbers = [word for word in words if _number(word) is not None and not Path(word).exists()]
+    numbers = [word for word in words if _number(word) is not None and not exists(Path(word))]
     names = [word for word in words if word not in numbers]
     if given is None:
         return words, None

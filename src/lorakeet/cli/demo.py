@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from lorakeet.cli.shared.options import with_settings
-from lorakeet.config import RunConfig, read_run
+from lorakeet.config import QUANTIZED_FORMATS, RunConfig, read_run
 from lorakeet.errors import LorakeetError, OutputError
 from lorakeet.log import info
 from lorakeet.runs.run_folder import is_finished
@@ -80,7 +80,7 @@ def demo(
     info("3/5 loading the adapter in new processes")
     after = _verify_saved(config, summary, out / "adapter")
     info("4/5 merging")
-    whole = config.base.model_copy(update={"bits": None if config.base.bits == 8 else config.base.bits})
+    whole = config.base.model_copy(update={"bits": None if config.base.bits in QUANTIZED_FORMATS else config.base.bits})
     merged = api.merge(whole, str(out / "adapter"), out / "merged", overwrite=overwrite)
     info("5/5 done")
     print(_report(config, summary, before, after, merged))

@@ -59,7 +59,7 @@ def generate(
     Args:
         settings: Settings set by flags, by dotted name; every other parameter has its help text.
     """
-    wanted = [*(prompt or []), *(_read_prompts(prompts) if prompts else [])]
+    wanted = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
     _check_prompts(wanted, chat, system)
     base, adapters = base_settings(settings), list(dict.fromkeys(adapter or []))
     from lorakeet import api
@@ -141,7 +141,7 @@ def _show(piece: str) -> None:
     print(piece, end="", flush=True)
 
 
-def _read_prompts(path: Path) -> list[Any]:
+def read_prompts(path: Path) -> list[Any]:
     """Read the prompts of a file: a text for each row, or a conversation in ``messages``."""
     from lorakeet.data.read.formats import read_inputs
 

@@ -40,6 +40,10 @@ class TrainSettings(Section):
     loraplus_lr_embedding: Rate = Field(
         1e-6, description="peak learning rate of adapted embeddings, with loraplus_ratio"
     )
+    lorafa: bool = Field(
+        False,
+        description="freeze A, and train B with the gradient nearest to the whole weight's (LoRA-FA, arXiv:2308.03303)",
+    )
     warmup: Index = Field(0, description="steps of linear warm-up to the peak learning rate")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="learning rate schedule after the warm-up"
@@ -77,6 +81,9 @@ class TrainSettings(Section):
         "stop",
         description="on a loss or gradient norm far above those of the last 128 steps: as non_finite, or warn and apply the "
         "step",
+    )
+    spectrum: bool = Field(
+        True, description="log at each evaluation how many directions of the rank the update uses, and draw ranks.png"
     )
     gradient_checkpointing: bool | Count | Literal["auto"] = Field(
         "auto",

@@ -94,15 +94,20 @@ def _block_loss(model: Any, form: str, accept: bool) -> float:
     worst = worst_loss(losses)
     if worst is not None and worst.share > ACCEPTED_LOSS and not accept:
         raise MergeError(
-            f"{form} is too coarse for this adapter: its rounding is {worst.share:.0%} of the update of {worst.name}",
+            f"{form} is too coarse for this adapter: rounding takes {worst.share:.0%} of the update of {worst.name}",
             "choose --format f16, or --accept-loss",
         )
     return worst.share if worst else 0.0
 
 
 def _layer_loss(name: str, before: Tensor, after: Tensor, kind: Any) -> LayerLoss:
-    """Measure what a format of blocks takes of one layer's update."""
-    own = stored_kind(after, kind)
-    stored = gguf.quants.dequantize(gguf.quants.quantize(after.cpu().numpy(), own), own)
-    error, update = float((torch.from_numpy(stored) - after.cpu()).norm()), float((after - before).norm())
-    return LayerLoss(name, error, update, float(before.norm()))
+    """Measure what a format of blocks takes of one layer's update: 1 − ⟨Q(W') − Q(W), ΔW⟩ / ‖ΔW‖².
+
+    Both models are rounded, so the noise of the base is no loss. An update below the steps of a base that is on the
+    grid of the format disappears. On another base it survives in the mean.
+    """
+    own, update = stored_kind(after, kind), (after - before).cpu()
+    stored = [gguf.quants.dequantize(gguf.quants.quantize(w.cpu().numpy(), own), own) for w in (before, after)]
+    change, size = torch.from_numpy(stored[1] - stored[0]), float(update.norm())
+    kept = float((change * update).sum()) / size**2 if size else 1.0
+    return LayerLoss(name, abs(1 - kept) * size, size, float(before.norm()))

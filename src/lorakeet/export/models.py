@@ -34,6 +34,7 @@ from lorakeet.log import info
 from lorakeet.lora.config import PeftConfig
 from lorakeet.quant.hf_quantizer import CONFIGS, Nf4Config
 from lorakeet.quant.protocol import quantized_bytes
+from lorakeet.security.paths import is_dir, is_file
 
 
 def merge(
@@ -183,8 +184,8 @@ def check_empty(out: str | Path, overwrite: bool) -> Path:
     folder = Path(out)
     if not str(out).strip():
         raise OutputError("the output folder has no name, expected a path", "choose another --out")
-    if folder.is_file():
+    if is_file(folder):
         raise OutputError(f"{folder} is a file, expected a folder", "choose another --out")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if is_dir(folder) and any(folder.iterdir()) and not overwrite:
         raise OutputError(f"{folder} is not empty", "choose another --out, or --overwrite to replace it")
     return folder

@@ -20,6 +20,7 @@ from lorakeet.errors import AdapterError
 from lorakeet.loaded_model import open_model
 from lorakeet.lora.algebra.approximation import nearest
 from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.initialization.taken_part import taken_parts
 from lorakeet.lora.linear import LoraLinear
 from lorakeet.quant.protocol import dense_weight
 
@@ -98,7 +99,7 @@ def layers_by_svd(
     Args:
         settings: Settings of the base.
         adapter: Folder or hub id.
-        rank: The rank of every layer; None: that of the adapter.
+        rank: The rank of every layer; None: that of the adapter, twice that where it took a part of the base's weight.
         allow_other_base: Accept an adapter that was trained on another base.
 
     Raises:
@@ -109,14 +110,21 @@ def layers_by_svd(
     own = opened.adapters[adapter]
     made = []
     for name, layer in _adapted(opened.model, own):
-        with torch.no_grad():
-            change = layer.merged_weight([own]) - dense_weight(layer.base_layer, torch.float32)
-        change = change.T if layer.fan_in_fan_out else change
-        found = nearest(change, rank or layer.r[own])
-        a, b = (part.float() for part in found.truncated(rank or layer.r[own]))
+        change, taken = _change(layer, own)
+        wanted = rank or layer.r[own] * (2 if taken else 1)
+        a, b = (part.float() for part in nearest(change, wanted).truncated(wanted))
         lost = float((change.double() - b.double() @ a.double()).norm() / change.double().norm().clamp(min=1e-30))
         made.append(PlainLayer(name, a, b, lost=lost))
     return made
+
+
+@torch.no_grad()
+def _change(layer: LoraLinear, adapter: str) -> tuple[Tensor, bool]:
+    """Return what an adapter changes in the whole weight of a layer, [out, in], and whether it took a part of it."""
+    change = layer.merged_weight([adapter]) - dense_weight(layer.base_layer, torch.float32)
+    change = change.T if layer.fan_in_fan_out else change
+    taken = taken_parts(layer).get(adapter)
+    return (change, False) if taken is None else (change - taken.matrix(), True)
 
 
 def _adapted(model: Any, adapter: str) -> Sequence[tuple[str, LoraLinear]]:

@@ -1,4 +1,4 @@
-"""Fast decoding on the CPU: in an 8-bit model of the Llama family, a new token takes two compiled calls per layer.
+"""Fast decoding on the CPU: in a quantized model of the Llama family, a new token takes two compiled calls per layer.
 
 The model's modules stay in place, with `transformers` around them. Within :func:`fast_decode`, decoder layers of known
 classes hand the next token of a few texts to :mod:`~lorakeet.kernels.decoder_step`. Conditions are checked for each token.

@@ -42,7 +42,7 @@ def complete(
 ) -> list[str]:
     """Complete prompts.
 
-    The model runs in eval mode and is restored afterwards; 8-bit models use :mod:`~lorakeet.inference.fast_decode`.
+    The model runs in eval mode and is restored afterwards; quantized models use :mod:`~lorakeet.inference.fast_decode`.
     Prompts of a batch are padded on the left.
 
     Args:

@@ -7,9 +7,9 @@
     ∂A  = (s·g·B)ᵀ·dropout(x)              [r, in]
     ∂B  = s·gᵀ·u                           [out, r]
 
-Saved between forward and backward: x itself (the caller holds it anyway), u, and a seed. Nothing is saved for the frozen
-weight, and the dropped-out copy of x is recomputed from the seed. A quantized weight computes its two products itself
-(:class:`FrozenWeight`).
+Saved between forward and backward: x itself (which the caller holds anyway; not where A is frozen), u, and a seed. Nothing is
+saved for the frozen weight, and the dropped-out copy of x is recomputed from the seed. A quantized weight computes its two
+products itself (:class:`FrozenWeight`).
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ class _LoraLinear(torch.autograd.Function):
                 h = torch.addmm(h.to(lora_B.dtype), u, lora_B.T, alpha=scaling).to(h.dtype)
         # The stored tensors of a quantized weight are saved too, so that autograd sees when one is overwritten.
         stored = (weight,) if isinstance(weight, Tensor) else weight.tensors().values()
-        ctx.save_for_backward(x, lora_A, lora_B, u, *stored)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, lora_A, lora_B, u, *stored)
+        ctx.shape, ctx.dtype = x.shape, x.dtype
         ctx.quantized = None if isinstance(weight, Tensor) else weight
         ctx.scaling, ctx.p, ctx.seed, ctx.fan_in_fan_out = scaling, p, seed, fan_in_fan_out
         return h if x.dim() == 2 else h.view(*x.shape[:-1], h.shape[-1])
@@ -115,13 +116,12 @@ class _LoraLinear(torch.autograd.Function):
         x, lora_A, lora_B, u, weight, *_ = ctx.saved_tensors
         quantized: FrozenWeight | None = ctx.quantized
         need_x, _, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
-        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])  # [n, in]
-        g = grad.reshape(rows.shape[0], grad.shape[-1])  # [n, out]
+        g = grad.reshape(ctx.shape[:-1].numel(), grad.shape[-1])  # [n, out]
         g_low = g.to(lora_B.dtype)
         gu = low_rank_tokens(g_low, lora_B) * ctx.scaling  # [n, r]
         dx = dA = dB = db = None
         if need_x and quantized is not None and ctx.p == 0.0:
-            dx = quantized.input_gradient(g, (gu, lora_A.T)).to(x.dtype).view(x.shape)
+            dx = quantized.input_gradient(g, (gu, lora_A.T)).to(ctx.dtype).view(ctx.shape)
         elif need_x:
             if quantized is None:
                 dx = linear_out(g, weight.T if ctx.fan_in_fan_out else weight, None)  # [n, in]
@@ -131,9 +131,10 @@ class _LoraLinear(torch.autograd.Function):
                 add_low_rank_(dx, gu, lora_A)
             else:
                 update = low_rank_tokens(gu, lora_A)
-                dx = (plus_dropped(dx, update, ctx.p, ctx.seed) if ctx.p > 0.0 else dx + update).to(x.dtype)
-            dx = dx.view(x.shape)
+                dx = (plus_dropped(dx, update, ctx.p, ctx.seed) if ctx.p > 0.0 else dx + update).to(ctx.dtype)
+            dx = dx.view(ctx.shape)
         if need_A:
+            rows = x.reshape(g.shape[0], x.shape[-1])  # [n, in]
             dA = low_rank_gradient(gu, _dropped(rows, lora_A.dtype, ctx.p, ctx.seed))
         if need_B:
             dB = low_rank_gradient(u, g_low).T.mul(ctx.scaling).contiguous()

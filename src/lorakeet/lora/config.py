@@ -26,9 +26,9 @@ from lorakeet.lora.lifecycle.adapter_files import CONFIG_NAME as CONFIG_NAME
 from lorakeet.lora.lifecycle.adapter_files import DOWNLOAD_ARGUMENTS as DOWNLOAD_ARGUMENTS
 from lorakeet.lora.lifecycle.adapter_files import FILE_ARGUMENTS, find_adapter_file
 from lorakeet.lora.peft_names.other_settings import NEUTRAL, is_neutral, without_runtime
-from lorakeet.lora.variants import Variant, chosen_variant, variant_settings
+from lorakeet.lora.variants import Variant, chosen_variant, setting_value, variant_settings
 from lorakeet.security.json_file import JsonError, read_object
-from lorakeet.security.paths import is_hub_id
+from lorakeet.security.paths import is_file, is_hub_id
 from lorakeet.setting_types import settings_error
 
 #: Bytes of the largest ``adapter_config.json``; some name each of thousands of layers.
@@ -96,7 +96,7 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
     def _check_and_set(self, values: dict[str, Any]) -> None:
         values = canonical_settings(values)
         own = {key: value for key, value in values.items() if key in type(self).model_fields}
-        foreign = {key: value for key, value in values.items() if key not in own}
+        foreign = {key: setting_value(key, value) for key, value in values.items() if key not in own}
         try:
             super().__init__(**own)
         except ValidationError as error:
@@ -205,7 +205,8 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
         values["lora_alpha"] = _integral(values["lora_alpha"])  # some readers parse an unsigned integer
         values["alpha_pattern"] = {key: _integral(value) for key, value in values["alpha_pattern"].items()}
         values["peft_version"] = values["peft_version"] or PEFT_FORMAT
-        return dict(sorted({**NEUTRAL, **INITIALIZATION, **written(self._foreign), **values}.items()))
+        unset = {**NEUTRAL, **INITIALIZATION, **variant_settings()}
+        return dict(sorted({**unset, **written(self._foreign), **values}.items()))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LoraConfig:
@@ -219,6 +220,16 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
         config = LoraConfig.__new__(LoraConfig)
         config._check_and_set(values)
         return config
+
+    @classmethod
+    def from_peft_type(cls, **values: Any) -> LoraConfig:
+        """Build the settings from values with a ``peft_type``, PEFT's name for :meth:`from_dict`."""
+        return cls.from_dict(values)
+
+    @staticmethod
+    def from_json_file(path_json_file: str | Path, **kwargs: Any) -> dict[str, Any]:
+        """Return the content of an ``adapter_config.json`` as a dictionary."""
+        return read_object(Path(path_json_file), LARGEST_FILE)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``adapter_config.json`` into the folder."""
@@ -240,7 +251,7 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
         path = find_adapter_file(pretrained_model_name_or_path, CONFIG_NAME, **where)
         if path is None:
             folder = Path(pretrained_model_name_or_path)
-            if (folder / "config.json").is_file():
+            if is_file(folder / "config.json"):
                 raise AdapterError(f"{folder} is a model, expected an adapter", f"use it without one: --model {folder}")
             raise AdapterError(
                 f"{pretrained_model_name_or_path} has no {CONFIG_NAME}",
@@ -261,7 +272,7 @@ class LoraConfig(PeftConfig):
 
 def _dataclass_fields(config: type[PeftConfig]) -> dict[str, Any]:
     """Return the settings as fields of a dataclass, so that ``dataclasses.replace``, ``asdict`` and ``fields`` work."""
-    names = [*config.model_fields, *NEUTRAL, *INITIALIZATION]
+    names = dict.fromkeys([*config.model_fields, *NEUTRAL, *INITIALIZATION, *variant_settings()])
     made: Any = dataclasses.make_dataclass(config.__name__, [(name, Any, None) for name in names])
     return made.__dataclass_fields__
 

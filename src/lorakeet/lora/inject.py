@@ -239,6 +239,7 @@ def inject(
     touched: list[Part] = []
     for target in plan.targets:
         layer = _adapted(model, target, switch)
+        layer.leaf = target.name.rpartition(".")[2]
         layer.add_adapter(adapter, config, target.r, target.alpha)
         touched.append(layer)
     for name in plan.saved:

@@ -73,6 +73,7 @@ class LoraLayer(AnswersAsPeft, LayerNames, VariantHost):
         use_rslora: Whether s is α/√r, of each adapter.
         lora_dropout: Dropout of each adapter's input, as a module; an ``Identity`` where there is none.
         variants: Variant of each adapter.
+        notes: Values that the variant of an adapter keeps.
         originals: The base layer's parameters before a merge, by name.
         merged_adapters: Names of the merged adapters.
     """
@@ -93,6 +94,7 @@ class LoraLayer(AnswersAsPeft, LayerNames, VariantHost):
         self.configured_scaling: dict[str, float] = {}
         self.lora_dropout = nn.ModuleDict()
         self.variants: dict[str, Variant] = {}
+        self.notes: dict[str, Any] = {}
         self.originals: dict[str, Tensor] = {}
         self.merged_adapters: list[str] = []
 
@@ -210,8 +212,7 @@ class LoraLayer(AnswersAsPeft, LayerNames, VariantHost):
     def delete_adapter(self, adapter: str) -> None:
         """Remove the adapter and its parameters; the base's weight gets the part back that the adapter took of it."""
         give_back(self, [adapter])
-        for name in self.variants[adapter].parameters if adapter in self.variants else ():
-            del self._table(name)[adapter]
+        self.delete_parts(adapter)
         for table in (self.r, self.lora_alpha, self.scaling, self.configured_scaling, self.use_rslora, self.variants):
             table.pop(adapter, None)
         if adapter in self.lora_dropout:

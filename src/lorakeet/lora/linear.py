@@ -35,6 +35,7 @@ from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.initialization.random import initialize_pair
 from lorakeet.lora.initialization.taken_part import take_part, taken_parts, takes_part
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer, noise
+from lorakeet.lora.variants.bdlora import BlockDiagonal
 from lorakeet.quant.protocol import is_hooked, is_quantized, weight_shape
 
 
@@ -76,8 +77,8 @@ class LoraPair(LoraLayer):
         return low_rank
 
     def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
-        a, b = self.pair(adapter)
-        return a.weight.flatten(1), b.weight.flatten(1)
+        a, b = map(_matrix, self.pair(adapter))
+        return a, b
 
     def parts(self, adapter: str) -> list[Tensor]:
         a, b = self.pair(adapter)
@@ -100,6 +101,12 @@ class LoraPair(LoraLayer):
         for table in (self.lora_A, self.lora_B):
             if adapter in table:
                 del table[adapter]
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """Return the weight of an A or B as a matrix."""
+    weight: Any = module.dense() if isinstance(module, BlockDiagonal) else module.weight
+    return weight.flatten(1)
 
 
 class LoraLinear(LoraPair):
@@ -162,8 +169,8 @@ class LoraLinear(LoraPair):
         )
 
     def delta(self, adapter: str) -> Tensor:
-        a, b = self.pair(adapter)
-        ba = self.scaling[adapter] * (b.weight @ a.weight)  # [out, in]
+        a, b = self.matrices(adapter)
+        ba = self.scaling[adapter] * (b @ a)  # [out, in]
         return ba.T if self.fan_in_fan_out else ba
 
     def delete_adapter(self, adapter: str) -> None:

@@ -33,6 +33,8 @@ from lorakeet.lora.lifecycle.rollback import all_or_nothing
 from lorakeet.lora.merge import MergeMethods
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.peft_names.model import ModelNames
+from lorakeet.lora.peft_names.words import DELETE_MERGED
+from lorakeet.quant.protocol import value_count
 
 
 class LoraModel(AnswersAsPeft, ModelNames, MergeMethods, CombineMethods):
@@ -183,10 +185,7 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods, CombineMethods):
         """
         self._check_known(adapter_name)
         if adapter_name in merged_names(self):
-            raise AdapterError(
-                f"adapter {adapter_name!r} is merged into the base, so deleting it would leave its update there",
-                "unmerge_adapter() first",
-            )
+            raise AdapterError(DELETE_MERGED.format(adapters=[adapter_name]), "unmerge_adapter() first")
         with all_or_nothing(self), unmerged(self):
             self.remove_parts(adapter_name)
             del self.peft_config[adapter_name]
@@ -291,8 +290,7 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods, CombineMethods):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Count trainable parameters and all parameters; tied parameters count once. Works on the meta device."""
-        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+        return sum(p.numel() for p in self.parameters() if p.requires_grad), value_count(self)
 
     def print_trainable_parameters(self) -> None:
         """Print ``trainable params: T || all params: N || trainable%: P`` to stdout."""

@@ -10,6 +10,7 @@ from lorakeet.base.checkpoint_files import weight_reader
 from lorakeet.base.source import find_source, local_folder
 from lorakeet.errors import AdapterError
 from lorakeet.lora.initialization.loftq import start_from_loss
+from lorakeet.security.paths import exists
 
 
 def replace_lora_weights_loftq(
@@ -33,6 +34,6 @@ def replace_lora_weights_loftq(
     if not name:
         raise AdapterError("this base does not say where it was loaded from", "give model_path")
     path = Path(name)
-    read = weight_reader(path if path.exists() else local_folder(find_source(str(name))), peft_model)
+    read = weight_reader(path if exists(path) else local_folder(find_source(str(name))), peft_model)
     keep = None if callback is None else lambda layer: callback(peft_model, layer)
     start_from_loss(peft_model, adapter_name, read, keep)

@@ -7,7 +7,10 @@ from typing import Any
 from torch import nn
 
 from lorakeet.lora.config import LoraConfig, PeftConfig
+from lorakeet.lora.conv import LoraConv1d, LoraConv2d, LoraConv3d
+from lorakeet.lora.embedding import LoraEmbedding
 from lorakeet.lora.layer import LoraLayer
+from lorakeet.lora.linear import LoraLinear
 from lorakeet.lora.model import LoraModel
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.peft_names.model import prepare_for_gradient_checkpointing
@@ -21,6 +24,11 @@ __all__ = [
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Embedding",
+    "Linear",
     "ModulesToSaveWrapper",
     "ParamWrapper",
     "TrainableTokensWrapper",
@@ -32,6 +40,8 @@ __all__ = [
 ]
 
 BaseTuner = LoraModel
+#: The layers of ``peft.tuners.lora``.
+Linear, Embedding, Conv1d, Conv2d, Conv3d = LoraLinear, LoraEmbedding, LoraConv1d, LoraConv2d, LoraConv3d
 BaseTunerLayer = LoraLayer
 ParamWrapper = LoraParameter
 ModulesToSaveWrapper = SavedModule

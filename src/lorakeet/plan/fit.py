@@ -1,7 +1,7 @@
 """Changes of settings that make a training fit into memory, chosen by the time that they cost.
 
-Checkpointed layers and smaller passes change no result but by rounding. A base in 8 bits is rounded itself. Shorter samples
-lose data, so they come last.
+Checkpointed layers and smaller passes change no result but by rounding. A base in 8 or 4 bits is rounded itself. Shorter
+samples lose data, so they come last.
 """
 
 from __future__ import annotations

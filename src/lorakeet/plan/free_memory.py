@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from lorakeet.security.paths import exists
+
 #: Files in which Linux reports memory: of the machine, the control groups of this process, and their limits.
 _MACHINE, _MEMBER, _GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 #: Files of a control group, version 2: limit, use; and the line of memory.stat with the part that could be dropped.
@@ -24,7 +26,7 @@ def free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type != "cpu" or not _MACHINE.exists():
+    if device.type != "cpu" or not exists(_MACHINE):
         return None
     line = next(line for line in _MACHINE.read_text().splitlines() if line.startswith("MemAvailable:"))
     available = min([int(line.split()[1]) * 1024, *_left_of_limits(_MEMBER, _GROUPS)])
@@ -33,7 +35,7 @@ def free_memory(device: torch.device) -> int | None:
 
 def _left_of_limits(member: Path, root: Path) -> list[int]:
     """Return the bytes that the limit of each control group of this process leaves; empty without control groups."""
-    if not member.exists():
+    if not exists(member):
         return []
     found = []
     for line in member.read_text().splitlines():

@@ -20,12 +20,13 @@ from lorakeet.errors import OutputError
 from lorakeet.files import cache_home, write_file
 from lorakeet.kernels.cpu import build
 from lorakeet.plan.pass_cost import Part
+from lorakeet.security.paths import exists
 
 
 def machine() -> dict[str, Any]:
     """Return what decides the speed of this machine, and the versions that compute on it."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(errors="replace").splitlines() if exists(cpuinfo) else []
     library = build.library()
     return {
         "processor": next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""),

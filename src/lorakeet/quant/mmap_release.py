@@ -11,6 +11,8 @@ import mmap
 from collections.abc import Iterable
 from pathlib import Path
 
+from lorakeet.security.paths import exists
+
 #: Bytes. Pages are released whenever this much has been read.
 EVERY = 1 << 24
 _MAPS = Path("/proc/self/maps")
@@ -48,7 +50,7 @@ class MappedFiles:
     def _mappings(self) -> set[tuple[int, int]]:
         """Return the start and end address of each mapping."""
         found = set()
-        if self.files and hasattr(mmap, "MADV_DONTNEED") and _MAPS.exists():
+        if self.files and hasattr(mmap, "MADV_DONTNEED") and exists(_MAPS):
             for line in _MAPS.read_text(errors="replace").splitlines():
                 words = line.split(maxsplit=5)  # "7f60f8a00000-7f6118b2a000 rw-p 00000000 fe:00 5456056 /path"
                 if words[-1] in self.files:

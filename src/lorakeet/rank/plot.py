@@ -8,10 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lorakeet.tasks.plots import BLUES, new_figure, save_figure
-
-#: Colors of kinds of layers, distinguishable for color-blind readers (Okabe and Ito 2008).
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+from lorakeet.tasks.plots import BLUES, COLORS, new_figure, save_figure
 
 
 def draw_ranks(report: Mapping[str, Any], path: str | Path) -> None:
@@ -27,7 +24,7 @@ def draw_ranks(report: Mapping[str, Any], path: str | Path) -> None:
     figure = new_figure(max(7.0, 0.28 * len(numbers) + 3), 1.2 + 0.42 * len(kinds) + 3.6)
     heat, curves = figure.subplots(2, 1, height_ratios=[0.6 + 0.42 * len(kinds), 3])
     _draw_heat_map(heat, layers, kinds, numbers, report["energy"])
-    for kind, color in zip(kinds, _COLORS * len(kinds), strict=False):
+    for kind, color in zip(kinds, COLORS * len(kinds), strict=False):
         _draw_spectra(curves, [layer for layer in layers if layer["kind"] == kind], kind, color)
     curves.set_yscale("log")
     curves.set_xlabel("number of the singular value")

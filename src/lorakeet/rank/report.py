@@ -12,10 +12,10 @@ from lorakeet.adapter.serialization import read_tensors
 from lorakeet.adapter.tensor_checks import nonfinite_error
 from lorakeet.errors import AdapterError
 from lorakeet.lora.algebra.blocks import split_blocks
+from lorakeet.lora.algebra.spectrum import Spectrum, singular_values
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.initialization.taken_part import residual_error, takes_part
 from lorakeet.lora.targeting import layer_index
-from lorakeet.rank.spectrum import Spectrum, singular_values
 
 #: Share of the energy ‖ΔW‖² of each layer that an advised rank keeps.
 ENERGY = 0.99

@@ -21,7 +21,7 @@ from lorakeet.lora.algebra.settings import with_ranks
 from lorakeet.lora.config import CONFIG_NAME, PeftConfig
 from lorakeet.lora.lifecycle.adapter_files import adapter_folder, find_adapter_file
 from lorakeet.rank.report import read_layers, spectrum_of
-from lorakeet.security.paths import file_problem
+from lorakeet.security.paths import file_problem, is_dir, is_file
 
 #: Ends of the keys of A and B in an adapter's file: of linear layers and convolutions, of embeddings.
 _ENDS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
@@ -142,11 +142,11 @@ def copy_others(name: str | Path, aside: Path) -> None:
     """
     folder = adapter_folder(name)
     written = (WEIGHTS_NAME, CONFIG_NAME, OWN_NAME, CARD_NAME)
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.is_file() and path.name not in written and path.suffix in (".json", ".jinja", ".txt", ".model"):
+    for path in folder.iterdir() if is_dir(folder) else ():
+        if is_file(path) and path.name not in written and path.suffix in (".json", ".jinja", ".txt", ".model"):
             if problem := file_problem(folder, path.name):
                 raise AdapterError(f"{folder} is refused: {problem}", "copy the file itself into the folder")
             (aside / path.name).write_bytes(path.read_bytes())
     for own in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        if not folder.is_dir() and (file := find_adapter_file(name, own)) is not None:
+        if not is_dir(folder) and (file := find_adapter_file(name, own)) is not None:
             (aside / own).write_bytes(file.read_bytes())

@@ -17,6 +17,7 @@ from typing import Any
 
 from lorakeet.errors import OutputError
 from lorakeet.log import warn
+from lorakeet.security.paths import exists
 
 try:
     import fcntl
@@ -38,7 +39,7 @@ def check_unlocked(folder: str | Path) -> None:
         OutputError: One does; the message names its process and machine.
     """
     path = Path(folder) / NAME
-    if path.exists():
+    if exists(path):
         with locked(folder):
             pass
 

@@ -11,13 +11,14 @@ from typing import Any
 from lorakeet.files import write_file
 from lorakeet.log import warn
 from lorakeet.security.json_file import JsonError, parse_json
+from lorakeet.security.paths import exists
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Read the lines of a ``metrics.jsonl``; one that a crash has damaged is left out, with all after it."""
     path = Path(path)
     lines: list[dict[str, Any]] = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if exists(path) else []:
         try:
             found = parse_json(line)
         except JsonError:

@@ -8,6 +8,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from lorakeet.security.paths import exists
+
 #: Bytes. Larger blocks are mapped on their own, where memory is short: each then costs the time of fresh pages.
 MAPPED_ALONE = 1 << 21
 #: Bytes of free memory that stay at the end of the heap, as glibc chooses itself after large blocks were freed.
@@ -70,7 +72,7 @@ def map_large_blocks() -> None:
 def _in_status(name: str) -> int | None:
     """Return a size in bytes from the system's figures of this process; None where the system has none."""
     status = Path("/proc/self/status")
-    if not status.exists():
+    if not exists(status):
         return None
     line = next(line for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024

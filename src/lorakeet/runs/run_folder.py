@@ -13,9 +13,19 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import OutputError, TrainingError
 from lorakeet.files import check_output, clear_aside, contents, write_file
 from lorakeet.security.json_file import JsonError, read_object
+from lorakeet.security.paths import exists, is_dir
 
 #: Files and folders that a run writes.
-FILES = ("run.yaml", "metrics.jsonl", "summary.json", "loss_curve.png", "confusion.png", "adapter", "checkpoints")
+FILES = (
+    "run.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "loss_curve.png",
+    "ranks.png",
+    "confusion.png",
+    "adapter",
+    "checkpoints",
+)
 
 #: Settings that a run chooses by its data where they are left out, and writes to ``run.yaml``.
 CHOSEN_SETTINGS = ("train.epochs", "train.lr")
@@ -30,6 +40,7 @@ FREE_SETTINGS = (
     "train.keep_best",
     "train.non_finite",
     "train.spike",
+    "train.spectrum",
 )
 
 
@@ -39,14 +50,14 @@ def check_run_folder(folder: Path, *, resume: bool = False, overwrite: bool = Fa
     Raises:
         OutputError: The folder is a file, cannot be written to, or holds parts of a run without its settings.
     """
-    present = [name for name in FILES if (folder / name).exists()]
+    present = [name for name in FILES if exists(folder / name)]
     if present and not (overwrite or is_run(folder)):
         what = "cannot be resumed" if resume else "is no run that could go on"
         raise OutputError(
             f"{folder} holds {', '.join(present)} but no run.yaml, so it {what}",
             "replace it with --overwrite, or choose another --out",
         )
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing = next(path for path in (folder, *folder.absolute().parents) if exists(path))
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
@@ -59,12 +70,12 @@ def check_run_folder(folder: Path, *, resume: bool = False, overwrite: bool = Fa
 
 def is_run(folder: Path) -> bool:
     """Whether the folder holds a run, finished or not; a run that was killed before it began has left none."""
-    return (folder / "run.yaml").exists()
+    return exists(folder / "run.yaml")
 
 
 def is_finished(folder: Path) -> bool:
     """Whether the folder holds a finished run, with its figures and its adapter."""
-    return is_run(folder) and (folder / "summary.json").exists() and (folder / "adapter").is_dir()
+    return is_run(folder) and exists(folder / "summary.json") and is_dir(folder / "adapter")
 
 
 def folder_of(file: str | Path, out: str) -> str:
@@ -76,7 +87,7 @@ def folder_of(file: str | Path, out: str) -> str:
     """
     here = Path(file).parent
     other = Path(file).name == "run.yaml" and here.resolve() != Path(out).resolve()
-    return str(here) if other and any((here / name).exists() for name in ("checkpoints", "metrics.jsonl")) else out
+    return str(here) if other and any(exists(here / name) for name in ("checkpoints", "metrics.jsonl")) else out
 
 
 def refuse_other_settings(config: RunConfig, folder: Path, *, resume: bool = True) -> None:
@@ -122,7 +133,7 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
         OutputError: The folder holds no finished run, or its summary is damaged.
     """
     path = Path(folder) / "summary.json"
-    if not path.exists():
+    if not exists(path):
         raise OutputError(f"{folder} holds no finished run", "finish it with `lorakeet train ... --resume`")
     try:
         return read_object(path)
@@ -161,10 +172,10 @@ def claim_folder(folder: Path, config: RunConfig, *, resume: bool, need: int = 0
 
 def _remove(path: Path) -> None:
     """Remove a file or folder; a link stays, and what it points to is removed or emptied."""
-    if not path.is_dir():
+    if not is_dir(path):
         Path(os.path.realpath(path)).unlink(missing_ok=True)
         return
     for entry in contents(path):
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        shutil.rmtree(entry) if is_dir(entry) and not entry.is_symlink() else entry.unlink()
     if not path.is_symlink() and not path.is_mount():
         path.rmdir()

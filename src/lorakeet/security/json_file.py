@@ -13,6 +13,8 @@ from lorakeet.security.paths import irregular
 LARGEST = 1 << 25
 #: Levels of the deepest nesting; code that walks a value by recursion can do ten times as many.
 DEEPEST = 100
+#: Digits of the longest integer; fp64, which arithmetic with other numbers needs, holds 308.
+LONGEST_INTEGER = 300
 
 
 class JsonError(ValueError):
@@ -57,20 +59,26 @@ def parse_json(content: str | bytes) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        JsonError: It is no UTF-8, no JSON, nested too deeply, or has a key twice with two values.
+        JsonError: It is no UTF-8, no JSON, nested too deeply, or has a key twice with two values, or a very long integer.
     """
     try:
         text = content if isinstance(content, str) else content.decode("utf-8-sig")
-        value = json.loads(text, object_pairs_hook=_once)
+        value = json.loads(text, object_pairs_hook=_once, parse_int=_integer)
     except JsonError:
         raise
     except RecursionError:
         raise JsonError("it is nested too deeply") from None
-    except ValueError as error:  # also of an integer of more digits than Python reads
+    except ValueError as error:
         raise JsonError(str(error)) from None
     if _is_deep(value):
         raise JsonError("it is nested too deeply")
     return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > LONGEST_INTEGER:
+        raise JsonError(f"it has an integer of {len(digits):,} digits, expected at most {LONGEST_INTEGER}")
+    return int(digits)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

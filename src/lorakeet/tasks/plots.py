@@ -20,6 +20,8 @@ from lorakeet.tasks.metrics import Array
 MAX_CLASSES = 30
 #: Letters of a name that are shown; a longer name is shortened in the middle.
 MAX_LETTERS = 24
+#: Colors of curves, distinguishable for color-blind readers (Okabe and Ito 2008).
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 DARK, GREY = "#08306b", "#595959"
 BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", "#d6e6f4", "#7ab6d9", "#2676b8", DARK])
 
@@ -155,6 +157,32 @@ def draw_loss_curve(lines: Iterable[Mapping[str, Any]], path: str | Path, title:
         axes.legend(frameon=False)
     with write_file(path) as aside:
         figure.savefig(aside, format="png")
+
+
+def draw_spectra(lines: Iterable[Mapping[str, Any]], path: str | Path, title: str = "") -> None:
+    """Draw the effective rank of the update over the steps, a curve for each kind of layer, as a PNG.
+
+    Args:
+        lines: Lines of ``metrics.jsonl``; those with a ``spectrum`` are drawn.
+        path: Path of the PNG.
+        title: Title of the plot.
+    """
+    found = [(line["step"], line["spectrum"]) for line in lines if "spectrum" in line]
+    figure = new_figure(8, 4.5)
+    axes = figure.add_subplot()
+    kinds = sorted({kind for _, spectrum in found for kind in spectrum})
+    for kind, color in zip(kinds, COLORS * len(kinds), strict=False):
+        points = [(step, spectrum[kind]["effective_rank"]) for step, spectrum in found if kind in spectrum]
+        axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=5, label=kind)
+    largest = max(kind["r"] for _, spectrum in found for kind in spectrum.values())
+    axes.axhline(largest, color=GREY, linestyle="--", linewidth=1)
+    axes.set_ylim(0, 1.08 * largest)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("effective rank")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=2)
+    save_figure(figure, axes, path, title, f"directions that the update of a layer uses, of r = {largest} (dashed)")
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -198,13 +198,13 @@ def _scorer(model: nn.Module, measure: Measure, tokenizer: Any) -> Callable[[lis
     def score(batches: list[Batch], before: int) -> Sums:
         batch = batches[0] if len(batches) == 1 else join_batches(batches, pad_token_id)
         batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-        with _autocast(model, device):
+        with autocast_of(model, device):
             return measure.score(model, batch, before)
 
     return score
 
 
-def _autocast(model: nn.Module, device: torch.device) -> Any:
+def autocast_of(model: nn.Module, device: torch.device) -> Any:
     """Return the autocast of a training on this model: bf16 or fp16 where a weight has that type."""
     half = {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}
     return torch.autocast(device.type, dtype=half.pop()) if len(half) == 1 else nullcontext()

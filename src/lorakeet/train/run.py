@@ -30,6 +30,7 @@ from lorakeet.errors import OutputError, TrainingError
 from lorakeet.files import not_removed
 from lorakeet.log import info, log, warn
 from lorakeet.lora.initialization.eva import first_batches
+from lorakeet.lora.lifecycle.frozen_a import freeze_lora_a
 from lorakeet.patches.gradient_checkpointing import gradient_checkpointing
 from lorakeet.patches.of_training import training_patches
 from lorakeet.plan.free_memory import free_memory
@@ -42,6 +43,7 @@ from lorakeet.tasks.task import Task
 from lorakeet.train.arguments import check_best, training_arguments
 from lorakeet.train.callbacks.interrupt import StopAfterStep, resume_command
 from lorakeet.train.callbacks.progress import ProgressCallback
+from lorakeet.train.callbacks.spectrum import SpectrumCallback
 from lorakeet.train.checkpoints.fingerprint import data_hash
 from lorakeet.train.checkpoints.run_start import checkpoint_to_continue, finished_summary
 from lorakeet.train.evaluate import longest_first
@@ -149,6 +151,8 @@ def _load(config: RunConfig, folder: Path, state: PartialState, began: float) ->
     set_seed(config.train.seed)
     collate = partial(make_collator, chosen, base.tokenizer)
     model = put_adapter(config, base, task, lambda model: first_batches(data.train, collate(model)))
+    if config.train.lorafa:
+        freeze_lora_a(model)
     if config.train.fsdp:
         check_can_shard(model, state.num_processes, config.train.fsdp_size)
     return Run(config, folder, base, model, data, chosen, task, args, began, plan)
@@ -190,7 +194,9 @@ class Run(RunOutput):
     def train(self, stop: StopAfterStep, start: Path | None, any_checkpoint: bool) -> dict[str, Any]:
         """Measure, train, write the adapter, measure again, then write its figures, plots and summary."""
         progress = ProgressCallback(self.folder / "metrics.jsonl")
-        trainer = self._trainer([progress, stop], any_checkpoint)
+        spectrum = SpectrumCallback(self.model, progress.log)
+        watched = [progress, stop, *([spectrum] if self.config.train.spectrum else [])]
+        trainer = self._trainer(watched, any_checkpoint)
         with ExitStack() as patches:
             patches.enter_context(training_patches(self.model, self.config.train))
             patches.enter_context(self._with_checkpointing(trainer))
@@ -199,6 +205,8 @@ class Run(RunOutput):
             self._fit(trainer, progress, stop, start)
             self.save_adapter()  # before anything else can fail
             self._measure_end(trainer, progress)
+        if spectrum in watched and trainer.state.is_world_process_zero and not self.best_step(trainer):
+            spectrum.append(trainer.state)
         summary = broadcast_object_list([self.summary(trainer, progress)])[0]  # the first process has all lines
         if self.args.process_index == 0:
             self.finish(trainer, summary, progress.log.read())
@@ -256,6 +264,7 @@ class Run(RunOutput):
             "locations": data.train_locations,
             "token_budget": budget,
             "loraplus": self.loraplus,
+            "lorafa": train.lorafa,
         }
         if self.task.name == "CAUSAL_LM":
             trainer = Trainer(**settings)

@@ -23,6 +23,7 @@ from lorakeet.plan.plan import Plan, compare, step_seconds
 from lorakeet.tasks.task import Task
 from lorakeet.tasks.taught import NOTES, taught_notes
 from lorakeet.train.callbacks.progress import ProgressCallback
+from lorakeet.train.callbacks.spectrum import verdict
 from lorakeet.train.checkpoints.run_start import remove_what_only_resumes
 from lorakeet.train.guards.preflight import checkpoint_bytes
 from lorakeet.train.summary import Progress, compare_figures, samples_seen, summarize
@@ -123,12 +124,14 @@ class RunOutput:
 
     def finish(self, trainer: Trainer, summary: dict[str, Any], lines: list[dict[str, Any]]) -> None:
         """Write the notes of the adapter, the plots and last the summary; log the figures."""
-        from lorakeet.tasks.plots import draw_confusion, draw_loss_curve  # which load matplotlib
+        from lorakeet.tasks.plots import draw_confusion, draw_loss_curve, draw_spectra  # which load matplotlib
 
         folder = self.folder / "adapter"
         add_notes(folder, PeftConfig.from_pretrained(folder), _notes(summary))
         title = f"{self.base.name}, r={self.config.lora.r}"
         draw_loss_curve(lines, self.folder / "loss_curve.png", title)
+        if summary["spectrum"]:
+            draw_spectra(lines, self.folder / "ranks.png", title)
         predictions = getattr(trainer, "predictions", None)
         if self.task.problem == "single_label" and predictions is not None and self.task.labels:
             best = predictions.predictions.argmax(-1)
@@ -137,6 +140,8 @@ class RunOutput:
         remove_what_only_resumes(self.config, self.folder)
         for line in compare_figures(summary):
             info(line)
+        if summary["spectrum"]:
+            info(f"rank       {verdict(summary['spectrum'])[1]}")
 
 
 def _notes(summary: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lorakeet.runs.metrics_log import first_and_last
 from lorakeet.runs.process_memory import peak_rss_bytes
 from lorakeet.tasks.baselines import baseline
 from lorakeet.tasks.task import Task
+from lorakeet.train.callbacks.spectrum import verdict
 from lorakeet.train.checkpoints.fingerprint import versions
 from lorakeet.train.processes.agreement import of_all_processes
 
@@ -89,6 +90,7 @@ def summarize(
     measured = [held_out_figures(line) for line in lines if "eval_loss" in line]
     before, after = (measured[0], measured[-1]) if measured else (None, None)
     first, last = first_and_last(lines)
+    spectrum = next((line["spectrum"] for line in reversed(lines) if "spectrum" in line), None)
     trainable, total = model.get_nb_trainable_parameters()
     plain = baseline(task, data)
     rss, on_device = of_all_processes(peak_rss_bytes()), of_all_processes(torch.cuda.max_memory_allocated())
@@ -107,6 +109,8 @@ def summarize(
         "after": after,
         "baseline": plain,
         "outcome": outcome(before, after, plain, (first, last)),
+        "spectrum": spectrum,
+        "rank": verdict(spectrum)[0] if spectrum else None,
         "tokens_per_second": done.tokens / done.train_seconds if done.train_seconds else None,
         "train_seconds": done.train_seconds,
         "wall_seconds": done.wall_seconds,

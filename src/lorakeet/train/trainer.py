@@ -40,6 +40,7 @@ from lorakeet.train.guards import preflight
 from lorakeet.train.guards.guarded_trainer import GuardedTrainer
 from lorakeet.train.guards.rehearsal import computed_tokens
 from lorakeet.train.length_sampler import LengthWindows
+from lorakeet.train.lorafa import LoraFA
 from lorakeet.train.loraplus import LoraPlus
 from lorakeet.train.microbatch_packing import ForwardGroups, why_model_separates
 from lorakeet.train.processes.agreement import check_agreement, check_same_weights
@@ -61,6 +62,7 @@ class Trainer(GuardedTrainer):
             It needs :func:`lorakeet.patches.padding_free.padding_free` around the training, and for a language model
             :func:`lorakeet.patches.fused_loss.fused_loss` too; a message tells whether they are shared.
         loraplus: B learns faster than A (:mod:`lorakeet.train.loraplus`); a number is the ratio.
+        lorafa: A is frozen, and B gets corrected gradients (:mod:`lorakeet.train.lorafa`).
         locations: Where each training sample comes from, as text, for messages; None: its number is shown.
 
     Attributes:
@@ -68,7 +70,7 @@ class Trainer(GuardedTrainer):
         spikes: Figures of the last steps.
 
     Raises:
-        TrainingError: fp16 on a CPU, trainable parameters in fp16, or LoRA+ together with ``optimizers``.
+        TrainingError: fp16 on a CPU, trainable parameters in fp16, or LoRA+ or LoRA-FA with ``optimizers``.
     """
 
     control: Any
@@ -85,17 +87,20 @@ class Trainer(GuardedTrainer):
         any_checkpoint: bool = False,
         token_budget: int | None = None,
         loraplus: LoraPlus | float | None = None,
+        lorafa: bool = False,
         locations: Sequence[object] | LocatedStream | None = None,
         **settings: Any,
     ) -> None:
         args = TrainingArguments("tmp_trainer") if args is None else args
         model = preflight.prepare(model, args)
+        self.lorafa = LoraFA(model) if lorafa and model is not None else None
         guards: dict[str, Any] = {"non_finite": non_finite, "spike": spike, "locations": locations}
         super().__init__(model, args, *rest, **guards, **settings)
         self.any_checkpoint = any_checkpoint
         self.loraplus = LoraPlus(loraplus) if isinstance(loraplus, (int, float)) else loraplus
-        if self.loraplus and self.optimizer is not None:
-            raise TrainingError("`optimizers=` and `loraplus=` both set learning rates", "pass one of them")
+        if (self.loraplus or self.lorafa) and self.optimizer is not None:
+            name = "loraplus" if self.loraplus else "lorafa"
+            raise TrainingError(f"`optimizers=` and `{name}=` both set learning rates", "pass one of them")
         # without it the order of samples follows the last seed given to torch, not the seed of the run
         self.accelerator.dataloader_config.data_seed = args.seed if args.data_seed is None else args.data_seed
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # the parent's loop updates it
@@ -132,6 +137,8 @@ class Trainer(GuardedTrainer):
         created: Optimizer = super().create_optimizer(*([] if model is None else [model]))
         if is_new and self.loraplus:
             self.loraplus.split_(created, self.model if model is None else model, self.args.learning_rate)
+        if is_new and self.lorafa:
+            self.lorafa.attach_(created)
         return created
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
@@ -340,4 +347,5 @@ class Trainer(GuardedTrainer):
     def _further_fingerprint(self) -> dict[str, str]:
         budget = {"token_budget": str(self.token_budget)} if self.token_budget else {}
         ratios = asdict(self.loraplus) if self.loraplus else {}
-        return budget | {f"loraplus_{name}": str(value) for name, value in ratios.items()}
+        frozen = {"lorafa": "True"} if self.lorafa else {}
+        return budget | frozen | {f"loraplus_{name}": str(value) for name, value in ratios.items()}

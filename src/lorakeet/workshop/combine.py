@@ -12,13 +12,51 @@ from torch import Tensor
 from lorakeet.adapter.inspect import SavedLayer, saved_layers
 from lorakeet.adapter.tensor_names import PREFIX
 from lorakeet.errors import AdapterError
+from lorakeet.export.models import check_empty
 from lorakeet.lora.algebra.combine import check_terms, combined_settings, log_energy
-from lorakeet.lora.algebra.methods import CombinedLayer, LayerUpdate, Method, combine_layer
+from lorakeet.lora.algebra.methods import CombinedLayer, LayerUpdate, Method, combine_layer, make_method
 from lorakeet.rank.resize import factors, write_made
 from lorakeet.workshop.pairing import AdapterFiles, read_adapters
 
 #: Entries of ``lorakeet.json`` that a combined adapter shares with the first of its parts.
 _KEPT = ("format", "lorakeet", "base", "task", "taught")
+
+
+def combine_adapters(
+    adapters: Sequence[str | Path],
+    out: Path,
+    weights: Sequence[float] | None = None,
+    how: str = "linear",
+    *,
+    seed: int = 42,
+    overwrite: bool = False,
+    allow_other_base: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Write the combination of adapters as a new one; reads their files only.
+
+    Args:
+        adapters: Folders or hub ids.
+        out: Folder to write.
+        weights: One for each, of any sign; None: 1/n for sums, 1 for means (TIES).
+        how: One of :data:`lorakeet.lora.algebra.methods.METHODS`.
+        seed: Of the entries that DARE drops.
+        overwrite: Replace the contents of ``out``.
+        allow_other_base: Accept adapters of different bases.
+        **settings: ``density``, ``rank``, ``majority_sign_method`` and ``clamp`` of the method.
+
+    Returns:
+        The result of :func:`combine_files`.
+
+    Raises:
+        AdapterError: An adapter cannot be read, or they cannot be combined in this way.
+        OutputError: ``out`` is not empty or not writable.
+    """
+    method = make_method(how, generator=torch.Generator().manual_seed(seed), **settings)
+    each = 1.0 if method.pruning.elect else 1 / max(1, len(adapters))
+    given = [each] * len(adapters) if weights is None else weights
+    folder = check_empty(out, overwrite)
+    return combine_files(adapters, given, method, folder, allow_other_base=allow_other_base)
 
 
 def combine_files(

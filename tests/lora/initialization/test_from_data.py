@@ -13,9 +13,10 @@ from torch import nn
 import lorakeet
 from helpers.tiny import make, token_ids
 from lorakeet import EvaConfig, LoraConfig, PeftModel, get_peft_model
+from lorakeet.config import QUANTIZED_FORMATS
 from lorakeet.errors import AdapterError, ConfigError
 from lorakeet.lora.initialization.eva import InputSvd
-from lorakeet.quant.int8 import INT8
+from lorakeet.quant.hf_quantizer import FORMATS
 from lorakeet.quant.protocol import dense_weight
 from lorakeet.quant.quantize import quantize_
 
@@ -25,8 +26,8 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 BATCHES = [{"input_ids": token_ids(8, 20, seed=seed)} for seed in range(3)]
 
 
-def rounding(weight: torch.Tensor) -> torch.Tensor:
-    return INT8.quantize(weight, False).dequantize()
+def rounding(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    return FORMATS[QUANTIZED_FORMATS[bits]].quantize(weight, False).dequantize()
 
 
 # -- EVA --------------------------------------------------------------------------------------------------------------
@@ -55,18 +56,20 @@ def test_eva_equals_peft() -> None:
         found = {name.removeprefix("base_model.model."): a for name, a in found.items()}
         assert {name: len(a) for name, a in directions.items()} == {name: len(a) for name, a in found.items()}
         for name, a in directions.items():
-            if a.shape[1] == 32 and eva.get("rho") != 1.0:  # then peft's SVD is random, but whole
-                torch.testing.assert_close(a.abs(), found[name].float().abs(), atol=1e-3, rtol=0)
+            if a.shape[1] == 32 and not eva:  # then the random projection of peft's SVD loses little
+                shared = torch.linalg.svdvals(a[:4] @ found[name][:4].float().T)
+                assert shared.min() > 0.98
         lorakeet.initialize_lora_eva_weights(ours, eva_state_dict=directions)
         theirs.initialize_lora_eva_weights(other, eva_state_dict={f"base_model.model.{k}": a for k, a in found.items()})
         assert ours.peft_config["default"].rank_pattern == other.peft_config["default"].rank_pattern
         assert scales(ours) == {k.removeprefix("base_model.model."): s for k, s in scales(other).items()}
         assert torch.equal(ours(token_ids()).logits, before) and ours.trains("default")
-        assert len({layer.r["default"] for layer in ours.lora_layers()}) == (1 if eva.get("rho") == 1.0 else 3)
+        assert (len({layer.r["default"] for layer in ours.lora_layers()}) > 1) == (eva.get("rho") != 1.0)
 
 
 def scales(model: nn.Module) -> dict[str, float]:
-    return {name: layer.scaling["default"] for name, layer in model.named_modules() if getattr(layer, "scaling", None)}
+    layers = model.named_modules()
+    return {n: layer.scaling["default"] for n, layer in layers if isinstance(getattr(layer, "scaling", None), dict)}
 
 
 def test_eva_leaves_layers_out_and_its_files_travel(tmp_path: Path) -> None:
@@ -106,19 +109,19 @@ def test_eva_says_what_it_needs() -> None:
 # -- LoftQ ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("iterations", [1, 3])
-def test_loftq_makes_up_for_what_quantization_loses(iterations: int, tmp_path: Path) -> None:
-    loftq = {"loftq_bits": 8, "loftq_iter": iterations}
+@pytest.mark.parametrize(("bits", "iterations"), [(8, 1), (8, 3), (4, 1), (4, 3)])
+def test_loftq_makes_up_for_what_quantization_loses(bits: int, iterations: int, tmp_path: Path) -> None:
+    loftq = {"loftq_bits": bits, "loftq_iter": iterations}
     config = LoraConfig(r=8, lora_alpha=24, target_modules=TARGETS, init_lora_weights="loftq", loftq_config=loftq)
     base, model = make("llama"), get_peft_model(make("llama"), config)
     layer, full = model.model.layers[0].mlp.down_proj, base.model.layers[0].mlp.down_proj.weight
     rounded = layer.base_layer.weight
     error = (full - rounded - layer.delta("default")).norm()
     if iterations == 1:
-        torch.testing.assert_close(rounded, rounding(full))
+        torch.testing.assert_close(rounded, rounding(full, bits))
         u, sigma, vh = torch.linalg.svd(full - rounded, full_matrices=False)
         torch.testing.assert_close(layer.delta("default"), u[:, :8] * sigma[:8] @ vh[:8], atol=1e-6, rtol=0)
-    assert error < 0.9 * (full - rounding(full)).norm()
+    assert error < 0.9 * (full - rounding(full, bits)).norm()
     out = model(token_ids()).logits
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(PeftModel.from_pretrained(make("llama"), tmp_path)(token_ids()).logits, out)
@@ -142,5 +145,5 @@ def test_loftq_on_a_base_that_is_quantized_already(tmp_path: Path) -> None:
         lorakeet.replace_lora_weights_loftq(plain, tmp_path)
     with pytest.raises(ConfigError, match="loftq_config"):
         LoraConfig(init_lora_weights="loftq")
-    with pytest.raises(ConfigError, match="3 bits"):
+    with pytest.raises(ConfigError, match="3 bits and 1 iterations, expected 4 or 8"):
         get_peft_model(make("llama"), LoraConfig(**{**settings, "loftq_config": {"loftq_bits": 3}}))

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from helpers.peft_twins import Twins
 from lorakeet import LoraConfig, PeftModel, get_peft_model
+from lorakeet.errors import TargetError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -28,11 +29,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"layer": 2},
         "alpha_pattern": {"layer": 5},
     },
+    "BD-LoRA, blocks of A": {"use_bdlora": peft.BdLoraConfig(target_modules_bd_a=["lay"], nblocks=2)},
+    "BD-LoRA, blocks of B": {"use_bdlora": peft.BdLoraConfig(target_modules_bd_b=["layer"], nblocks=2)},
+    "VeLoRA": {"velora_config": {"num_groups": 4, "scale": 0.8}},
+    "VeLoRA, once": {"velora_config": peft.VeloraConfig(num_groups=3, init_type="batch_average_once")},
+    "VeLoRA, random": {"velora_config": peft.VeloraConfig(num_groups=2, init_type="random")},
 }
+#: Variants of linear layers alone.
+LINEAR_ONLY = ("BD-LoRA", "VeLoRA")
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "Linear": (lambda: nn.Linear(6, 5), (3, 6)),
-    "Linear without bias": (lambda: nn.Linear(6, 5, bias=False), (2, 3, 6)),
-    "Conv1D": (lambda: Conv1D(5, 6), (3, 6)),
+    "Linear": (lambda: nn.Linear(6, 8), (3, 6)),
+    "Linear without bias": (lambda: nn.Linear(6, 8, bias=False), (2, 3, 6)),
+    "Conv1D": (lambda: Conv1D(8, 6), (3, 6)),
     "Embedding": (lambda: nn.Embedding(11, 5), (0,)),
     "Conv1d": (lambda: nn.Conv1d(6, 5, 3, padding=1), (2, 6, 7)),
     "Conv2d": (lambda: nn.Conv2d(6, 5, (3, 2), stride=2, bias=False), (2, 6, 7, 8)),
@@ -61,7 +69,18 @@ def layer(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor]:
     return Small(make()), x
 
 
-def twins(model: nn.Module, variant: str, **more: Any) -> Twins:
+def skip_other_layers(model: Any, variant: str) -> None:
+    """Skip the test where a variant does not adapt the layer; it must say so."""
+    if variant.startswith(LINEAR_ONLY) and not isinstance(model.layer, (nn.Linear, Conv1D)):
+        with pytest.raises(TargetError, match=f"which {variant[:6]}.* cannot adapt"):
+            get_peft_model(copy.deepcopy(model), LoraConfig(r=4, target_modules=["layer"], **VARIANTS[variant]))
+        pytest.skip("refused")
+
+
+def twins(model: Any, variant: str, **more: Any) -> Twins:
+    skip_other_layers(model, variant)
+    if variant.startswith("BD") and isinstance(model.layer, Conv1D):
+        pytest.skip("peft fails on a Conv1D")
     return Twins(model, {"r": 4, "target_modules": ["layer"], **VARIANTS[variant], **more})
 
 
@@ -90,6 +109,7 @@ def test_files_travel_both_ways(layer: tuple, variant: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_new_adapter_changes_nothing(layer: tuple, variant: str) -> None:
     model, x = layer
+    skip_other_layers(model, variant)
     before = model(x)
     ours = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, target_modules=["layer"], **VARIANTS[variant]))
     torch.testing.assert_close(ours(x), before, rtol=1e-5, atol=1e-6)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from lorakeet.config import BaseSettings, RunConfig, read_run
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.security.paths import is_dir, is_file
 from lorakeet.setting_types import plain_types, setting_names, text_error
 
 #: Base class of typer's usage errors; releases of typer keep click in different places.
@@ -201,8 +202,8 @@ def check_file(path: Path) -> None:
     Raises:
         DataError: There is none.
     """
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
+    if not is_file(path):
+        found = "is a folder" if is_dir(path) else "does not exist"
         raise DataError(f"{path} {found}, expected a file with texts", "give a file with one text per line, or a table")
 
 

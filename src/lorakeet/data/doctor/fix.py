@@ -39,6 +39,7 @@ from lorakeet.data.rows.kinds import Kind, Layout, find_kind
 from lorakeet.errors import DataError, OutputError
 from lorakeet.facts.limits import Limits
 from lorakeet.files import write_file
+from lorakeet.security.paths import exists, is_dir
 
 #: Rows of a file from which its columns and their types are inferred.
 _HEAD = 1000
@@ -157,17 +158,17 @@ def check_out(settings: DataSettings, out: Path, *, overwrite: bool = False) -> 
     """
     if out.suffix.lower() != ".jsonl":
         raise OutputError(f"{out}: the copy is written as JSON lines", f"call it {out.stem or 'fixed'}.jsonl")
-    if out.is_dir():
+    if is_dir(out):
         raise OutputError(f"{out} is a folder, expected a file", "choose another name for the copy")
     for name in settings.path if isinstance(settings.path, list) else [settings.path]:
         for path in locate(name) or ():
-            if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
+            if is_dir(path) and out.resolve().is_relative_to(path.resolve()):
                 raise OutputError(
                     f"{out} lies in {path}, whose files are the data", "write the copy beside that folder"
                 )
-            if out.exists() and out.samefile(path):
+            if exists(out) and out.samefile(path):
                 raise OutputError(f"{out} is the data itself", "choose another name for the copy")
-    if out.exists() and not overwrite:
+    if exists(out) and not overwrite:
         raise OutputError(f"{out} exists", "choose another name for the copy, or --overwrite to replace it")
 
 

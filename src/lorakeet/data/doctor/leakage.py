@@ -15,6 +15,7 @@ from lorakeet.data.read.source import DataSource, find_sources
 from lorakeet.data.rows.column_mapping import find_layout
 from lorakeet.data.rows.kinds import RowError, canonical, find_kind
 from lorakeet.errors import DataError
+from lorakeet.security.paths import is_file
 
 #: Rows of a file from which its columns and their types are inferred.
 _HEAD = 1000
@@ -30,7 +31,7 @@ def other_side(sources: list[DataSource], settings: DataSettings) -> list[DataSo
     for folder in sorted({path.parent for path in mine}):
         for path in sorted(folder.iterdir()):
             words = set(re.split(r"[^a-z]+", path.stem.lower()))
-            if path.is_file() and path.suffix.lower() in SUFFIXES and path.resolve() not in mine and words & set(names):
+            if is_file(path) and path.suffix.lower() in SUFFIXES and path.resolve() not in mine and words & set(names):
                 try:
                     found += find_sources(settings.model_copy(update={"path": str(path)}))
                 except DataError:  # an unreadable file cannot be compared

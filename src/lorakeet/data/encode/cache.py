@@ -17,6 +17,7 @@ from lorakeet.data.read.record import Fault
 from lorakeet.data.rows.load import Rows
 from lorakeet.files import cache_home, write_file
 from lorakeet.log import info, warn
+from lorakeet.security.paths import exists
 
 #: Number of the format of cached samples; raise it when the same rows and tokenizer give other columns than before.
 _FORMAT = 4
@@ -57,7 +58,7 @@ def tokenize(rows: Rows, content: str, encoder: Encoder) -> datasets.Dataset:
 def _read_cached(path: Path, count: int) -> datasets.Dataset | None:
     """Read the samples of an earlier run; None if there are none, or not of all rows."""
     try:
-        tokens = datasets.Dataset.from_file(str(path)) if path.exists() else None
+        tokens = datasets.Dataset.from_file(str(path)) if exists(path) else None
     except (pyarrow.ArrowException, OSError):
         return None
     return tokens if tokens is not None and len(tokens) and tokens[-1]["row"] == count - 1 else None

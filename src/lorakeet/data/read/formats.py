@@ -26,6 +26,7 @@ from lorakeet.data.read.fortune import DELIMITER
 from lorakeet.data.read.record import Fault, FaultError, Location, Record, Unit, faults_error
 from lorakeet.data.read.table_formats import TABLE_READERS
 from lorakeet.data.read.text_formats import TEXT_READERS, is_json
+from lorakeet.security.paths import is_file
 from lorakeet.text_files import NotTextError, preview
 
 SUFFIXES = {
@@ -121,7 +122,7 @@ def read_inputs(path: Path, column: str) -> list[tuple[Location, Mapping[str, An
     Raises:
         DataError: it cannot be read, holds nothing, or one of its records is broken.
     """
-    format = SUFFIXES.get(suffix(path)) or (recognize(path) if path.is_file() else "text")
+    format = SUFFIXES.get(suffix(path)) or (recognize(path) if is_file(path) else "text")
     plain = format in ("text", "fortune")
     records = list(read_file(path, "lines" if plain else format))
     if faults := [(record.location, record.fault) for record in records if record.fault]:

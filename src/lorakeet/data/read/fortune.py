@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from lorakeet.security.paths import file_problem
+from lorakeet.security.paths import file_problem, is_file
 
 DELIMITER = re.compile(r"^%[ \t]*$", re.MULTILINE)
 _DASHED = re.compile(r"([ \t]*)--[ \t]+\S.*")
@@ -58,7 +58,7 @@ def _quotation(record: list[str], start: int) -> Quotation:
 
 def indexed_by(path: Path) -> Path | None:
     """Return the fortune file that ``path`` is the index of: strfile(1) appends ``.dat`` to its name."""
-    return file if path.suffix == ".dat" and (file := path.with_suffix("")).is_file() else None
+    return file if path.suffix == ".dat" and is_file(file := path.with_suffix("")) else None
 
 
 def is_rotated(path: Path) -> bool:

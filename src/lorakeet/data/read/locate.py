@@ -12,7 +12,7 @@ from lorakeet.data.read.fortune import indexed_by, is_rotated
 from lorakeet.errors import DataError, did_you_mean
 from lorakeet.log import info
 from lorakeet.security.json_file import read_object
-from lorakeet.security.paths import file_problem, irregular
+from lorakeet.security.paths import exists, file_problem, irregular, is_dir, is_file
 
 #: The name that stands for the quotations of the package below, where no file is called so.
 EMBEDDED = "fortunes"
@@ -34,8 +34,8 @@ def locate(name: str | None) -> list[Path] | None:
     path = Path(name).expanduser()
     if file := indexed_by(path):
         raise DataError(f"{path} is the index of a fortune file and holds no text", f"give the file: {file}")
-    if path.exists():
-        if path.is_dir() or (kind := irregular(path)) is None:
+    if exists(path):
+        if is_dir(path) or (kind := irregular(path)) is None:
             return [path]
         raise DataError(
             f"{path} is {kind}, expected a file or a folder", "data is read several times: write it to a file"
@@ -46,7 +46,7 @@ def locate(name: str | None) -> list[Path] | None:
         return _matching(path)
     if _HUB_ID.fullmatch(name) and suffix(path) not in SUFFIXES:
         return None
-    missing = f"; there is no folder {str(path.parent)!r}" if not path.parent.is_dir() else ""
+    missing = f"; there is no folder {str(path.parent)!r}" if not is_dir(path.parent) else ""
     hint = near(path) or "a data set of the hub is called owner/name"
     raise DataError(f"no file or folder {name!r} here{missing}", hint)
 
@@ -80,7 +80,7 @@ def embedded_fortunes() -> Path:
         files = []
     for file in files:
         path = Path(str(file.locate()))
-        if file.name == EMBEDDED and path.is_file():
+        if file.name == EMBEDDED and is_file(path):
             return path.resolve()
     raise DataError(
         f"no file {EMBEDDED!r} here, and the package {PACKAGE} with the embedded quotations is not installed",
@@ -101,7 +101,7 @@ def data_files(folder: Path, split: str) -> list[Path]:
     left: list[str] = []
     for path in sorted(folder.rglob("*")):
         inner = path.relative_to(folder)
-        if not path.is_file() or any(part.startswith(".") for part in inner.parts):
+        if not is_file(path) or any(part.startswith(".") for part in inner.parts):
             continue
         if path.stem.lower() in _NO_DATA or indexed_by(path) or not _is_saved_part(path):
             continue

@@ -28,6 +28,7 @@ from lorakeet.data.read.locate import data_files, locate
 from lorakeet.data.read.record import FaultError, Location, Record, faults_error
 from lorakeet.data.read.table_formats import TABLE_READERS, table_schema
 from lorakeet.errors import DataError
+from lorakeet.security.paths import is_dir
 
 _FIRST = 1000  # records whose values decide the types of a file without a schema, where it is not read whole
 _SHARE = 0.2  # of the values of a column that must be of a type for it to be one that the column holds
@@ -136,7 +137,7 @@ def find_sources(settings: DataSettings) -> list[DataSource]:
             sources.append(DataSource(name, "hub", part, settings.split, settings.subset))
             continue
         for path in found:
-            files = data_files(path, settings.split) if path.is_dir() else [path]
+            files = data_files(path, settings.split) if is_dir(path) else [path]
             sources += [DataSource(str(file), _format(file, settings), part, settings.split) for file in files]
     return sources
 

@@ -21,6 +21,7 @@ from typing import Any
 from lorakeet.files import cache_home
 from lorakeet.kernels.cpu.abi import bind
 from lorakeet.log import warn
+from lorakeet.security.paths import exists
 
 #: Folder of the C files. The library is all of them together.
 SOURCE_FOLDER = Path(__file__).parent / "csrc"
@@ -61,7 +62,7 @@ def library() -> Any:
 def _cached_or_compiled(compiler: str, path: Path) -> Any:
     """Load the library from the cache; compile it first if it is not there, for this process alone if need be."""
     try:
-        if not path.exists():
+        if not exists(path):
             compile_library(compiler, path)
         return bind(ctypes.CDLL(str(path)))
     except (OSError, subprocess.SubprocessError):  # a cache that is full, damaged or belongs to somebody else
@@ -94,6 +95,6 @@ def compile_library(compiler: str, path: Path) -> None:
 def _processor() -> str:
     """Return a description of the instruction sets, as part of the key: machines that differ may share a cache."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text().splitlines() if exists(cpuinfo) else []
     instruction_sets = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return f"{platform.machine()} {platform.processor()} {instruction_sets}"

@@ -49,6 +49,8 @@ def product(x: Tensor, weight: Nf4Tensors, bias: Tensor | None = None, low_rank:
             h = gemm.gemv_nf4(x, codes, absmax, nested, bias, shape[0])
         else:
             h = gemm.gemm_nf4(x, codes, absmax, nested, bias, shape)
+    elif x.is_cuda and (gpu := _gpu()).supports(x, weight, weight.shape[1]):
+        h = gpu.product(x, weight, bias)
     else:
         h = transient_empty(x, len(x), weight.shape[0])
         for rows, part in _parts(weight, x.dtype):
@@ -71,11 +73,20 @@ def input_gradient(g: Tensor, weight: Nf4Tensors, low_rank: LowRank | None = Non
     if _is_readable(g, weight, None, weight.shape[0]) and features.has(Feature.AVX2):
         codes, absmax, nested, shape = weight
         dx = gemm.gemm_nf4(g, codes, absmax, nested, None, shape, dgrad=True)
+    elif g.is_cuda and (gpu := _gpu()).supports(g, weight, weight.shape[0]):
+        dx = gpu.input_gradient(g, weight)
     else:
         dx = g.new_zeros(len(g), weight.shape[1])
         for rows, part in _parts(weight, g.dtype):
             dx.addmm_(g[:, rows], part)
     return dx if low_rank is None else _add_low_rank(dx, low_rank)
+
+
+def _gpu() -> Any:
+    """Return the module of the GPU's products, which imports Triton."""
+    from lorakeet.kernels.nf4 import triton
+
+    return triton
 
 
 def _is_readable(x: Tensor, weight: Nf4Tensors, bias: Tensor | None, width: int) -> bool:

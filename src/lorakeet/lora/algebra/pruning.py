@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-#: Entries of each update that are dense at once, beside the result.
-_ENTRIES = 1 << 22
+#: Entries of each update that are dense at once, beside the result: small enough for a processor's cache.
+_ENTRIES = 1 << 18
 #: Entries of a matrix up to which it is computed in fp64.
 _DOUBLE = 1 << 24
 
@@ -79,13 +79,14 @@ def merged_update(terms: Sequence[Term], pruning: Pruning) -> Tensor:
     limits = [_limit(term, pruning) for term in terms]
     first = terms[0]
     merged = torch.empty(len(first.B), first.A.shape[1], dtype=first.dtype, device=first.A.device)
-    for start, stop in _row_ranges(first):
+    for start, stop in row_ranges(first):
         parts = [_kept(term.rows(start, stop), limit, pruning) for term, limit in zip(terms, limits, strict=True)]
-        merged[start:stop] = _sum(torch.stack(parts), [term.weight for term in terms], pruning)
+        merged[start:stop] = _sum(parts, [term.weight for term in terms], pruning)
     return merged
 
 
-def _row_ranges(term: Term) -> Iterator[tuple[int, int]]:
+def row_ranges(term: Term) -> Iterator[tuple[int, int]]:
+    """Yield the first and last row of each part of ΔW that is dense at once."""
     step = max(1, _ENTRIES // term.A.shape[1])
     return ((start, start + step) for start in range(0, len(term.B), step))
 
@@ -99,7 +100,7 @@ def _limit(term: Term, pruning: Pruning) -> float:
     if not count:
         return float("inf")
     magnitudes = torch.empty(len(term.B), term.A.shape[1], dtype=term.dtype)
-    for start, stop in _row_ranges(term):
+    for start, stop in row_ranges(term):
         magnitudes[start:stop] = term.rows(start, stop).abs_()
     flat = magnitudes.flatten().numpy()
     flat.partition(size - count)  # in place: no second matrix
@@ -114,12 +115,14 @@ def _kept(rows: Tensor, limit: float, pruning: Pruning) -> Tensor:
     return rows if limit == 0 else rows * (rows.abs() >= limit)
 
 
-def _sum(parts: Tensor, weights: Sequence[float], pruning: Pruning) -> Tensor:
-    """Add up pruned rows [terms, rows, in]; with ``elect`` the mean of those that have the elected sign."""
-    factors = parts.new_tensor(weights)[:, None, None]
-    if not pruning.elect:
-        return (factors * parts).sum(0)
-    signs = parts.sign()
-    votes = (parts if pruning.majority == "total" else signs).sum(0)
-    agree = signs == torch.where(votes >= 0, 1.0, -1.0)
-    return (factors * parts * agree).sum(0) / agree.sum(0).clamp(min=1)
+def _sum(parts: Sequence[Tensor], weights: Sequence[float], pruning: Pruning) -> Tensor:
+    """Add up pruned rows of each update; with ``elect`` take the mean of the entries that have the elected sign."""
+    total, count = torch.zeros_like(parts[0]), torch.zeros_like(parts[0])
+    votes = torch.zeros_like(total)
+    for part in parts if pruning.elect else ():
+        votes += part if pruning.majority == "total" else part.sign()
+    for part, weight in zip(parts, weights, strict=True):
+        agrees = torch.where(votes >= 0, part > 0, part < 0).to(part) if pruning.elect else 1.0
+        total += weight * part * agrees
+        count += agrees
+    return total / count.clamp_(min=1) if pruning.elect else total

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lorakeet.errors import MergeError
 from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.modules_to_save import SavedModule
+from lorakeet.lora.peft_names.words import BROKEN
 from lorakeet.quant.protocol import dense_weight, is_quantized, weight_dtype
 
 #: Share of an update. From here on the rounding error has more than a quarter of the update's energy (0.5²). A merge that
@@ -82,9 +83,12 @@ def merge_layer(name: str, layer: LoraLayer, adapters: list[str], store: Store |
         parts.append((bias, changed.to(_stored(layer, "bias", store)), torch.stack(bias_updates).sum(0)))
     error, update, weight = _sum_norms(parts)
     if not math.isfinite(error):
+        broken = [adapter for adapter in mine if not all(part.isfinite().all() for part in layer.parts(adapter))]
+        if broken:
+            raise MergeError(BROKEN.format(adapter=", ".join(broken)))
         raise MergeError(
             f"the merged weight of {name} has NaN or infinite values",
-            f"is adapter {', '.join(mine)} broken, or the range of {weight_dtype(layer.base_layer)} too small?",
+            f"the range of {weight_dtype(layer.base_layer)} is too small for adapter {', '.join(mine)}: model.float() first",
         )
     return LayerLoss(name, error, update, weight)
 

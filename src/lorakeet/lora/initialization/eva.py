@@ -204,7 +204,7 @@ def _same_inputs(
 
     _Recorder(layers, take, prepare).run(layers, forward)
     if missing := [name for name in layers if name not in same]:
-        raise AdapterError(f"{missing[0]} is not run by the model on the first batch, so its inputs are unknown")
+        raise AdapterError(f"{missing[0]} does not run on the first batch, so its inputs are unknown", "leave it out")
     return same
 
 

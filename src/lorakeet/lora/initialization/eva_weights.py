@@ -96,7 +96,9 @@ def get_eva_state_dict(
     layers = _adapted_layers(model, adapter_name) if adapted else _planned_layers(model, config)
     own = dict(prepare_layer_inputs_fn) if isinstance(prepare_layer_inputs_fn, Mapping) else {}
     if unknown := sorted(own.keys() - layers.keys()):
-        raise AdapterError(f"prepare_layer_inputs_fn names {unknown[0]!r}, which is no adapted layer of this model")
+        raise AdapterError(
+            f"prepare_layer_inputs_fn names {unknown[0]!r}, which is no adapted layer", "name layers in full"
+        )
     everywhere = _all_inputs if own or prepare_layer_inputs_fn is None else prepare_layer_inputs_fn
 
     def prepare(batch: Any, name: str, args: Any) -> Tensor:

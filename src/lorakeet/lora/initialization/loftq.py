@@ -16,16 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakeet.config import QUANTIZED_FORMATS
 from lorakeet.errors import AdapterError, ConfigError
 from lorakeet.log import warn
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.initialization.pissa import principal_pair
 from lorakeet.lora.initialization.taken_part import one_thread, out_in, set_weight
-from lorakeet.quant.int8 import INT8
+from lorakeet.quant.hf_quantizer import FORMATS
 from lorakeet.quant.protocol import dense_weight, is_quantized
-
-#: Bits -> the format of a quantized weight.
-_FORMATS = {8: INT8}
 
 
 def linear_layers(model: nn.Module, adapter: str) -> dict[str, Any]:
@@ -52,8 +50,8 @@ def start_from_quantized(model: nn.Module, adapter: str, config: PeftConfig, fre
     if config.init_lora_weights != "loftq":
         return
     bits, steps = config.loftq_config["loftq_bits"], config.loftq_config["loftq_iter"]
-    if bits not in _FORMATS or steps < 1:
-        known = " or ".join(map(str, _FORMATS))
+    if bits not in QUANTIZED_FORMATS or steps < 1:
+        known = " or ".join(map(str, QUANTIZED_FORMATS))
         raise ConfigError(f"loftq_config has {bits} bits and {steps} iterations, expected {known} bits and at least 1")
     layers = linear_layers(model, adapter).values()
     if fresh and any(is_quantized(layer.base_layer) and not layer.base_layer.weight.is_meta for layer in layers):
@@ -65,7 +63,7 @@ def start_from_quantized(model: nn.Module, adapter: str, config: PeftConfig, fre
             weight = out_in(layer, dense_weight(layer.base_layer, torch.float32)).contiguous()
             rest = weight
             for _ in range(steps):
-                rounded = _FORMATS[bits].quantize(rest, False).dequantize()
+                rounded = FORMATS[QUANTIZED_FORMATS[bits]].quantize(rest, False).dequantize()
                 pair = principal_pair(weight - rounded, layer.r[adapter], layer.scaling[adapter])
                 rest = weight - layer.scaling[adapter] * pair[1] @ pair[0]
             set_weight(layer, rounded)

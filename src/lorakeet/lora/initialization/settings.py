@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, did_you_mean
 from lorakeet.log import warn
 
 
@@ -85,14 +85,15 @@ def own_settings(how: bool | str, given: Mapping[str, Any]) -> dict[str, Any]:
 def _made(key: str, kind: Any, value: Any) -> Any:
     """Return the settings as an object of their class; of peft's class too, by its fields."""
     values = dict(value) if isinstance(value, Mapping) else vars(value)
-    if unknown := sorted(values.keys() - {field.name for field in dataclasses.fields(kind)}):
-        raise ConfigError(f"unknown entry {unknown[0]!r} of {key}")
+    known = [field.name for field in dataclasses.fields(kind)]
+    if unknown := sorted(values.keys() - set(known)):
+        raise ConfigError(f"unknown entry {unknown[0]!r} of {key}", did_you_mean(unknown[0], known))
     try:
         return kind(**values)
     except TypeError as error:
-        raise ConfigError(f"{key} has a value of another type ({error})") from None
+        raise ConfigError(f"{key} has a value of another type, expected numbers ({error})") from None
 
 
 def written(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings in the form of JSON."""
-    return {key: dataclasses.asdict(value) if isinstance(value, EvaConfig) else value for key, value in values.items()}
+    return {key: vars(value).copy() if dataclasses.is_dataclass(value) else value for key, value in values.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 from lorakeet.errors import AdapterError, LorakeetError
 from lorakeet.files import hub_file
-from lorakeet.security.paths import file_problem
+from lorakeet.security.paths import exists, file_problem, is_dir, is_file
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -21,7 +21,7 @@ def adapter_folder(name: str | Path) -> Path:
     """Return the folder of an adapter: the one named, or its folder ``adapter`` if it is that of a run."""
     folder = Path(name)
     inner = folder / "adapter"
-    return inner if (inner / CONFIG_NAME).is_file() and not (folder / CONFIG_NAME).exists() else folder
+    return inner if is_file(inner / CONFIG_NAME) and not exists(folder / CONFIG_NAME) else folder
 
 
 def find_adapter_file(
@@ -45,13 +45,13 @@ def find_adapter_file(
     """
     inner = f"{subfolder}/{filename}" if subfolder else filename
     folder = adapter_folder(name)
-    if folder.is_dir():
+    if is_dir(folder):
         if problem := file_problem(folder, inner):
             raise AdapterError(f"{folder} is refused: {problem}", "copy the file itself into the folder")
-        return folder / inner if (folder / inner).is_file() else None
+        return folder / inner if is_file(folder / inner) else None
     text = str(name)
-    if folder.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
-        found = "is a file" if folder.exists() else "does not exist"
+    if exists(folder) or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        found = "is a file" if exists(folder) else "does not exist"
         raise AdapterError(
             f"adapter {text!r} {found}, expected a folder with {CONFIG_NAME} or a hub id like user/name",
             "give the folder `adapter` of a run, or user/name",

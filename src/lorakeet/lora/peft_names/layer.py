@@ -55,6 +55,26 @@ class LayerNames(SwitchNames):
         """Put this layer's original weight back."""
         self.unmerge_()
 
+    @property
+    def use_dora(self: Any) -> dict[str, bool]:
+        """Whether each adapter is one of DoRA."""
+        return {adapter: "use_dora" in variant.settings for adapter, variant in self.variants.items()}
+
+    @property
+    def lora_bias(self: Any) -> dict[str, bool]:
+        """Whether each adapter's B has a bias."""
+        return {adapter: self.bias_delta(adapter) is not None for adapter in self.r}
+
+    @property
+    def lora_variant(self: Any) -> dict[str, Any]:
+        """Variant of each adapter that is not plain LoRA."""
+        return {adapter: variant for adapter, variant in self.variants.items() if variant.settings}
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Further arguments of the layer: none."""
+        return {}
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter can be expressed as LoRA: it is LoRA."""
         return True

@@ -132,7 +132,8 @@ def reallocate(model: Any, adapter: str, device: str | None = None) -> None:
     """Give an adapter's parameters new memory, without values, on a device; left out: on that of each base layer."""
     for layer in model.lora_layers():
         where = device or layer.base_layer.weight.device
-        for name in layer.adapter_layer_names:
+        own = layer.variants[adapter].parameters if adapter in layer.variants else ()
+        for name in (*layer.adapter_layer_names, *own):
             table = getattr(layer, name, {})
             if adapter in table and isinstance(table[adapter], nn.Module):
                 table[adapter].to_empty(device=where)

@@ -19,9 +19,7 @@ NEUTRAL: dict[str, Any] = {
     "megatron_core": "megatron.core",
     "monteclora_config": None,
     "qalora_group_size": 16,
-    "use_bdlora": None,
     "use_qalora": False,
-    "velora_config": None,
 }
 
 

@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorakeet.errors import ConfigError
+from lorakeet.lora.variants.bdlora import BdLora
 from lorakeet.lora.variants.dora import Dora
 from lorakeet.lora.variants.lora import Lora
 from lorakeet.lora.variants.variant import AdaptedLayer, Variant
+from lorakeet.lora.variants.velora import Velora
 
-__all__ = ["AdaptedLayer", "Variant", "chosen_variant", "register", "unregister", "variant_settings"]
+__all__ = ["AdaptedLayer", "Variant", "chosen_variant", "register", "setting_value", "unregister", "variant_settings"]
 
 #: Plain LoRA: the variant of an adapter whose settings choose no other.
 _DEFAULT = Lora()
@@ -47,6 +49,22 @@ def variant_settings() -> dict[str, Any]:
     return {key: neutral for variant in _registered.values() for key, neutral in variant.settings.items()}
 
 
+def setting_value(key: str, value: Any) -> Any:
+    """Return the value of a setting as an object of its class, where a variant gives it one.
+
+    Raises:
+        ConfigError: Its fields are unknown, or have wrong values.
+    """
+    made = next((variant.types[key] for variant in _registered.values() if key in variant.types), None)
+    if made is None or value in (None, False) or isinstance(value, made):
+        return value
+    fields = value if isinstance(value, Mapping) else vars(value)
+    try:
+        return made(**fields)
+    except TypeError as error:
+        raise ConfigError(f"{key}={value!r} is no {made.__name__}: {error}") from None
+
+
 def chosen_variant(settings: Mapping[str, Any]) -> Variant:
     """Return the variant that all settings of an adapter choose; plain LoRA, if they choose no other.
 
@@ -62,4 +80,5 @@ def chosen_variant(settings: Mapping[str, Any]) -> Variant:
     return variant
 
 
-register(Dora())
+for _variant in (Dora(), BdLora(), Velora()):
+    register(_variant)

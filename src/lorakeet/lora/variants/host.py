@@ -15,7 +15,10 @@ class VariantHost(nn.Module):
 
     base_layer: Any
     variants: dict[str, Variant]
+    notes: dict[str, Any]
 
+    #: Last part of the layer's name in the model.
+    leaf = ""
     #: Dimension of the base layer's weight that counts output channels.
     channel_dim = 0
 
@@ -40,9 +43,25 @@ class VariantHost(nn.Module):
             self.add_module(name, nn.ParameterDict() if isinstance(part, nn.Parameter) else nn.ModuleDict())
         self._table(name)[adapter] = part
 
+    def add_buffer(self, name: str, adapter: str, value: Tensor) -> None:
+        """Give the adapter a tensor that is saved and not trained, or another value of it."""
+        if name not in self._modules:
+            self.add_module(name, nn.Module())
+        self._table(name).register_buffer(adapter, value)
+
     def part(self, name: str, adapter: str) -> Any:
-        """Return a part that :meth:`add_part` gave the adapter."""
-        return self._table(name)[adapter]
+        """Return what :meth:`add_part` or :meth:`add_buffer` gave the adapter."""
+        table = self._table(name)
+        return table._buffers[adapter] if adapter in table._buffers else table[adapter]
+
+    def delete_parts(self, adapter: str) -> None:
+        """Remove what the adapter's variant added."""
+        if adapter in self.variants:
+            for name in self.variants[adapter].parameters:
+                del self._table(name)[adapter]
+            for name in self.variants[adapter].buffers:
+                del self._table(name)._buffers[adapter]
+        self.notes.pop(adapter, None)
 
     def variant_parts(self, adapter: str) -> list[Tensor]:
         """Return the parameters that the adapter's variant added."""

@@ -18,10 +18,16 @@ class AdaptedLayer(Protocol):
         base_layer: The frozen layer.
         scaling: The factor s of each adapter, by name.
         channel_dim: Dimension of the base layer's weight that counts output channels.
+        leaf: Last part of the layer's name in the model.
+        notes: Values that the variant of each adapter keeps, by the adapter's name.
+        training: Whether the layer is in training mode.
     """
 
     base_layer: Any
     scaling: dict[str, float]
+    leaf: str
+    notes: dict[str, Any]
+    training: bool
 
     @property
     def channel_dim(self) -> int:
@@ -35,6 +41,12 @@ class AdaptedLayer(Protocol):
 
     def low_rank(self, adapter: str, dropped: Tensor) -> Tensor:
         """Compute s·B·A·x for an input after dropout, in the adapter's dtype."""
+
+    def pair(self, adapter: str) -> tuple[Any, Any]:
+        """Return A and B as modules, of a linear layer or a convolution."""
+
+    def set_pair(self, adapter: str, a: nn.Module, b: nn.Module) -> None:
+        """Take A and B as the adapter's."""
 
     def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Return A [r, in] and B [out, r], of a convolution with the kernel flattened into ``in``."""
@@ -54,8 +66,11 @@ class AdaptedLayer(Protocol):
     def add_part(self, name: str, adapter: str, part: nn.Parameter | nn.Module) -> None:
         """Give the adapter a further part; ``name`` is one of :attr:`Variant.parameters`."""
 
+    def add_buffer(self, name: str, adapter: str, value: Tensor) -> None:
+        """Give the adapter a tensor that is saved and not trained, or another value of it; one of :attr:`Variant.buffers`."""
+
     def part(self, name: str, adapter: str) -> Any:
-        """Return a part that :meth:`add_part` gave the adapter."""
+        """Return what :meth:`add_part` or :meth:`add_buffer` gave the adapter."""
 
 
 class Variant:
@@ -67,6 +82,8 @@ class Variant:
             chooses the variant.
         parameters: Names of the parameters (or modules of parameters) that it adds to each layer's A and B. Each begins with
             ``lora_``.
+        buffers: Names of the tensors that it adds and does not train.
+        types: Classes of the settings that are objects; a dictionary of their fields is accepted too.
         additive: Whether W' = W + ΔW, where ΔW depends on this adapter alone. Otherwise an adapter cannot be combined with
             others into one, or shared by tied layers; several active ones apply in their order.
         fused: Whether ``kernels.lora_linear`` computes this variant's equation, up to :meth:`output_scale`.
@@ -76,6 +93,8 @@ class Variant:
     name: ClassVar[str]
     settings: ClassVar[Mapping[str, Any]] = {}
     parameters: ClassVar[tuple[str, ...]] = ()
+    buffers: ClassVar[tuple[str, ...]] = ()
+    types: ClassVar[Mapping[str, type]] = {}
     additive: ClassVar[bool] = True
     fused: ClassVar[bool] = False
     refused_by: ClassVar[Mapping[str, str]] = {}
@@ -97,6 +116,11 @@ class Variant:
     def unsupported(self, target: nn.Module | nn.Parameter) -> str | None:
         """Return why the variant cannot adapt a base layer, or a parameter of ``target_parameters``; None if it can."""
         return f"is a parameter, which {self.name} cannot adapt" if isinstance(target, nn.Parameter) else None
+
+    def not_linear(self, target: nn.Module | nn.Parameter) -> str | None:
+        """Return why a variant of linear layers alone cannot adapt a layer; None if it can."""
+        other = isinstance(target, nn.Embedding | nn.MultiheadAttention | nn.modules.conv._ConvNd)
+        return f"is a {type(target).__name__}, which {self.name} cannot adapt" if other else None
 
     # -- a layer ----------------------------------------------------------------------------------------------------
 
@@ -135,5 +159,16 @@ class Variant:
     # -- the file ---------------------------------------------------------------------------------------------------
 
     def tensor_names(self, adapter: str) -> dict[str, str]:
-        """Map names in the file to names in the state dict, both relative to the layer, for :attr:`parameters`."""
-        return {name: f"{name}.{adapter}" for name in self.parameters}
+        """Map names in the file to names in the state dict, both relative to the layer, for parameters and buffers."""
+        return {name: f"{name}.{adapter}" for name in (*self.parameters, *self.buffers)}
+
+    def saved_pair(self, leaf: str, a: Tensor, b: Tensor, settings: Any) -> tuple[Tensor, Tensor]:
+        """Return A [r, in] and B [out, r] of a layer as they are multiplied.
+
+        Args:
+            leaf: Last part of the layer's name.
+            a: A as the file has it.
+            b: B as the file has it.
+            settings: The adapter's settings.
+        """
+        return a, b

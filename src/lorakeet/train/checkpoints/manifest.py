@@ -19,7 +19,7 @@ from typing import Any
 from lorakeet.errors import TrainingError
 from lorakeet.log import warn
 from lorakeet.security.json_file import read_object
-from lorakeet.security.paths import outside
+from lorakeet.security.paths import is_dir, is_file, outside
 
 #: Name of the file that lists a checkpoint's files and the run's fingerprint.
 MANIFEST = "lorakeet_checkpoint.json"
@@ -40,7 +40,7 @@ def write_manifest(
         versions: Versions of the programs that wrote it.
         progress: Counters of the Trainer that ``trainer_state.json`` does not hold.
     """
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if is_file(path))
     manifest = {
         "files": {
             name: {"bytes": (folder / name).stat().st_size, "sha256": file_hash(folder / name)} for name in names
@@ -92,7 +92,7 @@ def _fault(folder: Path, name: str, written: Mapping[str, Any]) -> str | None:
         return f"{name} (leads out of the folder, to {place})"
     path = folder / name
     try:
-        size = path.stat().st_size if path.is_file() else None
+        size = path.stat().st_size if is_file(path) else None
         if size != written["bytes"]:
             return f"{name} (expected {written['bytes']} bytes, got {'none' if size is None else size})"
         return None if file_hash(path) == written["sha256"] else f"{name} (its content has changed)"
@@ -104,7 +104,7 @@ def _fault(folder: Path, name: str, written: Mapping[str, Any]) -> str | None:
 
 def checkpoints(run_folder: str | Path) -> dict[int, Path]:
     """Return the folders below ``run_folder`` that are named as checkpoints, by step, the newest first."""
-    folders = [path for path in Path(run_folder).glob("checkpoint-*") if path.is_dir()]
+    folders = [path for path in Path(run_folder).glob("checkpoint-*") if is_dir(path)]
     found = {int(match[1]): path for path in folders if (match := _NAME.fullmatch(path.name))}
     return dict(sorted(found.items(), reverse=True))
 

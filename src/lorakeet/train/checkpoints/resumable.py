@@ -24,6 +24,7 @@ from lorakeet.errors import OutputError, TrainingError
 from lorakeet.files import check_output, check_room, clear_aside, write_folder
 from lorakeet.log import info, silent, warn
 from lorakeet.patches.thread_order import in_fixed_order, keep_threads
+from lorakeet.security.paths import exists, is_dir
 from lorakeet.train.callbacks.interrupt import EvaluationStoppedError
 from lorakeet.train.callbacks.save_by_time import SaveByTime
 from lorakeet.train.checkpoints.fingerprint import refuse_other_run, run_fingerprint, versions
@@ -112,9 +113,9 @@ class ResumableTrainer(SavedState):
             self.store_flos()
         if self.state.best_global_step:
             best = run_folder / f"checkpoint-{self.state.best_global_step}"
-            if best == folder or best.exists():
+            if best == folder or exists(best):
                 self.state.best_model_checkpoint = str(best)
-        if self.args.should_save and folder.is_dir():  # damaged, or of another training
+        if self.args.should_save and is_dir(folder):  # damaged, or of another training
             remove_checkpoints([folder])
         self._write_aside(folder)
         self._saved_step = self.state.global_step
@@ -248,7 +249,7 @@ class ResumableTrainer(SavedState):
         """Refuse a checkpoint that is damaged, of another run, or not whole; read the counters of its Trainer."""
         if not self.any_checkpoint:
             refuse_other_run(folder, self.fingerprint())
-        if not self.any_checkpoint or (folder / MANIFEST).exists():  # the parent's have none
+        if not self.any_checkpoint or exists(folder / MANIFEST):  # the parent's have none
             self._resumed = read_manifest(folder)["progress"]
         self._check_parts(folder)
         self._own = self._process_state(folder)

@@ -9,6 +9,7 @@ from lorakeet.config import RunConfig
 from lorakeet.errors import OutputError, TrainingError
 from lorakeet.log import info
 from lorakeet.runs.run_folder import changed_settings, is_run, read_summary, refuse_other_settings
+from lorakeet.security.paths import is_dir
 from lorakeet.train.checkpoints.manifest import checkpoints, latest_checkpoint, remove_checkpoints
 
 
@@ -70,5 +71,5 @@ def remove_what_only_resumes(config: RunConfig, folder: Path) -> None:
     if config.train.save_every is None and not (config.train.keep_best or config.train.load_best):
         place = folder / "checkpoints"
         remove_checkpoints(checkpoints(place).values())
-        if place.is_dir() and not place.is_symlink() and not any(place.iterdir()):
+        if is_dir(place) and not place.is_symlink() and not any(place.iterdir()):
             place.rmdir()

@@ -17,6 +17,7 @@ from lorakeet.errors import TrainingError
 from lorakeet.files import PICKLE_SUFFIXES
 from lorakeet.log import warn
 from lorakeet.rng import random_state, set_random_state
+from lorakeet.security.paths import is_file
 from lorakeet.train.checkpoints.manifest import checkpoints
 from lorakeet.train.checkpoints.state_files import read_state, write_state
 
@@ -82,7 +83,7 @@ class SavedState(transformers.Trainer):
             warn(f"{message}; they are not read")
         missing = self._missing_parts(folder)
         message = f"checkpoint {folder} does not hold {', '.join(missing)}, so these would begin afresh"
-        if missing and not (self.any_checkpoint and (folder / TRAINER_STATE_NAME).is_file()):
+        if missing and not (self.any_checkpoint and is_file(folder / TRAINER_STATE_NAME)):
             raise TrainingError(
                 f"{message} (was it saved with save_only_model=True?)",
                 "resume from a whole checkpoint, or pass Trainer(..., any_checkpoint=True) to begin them afresh",
@@ -99,7 +100,7 @@ class SavedState(transformers.Trainer):
             parts |= {"optimizer.json": "optimizer", "scheduler.json": "learning rate schedule"}
             parts |= {"scaler.json": "loss scale"} if self.args.fp16 else {}
         states = dict.fromkeys((f"process_{i}.json" for i in range(self.args.world_size)), "random state")
-        missing = [state for file, state in {**parts, **states}.items() if not (folder / file).is_file()]
+        missing = [state for file, state in {**parts, **states}.items() if not is_file(folder / file)]
         return list(dict.fromkeys(missing))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -107,7 +108,7 @@ class SavedState(transformers.Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         folder = Path(checkpoint)
-        if (folder / "optimizer.json").is_file():
+        if is_file(folder / "optimizer.json"):
             saved = read_state(folder, "optimizer")
             if saved["parameters"] != self._optimized():
                 raise TrainingError(
@@ -115,12 +116,12 @@ class SavedState(transformers.Trainer):
                     "resume with the model and optimizer of the run that wrote it",
                 )
             self.optimizer.load_state_dict(saved["state"])
-        if (folder / "scheduler.json").is_file():
+        if is_file(folder / "scheduler.json"):
             self.lr_scheduler.load_state_dict(read_state(folder, "scheduler"))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         scaler = getattr(self.accelerator, "scaler", None)
-        if checkpoint is not None and scaler is not None and (Path(checkpoint) / "scaler.json").is_file():
+        if checkpoint is not None and scaler is not None and is_file(Path(checkpoint) / "scaler.json"):
             scaler.load_state_dict(read_state(Path(checkpoint), "scaler"))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -130,7 +131,7 @@ class SavedState(transformers.Trainer):
     def _process_state(self, folder: Path) -> dict[str, Any] | None:
         """Return what this process wrote for itself; None if it wrote nothing."""
         name = f"process_{self.args.process_index}"
-        return read_state(folder, name) if (folder / f"{name}.json").is_file() else None
+        return read_state(folder, name) if is_file(folder / f"{name}.json") else None
 
     def _load_callback_state(self) -> None:
         """Give each callback the counters that it had; the arguments that it was made with are those of this run."""

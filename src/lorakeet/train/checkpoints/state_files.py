@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorakeet.errors import TrainingError
+from lorakeet.security.paths import exists
 
 
 def write_state(folder: Path, name: str, state: Any) -> None:
@@ -43,7 +44,7 @@ def read_state(folder: Path, name: str) -> Any:
     try:
         encoded = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         file = folder / f"{name}.safetensors"
-        return _decode(encoded, load_file(file) if file.exists() else {})
+        return _decode(encoded, load_file(file) if exists(file) else {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise TrainingError(
             f"{folder / name}.json cannot be read, expected the state of a training: {error}",

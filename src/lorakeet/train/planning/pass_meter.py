@@ -24,6 +24,7 @@ from lorakeet.plan.measure_pass import measure_pass
 from lorakeet.plan.pass_cost import PassCost
 from lorakeet.plan.passes import Pass
 from lorakeet.plan.saved_costs import saved_parts
+from lorakeet.quant.protocol import value_count
 from lorakeet.rng import same_random_state
 from lorakeet.tasks.measure import OWN_LOSS, TaskMeasure, TokenMeasure, own_loss
 from lorakeet.tasks.task import Task
@@ -61,7 +62,7 @@ class PassMeter:
         self.device = choose_device(config.base.device)
         self.collator: Any = make_collator(chosen, found.tokenizer, model) if found.tokenizer else PaddingCollator(0)
         self.undo = ExitStack()
-        self.per_token = 6 * sum(p.numel() for p in model.parameters())
+        self.per_token = 6 * value_count(model)
         self.settings = self._key()
         # fused layers need weights; whether padding and logits are computed is known without
         bare = config.train.model_copy(update={"fused_layers": False})

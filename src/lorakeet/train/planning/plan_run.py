@@ -19,6 +19,7 @@ from lorakeet.config import BaseSettings, RunConfig, TaskSettings
 from lorakeet.data.prepared import Prepared
 from lorakeet.errors import BaseModelError
 from lorakeet.log import silent
+from lorakeet.lora.lifecycle.frozen_a import freeze_lora_a
 from lorakeet.plan.cut_model import whole_model
 from lorakeet.plan.free_memory import free_memory
 from lorakeet.plan.pass_cost import PassCost, choose_every, seconds_of
@@ -45,7 +46,7 @@ class Weights:
         trained, total: Numbers of parameters, tied ones counted once.
         base, adapter: Bytes of frozen and of trained weights.
         largest: Elements of the largest frozen weight.
-        quantized: Whether layers are in 8 bits.
+        quantized: Whether layers are in 8 or 4 bits.
         loading: Bytes beyond the base while it is loaded.
         checkpoint: Bytes of a checkpoint.
     """
@@ -206,6 +207,8 @@ def _measured(
     restart_peak()
     before = resident_bytes()
     model = whole_model(config, found, task)
+    if config.train.lorafa:
+        freeze_lora_a(model)
     weights = Weights.of(model, config.base, choose_device(config.base.device))
     with silent():
         costs = Costs.of(PassMeter(config, model, found, chosen, task, rows), config, rows, processes)
@@ -268,7 +271,7 @@ def _loading(weights: Weights, model: nn.Module, base: BaseSettings, device: tor
     except BaseModelError:  # a configuration without a model: nothing is loaded
         return 0
     size = sum(Path(file).stat().st_size for file in files)
-    if weights.quantized and size > 1.5 * weights.base:  # not stored in 8 bits
+    if weights.quantized and size > 1.5 * weights.base:  # not stored quantized
         return 4 * weights.largest + min(MAPPED_BYTES, size)
     dtypes = {p.dtype for p in model.parameters() if not p.requires_grad}
     return size if stored is not None and not weights.quantized and stored not in dtypes else 0

@@ -1,6 +1,6 @@
 """A frozen base whose layers are sharded over processes (FSDP2), with adapters that are whole in each of them.
 
-Each process holds its part of every layer's frozen weights, 8-bit ones as they are: the int8 weight and its scales are
+Each process holds its part of every layer's frozen weights, quantized ones as they are: weight and scales are
 plain parameters, both cut along dimension 0. A layer is gathered when it runs, forward or backward, and freed after
 it. Adapters, their gradients and their optimizer state are small, so each process has all of them, and DDP averages the
 gradients. A checkpoint or an adapter is thus written whole by one process, as without sharding.

@@ -1,0 +1,16 @@
+"""Messages in PEFT's very words, which programs compare with those of an error."""
+
+from __future__ import annotations
+
+#: Message of a merge with an adapter that is broken; takes ``adapter``.
+BROKEN = "NaNs detected in the merged weights. The adapter {adapter} seems to be broken"
+#: Message of deleting an adapter that is merged; takes ``adapters``, a list of names.
+DELETE_MERGED = "Cannot delete adapter(s) {adapters} while they are merged. Please unmerge them first."
+#: Message of a swap between adapters whose settings differ; takes ``key``, ``one`` and ``other``.
+INCOMPATIBLE = "Configs are incompatible: for {key}, {one} != {other}"
+#: Message of a preparation for swaps on a model without adapters.
+NO_ADAPTER = "No adapter layers found on the model, so there is nothing to prepare"
+#: Message of a preparation for swaps that comes too late.
+COMPILED = "Call prepare_model_for_compiled_hotswap *before* compiling the model"
+#: Message of a rank below that of an adapter; takes ``rank`` and ``own``.
+TOO_LOW = "Trying to pad the adapter to the target rank {rank}, but the original rank is larger ({own})"

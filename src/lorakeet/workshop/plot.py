@@ -1,0 +1,53 @@
+"""Picture of two adapters compared: heat maps over the layers, of the cosine and of the shared subspaces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorakeet.tasks.plots import BLUES, new_figure, save_figure
+
+#: Panels: title, figure of a layer, colors, smallest and largest value.
+_PANELS = (
+    ("cosine of the updates", "cosine", "RdBu", -1.0, 1.0),
+    ("overlap of the column spaces", "column_overlap", BLUES, 0.0, 1.0),
+    ("overlap of the row spaces", "row_overlap", BLUES, 0.0, 1.0),
+)
+
+
+def draw_similarity(report: Mapping[str, Any], path: str | Path) -> None:
+    """Draw cosine and overlaps, a row for each kind of layer and a column for each layer number, as a PNG.
+
+    Args:
+        report: The result of :func:`lorakeet.workshop.similarity.similarity_report`.
+        path: Path of the PNG.
+    """
+    layers = report["layers"]
+    kinds = sorted({layer["kind"] for layer in layers})
+    numbers = sorted({layer["layer"] for layer in layers}, key=lambda number: -1 if number is None else number)
+    figure = new_figure(max(7.0, 0.34 * len(numbers) + 3), 1.2 + len(_PANELS) * (1.0 + 0.36 * len(kinds)))
+    panels = figure.subplots(len(_PANELS), 1)
+    for axes, (title, key, colors, low, high) in zip(panels, _PANELS, strict=True):
+        table = np.full((len(kinds), len(numbers)), np.nan)
+        for layer in layers:
+            if layer[key] is not None:
+                table[kinds.index(layer["kind"]), numbers.index(layer["layer"])] = layer[key]
+        image = axes.imshow(table, cmap=colors, vmin=low, vmax=high, aspect="auto")
+        for row, column in zip(*np.nonzero(~np.isnan(table)), strict=True):
+            value = table[row, column]
+            dark = abs(value) > 0.6 * high
+            axes.text(
+                column, row, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black", fontsize=6
+            )
+        axes.set_yticks(range(len(kinds)), kinds)
+        axes.set_xticks(range(len(numbers)), ["-" if number is None else str(number) for number in numbers], fontsize=7)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        if axes is not panels[0]:
+            axes.set_title(title, loc="left", fontsize=9)
+        figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02)
+    panels[-1].set_xlabel("layer")
+    save_figure(figure, panels[0], path, "Similarity of two adapters", _PANELS[0][0])
