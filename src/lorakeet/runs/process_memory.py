@@ -58,10 +58,10 @@ def return_free_memory() -> None:
 
 
 def map_large_blocks() -> None:
-    """Let the C library of Linux map each large block on its own, so that it leaves no hole in the heap when it is freed.
+    """Let the C library of Linux map each large block on its own, so that freed ones leave no holes in the heap.
 
-    By itself the library puts blocks of up to 32 MiB into the heap once such a block was freed. Long passes then take up to
-    twice the memory of their tensors.
+    By itself the library puts blocks of up to 32 MiB into the heap, after the first of that size is freed. Long passes then
+    take up to twice the memory of their tensors.
     """
     with suppress(OSError, AttributeError):  # other C libraries have no such function
         library = ctypes.CDLL(None)
