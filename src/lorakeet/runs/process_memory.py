@@ -12,8 +12,8 @@ from lorakeet.security.paths import exists
 
 #: Bytes. Larger blocks are mapped on their own, where memory is short: each then costs the time of fresh pages.
 MAPPED_ALONE = 1 << 21
-#: Bytes of free memory that stay at the end of the heap, as glibc chooses itself after large blocks were freed.
-FREE_AT_END = 1 << 26
+#: Bytes of free memory that stay at the end of the heap.
+FREE_AT_END = 1 << 23
 #: Numbers of these two parameters in glibc's ``malloc.h``.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 #: Bytes. Peak resident memory of this process before :func:`restart_peak`.
