@@ -60,7 +60,6 @@ def compare(
     config = read_overrides([], settings)
     if eval_fraction is not None and not config.data.path:
         raise ConfigError("--eval-fraction chooses rows of the data, and there is no --data", "give --data FILE")
-    wanted = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
     from lorakeet import api
     from lorakeet.workshop.text import comparison_text
 
@@ -70,7 +69,7 @@ def compare(
             other,
             config.base,
             config.data if config.data.path else None,
-            prompts=wanted,
+            prompts=[*(prompt or []), *(read_prompts(prompts) if prompts else [])],
             allow_other_base=allow_other_base,
             max_new_tokens=max_new_tokens,
             progress=progress,

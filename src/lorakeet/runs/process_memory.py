@@ -10,10 +10,10 @@ from pathlib import Path
 
 from lorakeet.security.paths import exists
 
-#: Bytes. Larger blocks are mapped on their own. Passes of a thousand tokens of a small model have hardly any.
-MAPPED_ALONE = 1 << 23
-#: Bytes of free memory that stay at the end of the heap, as glibc chooses itself after large blocks were freed.
-FREE_AT_END = 1 << 26
+#: Bytes. Larger blocks are mapped on their own, where memory is short: each then costs the time of fresh pages.
+MAPPED_ALONE = 1 << 21
+#: Bytes of free memory that stay at the end of the heap.
+FREE_AT_END = 1 << 23
 #: Numbers of these two parameters in glibc's ``malloc.h``.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 #: Bytes. Peak resident memory of this process before :func:`restart_peak`.
@@ -58,10 +58,10 @@ def return_free_memory() -> None:
 
 
 def map_large_blocks() -> None:
-    """Let the C library of Linux map each large block on its own, so that it leaves no hole in the heap when it is freed.
+    """Let the C library of Linux map each large block on its own, so that freed ones leave no holes in the heap.
 
-    By itself the library puts blocks of up to 32 MiB into the heap once such a block was freed. Long passes then take up to
-    twice the memory of their tensors.
+    By itself the library puts blocks of up to 32 MiB into the heap, after the first of that size is freed. Long passes then
+    take up to twice the memory of their tensors.
     """
     with suppress(OSError, AttributeError):  # other C libraries have no such function
         library = ctypes.CDLL(None)

@@ -44,7 +44,7 @@ def is_dir(path: str | Path) -> bool:
 
 
 def _mode(path: str | Path) -> int | None:
-    """Return the mode of what is at a path; None if nothing is, or a link leads in a circle or to too long a name.
+    """Return the mode of a path; None if nothing is there, or a link leads in a circle or to too long a name.
 
     ``Path.exists`` and its siblings raise an error on the last of these.
     """

@@ -92,7 +92,6 @@ def run_training(
         TrainingError: The run must stop, see :class:`lorakeet.train.trainer.Trainer`.
     """
     began = time.perf_counter()
-    map_large_blocks()
     if int(os.environ.get("RANK") or 0) > 0:
         log.setLevel("ERROR")
     state = join_processes(choose_device(config.base.device))
@@ -220,7 +219,10 @@ class Run(RunOutput):
         every: bool | int | str | None = self.config.train.gradient_checkpointing
         if every == "auto":
             every = same_in_all_processes(self.plan, trainer.accelerator)
-        return gradient_checkpointing(self.model, int(every)) if every else nullcontext()
+        if not every:
+            return nullcontext()
+        map_large_blocks()  # memory is short
+        return gradient_checkpointing(self.model, int(every))
 
     def _fit(self, trainer: Trainer, progress: ProgressCallback, stop: StopAfterStep, start: Path | None) -> None:
         """Measure the base, then train; or train on from a checkpoint.
