@@ -62,7 +62,9 @@ def setting_value(key: str, value: Any) -> Any:
     try:
         return made(**fields)
     except TypeError as error:
-        raise ConfigError(f"{key}={value!r} is no {made.__name__}: {error}") from None
+        raise ConfigError(
+            f"{key}={value!r} is no {made.__name__}: {error}", f"its fields: {', '.join(made.__dataclass_fields__)}"
+        ) from None
 
 
 def chosen_variant(settings: Mapping[str, Any]) -> Variant:
