@@ -6,6 +6,7 @@ the table of compatible tools ask the variant; none of them knows its name.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,7 +64,8 @@ def setting_value(key: str, value: Any) -> Any:
         return made(**fields)
     except TypeError as error:
         raise ConfigError(
-            f"{key}={value!r} is no {made.__name__}: {error}", f"its fields: {', '.join(made.__dataclass_fields__)}"
+            f"{key}={value!r} is no {made.__name__}: {error}",
+            f"its fields: {', '.join(inspect.signature(made).parameters)}",
         ) from None
 
 
