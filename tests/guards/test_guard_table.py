@@ -29,6 +29,8 @@ def table() -> dict[int, tuple[str, str]]:
 
 def test_the_page_has_every_row() -> None:
     assert sorted(table()) == list(range(1, 25)) and PLANTED.keys() | SILENT == set(table())
+    text = PAGE.read_text(encoding="utf-8")
+    assert f"For {len(PLANTED)} of the 24 rows" in text and not PLANTED.keys() & SILENT
 
 
 @pytest.mark.parametrize("row", sorted(PLANTED))

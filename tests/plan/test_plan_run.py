@@ -95,8 +95,12 @@ def test_passes_share_micro_batches_and_the_largest_has_the_longest_rows() -> No
     assert [len(step) for step in alone] == [2, 2, 2]
     assert all(each.tokens == 2 * max(lengths[row] for row in each.batches[0]) for step in alone for each in step)
     largest = largest_pass(lengths, train, lambda sizes: [len(sizes)], True)
-    assert largest.batches == ((7, 6), (5, 4)) and largest.tokens == 26
+    assert largest == max((step[0] for step in together), key=lambda each: each.tokens)
     assert typical_passes(together, largest)[0] == largest
+    longest = largest_pass(lengths, train, lambda sizes: [len(sizes)], True, order_known=False)
+    assert longest.batches == ((7, 6), (5, 4)) and longest.tokens == 26 > largest.tokens
+    of_all = largest_pass(lengths, train, lambda sizes: [1] * len(sizes), False, processes=2)
+    assert of_all.tokens == 16  # each step has all rows, in one of its processes the longest two
 
 
 # ---- what makes it fit ----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 import sys
 
 import pytest
@@ -33,3 +34,21 @@ def test_free_memory_between_what_is_used_is_returned() -> None:
     del blocks[:]
     return_free_memory()
     assert before - resident_bytes() > 4e7 and end.raw[0] == ord("1")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems choose by themselves")
+def test_a_large_block_leaves_no_hole_when_it_is_freed() -> None:
+    """In a process of its own, where a freed block of 16 MiB would teach the library to keep such blocks in the heap."""
+    script = """
+import ctypes
+from lorakeet.runs.process_memory import map_large_blocks, resident_bytes
+map_large_blocks()
+make = lambda size: ctypes.create_string_buffer(b"1" * size)
+del (large := [make(2**24)])[:]
+before, blocks = resident_bytes(), []
+for _ in range(4):
+    blocks.append((make(2**24), make(50_000)))
+blocks = [small for _, small in blocks]
+assert resident_bytes() - before < 2**24, resident_bytes() - before
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -59,15 +59,8 @@ def training_passes(
         skips_padding: Whether padding is not computed.
         processes: Processes that share a step.
     """
-    size = train.batch_size
-    steps = min(count_steps(len(lengths), train, processes), MOST_STEPS)
-    windows = _windows(len(lengths), size * train.grad_accum * processes, train.seed)
-    found = []
-    for window in islice(windows, steps):
-        rows = sorted(window, key=lambda row: -lengths[row])
-        batches = [tuple(rows[start : start + size]) for start in range(0, len(rows), size)][::processes]
-        found.append(_joined(batches, lengths, join, skips_padding))
-    return found
+    steps = _batches_of_steps(lengths, train, processes)
+    return [passes_of(batches[::processes], lengths, join, skips_padding) for batches in steps]
 
 
 def evaluation_passes(lengths: Sequence[int], batch_size: int, join: Joining, skips_padding: bool) -> list[Pass]:
@@ -80,22 +73,37 @@ def evaluation_passes(lengths: Sequence[int], batch_size: int, join: Joining, sk
         skips_padding: Whether padding is not computed.
     """
     rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    batches = [tuple(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
-    return _joined(batches, lengths, join, skips_padding)
+    return passes_of(_in_batches(rows, batch_size), lengths, join, skips_padding)
 
 
-def largest_pass(lengths: Sequence[int], train: TrainSettings, join: Joining, skips_padding: bool) -> Pass:
-    """Return the pass of the longest rows of all, which a training rehearses before its first step.
+def largest_pass(
+    lengths: Sequence[int],
+    train: TrainSettings,
+    join: Joining,
+    skips_padding: bool,
+    processes: int = 1,
+    order_known: bool = True,
+) -> Pass:
+    """Return the largest pass of all steps and processes, which a training rehearses before its first step.
+
+    Of a stream, or of more than :data:`MOST_STEPS` steps, it is the pass of the longest rows, which may meet in a step.
 
     Args:
         lengths: Tokens of each row.
         train: Settings of the training loop.
         join: Decides which micro-batches share a pass.
         skips_padding: Whether padding is not computed.
+        processes: Processes that share a step.
+        order_known: Whether these are all rows, so that the rows of each step are known.
     """
-    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])[: train.batch_size * train.grad_accum]
-    batches = [tuple(rows[start : start + train.batch_size]) for start in range(0, len(rows), train.batch_size)]
-    return max(_joined(batches, lengths, join, skips_padding), key=lambda each: each.tokens)
+    if not order_known or count_steps(len(lengths), train, processes) > MOST_STEPS:
+        longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])[: train.batch_size * train.grad_accum]
+        steps, processes = [_in_batches(longest, train.batch_size)], 1
+    else:
+        steps = _batches_of_steps(lengths, train, processes)
+    shares = (batches[process::processes] for batches in steps for process in range(processes))
+    passes = (each for share in shares for each in passes_of(share, lengths, join, skips_padding))
+    return max(passes, key=lambda each: each.tokens)
 
 
 def typical_passes(steps: Sequence[Sequence[Pass]], largest: Pass) -> list[Pass]:
@@ -117,13 +125,35 @@ def _windows(rows: int, size: int, seed: int) -> Iterator[list[int]]:
         epoch += 1
 
 
-def _joined(
-    batches: Sequence[tuple[int, ...]], lengths: Sequence[int], join: Joining, skips_padding: bool
+def _batches_of_steps(lengths: Sequence[int], train: TrainSettings, processes: int) -> list[list[tuple[int, ...]]]:
+    """Return the micro-batches of each step, of all processes, the longest rows of the step first."""
+    steps = min(count_steps(len(lengths), train, processes), MOST_STEPS)
+    windows = _windows(len(lengths), train.batch_size * train.grad_accum * processes, train.seed)
+    return [
+        _in_batches(sorted(window, key=lambda row: -lengths[row]), train.batch_size)
+        for window in islice(windows, steps)
+    ]
+
+
+def _in_batches(rows: Sequence[int], size: int) -> list[tuple[int, ...]]:
+    return [tuple(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+def passes_of(
+    batches: Sequence[Sequence[int]], lengths: Sequence[int], join: Joining, skips_padding: bool
 ) -> list[Pass]:
+    """Return the passes of micro-batches.
+
+    Args:
+        batches: Numbers of the rows of each.
+        lengths: Tokens of each row.
+        join: Decides which of them share a pass.
+        skips_padding: Whether padding is not computed.
+    """
     sizes = [(sum(lengths[r] for r in rows), len(rows), max(lengths[r] for r in rows)) for rows in batches]
     found, start = [], 0
     for count in join(sizes):
         tokens = sum(real if skips_padding else rows * columns for real, rows, columns in sizes[start : start + count])
-        found.append(Pass(tuple(batches[start : start + count]), tokens))
+        found.append(Pass(tuple(tuple(rows) for rows in batches[start : start + count]), tokens))
         start += count
     return found

@@ -10,6 +10,12 @@ from pathlib import Path
 
 from lorakeet.security.paths import exists
 
+#: Bytes. Larger blocks are mapped on their own. Passes of a thousand tokens of a small model have hardly any.
+MAPPED_ALONE = 1 << 23
+#: Bytes of free memory that stay at the end of the heap, as glibc chooses itself after large blocks were freed.
+FREE_AT_END = 1 << 26
+#: Numbers of these two parameters in glibc's ``malloc.h``.
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 #: Bytes. Peak resident memory of this process before :func:`restart_peak`.
 _earlier_peak = 0
 
@@ -49,6 +55,18 @@ def return_free_memory() -> None:
     """
     with suppress(OSError, AttributeError):  # other C libraries have no such function
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def map_large_blocks() -> None:
+    """Let the C library of Linux map each large block on its own, so that it leaves no hole in the heap when it is freed.
+
+    By itself the library puts blocks of up to 32 MiB into the heap once such a block was freed. Long passes then take up to
+    twice the memory of their tensors.
+    """
+    with suppress(OSError, AttributeError):  # other C libraries have no such function
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, MAPPED_ALONE)
+        library.mallopt(_M_TRIM_THRESHOLD, FREE_AT_END)
 
 
 def _in_status(name: str) -> int | None:

@@ -88,17 +88,19 @@ def all_batches(loader: Any, batch_size: int, processes: int) -> Iterable[Batch]
 
 
 def longest_first(rows: Any) -> Any:
-    """Return the rows by falling length: little padding, and a lack of memory shows at once.
+    """Return the rows by falling length: little padding, and a lack of memory shows at once."""
+    lengths = lengths_of(rows)
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return rows.select(order) if isinstance(rows, datasets.Dataset) else [rows[i] for i in order]
 
-    The length is the column ``length`` where there is one, else that of ``input_ids``.
-    """
+
+def lengths_of(rows: Any) -> list[int]:
+    """Return the tokens of each row: the column ``length`` where there is one, else those of ``input_ids``."""
     is_dataset = isinstance(rows, datasets.Dataset)
     if is_dataset and "length" in rows.column_names:
-        lengths = rows["length"][:]
-    else:
-        lengths = [len(ids) for ids in (rows["input_ids"] if is_dataset else (row["input_ids"] for row in rows))]
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    return rows.select(order) if is_dataset else [rows[i] for i in order]
+        found: list[int] = rows["length"][:]
+        return found
+    return [len(ids) for ids in (rows["input_ids"] if is_dataset else (row["input_ids"] for row in rows))]
 
 
 def evaluate(

@@ -36,6 +36,7 @@ from lorakeet.patches.of_training import training_patches
 from lorakeet.plan.free_memory import free_memory
 from lorakeet.runs.folder_lock import check_unlocked, locked
 from lorakeet.runs.metrics_log import MetricsLog
+from lorakeet.runs.process_memory import map_large_blocks
 from lorakeet.runs.run_folder import check_run_folder, claim_folder, is_finished, is_run
 from lorakeet.tasks.setup import check_rank, task_settings, with_length
 from lorakeet.tasks.task import Task
@@ -91,6 +92,7 @@ def run_training(
         TrainingError: The run must stop, see :class:`lorakeet.train.trainer.Trainer`.
     """
     began = time.perf_counter()
+    map_large_blocks()
     if int(os.environ.get("RANK") or 0) > 0:
         log.setLevel("ERROR")
     state = join_processes(choose_device(config.base.device))

@@ -38,6 +38,7 @@ from lorakeet.train.checkpoints.steady_collator import SteadyCollator
 from lorakeet.train.evaluate import all_batches, held_out_sums
 from lorakeet.train.guards import preflight
 from lorakeet.train.guards.guarded_trainer import GuardedTrainer
+from lorakeet.train.guards.rehearsal import computed_tokens
 from lorakeet.train.length_sampler import LengthWindows
 from lorakeet.train.lorafa import LoraFA
 from lorakeet.train.loraplus import LoraPlus
@@ -264,12 +265,12 @@ class Trainer(GuardedTrainer):
         return loss
 
     def largest_pass(self, batches: Sequence[Batch]) -> Batch:
-        """Return the first pass of a step of these micro-batches, which has the most tokens if the longest come first."""
+        """Return the pass with the most tokens of a step of these micro-batches."""
         with silent():  # the first step decides, and says so
             self._groups.plan_groups(batches)
-        together = self._groups.join(next(filter(None, map(self._groups.take, batches))))
+        passes = [self._groups.join(found) for batch in batches if (found := self._groups.take(batch))]
         self._groups.restart()
-        return together
+        return max(passes, key=lambda each: computed_tokens(self.model, each))
 
     def begin_training(self) -> None:
         """Decide anew whether micro-batches share a pass, then check what the training needs."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from lorakeet.errors import TrainingError
 from lorakeet.train.checkpoints import resumable
 from lorakeet.train.guards.memory import is_out_of_memory, memory_errors
 from lorakeet.train.guards.rehearsal import rehearse, same_state
+from lorakeet.train.guards.sample_order import steps_of_epoch
 from lorakeet.train.trainer import Trainer
 
 
@@ -50,6 +52,26 @@ def test_a_rehearsal_leaves_nothing_behind(
     assert seen == [(False, 4 * 17), (True, 4 * 17)]
     said = "a checkpoint, written and read back, an evaluation of the longest samples, the longest pass of 68 tokens"
     assert said in caplog.text
+
+
+@pytest.mark.parametrize("budget", [0, 10_000])
+def test_the_rehearsal_is_the_largest_pass_that_comes(budget: int, make_args: Any, collator: Any) -> None:
+    """The longest samples of all never meet in a step here, so their pass is not rehearsed."""
+    lengths = [30, *[3, 4, 5] * 5, 31, *[3, 4, 5] * 5]
+    data = datasets.Dataset.from_dict(
+        {"input_ids": [[5] * n for n in lengths], "labels": [[5] * n for n in lengths], "length": lengths}
+    )
+    model, seen = tiny_peft(0.0), []
+    model.register_forward_pre_hook(
+        lambda module, _, given: seen.append(given["input_ids"].shape) if module.training else None, with_kwargs=True
+    )
+    args = make_args(gradient_accumulation_steps=2, max_steps=8)
+    trainer = Trainer(model, args, train_dataset=data, data_collator=collator, token_budget=budget)
+    trainer.train()
+    rehearsed, *trained = [rows * columns for rows, columns in seen]
+    assert rehearsed == max(trained)
+    loader = trainer.callback_handler.train_dataloader
+    assert list(steps_of_epoch(loader, 2, 0)) == list(steps_of_epoch(loader, 2, 0))
 
 
 def test_a_batch_norm_does_not_count_a_rehearsal() -> None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset
-
-from lorakeet.rng import same_random_state
 
 #: Characters of a sample's text that a description shows, and token ids where there is no tokenizer.
 TEXT, IDS = 80, 16
@@ -37,35 +33,3 @@ def describe_batch(
         place = f", {places[row]}" if places and row < len(places) else ""
         lines.append(f"  sample {row}{place}: {len(real)} tokens, {text}")
     return "\n".join(lines)
-
-
-def sample_numbers(loader: Any, steps: int, accumulation: int, micro_batch: int) -> list[int]:
-    """Return the numbers, in the data set, of the samples that a micro-batch of this process has.
-
-    The order of an epoch depends on the seed alone, so it is drawn once more.
-
-    Args:
-        loader: The prepared loader of the training data.
-        steps: Steps before this one.
-        accumulation: Micro-batches of a step.
-        micro_batch: Number of the micro-batch in the step.
-
-    Returns:
-        Numbers of samples; none of a stream, which has no numbers.
-    """
-    batches = getattr(loader, "batch_sampler", None)
-    if batches is None or isinstance(loader.dataset, IterableDataset):
-        return []
-    epoch, step = divmod(steps, -(-len(loader) // accumulation))
-    for sampler in _samplers(batches):
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
-    with same_random_state():
-        return list(next(islice(iter(batches), step * accumulation + micro_batch, None), []))
-
-
-def _samplers(sampler: Any) -> Iterator[Any]:
-    """Yield a sampler and those that it draws from, the innermost last."""
-    while sampler is not None:
-        yield sampler
-        sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)

@@ -14,9 +14,9 @@ from lorakeet.data.prepared import LocatedStream
 from lorakeet.rng import random_state, set_random_state
 from lorakeet.train.checkpoints.resumable import ResumableTrainer
 from lorakeet.train.guards import preflight
-from lorakeet.train.guards.batch_text import sample_numbers
 from lorakeet.train.guards.memory import memory_errors
 from lorakeet.train.guards.rehearsal import rehearse
+from lorakeet.train.guards.sample_order import sample_numbers
 from lorakeet.train.guards.spikes import SpikeDetector
 from lorakeet.train.step_state import Reaction, StepState
 

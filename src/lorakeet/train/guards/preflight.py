@@ -35,6 +35,7 @@ def prepare(model: nn.Module | None, args: TrainingArguments) -> nn.Module | Non
         TrainingError: Its number formats cannot train.
     """
     use_one_gpu(args)
+    read_in_each_process(args)
     if model is None:
         return None
     model = compiled_in_place(model)
@@ -204,3 +205,12 @@ def use_one_gpu(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
         info(f"{args.n_gpu} GPUs are visible, one is used; start with torchrun or accelerate to use all")
         args._n_gpu = 1
+
+
+def read_in_each_process(args: TrainingArguments) -> None:
+    """Let each process read a stream itself, unless the arguments say otherwise.
+
+    By default the first process reads for all and joins their batches, which fails where these have different lengths.
+    """
+    if args.accelerator_config.dispatch_batches is None:
+        args.accelerator_config.dispatch_batches = False

@@ -7,7 +7,7 @@ leaves nothing behind: random states, gradients, buffers and training mode are t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
@@ -18,8 +18,12 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from lorakeet.log import info
+from lorakeet.patches.padding_free import is_padding_free
+from lorakeet.plan.passes import MOST_STEPS, passes_of
 from lorakeet.rng import same_random_state
-from lorakeet.train.evaluate import longest_first
+from lorakeet.train.evaluate import lengths_of, longest_first
+from lorakeet.train.guards.sample_order import all_steps, has_known_order
+from lorakeet.train.microbatch_packing import batches_per_pass
 
 #: A :class:`lorakeet.train.trainer.Trainer`, which is made above this module.
 Trainer = Any
@@ -82,18 +86,17 @@ def _evaluation(trainer: Trainer) -> str | None:
 
 
 def _training_pass(trainer: Trainer) -> str | None:
-    """Run the largest pass of a step, forward and backward, beside the moments that the optimizer will have."""
+    """Run the largest pass of all steps, forward and backward, beside the moments that the optimizer will have."""
     args = trainer.args
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:  # its engine has a backward pass of its own
         return None
-    batches = _longest(
+    batches = _largest_step(trainer) or _longest(
         trainer, trainer.train_dataset, args.per_device_train_batch_size, args.gradient_accumulation_steps
     )
     if not batches:
         return None
     batch = trainer.largest_pass(batches)
-    tokens = sum(int(value.sum()) for name, value in batch.items() if name.endswith("attention_mask"))
-    what = f"the longest pass of {tokens or batch['input_ids'].numel():,} tokens"
+    what = f"the longest pass of {computed_tokens(trainer.model, batch):,} tokens"
     trainer.model.train()
     with ExitStack() as around:
         around.enter_context(trainer.memory_errors_in(f"the rehearsal of {what}, before the first step"))
@@ -107,16 +110,52 @@ def _training_pass(trainer: Trainer) -> str | None:
     return what
 
 
+def computed_tokens(model: nn.Module, batch: Mapping[str, Any]) -> int:
+    """Return the tokens of a batch that a model computes: real ones, and padding where that is computed."""
+    masks = [value for name, value in batch.items() if name.endswith("attention_mask")]
+    if masks and is_padding_free(model):
+        return sum(int(mask.sum()) for mask in masks)
+    return max((value.numel() for value in masks or batch.values() if torch.is_tensor(value)), default=0)
+
+
+def _largest_step(trainer: Trainer) -> list[dict[str, Tensor]]:
+    """Return the micro-batches of the step with the largest pass of all that will run; none where these are not known."""
+    loader, accumulation = trainer.callback_handler.train_dataloader, trainer.args.gradient_accumulation_steps
+    count = trainer.state.max_steps
+    if not (_has_lengths(trainer.train_dataset) and 0 < count <= MOST_STEPS and has_known_order(loader)):
+        return []
+    lengths, skips_padding = lengths_of(trainer.train_dataset), is_padding_free(trainer.model)
+    joins = trainer.token_budget and trainer.why_separate() is None
+
+    def join(sizes: Sequence[Any]) -> Sequence[int]:
+        return batches_per_pass(sizes, trainer.token_budget) if joins else [1] * len(sizes)
+
+    steps = list(islice(all_steps(loader, accumulation), count))
+    largest = [max(each.tokens for each in passes_of(step, lengths, join, skips_padding)) for step in steps]
+    of_all = trainer.accelerator.gather(torch.tensor([largest], device=trainer.args.device)).amax(0)
+    return _collated(trainer, trainer.train_dataset, steps[int(of_all.argmax())])
+
+
 def _longest(trainer: Trainer, dataset: Any, batch_size: int, count: int) -> list[dict[str, Tensor]]:
     """Return micro-batches of the longest samples; none where the lengths are not known without reading all samples."""
     if isinstance(dataset, datasets.IterableDataset):
         head = list(islice(dataset, INSPECTED))
         rows = longest_first(head) if head and "input_ids" in head[0] else []
-    elif isinstance(dataset, datasets.Dataset) and {"input_ids", "length"} & set(dataset.column_names):
-        longest = longest_first(dataset).select(range(min(batch_size * count, len(dataset))))
-        kept = trainer._remove_unused_columns(longest, description="rehearsal")
-        rows = [kept[i] for i in range(len(kept))]
-    else:
+        chosen = rows[: batch_size * count]
+        return [trainer.data_collator(chosen[i : i + batch_size]) for i in range(0, len(chosen), batch_size)]
+    if not _has_lengths(dataset):
         return []
-    parts = [rows[i : i + batch_size] for i in range(0, min(batch_size * count, len(rows)), batch_size)]
-    return [trainer.data_collator(part) for part in parts]
+    longest = longest_first(dataset).select(range(min(batch_size * count, len(dataset))))
+    numbers = list(range(len(longest)))
+    return _collated(trainer, longest, [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)])
+
+
+def _has_lengths(dataset: Any) -> bool:
+    """Whether the lengths of the samples are known without reading all of them."""
+    return isinstance(dataset, datasets.Dataset) and bool({"input_ids", "length"} & set(dataset.column_names))
+
+
+def _collated(trainer: Trainer, dataset: datasets.Dataset, batches: Sequence[Sequence[int]]) -> list[dict[str, Tensor]]:
+    """Return micro-batches of the samples with these numbers."""
+    kept = trainer._remove_unused_columns(dataset, description="rehearsal")
+    return [trainer.data_collator([kept[number] for number in numbers]) for numbers in batches]

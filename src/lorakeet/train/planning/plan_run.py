@@ -177,13 +177,12 @@ class Costs:
         how = (meter.join, meter.skips_padding)
         with meter.undo:
             steps = training_passes(rows.lengths, config.train, *how, processes)
-            passes = [
-                meter.cost(each) for each in typical_passes(steps, largest_pass(rows.lengths, config.train, *how))
-            ]
+            largest = largest_pass(rows.lengths, config.train, *how, processes, not rows.is_stream)
+            passes = [meter.cost(each) for each in typical_passes(steps, largest)]
             held_out = evaluation_passes(rows.held_out_lengths, config.train.batch_size, *how)
             evaluation = [meter.evaluation_cost(held_out[0])] if held_out else []
-        largest = passes[0].grown(rows.growth)
-        return cls(steps, passes, largest, held_out, evaluation, meter.device, meter.can_checkpoint, 0)
+        most = passes[0].grown(rows.growth)
+        return cls(steps, passes, most, held_out, evaluation, meter.device, meter.can_checkpoint, 0)
 
     @property
     def step_tokens(self) -> float:

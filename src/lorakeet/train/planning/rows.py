@@ -23,6 +23,7 @@ class Rows:
     Attributes:
         train, held_out: Samples that can be indexed by number.
         lengths, held_out_lengths: Their tokens.
+        is_stream: Whether the training samples are the first ones of a stream.
         growth: Size of the longest sample that may come, relative to the longest one here: 1, but for a stream.
     """
 
@@ -30,6 +31,7 @@ class Rows:
     held_out: Any
     lengths: list[int]
     held_out_lengths: list[int]
+    is_stream: bool = False
     growth: float = 1.0
 
 
@@ -52,4 +54,4 @@ def rows_of(data: Prepared | None, config: RunConfig, task: str) -> Rows:
         return Rows(data.train, held_out, data.train["length"][:], held_out_lengths)
     first = list(islice(data.train, INSPECTED))
     lengths = [int(sample["length"]) for sample in first]
-    return Rows(first, held_out, lengths, held_out_lengths, max(config.data.max_length / max(lengths), 1.0))
+    return Rows(first, held_out, lengths, held_out_lengths, True, max(config.data.max_length / max(lengths), 1.0))
