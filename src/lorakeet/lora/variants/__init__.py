@@ -6,6 +6,7 @@ the table of compatible tools ask the variant; none of them knows its name.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,7 +63,10 @@ def setting_value(key: str, value: Any) -> Any:
     try:
         return made(**fields)
     except TypeError as error:
-        raise ConfigError(f"{key}={value!r} is no {made.__name__}: {error}") from None
+        raise ConfigError(
+            f"{key}={value!r} is no {made.__name__}: {error}",
+            f"its fields: {', '.join(inspect.signature(made).parameters)}",
+        ) from None
 
 
 def chosen_variant(settings: Mapping[str, Any]) -> Variant:

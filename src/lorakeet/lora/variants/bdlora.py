@@ -72,7 +72,8 @@ class BlockDiagonal(nn.Module):
         if in_features % blocks or out_features % blocks:
             raise ConfigError(
                 f"use_bdlora has nblocks={blocks}, but a matrix is [{out_features}, {in_features}], which is "
-                "not divisible by it"
+                "not divisible by it",
+                "choose a number of blocks that divides the rank and the layer's features",
             )
         self.blocks = blocks
         self.weight = nn.Parameter(

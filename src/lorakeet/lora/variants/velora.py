@@ -40,9 +40,11 @@ class VeloraConfig:
 
     def __post_init__(self) -> None:
         if self.num_groups <= 0:
-            raise ConfigError(f"velora_config: `num_groups` should be positive, got {self.num_groups}")
+            raise ConfigError(
+                f"velora_config: `num_groups` should be positive, got {self.num_groups}, expected more than 0"
+            )
         if self.scale <= 0:
-            raise ConfigError(f"velora_config: `scale` should be positive, got {self.scale}")
+            raise ConfigError(f"velora_config: `scale` should be positive, got {self.scale}, expected more than 0")
         if self.init_type not in _INIT_TYPES:
             raise ConfigError(
                 f"velora_config has init_type={self.init_type!r}, expected one of {', '.join(_INIT_TYPES)}"
