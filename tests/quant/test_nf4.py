@@ -13,15 +13,18 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from helpers.tiny_training import tiny_llama, tiny_tokenizer
 from lorakeet import LoraConfig, Nf4Config, PeftModel, api, get_peft_model, load_base
+from lorakeet.base.load import inspect_model
 from lorakeet.cli import main
-from lorakeet.config import BaseSettings
+from lorakeet.config import BaseSettings, make_run
 from lorakeet.errors import BaseModelError, ConfigError, MergeError
 from lorakeet.inference.fast_decode import fast_decode
 from lorakeet.kernels.nf4.format import VALUES, dequantize, quantize
+from lorakeet.plan.cut_model import whole_model
 from lorakeet.quant.int8 import Int8Embedding, Int8Linear
 from lorakeet.quant.nf4 import Nf4Linear
 from lorakeet.quant.protocol import dequantized_copy
 from lorakeet.quant.quantize import quantize_
+from lorakeet.tasks.task import Task
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [3, 2, 5, 9, 9, 1]])
 STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -99,6 +102,15 @@ def test_the_layout_of_bitsandbytes(folder: Path, written: dict[str, Path]) -> N
     assert type(base.model.lm_head) is torch.nn.Linear
     base.model.save_pretrained(path.parent / "again")
     assert load_file(path.parent / "again" / "model.safetensors").keys() == stored.keys()
+
+
+@pytest.mark.parametrize("layout", ["lorakeet", "bitsandbytes"])
+def test_a_plan_knows_the_bytes_of_both_layouts(layout: str, written: dict[str, Path]) -> None:
+    base = {"model": str(written[layout]), "dtype": "fp32", "device": "cpu"}
+    planned = whole_model(make_run({"base": base}), inspect_model(BaseSettings(**base)), Task())
+    loaded = load_base(str(written[layout]), dtype="fp32").model
+    frozen = sum(p.nbytes for p in planned.parameters() if not p.requires_grad)
+    assert frozen == sum(p.nbytes for p in loaded.parameters())
 
 
 def test_scales_that_are_not_rounded_are_read(folder: Path, written: dict[str, Path], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from lorakeet.config import QUANTIZED_FORMATS, RunConfig
 from lorakeet.log import silent
 from lorakeet.patches.gradient_checkpointing import checkpointable_layers
 from lorakeet.plan.pass_cost import Part
-from lorakeet.quant.hf_quantizer import FORMATS, own_bits
+from lorakeet.quant.hf_quantizer import FORMATS, own_bits, reads_layout
 from lorakeet.quant.layer_selection import layers_to_quantize
 from lorakeet.quant.protocol import QuantizedWeight
 from lorakeet.quant.replace import QuantizedFormat, replace_layers_, tie_tensors
@@ -53,25 +53,27 @@ def whole_model(config: RunConfig, found: ModelInfo, task: Task) -> PeftModel:
         settings = copy.deepcopy(found.config)
         for name, value in task.model_options().items():
             setattr(settings, name, value)
-        bits = own_bits(getattr(settings, "quantization_config", None)) or config.base.bits
+        stored = getattr(settings, "quantization_config", None)
+        foreign = reads_layout(stored)  # of bitsandbytes, which leaves the vocabulary alone
+        bits = 4 if foreign else own_bits(stored) or config.base.bits
         trust = config.base.trust_remote_code
         model = skeleton(settings, found.name, AUTO_CLASSES[task.name], trust, dtype=dtype)
         model.requires_grad_(False).eval()
         fresh = _fresh(model)
         if bits in QUANTIZED_FORMATS:
-            _quantize(model, fresh, FORMATS[QUANTIZED_FORMATS[bits]])
+            _quantize(model, fresh, FORMATS[QUANTIZED_FORMATS[bits]], not foreign)
         base = Base(model, found.tokenizer, found.name, dtype, device, fresh)
         return get_peft_model(model, adapter_config(config, base, task))
 
 
-def _quantize(model: PreTrainedModel, fresh: Sequence[str], form: QuantizedFormat) -> None:
+def _quantize(model: PreTrainedModel, fresh: Sequence[str], form: QuantizedFormat, embeddings: bool) -> None:
     """Put placeholders of quantized layers in place of those that loading would quantize."""
 
     def placeholder(dense: Tensor, vocabulary: bool) -> QuantizedWeight:
         rows, columns = dense.shape
         return form.placeholder((rows, columns), vocabulary)
 
-    found = layers_to_quantize(model)
+    found = layers_to_quantize(model, embeddings)
     chosen = {name: layer for name, layer in found.items() if f"{name}.weight" not in fresh}
     replace_layers_(model, chosen, QuantizedFormat(placeholder, form.layer, form.placeholder))
     tie_tensors(model, chosen)
