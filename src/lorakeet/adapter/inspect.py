@@ -54,10 +54,10 @@ class SavedLayer:
         a, b = self.tensors.get("A"), self.tensors.get("B")
         if a is None or b is None or a.ndim != b.ndim or a.ndim < 2 or not a.numel() or not b.numel():
             return False
-        a, b = self._pair()
+        a, b = self.pair()
         return a.shape[0] == b.shape[1] if a.ndim == 2 else a.shape[0] % b.shape[1] == 0  # a convolution has groups
 
-    def _pair(self) -> tuple[Tensor, Tensor]:
+    def pair(self) -> tuple[Tensor, Tensor]:
         """Return A and B as they are multiplied."""
         return self.config.variant.saved_pair(self.kind, self.tensors["A"], self.tensors["B"], self.config)
 
@@ -95,7 +95,7 @@ class SavedLayer:
 
     def summary(self) -> dict[str, Any]:
         """Return the layer's entry in :func:`inspect_adapter`; the layer must be whole."""
-        a, b = self._pair()
+        a, b = self.pair()
         norm = math.hypot(*(update_norm(*block, self.scaling) for block in split_blocks(a, b, self.rank)))
         return {
             "name": self.name,

@@ -26,6 +26,7 @@ from lorakeet.lora.lifecycle.adapter_files import CONFIG_NAME as CONFIG_NAME
 from lorakeet.lora.lifecycle.adapter_files import DOWNLOAD_ARGUMENTS as DOWNLOAD_ARGUMENTS
 from lorakeet.lora.lifecycle.adapter_files import FILE_ARGUMENTS, find_adapter_file
 from lorakeet.lora.peft_names.other_settings import NEUTRAL, is_neutral, without_runtime
+from lorakeet.lora.peft_names.words import LORA_BIAS
 from lorakeet.lora.variants import Variant, chosen_variant, setting_value, variant_settings
 from lorakeet.security.json_file import JsonError, read_object
 from lorakeet.security.paths import is_file, is_hub_id
@@ -126,10 +127,7 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
     def _check_initialization(self) -> None:
         """Refuse a trained bias beside an initialization by name, as PEFT does: each sets A and B alone."""
         if self.lora_bias and isinstance(self.init_lora_weights, str):
-            raise ConfigError(
-                f"lora_bias=True is for init_lora_weights=True or False, got {self.init_lora_weights!r}",
-                "leave one of them out",
-            )
+            raise ConfigError(LORA_BIAS.format(how=self.init_lora_weights), "leave one of them out")
 
     # -- what was made of it ----------------------------------------------------------------------------------------
 

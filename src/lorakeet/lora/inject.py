@@ -159,6 +159,8 @@ def _layer_error(name: str, modules: Modules, config: PeftConfig) -> str | None:
         )
     if "lora_parameters" in base._modules:
         return "has a parameter that another adapter's target_parameters adapt"
+    if config.lora_bias and isinstance(base, nn.Embedding):
+        return "has no bias to train: lora_bias=True is not supported for Embedding"
     layer_type = layer_class(base)
     assert layer_type is not None
     if isinstance(modules[name], LoraLayer) and type(modules[name]) is not layer_type:

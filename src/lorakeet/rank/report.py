@@ -11,6 +11,7 @@ from lorakeet.adapter.inspect import SavedLayer, saved_layers
 from lorakeet.adapter.serialization import read_tensors
 from lorakeet.adapter.tensor_checks import nonfinite_error
 from lorakeet.errors import AdapterError
+from lorakeet.log import warn
 from lorakeet.lora.algebra.blocks import split_blocks
 from lorakeet.lora.algebra.spectrum import Spectrum, singular_values
 from lorakeet.lora.config import PeftConfig
@@ -51,7 +52,7 @@ def read_layers(name: str | Path, **where: Any) -> tuple[PeftConfig, dict[str, A
 
 def spectrum_of(layer: SavedLayer) -> Spectrum:
     """Compute the singular values of a layer's update."""
-    blocks = split_blocks(layer.tensors["A"], layer.tensors["B"], layer.rank)
+    blocks = split_blocks(*layer.pair(), layer.rank)
     return Spectrum(tuple(tuple(singular_values(a, b, layer.scaling)) for a, b in blocks))
 
 
@@ -74,6 +75,8 @@ def rank_report(name: str | Path, energy: float = ENERGY, **where: Any) -> dict[
         AdapterError: See :func:`read_layers`.
     """
     config, _, layers = read_layers(name, **where)
+    if config.use_dora:
+        warn("this is a DoRA adapter: the ranks are those of s·B·A, to which its magnitudes add a change of any rank")
     found = [_entry(layer, spectrum_of(layer), energy, config) for layer in layers]
     middle = median(entry["update_norm"] for entry in found)
     for entry in found:

@@ -176,6 +176,15 @@ def test_no_update_and_a_sum_that_cancels() -> None:
         torch.testing.assert_close(model(token_ids()).logits, expected)
 
 
+def test_equal_updates_cancel_exactly() -> None:
+    torch.manual_seed(0)
+    updates = [LayerUpdate(w, 2.0, 3, torch.randn(3, 50), torch.randn(40, 3)) for w in (0.3, 1.0)]
+    again = LayerUpdate(-0.3, 2.0, 3, updates[0].A.clone(), updates[0].B.clone())
+    made = combine_layer([*updates, again], make_method("linear"), 3)
+    assert not made.B[:, :3].any() and not made.B[:, 6:].any(), "exactly zero"
+    torch.testing.assert_close(made.B @ made.A, 2.0 * updates[1].B @ updates[1].A)
+
+
 def test_a_large_layer_is_pruned_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     updates = [LayerUpdate(w, 2.0, 3, torch.randn(3, 50), torch.randn(40, 3)) for w in (1.0, -2.0)]

@@ -181,6 +181,7 @@ def test_the_rest_of_the_weight_is_stored_as_the_base_is(store, caplog) -> None:
         ({"init_lora_weights": "olora", "target_modules": ["conv"]}, "is for linear layers"),
         ({"init_lora_weights": "olora", "target_parameters": ["linear.weight"]}, "is for linear layers"),
         ({"init_lora_weights": "gaussian", "lora_bias": True}, "lora_bias"),
+        ({"target_modules": ["embed"], "lora_bias": True}, "lora_bias=True is not supported for Embedding"),
     ],
 )
 def test_what_cannot_begin_so_is_refused_before_anything_changes(base, settings, message) -> None:

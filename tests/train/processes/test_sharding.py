@@ -50,7 +50,7 @@ def curve(folder: Path, *keys: str) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", [8, None])
+@pytest.mark.parametrize("bits", [8, 4, None])
 def test_a_sharded_base_trains_as_a_whole_one(
     tmp_path: Path, bits: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,8 +176,7 @@ def combine_layer(updates: Sequence[LayerUpdate], method: Method, largest: int) 
 
 def _combine(terms: Sequence[Term], method: Method, rank: int) -> tuple[Block, tuple[float, float]]:
     """Return A and B of one matrix; and the energy of the combination, and of what B·A keeps of it."""
-    a = torch.cat([term.weight * term.scaling * term.A.double() for term in terms])
-    b = torch.cat([term.B.double() for term in terms], 1)
+    a, b = _side_by_side(terms)
     if not method.prunes:
         if not method.cuts:
             return (a, b), (1.0, 1.0)
@@ -188,6 +187,18 @@ def _combine(terms: Sequence[Term], method: Method, rank: int) -> tuple[Block, t
         rank = rank if method.cuts else len(a)
         found, whole = nearest(dense, rank), float(dense.norm().double() ** 2)
     return _clamped(found, rank, method.clamp), (whole, float(found.values[:rank].square().sum()))
+
+
+def _side_by_side(terms: Sequence[Term]) -> Block:
+    """Return A [Σr, in] and B [out, Σr] of the sum; updates that share their A are added exactly, so equal ones cancel."""
+    parts: list[Tensor] = []
+    for number, term in enumerate(terms):
+        own = term.weight * term.scaling * term.B.double()
+        first = next((i for i, other in enumerate(terms[:number]) if torch.equal(other.A, term.A)), None)
+        if first is not None:
+            parts[first] = parts[first] + own
+        parts.append(own if first is None else torch.zeros_like(own))
+    return torch.cat([term.A.double() for term in terms]), torch.cat(parts, 1)
 
 
 def _clamped(found: Decomposition, rank: int, clamp: float | None) -> Block:

@@ -70,7 +70,7 @@ def own_settings(how: bool | str, given: Mapping[str, Any]) -> dict[str, Any]:
         value = given.get(key)
         if name != how:
             if value:
-                warn(f"{key} is ignored, since init_lora_weights is {how!r}, not {name!r}")
+                warn(f"`{key}` specified but will be ignored when `init_lora_weights` is not {name!r}: it is {how!r}")
             kept[key] = {} if name == "loftq" else None
             continue
         if name == "loftq" and not value:

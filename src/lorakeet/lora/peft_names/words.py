@@ -14,3 +14,5 @@ NO_ADAPTER = "No adapter layers found on the model, so there is nothing to prepa
 COMPILED = "Call prepare_model_for_compiled_hotswap *before* compiling the model"
 #: Message of a rank below that of an adapter; takes ``rank`` and ``own``.
 TOO_LOW = "Trying to pad the adapter to the target rank {rank}, but the original rank is larger ({own})"
+#: Message of a trained bias of B beside an initialization by name; takes ``how``.
+LORA_BIAS = "The argument lora_bias=True is only supported with init_lora_weights=True or False, got {how} instead"
