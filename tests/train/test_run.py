@@ -43,7 +43,7 @@ def test_a_run_writes_adapter_metrics_summary_and_loss_curve(settings, tmp_path,
     config = settings(train__eval_every=3)
     summary = run_training(config)
     out = tmp_path / "run"
-    assert files(out) == {"run.yaml", "metrics.jsonl", "summary.json", "loss_curve.png", "adapter"}
+    assert files(out) == {"run.yaml", "metrics.jsonl", "summary.json", "loss_curve.png", "ranks.png", "adapter"}
     assert json.loads((out / "summary.json").read_text()) == summary
     assert (
         summary["steps"] == 6
