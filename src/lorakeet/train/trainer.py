@@ -98,8 +98,7 @@ class Trainer(GuardedTrainer):
         super().__init__(model, args, *rest, **guards, **settings)
         self.any_checkpoint = any_checkpoint
         self.loraplus = LoraPlus(loraplus) if isinstance(loraplus, (int, float)) else loraplus
-        if (self.loraplus or self.lorafa) and self.optimizer is not None:
-            name = "loraplus" if self.loraplus else "lorafa"
+        if (name := "loraplus" if self.loraplus else "lorafa" if self.lorafa else "") and self.optimizer is not None:
             raise TrainingError(f"`optimizers=` and `{name}=` both set learning rates", "pass one of them")
         # without it the order of samples follows the last seed given to torch, not the seed of the run
         self.accelerator.dataloader_config.data_seed = args.seed if args.data_seed is None else args.data_seed
