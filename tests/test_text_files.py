@@ -39,6 +39,7 @@ OWN_FILES = {
     "rank/resize.py": "copies of files",
     "runs/folder_lock.py": "a lock",
     "runs/metrics_log.py": "lines that were written with \\u escapes",
+    "runs/process_memory.py": "/proc/self/status",
     "security/json_file.py": "JSON, of which the bytes are counted",
     "train/callbacks/progress.py": "a progress bar",
     "train/checkpoints/manifest.py": "bytes, of which the hash is taken",

@@ -185,6 +185,7 @@ COMPLETE = {
     "combine": ["./none", "./none2", "--out", "new"],
     "export": ["./none", "--for", "peft", "--out", "new"],
     "plan": ["--model", "./none"],
+    "extract": ["./none", "--model", "./none", "--rank", "4", "--out", "new"],
 }
 #: Flags of which a good value begins the work of the demo.
 BEGINS = ("demo", "--out")

@@ -23,7 +23,10 @@ SOURCES = Path(lorakeet.__file__).parent
 #: Fields of configurations and tokenizers that only the room facts reads.
 FIELDS = {"pad_token_id", "max_position_embeddings", "model_max_length", "vocab_size", "torch_dtype", "n_positions"}
 #: Uses that are none of a base's: a tokenizer after agree_on_special_tokens, and names of parameters.
-OWN = {"data/collate.py", "patches/fused_loss.py", "inference/generate.py"}
+OWN = {
+    *("data/collate.py", "patches/fused_loss.py", "inference/generate.py"),
+    *("export/gguf/architecture.py", "export/gguf/vocabulary.py"),  # fields of a file, as they are
+}
 
 
 def fields_read(source: str) -> Iterator[str]:

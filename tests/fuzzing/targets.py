@@ -126,7 +126,8 @@ def adapter_examples() -> list[bytes]:
     changes: list[dict[str, Any]] = [
         {},
         {"target_modules": ".*(q|v)_proj", "use_rslora": True, "rank_pattern": {"q_proj": 2}},
-        {"modules_to_save": ["lm_head"], "lora_bias": True, "target_modules": ["embed_tokens", "o_proj"]},
+        {"modules_to_save": ["lm_head"], "target_modules": ["embed_tokens", "o_proj"]},
+        {"lora_bias": True, "target_modules": ["o_proj"]},
         {"trainable_token_indices": [1, 3], "layers_to_transform": [0], "layers_pattern": "layers"},
     ]
     for values in changes:

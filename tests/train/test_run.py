@@ -58,6 +58,8 @@ def test_a_run_writes_adapter_metrics_summary_and_loss_curve(settings, tmp_path,
     assert summary["tokens_per_second"] == pytest.approx(summary["tokens"] / summary["train_seconds"])
     assert {"python", "lorakeet", "torch", "transformers", "C loops"} == set(summary["versions"])
     lines = read_metrics(out / "metrics.jsonl")
+    assert sum("spectrum" in line for line in lines) == 2
+    lines = [line for line in lines if "spectrum" not in line]
     assert [(line["step"], "loss" in line) for line in lines] == [
         *((0, False), (1, True), (2, True), (3, True), (3, False)),
         *((4, True), (5, True), (6, True), (6, False)),
@@ -241,7 +243,12 @@ def test_a_run_is_never_overwritten_by_chance(settings, tmp_path):
     keep.write_text("mine")
     assert run_training(settings(train__steps=2), overwrite=True)["steps"] == 2
     assert keep.read_text() == "mine"
-    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 2]
+    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "spectrum" not in line] == [
+        0,
+        1,
+        2,
+        2,
+    ]
 
 
 # ---- interrupted and resumed ----------------------------------------------------------------------------------------
@@ -311,7 +318,7 @@ def test_layers_are_checkpointed_when_memory_is_short_without_changing_a_bit(set
     interrupted(monkeypatch, parts, 2)
     monkeypatch.setattr(module, "free_memory", lambda device: 350_000)
     assert run_training(parts, resume=True)["eval_loss_after"] == whole["eval_loss_after"]
-    assert "checkpointed: a pass of 94 tokens" in caplog.text
+    assert "checkpointed: a pass of 70 tokens" in caplog.text
     assert (tmp_path / "parts" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
     told = run_training(settings(out=str(tmp_path / "told"), train__gradient_checkpointing=2))
     assert told["train_loss_last"] == whole["train_loss_last"]

@@ -28,6 +28,7 @@ from lorakeet.base.storage import (
 )
 from lorakeet.config import FLOATING_BITS, QUANTIZED_FORMATS, BaseSettings
 from lorakeet.errors import BaseModelError, ConfigError, OutputError
+from lorakeet.facts.vocabulary import vocabulary_size
 from lorakeet.files import check_room, write_folder, write_json
 from lorakeet.loaded_model import open_model, settings_of_base
 from lorakeet.log import info
@@ -114,7 +115,7 @@ def quantize(
         raise BaseModelError(f"{settings.model} is quantized already ({name})", "give the full-precision model")
     with write_folder(folder) as aside:  # fails before the expensive part if the folder is not writable
         source, asked, loaded = formats_of(settings)
-        check_room(folder, bytes_to_store(source, asked, bits, getattr(config.get_text_config(), "vocab_size", None)))
+        check_room(folder, bytes_to_store(source, asked, bits, vocabulary_size(config)))
         loaded = loaded.model_copy(update={"bits": bits})
         base = load_base(loaded, auto_class=own_class(config), model_options={"quantization_config": quantization})
         if base.fresh:

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+#: Characters of the longest name of a repository on the hub.
+_LONGEST_HUB_ID = 96
 #: Bytes of the longest name of a file.
 _LONGEST_NAME = 255
 #: Mode of a file -> what it is called, for those that are no regular files.
@@ -104,7 +106,9 @@ def _matching(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
 
 def is_hub_id(name: str) -> bool:
     """Whether ``name`` can be that of a repository on the hub, ``name`` or ``user/name``; a path cannot."""
-    return _HUB_ID.fullmatch(name) is not None and not name.endswith(".gguf")
+    if len(name) > _LONGEST_HUB_ID or "--" in name or ".." in name or name.endswith((".gguf", ".git")):
+        return False
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def is_plain_name(name: object) -> bool:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from lorakeet.errors import DataError
 from lorakeet.eval_mode import evaluating
+from lorakeet.facts.vocabulary import vocabulary_size
 from lorakeet.ignore_index import IGNORE_INDEX
 from lorakeet.loaded_model import LoadedModel
 from lorakeet.train.evaluate import autocast_of, longest_first
@@ -59,7 +60,7 @@ def compare_on_rows(
         DataError: No token of the samples is in the loss.
     """
     rows = longest_first(samples.rows)
-    width = getattr(opened.model.config.get_text_config(), "vocab_size", 1) * max(1, len(rows[0]["input_ids"]))
+    width = (vocabulary_size(opened.model.config) or 1) * max(1, len(rows[0]["input_ids"]))
     batch_size = max(1, min(samples.batch_size, _LOGITS // width))
     found: list[Array] = []
     with evaluating(opened.model), torch.no_grad():
