@@ -115,7 +115,7 @@ def test_a_regression_gives_a_value(tmp_path: Path) -> None:
     assert said[0]["value"] + 1 < said[1]["value"]
 
 
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("kind", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
 def test_a_sequence_to_sequence_model_generates(tmp_path: Path, kind: str) -> None:
     config = run_of(tmp_path, kind, "SEQ_2_SEQ_LM", train__steps=150, lora__r=32, lora__lora_alpha=32)
     summary = run_training(config)

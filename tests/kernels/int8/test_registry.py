@@ -130,7 +130,7 @@ registry.register(
 """
 
 
-@pytest.mark.parametrize(("factor", "passes"), [(1, True), (1.1, False)])
+@pytest.mark.parametrize(("factor", "passes"), [pytest.param(1, True, marks=pytest.mark.slow), (1.1, False)])
 def test_one_registration_runs_all_tests_of_the_product(factor: float, passes: bool, tmp_path: Path) -> None:
     """The plugin registers a back end and does nothing else; a wrong one turns the tests red."""
     (tmp_path / "fake_back_end.py").write_text(FAKE.format(factor=factor))

@@ -71,7 +71,9 @@ def same_when_killed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     [
         pytest.param({"base__bits": 8, "train__save_every": 2, "train__log_every": 3}, id="8 bits"),
         pytest.param(
-            {"train__save_every": 2, "train__eval_every": 1, "train__load_best": True, "train__lr": 0.5}, id="load best"
+            {"train__save_every": 2, "train__eval_every": 1, "train__load_best": True, "train__lr": 0.5},
+            id="load best",
+            marks=pytest.mark.slow,
         ),
         pytest.param({"train__save_every": 1, "train__steps": 9}, id="every step", marks=pytest.mark.slow),
         pytest.param(
