@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
 from lorakeet.errors import ConfigError, did_you_mean
@@ -200,6 +201,36 @@ def settings_error(error: ValidationError, section: type[BaseModel]) -> ConfigEr
         for problem, wishes in expected.items()
     ]
     return ConfigError("; ".join(problems), next(filter(None, hints), None))
+
+
+def settings_object(key: str, kind: type[Any], value: Any) -> Any:
+    """Return a setting that has fields as an object of its class, each field of the type that it states.
+
+    Args:
+        key: Name of the setting, for messages.
+        kind: Its class, a dataclass.
+        value: An object of the class, a mapping, or any object with these attributes, as one of PEFT's class.
+
+    Raises:
+        ConfigError: It has no fields, or one is unknown, of another type or out of range.
+    """
+    known = [field.name for field in dataclasses.fields(kind)]
+    fields = value if isinstance(value, Mapping) else getattr(value, "__dict__", None)
+    if fields is None:
+        raise ConfigError(f"{key}={_shown(value)} is no {kind.__name__}", f"its fields: {', '.join(known)}")
+    if unknown := sorted(map(str, fields.keys() - set(known))):
+        raise ConfigError(f"unknown entry {_shown(unknown[0])} of {key}", did_you_mean(unknown[0], known))
+    types = get_type_hints(kind)
+    checked = {}
+    for name, given in fields.items():
+        try:
+            checked[name] = TypeAdapter(types[name]).validate_python(given)
+        except ValidationError as error:
+            raise ConfigError(
+                f"{key}.{name}={_shown(given)} is not valid: {error.errors()[0]['msg']}",
+                "leave it out for its default",
+            ) from None
+    return kind(**checked)
 
 
 def contradiction(message: str, hint: str) -> PydanticCustomError:

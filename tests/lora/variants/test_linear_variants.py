@@ -53,7 +53,7 @@ def test_files_hold_the_settings_as_plain_values_and_inspect_reads_them(more: di
         ),
         ({"use_bdlora": {"target_modules_bd_a": ["_proj"], "nblocks": 3}}, "not divisible by"),
         ({"use_bdlora": {"nblocks": 0}}, "nblocks=0"),
-        ({"use_bdlora": {"blocks": 2}}, "is no BdLoraConfig"),
+        ({"use_bdlora": {"blocks": 2}}, "of use_bdlora"),
         ({"velora_config": {"num_groups": 0}}, "`num_groups` should be positive"),
         ({"velora_config": {"scale": -1.0}}, "`scale` should be positive"),
         ({"velora_config": {"init_type": "all"}}, "init_type='all'"),

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lorakeet.errors import ConfigError, did_you_mean
+from lorakeet.errors import ConfigError
 from lorakeet.log import warn
+from lorakeet.setting_types import settings_object
 
 
 @dataclass
@@ -77,21 +78,9 @@ def own_settings(how: bool | str, given: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(
                 "`loftq_config` must be specified when `init_lora_weights` is 'loftq'", "{'loftq_bits': 8}"
             )
-        made = _made(key, kind, value or {})
+        made = settings_object(key, kind, value or {})
         kept[key] = dataclasses.asdict(made) if name == "loftq" else made
     return kept
-
-
-def _made(key: str, kind: Any, value: Any) -> Any:
-    """Return the settings as an object of their class; of peft's class too, by its fields."""
-    values = dict(value) if isinstance(value, Mapping) else vars(value)
-    known = [field.name for field in dataclasses.fields(kind)]
-    if unknown := sorted(values.keys() - set(known)):
-        raise ConfigError(f"unknown entry {unknown[0]!r} of {key}", did_you_mean(unknown[0], known))
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ConfigError(f"{key} has a value of another type, expected numbers ({error})") from None
 
 
 def written(values: Mapping[str, Any]) -> dict[str, Any]:

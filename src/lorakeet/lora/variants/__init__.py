@@ -6,7 +6,6 @@ the table of compatible tools ask the variant; none of them knows its name.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from lorakeet.lora.variants.dora import Dora
 from lorakeet.lora.variants.lora import Lora
 from lorakeet.lora.variants.variant import AdaptedLayer, Variant
 from lorakeet.lora.variants.velora import Velora
+from lorakeet.setting_types import settings_object
 
 __all__ = ["AdaptedLayer", "Variant", "chosen_variant", "register", "setting_value", "unregister", "variant_settings"]
 
@@ -57,16 +57,9 @@ def setting_value(key: str, value: Any) -> Any:
         ConfigError: Its fields are unknown, or have wrong values.
     """
     made = next((variant.types[key] for variant in _registered.values() if key in variant.types), None)
-    if made is None or value in (None, False) or isinstance(value, made):
+    if made is None or value is None:
         return value
-    fields = value if isinstance(value, Mapping) else vars(value)
-    try:
-        return made(**fields)
-    except TypeError as error:
-        raise ConfigError(
-            f"{key}={value!r} is no {made.__name__}: {error}",
-            f"its fields: {', '.join(inspect.signature(made).parameters)}",
-        ) from None
+    return None if value is False else settings_object(key, made, value)
 
 
 def chosen_variant(settings: Mapping[str, Any]) -> Variant:
