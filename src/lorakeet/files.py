@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakeet.errors import LorakeetError, OutputError
-from lorakeet.security.paths import exists, is_dir, is_file
+from lorakeet.security.paths import exists, is_dir, is_file, matching
 from lorakeet.security.shown import redact
 
 #: File name suffixes of formats that hold pickles; opening one can run code.
@@ -233,7 +233,7 @@ def clear_aside(folder: Path, names: Iterable[str]) -> None:
         folder: Where they are.
         names: Names, or patterns of names, of the files and folders that were to be written.
     """
-    for leftover in chain.from_iterable(list(folder.glob(f".{name}.*.tmp")) for name in names):
+    for leftover in chain.from_iterable(matching(folder, f".{name}.*.tmp") for name in names):
         if is_dir(leftover) and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakeet.security.paths import exists, is_dir, is_file
+from lorakeet.security.paths import exists, is_dir, is_file, matching
 
 SRC = Path(__file__).parents[2] / "src" / "lorakeet"
 
@@ -25,6 +25,13 @@ def test_what_is_there_is_found(tmp_path: Path) -> None:
     assert exists(tmp_path) and is_dir(tmp_path) and not is_file(tmp_path)
     assert exists(tmp_path / "link") and is_file(tmp_path / "link") and not is_dir(tmp_path / "link")
     assert not exists(tmp_path / "file" / "inner") and not exists(tmp_path / "a\0b")
+
+
+def test_a_folder_that_is_removed_while_it_is_read_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_text("x")
+    assert matching(tmp_path, "*") == [tmp_path / "a"]
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)  # as it was a moment ago
+    assert matching(tmp_path / "removed", "*") == []
 
 
 def test_all_of_the_package_asks_these() -> None:

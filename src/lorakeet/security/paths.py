@@ -45,6 +45,17 @@ def is_dir(path: str | Path) -> bool:
     return mode is not None and stat.S_ISDIR(mode)
 
 
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """Return the paths in ``folder`` that match; none if it is missing, also if it is removed at this moment.
+
+    ``Path.glob`` raises an error on the latter.
+    """
+    try:
+        return list(folder.glob(pattern))
+    except FileNotFoundError:
+        return []
+
+
 def _mode(path: str | Path) -> int | None:
     """Return the mode of a path; None if nothing is there, or a link leads in a circle or to too long a name.
 

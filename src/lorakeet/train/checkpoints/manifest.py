@@ -19,7 +19,7 @@ from typing import Any
 from lorakeet.errors import TrainingError
 from lorakeet.log import warn
 from lorakeet.security.json_file import read_object
-from lorakeet.security.paths import is_dir, is_file, outside
+from lorakeet.security.paths import is_dir, is_file, matching, outside
 
 #: Name of the file that lists a checkpoint's files and the run's fingerprint.
 MANIFEST = "lorakeet_checkpoint.json"
@@ -104,7 +104,7 @@ def _fault(folder: Path, name: str, written: Mapping[str, Any]) -> str | None:
 
 def checkpoints(run_folder: str | Path) -> dict[int, Path]:
     """Return the folders below ``run_folder`` that are named as checkpoints, by step, the newest first."""
-    folders = [path for path in Path(run_folder).glob("checkpoint-*") if is_dir(path)]
+    folders = [path for path in matching(Path(run_folder), "checkpoint-*") if is_dir(path)]
     found = {int(match[1]): path for path in folders if (match := _NAME.fullmatch(path.name))}
     return dict(sorted(found.items(), reverse=True))
 

@@ -17,7 +17,7 @@ from lorakeet.errors import TrainingError
 from lorakeet.files import PICKLE_SUFFIXES
 from lorakeet.log import warn
 from lorakeet.rng import random_state, set_random_state
-from lorakeet.security.paths import is_file
+from lorakeet.security.paths import is_file, matching
 from lorakeet.train.checkpoints.manifest import checkpoints
 from lorakeet.train.checkpoints.state_files import read_state, write_state
 
@@ -74,7 +74,7 @@ class SavedState(transformers.Trainer):
 
     def _check_parts(self, folder: Path) -> None:
         """Refuse a checkpoint with pickles or without the whole state; with ``any_checkpoint`` only warn."""
-        pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLE_SUFFIXES)
+        pickles = sorted(path.name for path in matching(folder, "*") if path.suffix in PICKLE_SUFFIXES)
         if pickles and not self._has_engine:
             message = f"checkpoint {folder} holds pickles, which can run code: {', '.join(pickles)}"
             if not self.any_checkpoint:
