@@ -99,7 +99,7 @@ def run(model: Model, told: Story, chosen: list[tuple[int, int, int]], memory: T
         [None if one is None else model.tables[one] for one in adapters],
     )
     h = model.layers.run(x, given, *memory, told.cosine[positions], told.sine[positions])
-    where = {row: one for row, one in zip(rows, h, strict=True)}
+    where = dict(zip(rows, h, strict=True))
     return [torch.stack([where[number, at] for at in range(first, end)]) for number, first, end in chosen]
 
 
@@ -157,9 +157,9 @@ def test_no_rows_and_rows_outside_of_their_pages(model: Model) -> None:
     told, memory = story(model), pool(model)
     assert run(model, told, [], memory) == []
     layers, x, angles = model.layers, told.x[0], (told.cosine[:1], told.sine[:1])
-    with pytest.raises(ValueError, match="position 16 is outside of the pages"):
+    with pytest.raises(ValueError, match="position 16 is outside of the 16 tokens"):
         layers.run(x, Rows([[3]], [0], [16], [None]), *memory, *angles)
-    with pytest.raises(ValueError, match="outside of the pages"):
+    with pytest.raises(ValueError, match="are outside of the pool"):
         layers.run(x, Rows([[PAGES]], [0], [0], [None]), *memory, *angles)
     with pytest.raises(ValueError, match="expected contiguous fp32"):
         layers.run(x.double(), Rows([[3]], [0], [0], [None]), *memory, *angles)

@@ -151,17 +151,18 @@ class PagedLayers:
         wanted = [(x, (n, self.hidden)), (keys, pool), (values, pool), (cosine, (n, self.dim)), (sine, (n, self.dim))]
         for tensor, shape in wanted:
             if tensor.shape != shape or tensor.dtype != torch.float32 or not bindings.is_cpu_contiguous(tensor):
-                raise ValueError(
-                    f"got {tensor.dtype} {list(tensor.shape)}, expected contiguous fp32 {list(shape)} on the CPU"
-                )
+                got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+                raise ValueError(f"got {got}, expected contiguous fp32 {list(shape)} on the CPU")
         if keys.shape[3] % abi.PAGE_STEP:
             raise ValueError(f"a page has {keys.shape[3]} tokens, expected a multiple of {abi.PAGE_STEP}")
         if not n == len(rows.positions) == len(rows.updates):
             raise ValueError(f"{n} rows have {len(rows.positions)} positions and {len(rows.updates)} adapters")
+        limits = [len(table) * keys.shape[3] for table in rows.tables]
         for owner, position in zip(rows.owners, rows.positions, strict=True):
-            table = rows.tables[owner]
-            if not 0 <= position < len(table) * keys.shape[3] or not 0 <= min(table) <= max(table) < keys.shape[1]:
-                raise ValueError(f"position {position} is outside of the pages {list(table)} of {keys.shape[1]}")
+            if not 0 <= position < limits[owner]:
+                raise ValueError(f"position {position} is outside of the {limits[owner]} tokens of its pages")
+        if wrong := {page for table in rows.tables for page in table if not 0 <= page < keys.shape[1]}:
+            raise ValueError(f"pages {sorted(wrong)} are outside of the pool, which has {keys.shape[1]}")
 
 
 def is_available() -> bool:
@@ -226,7 +227,9 @@ def paged_layers_reference(
             keys[number, page, :, position % size] = key
             values[number, page, :, position % size] = v(normed).view(-1, layer.dim)
             seen = [pool[number, pages].transpose(0, 1).flatten(1, 2)[:, : position + 1] for pool in (keys, values)]
-            attended = F.scaled_dot_product_attention(query.unsqueeze(1), *seen, scale=layer.scaling, enable_gqa=True)
+            attended = F.scaled_dot_product_attention(
+                query.unsqueeze(1), seen[0], seen[1], scale=layer.scaling, enable_gqa=True
+            )
             a = h[i] + o(attended.flatten())
             m = _normalized(after, a)
             h[i] = a + down(F.silu(gate(m)) * up(m))

@@ -153,12 +153,9 @@ SIZE_ARGUMENTS: dict[str, list[Any]] = {
     "lk_packed_a8_groups": [_SIZE] * 2,
     "lk_packed_f32_size": [_SIZE],
 }
+_AVX2_PREFIXES = ("lk_gemm", "lk_gemv_w8a16", "lk_pack", "lk_paged", "lk_outlier")
 #: Functions that the library has on processors with AVX2 only.
-AVX2_FUNCTIONS = frozenset(
-    name
-    for name in (*ARGUMENTS, *SIZE_ARGUMENTS)
-    if name.startswith(("lk_gemm", "lk_gemv_w8a16", "lk_pack", "lk_paged", "lk_outlier"))
-)
+AVX2_FUNCTIONS = frozenset(name for name in (*ARGUMENTS, *SIZE_ARGUMENTS) if name.startswith(_AVX2_PREFIXES))
 
 
 def expected() -> Iterator[tuple[str, int]]:
