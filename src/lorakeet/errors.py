@@ -71,6 +71,8 @@ class ProcessError(TrainingError):
 
 class MissingLibraryError(LorakeetError, ImportError):
     """An optional package is not installed; the hint names the extra that has it."""
+
+
 class RequestError(LorakeetError, ValueError):
     """A request to a serving engine is out of range, or asks for what this model cannot do."""
 

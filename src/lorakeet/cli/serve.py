@@ -24,7 +24,9 @@ _LAST_PORT = 65535
 @with_settings({**BASE_FLAGS, "--task": "task.type"})
 def serve(
     settings: dict[str, Any],
-    adapters: Annotated[Path | None, typer.Option(help="folder of adapters; each is served by its folder's name")] = None,
+    adapters: Annotated[
+        Path | None, typer.Option(help="folder of adapters; each is served by its folder's name")
+    ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=FOLDER", help="one more adapter under a name; repeatable")
     ] = None,
@@ -91,7 +93,9 @@ def _named_adapters(words: list[str], folder: Path | None) -> dict[str, Path]:
         ConfigError: A word is no NAME=FOLDER, a name is given twice, or a folder does not exist.
     """
     if folder is not None and not is_dir(folder):
-        raise ConfigError(f"--adapters = {folder}: expected a folder", "give the folder that holds the adapters' folders")
+        raise ConfigError(
+            f"--adapters = {folder}: expected a folder", "give the folder that holds the adapters' folders"
+        )
     named: dict[str, Path] = {}
     for word in words:
         name, equals, place = word.partition("=")
@@ -118,7 +122,8 @@ def _keys(users: Path | None, admins: Path | None, host: str) -> Keys:
         raise ConfigError("there are keys of admins and none of callers", "add --api-key-file; it may be the same file")
     if users is None and not is_loopback(host):
         raise ConfigError(
-            f"--host {host} is open to other machines, and there is no key", "add --api-key-file with a key on each line"
+            f"--host {host} is open to other machines, and there is no key",
+            "add --api-key-file with a key on each line",
         )
     return Keys.of(read_keys(users) if users else (), read_keys(admins) if admins else ())
 

@@ -56,7 +56,9 @@ CHATS: dict[str, dict[str, Any]] = {
     "system": {"messages": [{"role": "system", "content": "be brief"}, *USER_TURN]},
     "developer": {"messages": [{"role": "developer", "content": "be brief"}, *USER_TURN]},
     "history": {"messages": [*USER_TURN, {"role": "assistant", "content": "ho"}, *USER_TURN]},
-    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]},
+    "parts": {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]
+    },
     "letters of all kinds": {"messages": [{"role": "user", "content": "Xin chào 🐦 \u0000 ع"}]},
     "tools": {"tools": TOOLS},
     "tools, not now": {"tools": TOOLS, "tool_choice": "none"},

@@ -16,7 +16,7 @@ from lorakeet.serve.http.errors import ApiError, from_lorakeet
 
 #: Seconds after which a caller may try again, once the queue was full.
 RETRY_AFTER = 1
-#: Status of an answer whose caller has left; nobody reads it.
+#: Status of an answer whose caller has left; it is never read.
 CLIENT_LEFT = 499
 
 
@@ -45,7 +45,7 @@ class Answers:
     """
 
     def __init__(self, tickets: Sequence[Ticket], prompts: int, has_grammar: bool = False) -> None:
-        """Listen to answers.
+        """Take the pieces of answers.
 
         Args:
             tickets: Of the answers: those to the first prompt, then those to the next.
@@ -64,7 +64,7 @@ class Answers:
         return len(self._tickets)
 
     def _take(self, index: int, chunk: Chunk) -> None:
-        """Hand a piece to the event loop; runs in the engine's thread."""
+        """Give a piece to the event loop; runs in the engine's thread."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, (index, chunk))
 
@@ -127,7 +127,7 @@ class Answers:
 
 
 def submit(engine: Engine, requests: Sequence[Request]) -> list[Ticket]:
-    """Hand requests to the engine: all of them or none.
+    """Give requests to the engine: all of them or none.
 
     Raises:
         ApiError: The queue is full, the server stops, or a request is out of range.

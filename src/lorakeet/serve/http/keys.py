@@ -24,7 +24,7 @@ def _digest(key: str) -> bytes:
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys that open the server, as their hashes; without any, whoever reaches the server may use it.
+    """Keys that open the server, as their hashes; without any, every caller may use it.
 
     Attributes:
         users: Keys of callers.
@@ -73,7 +73,9 @@ def read_keys(path: Path) -> list[str]:
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise ConfigError(f"{path} has no key, expected one on each line", "write a key into it")
-    if bad := [str(lines.index(key) + 1) for key in keys if len(key) < SHORTEST or not key.isascii() or key.split()[1:]]:
+    if bad := [
+        str(lines.index(key) + 1) for key in keys if len(key) < SHORTEST or not key.isascii() or key.split()[1:]
+    ]:
         raise ConfigError(
             f"{path}: line {', '.join(bad)} is no key, expected {SHORTEST} or more signs of ASCII without white space",
             "python -c 'import secrets; print(secrets.token_urlsafe(32))' writes a good one",

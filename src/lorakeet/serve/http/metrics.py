@@ -34,24 +34,21 @@ class Metrics:
         self._engine, self._base_name = engine, base_name
         self._registry = CollectorRegistry()
         self._registry.register(_Gauges(engine))
-        by_adapter = {"labelnames": ["adapter"], "registry": self._registry}
-        self._requests = Counter(
-            "lorakeet_requests", "finished requests", ["adapter", "finish"], registry=self._registry
-        )
-        self._refused = Counter("lorakeet_refused", "requests that met a full queue", **by_adapter)
-        self._prompt = Counter("lorakeet_prompt_tokens", "tokens of prompts", **by_adapter)
-        self._new = Counter("lorakeet_new_tokens", "new tokens", **by_adapter)
-        self._cached = Counter("lorakeet_cached_tokens", "tokens of prompts found in the prefix cache", **by_adapter)
-        self._queue = Histogram(
-            "lorakeet_queue_seconds", "time in the queue", buckets=_FIRST, **by_adapter
-        )
-        self._first = Histogram(
-            "lorakeet_time_to_first_token_seconds", "time to the first token", buckets=_FIRST, **by_adapter
-        )
-        self._between = Histogram(
-            "lorakeet_time_between_tokens_seconds", "time between two tokens", buckets=_BETWEEN, **by_adapter
-        )
+        self._requests = self._counter("requests", "finished requests", "finish")
+        self._refused = self._counter("refused", "requests that met a full queue")
+        self._prompt = self._counter("prompt_tokens", "tokens of prompts")
+        self._new = self._counter("new_tokens", "new tokens")
+        self._cached = self._counter("cached_tokens", "tokens of prompts found in the prefix cache")
+        self._queue = self._histogram("queue_seconds", "time in the queue", _FIRST)
+        self._first = self._histogram("time_to_first_token_seconds", "time to the first token", _FIRST)
+        self._between = self._histogram("time_between_tokens_seconds", "time between two tokens", _BETWEEN)
         engine.listen(self._note)
+
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
+        return Counter(f"lorakeet_{name}", help_text, ["adapter", *labels], registry=self._registry)
+
+    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"lorakeet_{name}", help_text, ["adapter"], buckets=buckets, registry=self._registry)
 
     def _note(self, event: Event) -> None:
         """Count an event; runs in the engine's thread."""

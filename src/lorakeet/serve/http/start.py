@@ -81,7 +81,9 @@ def open_service(
         task = task or adapter_task(str(folder), config)
     base_name = served.base_name or public_name(settings.model)
     if base_name in adapters:
-        raise ConfigError(f"an adapter has the name of the base, {base_name!r}", "give the base another one with --name")
+        raise ConfigError(
+            f"an adapter has the name of the base, {base_name!r}", "give the base another one with --name"
+        )
     opened = open_model(settings, task=task or Task())
     residents = Residents(opened, served.folder, allow_elsewhere=True)
     for name, folder in adapters.items():

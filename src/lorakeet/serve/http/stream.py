@@ -26,7 +26,7 @@ class EventStream(StreamingResponse):
         self._answers = answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events, and cancel what is left once the caller has gone."""
+        """Send the events, and cancel the rest once the caller has gone."""
         try:
             await super().__call__(scope, receive, send)
         finally:

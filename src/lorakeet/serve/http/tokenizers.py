@@ -52,7 +52,7 @@ class Tokenizers:
         return key
 
     def _forget(self, versions: set[int]) -> None:
-        """Forget the tokenizers of versions that are no longer served."""
+        """Drop the tokenizers of versions that are no longer served."""
         self._by_version = {version: key for version, key in self._by_version.items() if version in versions}
         kept = set(self._by_version.values())
         self._by_files = {key: tokenizer for key, tokenizer in self._by_files.items() if key in kept}

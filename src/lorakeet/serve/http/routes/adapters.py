@@ -25,7 +25,9 @@ def only_admins(request: Request, service: Annotated[Service, Depends(service_of
         ApiError: The caller is no admin, or the server has none.
     """
     if not service.keys.is_admin(request.headers.get("authorization")):
-        why = "this needs the key of an admin" if service.keys.admins else "this server was started without an admin key"
+        why = (
+            "this needs the key of an admin" if service.keys.admins else "this server was started without an admin key"
+        )
         raise ApiError(403, why, code="admin_only")
 
 

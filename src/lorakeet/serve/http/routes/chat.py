@@ -48,8 +48,9 @@ def _begin(service: Service, body: ChatBody, adapter: str | None) -> Any:
     ids = chat_ids(service, body, adapter)
     schema = body.answer_schema
     grammar = None if schema is None else service.grammars.for_schema(schema)
-    asked = {"longest": body.longest_answer, "logprobs": body.listed_logprobs, "grammar": grammar}
-    return submit(service.engine, engine_requests(service, body, [ids], adapter, **asked))
+    longest, logprobs = body.longest_answer, body.listed_logprobs
+    requests = engine_requests(service, body, [ids], adapter, longest=longest, logprobs=logprobs, grammar=grammar)
+    return submit(service.engine, requests)
 
 
 @dataclass
@@ -66,7 +67,8 @@ class _Writer:
 
     def choice(self, index: int, answer: Whole) -> dict[str, Any]:
         """Return a whole answer."""
-        content, calls = answer.text, []
+        content = answer.text
+        calls: list[dict[str, Any]] = []
         if self.body.offered_tools:
             reader = ToolCallReader()
             before = reader.add(answer.text)

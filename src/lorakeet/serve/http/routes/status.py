@@ -15,13 +15,13 @@ router = APIRouter()
 
 @router.get("/health")
 async def health() -> dict[str, str]:
-    """Say that the process answers; the one route without a key."""
+    """Tell that the process answers; the one route without a key."""
     return {"status": "ok"}
 
 
 @router.get("/ready")
 async def ready(service: Served) -> dict[str, str]:
-    """Say whether the engine takes requests."""
+    """Tell whether the engine takes requests."""
     if not service.engine.is_running:
         raise ApiError(503, "the engine takes no requests", code="not_ready")
     return {"status": "ready"}
@@ -48,7 +48,7 @@ async def model(model: str, service: Served) -> dict[str, Any]:
 
 
 def _cards(service: Service) -> list[dict[str, Any]]:
-    names = [(service.base_name, None)]
+    names: list[tuple[str, str | None]] = [(service.base_name, None)]
     names += [(one.name, service.base_name) for one in service.engine.residents.list()]
     common = {"object": "model", "created": service.started, "owned_by": "lorakeet"}
     return [{"id": name, **common, "root": service.base_name, "parent": parent} for name, parent in names]
