@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import uvicorn
 
 from helpers.tiny import shake
@@ -24,6 +25,8 @@ from lorakeet.serve.http.start import Served, open_service
 
 USER, ADMIN = "a-key-of-a-caller", "a-key-of-an-admin"
 BASE = "tiny"
+#: Client for all calls that are not by OpenAI's; to make one takes 50 ms.
+HTTP = httpx.Client()
 #: Template in the manner of Qwen's: tools in the system turn, calls between tags.
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\nTools: {% for tool in tools %}{{ tool | tojson }}{% endfor %}"

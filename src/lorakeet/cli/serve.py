@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakeet.cli.shared.options import BASE_FLAGS, base_settings, bounded, with_settings
+from lorakeet.cli.shared.options import BASE_FLAGS, bounded, with_settings
+from lorakeet.config import read_run
 from lorakeet.errors import ConfigError
 from lorakeet.log import info
 from lorakeet.security.paths import is_dir, is_plain_name
@@ -65,6 +66,7 @@ def serve(
     check_libraries()
     from lorakeet.serve.http.server import bind
 
+    config = read_run(None, values=settings)
     named = _named_adapters(adapter or [], adapters)
     keys = _keys(api_key_file, admin_key_file, host)
     bound = bind(host, port)
@@ -75,8 +77,8 @@ def serve(
         from lorakeet.serve.http.start import Served, open_service
 
         service = open_service(
-            base_settings(settings),
-            Served(adapters, named, name, settings.get("task.type"), allow_hub),
+            config.base,
+            Served(adapters, named, name, config.task.type, allow_hub),
             keys=keys,
             limits=Limits(max_tokens, timeout),
             engine={"max_rows": max_rows, "queue": queue, "cache_bytes": cache_mb << 20},

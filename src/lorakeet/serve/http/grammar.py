@@ -20,7 +20,7 @@ from lorakeet.serve.http.errors import bad_request
 #: Characters of the largest schema; compiling the worst one of this size takes half a second.
 LARGEST_SCHEMA = 1 << 15
 #: Levels of the deepest schema.
-DEEPEST_SCHEMA = 32
+DEEPEST_SCHEMA = 64
 #: Bounds on the work for one schema, and for one token: about a fifth of the library's own.
 LIMITS = LLParserLimits(
     initial_lexer_fuel=200_000,
@@ -34,8 +34,8 @@ LIMITS = LLParserLimits(
 )
 #: JSON without white space between its parts, which a model could go on with for ever; no key is passed over.
 _OPTIONS: Any = {"whitespace_flexible": False, "lenient": False}
-#: Keys of a schema that would change the options, or lead to another document.
-_STEERING = ("x-guidance", "$id", "$anchor", "$dynamicRef", "$recursiveRef")
+#: Keys of a schema that lead to another document, if their values are texts; a property may have the same name.
+_STEERING = ("$id", "$anchor", "$dynamicRef", "$recursiveRef")
 #: Characters of llguidance's own message that an error shows.
 _SHOWN = 300
 
@@ -81,7 +81,10 @@ class Grammars:
             raise _refused(matcher.get_error())
         if warnings := matcher.get_grammar_warnings():
             raise _refused(warnings[0])
-        return SchemaGrammar(matcher)
+        begun = SchemaGrammar(matcher)
+        if not bool(begun.allowed().any()):
+            raise _refused(matcher.get_error() or "no answer is valid")
+        return begun
 
 
 class SchemaGrammar:
@@ -115,6 +118,8 @@ class SchemaGrammar:
 
 def _check_keys(schema: Mapping[str, Any]) -> None:
     """Refuse a schema that is deep, or that leads out of itself."""
+    if "x-guidance" in schema:  # options of llguidance, such as to pass over keys
+        raise _refused("it has the key 'x-guidance'")
     level: list[Any] = [schema]
     for _ in range(DEEPEST_SCHEMA):
         for one in level:
@@ -131,7 +136,7 @@ def _check_object(one: Mapping[str, Any]) -> None:
     if isinstance(reference, str) and not reference.startswith("#"):
         raise _refused(f"it refers to {cut(reference, 80)!r}, and only its own parts, such as #/$defs/name, are read")
     for key in _STEERING:
-        if key in one and not isinstance(one[key], Mapping | bool):
+        if isinstance(one.get(key), str):
             raise _refused(f"it has the key {key!r}")
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorakeet.config import BaseSettings
+from lorakeet.config import BaseSettings, TaskName
 from lorakeet.errors import AdapterError, ConfigError
+from lorakeet.kernels.cpu.build import library
 from lorakeet.loaded_model import adapter_task, open_model, settings_of_base
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.lifecycle.adapter_files import CONFIG_NAME
@@ -28,14 +29,14 @@ class Served:
         folder: Folder with a folder for each adapter; None: none.
         named: Folder of each further adapter, by name.
         base_name: Name of the base for callers; None: its id, or the name of its folder.
-        task: Task of the model; None: that of the first adapter, or else CAUSAL_LM.
+        task: Task of the model; auto: that of the first adapter, or else CAUSAL_LM.
         allow_hub: Whether admins may load adapters from the hub.
     """
 
     folder: Path | None = None
     named: Mapping[str, Path] = field(default_factory=dict)
     base_name: str | None = None
-    task: str | None = None
+    task: TaskName = "auto"
     allow_hub: bool = False
 
     def adapters(self) -> dict[str, Path]:
@@ -74,7 +75,7 @@ def open_service(
         ConfigError: Two adapters, or an adapter and the base, have one name.
     """
     adapters = served.adapters()
-    task = None if served.task in (None, "auto") else Task(served.task)  # type: ignore[arg-type]
+    task = None if served.task == "auto" else Task(served.task)
     for folder in list(adapters.values())[:1]:
         config = PeftConfig.from_pretrained(str(folder))
         settings = settings_of_base(settings, config, str(folder))
@@ -84,6 +85,7 @@ def open_service(
         raise ConfigError(
             f"an adapter has the name of the base, {base_name!r}", "give the base another one with --name"
         )
+    library()  # compiled on first use, which may take longer than a caller waits
     opened = open_model(settings, task=task or Task())
     residents = Residents(opened, served.folder, allow_elsewhere=True)
     for name, folder in adapters.items():
