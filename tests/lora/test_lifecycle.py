@@ -57,6 +57,21 @@ def test_a_merged_adapter_is_not_deleted_and_another_one_is() -> None:
     assert torch.equal(logits(model), answer("default"))
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_layer_merges_the_adapters_that_it_has_chosen_itself(whole: bool) -> None:
+    model = two()
+    for layer in model.lora_layers() if whole else model.lora_layers()[:2]:
+        layer.set_adapter(["other", "default"])
+    model.lora_layers()[-1].enable_adapters(False)
+    expected = logits(model)
+    model.merge_adapter()
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+    model.unmerge()
+    assert torch.equal(logits(model), expected)
+    model.merge_adapter(["other"])  # named: the same in all layers
+    assert torch.allclose(logits(model), answer("other"), atol=1e-5)
+
+
 def test_switching_a_merged_model_unmerges_it_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     model = two(merged=True)
     model.set_adapter("other")

@@ -78,6 +78,15 @@ def test_layer_attributes_and_verbs():
     assert not layer.merged
 
 
+def test_tables_of_a_layer_follow_its_adapters():
+    model = adapted(r=2, use_dora=True)
+    layer = model.model.layers[0].self_attn.q_proj
+    tables = [layer.use_dora, layer.lora_bias, layer.lora_variant, layer.r]
+    assert all("default" in table for table in tables) and layer.use_dora == {"default": True}
+    model.delete_adapter("default")
+    assert not any("default" in table for table in tables)
+
+
 def test_one_layer_is_switched_and_the_model_joins_it_again():
     model = adapted()
     with_adapter, layer = model(token_ids()).logits, model.model.layers[0].self_attn.q_proj

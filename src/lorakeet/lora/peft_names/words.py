@@ -4,6 +4,10 @@ from __future__ import annotations
 
 #: Message of a merge with an adapter that is broken; takes ``adapter``.
 BROKEN = "NaNs detected in the merged weights. The adapter {adapter} seems to be broken"
+#: Message of a merge of adapters that are merged.
+MERGED_ALREADY = "All adapters are already merged, nothing to do"
+#: Message of a verb on an adapter that the model has not; takes ``adapter``.
+UNKNOWN = "Adapter {adapter} does not exist"
 #: Message of deleting an adapter that is merged; takes ``adapters``, a list of names.
 DELETE_MERGED = "Cannot delete adapter(s) {adapters} while they are merged. Please unmerge them first."
 #: Message of a swap between adapters whose settings differ; takes ``key``, ``one`` and ``other``.
