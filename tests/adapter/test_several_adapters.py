@@ -163,7 +163,7 @@ def test_a_sum_is_scaled_once_whatever_scaled_its_terms(tmp_path: Path) -> None:
         ((["a", "c"], [1.0, 1.0], "sum", "ties"), "density None"),
         ((["a", "c"], [1.0, 1.0], "sum", "svd", 0), "svd_rank is 0"),
         ((["a", "a"], [1.0, 1.0], "sum"), "named twice"),
-        ((["a", "c"], [1.0, 1.0], "b"), "there is an adapter 'b' already"),
+        ((["a", "c"], [1.0, 1.0], "b"), "Adapter with name 'b' already exists"),
     ],
 )
 def test_sums_that_cannot_be(arguments: tuple, complaint: str, tmp_path: Path) -> None:

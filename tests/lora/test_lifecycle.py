@@ -202,9 +202,9 @@ def test_two_copies_of_one_module_do_not_act_together() -> None:
     model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "a")
     model.add_adapter("b", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     model.add_adapter("c", LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]))
-    with pytest.raises(AdapterError, match="each has its own copy of a Linear"):
+    with pytest.raises(AdapterError, match="Only one adapter can be set at a time.*each has its own copy of a Linear"):
         model.set_adapter(["a", "b"])
-    with pytest.raises(LorakeetError, match="each has its own copy of a Linear"):
+    with pytest.raises(LorakeetError, match="Only one adapter can be set at a time.*each has its own copy of a Linear"):
         model.merge_and_unload(adapter_names=["a", "b"])
     model.set_adapter(["a", "c"])
 
@@ -212,7 +212,7 @@ def test_two_copies_of_one_module_do_not_act_together() -> None:
 @pytest.mark.parametrize(
     ("keys", "targets", "reason"),
     [
-        (["layers"], ["lm_head"], "is a ModuleList, which is never called itself"),
+        (["layers"], ["lm_head"], "is never called itself.*type ModuleList"),
         (["lp"], ["down_proj"], "would be trained whole and adapted"),
         (["proj"], ["q_proj"], "would be trained whole and adapted"),
         (["nrm"], ["q_proj"], "not in this model"),

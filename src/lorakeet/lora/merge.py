@@ -32,7 +32,7 @@ from lorakeet.lora.config import refuse_unknown
 from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.lifecycle.merged import merged_names
 from lorakeet.lora.peft_names.own_switch import chosen_names, merged_here, switched_for_merge
-from lorakeet.lora.peft_names.words import MERGED_ALREADY
+from lorakeet.lora.peft_names.words import MERGED_ALREADY, NO_BIAS_TO_MERGE
 from lorakeet.quant.protocol import is_quantized
 
 #: Share of the adapter's effect. Largest accepted difference of the outputs beyond their own rounding: a merged weight that
@@ -327,9 +327,7 @@ def _check_layer(name: str, layer: LoraLayer, adapters: list[str], accept_loss: 
         raise MergeError(f"{name} {error}", "use the adapter unmerged, or train it with this layer in exclude_modules")
     has_bias = getattr(base, "bias", None) is not None
     if not has_bias and any(layer.bias_delta(adapter) is not None for adapter in adapters):
-        raise MergeError(
-            f"{name} has no bias, so the adapter's lora_bias cannot be merged into it", "use the adapter unmerged"
-        )
+        raise MergeError(f"{NO_BIAS_TO_MERGE}: {name}", "use the adapter unmerged")
 
 
 def untie(model: nn.Module) -> None:
