@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.served import HTTP, USER, save_adapters, save_chat_base
+from helpers.http_server import HTTP, USER, save_adapters, save_chat_base
 from lorakeet.cli import main
 
 

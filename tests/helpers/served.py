@@ -1,98 +1,87 @@
-"""A served tiny model: two adapters over a random Llama that writes bytes, with a server in a thread."""
+"""A tiny base, adapters of several sorts for it, and the answers that they give alone."""
 
 from __future__ import annotations
 
-import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx2 as httpx
-import uvicorn
+import torch
+from transformers import LlamaForCausalLM
 
-from helpers.tiny import shake
-from helpers.tiny_base import byte_tokenizer, save_base
+from helpers.bytewise import byte_tokenizer, llama_config
 from lorakeet.adapter.peft_model import PeftModel, get_peft_model
-from lorakeet.config import BaseSettings
+from lorakeet.base.load import Base, load_base
+from lorakeet.inference.generate import complete
 from lorakeet.lora.config import LoraConfig
-from lorakeet.serve.http.app import make_app
-from lorakeet.serve.http.gate import Gate
-from lorakeet.serve.http.keys import Keys
-from lorakeet.serve.http.service import Limits
-from lorakeet.serve.http.start import Served, open_service
 
-USER, ADMIN = "a-key-of-a-caller", "a-key-of-an-admin"
-BASE = "tiny"
-#: Client for all calls that are not by OpenAI's; to make one takes 50 ms.
-HTTP = httpx.Client()
-#: Template in the manner of Qwen's: tools in the system turn, calls between tags.
-TEMPLATE = (
-    "{% if tools %}<|im_start|>system\nTools: {% for tool in tools %}{{ tool | tojson }}{% endfor %}"
-    " Answer with <tool_call>JSON</tool_call>.<|im_end|>\n{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
-    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+#: Settings of the adapters, by name: mixed ranks, targets and variants.
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4},
+    "small": {"r": 1, "target_modules": ["q_proj"]},
+    "wide": {"r": 16, "lora_alpha": 8},
+    "rslora": {"r": 8, "use_rslora": True},
+    "mlp": {"r": 3, "target_modules": ["down_proj", "up_proj"]},
+    "patterns": {"r": 2, "rank_pattern": {"v_proj": 5}, "alpha_pattern": {"q_proj": 3}},
+    "dora": {"r": 4, "use_dora": True},
+    "head": {"r": 2, "target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
+}
 
 
-def save_chat_base(folder: Path) -> Path:
-    """Save the tiny base of ``tiny_base`` with a chat template."""
-    save_base(folder)
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+@dataclass
+class Served:
+    """A base in a folder, its adapters, and answers that are remembered.
+
+    Attributes:
+        folder: Folder of the base.
+        adapters: Folder with a folder for each adapter: ``plain``, and ``plain-2`` with other weights, and so on.
+    """
+
+    folder: Path
+    adapters: Path
+    alone: Base = field(init=False)
+    _texts: dict[tuple[str | None, str, int], str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.alone = self.base()
+
+    def base(self) -> Base:
+        """Load the base again, without adapters."""
+        return load_base(str(self.folder), dtype="fp32", device="cpu")
+
+    def answer(self, adapter: str | None, prompt: str, max_tokens: int) -> str:
+        """Return the greedy answer of an adapter's folder, or of the base, to one prompt alone."""
+        key = (adapter, prompt, max_tokens)
+        if key not in self._texts:
+            model: Any = self.alone.model
+            if adapter is not None:
+                if adapter not in getattr(model, "peft_config", {}):
+                    PeftModel.from_pretrained(model, self.adapters / adapter, adapter)
+                model.set_adapter(adapter, inference_mode=True)
+            elif isinstance(model, PeftModel):
+                with model.disable_adapter():
+                    [self._texts[key]] = self._complete(prompt, max_tokens)
+                return self._texts[key]
+            [self._texts[key]] = self._complete(prompt, max_tokens)
+        return self._texts[key]
+
+    def _complete(self, prompt: str, max_tokens: int) -> list[str]:
+        return complete(self.alone.model, self.alone.tokenizer, [prompt], max_new_tokens=max_tokens, greedy=True)
 
 
-def save_adapters(base: Path, folder: Path, names: dict[str, int]) -> Path:
-    """Save an adapter for each name, whose number is the seed of its random weights."""
-    from lorakeet.base.load import load_base
-
-    for name, seed in names.items():
-        model = load_base(BaseSettings(model=str(base), dtype="fp32")).model
-        config = LoraConfig(r=2 + seed % 3, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        adapted: PeftModel = get_peft_model(model, config)
-        shake(adapted, seed=seed)
-        adapted.save_pretrained(str(folder / name))
-    return folder
-
-
-def tiny_app(folder: Path, *, keys: Keys | None = None, limits: Limits | None = None, **options: Any) -> Gate:
-    """Save and open the tiny base with the adapters ``red`` and ``blue``, and ``spare`` on disk alone."""
-    base = save_chat_base(folder / "base")
-    save_adapters(base, folder / "adapters", {"red": 1, "blue": 2, "spare": 3})
-    (folder / "adapters" / "spare").rename(folder / "spare")
-    served = Served(folder / "adapters", base_name=BASE)
-    settings = BaseSettings(model=str(base), dtype="fp32")
-    engine = {"max_rows": 8, "queue": 16, "cache_bytes": 1 << 22, **options}
-    service = open_service(settings, served, keys=keys or Keys(), limits=limits or Limits(), engine=engine)
-    (folder / "spare").rename(folder / "adapters" / "spare")
-    return make_app(service)
-
-
-@contextmanager
-def serving(app: Gate) -> Iterator[str]:
-    """Serve an app at a free port inside the block; yields its address."""
-    bound = socket.socket()
-    bound.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_config=None, access_log=False, ws="none", lifespan="on")
-    server = uvicorn.Server(config)
-    started = threading.Event()
-    startup = server.startup
-
-    async def tell(sockets: list[socket.socket] | None = None) -> None:
-        await startup(sockets=sockets)
-        started.set()
-
-    server.startup = tell  # type: ignore[method-assign]
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-    thread.start()
-    assert started.wait(30)
-    try:
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        bound.close()
+def make_served(root: Path) -> Served:
+    """Write a tiny base and two sets of weights for each kind of adapter."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(llama_config()).save_pretrained(root / "base")
+    byte_tokenizer().save_pretrained(root / "base")
+    base = load_base(str(root / "base"), dtype="fp32", device="cpu")
+    for seed, (name, settings) in enumerate(KINDS.items()):
+        for version in ("", "-2"):
+            model = get_peft_model(base.model, LoraConfig(**{"target_modules": ["q_proj", "v_proj"], **settings}))
+            torch.manual_seed(seed + 100 * len(version))
+            with torch.no_grad():
+                for parameter in model.adapter_parameters("default"):
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+            model.save_pretrained(root / "adapters" / f"{name}{version}")
+            model.unload()
+    return Served(root / "base", root / "adapters")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from helpers.served import ADMIN, USER, serving, tiny_app
+from helpers.http_server import ADMIN, USER, serving, tiny_app
 from lorakeet.serve.http.gate import Gate
 from lorakeet.serve.http.keys import Keys
 

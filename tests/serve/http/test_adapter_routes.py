@@ -10,7 +10,7 @@ import httpx2 as httpx
 import openai
 import pytest
 
-from helpers.served import ADMIN, BASE, HTTP
+from helpers.http_server import ADMIN, BASE, HTTP
 from lorakeet.serve.http.gate import Gate
 
 AS_ADMIN = {"Authorization": f"Bearer {ADMIN}"}

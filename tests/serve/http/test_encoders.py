@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from helpers.served import BASE, HTTP, serving
+from helpers.http_server import BASE, HTTP, serving
 from helpers.tiny_tasks import save_tiny
 from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.config import BaseSettings

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from helpers.served import ADMIN, HTTP, USER
+from helpers.http_server import ADMIN, HTTP, USER
 from lorakeet.errors import ConfigError
 from lorakeet.serve.http.errors import log_unexpected
 from lorakeet.serve.http.gate import OPEN, Gate

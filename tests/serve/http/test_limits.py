@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers.served import HTTP, serving, tiny_app
+from helpers.http_server import HTTP, serving, tiny_app
 from lorakeet.serve.engine.engine import Engine
 from lorakeet.serve.http.gate import Gate
 from lorakeet.serve.http.service import Limits

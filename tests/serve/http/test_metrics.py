@@ -5,7 +5,7 @@ from __future__ import annotations
 import openai
 from prometheus_client.parser import text_string_to_metric_families
 
-from helpers.served import HTTP, USER
+from helpers.http_server import HTTP, USER
 
 
 def figures(url: str) -> dict[tuple[str, str | None], float]:

@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from helpers.served import BASE
+from helpers.http_server import BASE
 from lorakeet.config import BaseSettings
 from lorakeet.inference.generate import complete
 from lorakeet.serve.http.gate import Gate

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from helpers.chat_templates import CHATML, chat_tokenizer
-from helpers.served import TEMPLATE
+from helpers.http_server import TEMPLATE
 from lorakeet.serve.http.tool_calls import ToolCallReader, reads_tool_calls
 
 ONE = '<tool_call>\n{"name": "look", "arguments": {"at": "a bird"}}\n</tool_call>'

@@ -279,10 +279,11 @@ class Engine:
             for task in tasks:
                 task()
             if not self._scheduler.idle:
-                with torch.inference_mode():
-                    self._step()
+                self.step()
 
-    def _step(self) -> None:
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Run one step: end, admit, compute, add tokens. The thread does; without it, the caller may."""
         with self._changed:
             self._finish(self._scheduler.drop())
             for row in self._scheduler.admit():
