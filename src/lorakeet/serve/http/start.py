@@ -97,7 +97,10 @@ def open_service(
         _load(residents, name, folder)
     residents.allow_elsewhere = served.allow_hub
     made = Engine(opened, residents, **(engine or {}))
-    return Service(made, opened, base_name, keys or Keys(), limits or Limits(), served.allow_hub)
+    service = Service(made, opened, base_name, keys or Keys(), limits or Limits(), served.allow_hub)
+    if service.grammars.are_possible:
+        service.grammars.ready()
+    return service
 
 
 def _load(residents: Residents, name: str, folder: Path) -> None:
