@@ -199,15 +199,25 @@ class LoraLayer(AnswersAsPeft, LayerNames, VariantHost):
             r: Its rank in this layer.
             alpha: Its α in this layer.
         """
-        variant = config.variant
-        self.variants[adapter] = variant
+        self.variants[adapter] = config.variant
         self.make(adapter, config, r)
+        self.note_settings(adapter, config, r, alpha)
+        config.variant.init(self, adapter, config)
+
+    def note_settings(self, adapter: str, config: PeftConfig, r: int, alpha: float) -> None:
+        """Keep the rank, α, s and dropout of an adapter.
+
+        Args:
+            adapter: The adapter's name.
+            config: Its settings.
+            r: Its rank in this layer.
+            alpha: Its α in this layer.
+        """
         self.r[adapter], self.lora_alpha[adapter] = r, alpha
-        self.scaling[adapter] = variant.scaling(config, r, alpha)
+        self.scaling[adapter] = config.variant.scaling(config, r, alpha)
         self.configured_scaling[adapter] = self.scaling[adapter]
         self.use_rslora[adapter] = config.use_rslora
         self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        variant.init(self, adapter, config)
 
     def delete_adapter(self, adapter: str) -> None:
         """Remove the adapter and its parameters; the base's weight gets the part back that the adapter took of it."""

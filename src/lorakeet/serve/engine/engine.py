@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -109,7 +110,12 @@ class Engine:
     # -- life -------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread.
+
+        What is in memory now is left out of garbage collection until the end: to look through a model's objects takes most of
+        a second, for which all streams would pause.
+        """
+        gc.freeze()
         self._thread = threading.Thread(target=self._loop, name="lorakeet-engine", daemon=True)
         self._thread.start()
 
@@ -132,6 +138,7 @@ class Engine:
                     self._cancel_all()
                 self._thread.join()
             self._thread = None
+            gc.unfreeze()
 
     def _cancel_all(self) -> None:
         for row in self._scheduler.rows():
