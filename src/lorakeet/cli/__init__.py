@@ -23,6 +23,7 @@ COMMANDS = {
     "eval": "measure loss, perplexity and task metrics of a model or adapter",
     "generate": "complete prompts with a model, or with one or more adapters",
     "predict": "predict classes, tags, answers, vectors or masked tokens",
+    "serve": "serve a base with many adapters over HTTP, in the forms of OpenAI's API",
     "merge": "merge an adapter into its base and save a plain model",
     "export": "write an adapter for PEFT, vLLM, llama.cpp or mlx-lm, or a merged model in GGUF",
     "quantize": "save a base in 8 or 4 bits, so that it loads in seconds",

@@ -21,6 +21,7 @@ from lorakeet.lora.initialization.requirements import initialization_error
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer
 from lorakeet.lora.layer_types import ADAPTABLE, adaptable, inside_adapter, layer_class, unwrapped
 from lorakeet.lora.modules_to_save import SavedModule, chosen_modules
+from lorakeet.lora.peft_names.words import NO_BIAS
 from lorakeet.lora.target_parameters import LoraOutProjection, LoraParameter, attention_error, attention_targets
 from lorakeet.lora.targeting import (
     Target,
@@ -213,9 +214,12 @@ def _hint(wanted: list[str] | str, modules: Modules) -> str:
 
 
 def _warn_of_gaps(layers: Collection[str], modules: Modules, config: PeftConfig) -> None:
-    """Warn if a name is in some layers only and the settings do not choose them."""
+    """Warn if a name is in some layers only and the settings do not choose them, or if a bias cannot be merged."""
     for key, present, total in partly_adapted(config, layers, modules):
         warn(f"{key!r} is in {present} of {total} layers; the others are not adapted")
+    bases = [unwrapped(modules[name]) for name in layers if config.lora_bias]
+    for kind in sorted({type(base).__name__ for base in bases if getattr(base, "bias", None) is None}):
+        warn(f"{NO_BIAS.format(kind=kind)}: such an adapter cannot be merged")
 
 
 # -- the act ----------------------------------------------------------------------------------------------------------

@@ -32,11 +32,12 @@ from lorakeet.kernels.decoder_step import LinearWeights
 from lorakeet.kernels.dropout import dropout
 from lorakeet.kernels.lora_linear import lora_linear
 from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.initialization.mica import MICA, initialize_minor
 from lorakeet.lora.initialization.random import initialize_pair
-from lorakeet.lora.initialization.taken_part import take_part, taken_parts, takes_part
+from lorakeet.lora.initialization.taken_part import out_in, take_part, taken_parts, takes_part
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer, noise
 from lorakeet.lora.variants.bdlora import BlockDiagonal
-from lorakeet.quant.protocol import is_hooked, is_quantized, weight_shape
+from lorakeet.quant.protocol import dense_weight, is_hooked, is_quantized, weight_shape
 
 
 class LoraPair(LoraLayer):
@@ -153,6 +154,9 @@ class LoraLinear(LoraPair):
     def initialize(self, adapter: str, how: bool | str) -> None:
         if isinstance(how, str) and takes_part(how):
             take_part(self, adapter, how)
+        elif how == MICA:
+            a, b = self.pair(adapter)
+            initialize_minor(a.weight, b.weight, out_in(self, dense_weight(self.base_layer, a.weight.dtype)))
         else:
             super().initialize(adapter, how)
 

@@ -159,7 +159,7 @@ class Residents:
 
         Args:
             name: Its public name.
-            source: Folder or hub id; None: the folder of that name in :attr:`folder`.
+            source: Name of a folder in :attr:`folder`, None: the same name; or elsewhere, a path or a hub id.
             scale: Factor of its update.
 
         Returns:
@@ -220,21 +220,22 @@ class Residents:
         Raises:
             AdapterError: It is not in the folder of adapters, and the owner has not allowed other places.
         """
-        if source is not None and self.allow_elsewhere:
-            return str(source)
-        if source is not None and str(source) != name:
+        folder = name if source is None else str(source)
+        if not is_plain_name(folder):
+            if self.allow_elsewhere:
+                return folder
             raise AdapterError(
                 "an adapter from another place is not loaded here, expected a name in the folder of adapters",
                 "put it into the folder; or let the server load from elsewhere, if you own it",
             )
         if self.folder is None:
             raise AdapterError(f"there is no folder of adapters to load {name!r} from", "start the server with one")
-        if outside(self.folder, name) or not is_dir(self.folder / name):
+        if outside(self.folder, folder) or not is_dir(self.folder / folder):
             raise AdapterError(
-                f"no adapter {name!r} in the folder of adapters, it has {', '.join(self.found()) or 'none'}",
-                did_you_mean(name, self.found()),
+                f"no adapter {folder!r} in the folder of adapters, it has {', '.join(self.found()) or 'none'}",
+                did_you_mean(folder, self.found()),
             )
-        return str(self.folder / name)
+        return str(self.folder / folder)
 
     def _put(self, name: str, prepared: Prepared, scale: float) -> Resident:
         """Put a version on the model, all or nothing; in the engine's thread."""
