@@ -204,18 +204,11 @@ class LoraLayer(AnswersAsPeft, LayerNames, VariantHost):
         """
         self.variants[adapter] = config.variant
         self.make(adapter, config, r)
-        self.note_settings(adapter, config, r, alpha)
+        self._note_settings(adapter, config, r, alpha)
         config.variant.init(self, adapter, config)
 
-    def note_settings(self, adapter: str, config: PeftConfig, r: int, alpha: float) -> None:
-        """Keep the rank, α, s and dropout of an adapter.
-
-        Args:
-            adapter: The adapter's name.
-            config: Its settings.
-            r: Its rank in this layer.
-            alpha: Its α in this layer.
-        """
+    def _note_settings(self, adapter: str, config: PeftConfig, r: int, alpha: float) -> None:
+        """Keep the rank, α, s and dropout of an adapter; arguments as in :meth:`add_adapter`."""
         self.r[adapter], self.lora_alpha[adapter] = r, alpha
         self.scaling[adapter] = config.variant.scaling(config, r, alpha)
         self.configured_scaling[adapter] = self.scaling[adapter]

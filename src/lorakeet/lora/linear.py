@@ -149,7 +149,7 @@ class LoraLinear(LoraPair):
         self.variants[adapter] = config.variant
         self.set_pair(adapter, a, b)
         self._fused.add(adapter)
-        self.note_settings(adapter, config, r, alpha)
+        self._note_settings(adapter, config, r, alpha)
 
     def initialize(self, adapter: str, how: bool | str) -> None:
         if isinstance(how, str) and takes_part(how):

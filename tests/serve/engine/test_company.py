@@ -42,7 +42,7 @@ class Company:
             self.residents,
             max_rows=6,
             page_tokens=4,
-            cache_bytes=60 * 4096,
+            cache_bytes=60 * 1024,
             prefill_tokens=7,
             idle_prefill_tokens=9,
         )
