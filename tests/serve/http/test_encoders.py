@@ -17,8 +17,7 @@ from lorakeet.inference.predict import predict
 from lorakeet.loaded_model import open_model
 from lorakeet.lora.config import LoraConfig
 from lorakeet.serve.http.app import make_app
-from lorakeet.serve.http.keys import Keys
-from lorakeet.serve.http.service import Limits, Service
+from lorakeet.serve.http.service import Service
 from lorakeet.serve.http.start import Served, open_service
 from lorakeet.tasks.task import Task
 
@@ -27,7 +26,7 @@ TEXTS = ["the old parrot", "a green house was seen"]
 
 def opened(folder: Path, served: Served) -> Service:
     settings = BaseSettings(model=str(folder), dtype="fp32")
-    return open_service(settings, served, keys=Keys(), limits=Limits(), engine={})
+    return open_service(settings, served)
 
 
 @pytest.fixture(scope="module")

@@ -48,15 +48,22 @@ class Grammars:
         self._lock = threading.Lock()
         self._taken_apart: LLTokenizer | None = None
 
+    @property
+    def are_possible(self) -> bool:
+        """Whether there is a tokenizer.json and an end token, which grammars need."""
+        return bool(getattr(self._tokenizer, "is_fast", False) and self._ends)
+
     def ready(self) -> LLTokenizer:
         """Return the tokenizer as llguidance reads it.
 
+        The first call holds up all threads of the process for most of a second, so it comes before any request.
+
         Raises:
-            ApiError: It is one without a tokenizer.json, or without an end token.
+            ApiError: Grammars are not possible.
         """
         with self._lock:
             if self._taken_apart is None:
-                if not getattr(self._tokenizer, "is_fast", False) or not self._ends:
+                if not self.are_possible:
                     message = "answers in JSON need a model with a fast tokenizer and an end token"
                     raise bad_request(message, "response_format")
                 self._taken_apart = from_tokenizer(self._tokenizer, eos_token=self._ends)  # type: ignore[arg-type]

@@ -58,15 +58,20 @@ def adapters_in(folder: Path) -> dict[str, Path]:
 
 
 def open_service(
-    settings: BaseSettings, served: Served, *, keys: Keys, limits: Limits, engine: Mapping[str, Any]
+    settings: BaseSettings,
+    served: Served,
+    *,
+    keys: Keys | None = None,
+    limits: Limits | None = None,
+    engine: Mapping[str, Any] | None = None,
 ) -> Service:
     """Load the base and its adapters, and return the service over them; its engine is not started.
 
     Args:
         settings: Settings of the base; the default model gives way to the base that the first adapter names.
         served: Models to begin with.
-        keys: Keys of callers.
-        limits: Limits of the answers.
+        keys: Keys of callers; None: none is needed.
+        limits: Limits of the answers; None: the usual ones.
         engine: Further arguments of :class:`lorakeet.serve.engine.engine.Engine`.
 
     Raises:
@@ -91,7 +96,11 @@ def open_service(
     for name, folder in adapters.items():
         _load(residents, name, folder)
     residents.allow_elsewhere = served.allow_hub
-    return Service(Engine(opened, residents, **engine), opened, base_name, keys, limits, served.allow_hub)
+    made = Engine(opened, residents, **(engine or {}))
+    service = Service(made, opened, base_name, keys or Keys(), limits or Limits(), served.allow_hub)
+    if service.grammars.are_possible:
+        service.grammars.ready()
+    return service
 
 
 def _load(residents: Residents, name: str, folder: Path) -> None:
