@@ -135,6 +135,22 @@ class LoraLinear(LoraPair):
         if self.variants[adapter].fused and not config.lora_bias:
             self._fused.add(adapter)
 
+    def attach(self, adapter: str, config: PeftConfig, r: int, alpha: float, a: nn.Module, b: nn.Module) -> None:
+        """Give the layer a further adapter of plain LoRA whose A and B are there already, frozen.
+
+        Args:
+            adapter: The adapter's name.
+            config: Its settings.
+            r: Its rank in this layer.
+            alpha: Its α in this layer.
+            a: A [r, in], as a linear layer.
+            b: B [out, r], as a linear layer without bias.
+        """
+        self.variants[adapter] = config.variant
+        self.set_pair(adapter, a, b)
+        self._fused.add(adapter)
+        self._note_settings(adapter, config, r, alpha)
+
     def initialize(self, adapter: str, how: bool | str) -> None:
         if isinstance(how, str) and takes_part(how):
             take_part(self, adapter, how)
