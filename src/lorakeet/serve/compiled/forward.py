@@ -18,7 +18,7 @@ from lorakeet.eval_mode import evaluating
 from lorakeet.kernels.cpu import abi
 from lorakeet.kernels.paged import Rows, UpdateTable
 from lorakeet.patches.verify import Verifier, is_close
-from lorakeet.serve.compiled.layers import Unsupported, read_parts
+from lorakeet.serve.compiled.layers import UnsupportedError, read_parts
 from lorakeet.serve.compiled.updates import read_updates
 from lorakeet.serve.engine.forward import Forward, Piece, PlainForward, acting
 from lorakeet.serve.engine.forward import Sequence as Tokens
@@ -27,7 +27,7 @@ from lorakeet.serve.engine.residents import Resident
 
 #: Share of the largest logit by which compiled and plain pass may differ: both round activations to 15 bits.
 _NEAR = 5e-3
-#: Tokens of the text by which the two passes are compared: more than a page, and so many that the model rounds too.
+#: Tokens of the text by which the two passes are compared: more than a page, and enough that the model rounds too.
 _TRIED = 40
 
 
@@ -47,17 +47,19 @@ class CompiledForward:
             pages: The pool.
 
         Raises:
-            Unsupported: The compiled loops do not know the model, or the pool.
+            UnsupportedError: The compiled loops do not know the model, or the pool.
         """
         self.pages: Pages | None = pages
         if pages.keys.dtype != torch.float32 or not pages.keys.is_cpu or pages.page_tokens % abi.PAGE_STEP:
-            raise Unsupported(f"pages are of {pages.page_tokens} tokens in {pages.keys.dtype} on {pages.keys.device}")
+            raise UnsupportedError(
+                f"pages are of {pages.page_tokens} tokens in {pages.keys.dtype} on {pages.keys.device}"
+            )
         self._model, self._pool, self._parts = model, pages, read_parts(model)
         self._plain = PlainForward(model, pages)
         self.tables: WeakKeyDictionary[Resident, UpdateTable | None] = WeakKeyDictionary()
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
-        """Store the keys and values of all tokens, and return the logits of each piece's last one, fp32 [pieces, vocabulary]."""
+        """Store keys and values of all tokens, and return the logits of each piece's last one, fp32 [pieces, vocabulary]."""
         tables = [self._table(piece.sequence.adapter) for piece in pieces]
         known = [index for index, table in enumerate(tables) if table is not None]
         others = [index for index, table in enumerate(tables) if table is None]
@@ -102,9 +104,9 @@ def compiled_forward(model: Any, pages: Pages) -> Forward:
     """
     try:
         made = CompiledForward(model, pages)
-    except Unsupported:
+    except UnsupportedError:
         return PlainForward(model, pages)
-    agrees = Verifier().agrees(type(model), model, lambda: _agrees(model, pages))
+    agrees = Verifier().agrees("model", model, lambda: _agrees(model, pages))
     return made if agrees else PlainForward(model, pages)
 
 
