@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ _ROTARY = ("default", "linear", "llama3", "yarn")
 _ANGLES = 2048
 
 
-class Unsupported(ValueError):
+class UnsupportedError(ValueError):
     """A part of a model that the compiled loops do not know."""
 
 
@@ -38,14 +39,14 @@ class Angles:
         self._rotary = rotary
         self._blocks: list[Tensor] = []  # [2, _ANGLES, dim] each
 
-    def __call__(self, positions: list[int]) -> tuple[Tensor, Tensor]:
+    def __call__(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return cosines and sines, fp32 [n, dim] each."""
         while len(self._blocks) * _ANGLES <= max(positions, default=-1):
             first = len(self._blocks) * _ANGLES
             given = torch.arange(first, first + _ANGLES).unsqueeze(0)
             self._blocks.append(torch.cat(self._rotary(torch.empty(0, dtype=torch.float32), given)))
         if max(positions, default=-1) < _ANGLES and self._blocks:
-            cosine, sine = self._blocks[0][:, positions]
+            cosine, sine = self._blocks[0][:, list(positions)]
             return cosine, sine
         chosen = [self._blocks[position // _ANGLES][:, position % _ANGLES] for position in positions]
         cosine, sine = torch.stack(chosen, 1) if chosen else torch.empty(2, 0, 0)
@@ -88,48 +89,43 @@ def read_parts(model: Any) -> Parts:
         model: A causal model, with or without adapters.
 
     Raises:
-        Unsupported: The compiled loops do not know a part.
+        UnsupportedError: The compiled loops do not know a part.
     """
-    kind, inner = type(model), getattr(model, "model", None)
+    kind: Any = type(model)
+    inner: Any = model._modules.get("model")
     if not kind.__module__.startswith("transformers.models.") or kind.__name__ not in {
         f"{one}ForCausalLM" for one in KNOWN
     }:
-        raise Unsupported(f"{kind.__name__} is not one of {', '.join(KNOWN)}")
+        raise UnsupportedError(f"{kind.__name__} is not one of {', '.join(KNOWN)}")
     if not paged.is_available():
-        raise Unsupported("this machine has no compiled loops")
+        raise UnsupportedError("this machine has no compiled loops")
     layers, rotary = list(inner.layers), inner.rotary_emb
     if not layers or not all(map(is_known_layer, layers)):
-        raise Unsupported("its decoder layers are others")
+        raise UnsupportedError("its decoder layers are others")
     if rotary.rope_type not in _ROTARY:
-        raise Unsupported(f"its rotary positions are of kind {rotary.rope_type}")
+        raise UnsupportedError(f"its rotary positions are of kind {rotary.rope_type}")
     try:
         read = PagedLayers([_layer(layer) for layer in layers])
     except ValueError as error:
-        raise Unsupported(str(error)) from error
+        raise UnsupportedError(str(error)) from error
     embedding, head = _base(inner.embed_tokens), _linear(_base(model.lm_head))
     if outlier_columns(head.weight, head.scale) is not None or head.packed:
-        raise Unsupported("its head is not a vocabulary in 8 bits")
+        raise UnsupportedError("its head is not a vocabulary in 8 bits")
     if is_hooked(embedding) or embedding(torch.zeros(1, dtype=torch.long)).dtype != torch.float32:
-        raise Unsupported("it does not compute in fp32")
-    return Parts(
-        embedding,
-        read,
-        Norm(inner.norm.weight.detach(), inner.norm.variance_epsilon),
-        head,
-        Angles(rotary),
-        UpdateTable([]),
-    )
+        raise UnsupportedError("it does not compute in fp32")
+    norm = Norm(inner.norm.weight.detach(), inner.norm.variance_epsilon)
+    return Parts(embedding, read, norm, head, Angles(rotary), UpdateTable([]))
 
 
 def _layer(layer: Any) -> Layer:
     attention = layer.self_attn
     if getattr(attention, "sliding_window", None) is not None:
-        raise Unsupported("its layers have a sliding window")
+        raise UnsupportedError("its layers have a sliding window")
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     inside = [layer, attention, layer.mlp, *(norm for norm in norms if norm is not None)]
     if any(map(is_hooked, inside)):
-        raise Unsupported("its layers have hooks")
+        raise UnsupportedError("its layers have hooks")
     given = [None if norm is None else Norm(norm.weight.detach(), norm.variance_epsilon) for norm in norms]
     linears = [_linear(_base(layer.get_submodule(name))) for name in LINEARS]
     return Layer(linears, given, attention.head_dim, attention.scaling)
@@ -143,5 +139,5 @@ def _base(module: Any) -> Any:
 def _linear(module: Any) -> LinearWeights:
     weights = module.decoder_weights() if is_quantized(module) and not is_hooked(module) else None
     if weights is None:
-        raise Unsupported(f"{type(module).__name__} is not a linear layer in 8 bits")
+        raise UnsupportedError(f"{type(module).__name__} is not a linear layer in 8 bits")
     return weights
