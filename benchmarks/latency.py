@@ -7,8 +7,8 @@ Usage::
 
 One process with the same weights and prompts; contenders alternate, and medians count. Two measurements: a prompt, and one
 new token after a prompt, whose keys and values are in the cache. Bottleneck adapters (Houlsby et al. 2019, arXiv:1902.00751)
-and prefix tuning (Li and Liang 2021, arXiv:2101.00190) are here for comparison only, with as many trained parameters as the
-demo's adapter (r=16 on q_proj and v_proj). They have random values, since latency does not depend on them.
+and prefix tuning (Li and Liang 2021, arXiv:2101.00190) are here for comparison only. They have as many trained parameters as
+the demo's adapter (r=16 on q_proj and v_proj), of random values: latency does not depend on them.
 """
 
 from __future__ import annotations
