@@ -69,6 +69,26 @@ class ProcessError(TrainingError):
     """Another process of the run failed, so this one ends too; the exit code is that of the other."""
 
 
+class MissingLibraryError(LorakeetError, ImportError):
+    """An optional package is not installed; the hint names the extra that has it."""
+
+
+class RequestError(LorakeetError, ValueError):
+    """A request to a serving engine is out of range, or asks for what this model cannot do."""
+
+
+class UnknownAdapter(RequestError, KeyError):  # noqa: N818 (as queue.Full)
+    """A request names an adapter that is not served."""
+
+
+class QueueFull(LorakeetError, RuntimeError):  # noqa: N818
+    """A serving engine has as many waiting requests as it takes."""
+
+
+class EngineStopped(LorakeetError, RuntimeError):  # noqa: N818
+    """A serving engine stops, and takes no further request."""
+
+
 class OutputError(LorakeetError, OSError):
     """An output path is not writable, or already holds something."""
 

@@ -27,7 +27,7 @@ def load_tensors(
     name: str | Path,
     *,
     allow_untrained: bool = False,
-    allow_new_base: bool = False,
+    allow_new_base: bool | None = None,
     unfrozen: Iterable[str] = (),
 ) -> None:
     """Check the tensors against the adapter that ``model`` expects, then copy them in.
@@ -38,7 +38,8 @@ def load_tensors(
         tensors: The tensors of the file.
         name: Folder or hub id, for messages.
         allow_untrained: Only warn if every B is zero.
-        allow_new_base: Accept that other adapters on the base get the weights of the base that this one brings.
+        allow_new_base: Accept weights of the base that this adapter brings, although others use it too. None: only if it has
+            no other adapter; False: never.
         unfrozen: Names of parameters of the base that the adapter's notes list.
 
     Raises:
@@ -115,7 +116,7 @@ def _copy_in(
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
     unfrozen: Mapping[str, str],
-    allow_new_base: bool,
+    allow_new_base: bool | None,
 ) -> None:
     """Copy the tensors into the state dict, quantized where that is; all or none, and the base's only where they differ."""
     of_base = {**vocabulary_names(model), **unfrozen}
@@ -135,13 +136,14 @@ def _copy_in(
         raise
 
 
-def _check_base_weights(model: LoraModel, adapter: str, keys: Sequence[str], allow: bool) -> None:
-    """Refuse weights that differ from this base's while it has other adapters, which would answer with them."""
+def _check_base_weights(model: LoraModel, adapter: str, keys: Sequence[str], allow: bool | None) -> None:
+    """Refuse weights that differ from this base's while others answer with it."""
     listed = ", ".join(key.removeprefix(PREFIX) for key in keys)
     others = [other for other in model.peft_config if other != adapter]
-    if others and not allow:
+    if allow is False or (others and not allow):
+        changed = ", ".join(others) or "the base"
         raise AdapterError(
-            f"adapter {adapter!r} brings its own {listed}, which would change the answers of {', '.join(others)}",
+            f"adapter {adapter!r} brings its own {listed}, which would change the answers of {changed}",
             "load it on a base of its own",
         )
     info(f"{listed} is taken from the adapter: it differs from the base's")

@@ -145,8 +145,7 @@ def _fitting_tokens(model: PreTrainedModel, encoded: Sequence[Sequence[int]], re
 
 def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
     """Build greedy settings that stop at the end tokens of the model and of the tokenizer."""
-    ends = model.generation_config.eos_token_id
-    stops = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    stops = end_tokens(model, tokenizer)
     pad = padding_token(model.config, tokenizer)
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -155,6 +154,12 @@ def _settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_ne
         eos_token_id=sorted(stops) or None,
         pad_token_id=min(stops, default=0) if pad is None else pad,
     )
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokens that end an answer: those of the model and of the tokenizer."""
+    ends = model.generation_config.eos_token_id
+    return {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
 
 
 def _left_padded(batch: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -88,6 +88,7 @@ class Layer:
         self.tensors = [t.detach() for group in (*linears, *norms) if group for t in group if isinstance(t, Tensor)]
         self.hidden, self.wide, self.narrow, self.dim = hidden, wide, narrow, dim
         self.heads = wide // dim
+        self.is_packed = any(linear.packed is not None for linear in linears)
         rank = max(0 if linear.a is None else len(linear.a) for linear in linears)
         #: Floats of workspace for each text, before attention and after it.
         self.workspace_before, self.workspace_after = hidden + rank, wide + hidden + 2 * inner + rank

@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 
-from lorakeet.kernels.cpu import bindings, gemm
+from lorakeet.kernels.cpu import bindings, features, gemm
+from lorakeet.kernels.cpu.features import Feature
 from lorakeet.kernels.int8 import linear, registry
-from lorakeet.kernels.int8.format import dequantize, quantize_rows
+from lorakeet.kernels.int8.format import dequantize, quantize_rows, quantize_weight, split_scale
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on this machine")
 SHAPES = [
@@ -111,3 +112,19 @@ def test_nothing_is_read_beyond_the_weight() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "alive\n", (done.returncode, done.stderr)
+
+
+@pytest.mark.skipif(not features.has(Feature.AVX2), reason="this library has no 16-bit products")
+@pytest.mark.parametrize("shape", [(576, 576), (17, 33), (1, 5), (35, 1290), (16, 31), (64, 650), (48, 2048)])
+def test_few_and_many_rows_have_the_same_bits(shape: tuple[int, int]) -> None:
+    """A row of the 16-bit products does not depend on the other rows, nor on the loops for few or for many."""
+    torch.manual_seed(sum(shape))
+    weight, scale = quantize_weight(torch.randn(shape))
+    row_scale, columns = split_scale(weight, scale)
+    x, bias = torch.randn(40, shape[1]) * torch.rand(40, 1) * 10, torch.randn(shape[0])
+    whole = gemm.gemm_w8a16(x, weight, row_scale, columns, bias)
+    for n in (*range(1, 18), 40):
+        for first in (0, 40 - n):
+            for product in (gemm.gemv_w8a16, gemm.gemm_w8a16):
+                h = product(x[first : first + n].contiguous(), weight, row_scale, columns, bias)
+                assert torch.equal(h, whole[first : first + n]), (product.__name__, n, first)

@@ -25,7 +25,7 @@ TESTS = (
         "kernels/test_linear_cross_entropy.py",
         "kernels/attention/test_segment.py",
     ),
-    "kernels/test_decoder_step.py",
+    *("kernels/test_decoder_step.py", "kernels/test_paged.py"),
 )
 #: Tests of the allocator, which the sanitizer replaces, and of an accuracy that only vectorized sums reach.
 NOT_THESE = "not heap and not large_vocabulary"

@@ -17,6 +17,12 @@ FEEDBACK = 16
 MAX_FUSED_RANK = 64
 #: Values of an attention head, at most; its width is a multiple of :data:`HEAD_STEP` (``attention.c``).
 MAX_HEAD_WIDTH, HEAD_STEP = 128, 16
+#: Linear layers of a decoder layer that adapters update: q, k, v, o, gate, up, down.
+LINEARS = 7
+#: Rows of an update's A are padded to a multiple of this (``paged_decoder.c``).
+UPDATE_ROWS = 8
+#: Tokens of a page are a multiple of this (``paged_attention.c``).
+PAGE_STEP = 16
 
 #: Values of ``abi.h`` by their names there.
 CONSTANTS = {
@@ -25,6 +31,9 @@ CONSTANTS = {
     "LK_MAX_FUSED_RANK": MAX_FUSED_RANK,
     "LK_MAX_HEAD_WIDTH": MAX_HEAD_WIDTH,
     "LK_HEAD_STEP": HEAD_STEP,
+    "LK_LINEARS": LINEARS,
+    "LK_UPDATE_ROWS": UPDATE_ROWS,
+    "LK_PAGE_STEP": PAGE_STEP,
 }
 
 _POINTER, _SIZE, _INT, _FLOAT, _UINT32 = (
@@ -64,6 +73,22 @@ class Layer(ctypes.Structure):
     ]
 
 
+class Update(ctypes.Structure):
+    """``lk_update``: the low-rank update of a linear layer, laid out for rows of their own."""
+
+    _fields_ = [("a", _POINTER), ("b", _POINTER), ("rank", _SIZE), ("scaling", _FLOAT)]
+
+
+class Paged(ctypes.Structure):
+    """``lk_paged``: rows of a step, each a token of a sequence whose keys and values lie in pages."""
+
+    _fields_ = [
+        *[(name, _POINTER) for name in ("layers", "keys", "values", "tables", "starts", "positions")],
+        *[(name, _POINTER) for name in ("cosine", "sine", "updates")],
+        *[(name, _SIZE) for name in ("count", "pages", "page_tokens", "n", "length", "rank")],
+    ]
+
+
 class Heads(ctypes.Structure):
     """``lk_heads``: a tensor [total, heads, width] with its strides in floats."""
 
@@ -81,7 +106,15 @@ class Attention(ctypes.Structure):
 
 
 #: Structs of ``abi.h`` by their names there.
-STRUCTS = {"lk_linear": Linear, "lk_norm": Norm, "lk_layer": Layer, "lk_heads": Heads, "lk_attention": Attention}
+STRUCTS = {
+    "lk_linear": Linear,
+    "lk_norm": Norm,
+    "lk_layer": Layer,
+    "lk_update": Update,
+    "lk_paged": Paged,
+    "lk_heads": Heads,
+    "lk_attention": Attention,
+}
 
 _HEADS, _ATTENTION = ctypes.POINTER(Heads), ctypes.POINTER(Attention)
 _SAMPLES = [_POINTER, _POINTER, _SIZE]
@@ -102,6 +135,8 @@ ARGUMENTS: dict[str, list[Any]] = {
     "lk_after_attention": [_POINTER] * 8 + [_SIZE] * 2,
     "lk_pack_a16": [_POINTER] * 4 + [_SIZE] * 2 + [_INT],
     "lk_gemm_w8a16": [_POINTER] * 7 + [_SIZE, _POINTER] + [_SIZE] * 3 + [_INT],
+    "lk_gemv_w8a16": [_POINTER] * 7 + [_SIZE] * 3,
+    "lk_paged_layers": [ctypes.POINTER(Paged), _POINTER, _POINTER],
     "lk_outlier_dgrad": [_POINTER] * 4 + [_SIZE] * 4,
     "lk_pack_a8_grouped": [_POINTER] * 5 + [_SIZE] * 2 + [_INT],
     "lk_gemm_w8a8_grouped_dgrad": [_POINTER] * 6 + [_SIZE] * 3,
@@ -113,13 +148,14 @@ ARGUMENTS: dict[str, list[Any]] = {
 SIZE_ARGUMENTS: dict[str, list[Any]] = {
     "lk_abi": [ctypes.c_char_p],
     "lk_packed_a16_size": [_SIZE] * 2,
+    "lk_packed_a16_rows": [_SIZE] * 2,
+    "lk_paged_workspace": [ctypes.POINTER(Paged)],
     "lk_packed_a8_groups": [_SIZE] * 2,
     "lk_packed_f32_size": [_SIZE],
 }
+_AVX2_PREFIXES = ("lk_gemm", "lk_gemv_w8a16", "lk_pack", "lk_paged", "lk_outlier")
 #: Functions that the library has on processors with AVX2 only.
-AVX2_FUNCTIONS = frozenset(
-    name for name in (*ARGUMENTS, *SIZE_ARGUMENTS) if name.startswith(("lk_gemm", "lk_pack", "lk_outlier"))
-)
+AVX2_FUNCTIONS = frozenset(name for name in (*ARGUMENTS, *SIZE_ARGUMENTS) if name.startswith(_AVX2_PREFIXES))
 
 
 def expected() -> Iterator[tuple[str, int]]:

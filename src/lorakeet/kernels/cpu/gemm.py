@@ -78,6 +78,28 @@ def gemm_w8a16(
     return h
 
 
+def gemv_w8a16(
+    x: Tensor, weight: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Compute what :func:`gemm_w8a16` computes, to the bit, fast for few tokens; the weight is read once.
+
+    Args:
+        x: fp32 [n, in].
+        weight: W₈, int8 [out, in].
+        row_scale: s, fp32 [out].
+        column_scale: c, fp32 [in], or None.
+        bias: b, fp32 [out], or None.
+
+    Returns:
+        fp32 [n, out].
+    """
+    (n, width), out = x.shape, weight.shape[0]
+    h, memory = x.new_empty(n, out), workspace(library().lk_packed_a16_rows(n, width), torch.int8)
+    tensors = x, weight, row_scale, column_scale, bias, h, memory
+    library().lk_gemv_w8a16(*map(pointer, tensors), n, out, width)
+    return h
+
+
 def gemm_w8a16_dgrad(
     g: Tensor, weight: Tensor, row_scale: Tensor, column_scale: Tensor | None, error_feedback: bool = False
 ) -> Tensor:

@@ -26,6 +26,7 @@ from lorakeet.plan.passes import Pass
 from lorakeet.plan.saved_costs import saved_parts
 from lorakeet.quant.protocol import value_count
 from lorakeet.rng import same_random_state
+from lorakeet.runs.process_memory import map_large_blocks
 from lorakeet.tasks.measure import OWN_LOSS, TaskMeasure, TokenMeasure, own_loss
 from lorakeet.tasks.task import Task
 from lorakeet.train.microbatch_packing import (
@@ -89,7 +90,7 @@ class PassMeter:
             "shapes": [
                 [name, list(p.shape), str(p.dtype), p.requires_grad] for name, p in self.model.named_parameters()
             ],
-            "train": [train.padding_free, train.fused_loss, train.fused_layers],
+            "train": [train.padding_free, train.fused_loss, train.fused_layers, self.maps_large_blocks],
         }
 
     @cached_property
@@ -131,7 +132,14 @@ class PassMeter:
         cost = PassCost(int(one.tokens * share), tuple(parts)).grown(1 / share, self.config.train.fused_loss)
         return PassCost(one.tokens, cost.parts)
 
+    @property
+    def maps_large_blocks(self) -> bool:
+        """Whether the run is sure to map large blocks on their own, as it does where layers are checkpointed."""
+        return self.config.train.gradient_checkpointing not in (False, "auto")
+
     def _measure(self, batch: Mapping[str, Any], training: bool) -> Any:
+        if self.maps_large_blocks:
+            map_large_blocks()  # their fresh pages take time
         model = self.cut.model
         batch = {name: v.to(self.device) if torch.is_tensor(v) else v for name, v in batch.items()}
         model.train(training)

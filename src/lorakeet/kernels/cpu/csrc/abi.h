@@ -13,7 +13,10 @@ enum {
     LK_FEEDBACK = 16,        /* columns: distance over which a rounding error is carried forward (error feedback) */
     LK_MAX_FUSED_RANK = 64,  /* largest rank of a low-rank product that gemm_w8a16.c adds in its epilogue */
     LK_MAX_HEAD_WIDTH = 128, /* values of an attention head, at most (attention.c) */
-    LK_HEAD_STEP = 16        /* an attention head's width is a multiple of this */
+    LK_HEAD_STEP = 16,       /* an attention head's width is a multiple of this */
+    LK_LINEARS = 7,          /* linear layers of a decoder layer that adapters update: q, k, v, o, gate, up, down */
+    LK_UPDATE_ROWS = 8,      /* rows of an update's A are padded to a multiple of this (paged_decoder.c) */
+    LK_PAGE_STEP = 16        /* tokens of a page are a multiple of this (paged_attention.c) */
 };
 
 /* A linear layer of a decoder, and the low-rank update scaling B A x of an adapter where rank > 0. */
@@ -42,6 +45,25 @@ struct lk_layer {
     struct lk_norm before, after, of_q, of_k; /* of_q and of_k for each head */
     ptrdiff_t heads, kv_heads, head_width;
     float scaling;
+};
+
+/* The low-rank update of a linear layer, laid out for rows of their own. */
+struct lk_update {
+    const float *a, *b; /* [rank, a multiple of LK_UPDATE_ROWS, in] and [rank, out]; the further rows of a are zeros */
+    ptrdiff_t rank;     /* 0: none */
+    float scaling;
+};
+
+/* Rows of a step, each a token of a sequence whose keys and values lie in pages. */
+struct lk_paged {
+    const struct lk_layer *const *layers;
+    float *keys, *values;              /* [layers, pages, kv_heads, page_tokens, head_width] */
+    const int64_t *tables;             /* the pages of all sequences, one sequence after the other */
+    const int64_t *starts, *positions; /* [n]: where the pages of a row's sequence begin in `tables`; its position there */
+    const float *cosine, *sine;        /* [n, head_width] */
+    const struct lk_update *const *updates; /* [n]: the adapter of each row, [layers][LK_LINEARS]; NULL: none */
+    ptrdiff_t count, pages, page_tokens;    /* count: layers; pages: in the pool */
+    ptrdiff_t n, length, rank;              /* length: largest position + 1; rank: of all updates, at most */
 };
 
 /* A tensor [total, heads, width] whose last dimension is contiguous. */

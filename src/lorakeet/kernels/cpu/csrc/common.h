@@ -12,6 +12,9 @@
 #define PRAGMA(x) _Pragma(TEXT(x))
 #define PARALLEL_ROWS(count, each) PRAGMA(omp parallel for schedule(static) if ((count) * (each) > 32768))
 
+/* Shared by files of the library, and not exported. */
+#define HIDDEN __attribute__((visibility("hidden")))
+
 /* VLEN: floats in a vector of this processor. `unaligned` is the same vector at any address of a float. */
 #if defined(__AVX512BW__)
 #define VLEN 16

@@ -4,85 +4,14 @@
  * vpdpwssd multiplies and adds adjacent pairs: twice as many products an instruction as in fp32, with exact int32 sums.
  * Reference: kernels/int8/reference.py.
  */
-#include "gemm_tiles.h"
+#include "w8a16.h"
 #if defined(__AVX2__)
-
-enum {
-    W8A16_KC = 640,    /* depth of a block: its int32 sums cannot overflow, and a packed panel stays in the L1 cache */
-    W8A16_PANELS = 2,  /* panels that a strip is multiplied with while it is in the L1 cache */
-    W8A16_K_STEP = 16  /* depths are padded with zeros to a multiple of this */
-};
-_Static_assert(W8A16_KC % W8A16_K_STEP == 0, "a block holds whole steps");
-_Static_assert((int)W8A16_K_STEP == (int)LK_FEEDBACK, "a16_round carries the error of one step to the next");
-
-/* Size of the blocks of a depth: nearly equal ones, each a multiple of W8A16_K_STEP. */
-static ptrdiff_t w8a16_kc(ptrdiff_t depth)
-{
-    const ptrdiff_t blocks = (depth + W8A16_KC - 1) / W8A16_KC, size = (depth + blocks - 1) / blocks;
-    return (size + W8A16_K_STEP - 1) / W8A16_K_STEP * W8A16_K_STEP;
-}
-
-/* Largest code of a value before error feedback: a block's sums, with weights of 127, stay below 2^31. */
-static float a16_limit(ptrdiff_t depth)
-{
-    const ptrdiff_t most = INT32_MAX / (127 * w8a16_kc(depth));
-    return (float)((most < INT16_MAX ? most : INT16_MAX) - 1);
-}
 
 /* Number of int16 values that lk_pack_a16 writes. */
 ptrdiff_t lk_packed_a16_size(ptrdiff_t n, ptrdiff_t depth)
 {
     const ptrdiff_t size = depth ? w8a16_kc(depth) : 1;
     return (n + MR - 1) / MR * MR * ((depth + size - 1) / size * size);
-}
-
-/* Round W8A16_K_STEP values of a row, times their factors and `times`, to int16; zeros from `left` on. Unless `feedback`
- * is NULL, the rounding errors stored there are added first, and the new ones replace them. */
-static inline __m256i a16_round(const float *row, const float *factor, ptrdiff_t left, float times, float *feedback)
-{
-#if VLEN == 16
-    __m512 v = _mm512_mul_ps(load_scaled(row, factor, left), _mm512_set1_ps(times));
-    if (feedback)
-        v = _mm512_add_ps(v, _mm512_loadu_ps(feedback));
-    const __m512i code = _mm512_cvtps_epi32(v);
-    if (feedback)
-        _mm512_storeu_ps(feedback, _mm512_sub_ps(v, _mm512_cvtepi32_ps(code)));
-    return _mm512_cvtsepi32_epi16(code);
-#else
-    __m256i half[2];
-    for (int h = 0; h < 2; h++) {
-        __m256 v = load_scaled(row + 8 * h, factor ? factor + 8 * h : NULL, left - 8 * h);
-        v = _mm256_mul_ps(v, _mm256_set1_ps(times));
-        if (feedback)
-            v = _mm256_add_ps(v, _mm256_loadu_ps(feedback + 8 * h));
-        half[h] = _mm256_cvtps_epi32(v);
-        if (feedback)
-            _mm256_storeu_ps(feedback + 8 * h, _mm256_sub_ps(v, _mm256_cvtepi32_ps(half[h])));
-    }
-    return _mm256_permute4x64_epi64(_mm256_packs_epi32(half[0], half[1]), 0xD8);
-#endif
-}
-
-/* The scale of a row: its largest magnitude over `most`; 1 for zeros, NaN if a value is not finite. The bits of fp32
- * magnitudes, read as integers, order as the values do, with infinity and NaN on top. */
-static float a16_row_scale(const float *row, const float *factor, ptrdiff_t depth, float most)
-{
-    enum { CHAINS = 4 }; /* independent maxima, which hide the latency */
-    int32_t each[CHAINS * VLEN], bits = 0;
-    float largest;
-    int32_vector m[CHAINS];
-    for (int c = 0; c < CHAINS; c++)
-        m[c] = BROADCAST(0);
-    for (ptrdiff_t k = 0; k < depth; k += CHAINS * VLEN)
-        for (int c = 0; c < CHAINS; c++) {
-            const ptrdiff_t at = k + c * VLEN;
-            m[c] = MAX_INT32(m[c], MAGNITUDE(load_scaled(row + at, factor ? factor + at : NULL, depth - at)));
-        }
-    memcpy(each, m, sizeof each);
-    for (int e = 0; e < CHAINS * VLEN; e++)
-        bits = each[e] > bits ? each[e] : bits;
-    memcpy(&largest, &bits, sizeof largest);
-    return !isfinite(largest) ? NAN : largest >= most * FLT_MIN ? largest / most : 1.0f;
 }
 
 /* x [n, depth] times factor [depth] (or NULL: 1) -> int16 in strips: [block][strip][pair][row of the strip][2], and one
@@ -204,7 +133,8 @@ static inline void w8a16_tile(const int16_t *strip, const int16_t *panel, ptrdif
             floats sum = first ? load(bias + VLEN * half) : load(to + VLEN * half);
             for (ptrdiff_t k = 0; first && k < rank; k++)
                 sum += u[r * rank + k] * load(v + k * W8A16_PANELS * NR + VLEN * half);
-            store(to + VLEN * half, sum + TO_FP32(made[r][half]) * row_scale[r] * load(scale + VLEN * half));
+            const floats x_scale = (floats){0} + row_scale[r];
+            store(to + VLEN * half, a16_add(sum, made[r][half], x_scale, load(scale + VLEN * half)));
         }
         if (columns < NR)
             memcpy(h + r * stride, edge, (size_t)columns * sizeof(float));

@@ -92,6 +92,44 @@ static inline fp32_vector load_scaled(const float *row, const float *factor, ptr
 }
 #endif
 
+/* Sum the lanes of each of VLEN vectors: lane i of the result is the sum of vector i. ADD adds int32 or fp32 lanes. */
+#if VLEN == 16
+#define ADD_LANES_INT32(a, b) _mm512_add_epi32(a, b)
+#define ADD_LANES_FP32(a, b) (__m512i)((floats)(a) + (floats)(b))
+#define FOLD(name, ADD)                                                                                                \
+    static inline int32_vector name(const int32_vector *s)                                                             \
+    {                                                                                                                  \
+        int32_vector four[4], two[2];                                                                                  \
+        for (int i = 0; i < 4; i++) {                                                                                  \
+            const int32_vector *v = s + 4 * i;                                                                         \
+            const int32_vector a = ADD(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));          \
+            const int32_vector b = ADD(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));          \
+            four[i] = ADD(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));                                   \
+        }                                                                                                              \
+        for (int i = 0; i < 2; i++)                                                                                    \
+            two[i] = ADD(_mm512_shuffle_i32x4(four[2 * i], four[2 * i + 1], 0x88),                                     \
+                         _mm512_shuffle_i32x4(four[2 * i], four[2 * i + 1], 0xDD));                                    \
+        return ADD(_mm512_shuffle_i32x4(two[0], two[1], 0x88), _mm512_shuffle_i32x4(two[0], two[1], 0xDD));            \
+    }
+#else
+#define ADD_LANES_INT32(a, b) _mm256_add_epi32(a, b)
+#define ADD_LANES_FP32(a, b) (__m256i)((floats)(a) + (floats)(b))
+#define FOLD(name, ADD)                                                                                                \
+    static inline int32_vector name(const int32_vector *s)                                                             \
+    {                                                                                                                  \
+        int32_vector two[2];                                                                                           \
+        for (int i = 0; i < 2; i++) {                                                                                  \
+            const int32_vector *v = s + 4 * i;                                                                         \
+            const int32_vector a = ADD(_mm256_unpacklo_epi32(v[0], v[1]), _mm256_unpackhi_epi32(v[0], v[1]));          \
+            const int32_vector b = ADD(_mm256_unpacklo_epi32(v[2], v[3]), _mm256_unpackhi_epi32(v[2], v[3]));          \
+            two[i] = ADD(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));                                    \
+        }                                                                                                              \
+        return ADD(_mm256_permute2x128_si256(two[0], two[1], 0x20), _mm256_permute2x128_si256(two[0], two[1], 0x31));  \
+    }
+#endif
+FOLD(fold_int32, ADD_LANES_INT32)
+FOLD(fold_fp32, ADD_LANES_FP32)
+
 /* Store eight int32 of each of two adjacent rows of a strip as [value][row of the strip]. */
 static inline void store_two_rows(__m256i one, __m256i other, int32_t *to)
 {

@@ -1,0 +1,1 @@
+"""Serving of many adapters on one base: ``engine`` (no HTTP), ``compiled`` (a fast forward), ``http``."""

@@ -1,0 +1,343 @@
+"""The engine: one thread that runs all requests on one base, step by step."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import torch
+
+from lorakeet.base.load import Base
+from lorakeet.errors import EngineStopped, QueueFull, RequestError
+from lorakeet.facts.vocabulary import embedding_rows
+from lorakeet.facts.window import window
+from lorakeet.inference.generate import end_tokens
+from lorakeet.inference.predict import predict
+from lorakeet.inference.questions import Question
+from lorakeet.loaded_model import LoadedModel
+from lorakeet.log import warn
+from lorakeet.serve.engine.choose_forward import choose_forward
+from lorakeet.serve.engine.forward import Forward, acting
+from lorakeet.serve.engine.pages import Pages
+from lorakeet.serve.engine.prefix_cache import PrefixCache, chain
+from lorakeet.serve.engine.request_checks import check_request
+from lorakeet.serve.engine.requests import Request, Ticket
+from lorakeet.serve.engine.residents import Resident, Residents
+from lorakeet.serve.engine.rows import Row, choose_all
+from lorakeet.serve.engine.scheduler import Scheduler
+from lorakeet.serve.engine.stats import EngineStats, Event, EventKind, Meter
+from lorakeet.tasks.task import Task
+from lorakeet.tasks.taught import Taught
+
+T = TypeVar("T")
+
+#: Bytes of the pool of key-value pages. SmolLM2 needs 46 kB a token, so this is room for 23,000 tokens.
+CACHE_BYTES = 1 << 30
+
+
+class Engine:
+    """Answers of one base and its adapters, for any number of threads that ask.
+
+    Attributes:
+        model: The base, with adapters.
+        tokenizer: Its tokenizer.
+        residents: The served adapters.
+        task: The model's task.
+        forward: The forward pass; None for a model that writes no text.
+        ends: End tokens.
+    """
+
+    def __init__(
+        self,
+        opened: LoadedModel | Base,
+        residents: Residents,
+        *,
+        max_rows: int = 16,
+        page_tokens: int = 32,
+        cache_bytes: int = CACHE_BYTES,
+        prefill_tokens: int = 64,
+        idle_prefill_tokens: int = 512,
+        queue: int = 64,
+        make_forward: Callable[[Any, Pages], Forward] | None = None,
+    ) -> None:
+        """Prepare to answer; :meth:`start` begins.
+
+        Args:
+            opened: The base, opened without adapters.
+            residents: The adapters over it.
+            max_rows: Requests that run together.
+            page_tokens: Tokens of a key-value page, the unit in which prompts are found again.
+            cache_bytes: Bytes of all pages: of running requests and of the prefix cache.
+            prefill_tokens: Tokens of prompts in a step while others get new tokens.
+            idle_prefill_tokens: Tokens of prompts in a step while none waits for one.
+            queue: Requests that may wait.
+            make_forward: Function of the model and the pool, for another forward pass than the plain one.
+        """
+        self.model: Any = opened.model
+        self.tokenizer = opened.tokenizer if isinstance(opened, Base) else opened.base.tokenizer
+        self.task = Task() if isinstance(opened, Base) else opened.task
+        self.residents = residents
+        self.max_rows, self.queue = max_rows, queue
+        self.ends: frozenset[int] = frozenset()
+        self.forward: Forward | None = None
+        if self.task.name == "CAUSAL_LM":
+            self.ends = frozenset(end_tokens(self.model, self.tokenizer))
+            self.forward = choose_forward(self.model, page_tokens, cache_bytes, make_forward)
+        self.pages = self.forward.pages if self.forward else None
+        self.prefixes = PrefixCache(self.pages) if self.pages else None
+        self._scheduler = Scheduler(
+            self.pages,
+            self.prefixes,
+            max_rows=max_rows,
+            queue=queue,
+            prefill_tokens=prefill_tokens,
+            idle_prefill_tokens=idle_prefill_tokens,
+        )
+        self._vocabulary = embedding_rows(self.model)
+        self._window = window(self.model.config)
+        self._meter = Meter()
+        self._steps = 0
+        self._changed = threading.Condition()  # guards the scheduler, the tasks and the flags
+        self._tasks: list[Callable[[], None]] = []
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        residents.between_steps = self.between_steps
+
+    # -- life -------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread = threading.Thread(target=self._loop, name="lorakeet-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self, drain: bool = True, timeout: float | None = None) -> None:
+        """Stop taking requests, and end the thread.
+
+        Args:
+            drain: Whether the requests under way and waiting are answered first.
+            timeout: Seconds to wait for them; the rest is cancelled then.
+        """
+        with self._changed:
+            self._stopping = True
+            if not drain:
+                self._cancel_all()
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout)
+            if self._thread.is_alive():
+                with self._changed:
+                    self._cancel_all()
+                self._thread.join()
+            self._thread = None
+
+    def _cancel_all(self) -> None:
+        for row in self._scheduler.rows():
+            row.ticket.cancelled = True
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread runs and takes requests."""
+        return self._thread is not None and self._thread.is_alive() and not self._stopping
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Ticket:
+        """Let a request wait for its turn.
+
+        Raises:
+            RequestError: It is out of range, or the model writes no text.
+            UnknownAdapter: Its adapter is not served.
+            QueueFull: As many requests wait as may.
+            EngineStopped: The engine stops.
+        """
+        limit = self._checked(request)
+        with self._changed:
+            if self._stopping:
+                raise EngineStopped("the server stops and takes no further request", "send it again in a while")
+            adapter = None if request.adapter is None else self.residents.acquire(request.adapter)
+            ticket = Ticket(0 if adapter is None else adapter.version, self._wake)
+            row = Row(request, ticket, adapter, self.tokenizer, limit)
+            if self.pages is not None:
+                row.root = self.residents.root(adapter)
+                row.keys = chain(row.root, request.prompt[:-1], self.pages.page_tokens)
+            try:
+                self._scheduler.add(row)
+            except QueueFull:
+                self._release(row)
+                self._meter.note(Event("refused", row.adapter_name))
+                raise
+            self._meter.note(Event("queued", row.adapter_name))
+            self._changed.notify_all()
+        return ticket
+
+    def _checked(self, request: Request) -> int:
+        """Return the number of new tokens that a request can have.
+
+        Raises:
+            RequestError: It is out of range.
+        """
+        if self.forward is None:
+            raise RequestError(f"this is a {self.task.name} model and writes no text", "ask it to classify or to embed")
+        check_request(request, self._vocabulary)
+        length, limit = len(request.prompt), request.sampling.max_tokens
+        if self._window is not None:
+            if length >= self._window:
+                raise RequestError(
+                    f"the prompt has {length} tokens, expected fewer than the model's window of {self._window}",
+                    "shorten the prompt",
+                )
+            limit = min(limit, self._window - length)
+        if self.pages is not None and self.pages.needed(length + limit) > len(self.pages):
+            room = len(self.pages) * self.pages.page_tokens
+            raise RequestError(
+                f"the prompt and its answer may have {length + limit} tokens, expected at most the cache's {room}",
+                "ask for fewer new tokens, or give the server a larger cache",
+            )
+        return limit
+
+    def encode(self, rows: Sequence[Question], adapter: str | None = None) -> list[dict[str, Any]]:
+        """Predict the answer of an encoder's task for each text; see :func:`lorakeet.inference.predict.predict`.
+
+        Raises:
+            RequestError: The model writes text.
+            UnknownAdapter: The adapter is not served.
+            DataError: A row is empty, or not of the form that the task needs.
+        """
+        if self.task.verb != "predict":
+            raise RequestError(f"this is a {self.task.name} model and writes text", "ask it to complete")
+        resident = None if adapter is None else self.residents.acquire(adapter)
+        try:
+            return self.between_steps(lambda: self._predict(rows, resident))
+        finally:
+            if resident is not None:
+                self.residents.release(resident)
+
+    def _predict(self, rows: Sequence[Question], resident: Resident | None) -> list[dict[str, Any]]:
+        taught = Taught() if resident is None else resident.taught
+        with acting(self.model, [resident]):
+            settings: dict[str, Any] = {"max_length": taught.max_length, "pairs": taught.pairs}
+            return predict(self.model, self.tokenizer, self.task.name, rows, **settings)
+
+    # -- figures ----------------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """Return the figures of this moment."""
+        pages, meter = self.pages, self._meter
+        with self._changed:
+            return EngineStats(
+                waiting=self._scheduler.waiting,
+                rows=len(self._scheduler.running),
+                pages=len(pages) if pages else 0,
+                pages_free=pages.free if pages else 0,
+                pages_cached=len(self.prefixes) if self.prefixes else 0,
+                steps=self._steps,
+                queue=self.queue,
+                max_rows=self.max_rows,
+                requests=dict(meter.requests),
+                new_tokens=dict(meter.new_tokens),
+                prompt_tokens=dict(meter.prompt_tokens),
+                cached_tokens=dict(meter.cached_tokens),
+            )
+
+    def listen(self, callback: Callable[[Event], None]) -> None:
+        """Call ``callback`` with every event of every request; it runs in the engine's thread, so it is brief."""
+        self._meter.listen(callback)
+
+    # -- the thread -------------------------------------------------------------------------------------------------
+
+    def between_steps(self, task: Callable[[], T]) -> T:
+        """Run a function in the engine's thread, between two steps, and return its result."""
+        if self._thread is None or threading.current_thread() is self._thread:
+            return task()
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(task())
+            except BaseException as error:
+                future.set_exception(error)
+
+        with self._changed:
+            self._tasks.append(run)
+            self._changed.notify_all()
+        return future.result()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._tasks or not self._scheduler.idle or self._stopping)
+                tasks, self._tasks = self._tasks, []
+                if self._stopping and not tasks and self._scheduler.idle:
+                    return
+            for task in tasks:
+                task()
+            if not self._scheduler.idle:
+                self.step()
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Run one step: end, admit, compute, add tokens. The thread does; without it, the caller may."""
+        with self._changed:
+            self._finish(self._scheduler.drop())
+            for row in self._scheduler.admit():
+                self._tell("admitted", row)
+            chosen = self._scheduler.step()
+        if not chosen:
+            return
+        self._steps += 1
+        try:
+            assert self.forward is not None
+            logits = self.forward.run([row.piece(tokens) for row, tokens in chosen])
+        except Exception as error:  # of any architecture; the engine goes on with other requests
+            warn(f"a step failed: {type(error).__name__}: {error}")
+            self._fail([row for row, _ in chosen], str(error))
+            return
+        with self._changed:
+            for row, tokens in chosen:
+                self._scheduler.stored(row, tokens)
+        ready = [index for index, (row, _) in enumerate(chosen) if not row.unread]
+        if ready:
+            self._add_tokens([chosen[index][0] for index in ready], logits[ready])
+        with self._changed:
+            self._finish(self._scheduler.collect())
+
+    def _add_tokens(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
+        for row, choice in zip(rows, choose_all(rows, logits), strict=True):
+            if isinstance(choice, str):
+                row.end("error", error=choice)
+                continue
+            now = time.monotonic()
+            self._meter.note(Event("token" if row.decodes else "first_token", row.adapter_name, now - row.last_token))
+            row.last_token = now
+            try:
+                row.add(*choice, self.ends)
+            except Exception as error:  # a grammar or a listener of the caller
+                row.end("error", error=f"{type(error).__name__}: {error}")
+
+    def _fail(self, rows: Sequence[Row], message: str) -> None:
+        with self._changed:
+            for row in rows:
+                row.end("error", error=message)
+            self._finish(self._scheduler.collect())
+
+    def _finish(self, ended: Sequence[Row]) -> None:
+        for row in ended:
+            self._tell("finished", row)
+            self._release(row)
+
+    def _release(self, row: Row) -> None:
+        if row.adapter is not None:
+            self.residents.release(row.adapter)
+
+    def _tell(self, kind: EventKind, row: Row) -> None:
+        seconds = time.monotonic() - row.submitted
+        self._meter.note(
+            Event(kind, row.adapter_name, seconds, row.finish, len(row.request.prompt), row.new, row.cached)
+        )

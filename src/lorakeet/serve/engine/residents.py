@@ -1,0 +1,311 @@
+"""Adapters that are served: names over one folder, and the version of each that answers now.
+
+A load reads and checks the files in the caller's thread, and changes the model between two steps of the engine. Each load is
+a version of its own in the model: requests under way keep theirs, and it leaves the model with the last of them.
+"""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lorakeet.adapter.fingerprint import fingerprint
+from lorakeet.adapter.older_names import with_current_names
+from lorakeet.adapter.peft_model import PeftModel
+from lorakeet.adapter.put_adapter import put_adapter
+from lorakeet.adapter.serialization import WEIGHTS_NAME, check_base, read_notes, read_tensors
+from lorakeet.base.load import Base
+from lorakeet.errors import AdapterError, UnknownAdapter, did_you_mean
+from lorakeet.loaded_model import LoadedModel, adapter_task
+from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.initialization.taken_part import holds_parts
+from lorakeet.lora.lifecycle.adapter_files import CONFIG_NAME, adapter_folder, find_adapter_file
+from lorakeet.lora.lifecycle.adapter_names import check_adapter_name
+from lorakeet.lora.lifecycle.adoption import adopt
+from lorakeet.lora.lifecycle.rollback import all_or_nothing
+from lorakeet.lora.target_parameters import LoraParameter
+from lorakeet.security.paths import is_dir, is_plain_name, outside
+from lorakeet.serve.engine.prefix_cache import prefix_root
+from lorakeet.tasks.task import Task
+from lorakeet.tasks.taught import Taught
+
+
+@dataclass(eq=False)
+class Resident:
+    """Version of a served adapter, in the model.
+
+    Attributes:
+        name: Its public name.
+        version: Number of the load, from 1; a replaced adapter has a later one.
+        slot: Its name in the model, unique to this version.
+        digest: Hash of its files.
+        scale: Factor of its update.
+        mixes: Whether rows with it can run in one batch with rows of other adapters.
+        source: Folder or hub id that it was loaded from.
+        rank: Its largest rank.
+        bytes: Bytes of its tensors.
+        taught: Settings that it was taught with.
+        users: Requests under way that it answers.
+        retired: Whether it has been replaced or unloaded; it leaves the model with its last request.
+    """
+
+    name: str
+    version: int
+    slot: str
+    digest: str
+    scale: float = 1.0
+    mixes: bool = True
+    source: str = ""
+    rank: int = 0
+    bytes: int = 0
+    taught: Taught = field(default_factory=Taught, repr=False)
+    users: int = field(default=0, repr=False)
+    retired: bool = False
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The content of an adapter's files."""
+
+    source: str
+    config: PeftConfig
+    tensors: Mapping[str, Tensor]
+    notes: Mapping[str, Any]
+    digest: str
+
+
+class Residents:
+    """The served adapters of one base, by name.
+
+    Attributes:
+        folder: Folder with a folder for each adapter that may be loaded by its name; None: there is none.
+        allow_elsewhere: Whether a load may name another folder or a hub id. Only the owner of the server says so.
+        between_steps: Function that runs another one while no step runs; the engine's.
+    """
+
+    def __init__(
+        self, opened: LoadedModel | Base, folder: str | Path | None = None, *, allow_elsewhere: bool = False
+    ) -> None:
+        """Begin without adapters.
+
+        Args:
+            opened: The base, opened without adapters.
+            folder: See the attribute.
+            allow_elsewhere: See the attribute.
+        """
+        self.model: Any = adopt(opened.model, PeftModel)
+        self.task = Task() if isinstance(opened, Base) else opened.task
+        self.folder = None if folder is None else Path(folder)
+        self.allow_elsewhere = allow_elsewhere
+        self.between_steps: Callable[[Callable[[], Any]], Any] = lambda task: task()
+        self._base = hashlib.sha256(json.dumps(fingerprint(self.model), sort_keys=True).encode()).hexdigest()
+        self._served: dict[str, Resident] = {}
+        self._loads = 0
+        self._lock = threading.Lock()  # of the table and the counts
+        self._loading = threading.Lock()  # one load at a time
+
+    # -- look -------------------------------------------------------------------------------------------------------
+
+    def list(self) -> builtins.list[Resident]:
+        """Return the versions that answer now, by name."""
+        with self._lock:
+            return [self._served[name] for name in sorted(self._served)]
+
+    def version(self, name: str) -> int:
+        """Return the version that answers now.
+
+        Raises:
+            UnknownAdapter: The adapter is not served.
+        """
+        with self._lock:
+            return self._known(name).version
+
+    def found(self) -> builtins.list[str]:
+        """Return the names in the folder that look like adapters, served or not."""
+        if self.folder is None or not is_dir(self.folder):
+            return []
+        names = sorted(path.name for path in self.folder.iterdir() if is_dir(path))
+        return [name for name in names if (adapter_folder(self.folder / name) / CONFIG_NAME).is_file()]
+
+    def acquire(self, name: str) -> Resident:
+        """Return the version that answers now, for one more request.
+
+        Raises:
+            UnknownAdapter: The adapter is not served.
+        """
+        with self._lock:
+            resident = self._known(name)
+            resident.users += 1
+            return resident
+
+    def release(self, resident: Resident) -> None:
+        """Note that a request of a version has ended."""
+        with self._lock:
+            resident.users -= 1
+            unused = resident.retired and resident.users == 0
+        if unused:
+            self.between_steps(lambda: self._remove(resident))
+
+    def root(self, resident: Resident | None) -> bytes:
+        """Return the hash that keys of the prefix cache begin with."""
+        if resident is None:
+            return prefix_root(self._base, "", 1.0)
+        return prefix_root(self._base, resident.digest, resident.scale)
+
+    def _known(self, name: str) -> Resident:
+        if name not in self._served:
+            raise UnknownAdapter(
+                f"no adapter {name!r} is served, there is {', '.join(self._served) or 'none'}",
+                did_you_mean(name, self._served),
+            )
+        return self._served[name]
+
+    # -- load and unload --------------------------------------------------------------------------------------------
+
+    def load(self, name: str, source: str | Path | None = None, *, scale: float = 1.0) -> Resident:
+        """Serve an adapter under a name, in place of the version that has it.
+
+        Args:
+            name: Its public name.
+            source: Name of a folder in :attr:`folder`, None: the same name; or elsewhere, a path or a hub id.
+            scale: Factor of its update.
+
+        Returns:
+            The new version.
+
+        Raises:
+            AdapterError: The name is no plain name, or there is no such adapter. It does not fit the base, was trained on
+                another one or not at all, has NaN, or would change the base. The model is as before then.
+        """
+        check_public_name(name)
+        files = self._read(self._source(name, source))
+        with self._loading:
+            resident = self.between_steps(lambda: self._put(name, files, scale))
+            with self._lock:
+                before = self._served.get(name)
+                self._served[name] = resident
+        if before is not None:
+            self._retire(before)
+        return resident
+
+    def unload(self, name: str) -> None:
+        """Serve an adapter no longer; requests under way are answered.
+
+        Raises:
+            UnknownAdapter: The adapter is not served.
+        """
+        with self._lock:
+            resident = self._known(name)
+            del self._served[name]
+        self._retire(resident)
+
+    def _retire(self, resident: Resident) -> None:
+        with self._lock:
+            resident.retired = True
+            unused = resident.users == 0
+        if unused:
+            self.between_steps(lambda: self._remove(resident))
+
+    def _remove(self, resident: Resident) -> None:
+        """Take a version out of the model; in the engine's thread."""
+        if resident.slot in self.model.peft_config:
+            self.model.remove_parts(resident.slot)
+            del self.model.peft_config[resident.slot]
+
+    def _source(self, name: str, source: str | Path | None) -> str:
+        """Return the folder or hub id to load from.
+
+        Raises:
+            AdapterError: It is not in the folder of adapters, and the owner has not allowed other places.
+        """
+        folder = name if source is None else str(source)
+        if not is_plain_name(folder):
+            if self.allow_elsewhere:
+                return folder
+            raise AdapterError(
+                "an adapter from another place is not loaded here, expected a name in the folder of adapters",
+                "put it into the folder; or let the server load from elsewhere, if you own it",
+            )
+        if self.folder is None:
+            raise AdapterError(f"there is no folder of adapters to load {name!r} from", "start the server with one")
+        if outside(self.folder, folder) or not is_dir(self.folder / folder):
+            raise AdapterError(
+                f"no adapter {folder!r} in the folder of adapters, it has {', '.join(self.found()) or 'none'}",
+                did_you_mean(folder, self.found()),
+            )
+        return str(self.folder / folder)
+
+    def _read(self, source: str) -> _Files:
+        """Read and check an adapter's files.
+
+        Raises:
+            AdapterError: They are missing or damaged, or the adapter cannot be served with others.
+        """
+        config, tensors, notes = PeftConfig.from_pretrained(source), read_tensors(source), read_notes(source)
+        task = adapter_task(source, config)
+        if task.name != self.task.name:
+            raise AdapterError(
+                f"adapter {source!r} is for {task.name}, this model for {self.task.name}",
+                "serve it on a base of its own",
+            )
+        if config.bias != "none":
+            raise AdapterError(
+                f"adapter {source!r} trained the biases of the base (bias={config.bias!r}), which others share",
+                "train with bias='none', or serve the merged model",
+            )
+        digest = hashlib.sha256()
+        for file in (CONFIG_NAME, WEIGHTS_NAME):
+            path = find_adapter_file(source, file)
+            assert path is not None
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return _Files(source, config, tensors, notes, digest.hexdigest())
+
+    def _put(self, name: str, files: _Files, scale: float) -> Resident:
+        """Put a version on the model, all or nothing; in the engine's thread."""
+        self._loads += 1
+        slot = f"served{self._loads}"
+        check_base(files.source, files.notes, self.model)
+        config, tensors = with_current_names(self.model, files.config, files.tensors)
+        with all_or_nothing(self.model):
+            put_adapter(self.model, slot, config, tensors, files.source, allow_untrained=False, allow_new_base=False)
+            if holds_parts(self.model, slot):
+                raise AdapterError(
+                    f"adapter {files.source!r} took a part of the base's weights, which others use too",
+                    "save it with plain_lora=True, and serve that",
+                )
+        layers = [layer for layer in self.model.lora_layers() if slot in layer.r]
+        for layer in layers:
+            layer.set_scale(slot, scale)
+        return Resident(
+            name,
+            self._loads,
+            slot,
+            files.digest,
+            scale,
+            mixes=not any(isinstance(layer, LoraParameter) for layer in layers),
+            source=files.source,
+            rank=max((layer.r[slot] for layer in layers), default=0),
+            bytes=sum(tensor.nbytes for tensor in files.tensors.values()),
+            taught=Taught.from_notes(files.notes),
+        )
+
+
+def check_public_name(name: object) -> None:
+    """Refuse a name that is a path, a hub id, or of characters that an address or a log line cannot hold.
+
+    Raises:
+        AdapterError: It is one.
+    """
+    if not is_plain_name(name):
+        raise AdapterError(
+            f"an adapter cannot be served as {name!r}: it is no plain name", "use letters, digits, '-' and '_'"
+        )
+    check_adapter_name(name)
