@@ -80,7 +80,7 @@ class LoraPair(LoraLayer):
 
     def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
         a, b = map(_matrix, self.pair(adapter))
-        return a, b
+        return self.variants[adapter].factors(self, adapter, a, b)
 
     def parts(self, adapter: str) -> list[Tensor]:
         a, b = self.pair(adapter)
