@@ -43,7 +43,7 @@ def fast_decode(model: nn.Module) -> Iterator[None]:
     quantized = has_quantized(model)
     try:
         for module in model.modules() if quantized and bindings.library() is not None else ():
-            if _known(module) and "forward" not in module.__dict__:
+            if is_known_layer(module) and "forward" not in module.__dict__:
                 replaced.append(module)
                 module.forward = _Quick(module, verifier)
         yield
@@ -52,7 +52,8 @@ def fast_decode(model: nn.Module) -> Iterator[None]:
             del module.forward
 
 
-def _known(module: Any) -> bool:
+def is_known_layer(module: Any) -> bool:
+    """Whether a module is a decoder layer that the compiled loops implement."""
     kind = type(module)
     if not kind.__module__.startswith("transformers.models.") or not kind.__name__.endswith("DecoderLayer"):
         return False

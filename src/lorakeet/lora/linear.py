@@ -36,6 +36,7 @@ from lorakeet.lora.initialization.mica import MICA, initialize_minor
 from lorakeet.lora.initialization.random import initialize_pair
 from lorakeet.lora.initialization.taken_part import out_in, take_part, taken_parts, takes_part
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer, noise
+from lorakeet.lora.variants import Variant
 from lorakeet.lora.variants.bdlora import BlockDiagonal
 from lorakeet.quant.protocol import dense_weight, is_hooked, is_quantized, weight_shape
 
@@ -79,7 +80,7 @@ class LoraPair(LoraLayer):
 
     def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
         a, b = map(_matrix, self.pair(adapter))
-        return a, b
+        return self.variants[adapter].factors(self, adapter, a, b)
 
     def parts(self, adapter: str) -> list[Tensor]:
         a, b = self.pair(adapter)
@@ -208,12 +209,17 @@ class LoraLinear(LoraPair):
         own = base.decoder_weights()
         if own is None or not adapters:
             return own
-        adapter = adapters[0]
+        update = self.decoder_update(adapters[0])
+        return None if update is None else own._replace(a=update[0], b=update[1], scaling=update[2])
+
+    def decoder_update(self, adapter: str) -> tuple[Tensor, Tensor, float] | None:
+        """Return A, B and s of an adapter whose update the compiled decoder step can add; None for any other."""
         if adapter not in self._fused or (self.training and self.dropout_probability(adapter)):
             return None
+        if type(self.variants[adapter]).output_scale is not Variant.output_scale:
+            return None  # it scales the base's output too
         a, b = self.pair(adapter)
-        lora_A, lora_B = a._parameters["weight"], b._parameters["weight"]
-        return own._replace(a=lora_A, b=lora_B, scaling=self.scaling[adapter])
+        return a._parameters["weight"], b._parameters["weight"], self.scaling[adapter]  # type: ignore[return-value]
 
     def probe(self) -> Tensor:
         return noise((32, weight_shape(self.base_layer)[0 if self.fan_in_fan_out else 1]), self.base_layer)

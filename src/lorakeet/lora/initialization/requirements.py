@@ -35,3 +35,15 @@ def initialization_error(base: nn.Module | nn.Parameter, config: PeftConfig, r: 
     if (takes_part(how) or how in ("loftq", MICA)) and r > smaller:
         return f"has a weight of rank {smaller} at most, and init_lora_weights={how!r} needs {r} directions"
     return None
+
+
+def residual_error(config: PeftConfig) -> str | None:
+    """Return why an adapter's B·A alone is not its update of the base, by its settings; None if it is."""
+    how = config.init_lora_weights
+    if how == "loftq":
+        return "acts on the quantized base of its training, not on the full one"
+    if config.variant.takes_part:
+        return f"acts on a base without the part that {config.variant.name} took"
+    if not takes_part(how):
+        return None
+    return f"acts on a base without the part that {how} took; save_pretrained(plain_lora=True) writes it as plain LoRA"

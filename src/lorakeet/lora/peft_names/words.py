@@ -16,7 +16,7 @@ NO_CONTAINER = "modules_to_save cannot be applied to modules of type {kind}"
 NO_ROWS = "lora.ParamWrapper does not support mixed adapter batches yet"
 #: Message of a trained bias of B on a layer that has none; takes ``kind``.
 NO_BIAS = "`lora_bias=True` was passed but the targeted layer of type {kind} has no bias"
-#: Message of a merge of such a bias.
+#: Message of a merge with a trained bias of B on a layer that has none.
 NO_BIAS_TO_MERGE = "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias"
 #: Message of a verb on an adapter that the model has not; takes ``adapter``.
 UNKNOWN = "Adapter {adapter} does not exist"

@@ -1,5 +1,5 @@
-/* Rows of many sequences through the decoder layers of the Llama family with int8 weights, each over its own pages and with
- * its own adapter (AVX2, AVX-512).
+/* Rows of many sequences through decoder layers of the Llama family with int8 weights (AVX2, AVX-512). Each has pages and
+ * an adapter of its own.
  *
  * A row's result does not depend on the other rows: products round each row by itself and sum in integers (w8a16.h), and
  * everything else is a function of one row. Few rows and many take different loops with the same result. Reference:
