@@ -1,4 +1,4 @@
-"""Fixtures of all tests: an empty cache for each test, no hub, a fixed seed."""
+"""Fixtures of all tests: a cache for each test with nothing but compiled loops, no hub, a fixed seed."""
 
 from __future__ import annotations
 
@@ -26,9 +26,22 @@ settings.register_profile("wild", print_blob=True)
 settings.load_profile("same")
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of compiled loops that all tests and their processes share: compiling takes seconds."""
+    if (outer := REAL_HOME / "native").is_symlink():  # these tests run in a process of another test
+        return outer.resolve()
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "native"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setenv("LORAKEET_HOME", str(tmp_path_factory.mktemp("home")))
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> None:
+    home = tmp_path_factory.mktemp("home")
+    (home / "native").symlink_to(compiled)
+    monkeypatch.setenv("LORAKEET_HOME", str(home))
     torch.manual_seed(0)
 
 

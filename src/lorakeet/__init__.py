@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lorakeet.lora.layer import LoraLayer as LoraLayer
     from lorakeet.lora.model import LoraModel as LoraModel
     from lorakeet.lora.variants.bdlora import BdLoraConfig as BdLoraConfig
+    from lorakeet.lora.variants.kasa import KasaConfig as KasaConfig
     from lorakeet.lora.variants.velora import VeloraConfig as VeloraConfig
     from lorakeet.peft_api.auto_model import AutoPeftModel as AutoPeftModel
     from lorakeet.peft_api.auto_model import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
@@ -86,6 +87,7 @@ _NAMES = {
     "lora.layer": "LoraLayer",
     "lora.model": "LoraModel",
     "lora.variants.bdlora": "BdLoraConfig",
+    "lora.variants.kasa": "KasaConfig",
     "lora.variants.velora": "VeloraConfig",
     "adapter.peft_model": "PeftModel get_peft_model",
     "base.kbit": "prepare_model_for_kbit_training",

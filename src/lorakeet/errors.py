@@ -69,6 +69,10 @@ class ProcessError(TrainingError):
     """Another process of the run failed, so this one ends too; the exit code is that of the other."""
 
 
+class MissingLibraryError(LorakeetError, ImportError):
+    """An optional package is not installed; the hint names the extra that has it."""
+
+
 class RequestError(LorakeetError, ValueError):
     """A request to a serving engine is out of range, or asks for what this model cannot do."""
 

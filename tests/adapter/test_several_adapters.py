@@ -96,7 +96,7 @@ def test_mixed_batches_that_cannot_be(tmp_path: Path) -> None:
     ids = token_ids(rows=2)
     for names, complaint in (
         (["a"], "1 names, expected one for each of 2 rows"),
-        (["a", "d"], "no adapter 'd'"),
+        (["a", "d"], "Adapter d does not exist"),
         ([], "0 names"),
     ):
         with pytest.raises(AdapterError, match=complaint):
@@ -157,13 +157,13 @@ def test_a_sum_is_scaled_once_whatever_scaled_its_terms(tmp_path: Path) -> None:
     ("arguments", "complaint"),
     [
         ((["a", "c"], [1.0], "sum"), "2 adapters and 1 weights"),
-        ((["a", "z"], [1.0, 1.0], "sum"), "no adapter 'z'"),
+        ((["a", "z"], [1.0, 1.0], "sum"), "Adapter z does not exist"),
         ((["a", "c"], [1.0, float("nan")], "sum"), "not finite"),
         ((["a", "c"], [1.0, 1.0], "sum", "tied"), "unknown combination_type 'tied'"),
         ((["a", "c"], [1.0, 1.0], "sum", "ties"), "density None"),
         ((["a", "c"], [1.0, 1.0], "sum", "svd", 0), "svd_rank is 0"),
         ((["a", "a"], [1.0, 1.0], "sum"), "named twice"),
-        ((["a", "c"], [1.0, 1.0], "b"), "there is an adapter 'b' already"),
+        ((["a", "c"], [1.0, 1.0], "b"), "Adapter with name 'b' already exists"),
     ],
 )
 def test_sums_that_cannot_be(arguments: tuple, complaint: str, tmp_path: Path) -> None:

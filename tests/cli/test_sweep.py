@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lorakeet.cli import COMMANDS, main
+from lorakeet.cli import COMMANDS, function_of, main
 from lorakeet.cli.shared.options import setting_field, typer_command
 from lorakeet.config import RunConfig, make_run, read_run
 from lorakeet.errors import ConfigError
@@ -185,6 +184,7 @@ COMPLETE = {
     "combine": ["./none", "./none2", "--out", "new"],
     "export": ["./none", "--for", "peft", "--out", "new"],
     "plan": ["--model", "./none"],
+    "serve": ["--model", "./none", "--port", "0"],
     "extract": ["./none", "--model", "./none", "--rank", "4", "--out", "new"],
 }
 #: Flags of which a good value begins the work of the demo.
@@ -193,7 +193,7 @@ BEGINS = ("demo", "--out")
 
 def calls(command: str, words: list[str]) -> Iterator[list[str]]:
     """Yield the words of a call for each flag and argument of a command, with each of ``words`` as its value."""
-    parameters = typer_command(getattr(importlib.import_module(f"lorakeet.cli.{command}"), command)).params
+    parameters = typer_command(function_of(command)).params
     for parameter in parameters:
         flag, complete = parameter.opts[0], list(COMPLETE[command])
         if getattr(parameter, "is_flag", False) or (command, flag) == BEGINS:

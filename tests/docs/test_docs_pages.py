@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import tomllib
@@ -24,7 +23,7 @@ from helpers.markdown_pages import (
     read,
     sentences_with_commands,
 )
-from lorakeet.cli import COMMANDS, main
+from lorakeet.cli import COMMANDS, function_of, main
 from lorakeet.cli.shared import reference
 from lorakeet.cli.shared.options import typer_command
 from lorakeet.config import RunConfig, read_run
@@ -89,7 +88,7 @@ def check_lorakeet(words: list[str]) -> None:
     if command.startswith("-") or command == "COMMAND":
         return
     assert command in COMMANDS, words
-    function = getattr(importlib.import_module(f"lorakeet.cli.{command}"), command)
+    function = function_of(command)
     if not rest or "--help" in rest or rest == ["section.key=value"]:  # named without arguments
         return
     context = typer_command(function).make_context(command, list(rest))

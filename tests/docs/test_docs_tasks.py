@@ -16,6 +16,8 @@ from lorakeet.cli import main
 from lorakeet.config import DEFAULT_MODEL
 
 TASK_PAGES = sorted((ROOT / "docs" / "tasks").glob("*.md"))
+#: Pages whose tasks other default tests train too.
+SLOW = ("masked.md", "prompts.md", "translation.md")
 DATA = {
     "tickets": "SEQ_CLS",
     "words": "TOKEN_CLS",
@@ -28,7 +30,10 @@ KEPT = 40  # rows of an example's output
 TEMPLATE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
 
 
-@pytest.mark.parametrize("page", TASK_PAGES, ids=name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=name(page), marks=[pytest.mark.slow] * (page.name in SLOW)) for page in TASK_PAGES],
+)
 def test_commands_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

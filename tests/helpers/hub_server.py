@@ -197,6 +197,14 @@ class Handler(BaseHTTPRequestHandler):
         values = {"id": repo, "modelId": repo, "sha": self.hub.sha(repo, branch), "siblings": files, "tags": []}
         self.json({**values, "private": repo in self.hub.private})
 
+    def tree(self, _: bytes, repo: str, revision: str, folder: str | None) -> None:
+        files = self.hub.repos[repo][self._may_read(repo, revision)]
+        inside = {path: data for path, data in files.items() if folder is None or path.startswith(f"{folder}/")}
+        if folder is not None and not inside:
+            raise RefusedError(404, "Entry not found", "EntryNotFound")
+        oids = {path: hashlib.sha1(data).hexdigest() for path, data in inside.items()}
+        self.json([{"type": "file", "path": path, "size": len(inside[path]), "oid": oids[path]} for path in inside])
+
     def resolve(self, _: bytes, repo: str, revision: str, path: str) -> None:
         branch = self._may_read(repo, revision)
         files = self.hub.repos[repo][branch]
@@ -215,6 +223,7 @@ ROUTES = [
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", Handler.batch),
     ("PUT", r"/objects/(\w+)", Handler.store),
     ("POST", rf"/api/models/{_REPO}/commit/(.+)", Handler.commit),
+    ("GET", rf"/api/models/{_REPO}/tree/([^/]+)(?:/(.+))?", Handler.tree),
     ("GET", rf"/api/models/{_REPO}(?:/revision/(.+))?", Handler.info),
     ("GET HEAD", rf"/{_REPO}/resolve/([^/]+)/(.+)", Handler.resolve),
 ]

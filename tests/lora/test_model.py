@@ -112,7 +112,7 @@ def test_delete():
 
 @pytest.mark.parametrize("call", ["set_adapter", "delete_adapter"])
 def test_unknown_names_come_with_the_nearest(call):
-    with pytest.raises(AdapterError, match="no adapter 'defalt'") as caught:
+    with pytest.raises(AdapterError, match="Adapter defalt does not exist") as caught:
         getattr(adapted(), call)("defalt")
     assert "'default'" in caught.value.hint
 

@@ -14,6 +14,7 @@ import lorakeet
 from helpers.tiny import make, shake, token_ids
 from lorakeet import LoraConfig, PeftModel, get_peft_model
 from lorakeet.errors import AdapterError
+from lorakeet.peft_api.other_names import PeftWarning
 
 
 def adapted(**settings):
@@ -76,6 +77,39 @@ def test_layer_attributes_and_verbs():
     assert layer.merged and layer.merged_adapters == ["default"]
     layer.unmerge()
     assert not layer.merged
+
+
+def test_the_view_of_a_model_whose_own_part_is_called_model_runs_the_model():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(self.model(x))
+
+    model = get_peft_model(Wrapped(), LoraConfig(target_modules=["head"]))
+    x = torch.randn(2, 4)
+    assert torch.equal(model.base_model(x), model(x)) and torch.equal(model.base_model.forward(x), model(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_trained_bias_without_a_bias_of_the_base_warns_as_in_peft(bias):
+    layer = nn.Sequential(nn.Linear(4, 4, bias=bias))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        get_peft_model(layer, LoraConfig(target_modules=["0"], lora_bias=True))
+    told = [w for w in caught if issubclass(w.category, PeftWarning) and "type Linear has no bias" in str(w.message)]
+    assert bool(told) != bias
+
+
+def test_tables_of_a_layer_follow_its_adapters():
+    model = adapted(r=2, use_dora=True)
+    layer = model.model.layers[0].self_attn.q_proj
+    tables = [layer.use_dora, layer.lora_bias, layer.lora_variant, layer.r]
+    assert all("default" in table for table in tables) and layer.use_dora == {"default": True}
+    model.delete_adapter("default")
+    assert not any("default" in table for table in tables)
 
 
 def test_one_layer_is_switched_and_the_model_joins_it_again():

@@ -15,11 +15,11 @@ import transformers as tf
 from scipy import stats
 from transformers.data.metrics import squad_metrics
 
-from lorakeet.errors import DataError
+from lorakeet.errors import DataError, MissingLibraryError
 from lorakeet.tasks import metrics
 from lorakeet.tasks import retrieval as retrieval_module
 from lorakeet.tasks.metrics import compute_metrics_for, preprocess_logits_for_metrics
-from lorakeet.tasks.text_metrics import MissingLibraryError, answering, has_spans, rouge, span_f1
+from lorakeet.tasks.text_metrics import answering, has_spans, rouge, span_f1
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 from lorakeet.lora.config import PeftConfig
-from lorakeet.lora.initialization.taken_part import residual_error, takes_part
+from lorakeet.lora.initialization.requirements import residual_error
+from lorakeet.lora.initialization.taken_part import takes_part
 
 #: vLLM's choices for --max-lora-rank and its default.
 VLLM_RANKS, VLLM_DEFAULT = (1, 8, 16, 32, 64, 128, 256, 320, 512), 16

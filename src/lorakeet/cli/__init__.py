@@ -10,12 +10,13 @@ import errno
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from types import TracebackType
 
 from lorakeet._optional_imports import hide_optional_packages
 from lorakeet._version import __version__
 
-#: Command -> one line of help; each is a function of the module of the same name.
+#: Command -> one line of help; each is a function in a module of the same name.
 COMMANDS = {
     "demo": "run every step on embedded data: train, compare, save, reload, merge",
     "train": "train an adapter, from a YAML file, flags or both",
@@ -23,6 +24,7 @@ COMMANDS = {
     "eval": "measure loss, perplexity and task metrics of a model or adapter",
     "generate": "complete prompts with a model, or with one or more adapters",
     "predict": "predict classes, tags, answers, vectors or masked tokens",
+    "serve": "serve a base with many adapters over HTTP, in the forms of OpenAI's API",
     "merge": "merge an adapter into its base and save a plain model",
     "export": "write an adapter for PEFT, vLLM, llama.cpp or mlx-lm, or a merged model in GGUF",
     "quantize": "save a base in 8 or 4 bits, so that it loads in seconds",
@@ -34,6 +36,8 @@ COMMANDS = {
     "combine": "add, mix or subtract adapters into a new one: linear, svd, ties, dare",
     "plan": "predict memory, time and disk of a run, and what makes it fit, without loading weights",
 }
+#: Commands whose modules are in ``cli/adapters/``.
+OF_ADAPTERS = ("push", "inspect", "extract", "rank", "compare", "combine")
 
 #: Errors of files that a person or the machine causes, not a bug.
 OF_THE_SYSTEM = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ELOOP)
@@ -67,6 +71,13 @@ def usage() -> str:
     )
 
 
+def function_of(command: str) -> Callable[..., int | None]:
+    """Import the module of a command, and return its function."""
+    room = "lorakeet.cli.adapters" if command in OF_ADAPTERS else "lorakeet.cli"
+    function: Callable[..., int | None] = getattr(importlib.import_module(f"{room}.{command}"), command)
+    return function
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0 success, 1 a bug of Lorakeet, 2 a user error, 130 Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -91,8 +102,7 @@ def _run(command: str, words: list[str], debug: bool) -> int:
     from lorakeet.errors import LorakeetError
 
     try:
-        module = importlib.import_module(f"lorakeet.cli.{command}")
-        return parse_and_call(getattr(module, command), f"lorakeet {command}", words) or 0
+        return parse_and_call(function_of(command), f"lorakeet {command}", words) or 0
     except LorakeetError as error:
         if debug:
             raise

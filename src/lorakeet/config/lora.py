@@ -25,7 +25,7 @@ from lorakeet.setting_types import (
 )
 
 #: Initializations by name; of ``pissa_niter_N``, N is the number of subspace iterations of a fast SVD.
-INITIALIZATIONS = ("gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "loftq", "eva")
+INITIALIZATIONS = ("gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "loftq", "eva", "mica")
 
 
 def _initialization(name: bool | str) -> bool | str:
@@ -81,8 +81,8 @@ class LoraSettings(Section):
     fan_in_fan_out: bool = Field(False, description="weights are stored as [in, out] (detected for GPT-2's Conv1D)")
     init_lora_weights: Annotated[bool | str, AfterValidator(_initialization)] = Field(
         True,
-        description="true: A Kaiming-uniform, B zero; or gaussian, orthogonal, pissa, pissa_niter_N, olora, loftq, eva; "
-        "false: both random (for tests)",
+        description="true: A Kaiming-uniform, B zero; or gaussian, orthogonal, pissa, pissa_niter_N, olora, loftq, eva, "
+        "mica; false: both random (for tests)",
     )
     lora_bias: bool = Field(False, description="add a bias to B")
     target_parameters: list[Text] | None = Field(

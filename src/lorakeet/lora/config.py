@@ -128,6 +128,11 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
         """Refuse a trained bias beside an initialization by name, as PEFT does: each sets A and B alone."""
         if self.lora_bias and isinstance(self.init_lora_weights, str):
             raise ConfigError(LORA_BIAS.format(how=self.init_lora_weights), "leave one of them out")
+        if self.init_lora_weights == "mica" and self.variant.settings:
+            raise ConfigError(
+                f"init_lora_weights='mica' is for plain LoRA, and the settings choose {self.variant.name}",
+                "leave one of them out",
+            )
 
     # -- what was made of it ----------------------------------------------------------------------------------------
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.initialization.mica import MICA, initialize_minor
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer, noise
-from lorakeet.quant.protocol import weight_shape
+from lorakeet.quant.protocol import dense_weight, weight_shape
 
 
 class LoraEmbedding(LoraLayer):
@@ -32,11 +33,15 @@ class LoraEmbedding(LoraLayer):
         self.lora_embedding_B[adapter] = nn.Parameter(torch.empty(dim, r, **self._device_dtype()))
 
     def initialize(self, adapter: str, how: bool | str) -> None:
-        nn.init.normal_(self.lora_embedding_B[adapter])
+        lora_A, lora_B = self.matrices(adapter)
+        if how == MICA:
+            initialize_minor(lora_A, lora_B, dense_weight(self.base_layer, lora_A.dtype).T)
+            return
+        nn.init.normal_(lora_B)
         if how is False:  # both random, as in the linear layers
-            nn.init.normal_(self.lora_embedding_A[adapter])
+            nn.init.normal_(lora_A)
         else:
-            nn.init.zeros_(self.lora_embedding_A[adapter])
+            nn.init.zeros_(lora_A)
 
     def low_rank(self, adapter: str, dropped: Tensor) -> Tensor:
         return self.lookup_delta(adapter, dropped, self.base_layer)

@@ -21,6 +21,7 @@ from lorakeet.lora.initialization.requirements import initialization_error
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer
 from lorakeet.lora.layer_types import ADAPTABLE, adaptable, inside_adapter, layer_class, unwrapped
 from lorakeet.lora.modules_to_save import SavedModule, chosen_modules
+from lorakeet.lora.peft_names.words import NO_BIAS
 from lorakeet.lora.target_parameters import LoraOutProjection, LoraParameter, attention_error, attention_targets
 from lorakeet.lora.targeting import (
     Target,
@@ -213,9 +214,12 @@ def _hint(wanted: list[str] | str, modules: Modules) -> str:
 
 
 def _warn_of_gaps(layers: Collection[str], modules: Modules, config: PeftConfig) -> None:
-    """Warn if a name is in some layers only and the settings do not choose them."""
+    """Warn if a name is in some layers only and the settings do not choose them, or if a bias cannot be merged."""
     for key, present, total in partly_adapted(config, layers, modules):
         warn(f"{key!r} is in {present} of {total} layers; the others are not adapted")
+    bases = [unwrapped(modules[name]) for name in layers if config.lora_bias]
+    for kind in sorted({type(base).__name__ for base in bases if getattr(base, "bias", None) is None}):
+        warn(f"{NO_BIAS.format(kind=kind)}: such an adapter cannot be merged")
 
 
 # -- the act ----------------------------------------------------------------------------------------------------------
@@ -248,7 +252,7 @@ def inject(
         module = model.get_submodule(name)
         if not isinstance(module, SavedModule):
             module = SavedModule(module, switch)
-            _replace(model, name, module)
+            replace_module(model, name, module)
         module.add_adapter(adapter)
         touched.append(module)
     for name, tokens in plan.tokens:
@@ -273,7 +277,7 @@ def _wrapped(model: nn.Module, name: str, layer_type: type[L], *args: Any) -> L:
     layer = model.get_submodule(name)
     if not isinstance(layer, layer_type):
         layer = layer_type(layer, *args)
-        _replace(model, name, layer)
+        replace_module(model, name, layer)
     return layer
 
 
@@ -290,11 +294,12 @@ def _adapted(model: nn.Module, target: Target, switch: ActiveAdapters) -> LoraLa
     layer_type = LoraOutProjection if isinstance(parent, nn.MultiheadAttention) else layer_class(layer)
     assert layer_type is not None, f"{target.name} passed the plan"
     made = layer_type(layer, switch)
-    _replace(model, target.name, made)
+    replace_module(model, target.name, made)
     return made
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module at the place of that name."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
     if isinstance(module, (LoraLayer, SavedModule)):
@@ -319,9 +324,9 @@ def _release(model: nn.Module, name: str, module: nn.Module) -> None:
     if isinstance(module, LoraParameter):
         module.release()
     elif isinstance(module, LoraLayer):
-        _replace(model, name, module.base_layer)
+        replace_module(model, name, module.base_layer)
     elif isinstance(module, SavedModule):
-        _replace(model, name, module.original_module)
+        replace_module(model, name, module.original_module)
 
 
 def freeze_base(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorakeet.errors import AdapterError
 from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.initialization.mica import MICA
 from lorakeet.lora.initialization.taken_part import TABLE, add_idle_parts, give_back, leave_part
 from lorakeet.lora.interop.peft_classes import AnswersAsPeft
 from lorakeet.lora.lifecycle.merged import refuse_gradient
@@ -74,6 +75,7 @@ class LoraLayer(AnswersAsPeft, LayerNames, VariantHost):
         lora_dropout: Dropout of each adapter's input, as a module; an ``Identity`` where there is none.
         variants: Variant of each adapter.
         notes: Values that the variant of an adapter keeps.
+        frozen_b: Adapters whose B is never trained (MiCA).
         originals: The base layer's parameters before a merge, by name.
         merged_adapters: Names of the merged adapters.
     """
@@ -95,6 +97,7 @@ class LoraLayer(AnswersAsPeft, LayerNames, VariantHost):
         self.lora_dropout = nn.ModuleDict()
         self.variants: dict[str, Variant] = {}
         self.notes: dict[str, Any] = {}
+        self.frozen_b: set[str] = set()
         self.originals: dict[str, Tensor] = {}
         self.merged_adapters: list[str] = []
 
@@ -199,20 +202,26 @@ class LoraLayer(AnswersAsPeft, LayerNames, VariantHost):
             r: Its rank in this layer.
             alpha: Its α in this layer.
         """
-        variant = config.variant
-        self.variants[adapter] = variant
+        self.variants[adapter] = config.variant
         self.make(adapter, config, r)
+        self._note_settings(adapter, config, r, alpha)
+        config.variant.init(self, adapter, config)
+
+    def _note_settings(self, adapter: str, config: PeftConfig, r: int, alpha: float) -> None:
+        """Keep the rank, α, s and dropout of an adapter; arguments as in :meth:`add_adapter`."""
         self.r[adapter], self.lora_alpha[adapter] = r, alpha
-        self.scaling[adapter] = variant.scaling(config, r, alpha)
+        self.scaling[adapter] = config.variant.scaling(config, r, alpha)
         self.configured_scaling[adapter] = self.scaling[adapter]
         self.use_rslora[adapter] = config.use_rslora
         self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        variant.init(self, adapter, config)
+        if config.init_lora_weights == MICA:
+            self.frozen_b.add(adapter)
 
     def delete_adapter(self, adapter: str) -> None:
         """Remove the adapter and its parameters; the base's weight gets the part back that the adapter took of it."""
         give_back(self, [adapter])
         self.delete_parts(adapter)
+        self.frozen_b.discard(adapter)
         for table in (self.r, self.lora_alpha, self.scaling, self.configured_scaling, self.use_rslora, self.variants):
             table.pop(adapter, None)
         if adapter in self.lora_dropout:
@@ -221,8 +230,9 @@ class LoraLayer(AnswersAsPeft, LayerNames, VariantHost):
     def set_trainable(self, adapter: str, trainable: bool) -> None:
         """Make the adapter's parameters trainable, or freeze them."""
         if adapter in self.r:
+            fixed = self.parts(adapter)[1] if adapter in self.frozen_b else None  # A, B, and further ones
             for parameter in self.parts(adapter):
-                parameter.requires_grad = trainable
+                parameter.requires_grad = trainable and parameter is not fixed
 
     def conflict(self, adapters: Sequence[str]) -> str | None:
         """Return why these adapters cannot act together here; None if they can."""

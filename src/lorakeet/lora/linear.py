@@ -32,12 +32,13 @@ from lorakeet.kernels.decoder_step import LinearWeights
 from lorakeet.kernels.dropout import dropout
 from lorakeet.kernels.lora_linear import lora_linear
 from lorakeet.lora.config import PeftConfig
+from lorakeet.lora.initialization.mica import MICA, initialize_minor
 from lorakeet.lora.initialization.random import initialize_pair
-from lorakeet.lora.initialization.taken_part import take_part, taken_parts, takes_part
+from lorakeet.lora.initialization.taken_part import out_in, take_part, taken_parts, takes_part
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer, noise
 from lorakeet.lora.variants import Variant
 from lorakeet.lora.variants.bdlora import BlockDiagonal
-from lorakeet.quant.protocol import is_hooked, is_quantized, weight_shape
+from lorakeet.quant.protocol import dense_weight, is_hooked, is_quantized, weight_shape
 
 
 class LoraPair(LoraLayer):
@@ -79,7 +80,7 @@ class LoraPair(LoraLayer):
 
     def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
         a, b = map(_matrix, self.pair(adapter))
-        return a, b
+        return self.variants[adapter].factors(self, adapter, a, b)
 
     def parts(self, adapter: str) -> list[Tensor]:
         a, b = self.pair(adapter)
@@ -135,9 +136,28 @@ class LoraLinear(LoraPair):
         if self.variants[adapter].fused and not config.lora_bias:
             self._fused.add(adapter)
 
+    def attach(self, adapter: str, config: PeftConfig, r: int, alpha: float, a: nn.Module, b: nn.Module) -> None:
+        """Give the layer a further adapter of plain LoRA whose A and B are there already, frozen.
+
+        Args:
+            adapter: The adapter's name.
+            config: Its settings.
+            r: Its rank in this layer.
+            alpha: Its α in this layer.
+            a: A [r, in], as a linear layer.
+            b: B [out, r], as a linear layer without bias.
+        """
+        self.variants[adapter] = config.variant
+        self.set_pair(adapter, a, b)
+        self._fused.add(adapter)
+        self._note_settings(adapter, config, r, alpha)
+
     def initialize(self, adapter: str, how: bool | str) -> None:
         if isinstance(how, str) and takes_part(how):
             take_part(self, adapter, how)
+        elif how == MICA:
+            a, b = self.pair(adapter)
+            initialize_minor(a.weight, b.weight, out_in(self, dense_weight(self.base_layer, a.weight.dtype)))
         else:
             super().initialize(adapter, how)
 

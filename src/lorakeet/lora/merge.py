@@ -31,6 +31,8 @@ from lorakeet.lora.checks.merge_probe import Probe, largest_difference
 from lorakeet.lora.config import refuse_unknown
 from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.lifecycle.merged import merged_names
+from lorakeet.lora.peft_names.own_switch import chosen_names, merged_here, switched_for_merge
+from lorakeet.lora.peft_names.words import MERGED_ALREADY, NO_BIAS_TO_MERGE
 from lorakeet.quant.protocol import is_quantized
 
 #: Share of the adapter's effect. Largest accepted difference of the outputs beyond their own rounding: a merged weight that
@@ -96,7 +98,7 @@ class MergeMethods(nn.Module):
         them, since the sum is rounded once.
 
         Args:
-            adapter_names: Names of the adapters; left out: the active ones.
+            adapter_names: Names of the adapters; left out: the active ones, of each layer.
             safe_merge: Accepted for code written for PEFT; every merge is checked.
             probe: Keyword arguments of ``forward`` to compare on; left out: a fixed batch of token ids.
             tolerance: Largest accepted difference of the outputs, as a share of the adapter's effect.
@@ -110,19 +112,20 @@ class MergeMethods(nn.Module):
                 finite. The model is as before then.
         """
         refuse_unknown("merge_adapter", peft_only, set())
-        names = list(adapter_names or self.active_adapters)
+        names = list(adapter_names or chosen_names(self))
         self._check_names(names)
         already = merged_names(self)
         new = [name for name in dict.fromkeys(names) if name not in already]
         if not new:
-            warn(f"adapters {', '.join(already)} are merged already, so there is nothing to do")
+            warn(f"{MERGED_ALREADY}: {', '.join(already)}")
             return MergeReport(0, 0.0, 0.0, 0.0)
         if already:
             warn(f"adapters {', '.join(already)} are merged already; {', '.join(new)} is added to them")
         self._check_conflict([*already, *new])
-        return checked_merge(
-            self, [*already, *new], probe=probe, tolerance=tolerance, accept_loss=accept_loss, store=store
-        )
+        with switched_for_merge(self, [*already, *new] if adapter_names else []):
+            return checked_merge(
+                self, [*already, *new], probe=probe, tolerance=tolerance, accept_loss=accept_loss, store=store
+            )
 
     def unmerge(self: Any) -> None:
         """Undo :meth:`merge_adapter`, bit for bit."""
@@ -156,7 +159,7 @@ class MergeMethods(nn.Module):
         Raises:
             MergeError: As in :meth:`merge_adapter`.
         """
-        if {*(adapter_names or self.active_adapters)} - {*merged_names(self)}:
+        if {*(adapter_names or chosen_names(self))} - {*merged_names(self)}:
             self.merge_adapter(adapter_names, probe=probe, tolerance=tolerance, accept_loss=accept_loss)
         for part in self.lora_parts():
             if isinstance(part, LoraLayer):
@@ -191,27 +194,26 @@ def checked_merge(
         MergeError: a weight cannot hold the update, or the outputs differ; the model is as before then.
     """
     layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer) and any(adapter in layer.r for adapter in adapters)
+        name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer) and merged_here(layer)
     }
     _check_mergeable(layers, adapters, accept_loss)
-    already, was = merged_names(model), (model.switch.active, model.switch.enabled)
+    already = [(layer, layer.merged_adapters) for layer in layers.values() if layer.merged_adapters]
+    enabled = model.switch.enabled
     try:
         with evaluating(model):
             model.unmerge()
-            model.switch.active, model.switch.enabled = tuple(adapters), True
+            model.switch.enabled = True
             report, losses = _measured_merge(model, layers, adapters, probe, tolerance, store)
         worst = worst_loss(losses)
         if worst and worst.share > ACCEPTED_LOSS:
             _tell_loss(worst, losses, report, accept_loss)
     except BaseException:
         model.unmerge()
-        for layer in layers.values() if already else ():
-            layer.merge_(already)
-        model.switch.active, model.switch.enabled = was
+        for layer, merged in already:
+            layer.merge_(merged)
         raise
-    model.switch.enabled = was[1]
+    finally:
+        model.switch.enabled = enabled
     info(report.describe())
     if not any(loss.update for loss in losses):
         warn(f"adapter {', '.join(adapters)} changes nothing: has it been trained?")
@@ -235,7 +237,8 @@ def _measured_merge(
     expected = probes.outputs()
     with model.switch.disabled():
         effect = largest_difference(expected, probes.outputs())
-    losses = [loss for name, layer in layers.items() if (loss := merge_layer(name, layer, adapters, store))]
+    merges = (merge_layer(name, layer, merged_here(layer), store) for name, layer in layers.items())
+    losses = [loss for loss in merges if loss]
     merged, scale = probes.outputs(), max((float(x.abs().max()) for x in expected), default=0.0)
     _check_outputs(largest_difference(expected, merged), effect, scale, probes.noise, tolerance)
     if store:
@@ -303,7 +306,7 @@ def _check_mergeable(layers: dict[str, LoraLayer], adapters: list[str], accept_l
     if not layers:
         raise MergeError(f"adapter {', '.join(adapters)} has no LoRA layer in this model", "check the adapter's name")
     for name, layer in layers.items():
-        _check_layer(name, layer, [adapter for adapter in adapters if adapter in layer.r], accept_loss)
+        _check_layer(name, layer, merged_here(layer), accept_loss)
 
 
 def _check_layer(name: str, layer: LoraLayer, adapters: list[str], accept_loss: bool | None) -> None:
@@ -324,9 +327,7 @@ def _check_layer(name: str, layer: LoraLayer, adapters: list[str], accept_loss: 
         raise MergeError(f"{name} {error}", "use the adapter unmerged, or train it with this layer in exclude_modules")
     has_bias = getattr(base, "bias", None) is not None
     if not has_bias and any(layer.bias_delta(adapter) is not None for adapter in adapters):
-        raise MergeError(
-            f"{name} has no bias, so the adapter's lora_bias cannot be merged into it", "use the adapter unmerged"
-        )
+        raise MergeError(f"{NO_BIAS_TO_MERGE}: {name}", "use the adapter unmerged")
 
 
 def untie(model: nn.Module) -> None:

@@ -33,7 +33,7 @@ from lorakeet.lora.lifecycle.rollback import all_or_nothing
 from lorakeet.lora.merge import MergeMethods
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.peft_names.model import ModelNames
-from lorakeet.lora.peft_names.words import DELETE_MERGED
+from lorakeet.lora.peft_names.words import DELETE_MERGED, TAKEN, UNKNOWN
 from lorakeet.quant.protocol import value_count
 
 
@@ -131,7 +131,7 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods, CombineMethods):
     def _check_new(self, name: str, config: PeftConfig) -> None:
         check_adapter_name(name)
         if name in self.peft_config:
-            raise AdapterError(f"there is an adapter {name!r} already", "choose another name, or delete_adapter first")
+            raise AdapterError(TAKEN.format(adapter=name), "choose another name, or delete_adapter first")
         biased = [other for other, known in self.peft_config.items() if known.bias != "none"]
         if self.peft_config and (biased or config.bias != "none"):
             raise ConfigError(
@@ -264,7 +264,7 @@ class LoraModel(AnswersAsPeft, ModelNames, MergeMethods, CombineMethods):
     def _check_known(self, name: str) -> None:
         if name not in self.peft_config:
             raise AdapterError(
-                f"no adapter {name!r}, there is {', '.join(map(repr, self.peft_config)) or 'none'}",
+                f"{UNKNOWN.format(adapter=name)}, there is {', '.join(map(repr, self.peft_config)) or 'none'}",
                 did_you_mean(name, self.peft_config),
             )
 

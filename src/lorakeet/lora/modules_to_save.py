@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lorakeet.errors import TargetError, nearest
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer, row_indices
 from lorakeet.lora.peft_names.saved_module import SavedModuleNames
+from lorakeet.lora.peft_names.words import NO_CONTAINER, ONE_COPY
 from lorakeet.quant.protocol import dequantized_copy
 
 #: Containers whose ``forward`` is never called, so a copy in their place would never run.
@@ -49,7 +50,7 @@ def _module_error(module: nn.Module, adapted: Sequence[str]) -> str | None:
     """Return why a module cannot be trained whole; None if it can."""
     base = module.original_module if isinstance(module, SavedModule) else module
     if isinstance(base, _CONTAINERS):
-        return f"is a {type(base).__name__}, which is never called itself: name the modules in it"
+        return f"is never called itself, name the modules in it: {NO_CONTAINER.format(kind=type(base).__name__)}"
     if adapted:
         return f"would be trained whole and adapted ({adapted[0]}): name it in one of the settings"
     inner = (part for part in base.modules() if isinstance(part, (LoraLayer, SavedModule)))
@@ -88,7 +89,7 @@ class SavedModule(SavedModuleNames):
         """Return why these adapters cannot act together here; None if they can."""
         here = [adapter for adapter in dict.fromkeys(adapters) if adapter in self.modules_to_save]
         kind = type(self.original_module).__name__
-        return f"each has its own copy of a {kind} (modules_to_save), and only one runs" if len(here) > 1 else None
+        return f"{ONE_COPY}, and each has its own copy of a {kind}" if len(here) > 1 else None
 
     def delete_adapter(self, adapter: str) -> None:
         """Delete the adapter's copy."""

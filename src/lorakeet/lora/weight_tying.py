@@ -96,26 +96,28 @@ def plan_tying(model: nn.Module, config: PeftConfig, modules: Mapping[str, nn.Mo
     """
     group = tied_names(model, modules)
     if len(group) < 2:
-        shared = "no layer of this model shares the weight of the input embedding"
+        shared = (
+            "the model does not have tied weights: no tied modules were found in the model beside the input embedding"
+        )
         return _without_effect(chosen, config, shared)
     if group[0] in chosen.tokens:
         return _tie_tokens(chosen, config, modules, group)
     if not {*chosen.layers, *chosen.saved} & set(group):
-        return _without_effect(chosen, config, f"{', '.join(group)} share a weight and none of them is trained")
+        return _without_effect(chosen, config, f"no tied modules are added: {', '.join(group)} share a weight")
     if config.ensure_weight_tying:
         return _tie_weights(chosen, config, modules, group)
     trained = [name for name in (*chosen.layers, *chosen.saved) if name in group]
     if len(trained) == len(group):
         return chosen
     warning = (
-        f"{', '.join(group)} share a weight, but only {', '.join(trained)} will be trained: once merged, they no longer "
-        "share it; ensure_weight_tying trains all of them alike"
+        f"{', '.join(group)} share a weight, but only {', '.join(trained)} will be trained, since `ensure_weight_tying` is "
+        "not set to True: once merged, they no longer share it"
     )
     return replace(chosen, warnings=(warning,))
 
 
 def _without_effect(chosen: TyingPlan, config: PeftConfig, reason: str) -> TyingPlan:
-    warning = f"ensure_weight_tying has no effect: {reason}"
+    warning = f"ensure_weight_tying=True but {reason}"
     return replace(chosen, warnings=(warning,) if config.ensure_weight_tying else ())
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lorakeet.log import LorakeetWarning
 from lorakeet.lora.config import LoraConfig, PeftConfig
 from lorakeet.lora.conv import LoraConv1d, LoraConv2d, LoraConv3d
 from lorakeet.lora.embedding import LoraEmbedding
@@ -31,6 +32,7 @@ __all__ = [
     "Linear",
     "ModulesToSaveWrapper",
     "ParamWrapper",
+    "PeftWarning",
     "TrainableTokensWrapper",
     "check_target_module_exists",
     "get_layer_status",
@@ -43,6 +45,7 @@ BaseTuner = LoraModel
 #: The layers of ``peft.tuners.lora``.
 Linear, Embedding, Conv1d, Conv2d, Conv3d = LoraLinear, LoraEmbedding, LoraConv1d, LoraConv2d, LoraConv3d
 BaseTunerLayer = LoraLayer
+PeftWarning = LorakeetWarning
 ParamWrapper = LoraParameter
 ModulesToSaveWrapper = SavedModule
 TrainableTokensWrapper = TrainableTokens

@@ -15,7 +15,8 @@ from lorakeet.log import warn
 from lorakeet.lora.algebra.blocks import split_blocks
 from lorakeet.lora.algebra.spectrum import Spectrum, singular_values
 from lorakeet.lora.config import PeftConfig
-from lorakeet.lora.initialization.taken_part import residual_error, takes_part
+from lorakeet.lora.initialization.requirements import residual_error
+from lorakeet.lora.initialization.taken_part import takes_part
 from lorakeet.lora.targeting import layer_index
 
 #: Share of the energy ‖ΔW‖² of each layer that an advised rank keeps.

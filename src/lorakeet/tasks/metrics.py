@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from transformers import EvalPrediction
 
 from lorakeet._optional_imports import allow_sklearn
+from lorakeet.errors import MissingLibraryError
 from lorakeet.ignore_index import IGNORE_INDEX
 from lorakeet.inference.answers import chosen_labels
 from lorakeet.log import warn
 from lorakeet.tasks.retrieval import retrieval
 from lorakeet.tasks.text_metrics import (
     Figures,
-    MissingLibraryError,
     answering,
     exact_match,
     has_spans,

@@ -12,13 +12,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from lorakeet.errors import DataError, LorakeetError
+from lorakeet.errors import DataError, MissingLibraryError
 
 Figures = dict[str, float]
-
-
-class MissingLibraryError(LorakeetError, ImportError):
-    """A metric needs a library that is not installed."""
 
 
 # ---- spans among tags -------------------------------------------------------------------------------------------

@@ -191,3 +191,37 @@ def test_what_cannot_begin_so_is_refused_before_anything_changes(base, settings,
         targets = None if "target_parameters" in settings else ["linear"]
         get_peft_model(model, LoraConfig(**{"target_modules": targets, **settings}))
     assert type(model) is Small and type(model.linear) is nn.Linear
+
+
+def test_mica_trains_a_alone_from_the_minor_directions_as_peft_does(base, tmp_path: Path) -> None:
+    targets = ["embed", "linear", "turned", "last"]
+    ours, theirs = adapted(base, "mica", target_modules=targets), adapted(base, "mica", peft, target_modules=targets)
+    trained = {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    assert trained and all("_A" in name for name in trained)
+    assert trained == {n.removeprefix("base_model.model.") for n, p in theirs.named_parameters() if p.requires_grad}
+    for name in targets:
+        layer, other = getattr(ours, name), getattr(theirs.base_model.model, name)
+        expected = other.lora_embedding_B.default if name == "embed" else other.lora_B.default.weight
+        torch.testing.assert_close(layer.matrices("default")[1], expected)
+    torch.testing.assert_close(ours(X), base(X))
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if name in trained:
+                parameter.normal_()
+    ours.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    assert {name for name, parameter in again.named_parameters() if parameter.requires_grad} == trained
+    torch.testing.assert_close(again(X), ours(X))
+    ours.delete_adapter("default")
+    ours.add_adapter("default", LoraConfig(r=2, target_modules=["linear"]))
+    ours.set_adapter("default")
+    assert ours.linear.lora_B.default.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"use_dora": True}, "plain LoRA"), ({"r": 9, "target_modules": ["turned"]}, "9 directions")],
+)
+def test_mica_is_refused_where_it_means_nothing(base, settings, reason) -> None:
+    with pytest.raises((ConfigError, TargetError), match=reason):
+        get_peft_model(copy.deepcopy(base), LoraConfig(init_lora_weights="mica", **settings))

@@ -49,7 +49,7 @@ def warn_of_residual(name: str | Path, config: PeftConfig, notes: Mapping[str, A
         notes: Its ``lorakeet.json``; empty if another tool made it.
     """
     how = config.init_lora_weights
-    if notes.get("on_residual") and not takes_part(how):
+    if notes.get("on_residual") and not (takes_part(how) or config.variant.takes_part):
         warn(
             f"adapter {str(name)!r} was saved for a base without the part that it took, and its settings say "
             f"init_lora_weights={how!r}, which takes none: its answers will be wrong; is it the one from before the training?"

@@ -6,12 +6,11 @@ compares the committed pages with the generated ones.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
-from lorakeet.cli import COMMANDS, usage
+from lorakeet.cli import COMMANDS, function_of, usage
 from lorakeet.cli.shared.options import TRAIN_FLAGS, typer_command
 from lorakeet.config import RunConfig
 from lorakeet.files import write_file
@@ -44,7 +43,7 @@ def commands_page() -> str:
 
 
 def _command(name: str) -> str:
-    command = typer_command(getattr(importlib.import_module(f"lorakeet.cli.{name}"), name))
+    command = typer_command(function_of(name))
     text, _, examples = command.help.partition("\f")[0].partition("\b\nexamples:\n")
     lines = "\n".join(line.strip() for line in examples.strip().splitlines())
     rows = [_parameter(parameter) for parameter in command.params]

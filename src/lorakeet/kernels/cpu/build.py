@@ -31,8 +31,8 @@ FLAGS += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno
 
 
 def sources() -> list[Path]:
-    """Return the C files and headers, sorted by name."""
-    return sorted(SOURCE_FOLDER.glob("*.[ch]"))
+    """Return the C files and headers, sorted by path."""
+    return sorted(SOURCE_FOLDER.rglob("*.[ch]"))
 
 
 def flags() -> list[str]:
@@ -85,7 +85,7 @@ def compile_library(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder, path.name)
         files = [str(file) for file in sources() if file.suffix == ".c"]
-        command = [*compiler.split(), *flags(), *files, "-o", str(made), "-lm"]
+        command = [*compiler.split(), *flags(), f"-I{SOURCE_FOLDER}", *files, "-o", str(made), "-lm"]
         done = subprocess.run([*command, "-fopenmp"], capture_output=True, text=True, timeout=120)
         if done.returncode:
             subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

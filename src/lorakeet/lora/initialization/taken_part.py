@@ -1,4 +1,4 @@
-"""The part s·B₀·A₀ of a base's weight that an adapter takes over at its start, as PiSSA and OLoRA do.
+"""The part s·B₀·A₀ of a base's weight that an adapter takes over at its start, as PiSSA, OLoRA and KaSA do.
 
 The base's weight becomes W_res = W − s·B₀·A₀, and the adapter begins as A₀, B₀. The layer keeps both; beside W that is
 little:
@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakeet.log import info
-from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.initialization.olora import orthonormal_pair
 from lorakeet.lora.initialization.pissa import principal_pair
 from lorakeet.quant.protocol import dense_weight, is_quantized
@@ -60,16 +59,6 @@ def takes_part(how: bool | str) -> bool:
     return isinstance(how, str) and (how == "olora" or how.startswith("pissa"))
 
 
-def residual_error(config: PeftConfig) -> str | None:
-    """Return why an adapter's B·A alone is not its update of the base, by its settings; None if it is."""
-    how = config.init_lora_weights
-    if how == "loftq":
-        return "acts on the quantized base of its training, not on the full one"
-    if not takes_part(how):
-        return None
-    return f"acts on a base without the part that {how} took; save_pretrained(plain_lora=True) writes it as plain LoRA"
-
-
 def taken_parts(layer: Any) -> dict[str, TakenPart]:
     """Return the parts that adapters hold of a layer's weight, by adapter."""
     table = layer._modules.get(TABLE)
@@ -99,11 +88,25 @@ def take_part(layer: Any, adapter: str, how: str) -> None:
         pair = orthonormal_pair(weight, r) if how == "olora" else principal_pair(weight, r, scaling, how)
         a.copy_(pair[0])
         b.copy_(pair[1])
-        part = TakenPart(a.detach().clone(), b.detach().clone(), scaling)
-        residual = weight - part.matrix()
-        set_weight(layer, residual)
-        lost = out_in(layer, dense_weight(layer.base_layer, a.dtype)) - residual
-        part.rounding = float(lost.norm() / weight.norm().clamp_min(1e-30))
+        take_out(layer, adapter, a.detach().clone(), b.detach().clone(), scaling)
+
+
+def take_out(layer: Any, adapter: str, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+    """Take s·B₀·A₀ out of the base's weight, and let the layer keep it for where the adapter does not act.
+
+    Args:
+        layer: A LoRA layer on a linear layer, plain or quantized.
+        adapter: Its adapter.
+        lora_A: A₀ [r, in]
+        lora_B: B₀ [out, r]
+        scaling: s
+    """
+    part = TakenPart(lora_A, lora_B, scaling)
+    weight = out_in(layer, dense_weight(layer.base_layer, lora_A.dtype))
+    residual = weight - part.matrix()
+    set_weight(layer, residual)
+    lost = out_in(layer, dense_weight(layer.base_layer, lora_A.dtype)) - residual
+    part.rounding = float(lost.norm() / weight.norm().clamp_min(1e-30))
     if TABLE not in layer._modules:
         layer.add_module(TABLE, nn.ModuleDict())
     layer._modules[TABLE][adapter] = part

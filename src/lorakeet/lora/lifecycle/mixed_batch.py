@@ -8,6 +8,7 @@ from typing import Any
 from lorakeet.errors import AdapterError
 from lorakeet.lora.lifecycle.adapter_names import BARE
 from lorakeet.lora.lifecycle.merged import merged_names
+from lorakeet.lora.peft_names.words import NO_ROWS
 from lorakeet.lora.target_parameters import LoraParameter
 
 
@@ -29,6 +30,6 @@ def check_mixed_batch(model: Any, adapter_names: Sequence[str]) -> None:
     for name in names:
         if any(isinstance(layer, LoraParameter) and name in layer.r for layer in model.lora_layers()):
             raise AdapterError(
-                f"adapter {name!r} adapts bare parameters (of experts or an attention), which see all rows at once",
+                f"{NO_ROWS}: adapter {name!r} adapts parameters of experts or an attention, which see all rows at once",
                 "run one batch for each adapter",
             )

@@ -21,6 +21,13 @@ class _View:
 
     __slots__ = ()
     _whole: Any
+    _own: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._own(*args, **kwargs)  # the view's ``model`` is another one than that in the module's forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._own.forward(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -47,6 +54,7 @@ def view_of(model: Any) -> Any:
     view: Any = object.__new__(_view_class(type(model), type(backbone)))
     view.__dict__ = backbone.__dict__
     object.__setattr__(view, "_whole", model)
+    object.__setattr__(view, "_own", backbone)
     return view
 
 
@@ -54,7 +62,7 @@ def _view_class(whole: type, backbone: type) -> type:
     """Return the class of a view: the backbone's methods, but those that LoRA adds are the whole model's."""
     if (whole, backbone) not in _classes:
         added = {name for parent in whole.__mro__ if parent.__module__.startswith("lorakeet.") for name in vars(parent)}
-        plain = {"__slots__": ("_whole",), "__module__": backbone.__module__, "__doc__": backbone.__doc__}
+        plain = {"__slots__": ("_whole", "_own"), "__module__": backbone.__module__, "__doc__": backbone.__doc__}
         verbs = {name: _of_whole(name) for name in added if not name.startswith("__")}
         paths = {"model": property(lambda view: view._whole), "base_model": property(lambda view: view)}
         bases = (_View, backbone if not issubclass(backbone, whole) else whole)

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from lorakeet.lora.peft_names.own_switch import SwitchNames
+
+
+class LiveTable(Mapping[str, Any]):
+    """Table of values by adapter that is computed at each look-up, so it follows the adapters of its layer."""
+
+    def __init__(self, values: Callable[[], dict[str, Any]]) -> None:
+        self._values = values
+
+    def __getitem__(self, adapter: str) -> Any:
+        return self._values()[adapter]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values())
+
+    def __len__(self) -> int:
+        return len(self._values())
+
+    def __repr__(self) -> str:
+        return repr(self._values())
 
 
 class LayerNames(SwitchNames):
@@ -56,19 +75,19 @@ class LayerNames(SwitchNames):
         self.unmerge_()
 
     @property
-    def use_dora(self: Any) -> dict[str, bool]:
-        """Whether each adapter is one of DoRA."""
-        return {adapter: "use_dora" in variant.settings for adapter, variant in self.variants.items()}
+    def use_dora(self: Any) -> Mapping[str, bool]:
+        """Answers to whether an adapter is one of DoRA, by adapter."""
+        return LiveTable(lambda: {name: "use_dora" in variant.settings for name, variant in self.variants.items()})
 
     @property
-    def lora_bias(self: Any) -> dict[str, bool]:
-        """Whether each adapter's B has a bias."""
-        return {adapter: self.bias_delta(adapter) is not None for adapter in self.r}
+    def lora_bias(self: Any) -> Mapping[str, bool]:
+        """Answers to whether an adapter's B has a bias, by adapter."""
+        return LiveTable(lambda: {adapter: self.bias_delta(adapter) is not None for adapter in self.r})
 
     @property
-    def lora_variant(self: Any) -> dict[str, Any]:
-        """Variant of each adapter that is not plain LoRA."""
-        return {adapter: variant for adapter, variant in self.variants.items() if variant.settings}
+    def lora_variant(self: Any) -> Mapping[str, Any]:
+        """Variants other than plain LoRA, by adapter."""
+        return LiveTable(lambda: {name: variant for name, variant in self.variants.items() if variant.settings})
 
     @property
     def kwargs(self) -> dict[str, Any]:

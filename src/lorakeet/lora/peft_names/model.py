@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.lifecycle.merged import take_apart
 from lorakeet.lora.peft_names.base_view import view_of
 from lorakeet.lora.peft_names.status import LayerStatus, ModelStatus, layer_status, model_status
+from lorakeet.lora.variants.kasa import penalty
 from lorakeet.quant.protocol import weight_dtype
 
 
@@ -97,6 +99,11 @@ class ModelNames(nn.Module):
             part.switch = self.switch
         for name in self.peft_config:
             self.set_trainable(name, enabled and name in self.switch.active)
+
+    def _get_kasa_loss(self: Any, adapter_names: str | Sequence[str] | None = None) -> torch.Tensor | float:
+        """Return what KaSA adds to the loss, of the named adapters or the active ones; 0.0 where there is none."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names or self.active_adapters
+        return penalty(self.lora_layers(), names)
 
     def get_layer_status(self) -> list[LayerStatus]:
         """Return what each layer with adapters is and does."""

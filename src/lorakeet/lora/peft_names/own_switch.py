@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -14,19 +15,20 @@ class OwnSwitch:
     Attributes:
         shared: The active adapters of the model.
         active: Names of the layer's active adapters.
+        own_enabled: Whether any adapter acts in this layer while the model is enabled.
     """
 
     def __init__(self, shared: Any) -> None:
-        self.shared, self.active, self._enabled = shared, shared.active, True
+        self.shared, self.active, self.own_enabled = shared, shared.active, True
 
     @property
     def enabled(self) -> bool:
         """Whether any adapter acts in this layer."""
-        return self._enabled and self.shared.enabled
+        return self.own_enabled and self.shared.enabled
 
     @enabled.setter
     def enabled(self, enabled: bool) -> None:
-        self._enabled = enabled
+        self.own_enabled = enabled
 
     @property
     def rows(self) -> tuple[str, ...] | None:
@@ -39,6 +41,41 @@ def own_switch(layer: Any) -> OwnSwitch:
     if not isinstance(layer.switch, OwnSwitch):
         layer.switch = OwnSwitch(layer.switch)
     return layer.switch
+
+
+def chosen_names(model: Any) -> list[str]:
+    """Return the names of the adapters that are active in any layer, in order; without layers, those of the model."""
+    switches = [part.switch for part in model.lora_parts()] or [model.switch]
+    return list(dict.fromkeys(name for switch in switches for name in switch.active))
+
+
+@contextmanager
+def switched_for_merge(model: Any, named: Sequence[str]) -> Iterator[None]:
+    """Activate what a merge puts into each layer; the choice of before comes back if the block fails.
+
+    Args:
+        model: A model with adapters.
+        named: Adapters that all layers merge; if empty, each layer merges its active ones beside those that it has merged.
+    """
+    before = [(part, part.switch, part.switch.active) for part in (*model.lora_parts(), model)]
+    try:
+        if named:
+            model.switch.active = tuple(named)
+        for part in model.lora_parts():
+            part.switch = model.switch if named else part.switch
+            merged = getattr(part, "merged_adapters", ())
+            part.switch.active = tuple(dict.fromkeys((*merged, *part.switch.active)))
+        yield
+    except BaseException:
+        for part, switch, active in before:
+            part.switch, switch.active = switch, active
+        raise
+
+
+def merged_here(layer: Any) -> list[str]:
+    """Return the adapters that a merge puts into a layer: the active ones, unless the layer itself is disabled."""
+    disabled = isinstance(layer.switch, OwnSwitch) and not layer.switch.own_enabled
+    return [] if disabled else [name for name in layer.switch.active if name in layer.r]
 
 
 class SwitchNames(nn.Module):

@@ -4,6 +4,22 @@ from __future__ import annotations
 
 #: Message of a merge with an adapter that is broken; takes ``adapter``.
 BROKEN = "NaNs detected in the merged weights. The adapter {adapter} seems to be broken"
+#: Message of a merge of adapters that are merged.
+MERGED_ALREADY = "All adapters are already merged, nothing to do"
+#: Message of a new adapter whose name is taken; takes ``adapter``.
+TAKEN = "Adapter with name {adapter!r} already exists"
+#: Message of two copies of one module that would act together.
+ONE_COPY = "Only one adapter can be set at a time for ModulesToSaveWrapper"
+#: Message of a container that is to be trained whole; takes ``kind``.
+NO_CONTAINER = "modules_to_save cannot be applied to modules of type {kind}"
+#: Message of a mixed batch with an adapter of bare parameters.
+NO_ROWS = "lora.ParamWrapper does not support mixed adapter batches yet"
+#: Message of a trained bias of B on a layer that has none; takes ``kind``.
+NO_BIAS = "`lora_bias=True` was passed but the targeted layer of type {kind} has no bias"
+#: Message of a merge with a trained bias of B on a layer that has none.
+NO_BIAS_TO_MERGE = "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias"
+#: Message of a verb on an adapter that the model has not; takes ``adapter``.
+UNKNOWN = "Adapter {adapter} does not exist"
 #: Message of deleting an adapter that is merged; takes ``adapters``, a list of names.
 DELETE_MERGED = "Cannot delete adapter(s) {adapters} while they are merged. Please unmerge them first."
 #: Message of a swap between adapters whose settings differ; takes ``key``, ``one`` and ``other``.

@@ -12,6 +12,7 @@ from typing import Any
 from lorakeet.errors import ConfigError
 from lorakeet.lora.variants.bdlora import BdLora
 from lorakeet.lora.variants.dora import Dora
+from lorakeet.lora.variants.kasa import Kasa
 from lorakeet.lora.variants.lora import Lora
 from lorakeet.lora.variants.variant import AdaptedLayer, Variant
 from lorakeet.lora.variants.velora import Velora
@@ -77,5 +78,5 @@ def chosen_variant(settings: Mapping[str, Any]) -> Variant:
     return variant
 
 
-for _variant in (Dora(), BdLora(), Velora()):
+for _variant in (Dora(), BdLora(), Velora(), Kasa()):
     register(_variant)

@@ -86,6 +86,7 @@ class Variant:
         types: Classes of the settings that are objects; a dictionary of their fields is accepted too.
         additive: Whether W' = W + ΔW, where ΔW depends on this adapter alone. Otherwise an adapter cannot be combined with
             others into one, or shared by tied layers; several active ones apply in their order.
+        takes_part: Whether an adapter takes a part out of the base's weight while it acts.
         fused: Whether ``kernels.lora_linear`` computes this variant's equation, up to :meth:`output_scale`.
         refused_by: Tools that cannot load such an adapter (names of :mod:`lorakeet.adapter.compatibility`) -> the reason.
     """
@@ -96,6 +97,7 @@ class Variant:
     buffers: ClassVar[tuple[str, ...]] = ()
     types: ClassVar[Mapping[str, type]] = {}
     additive: ClassVar[bool] = True
+    takes_part: ClassVar[bool] = False
     fused: ClassVar[bool] = False
     refused_by: ClassVar[Mapping[str, str]] = {}
 
@@ -127,6 +129,17 @@ class Variant:
     def init(self, layer: AdaptedLayer, adapter: str, settings: LoraSettings) -> None:
         """Initialize the adapter's A and B, which ``layer`` has made, and add further parameters."""
         layer.initialize(adapter, settings.init_lora_weights)
+
+    def factors(self, layer: AdaptedLayer, adapter: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A [r, in] and B [out, r] as they are multiplied.
+
+        Args:
+            layer: The adapted layer.
+            adapter: The adapter's name.
+            a: A as it is trained.
+            b: B as it is trained.
+        """
+        return a, b
 
     def output_scale(self, layer: AdaptedLayer, adapter: str) -> Tensor | None:
         """Return c [out] in h = c∘(W₀x + s·B·A·x) + b, which a fused variant without dropout computes; None for 1."""

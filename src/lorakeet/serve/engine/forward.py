@@ -68,15 +68,23 @@ class Forward(Protocol):
 class PlainForward:
     """The reference: the model's own forward, with a cache of transformers over pages."""
 
-    def __init__(self, model: Any, pages: Pages) -> None:
+    def __init__(self, model: Any, pages: Pages, batched: bool = True) -> None:
+        """Serve a model.
+
+        Args:
+            model: The model, with adapters or without.
+            pages: The pool.
+            batched: Whether single tokens of several sequences run in one batch; False: row by row.
+        """
         self.model = model
+        self.batched = batched
         self.pages: Pages | None = pages
         self._pool = pages
         self._arguments = forward_arguments(model)
 
     def run(self, pieces: abc.Sequence[Piece]) -> Tensor:
         logits: list[Tensor | None] = [None] * len(pieces)
-        for chosen in _batches(pieces):
+        for chosen in _batches(pieces) if self.batched else [[index] for index in range(len(pieces))]:
             batch = [pieces[index] for index in chosen]
             with acting(self.model, [piece.sequence.adapter for piece in batch]):
                 for index, row in zip(chosen, self._run_batch(batch), strict=True):
@@ -103,7 +111,7 @@ class PlainForward:
 
 def forward_arguments(model: Any) -> frozenset[str]:
     """Return the names of the arguments that the model's forward takes."""
-    return frozenset(inspect.signature(model.forward).parameters) | {"input_ids", "past_key_values", "use_cache"}
+    return frozenset(inspect.signature(model.forward).parameters)
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 /* Features of the processor that this library's code can use. Nothing else in the package asks the processor. */
-#include "gemm_tiles.h"
+#include "gemm/gemm_tiles.h"
 
 /* Names separated by spaces, as in cpu/features.py. An instruction set is listed if the code was compiled for it.
  *

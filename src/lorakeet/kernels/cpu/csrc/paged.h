@@ -2,7 +2,7 @@
 #ifndef LORAKEET_PAGED_H
 #define LORAKEET_PAGED_H
 
-#include "gemm_tiles.h"
+#include "gemm/gemm_tiles.h"
 #if defined(__AVX2__)
 
 /* The keys and values that one head of a row attends to. */

@@ -6,7 +6,7 @@
  * kernels/paged.py.
  */
 #include "paged.h"
-#include "w8a16.h"
+#include "gemm/w8a16.h"
 #if defined(__AVX2__)
 
 enum {

@@ -1,0 +1,1 @@
+"""Commands on adapters: inspect, rank, compare, combine, extract, push; one file a command."""

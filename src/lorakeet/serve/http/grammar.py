@@ -1,0 +1,157 @@
+"""Answers that keep to a JSON schema, by llguidance: what a schema may ask for, and the state of each answer."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.hf import from_tokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lorakeet.security.shown import cut
+from lorakeet.serve.http.errors import bad_request
+
+#: Characters of the largest schema; compiling the worst one of this size takes half a second.
+LARGEST_SCHEMA = 1 << 15
+#: Levels of the deepest schema.
+DEEPEST_SCHEMA = 64
+#: Bounds on the work for one schema, and for one token: about a fifth of the library's own.
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=200_000,
+    step_lexer_fuel=100_000,
+    step_max_items=20_000,
+    max_lexer_states=20_000,
+    max_grammar_size=50_000,
+    max_items_in_row=500,
+    precompute_large_lexemes=False,
+    verbose_errors=False,
+)
+#: JSON without white space between its parts, which a model could go on with for ever; no key is passed over.
+_OPTIONS: Any = {"whitespace_flexible": False, "lenient": False}
+#: Keys of a schema that lead to another document, if their values are texts; a property may have the same name.
+_STEERING = ("$id", "$anchor", "$dynamicRef", "$recursiveRef")
+#: Characters of llguidance's own message that an error shows.
+_SHOWN = 300
+
+
+class Grammars:
+    """Maker of grammars for one tokenizer, which is taken apart once, in most of a second."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> None:
+        self._tokenizer, self._ends = tokenizer, list(ends)
+        self._lock = threading.Lock()
+        self._taken_apart: LLTokenizer | None = None
+
+    @property
+    def are_possible(self) -> bool:
+        """Whether there is a tokenizer.json and an end token, which grammars need."""
+        return bool(getattr(self._tokenizer, "is_fast", False) and self._ends)
+
+    def ready(self) -> LLTokenizer:
+        """Return the tokenizer as llguidance reads it.
+
+        The first call holds up all threads of the process for most of a second, so it comes before any request.
+
+        Raises:
+            ApiError: Grammars are not possible.
+        """
+        with self._lock:
+            if self._taken_apart is None:
+                if not self.are_possible:
+                    message = "answers in JSON need a model with a fast tokenizer and an end token"
+                    raise bad_request(message, "response_format")
+                self._taken_apart = from_tokenizer(self._tokenizer, eos_token=self._ends)  # type: ignore[arg-type]
+            return self._taken_apart
+
+    def for_schema(self, schema: Mapping[str, Any]) -> SchemaGrammar:
+        """Return the state of an answer that begins; nothing that the schema refers to is fetched.
+
+        Raises:
+            ApiError: The schema is too large, not valid, or has a rule that cannot be kept to.
+        """
+        text = json.dumps(schema)
+        if len(text) > LARGEST_SCHEMA:
+            raise _refused(f"it has {len(text):,} characters, expected at most {LARGEST_SCHEMA:,}")
+        _check_keys(schema)
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(text, overrides=_OPTIONS)
+        except ValueError as error:
+            raise _refused(str(error)) from None
+        matcher = LLMatcher(self.ready(), grammar, log_level=0, limits=LIMITS)
+        if matcher.is_error():
+            raise _refused(matcher.get_error())
+        if warnings := matcher.get_grammar_warnings():
+            raise _refused(warnings[0])
+        begun = SchemaGrammar(matcher)
+        if not bool(begun.allowed().any()):
+            raise _refused(matcher.get_error() or "no answer is valid")
+        return begun
+
+
+class SchemaGrammar:
+    """State of one answer; see :class:`lorakeet.serve.engine.requests.Grammar`."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+        self._mask: Tensor | None = None
+
+    def copy(self) -> SchemaGrammar:
+        """Return the same state for another answer."""
+        return SchemaGrammar(self._matcher.deep_copy())
+
+    def allowed(self) -> Tensor:
+        """Return the tokens that may come next, bool [vocabulary]; none if a limit was met."""
+        if self._mask is None:
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            mask = torch.from_numpy(np.unpackbits(bits, bitorder="little").astype(bool))
+            self._mask = torch.zeros_like(mask) if self._matcher.is_error() else mask
+        return self._mask
+
+    def accept(self, token: int) -> None:
+        """Take a chosen token."""
+        self._mask = None
+        self._matcher.consume_token(token)
+
+    def is_complete(self) -> bool:
+        """Whether nothing may follow, so that the answer is whole."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+
+def _check_keys(schema: Mapping[str, Any]) -> None:
+    """Refuse a schema that is deep, or that leads out of itself."""
+    if "x-guidance" in schema:  # options of llguidance, such as to pass over keys
+        raise _refused("it has the key 'x-guidance'")
+    level: list[Any] = [schema]
+    for _ in range(DEEPEST_SCHEMA):
+        for one in level:
+            if isinstance(one, Mapping):
+                _check_object(one)
+        level = [inner for one in level for inner in _members(one)]
+        if not level:
+            return
+    raise _refused(f"it has more than {DEEPEST_SCHEMA} levels")
+
+
+def _check_object(one: Mapping[str, Any]) -> None:
+    reference = one.get("$ref")
+    if isinstance(reference, str) and not reference.startswith("#"):
+        raise _refused(f"it refers to {cut(reference, 80)!r}, and only its own parts, such as #/$defs/name, are read")
+    for key in _STEERING:
+        if isinstance(one.get(key), str):
+            raise _refused(f"it has the key {key!r}")
+
+
+def _members(one: Any) -> Iterator[Any]:
+    values = one.values() if isinstance(one, Mapping) else one if isinstance(one, list) else ()
+    yield from (value for value in values if isinstance(value, Mapping | list))
+
+
+def _refused(why: str) -> Exception:
+    text = cut(" ".join(why.replace("<non-verbose/>", "").split()), _SHOWN)
+    return bad_request(f"the schema cannot be kept to: {text}", "response_format.json_schema.schema")

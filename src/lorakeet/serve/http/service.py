@@ -1,0 +1,114 @@
+"""The served model with everything that routes need: engine, names, limits, grammars, figures."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from lorakeet.errors import did_you_mean
+from lorakeet.loaded_model import LoadedModel
+from lorakeet.serve.engine.engine import Engine
+from lorakeet.serve.http.errors import ApiError
+from lorakeet.serve.http.grammar import Grammars
+from lorakeet.serve.http.keys import Keys
+from lorakeet.serve.http.tokenizers import Tokenizers
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of the answers.
+
+    Attributes:
+        answer_tokens: Tokens of the longest answer; a request that asks for more is refused.
+        timeout: Seconds that a request may take; a body may ask for fewer.
+    """
+
+    answer_tokens: int = 4096
+    timeout: float = 600.0
+
+
+@dataclass
+class Service:
+    """The served model.
+
+    Attributes:
+        engine: The engine, which runs.
+        opened: The base with its tokenizer and task.
+        base_name: Name that callers know the base by.
+        keys: Keys of callers.
+        limits: Limits of the answers.
+        allow_hub: Whether an admin may load adapters from the hub.
+        grammars: Maker of grammars for JSON schemas.
+        tokenizers: Tokenizers of the adapters.
+        started: Time of the start, in seconds since 1970.
+    """
+
+    engine: Engine
+    opened: LoadedModel
+    base_name: str
+    keys: Keys = field(default_factory=Keys)
+    limits: Limits = field(default_factory=Limits)
+    allow_hub: bool = False
+    grammars: Grammars = field(init=False)
+    tokenizers: Tokenizers = field(init=False)
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.tokenizers = Tokenizers(self.tokenizer, self.engine.residents)
+        self.grammars = Grammars(self.tokenizer, sorted(self.engine.ends))
+
+    @property
+    def tokenizer(self) -> Any:
+        """Tokenizer of the base."""
+        return self.opened.base.tokenizer
+
+    @property
+    def task(self) -> str:
+        """Name of the task that the model was opened for."""
+        return self.opened.task.name
+
+    def adapter(self, model: str) -> str | None:
+        """Return the adapter that a body's ``model`` names; None: the base.
+
+        Raises:
+            ApiError: Nothing of this name is served.
+        """
+        if model == self.base_name:
+            return None
+        names = [resident.name for resident in self.engine.residents.list()]
+        if model in names:
+            return model
+        hint = did_you_mean(model, [self.base_name, *names]) or "GET /v1/models lists what is served"
+        raise ApiError(404, f"no model {model!r} is served; {hint}", param="model", code="model_not_found")
+
+    def system_turn(self, adapter: str | None) -> str | None:
+        """Return the system turn that an adapter was taught with, for conversations that have none; None: it had none."""
+        served = {resident.name: resident for resident in self.engine.residents.list()}
+        return served[adapter].taught.chat.get("system") if adapter in served else None
+
+    def check_task(self, *tasks: str) -> None:
+        """Check that the model has one of these tasks.
+
+        Raises:
+            ApiError: It has another.
+        """
+        if self.task not in tasks:
+            raise ApiError(
+                400,
+                f"this server has a {self.task} model, and this route needs {' or '.join(tasks)}",
+                param="model",
+                code="wrong_task",
+            )
+
+
+def service_of(request: Request) -> Service:
+    """Return the service of the app that a request came to."""
+    service: Service = request.app.state.service
+    return service
+
+
+#: Parameter of a route: the service of its app.
+Served = Annotated[Service, Depends(service_of)]
