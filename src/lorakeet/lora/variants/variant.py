@@ -131,7 +131,14 @@ class Variant:
         layer.initialize(adapter, settings.init_lora_weights)
 
     def factors(self, layer: AdaptedLayer, adapter: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A [r, in] and B [out, r] as they are multiplied, from those that are trained."""
+        """Return A [r, in] and B [out, r] as they are multiplied.
+
+        Args:
+            layer: The adapted layer.
+            adapter: The adapter's name.
+            a: A as it is trained.
+            b: B as it is trained.
+        """
         return a, b
 
     def output_scale(self, layer: AdaptedLayer, adapter: str) -> Tensor | None:
