@@ -57,9 +57,13 @@ class Dog(Closed):
     name: Short
 
 
+class Leaf(Closed):
+    value: Small
+
+
 class Tree(Closed):
     value: Small
-    child: Tree | None
+    child: Leaf | None
 
 
 @with_config(ConfigDict(extra="forbid"))
