@@ -236,3 +236,13 @@ def test_many_threads(make: Callable[..., Engine]) -> None:
         thread.join()
     engine.stop()
     assert len(results) == 24 and len(set(results)) == 6
+
+
+def test_failing_meter(engine: Engine) -> None:
+    events = []
+    engine.listen(lambda event: 1 / 0)  # type: ignore[arg-type, return-value]
+    engine.listen(events.append)
+    ticket = ask(engine)
+    list(run(engine, ticket))
+    assert ticket.result().finish == "length"
+    assert [event.kind for event in events] == ["queued", "admitted", "first_token", *["token"] * 4, "finished"]
