@@ -106,7 +106,9 @@ def test_many_bodies_are_answered_or_refused(url: str, case: tuple[str, Any]) ->
 @settings(max_examples=15, **QUIET)
 @given(
     method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS"]),
-    path=st.text(st.characters(codec="ascii", min_codepoint=33, max_codepoint=126, exclude_characters="?#"), max_size=20),
+    path=st.text(
+        st.characters(codec="ascii", min_codepoint=33, max_codepoint=126, exclude_characters="?#"), max_size=20
+    ),
     start=st.sampled_from(["/", "/v1/models/", "/v1/adapters/", "/v1/"]),
     content=st.binary(max_size=30),
 )
