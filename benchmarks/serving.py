@@ -11,6 +11,7 @@ One process with one base in 8 bits and adapters of random values; rounds of all
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -84,11 +85,21 @@ def gaps_while_others_prefill(engine: Engine, tokens: int) -> list[float]:
     times = arrivals(ticket)
     for other in others:
         other.result()
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(times)]
 
 
 def measure(engine: Engine, names: list[str], rounds: int, tokens: int) -> dict[str, float]:
-    """Return the medians of all figures."""
+    """Measure everything in rounds.
+
+    Args:
+        engine: The engine, which runs.
+        names: Served adapters.
+        rounds: Rounds of all contenders.
+        tokens: New tokens of each answer.
+
+    Returns:
+        Medians of the figures.
+    """
     mixes: dict[str, list[str | None]] = {f"{clients} on the base": [None] * clients for clients in (1, 4, 8, 16)}
     mixes[f"8 over {len(names)} adapters"] = [names[number % len(names)] for number in range(8)]
     mixes["8 on one adapter"] = [*names[:1] * 8]
