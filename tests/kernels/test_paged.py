@@ -14,7 +14,7 @@ from lorakeet.kernels.int8.format import quantize_weight
 from lorakeet.kernels.paged import LayerWeights, PagedLayers, Rows, Update, UpdateTable, paged_layers_reference
 
 pytestmark = pytest.mark.skipif(not paged.is_available(), reason="nothing is compiled on this machine")
-PAGES, PAGE = 24, 16
+PAGES, PAGE = 24, 32
 #: Hidden size, heads, heads of the cache, head width, width of the feed-forward block, whether heads have norms and biases.
 SHAPES = [(64, 4, 2, 16, 100, False), (52, 3, 1, 48, 75, True), (96, 2, 2, 80, 1300, True)]
 
@@ -70,11 +70,11 @@ def story(model: Model, seed: int = 0) -> Story:
     torch.manual_seed(seed)
     sequences: list[tuple[list[int], int | None, int]] = [
         ([3], None, 1),
-        ([5, 0, 9], 1, 35),
+        ([5, 0, 9], 1, 70),
         ([7, 8], None, 17),
         ([2], 0, 16),
     ]
-    sequences += [([11, 4], 2, 31), ([6, 1], 1, 18)]
+    sequences += [([11, 4], 2, 33), ([6, 1], 1, 18)]
     angle = 6 * torch.rand(PAGE * 4, model.layers.dim // 2).repeat(1, 2)
     x = [torch.randn(length, model.layers.hidden) for _, _, length in sequences]
     return Story(sequences, x, angle.cos(), angle.sin())
@@ -135,11 +135,11 @@ def test_rows_are_as_plain_torch_computes_them(model: Model) -> None:
 def test_bits_do_not_depend_on_company_or_division(model: Model) -> None:
     told = story(model, 1)
     together_in = pool(model)
-    together = run(model, told, whole(told), together_in)  # 118 rows: the loops for many
+    together = run(model, told, whole(told), together_in)  # 155 rows: the loops for many
     for step in (1, 7, 16):
         memory = pool(model)
         parts: list[list[Tensor]] = [[] for _ in told.sequences]
-        for first in range(0, 35, step):
+        for first in range(0, 70, step):
             chosen = [
                 (number, first, min(first + step, length))
                 for number, (_, _, length) in enumerate(told.sequences)
@@ -157,8 +157,8 @@ def test_no_rows_and_rows_outside_of_their_pages(model: Model) -> None:
     told, memory = story(model), pool(model)
     assert run(model, told, [], memory) == []
     layers, x, angles = model.layers, told.x[0], (told.cosine[:1], told.sine[:1])
-    with pytest.raises(ValueError, match="position 16 is outside of the 16 tokens"):
-        layers.run(x, Rows([[3]], [0], [16], [None]), *memory, *angles)
+    with pytest.raises(ValueError, match="position 32 is outside of the 32 tokens"):
+        layers.run(x, Rows([[3]], [0], [32], [None]), *memory, *angles)
     with pytest.raises(ValueError, match="are outside of the pool"):
         layers.run(x, Rows([[PAGES]], [0], [0], [None]), *memory, *angles)
     with pytest.raises(ValueError, match="expected contiguous fp32"):

@@ -7,7 +7,6 @@ adapter that the loops cannot compute take the plain pass, over the same pages.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -61,30 +60,31 @@ class CompiledForward:
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Store keys and values of all tokens, and return the logits of each piece's last one, fp32 [pieces, vocabulary]."""
         tables = [self._table(piece.sequence.adapter) for piece in pieces]
-        known = [index for index, table in enumerate(tables) if table is not None]
         others = [index for index, table in enumerate(tables) if table is None]
-        known.sort(key=lambda index: id(tables[index]))  # rows of an adapter stand together
-        made = [self._run([pieces[index] for index in known], [tables[index] for index in known])]
-        made += [self._plain.run([pieces[index] for index in others])] if others else []
-        places = torch.empty(len(pieces), dtype=torch.long)
-        places[[*known, *others]] = torch.arange(len(pieces))
-        return torch.cat(made)[places]
+        if not others:
+            return self._run(pieces, tables)
+        known = [index for index, table in enumerate(tables) if table is not None]
+        made = torch.empty(len(pieces), len(self._parts.head.weight))
+        made[known] = self._run([pieces[index] for index in known], [tables[index] for index in known])
+        made[others] = self._plain.run([pieces[index] for index in others])
+        return made
 
     @torch.inference_mode()
     def _run(self, pieces: Sequence[Piece], tables: Sequence[UpdateTable | None]) -> Tensor:
         """Compute pieces, each with its adapter's table."""
-        tokens = [token for piece in pieces for token in piece.ids]
-        lasts = [end - 1 for end in accumulate(len(piece.ids) for piece in pieces)]
+        order = sorted(range(len(pieces)), key=lambda index: id(tables[index]))  # rows of an adapter stand together
+        flat = [(owner, at) for owner in order for at in range(len(pieces[owner].ids))]
         rows = Rows(
             [piece.sequence.pages for piece in pieces],
-            [owner for owner, piece in enumerate(pieces) for _ in piece.ids],
-            [piece.sequence.length + at for piece in pieces for at in range(len(piece.ids))],
-            [table for piece, table in zip(pieces, tables, strict=True) for _ in piece.ids],
+            [owner for owner, _ in flat],
+            [pieces[owner].sequence.length + at for owner, at in flat],
+            [tables[owner] for owner, _ in flat],
         )
-        x = self._parts.embedding(torch.tensor(tokens, dtype=torch.long))
+        x = self._parts.embedding(torch.tensor([pieces[owner].ids[at] for owner, at in flat], dtype=torch.long))
         cosine, sine = self._parts.angles(rows.positions)
         h = self._parts.layers.run(x, rows, self._pool.keys, self._pool.values, cosine, sine)
-        return self._parts.logits(h[lasts])
+        last = {owner: row for row, (owner, _) in enumerate(flat)}
+        return self._parts.logits(h[[last[owner] for owner in range(len(pieces))]])
 
     def _table(self, resident: Resident | None) -> UpdateTable | None:
         """Return the table of an adapter, an empty one for the base; None if the loops cannot compute the adapter."""
