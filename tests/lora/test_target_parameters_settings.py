@@ -86,7 +86,10 @@ def test_layers_within_the_module_of_an_adapted_parameter(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"target_parameters": ["gate_proj"], "target_modules": []}, "'gate_proj' matches no parameter"),
+        (
+            {"target_parameters": ["gate_proj"], "target_modules": []},
+            "'gate_proj' matches no parameter.*also no `target_parameters` found",
+        ),
         ({"target_parameters": ["q_proj.weight"], "target_modules": ["q_proj"]}, "belongs to a layer"),
         ({"target_parameters": ["norm.weight"]}, r"torch.float32 \[16\], expected"),
         ({"target_parameters": ["down_proj"], "rank_pattern": {"gate_up_proj": 2}}, "rank_pattern 'gate_up_proj'"),

@@ -223,6 +223,7 @@ def test_an_attention_answers_as_in_peft(tmp_path):
     ours.save_pretrained(tmp_path / "ours")
     files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")]
     assert files[0].keys() == files[1].keys()
+    assert {(layer.in_features, layer.out_features) for layer in ours.lora_layers()} == {(8, 24), (8, 8)}
     with ours.disable_adapter():
         torch.testing.assert_close(ours(x), base(x))
     torch.testing.assert_close(ours.merge_and_unload()(x), expected)

@@ -21,7 +21,7 @@ from lorakeet.lora.initialization.requirements import initialization_error
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer
 from lorakeet.lora.layer_types import ADAPTABLE, adaptable, inside_adapter, layer_class, unwrapped
 from lorakeet.lora.modules_to_save import SavedModule, chosen_modules
-from lorakeet.lora.peft_names.words import NO_BIAS
+from lorakeet.lora.peft_names.words import NO_BIAS, NO_TARGET
 from lorakeet.lora.target_parameters import LoraOutProjection, LoraParameter, attention_error, attention_targets
 from lorakeet.lora.targeting import (
     Target,
@@ -187,6 +187,7 @@ def _chosen_parameters(
     found = {name: parameter for name, parameter in all_parameters.items() if matches(name, wanted)}
     missing = [key for key in wanted if not any(matches(name, [key]) for name in found)] if strict else []
     errors = [f"target_parameters {key!r} matches no parameter of this model" for key in missing]
+    errors += [NO_TARGET] if missing and not found and not config.target_modules else []
     for name, parameter in found.items():
         owner = name.rpartition(".")[0]
         if owner in layers or isinstance(modules[owner], LoraLayer):

@@ -98,11 +98,19 @@ class LoraParameter(LoraPair):
         if not table:
             del module.lora_parameters
 
+    @property
+    def in_features(self) -> int:
+        """Number of features that the parameter, or each expert, multiplies."""
+        return int(self.base_layer.weight.shape[-2 if self.transposed else -1])
+
+    @property
+    def out_features(self) -> int:
+        """Number of features of the product."""
+        return int(self.base_layer.weight.shape[-1 if self.transposed else -2])
+
     def make(self, adapter: str, config: PeftConfig, r: int) -> None:
-        shape = self.base_layer.weight.shape[-2:]
-        out_features, in_features = reversed(shape) if self.transposed else shape
-        a = nn.utils.skip_init(nn.Linear, in_features, r * self.experts, bias=False, **self._device_dtype())
-        b = nn.utils.skip_init(nn.Linear, r * self.experts, out_features, bias=False, **self._device_dtype())
+        a = nn.utils.skip_init(nn.Linear, self.in_features, r * self.experts, bias=False, **self._device_dtype())
+        b = nn.utils.skip_init(nn.Linear, r * self.experts, self.out_features, bias=False, **self._device_dtype())
         self.set_pair(adapter, a, b)
 
     def low_rank_factors(self, adapter: str) -> tuple[Tensor, Tensor]:

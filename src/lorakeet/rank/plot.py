@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lorakeet.rank.layer_map import draw_layer_map, kinds_and_numbers
 from lorakeet.tasks.plots import BLUES, COLORS, new_figure, save_figure
 
 
@@ -19,11 +20,13 @@ def draw_ranks(report: Mapping[str, Any], path: str | Path) -> None:
         path: Path of the PNG.
     """
     layers = report["layers"]
-    kinds = sorted({layer["kind"] for layer in layers})
-    numbers = sorted({layer["layer"] for layer in layers}, key=lambda number: -1 if number is None else number)
+    kinds, numbers = kinds_and_numbers(layers)
     figure = new_figure(max(7.0, 0.28 * len(numbers) + 3), 1.2 + 0.42 * len(kinds) + 3.6)
     heat, curves = figure.subplots(2, 1, height_ratios=[0.6 + 0.42 * len(kinds), 3])
-    _draw_heat_map(heat, layers, kinds, numbers, report["energy"])
+    largest = max(layer["r"] for layer in layers)
+    image = draw_layer_map(heat, layers, "rank_needed", BLUES, (0, largest))
+    heat.set_xlabel("layer")
+    figure.colorbar(image, ax=heat, shrink=0.9, pad=0.02, label=f"rank, of {largest}")
     for kind, color in zip(kinds, COLORS * len(kinds), strict=False):
         _draw_spectra(curves, [layer for layer in layers if layer["kind"] == kind], kind, color)
     curves.set_yscale("log")
@@ -34,25 +37,6 @@ def draw_ranks(report: Mapping[str, Any], path: str | Path) -> None:
     curves.legend(frameon=False, ncols=2)
     note = f"rank that keeps {report['energy']:.4g} of each layer's energy ‖ΔW‖²"
     save_figure(figure, heat, path, "Ranks", note)
-
-
-def _draw_heat_map(axes: Any, layers: list[Any], kinds: list[str], numbers: list[Any], energy: float) -> None:
-    """Draw the rank needed, a row for each kind and a column for each layer number."""
-    table = np.full((len(kinds), len(numbers)), np.nan)
-    for layer in layers:
-        place = kinds.index(layer["kind"]), numbers.index(layer["layer"])
-        table[place] = np.nanmax([table[place], layer["rank_needed"]])
-    largest = max(layer["r"] for layer in layers)
-    image = axes.imshow(table, cmap=BLUES, vmin=0, vmax=largest, aspect="auto")
-    for row, column in zip(*np.nonzero(~np.isnan(table)), strict=True):
-        color = "white" if table[row, column] > 0.5 * largest else "black"
-        axes.text(column, row, f"{table[row, column]:.0f}", ha="center", va="center", color=color, fontsize=7)
-    axes.set_yticks(range(len(kinds)), kinds)
-    axes.set_xticks(range(len(numbers)), ["-" if number is None else str(number) for number in numbers], fontsize=7)
-    axes.set_xlabel("layer")
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02, label=f"rank, of {largest}")
 
 
 def _draw_spectra(axes: Any, layers: list[Any], kind: str, color: str) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from lorakeet.rank.layer_map import draw_layer_map, kinds_and_numbers
 from lorakeet.tasks.plots import BLUES, new_figure, save_figure
 
 #: Panels: title, figure of a layer, colors, smallest and largest value.
@@ -26,26 +25,11 @@ def draw_similarity(report: Mapping[str, Any], path: str | Path) -> None:
         path: Path of the PNG.
     """
     layers = report["layers"]
-    kinds = sorted({layer["kind"] for layer in layers})
-    numbers = sorted({layer["layer"] for layer in layers}, key=lambda number: -1 if number is None else number)
+    kinds, numbers = kinds_and_numbers(layers)
     figure = new_figure(max(7.0, 0.34 * len(numbers) + 3), 1.2 + len(_PANELS) * (1.0 + 0.36 * len(kinds)))
     panels = figure.subplots(len(_PANELS), 1)
     for axes, (title, key, colors, low, high) in zip(panels, _PANELS, strict=True):
-        table = np.full((len(kinds), len(numbers)), np.nan)
-        for layer in layers:
-            if layer[key] is not None:
-                table[kinds.index(layer["kind"]), numbers.index(layer["layer"])] = layer[key]
-        image = axes.imshow(table, cmap=colors, vmin=low, vmax=high, aspect="auto")
-        for row, column in zip(*np.nonzero(~np.isnan(table)), strict=True):
-            value = table[row, column]
-            dark = abs(value) > 0.6 * high
-            axes.text(
-                column, row, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black", fontsize=6
-            )
-        axes.set_yticks(range(len(kinds)), kinds)
-        axes.set_xticks(range(len(numbers)), ["-" if number is None else str(number) for number in numbers], fontsize=7)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
+        image = draw_layer_map(axes, layers, key, colors, (low, high), digits=2)
         if axes is not panels[0]:
             axes.set_title(title, loc="left", fontsize=9)
         figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02)

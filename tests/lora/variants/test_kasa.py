@@ -84,6 +84,7 @@ def test_what_kasa_cannot_do_is_refused(base: nn.Sequential, tmp_path: Path) -> 
         config(init_lora_weights="pissa")
     with pytest.raises(AdapterError, match="no form as plain LoRA"):
         get_peft_model(copy.deepcopy(base), config()).save_pretrained(tmp_path, plain_lora=True)
-    assert quantize_(model := make("llama").requires_grad_(False))
+    model = make("llama").requires_grad_(False)
+    assert quantize_(model)
     with pytest.raises(TargetError, match="is quantized, and KaSA"):
         get_peft_model(model, config(target_modules=["q_proj"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import transformers as tf
 
 from helpers.tiny import shake
 from lorakeet.adapter.peft_model import get_peft_model
+from lorakeet.inference.fast_decode import fast_decode
 from lorakeet.kernels import paged
 from lorakeet.lora.config import LoraConfig
 from lorakeet.quant.quantize import quantize_
@@ -139,6 +141,28 @@ def test_bits_do_not_depend_on_company_or_pieces(adapted: tuple[Any, dict[str, R
         assert torch.equal(logits(forward, given, sizes), alone)
     assert torch.equal(logits(forward, given[::-1], [7]), alone.flip(0))
     assert forward.run([]).shape == (0, 61)
+
+
+@pytest.mark.parametrize("name", [None, "second"])
+def test_generate_has_the_same_bits(adapted: tuple[Any, dict[str, Resident]], name: str | None) -> None:
+    """For a text alone and for a padded batch."""
+    model, residents = adapted
+    forward = CompiledForward(model, pool(model))
+    texts, count = [tokens(21, 1), tokens(4, 2)], 5
+    adapter = None if name is None else residents[name]
+    if name is not None:
+        model.set_adapter(name)
+    with fast_decode(model), torch.inference_mode(), nullcontext() if name else model.disable_adapter():
+        for batch in ([texts[0]], [texts[1]], texts):
+            ids = torch.tensor([[1] * (max(map(len, batch)) - len(one)) + one for one in batch])
+            wanted = model.generate(
+                **{"input_ids": ids, "attention_mask": (ids != 1).long(), "do_sample": False, "max_new_tokens": count},
+                **{"output_logits": True, "return_dict_in_generate": True},
+            )
+            for text, sequence, rows in zip(batch, wanted.sequences, torch.stack(wanted.logits, 1), strict=True):
+                written = sequence[-count:].tolist()
+                given = [(adapter, text + written[:at]) for at in range(count)]
+                assert torch.equal(rows, torch.cat([logits(forward, [one], [64]) for one in given]))
 
 
 def test_memory_of_an_adapter_goes_with_it(adapted: tuple[Any, dict[str, Resident]]) -> None:

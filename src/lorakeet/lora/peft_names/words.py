@@ -18,6 +18,10 @@ NO_ROWS = "lora.ParamWrapper does not support mixed adapter batches yet"
 NO_BIAS = "`lora_bias=True` was passed but the targeted layer of type {kind} has no bias"
 #: Message of a merge with a trained bias of B on a layer that has none.
 NO_BIAS_TO_MERGE = "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias"
+#: Message of settings whose parameters are not in the model, and that name no layers.
+NO_TARGET = (
+    "No `target_modules` passed but also no `target_parameters` found. Please check the values for these arguments."
+)
 #: Message of a verb on an adapter that the model has not; takes ``adapter``.
 UNKNOWN = "Adapter {adapter} does not exist"
 #: Message of deleting an adapter that is merged; takes ``adapters``, a list of names.
