@@ -10,10 +10,10 @@ from starlette.testclient import TestClient
 
 from helpers.http_server import ADMIN, HTTP, USER
 from lorakeet.errors import ConfigError
+from lorakeet.serve.http.access.gate import OPEN, Gate
+from lorakeet.serve.http.access.keys import Keys, read_keys
 from lorakeet.serve.http.app import make_app
 from lorakeet.serve.http.errors import log_unexpected
-from lorakeet.serve.http.gate import OPEN, Gate
-from lorakeet.serve.http.keys import Keys, read_keys
 
 AS_USER, AS_ADMIN = ({"Authorization": f"Bearer {key}"} for key in (USER, ADMIN))
 

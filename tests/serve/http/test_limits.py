@@ -14,7 +14,7 @@ import pytest
 
 from helpers.http_server import HTTP, serving, tiny_app
 from lorakeet.serve.engine.engine import Engine
-from lorakeet.serve.http.gate import Gate
+from lorakeet.serve.http.access.gate import Gate
 from lorakeet.serve.http.service import Limits
 
 LONG = {"model": "red", "prompt": "hi", "max_tokens": 400, "temperature": 1.0, "logit_bias": {"2": -100}}
