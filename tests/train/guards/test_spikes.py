@@ -52,3 +52,14 @@ def test_zero_and_values_that_are_not_finite_are_not_kept() -> None:
     assert detector.find({"loss": 4.0}) is None
     found = detector.find({"loss": 5.5, "gradient norm": 1e9})
     assert found is not None and found.comparison == "5.5, where the median of the last 128 steps is 2"
+
+
+def test_a_clipped_gradient_alone_is_one_only_if_it_is_far_above_the_others() -> None:
+    """The norms are those of a healthy run at rank 64, in warm-up."""
+    detector = SpikeDetector()
+    for value in (0.9,) * 42 + (3.0,) + (0.8,) * 5:
+        detector.add({"loss": value, "gradient norm": value})
+    assert detector.find({"loss": 0.9, "gradient norm": 7.46}) is None
+    assert detector.find({"loss": 7.46, "gradient norm": 0.9}) is not None
+    found = detector.find({"loss": 0.9, "gradient norm": 16.0})
+    assert found is not None and found.name == "gradient norm"
