@@ -25,8 +25,8 @@ def builder(settings: dict[str, Any], adapters: str, key_file: str | None, hosts
     """
 
     def build() -> Any:
+        from lorakeet.serve.http.access.keys import Keys, read_keys
         from lorakeet.serve.http.app import make_app
-        from lorakeet.serve.http.keys import Keys, read_keys
         from lorakeet.serve.http.start import Served, open_service
 
         keys = Keys.of(read_keys(Path(key_file)) if key_file else ())

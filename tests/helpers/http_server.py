@@ -17,9 +17,9 @@ from helpers.tiny_base import byte_tokenizer, save_base
 from lorakeet.adapter.peft_model import PeftModel, get_peft_model
 from lorakeet.config import BaseSettings
 from lorakeet.lora.config import LoraConfig
+from lorakeet.serve.http.access.gate import Gate
+from lorakeet.serve.http.access.keys import Keys
 from lorakeet.serve.http.app import make_app
-from lorakeet.serve.http.gate import Gate
-from lorakeet.serve.http.keys import Keys
 from lorakeet.serve.http.service import Limits
 from lorakeet.serve.http.start import Served, open_service
 

@@ -10,12 +10,11 @@ import typer
 from lorakeet.cli.shared.options import BASE_FLAGS, bounded, with_settings
 from lorakeet.config import read_run
 from lorakeet.errors import ConfigError
-from lorakeet.log import info
 from lorakeet.security.paths import is_dir, is_plain_name
 from lorakeet.setting_types import Count, Positive
 
 if TYPE_CHECKING:
-    from lorakeet.serve.http.keys import Keys
+    from lorakeet.serve.http.access.keys import Keys
     from lorakeet.serve.http.service import Service
 
 #: Largest number of a port.
@@ -64,7 +63,7 @@ def serve(
     from lorakeet.serve.http import check_libraries
 
     check_libraries()
-    from lorakeet.serve.http.server import bind
+    from lorakeet.serve.http.server import bind, run
 
     config = read_run(None, values=settings)
     named = _named_adapters(adapter or [], adapters)
@@ -72,7 +71,6 @@ def serve(
     bound = bind(host, port)
     with bound:
         from lorakeet.serve.http.app import make_app
-        from lorakeet.serve.http.server import address, run
         from lorakeet.serve.http.service import Limits
         from lorakeet.serve.http.start import Served, open_service
 
@@ -85,7 +83,7 @@ def serve(
         )
         _print_table(service)
         app = make_app(service, hosts=allow_host or (), origins=allow_origin or ())
-        run(app, bound, drain=timeout, on_ready=lambda: info(f"ready      {address(bound)}"))
+        run(app, bound, drain=timeout)
 
 
 def _named_adapters(words: list[str], folder: Path | None) -> dict[str, Path]:
@@ -117,7 +115,7 @@ def _keys(users: Path | None, admins: Path | None, host: str) -> Keys:
     Raises:
         ConfigError: A file is no file of keys, or there is none and others than this machine reach the server.
     """
-    from lorakeet.serve.http.keys import Keys, read_keys
+    from lorakeet.serve.http.access.keys import Keys, read_keys
     from lorakeet.serve.http.server import is_loopback
 
     if users is None and admins is not None:

@@ -8,8 +8,8 @@ import openai
 import pytest
 
 from helpers.http_server import ADMIN, USER, serving, tiny_app
-from lorakeet.serve.http.gate import Gate
-from lorakeet.serve.http.keys import Keys
+from lorakeet.serve.http.access.gate import Gate
+from lorakeet.serve.http.access.keys import Keys
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from helpers.http_server import ADMIN, BASE, HTTP
-from lorakeet.serve.http.gate import Gate
+from lorakeet.serve.http.access.gate import Gate
 
 AS_ADMIN = {"Authorization": f"Bearer {ADMIN}"}
 

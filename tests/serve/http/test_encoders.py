@@ -51,6 +51,7 @@ def test_vectors_are_those_of_predict(embedder: tuple[str, Any]) -> None:
             assert [one.embedding for one in found.data] == [pytest.approx(one, abs=1e-6) for one in expected]
     assert found.usage.prompt_tokens == found.usage.total_tokens > 5
     assert client.embeddings.create(model=BASE, input=TEXTS[0]).data[0].index == 0
+    assert f'lorakeet_requests_total{{adapter="{BASE}",finish="stop"}}' in HTTP.get(f"{url}/metrics").text
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ import logging
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from helpers.http_server import ADMIN, HTTP, USER
 from lorakeet.errors import ConfigError
+from lorakeet.serve.http.access.gate import OPEN, Gate
+from lorakeet.serve.http.access.keys import Keys, read_keys
+from lorakeet.serve.http.app import make_app
 from lorakeet.serve.http.errors import log_unexpected
-from lorakeet.serve.http.gate import OPEN, Gate
-from lorakeet.serve.http.keys import Keys, read_keys
 
 AS_USER, AS_ADMIN = ({"Authorization": f"Bearer {key}"} for key in (USER, ADMIN))
 
@@ -72,6 +74,16 @@ def test_names_and_origins(url: str, headers: dict[str, str], status: int) -> No
     got = HTTP.get(f"{url}/health", headers=headers)
     assert got.status_code == status and "access-control-allow-origin" not in got.headers
     assert HTTP.options(f"{url}/v1/models", headers={**headers, **AS_USER}).status_code in (400, 403, 405)
+
+
+def test_scripts_of_a_named_page_may_call(app: Gate) -> None:
+    page = "https://page.example"
+    client = TestClient(make_app(app.app.state.service, origins=[page]), base_url="http://localhost")
+    asked = {"Origin": page, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    assert client.options("/v1/completions", headers=asked).headers["access-control-allow-origin"] == page
+    assert client.get("/v1/models", headers={"Origin": page}).status_code == 401
+    assert client.get("/v1/models", headers={"Origin": page, **AS_USER}).headers["access-control-allow-origin"] == page
+    assert client.options("/v1/completions", headers={**asked, "Origin": f"{page}.evil"}).status_code == 403
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 
 from helpers.http_server import HTTP, serving, tiny_app
 from lorakeet.serve.engine.engine import Engine
-from lorakeet.serve.http.gate import Gate
+from lorakeet.serve.http.access.gate import Gate
 from lorakeet.serve.http.service import Limits
 
 LONG = {"model": "red", "prompt": "hi", "max_tokens": 400, "temperature": 1.0, "logit_bias": {"2": -100}}
@@ -101,6 +101,17 @@ def test_callers_who_leave_free_their_pages(url: str, engine: Engine, stream: bo
         connection.close()
         until(lambda: idle(engine))
     assert engine.stats().requests["red", "cancelled"] >= 5
+
+
+@pytest.mark.slow
+def test_two_hundred_callers_who_leave(url: str, engine: Engine) -> None:
+    for turn in range(100):
+        for stream in (False, True):
+            connection = send(url, stream=stream)
+            time.sleep(turn % 5 * 0.01)  # in the body, in the queue, in the prompt, in the answer
+            connection.close()
+    until(lambda: idle(engine), 30)
+    assert HTTP.post(f"{url}/v1/completions", json={**LONG, "max_tokens": 2}).status_code == 200
 
 
 def test_a_caller_who_leaves_in_the_queue(url: str, engine: Engine) -> None:

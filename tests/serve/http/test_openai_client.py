@@ -11,7 +11,7 @@ import pytest
 from helpers.http_server import BASE
 from lorakeet.config import BaseSettings
 from lorakeet.inference.generate import complete
-from lorakeet.serve.http.gate import Gate
+from lorakeet.serve.http.access.gate import Gate
 
 USER_TURN = [{"role": "user", "content": "hi"}]
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]

@@ -8,8 +8,8 @@ from pathlib import Path
 from helpers.http_server import USER
 from helpers.markdown_pages import ROOT, read
 from lorakeet.serve.http import grammar
+from lorakeet.serve.http.access.gate import Gate
 from lorakeet.serve.http.app import LARGEST_BODY
-from lorakeet.serve.http.gate import Gate
 from lorakeet.serve.http.schema.chat import ChatBody
 from lorakeet.serve.http.schema.completions import CompletionBody
 from lorakeet.serve.http.schema.fields import Refused, SamplingBody

@@ -9,8 +9,8 @@ from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 
+from lorakeet.serve.http.access.gate import Gate, Rules
 from lorakeet.serve.http.errors import install_handlers
-from lorakeet.serve.http.gate import Gate, Rules
 from lorakeet.serve.http.metrics import Metrics
 from lorakeet.serve.http.routes import adapters, chat, completions, encoders, status
 from lorakeet.serve.http.service import Service

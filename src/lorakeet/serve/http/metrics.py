@@ -68,6 +68,16 @@ class Metrics:
             self._prompt.labels(name).inc(event.prompt_tokens)
             self._cached.labels(name).inc(event.cached_tokens)
 
+    def note_encoded(self, model: str, tokens: int) -> None:
+        """Count a request for vectors or classes, which the engine tells no events of.
+
+        Args:
+            model: Name that the caller asked for, which is served.
+            tokens: Tokens of its texts.
+        """
+        self._requests.labels(model, "stop").inc()
+        self._prompt.labels(model).inc(tokens)
+
     def text(self) -> bytes:
         """Return all figures in the text form of Prometheus."""
         return generate_latest(self._registry)

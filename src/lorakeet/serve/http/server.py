@@ -6,12 +6,12 @@ import ipaddress
 import logging
 import signal
 import socket
-from collections.abc import Callable
 
 import uvicorn
 
 from lorakeet.errors import ConfigError
-from lorakeet.serve.http.gate import Gate
+from lorakeet.log import info
+from lorakeet.serve.http.access.gate import Gate
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -48,24 +48,19 @@ def address(bound: socket.socket) -> str:
 class _Server(uvicorn.Server):
     """Server that tells when it takes requests."""
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._on_ready = on_ready
-
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
-        if self.started:
-            self._on_ready()
+        if self.started and sockets:
+            info(f"ready      {address(sockets[0])}")
 
 
-def run(app: Gate, bound: socket.socket, *, drain: float, on_ready: Callable[[], None] = lambda: None) -> None:
+def run(app: Gate, bound: socket.socket, *, drain: float) -> None:
     """Serve until SIGTERM or Ctrl-C; answers under way are finished first.
 
     Args:
         app: See :func:`lorakeet.serve.http.app.make_app`.
         bound: See :func:`bind`.
         drain: Seconds that the answers under way may take after the signal.
-        on_ready: Function that is called once requests are taken.
     """
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # no line for each request, and no texts of callers
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises the signal again at its end
@@ -78,4 +73,4 @@ def run(app: Gate, bound: socket.socket, *, drain: float, on_ready: Callable[[],
         lifespan="on",
         timeout_graceful_shutdown=max(1, round(drain)),
     )
-    _Server(config, on_ready).run(sockets=[bound])
+    _Server(config).run(sockets=[bound])

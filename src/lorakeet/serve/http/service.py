@@ -11,9 +11,9 @@ from fastapi import Depends, Request
 from lorakeet.errors import did_you_mean
 from lorakeet.loaded_model import LoadedModel
 from lorakeet.serve.engine.engine import Engine
+from lorakeet.serve.http.access.keys import Keys
 from lorakeet.serve.http.errors import ApiError
 from lorakeet.serve.http.grammar import Grammars
-from lorakeet.serve.http.keys import Keys
 from lorakeet.serve.http.tokenizers import Tokenizers
 
 

@@ -17,7 +17,7 @@ from lorakeet.security.paths import is_dir, is_file, outside
 from lorakeet.serve.compiled import compiled_forward
 from lorakeet.serve.engine.engine import Engine
 from lorakeet.serve.engine.residents import Residents
-from lorakeet.serve.http.keys import Keys
+from lorakeet.serve.http.access.keys import Keys
 from lorakeet.serve.http.service import Limits, Service
 from lorakeet.tasks.task import Task
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
 from lorakeet.errors import LorakeetError
@@ -23,36 +23,40 @@ router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/embeddings")
-async def embeddings(body: EmbeddingsBody, service: Served) -> dict[str, Any]:
+async def embeddings(request: Request, body: EmbeddingsBody, service: Served) -> dict[str, Any]:
     """Return a vector for each text."""
     service.check_task("FEATURE_EXTRACTION")
-    found = await run_in_threadpool(_predict, service, body.model, body.input)
+    found, usage = await run_in_threadpool(_predict, service, body.model, body.input)
+    request.app.state.metrics.note_encoded(body.model, usage["prompt_tokens"])
     vectors = [one["embedding"] for one in found]
     if body.encoding_format == "base64":  # what OpenAI's client asks for: fp32 in little endian
         vectors = [base64.b64encode(np.asarray(one, "<f4").tobytes()).decode("ascii") for one in vectors]
     data = [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(vectors)]
-    return {"object": "list", "data": data, "model": body.model, "usage": _usage(service, body.input)}
+    return {"object": "list", "data": data, "model": body.model, "usage": usage}
 
 
 @router.post("/v1/classify")
-async def classify(body: ClassifyBody, service: Served) -> dict[str, Any]:
+async def classify(request: Request, body: ClassifyBody, service: Served) -> dict[str, Any]:
     """Return the classes of each text, or the tags of its words."""
     service.check_task("SEQ_CLS", "TOKEN_CLS")
-    found = await run_in_threadpool(_predict, service, body.model, body.input)
+    found, usage = await run_in_threadpool(_predict, service, body.model, body.input)
+    request.app.state.metrics.note_encoded(body.model, usage["prompt_tokens"])
     return {
         "id": f"classify-{uuid.uuid4().hex}",
         "object": "list",
         "created": int(time.time()),
         "model": body.model,
         "data": [{"index": index, **one} for index, one in enumerate(found)],
-        "usage": _usage(service, body.input),
+        "usage": usage,
     }
 
 
-def _predict(service: Service, model: str, rows: Sequence[Any]) -> list[dict[str, Any]]:
+def _predict(service: Service, model: str, rows: Sequence[Any]) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Return the answers to texts, and the tokens that these have."""
     adapter = service.adapter(model)
     try:
-        return service.engine.encode(rows, adapter)
+        found = service.engine.encode(rows, adapter)
+        return found, service.engine.between_steps(lambda: _usage(service, rows))  # a tokenizer is for one thread
     except LorakeetError as error:
         raise from_lorakeet(error, "input") from None
 

@@ -13,8 +13,8 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lorakeet.serve.http.access.keys import Keys
 from lorakeet.serve.http.errors import ApiError, log_unexpected
-from lorakeet.serve.http.keys import Keys
 
 #: Paths that need no key: a monitor that only asks whether the process answers.
 OPEN = frozenset({"/health"})

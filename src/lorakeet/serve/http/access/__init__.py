@@ -1,0 +1,1 @@
+"""Access to the server: keys, and the gate before every route."""
