@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.served import BASE, HTTP, USER, save_adapters, save_chat_base, serving
+from helpers.http_server import BASE, HTTP, USER, save_adapters, save_chat_base, serving
 from lorakeet.cli.serve import serve
 from lorakeet.cli.shared.options import typer_command
 

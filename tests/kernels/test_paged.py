@@ -81,7 +81,7 @@ def story(model: Model, seed: int = 0) -> Story:
 
 
 def pool(model: Model) -> Tensor:
-    """Build keys and values of all pages; what nobody wrote is not finite."""
+    """Build keys and values of all pages; values that no row wrote are not finite."""
     return torch.full((2, 2, PAGES, model.layers.kv_heads, PAGE, model.layers.dim), torch.nan)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorakeet.adapter.tensor_names import mirrored_names, tensor_names, vocabulary_names
 from lorakeet.errors import AdapterError
+from lorakeet.log import warn
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.model import LoraModel
 from lorakeet.quant.state_dict import stored_shape
@@ -158,6 +159,24 @@ def check_ranks(config: PeftConfig, tensors: Mapping[str, Tensor], name: str | P
             f"adapter {str(name)!r} has rank {wanted:,} in its settings, and no tensor with as many rows",
             "copy both files again: they do not belong together",
         )
+
+
+def check_trained(tensors: Mapping[str, Tensor], name: str | Path, allow_untrained: bool = False) -> None:
+    """Refuse an adapter that changes nothing.
+
+    Args:
+        tensors: The tensors of its file.
+        name: Folder or hub id, for messages.
+        allow_untrained: Only warn of it.
+
+    Raises:
+        AdapterError: every B is zero.
+    """
+    if is_untrained(tensors):
+        message = f"adapter {str(name)!r} is untrained: every B is zero, so it changes nothing"
+        if not allow_untrained:
+            raise AdapterError(message, "train it; allow_untrained=True (--allow-untrained) takes it all the same")
+        warn(message)
 
 
 def nonfinite_error(tensors: Mapping[str, Tensor]) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.adapter.serialization import read_notes, read_tensors
-from lorakeet.adapter.tensor_checks import compare, is_untrained
+from lorakeet.adapter.tensor_checks import check_trained, compare
 from lorakeet.adapter.tensor_names import PREFIX, vocabulary_names
 from lorakeet.adapter.unfrozen import NOTE, remember, unfrozen_keys
 from lorakeet.errors import AdapterError
@@ -50,11 +50,7 @@ def load_tensors(
     base_keys = unfrozen_keys(model, unfrozen)
     differences = compare(model, adapter, tensors, state, base_keys)
     differences.raise_if_any(name)
-    if is_untrained(tensors):
-        message = f"adapter {str(name)!r} is untrained: every B is zero, so it changes nothing"
-        if not allow_untrained:
-            raise AdapterError(message, "train it; allow_untrained=True (--allow-untrained) takes it all the same")
-        warn(message)
+    check_trained(tensors, name, allow_untrained)
     _copy_in(model, adapter, differences.names, tensors, state, base_keys, allow_new_base)
     remember(model, base_keys.values())
 

@@ -25,8 +25,9 @@ from transformers.utils.chat_template_utils import _cached_compile_jinja_templat
 LONGEST_TEMPLATE = 1 << 20
 #: Loops, calls, operators and filters of one conversation.
 MOST_STEPS = 1_000_000
-#: Seconds of the processor that one conversation may take; on a busy machine the clock runs faster.
-MOST_SECONDS = 5.0
+#: Seconds of the processor that one rendering may take: a conversation of a thousand turns takes a hundredth of it. Spans of
+#: turns are found by several renderings. On a busy machine the clock runs faster.
+MOST_SECONDS = 1.0
 #: Characters and members of the largest value, and characters of a rendered conversation.
 LARGEST = 1 << 24
 #: Characters and members of all values that one conversation makes.
@@ -63,7 +64,7 @@ class _Budget:
         if self.steps > MOST_STEPS:
             raise SecurityError(f"more than {MOST_STEPS:,} steps")
         if self.steps % _CLOCK == 0 and time.thread_time() > self.end:
-            raise SecurityError(f"more than {MOST_SECONDS:.0f} seconds")
+            raise SecurityError(f"more than {MOST_SECONDS:g} s of the processor")
 
 
 _BUDGET: ContextVar[_Budget] = ContextVar("budget")

@@ -9,17 +9,21 @@ left alone, with a warning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
+from transformers.cache_utils import DynamicCache
 
+from lorakeet.inference.paged_layer import PagedLayer, QuickHead, QuickNorm, Shared, cache_of, has_pages
 from lorakeet.kernels import decoder_step
 from lorakeet.kernels.cpu import bindings
 from lorakeet.kernels.cpu.gemm import GEMV_TOKENS
+from lorakeet.lora.checks.direct_reads import was_watched
+from lorakeet.lora.model import LoraModel
 from lorakeet.patches.verify import Verifier, is_close
 from lorakeet.quant.protocol import has_quantized, is_hooked
 
@@ -30,29 +34,51 @@ _SILU = ("SiLU", "SiLUActivation")
 _FOR_ALL = (all_modules._global_forward_hooks, all_modules._global_forward_pre_hooks)
 #: Share of the largest output by which compiled and own forward may differ: sums of thousands of products in another order.
 _NEAR = 2e-5
+#: The same where both round activations to 15 bits.
+_NEAR_ROUNDED = 2e-3
 
 
 @contextmanager
 def fast_decode(model: nn.Module) -> Iterator[None]:
     """Compute new tokens with compiled layers within the block, in ``model.generate`` or another loop over ``model``.
 
-    Outputs are the same up to the rounding error of fp32. A full-precision model, or one of another family, is left alone.
+    An 8-bit model whose heads are a multiple of 16 wide takes the loops of the server, prompts included, and rounds
+    activations to 16 bits as long prompts do (:mod:`~lorakeet.inference.paged_layer`). Other outputs are the same up to the
+    rounding error of fp32. A full-precision model, or one of another family, is left alone.
     """
-    verifier = Verifier()
+    verifier, shared = Verifier(), Shared()
     replaced: list[nn.Module] = []
     quantized = has_quantized(model)
     try:
         for module in model.modules() if quantized and bindings.library() is not None else ():
-            if _known(module) and "forward" not in module.__dict__:
+            if is_known_layer(module) and "forward" not in module.__dict__:
                 replaced.append(module)
-                module.forward = _Quick(module, verifier)
+                module.forward = _Quick(module, verifier, shared)
+        for module, quick in _around(model) if replaced else ():
+            replaced.append(module)
+            module.forward = quick(module, shared)
+        if replaced and isinstance(model, LoraModel) and not was_watched(model):
+            with torch.no_grad():  # the first pass is watched through hooks, which no compiled layer calls
+                model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
         yield
     finally:
         for module in replaced:
             del module.forward
 
 
-def _known(module: Any) -> bool:
+def _around(model: Any) -> Iterator[tuple[Any, Callable[[Any, Shared], Any]]]:
+    """Yield the last norm and the LM head of a model with layers of known classes, and what stands in for their forwards."""
+    inner = model._modules.get("model")
+    for module, quick in (
+        (inner and inner._modules.get("norm"), QuickNorm),
+        (model._modules.get("lm_head"), QuickHead),
+    ):
+        if isinstance(module, nn.Module) and "forward" not in module.__dict__:
+            yield module, quick
+
+
+def is_known_layer(module: Any) -> bool:
+    """Whether a module is a decoder layer that the compiled loops implement."""
     kind = type(module)
     if not kind.__module__.startswith("transformers.models.") or not kind.__name__.endswith("DecoderLayer"):
         return False
@@ -62,8 +88,8 @@ def _known(module: Any) -> bool:
 class _Quick:
     """Forward of a decoder layer that takes the compiled path for the next token, and its own forward otherwise."""
 
-    def __init__(self, module: Any, verifier: Verifier) -> None:
-        self.module, self.own, self.verifier = module, module.forward, verifier
+    def __init__(self, module: Any, verifier: Verifier, shared: Shared) -> None:
+        self.module, self.own, self.verifier, self.shared = module, module.forward, verifier, shared
         self.attention, self.mlp = module.self_attn, module.mlp
         in_attention, in_mlp = self.attention._modules, self.mlp._modules
         # nn.Module's attribute lookup is slow, and these are read for every token
@@ -72,6 +98,7 @@ class _Quick:
         self.norms = [(module._modules, name) for name in ("input_layernorm", "post_attention_layernorm")]
         self.norms += [(in_attention, name) for name in ("q_norm", "k_norm")]
         self.layer: decoder_step.Layer | None = None
+        self.paged: PagedLayer | None = None
         self.where: list[float] = []  # addresses of the weights, and scalings of the adapters
 
     def __call__(
@@ -86,6 +113,10 @@ class _Quick:
     ) -> Any:
         x, mask, places = hidden_states, attention_mask, position_embeddings
         simple = not others and past_key_values is not None and places is not None
+        made = self.step_over_pages(x, mask, places, past_key_values) if simple else None  # type: ignore[arg-type]
+        self.shared.rounded = made is not None
+        if made is not None:
+            return made
         if simple and self.fits(x, mask, *places) and self.look():  # type: ignore[misc]
             return self.step(x, mask, places, past_key_values)  # type: ignore[arg-type]
         return self.own(
@@ -97,6 +128,27 @@ class _Quick:
             position_embeddings=position_embeddings,
             **others,
         )
+
+    def step_over_pages(
+        self, x: Tensor, mask: Tensor | None, places: tuple[Tensor, Tensor], past: Any
+    ) -> Tensor | None:
+        """Compute the layer for new tokens of texts or for their prompts; None where the loops over pages cannot.
+
+        Args:
+            x: Hidden states [n, count, hidden].
+            mask: Attention mask, or None.
+            places: Cosine and sine of the rotary embedding, [n or 1, count, head_dim] each.
+            past: The key-value cache, which receives the new tokens.
+        """
+        index = self.attention.layer_idx
+        cached = cache_of(past, index)
+        if cached is None or not has_pages(self.attention.head_dim) or not self.is_plain(x, *places):
+            return None
+        if not self.look() or self.paged is None:
+            return None
+        n, count, _ = x.shape
+        pads = self.shared.pads(mask, n, count, cached.get_seq_length() + count)
+        return None if pads is None else self.paged.step(x, places, pads, past, index)
 
     def step(self, x: Tensor, mask: Tensor | None, places: tuple[Tensor, Tensor], past: Any) -> Tensor:
         """Compute the layer for x that fits.
@@ -122,15 +174,22 @@ class _Quick:
             cosine: Cosine of the rotary embedding.
             sine: Sine of the rotary embedding.
         """
+        return (
+            self.is_plain(x, cosine, sine)
+            and x.shape[1] == 1
+            and x.shape[0] <= GEMV_TOKENS
+            and (mask is None or (mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1:3] == (1, 1)))
+        )
+
+    def is_plain(self, x: Tensor, cosine: Tensor, sine: Tensor) -> bool:
+        """Whether the input is fp32 on the CPU, without gradients; arguments as for :meth:`fits`."""
         dim = self.attention.head_dim
         return (
             x.ndim == 3
-            and x.shape[1] == 1
-            and 0 < x.shape[0] <= GEMV_TOKENS
+            and x.numel() > 0
             and x.dtype == cosine.dtype == sine.dtype == torch.float32
-            and (mask is None or (mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1:3] == (1, 1)))
             and cosine.shape == sine.shape
-            and cosine.shape in ((1, 1, dim), (x.shape[0], 1, dim))
+            and cosine.shape in ((1, x.shape[1], dim), (x.shape[0], x.shape[1], dim))
             and bindings.is_cpu_contiguous(x, cosine, sine)
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
@@ -158,13 +217,20 @@ class _Quick:
         tensors = [tensor for one in factors for tensor in one[:5] if tensor is not None]
         tensors += [norm._parameters["weight"] for norm in given]
         where = [*[tensor.data_ptr() for tensor in tensors], *[one.scaling for one in factors]]
+        where += [_version(tensor) for one in factors for tensor in (one.a, one.b) if tensor is not None]
         if where != self.where:
-            self.layer, self.where = self._laid_out(factors, norms), where
+            self.layer, self.paged, self.where = self._laid_out(factors, norms), None, where
             kind = tuple(map(type, (self.module, *inside)))
             if self.layer is not None and not self._agrees(
                 (*kind, self.layer.heads, self.layer.narrow, self.layer.dim)
             ):
                 self.layer = None
+            if self.layer is not None and has_pages(self.layer.dim) and not self.layer.is_packed:
+                self.paged = PagedLayer(factors, self.layer)
+                if not self.verifier.agrees(
+                    ("pages", *kind, self.layer.heads, self.layer.dim), self.module, self._tried_pages
+                ):
+                    self.paged = None
         return self.layer is not None
 
     def _laid_out(self, factors: list[Any], norms: list[Any]) -> decoder_step.Layer | None:
@@ -191,6 +257,22 @@ class _Quick:
         if not isinstance(own, Tensor):
             return False
         return is_close(own, self.step(x, mask, places, past), _NEAR)
+
+    def _tried_pages(self) -> bool:
+        """Whether a prompt through the loops over pages is near the layer's own forward, which rounds activations too."""
+        assert self.layer is not None and self.paged is not None
+        source, index = torch.Generator().manual_seed(0), self.attention.layer_idx
+        x = torch.randn(2, GEMV_TOKENS + 1, self.layer.hidden, generator=source)
+        angle = 6 * torch.rand(1, x.shape[1], self.layer.dim // 2, generator=source).repeat(1, 1, 2)
+        places = (angle.cos(), angle.sin())
+        own = self.own(x, attention_mask=None, past_key_values=DynamicCache(), position_embeddings=places)
+        if not isinstance(own, Tensor):
+            return False
+        return is_close(own, self.paged.step(x, places, [0, 0], DynamicCache(), index), _NEAR_ROUNDED)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class _Past:

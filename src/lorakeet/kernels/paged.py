@@ -56,6 +56,10 @@ class UpdateTable:
         self.address = ctypes.addressof(self._table)
         self.bytes = sum(tensor.nbytes for tensor in self._tensors)
 
+    def __bool__(self) -> bool:
+        """Whether there is an update in any layer."""
+        return self.rank > 0
+
     def _laid_out(self, update: Update) -> abi.Update:
         rank = len(update.a)
         a = F.pad(update.a.detach().float(), (0, 0, 0, -rank % abi.UPDATE_ROWS)).contiguous()
@@ -132,11 +136,11 @@ class PagedLayers:
             [
                 [starts[owner] for owner in rows.owners],
                 rows.positions,
-                [0 if one is None else one.address for one in rows.updates],
+                [one.address if one else 0 for one in rows.updates],
             ],
             dtype=torch.int64,
         )
-        rank = max(0 if one is None else one.rank for one in rows.updates)
+        rank = max(one.rank if one else 0 for one in rows.updates)
         batch = abi.Paged(
             ctypes.addressof(self._addresses),
             *(tensor.data_ptr() for tensor in (keys, values, flat, numbers[0], numbers[1], cosine, sine, numbers[2])),

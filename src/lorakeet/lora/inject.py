@@ -253,7 +253,7 @@ def inject(
         module = model.get_submodule(name)
         if not isinstance(module, SavedModule):
             module = SavedModule(module, switch)
-            _replace(model, name, module)
+            replace_module(model, name, module)
         module.add_adapter(adapter)
         touched.append(module)
     for name, tokens in plan.tokens:
@@ -278,7 +278,7 @@ def _wrapped(model: nn.Module, name: str, layer_type: type[L], *args: Any) -> L:
     layer = model.get_submodule(name)
     if not isinstance(layer, layer_type):
         layer = layer_type(layer, *args)
-        _replace(model, name, layer)
+        replace_module(model, name, layer)
     return layer
 
 
@@ -295,11 +295,12 @@ def _adapted(model: nn.Module, target: Target, switch: ActiveAdapters) -> LoraLa
     layer_type = LoraOutProjection if isinstance(parent, nn.MultiheadAttention) else layer_class(layer)
     assert layer_type is not None, f"{target.name} passed the plan"
     made = layer_type(layer, switch)
-    _replace(model, target.name, made)
+    replace_module(model, target.name, made)
     return made
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module at the place of that name."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
     if isinstance(module, (LoraLayer, SavedModule)):
@@ -324,9 +325,9 @@ def _release(model: nn.Module, name: str, module: nn.Module) -> None:
     if isinstance(module, LoraParameter):
         module.release()
     elif isinstance(module, LoraLayer):
-        _replace(model, name, module.base_layer)
+        replace_module(model, name, module.base_layer)
     elif isinstance(module, SavedModule):
-        _replace(model, name, module.original_module)
+        replace_module(model, name, module.original_module)
 
 
 def freeze_base(model: nn.Module) -> None:

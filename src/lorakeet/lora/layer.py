@@ -202,17 +202,20 @@ class LoraLayer(AnswersAsPeft, LayerNames, VariantHost):
             r: Its rank in this layer.
             alpha: Its α in this layer.
         """
-        variant = config.variant
-        self.variants[adapter] = variant
+        self.variants[adapter] = config.variant
         self.make(adapter, config, r)
+        self._note_settings(adapter, config, r, alpha)
+        config.variant.init(self, adapter, config)
+
+    def _note_settings(self, adapter: str, config: PeftConfig, r: int, alpha: float) -> None:
+        """Keep the rank, α, s and dropout of an adapter; arguments as in :meth:`add_adapter`."""
         self.r[adapter], self.lora_alpha[adapter] = r, alpha
-        self.scaling[adapter] = variant.scaling(config, r, alpha)
+        self.scaling[adapter] = config.variant.scaling(config, r, alpha)
         self.configured_scaling[adapter] = self.scaling[adapter]
         self.use_rslora[adapter] = config.use_rslora
         self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         if config.init_lora_weights == MICA:
             self.frozen_b.add(adapter)
-        variant.init(self, adapter, config)
 
     def delete_adapter(self, adapter: str) -> None:
         """Remove the adapter and its parameters; the base's weight gets the part back that the adapter took of it."""

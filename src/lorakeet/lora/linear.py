@@ -36,6 +36,7 @@ from lorakeet.lora.initialization.mica import MICA, initialize_minor
 from lorakeet.lora.initialization.random import initialize_pair
 from lorakeet.lora.initialization.taken_part import out_in, take_part, taken_parts, takes_part
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer, noise
+from lorakeet.lora.variants import Variant
 from lorakeet.lora.variants.bdlora import BlockDiagonal
 from lorakeet.quant.protocol import dense_weight, is_hooked, is_quantized, weight_shape
 
@@ -135,6 +136,22 @@ class LoraLinear(LoraPair):
         if self.variants[adapter].fused and not config.lora_bias:
             self._fused.add(adapter)
 
+    def attach(self, adapter: str, config: PeftConfig, r: int, alpha: float, a: nn.Module, b: nn.Module) -> None:
+        """Give the layer a further adapter of plain LoRA whose A and B are there already, frozen.
+
+        Args:
+            adapter: The adapter's name.
+            config: Its settings.
+            r: Its rank in this layer.
+            alpha: Its α in this layer.
+            a: A [r, in], as a linear layer.
+            b: B [out, r], as a linear layer without bias.
+        """
+        self.variants[adapter] = config.variant
+        self.set_pair(adapter, a, b)
+        self._fused.add(adapter)
+        self._note_settings(adapter, config, r, alpha)
+
     def initialize(self, adapter: str, how: bool | str) -> None:
         if isinstance(how, str) and takes_part(how):
             take_part(self, adapter, how)
@@ -192,12 +209,17 @@ class LoraLinear(LoraPair):
         own = base.decoder_weights()
         if own is None or not adapters:
             return own
-        adapter = adapters[0]
+        update = self.decoder_update(adapters[0])
+        return None if update is None else own._replace(a=update[0], b=update[1], scaling=update[2])
+
+    def decoder_update(self, adapter: str) -> tuple[Tensor, Tensor, float] | None:
+        """Return A, B and s of an adapter whose update the compiled decoder step can add; None for any other."""
         if adapter not in self._fused or (self.training and self.dropout_probability(adapter)):
             return None
+        if type(self.variants[adapter]).output_scale is not Variant.output_scale:
+            return None  # it scales the base's output too
         a, b = self.pair(adapter)
-        lora_A, lora_B = a._parameters["weight"], b._parameters["weight"]
-        return own._replace(a=lora_A, b=lora_B, scaling=self.scaling[adapter])
+        return a._parameters["weight"], b._parameters["weight"], self.scaling[adapter]  # type: ignore[return-value]
 
     def probe(self) -> Tensor:
         return noise((32, weight_shape(self.base_layer)[0 if self.fan_in_fan_out else 1]), self.base_layer)

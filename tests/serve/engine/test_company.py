@@ -42,7 +42,7 @@ class Company:
             self.residents,
             max_rows=6,
             page_tokens=4,
-            cache_bytes=60 * 4096,
+            cache_bytes=60 * 1024,
             prefill_tokens=7,
             idle_prefill_tokens=9,
         )
@@ -103,10 +103,10 @@ def company(served: Served) -> Company:
     return Company(served)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_same_in_any_company(company: Company, seed: int) -> None:
     source = random.Random(seed)
-    for number in range(10):
+    for number in range(5):
         for answer, expected in company.mix(source):
             assert answer == expected, f"mix {number}"
     company.check_pages()

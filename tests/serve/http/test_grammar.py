@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import torch
+from starlette.testclient import TestClient
 
+from helpers.json_types import TYPES, check_text, schema_of
 from helpers.tiny_base import byte_tokenizer
+from lorakeet.config import BaseSettings
+from lorakeet.serve.http.app import make_app
 from lorakeet.serve.http.errors import ApiError
-from lorakeet.serve.http.grammar import Grammars
+from lorakeet.serve.http.grammar import LONGEST_NUMBER, Grammars
+from lorakeet.serve.http.start import Served, open_service
 
 
 @pytest.fixture(scope="module")
@@ -35,43 +41,54 @@ def written(grammars: Grammars, schema: Any, seed: int = 0, most: int = 400) -> 
     return text
 
 
-SMALL: dict[str, tuple[Any, Any]] = {  # schema, and a check of the value
-    "constant": ({"const": "bird"}, lambda value: value == "bird"),
-    "choice": ({"enum": [1, "two", None, True]}, lambda value: value in (1, "two", None, True)),
-    "bounds": ({"type": "integer", "minimum": 3, "maximum": 5}, lambda value: 3 <= value <= 5),
-    "length": ({"type": "string", "minLength": 2, "maxLength": 3}, lambda value: 2 <= len(value) <= 3),
-    "pattern": (
-        {"type": "string", "pattern": "^[ab]{1,4}$"},
-        lambda value: 0 < len(value) < 5 and set(value) <= set("ab"),
-    ),
-    "date": ({"type": "string", "format": "date"}, lambda value: len(value) == 10 and value[4] == "-"),
-    "list": (
-        {"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2},
-        lambda value: len(value) == 2 and all(isinstance(one, bool) for one in value),
-    ),
-    "reference": (
-        {
-            "$defs": {"n": {"enum": [1, 2]}},
-            "type": "array",
-            "items": {"$ref": "#/$defs/n"},
-            "minItems": 1,
-            "maxItems": 2,
-        },
-        lambda value: set(value) <= {1, 2},
-    ),
-    "one of": ({"oneOf": [{"const": 1}, {"type": "null"}]}, lambda value: value in (1, None)),
-    "a property named $ref": (
-        {"type": "object", "properties": {"$ref": {"const": 1}}, "required": ["$ref"], "additionalProperties": False},
-        lambda value: value == {"$ref": 1},
-    ),
-}
+@pytest.mark.parametrize("name", TYPES)
+def test_any_allowed_text_is_valid(grammars: Grammars, name: str) -> None:
+    for seed in range(4):
+        check_text(name, written(grammars, schema_of(name), seed))
 
 
-@pytest.mark.parametrize(("schema", "check"), SMALL.values(), ids=SMALL)
-def test_any_allowed_text_is_valid(grammars: Grammars, schema: Any, check: Any) -> None:
-    for seed in range(5):
-        value = json.loads(written(grammars, schema, seed))
-        assert check(value), value
+def test_a_property_may_have_the_name_of_a_reference(grammars: Grammars) -> None:
+    schema = {"type": "object", "properties": {"$ref": {"const": 1}, "$id": {"const": 2}}, "required": ["$ref", "$id"]}
+    assert json.loads(written(grammars, {**schema, "additionalProperties": False})) == {"$ref": 1, "$id": 2}
+
+
+@pytest.mark.parametrize(
+    ("schema", "most"),
+    [
+        ({"type": "number"}, 3 * LONGEST_NUMBER + 4),
+        ({"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2}, 2 * LONGEST_NUMBER + 5),
+        ({"type": "string", "pattern": "^[0-9]{40}$"}, 42),
+        ({"enum": [int("1" * 30)]}, 30),
+    ],
+    ids=["number", "integers", "digits of a string", "one number"],
+)
+def test_numbers_end_if_they_may(grammars: Grammars, schema: Any, most: int) -> None:
+    grammar, text = grammars.for_schema(schema), ""
+    while not grammar.is_complete() and len(text) < 400:
+        allowed = set(grammar.allowed().nonzero().flatten().tolist())
+        zero, one = byte_tokenizer().convert_tokens_to_ids(["0", "1"])
+        token = zero if zero in allowed else one if one in allowed else min(allowed - {2}, default=2)
+        if token == 2:
+            break
+        text += byte_tokenizer().decode([token])
+        grammar.accept(token)
+    json.loads(text)
+    assert len(text) <= most
+
+
+@pytest.mark.slow
+def test_forty_schemas_at_temperature_one(real_home: Path) -> None:
+    settings = BaseSettings(bits=8)
+    service = open_service(settings, Served(base_name="base"))
+    assert len(TYPES) == 40
+    with TestClient(make_app(service), base_url="http://localhost") as client:
+        for name in TYPES:
+            form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema_of(name)}}
+            turn = {"role": "user", "content": f"Give an example of: {name}."}
+            body = {"model": "base", "messages": [turn], "response_format": form, "max_tokens": 300, "temperature": 1.0}
+            [choice] = client.post("/v1/chat/completions", json=body).json()["choices"]
+            assert choice["finish_reason"] == "stop", (name, choice)
+            check_text(name, choice["message"]["content"])
 
 
 def deep(levels: int) -> dict[str, Any]:

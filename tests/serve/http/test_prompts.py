@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from helpers.chat_templates import CHATML
-from helpers.served import BASE, save_adapters, save_chat_base
+from helpers.http_server import BASE, save_adapters, save_chat_base
 from helpers.tiny_base import byte_tokenizer
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.base.load import load_base

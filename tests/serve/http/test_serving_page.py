@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from helpers.http_server import USER
 from helpers.markdown_pages import ROOT, read
-from helpers.served import USER
 from lorakeet.serve.http import grammar
 from lorakeet.serve.http.app import LARGEST_BODY
 from lorakeet.serve.http.gate import Gate

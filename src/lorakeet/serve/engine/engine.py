@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
-
-import torch
 
 from lorakeet.base.load import Base
 from lorakeet.errors import EngineStopped, QueueFull, RequestError
@@ -23,12 +21,13 @@ from lorakeet.serve.engine.choose_forward import choose_forward
 from lorakeet.serve.engine.forward import Forward, acting
 from lorakeet.serve.engine.pages import Pages
 from lorakeet.serve.engine.prefix_cache import PrefixCache, chain
-from lorakeet.serve.engine.request_checks import check_request
+from lorakeet.serve.engine.request_checks import check_request, fitting_tokens
 from lorakeet.serve.engine.requests import Request, Ticket
 from lorakeet.serve.engine.residents import Resident, Residents
-from lorakeet.serve.engine.rows import Row, choose_all
+from lorakeet.serve.engine.rows import Row
 from lorakeet.serve.engine.scheduler import Scheduler
-from lorakeet.serve.engine.stats import EngineStats, Event, EventKind, Meter
+from lorakeet.serve.engine.stats import EngineStats, Event, Meter
+from lorakeet.serve.engine.steps import Steps
 from lorakeet.tasks.task import Task
 from lorakeet.tasks.taught import Taught
 
@@ -58,7 +57,7 @@ class Engine:
         max_rows: int = 16,
         page_tokens: int = 32,
         cache_bytes: int = CACHE_BYTES,
-        prefill_tokens: int = 64,
+        prefill_tokens: int = 128,
         idle_prefill_tokens: int = 512,
         queue: int = 64,
         make_forward: Callable[[Any, Pages], Forward] | None = None,
@@ -71,7 +70,8 @@ class Engine:
             max_rows: Requests that run together.
             page_tokens: Tokens of a key-value page, the unit in which prompts are found again.
             cache_bytes: Bytes of all pages: of running requests and of the prefix cache.
-            prefill_tokens: Tokens of prompts in a step while others get new tokens.
+            prefill_tokens: Most tokens of prompts in a step while others get new tokens; fewer, where the step would take
+                much longer for them.
             idle_prefill_tokens: Tokens of prompts in a step while none waits for one.
             queue: Requests that may wait.
             make_forward: Function of the model and the pool, for another forward pass than the plain one.
@@ -99,8 +99,10 @@ class Engine:
         self._vocabulary = embedding_rows(self.model)
         self._window = window(self.model.config)
         self._meter = Meter()
-        self._steps = 0
         self._changed = threading.Condition()  # guards the scheduler, the tasks and the flags
+        self._steps = None
+        if self.forward is not None:
+            self._steps = Steps(self.forward, self._scheduler, residents, self._meter, self.ends, self._changed)
         self._tasks: list[Callable[[], None]] = []
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -109,7 +111,12 @@ class Engine:
     # -- life -------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread.
+
+        What is in memory now is left out of garbage collection until the end: to look through a model's objects takes most of
+        a second, for which all streams would pause.
+        """
+        gc.freeze()
         self._thread = threading.Thread(target=self._loop, name="lorakeet-engine", daemon=True)
         self._thread.start()
 
@@ -125,13 +132,14 @@ class Engine:
             if not drain:
                 self._cancel_all()
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join(timeout)
-            if self._thread.is_alive():
+            thread = self._thread
+        if thread is not None:
+            thread.join(timeout)
+            if thread.is_alive():
                 with self._changed:
                     self._cancel_all()
-                self._thread.join()
-            self._thread = None
+                thread.join()
+            gc.unfreeze()
 
     def _cancel_all(self) -> None:
         for row in self._scheduler.rows():
@@ -140,7 +148,7 @@ class Engine:
     @property
     def is_running(self) -> bool:
         """Whether the thread runs and takes requests."""
-        return self._thread is not None and self._thread.is_alive() and not self._stopping
+        return self._thread is not None and not self._stopping
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -163,14 +171,14 @@ class Engine:
             if self.pages is not None:
                 row.root = self.residents.root(adapter)
                 row.keys = chain(row.root, request.prompt[:-1], self.pages.page_tokens)
-            try:
-                self._scheduler.add(row)
-            except QueueFull:
-                self._release(row)
-                self._meter.note(Event("refused", row.adapter_name))
-                raise
-            self._meter.note(Event("queued", row.adapter_name))
+            if is_full := not self._scheduler.add(row):
+                row.end("cancelled")
             self._changed.notify_all()
+        self._meter.note(Event("refused" if is_full else "queued", row.adapter_name))
+        if is_full:
+            if adapter is not None:
+                self.residents.release(adapter)  # without the lock: it may wait for the thread
+            raise QueueFull(f"{self.queue} requests are waiting, as many as may", "try again later")
         return ticket
 
     def _checked(self, request: Request) -> int:
@@ -182,21 +190,7 @@ class Engine:
         if self.forward is None:
             raise RequestError(f"this is a {self.task.name} model and writes no text", "ask it to classify or to embed")
         check_request(request, self._vocabulary)
-        length, limit = len(request.prompt), request.sampling.max_tokens
-        if self._window is not None:
-            if length >= self._window:
-                raise RequestError(
-                    f"the prompt has {length} tokens, expected fewer than the model's window of {self._window}",
-                    "shorten the prompt",
-                )
-            limit = min(limit, self._window - length)
-        if self.pages is not None and self.pages.needed(length + limit) > len(self.pages):
-            room = len(self.pages) * self.pages.page_tokens
-            raise RequestError(
-                f"the prompt and its answer may have {length + limit} tokens, expected at most the cache's {room}",
-                "ask for fewer new tokens, or give the server a larger cache",
-            )
-        return limit
+        return fitting_tokens(request, self._window, self.pages)
 
     def encode(self, rows: Sequence[Question], adapter: str | None = None) -> list[dict[str, Any]]:
         """Predict the answer of an encoder's task for each text; see :func:`lorakeet.inference.predict.predict`.
@@ -233,7 +227,7 @@ class Engine:
                 pages=len(pages) if pages else 0,
                 pages_free=pages.free if pages else 0,
                 pages_cached=len(self.prefixes) if self.prefixes else 0,
-                steps=self._steps,
+                steps=self._steps.count if self._steps else 0,
                 queue=self.queue,
                 max_rows=self.max_rows,
                 requests=dict(meter.requests),
@@ -250,8 +244,6 @@ class Engine:
 
     def between_steps(self, task: Callable[[], T]) -> T:
         """Run a function in the engine's thread, between two steps, and return its result."""
-        if self._thread is None or threading.current_thread() is self._thread:
-            return task()
         future: Future[T] = Future()
 
         def run() -> None:
@@ -261,8 +253,12 @@ class Engine:
                 future.set_exception(error)
 
         with self._changed:
-            self._tasks.append(run)
-            self._changed.notify_all()
+            is_other = self._thread is not None and threading.current_thread() is not self._thread
+            if is_other:
+                self._tasks.append(run)
+                self._changed.notify_all()
+        if not is_other:
+            run()
         return future.result()
 
     def _wake(self) -> None:
@@ -275,69 +271,23 @@ class Engine:
                 self._changed.wait_for(lambda: self._tasks or not self._scheduler.idle or self._stopping)
                 tasks, self._tasks = self._tasks, []
                 if self._stopping and not tasks and self._scheduler.idle:
+                    self._thread = None  # it takes no task any more
                     return
             for task in tasks:
                 task()
             if not self._scheduler.idle:
-                self.step()
+                self._guarded_step()
 
-    @torch.inference_mode()
-    def step(self) -> None:
-        """Run one step: end, admit, compute, add tokens. The thread does; without it, the caller may."""
-        with self._changed:
-            self._finish(self._scheduler.drop())
-            for row in self._scheduler.admit():
-                self._tell("admitted", row)
-            chosen = self._scheduler.step()
-        if not chosen:
-            return
-        self._steps += 1
+    def _guarded_step(self) -> None:
+        """Run one step; one that fails in a way that was not foreseen ends all rows, and the thread goes on."""
+        assert self._steps is not None
         try:
-            assert self.forward is not None
-            logits = self.forward.run([row.piece(tokens) for row, tokens in chosen])
-        except Exception as error:  # of any architecture; the engine goes on with other requests
+            self.step()
+        except Exception as error:
             warn(f"a step failed: {type(error).__name__}: {error}")
-            self._fail([row for row, _ in chosen], str(error))
-            return
-        with self._changed:
-            for row, tokens in chosen:
-                self._scheduler.stored(row, tokens)
-        ready = [index for index, (row, _) in enumerate(chosen) if not row.unread]
-        if ready:
-            self._add_tokens([chosen[index][0] for index in ready], logits[ready])
-        with self._changed:
-            self._finish(self._scheduler.collect())
+            self._steps.fail(list(self._scheduler.rows()), str(error))
 
-    def _add_tokens(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
-        for row, choice in zip(rows, choose_all(rows, logits), strict=True):
-            if isinstance(choice, str):
-                row.end("error", error=choice)
-                continue
-            now = time.monotonic()
-            self._meter.note(Event("token" if row.decodes else "first_token", row.adapter_name, now - row.last_token))
-            row.last_token = now
-            try:
-                row.add(*choice, self.ends)
-            except Exception as error:  # a grammar or a listener of the caller
-                row.end("error", error=f"{type(error).__name__}: {error}")
-
-    def _fail(self, rows: Sequence[Row], message: str) -> None:
-        with self._changed:
-            for row in rows:
-                row.end("error", error=message)
-            self._finish(self._scheduler.collect())
-
-    def _finish(self, ended: Sequence[Row]) -> None:
-        for row in ended:
-            self._tell("finished", row)
-            self._release(row)
-
-    def _release(self, row: Row) -> None:
-        if row.adapter is not None:
-            self.residents.release(row.adapter)
-
-    def _tell(self, kind: EventKind, row: Row) -> None:
-        seconds = time.monotonic() - row.submitted
-        self._meter.note(
-            Event(kind, row.adapter_name, seconds, row.finish, len(row.request.prompt), row.new, row.cached)
-        )
+    def step(self) -> None:
+        """Run one step. The thread does; without it, the caller may."""
+        assert self._steps is not None
+        self._steps.run()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lorakeet.errors import AdapterError
 from lorakeet.lora.lifecycle.adapter_names import BARE
 from lorakeet.lora.model import LoraModel
 from lorakeet.serve.engine.paged_cache import PagedCache
@@ -85,14 +86,25 @@ class PlainForward:
     def run(self, pieces: abc.Sequence[Piece]) -> Tensor:
         logits: list[Tensor | None] = [None] * len(pieces)
         for chosen in _batches(pieces) if self.batched else [[index] for index in range(len(pieces))]:
-            batch = [pieces[index] for index in chosen]
-            with acting(self.model, [piece.sequence.adapter for piece in batch]):
-                for index, row in zip(chosen, self._run_batch(batch), strict=True):
-                    logits[index] = row
+            for index, row in zip(chosen, self._run_batch([pieces[index] for index in chosen]), strict=True):
+                logits[index] = row
         return torch.stack([row for row in logits if row is not None])
 
     def _run_batch(self, batch: abc.Sequence[Piece]) -> Tensor:
-        """Run pieces of the same number of tokens."""
+        """Run pieces of the same number of tokens; by adapter, if a layer cannot tell the rows apart."""
+        adapters = [piece.sequence.adapter for piece in batch]
+        try:
+            with acting(self.model, adapters):
+                return self._run_rows(batch)
+        except AdapterError:  # a layer inside of an expert, which gets some of the rows
+            mixing = [one for one in adapters if one is not None and one.mixes]
+            if not mixing:
+                raise
+            for one in mixing:
+                one.mixes = False
+            return self.run(batch)
+
+    def _run_rows(self, batch: abc.Sequence[Piece]) -> Tensor:
         past = [piece.sequence.length for piece in batch]
         cache = PagedCache(self._pool, [piece.sequence.pages for piece in batch], past, len(batch[0].ids))
         device = self._pool.keys.device

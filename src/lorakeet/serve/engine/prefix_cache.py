@@ -95,16 +95,6 @@ class PrefixCache:
                 return False
         return True
 
-    @property
-    def reclaimable(self) -> int:
-        """Number of pages that only the cache refers to."""
-        return sum(self.pages.references(entry.page) == 1 for entry in self._entries.values())
-
-    def clear(self) -> None:
-        """Drop every page."""
-        while self._drop_oldest(unused_only=False):
-            pass
-
     def _touch(self, keys: Sequence[bytes]) -> None:
         """Mark a chain as just used; its end is older than its beginning, since it is dropped first."""
         for key in reversed(keys):

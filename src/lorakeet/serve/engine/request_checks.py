@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from lorakeet.errors import RequestError
+from lorakeet.serve.engine.pages import Pages
 from lorakeet.serve.engine.requests import Request, Sampling
 
 
@@ -22,6 +23,34 @@ def check_request(request: Request, vocabulary: int | None) -> None:
     problems = [*_prompt_problems(request, vocabulary), *_sampling_problems(request.sampling, vocabulary)]
     if problems:
         raise RequestError("; ".join(problems))
+
+
+def fitting_tokens(request: Request, window: int | None, pages: Pages | None) -> int:
+    """Return the number of new tokens that a request can have.
+
+    Args:
+        request: The request.
+        window: The model's window, in tokens; None: any number.
+        pages: The pool, if there is one.
+
+    Raises:
+        RequestError: The prompt fills the window, or prompt and answer do not fit the pool.
+    """
+    length, limit = len(request.prompt), request.sampling.max_tokens
+    if window is not None:
+        if length >= window:
+            raise RequestError(
+                f"the prompt has {length} tokens, expected fewer than the model's window of {window}",
+                "shorten the prompt",
+            )
+        limit = min(limit, window - length)
+    if pages is not None and pages.needed(length + limit) > len(pages):
+        room = len(pages) * pages.page_tokens
+        raise RequestError(
+            f"the prompt and its answer may have {length + limit} tokens, expected at most the cache's {room}",
+            "ask for fewer new tokens, or give the server a larger cache",
+        )
+    return limit
 
 
 def _prompt_problems(request: Request, vocabulary: int | None) -> Iterator[str]:

@@ -157,8 +157,12 @@ class Ticket:
         """Add a piece; called by the engine."""
         with self._changed:
             self._chunks.append(chunk)
-            for listener in self._listeners:
-                listener(chunk)
+            for listener in list(self._listeners):
+                try:
+                    listener(chunk)
+                except Exception:  # its event loop is closed, or the like: the caller has left
+                    self._listeners.remove(listener)
+                    self.cancelled = True
             self._changed.notify_all()
 
     def listen(self, callback: Callable[[Chunk], None]) -> None:

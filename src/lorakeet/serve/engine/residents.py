@@ -10,29 +10,22 @@ import builtins
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from lorakeet.adapter.fingerprint import fingerprint
-from lorakeet.adapter.older_names import with_current_names
 from lorakeet.adapter.peft_model import PeftModel
-from lorakeet.adapter.put_adapter import put_adapter
-from lorakeet.adapter.serialization import WEIGHTS_NAME, check_base, read_notes, read_tensors
 from lorakeet.base.load import Base
 from lorakeet.errors import AdapterError, UnknownAdapter, did_you_mean
-from lorakeet.loaded_model import LoadedModel, adapter_task
-from lorakeet.lora.config import PeftConfig
-from lorakeet.lora.initialization.taken_part import holds_parts
-from lorakeet.lora.lifecycle.adapter_files import CONFIG_NAME, adapter_folder, find_adapter_file
+from lorakeet.loaded_model import LoadedModel
+from lorakeet.lora.lifecycle.adapter_files import CONFIG_NAME, adapter_folder
 from lorakeet.lora.lifecycle.adapter_names import check_adapter_name
 from lorakeet.lora.lifecycle.adoption import adopt
-from lorakeet.lora.lifecycle.rollback import all_or_nothing
 from lorakeet.lora.target_parameters import LoraParameter
 from lorakeet.security.paths import is_dir, is_plain_name, outside
+from lorakeet.serve.engine.adapter_files import read_adapter
+from lorakeet.serve.engine.placement import Placement, Prepared
 from lorakeet.serve.engine.prefix_cache import prefix_root
 from lorakeet.tasks.task import Task
 from lorakeet.tasks.taught import Taught
@@ -71,17 +64,6 @@ class Resident:
     retired: bool = False
 
 
-@dataclass(frozen=True)
-class _Files:
-    """The content of an adapter's files."""
-
-    source: str
-    config: PeftConfig
-    tensors: Mapping[str, Tensor]
-    notes: Mapping[str, Any]
-    digest: str
-
-
 class Residents:
     """The served adapters of one base, by name.
 
@@ -106,8 +88,10 @@ class Residents:
         self.folder = None if folder is None else Path(folder)
         self.allow_elsewhere = allow_elsewhere
         self.between_steps: Callable[[Callable[[], Any]], Any] = lambda task: task()
-        self._base = hashlib.sha256(json.dumps(fingerprint(self.model), sort_keys=True).encode()).hexdigest()
+        self.placement = Placement(self.model)
+        self._base = hashlib.sha256(json.dumps(self.placement.base, sort_keys=True).encode()).hexdigest()
         self._served: dict[str, Resident] = {}
+        self._versions: builtins.list[Resident] = []  # all that are in the model
         self._loads = 0
         self._lock = threading.Lock()  # of the table and the counts
         self._loading = threading.Lock()  # one load at a time
@@ -152,7 +136,7 @@ class Residents:
             resident.users -= 1
             unused = resident.retired and resident.users == 0
         if unused:
-            self.between_steps(lambda: self._remove(resident))
+            self.between_steps(self._tidy)
 
     def root(self, resident: Resident | None) -> bytes:
         """Return the hash that keys of the prefix cache begin with."""
@@ -186,15 +170,22 @@ class Residents:
                 another one or not at all, has NaN, or would change the base. The model is as before then.
         """
         check_public_name(name)
-        files = self._read(self._source(name, source))
-        with self._loading:
-            resident = self.between_steps(lambda: self._put(name, files, scale))
-            with self._lock:
-                before = self._served.get(name)
-                self._served[name] = resident
-        if before is not None:
-            self._retire(before)
+        files = read_adapter(self._source(name, source), self.task)
+        try:
+            with self._loading:
+                prepared = self.placement.prepare(files)
+                resident = self.between_steps(lambda: self._put(name, prepared, scale))
+                self._serve(resident)
+        finally:
+            self.between_steps(self._tidy)
         return resident
+
+    def _serve(self, resident: Resident) -> None:
+        """Let a version answer under its name from now on."""
+        with self._lock:
+            if (before := self._served.get(resident.name)) is not None:
+                before.retired = True
+            self._served[resident.name] = resident
 
     def unload(self, name: str) -> None:
         """Serve an adapter no longer; requests under way are answered.
@@ -203,22 +194,25 @@ class Residents:
             UnknownAdapter: The adapter is not served.
         """
         with self._lock:
-            resident = self._known(name)
+            self._known(name).retired = True
             del self._served[name]
-        self._retire(resident)
+        self.between_steps(self._tidy)
 
-    def _retire(self, resident: Resident) -> None:
-        with self._lock:
-            resident.retired = True
-            unused = resident.users == 0
-        if unused:
-            self.between_steps(lambda: self._remove(resident))
+    def _tidy(self) -> None:
+        """Take retired versions without requests out of the model; in the engine's thread.
 
-    def _remove(self, resident: Resident) -> None:
-        """Take a version out of the model; in the engine's thread."""
-        if resident.slot in self.model.peft_config:
-            self.model.remove_parts(resident.slot)
-            del self.model.peft_config[resident.slot]
+        While a load reads the model it is left as it is; the next load, or the end of a request, does it then.
+        """
+        if not self._loading.acquire(blocking=False):
+            return
+        try:
+            with self._lock:
+                unused = [one for one in self._versions if one.retired and not one.users]
+                self._versions = [one for one in self._versions if one not in unused]
+            for resident in unused:
+                self.placement.remove(resident.slot)
+        finally:
+            self._loading.release()
 
     def _source(self, name: str, source: str | Path | None) -> str:
         """Return the folder or hub id to load from.
@@ -243,48 +237,16 @@ class Residents:
             )
         return str(self.folder / folder)
 
-    def _read(self, source: str) -> _Files:
-        """Read and check an adapter's files.
-
-        Raises:
-            AdapterError: They are missing or damaged, or the adapter cannot be served with others.
-        """
-        config, tensors, notes = PeftConfig.from_pretrained(source), read_tensors(source), read_notes(source)
-        task = adapter_task(source, config)
-        if task.name != self.task.name:
-            raise AdapterError(
-                f"adapter {source!r} is for {task.name}, this model for {self.task.name}",
-                "serve it on a base of its own",
-            )
-        if config.bias != "none":
-            raise AdapterError(
-                f"adapter {source!r} trained the biases of the base (bias={config.bias!r}), which others share",
-                "train with bias='none', or serve the merged model",
-            )
-        digest = hashlib.sha256()
-        for file in (CONFIG_NAME, WEIGHTS_NAME):
-            path = find_adapter_file(source, file)
-            assert path is not None
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-        return _Files(source, config, tensors, notes, digest.hexdigest())
-
-    def _put(self, name: str, files: _Files, scale: float) -> Resident:
+    def _put(self, name: str, prepared: Prepared, scale: float) -> Resident:
         """Put a version on the model, all or nothing; in the engine's thread."""
         self._loads += 1
         slot = f"served{self._loads}"
-        check_base(files.source, files.notes, self.model)
-        config, tensors = with_current_names(self.model, files.config, files.tensors)
-        with all_or_nothing(self.model):
-            put_adapter(self.model, slot, config, tensors, files.source, allow_untrained=False, allow_new_base=False)
-            if holds_parts(self.model, slot):
-                raise AdapterError(
-                    f"adapter {files.source!r} took a part of the base's weights, which others use too",
-                    "save it with plain_lora=True, and serve that",
-                )
+        self.placement.put(slot, prepared)
         layers = [layer for layer in self.model.lora_layers() if slot in layer.r]
         for layer in layers:
             layer.set_scale(slot, scale)
-        return Resident(
+        files = prepared.files
+        resident = Resident(
             name,
             self._loads,
             slot,
@@ -296,6 +258,9 @@ class Residents:
             bytes=sum(tensor.nbytes for tensor in files.tensors.values()),
             taught=Taught.from_notes(files.notes),
         )
+        with self._lock:
+            self._versions.append(resident)
+        return resident
 
 
 def check_public_name(name: object) -> None:

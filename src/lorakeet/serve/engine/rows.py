@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Many
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -71,10 +70,6 @@ class Row:
         assert self.sequence is not None
         start = self.sequence.length
         return Piece(self.sequence, self.tokens[start : start + most])
-
-    def choose(self, logits: Tensor) -> tuple[int, TokenLogprob | None]:
-        """Choose the next token from its logits, fp32 [vocabulary]."""
-        return self.sampler.choose(logits)
 
     def add(self, token: int, logprob: TokenLogprob | None, ends: frozenset[int]) -> None:
         """Take a new token, and tell the ticket what is certain of the text.
@@ -145,7 +140,7 @@ def choose_all(rows: Many[Row], logits: Tensor) -> list[tuple[int, TokenLogprob 
 
 
 def _choice(row: Row, logits: Tensor) -> tuple[int, TokenLogprob | None] | str:
-    if row.request.sampling.grammar is not None and not bool(row.request.sampling.grammar.allowed().any()):
-        return "the grammar allows no token here"
-    with torch.inference_mode():
-        return row.choose(logits)
+    try:
+        return row.sampler.choose(logits)
+    except Exception as error:  # of a grammar, which is the caller's
+        return f"no token can be chosen: {error}"

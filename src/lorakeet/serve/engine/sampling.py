@@ -82,7 +82,10 @@ class Sampler:
             values = torch.tensor(list(change.values()), dtype=logits.dtype, device=logits.device)
             scores = logits.index_add(0, tokens, values)
         if wanted.grammar is not None:
-            scores = _masked(scores, wanted.grammar.allowed())
+            allowed = wanted.grammar.allowed()
+            if not bool(allowed.any()):
+                raise ValueError("the grammar allows none here")
+            scores = _masked(scores, allowed)
         return scores
 
     def _draw(self, scores: Tensor) -> int:

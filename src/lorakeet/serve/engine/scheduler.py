@@ -10,8 +10,8 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 
-from lorakeet.errors import QueueFull
 from lorakeet.serve.engine.forward import Sequence
+from lorakeet.serve.engine.pace import Pace
 from lorakeet.serve.engine.pages import Pages
 from lorakeet.serve.engine.prefix_cache import PrefixCache, chain
 from lorakeet.serve.engine.rows import Row
@@ -25,6 +25,7 @@ class Scheduler:
 
     Attributes:
         running: Rows with pages, in the order of admission.
+        pace: Times of the steps so far, by which a prompt is cut.
     """
 
     def __init__(
@@ -44,12 +45,13 @@ class Scheduler:
             prefixes: The prefix cache, with ``pages``.
             max_rows: Rows that run together.
             queue: Rows that may wait.
-            prefill_tokens: Tokens of prompts in a step while others get new tokens.
+            prefill_tokens: Most tokens of prompts in a step while others get new tokens.
             idle_prefill_tokens: Tokens of prompts in a step while none waits for one.
         """
         self.pages, self.prefixes = pages, prefixes
         self.max_rows, self.queue = max_rows, queue
         self.prefill_tokens, self.idle_prefill_tokens = prefill_tokens, idle_prefill_tokens
+        self.pace = Pace()
         self.running: list[Row] = []
         self._waiting: OrderedDict[str | None, deque[Row]] = OrderedDict()  # by adapter; the next turn is first
         self._steps = 0
@@ -64,15 +66,12 @@ class Scheduler:
         """Whether there is nothing to run and nothing waits."""
         return not self.running and not self._waiting
 
-    def add(self, row: Row) -> None:
-        """Let a row wait.
-
-        Raises:
-            QueueFull: As many wait as may.
-        """
+    def add(self, row: Row) -> bool:
+        """Let a row wait; whether it may."""
         if self.waiting >= self.queue:
-            raise QueueFull(f"{self.waiting} requests are waiting, expected fewer than {self.queue}", "try again later")
+            return False
         self._waiting.setdefault(row.adapter_name, deque()).append(row)
+        return True
 
     def rows(self) -> Iterator[Row]:
         """Yield all rows."""
@@ -143,19 +142,30 @@ class Scheduler:
         """Return the rows of the next step, each with the number of its tokens: new tokens first, then pieces of prompts."""
         self._steps += 1
         decoding = [(row, 1) for row in self.running if row.decodes]
-        left = self.prefill_tokens if decoding else self.idle_prefill_tokens
-        pieces = []
+        left = self.pace.tokens(self.prefill_tokens) if decoding else self.idle_prefill_tokens
+        pieces: list[tuple[Row, int]] = []
+        computed: set[bytes] = set()  # keys of pages that this step fills
         prompts = [row for row in self.running if not row.decodes]
         if self._steps % _OLDEST_EVERY:
             prompts.sort(key=lambda row: row.unread)  # stable: of equal ones the oldest first
         for row in prompts:
             self._look_again(row)
             tokens = row.unread if self.pages is None else min(row.unread, left)
-            if left <= 0 or not tokens:
+            if left <= 0:
                 break
-            pieces.append((row, tokens))
-            left -= tokens
+            keys = self._next_keys(row, tokens)
+            if computed.isdisjoint(keys[:1]):  # otherwise the row finds the pages in the next step
+                pieces.append((row, tokens))
+                computed.update(keys)
+                left -= tokens
         return decoding + pieces
+
+    def _next_keys(self, row: Row, tokens: int) -> list[bytes]:
+        """Return the keys of the pages of a prompt that its next tokens fill."""
+        if self.pages is None or row.sequence is None:
+            return []
+        size, length = self.pages.page_tokens, row.sequence.length
+        return row.keys[length // size : (length + tokens) // size]
 
     def _look_again(self, row: Row) -> None:
         """Take pages that the prefix cache has got since the row was admitted, from another one with the same beginning."""

@@ -36,6 +36,10 @@ LIMITS = LLParserLimits(
 _OPTIONS: Any = {"whitespace_flexible": False, "lenient": False}
 #: Keys of a schema that lead to another document, if their values are texts; a property may have the same name.
 _STEERING = ("$id", "$anchor", "$dynamicRef", "$recursiveRef")
+#: Digits of the longest number. Small models write zeros for ever; fp64 needs 17 digits, and integers of 64 bits 19.
+LONGEST_NUMBER = 24
+_QUOTE, _ESCAPE = b'"\\'
+_DIGITS = b"0123456789"
 #: Characters of llguidance's own message that an error shows.
 _SHOWN = 300
 
@@ -47,6 +51,7 @@ class Grammars:
         self._tokenizer, self._ends = tokenizer, list(ends)
         self._lock = threading.Lock()
         self._taken_apart: LLTokenizer | None = None
+        self._digits = torch.zeros(0, dtype=torch.bool)
 
     @property
     def are_possible(self) -> bool:
@@ -66,7 +71,10 @@ class Grammars:
                 if not self.are_possible:
                     message = "answers in JSON need a model with a fast tokenizer and an end token"
                     raise bad_request(message, "response_format")
-                self._taken_apart = from_tokenizer(self._tokenizer, eos_token=self._ends)  # type: ignore[arg-type]
+                taken = from_tokenizer(self._tokenizer, eos_token=self._ends)  # type: ignore[arg-type]
+                begins = [taken.decode_bytes([token])[:1] for token in range(taken.vocab_size)]
+                self._digits = torch.tensor([one != b"" and one in _DIGITS for one in begins])
+                self._taken_apart = taken
             return self._taken_apart
 
     def for_schema(self, schema: Mapping[str, Any]) -> SchemaGrammar:
@@ -83,12 +91,13 @@ class Grammars:
             grammar = LLMatcher.grammar_from_json_schema(text, overrides=_OPTIONS)
         except ValueError as error:
             raise _refused(str(error)) from None
-        matcher = LLMatcher(self.ready(), grammar, log_level=0, limits=LIMITS)
+        tokenizer = self.ready()
+        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise _refused(matcher.get_error())
         if warnings := matcher.get_grammar_warnings():
             raise _refused(warnings[0])
-        begun = SchemaGrammar(matcher)
+        begun = SchemaGrammar(matcher, tokenizer, self._digits)
         if not bool(begun.allowed().any()):
             raise _refused(matcher.get_error() or "no answer is valid")
         return begun
@@ -97,30 +106,71 @@ class Grammars:
 class SchemaGrammar:
     """State of one answer; see :class:`lorakeet.serve.engine.requests.Grammar`."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer, digits: Tensor) -> None:
+        """Begin an answer.
+
+        Args:
+            matcher: State of the grammar.
+            tokenizer: The tokenizer as llguidance reads it.
+            digits: Tokens that begin with a digit, bool [vocabulary].
+        """
+        self._matcher, self._tokenizer, self._digits = matcher, tokenizer, digits
+        self._run = _DigitRun()
         self._mask: Tensor | None = None
 
     def copy(self) -> SchemaGrammar:
-        """Return the same state for another answer."""
-        return SchemaGrammar(self._matcher.deep_copy())
+        """Return the state for another answer that begins."""
+        return SchemaGrammar(self._matcher.deep_copy(), self._tokenizer, self._digits)
 
     def allowed(self) -> Tensor:
         """Return the tokens that may come next, bool [vocabulary]; none if a limit was met."""
         if self._mask is None:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
             mask = torch.from_numpy(np.unpackbits(bits, bitorder="little").astype(bool))
-            self._mask = torch.zeros_like(mask) if self._matcher.is_error() else mask
+            self._mask = torch.zeros_like(mask) if self._matcher.is_error() else self._shorter_numbers(mask)
         return self._mask
+
+    def _shorter_numbers(self, mask: Tensor) -> Tensor:
+        """Return the tokens that may come next, without a further digit of a long number, if it may end here."""
+        if self._run.digits < LONGEST_NUMBER:
+            return mask
+        size = min(len(mask), len(self._digits))
+        others = mask.clone()
+        others[:size] &= ~self._digits[:size]
+        return others if bool(others.any()) else mask
 
     def accept(self, token: int) -> None:
         """Take a chosen token."""
         self._mask = None
+        self._run.add(self._tokenizer.decode_bytes([token]))
         self._matcher.consume_token(token)
 
     def is_complete(self) -> bool:
         """Whether nothing may follow, so that the answer is whole."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
+
+
+class _DigitRun:
+    """Digits at the end of a JSON text, outside of its strings.
+
+    Attributes:
+        digits: Their number.
+    """
+
+    def __init__(self) -> None:
+        self.digits = 0
+        self._in_string = self._is_escaped = False
+
+    def add(self, content: bytes) -> None:
+        """Read further bytes of the text."""
+        for byte in content:
+            self.digits = self.digits + 1 if byte in _DIGITS and not self._in_string else 0
+            if self._is_escaped:
+                self._is_escaped = False
+            elif byte == _QUOTE:
+                self._in_string = not self._in_string
+            else:
+                self._is_escaped = self._in_string and byte == _ESCAPE
 
 
 def _check_keys(schema: Mapping[str, Any]) -> None:

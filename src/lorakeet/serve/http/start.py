@@ -14,6 +14,7 @@ from lorakeet.loaded_model import adapter_task, open_model, settings_of_base
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.lifecycle.adapter_files import CONFIG_NAME
 from lorakeet.security.paths import is_dir, is_file, outside
+from lorakeet.serve.compiled import compiled_forward
 from lorakeet.serve.engine.engine import Engine
 from lorakeet.serve.engine.residents import Residents
 from lorakeet.serve.http.keys import Keys
@@ -96,7 +97,7 @@ def open_service(
     for name, folder in adapters.items():
         _load(residents, name, folder)
     residents.allow_elsewhere = served.allow_hub
-    made = Engine(opened, residents, **(engine or {}))
+    made = Engine(opened, residents, **{"make_forward": compiled_forward, **(engine or {})})
     service = Service(made, opened, base_name, keys or Keys(), limits or Limits(), served.allow_hub)
     if service.grammars.are_possible:
         service.grammars.ready()

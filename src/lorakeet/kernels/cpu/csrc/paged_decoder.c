@@ -1,5 +1,5 @@
-/* Rows of many sequences through the decoder layers of the Llama family with int8 weights, each over its own pages and with
- * its own adapter (AVX2, AVX-512).
+/* Rows of many sequences through decoder layers of the Llama family with int8 weights (AVX2, AVX-512). Each has pages and
+ * an adapter of its own.
  *
  * A row's result does not depend on the other rows: products round each row by itself and sum in integers (w8a16.h), and
  * everything else is a function of one row. Few rows and many take different loops with the same result. Reference:
@@ -110,7 +110,7 @@ static void paged_products(const struct lk_linear *const *linears, ptrdiff_t cou
 }
 
 /* h [out] += u [rank] v [rank, out]. */
-ONE_ROW paged_add(float *h, const float *u, const float *v, ptrdiff_t rank, ptrdiff_t out)
+ONE_ROW paged_add(float *restrict h, const float *restrict u, const float *restrict v, ptrdiff_t rank, ptrdiff_t out)
 {
     ptrdiff_t j = 0;
     for (; j + 4 * VLEN <= out; j += 4 * VLEN) {
@@ -123,9 +123,15 @@ ONE_ROW paged_add(float *h, const float *u, const float *v, ptrdiff_t rank, ptrd
         for (int e = 0; e < 4; e++)
             store(h + j + e * VLEN, sums[e]);
     }
-    for (; j < out; j++)
+    for (; j < out; j += VLEN) {
+        const ptrdiff_t left = min_of(out - j, VLEN);
+        floats sum = (floats)load_scaled(h + j, NULL, left);
+        float made[VLEN];
         for (ptrdiff_t r = 0; r < rank; r++)
-            h[j] += u[r] * v[r * out + j];
+            sum += u[r] * (floats)load_scaled(v + r * out + j, NULL, left);
+        store(made, sum);
+        memcpy(h + j, made, (size_t)left * sizeof(float));
+    }
 }
 
 /* u [rank, padded] = scaling A x; 8 rows of A at a time. */
@@ -164,10 +170,15 @@ static void paged_complete(const struct lk_linear *l, const struct lk_update *up
 /* to = x / sqrt(mean(x^2) + eps) * weight; `to` may be x. */
 ONE_ROW paged_norm(const struct lk_norm *norm, const float *x, float *to, ptrdiff_t width)
 {
-    float squares = 0;
-    for (ptrdiff_t k = 0; k < width; k++)
-        squares += x[k] * x[k];
-    const float s = 1.0f / sqrtf(squares / (float)width + norm->eps);
+    floats squares = {0};
+    float lanes[VLEN], sum = 0;
+    for (ptrdiff_t k = 0; k < width; k += VLEN)
+        squares += (floats)load_scaled(x + k, NULL, width - k) * (floats)load_scaled(x + k, NULL, width - k);
+    store(lanes, squares);
+    for (int lane = 0; lane < VLEN; lane++)
+        sum += lanes[lane];
+    const float s = 1.0f / sqrtf(sum / (float)width + norm->eps);
+#pragma GCC ivdep
     for (ptrdiff_t k = 0; k < width; k++)
         to[k] = norm->weight[k] * (x[k] * s);
 }
@@ -184,14 +195,14 @@ ONE_ROW paged_rotate(const float *x, float *to, const float *cosine, const float
     }
 }
 
-ONE_ROW paged_sum(float *x, const float *more, ptrdiff_t width)
+ONE_ROW paged_sum(float *restrict x, const float *restrict more, ptrdiff_t width)
 {
     for (ptrdiff_t k = 0; k < width; k++)
         x[k] += more[k];
 }
 
 /* gate = silu(gate) up */
-ONE_ROW paged_gate(float *gate, const float *up, ptrdiff_t width)
+ONE_ROW paged_gate(float *restrict gate, const float *restrict up, ptrdiff_t width)
 {
     for (ptrdiff_t k = 0; k < width; k++)
         gate[k] = gate[k] / (1.0f + exponential(-gate[k])) * up[k];

@@ -161,7 +161,7 @@ ptrdiff_t lk_packed_a16_rows(ptrdiff_t n, ptrdiff_t depth)
     return n * (a16_row_codes(depth) * (ptrdiff_t)sizeof(int16_t) + GEMV_ROWS * (ptrdiff_t)sizeof(float));
 }
 
-/* h = (x diag(column_scale) W8^T) diag(row_scale) + bias for x [n, in] and W8 [out, in], with x rounded to int16 by rows;
+/* h = (x diag(column_scale) W8^T) diag(row_scale) + bias for x [n, in] and W8 [out, in]. x is rounded to int16 by rows;
  * column_scale and bias may be NULL. */
 void lk_gemv_w8a16(const float *x, const int8_t *weight, const float *row_scale, const float *column_scale,
                    const float *bias, float *h, void *workspace, ptrdiff_t n, ptrdiff_t out, ptrdiff_t in)

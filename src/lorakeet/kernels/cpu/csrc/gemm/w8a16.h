@@ -78,7 +78,7 @@ static inline float a16_row_scale(const float *row, const float *factor, ptrdiff
     return !isfinite(largest) ? NAN : largest >= most * FLT_MIN ? largest / most : 1.0f;
 }
 
-/* Add a block's sums, times both scales, to what is there. The operations and their order are fixed here, since a compiler
+/* Add a block's sums, times both scales, to a sum. The operations and their order are fixed here, since a compiler
  * could choose others in each loop. */
 static inline floats a16_add(floats sum, int32_vector made, floats x_scale, floats scale)
 {

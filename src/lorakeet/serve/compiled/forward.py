@@ -1,0 +1,126 @@
+"""Forward pass of the engine in compiled loops: rows of all sequences together, each by itself.
+
+A row is a token. Its logits have the same bits alone and in company, and whatever pieces its prompt came in. Rows of an
+adapter that the loops cannot compute take the plain pass, over the same pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from lorakeet.eval_mode import evaluating
+from lorakeet.kernels.cpu import abi
+from lorakeet.kernels.paged import Rows, UpdateTable
+from lorakeet.patches.verify import Verifier, is_close
+from lorakeet.serve.compiled.layers import UnsupportedError, read_parts
+from lorakeet.serve.compiled.updates import read_updates
+from lorakeet.serve.engine.forward import Forward, Piece, PlainForward, acting
+from lorakeet.serve.engine.forward import Sequence as Tokens
+from lorakeet.serve.engine.pages import Pages
+from lorakeet.serve.engine.residents import Resident
+
+#: Share of the largest logit by which compiled and plain pass may differ: both round activations to 15 bits.
+_NEAR = 5e-3
+#: Tokens of the text by which the two passes are compared: more than a page, and enough that the model rounds too.
+_TRIED = 40
+
+
+class CompiledForward:
+    """Forward pass of a model of the Llama family in 8 bits.
+
+    Attributes:
+        pages: The pool that it writes to.
+        tables: Copies of the adapters in the layout of the loops; None for an adapter that they cannot compute.
+    """
+
+    def __init__(self, model: Any, pages: Pages) -> None:
+        """Read the model.
+
+        Args:
+            model: The model; adapters may come and go later.
+            pages: The pool.
+
+        Raises:
+            UnsupportedError: The compiled loops do not know the model, or the pool.
+        """
+        self.pages: Pages | None = pages
+        if pages.keys.dtype != torch.float32 or not pages.keys.is_cpu or pages.page_tokens % abi.PAGE_STEP:
+            raise UnsupportedError(
+                f"pages are of {pages.page_tokens} tokens in {pages.keys.dtype} on {pages.keys.device}"
+            )
+        self._model, self._pool, self._parts = model, pages, read_parts(model)
+        self._plain = PlainForward(model, pages)
+        self.tables: WeakKeyDictionary[Resident, UpdateTable | None] = WeakKeyDictionary()
+
+    def run(self, pieces: Sequence[Piece]) -> Tensor:
+        """Store keys and values of all tokens, and return the logits of each piece's last one, fp32 [pieces, vocabulary]."""
+        tables = [self._table(piece.sequence.adapter) for piece in pieces]
+        known = [index for index, table in enumerate(tables) if table is not None]
+        others = [index for index, table in enumerate(tables) if table is None]
+        known.sort(key=lambda index: id(tables[index]))  # rows of an adapter stand together
+        made = [self._run([pieces[index] for index in known], [tables[index] for index in known])]
+        made += [self._plain.run([pieces[index] for index in others])] if others else []
+        places = torch.empty(len(pieces), dtype=torch.long)
+        places[[*known, *others]] = torch.arange(len(pieces))
+        return torch.cat(made)[places]
+
+    @torch.inference_mode()
+    def _run(self, pieces: Sequence[Piece], tables: Sequence[UpdateTable | None]) -> Tensor:
+        """Compute pieces, each with its adapter's table."""
+        tokens = [token for piece in pieces for token in piece.ids]
+        lasts = [end - 1 for end in accumulate(len(piece.ids) for piece in pieces)]
+        rows = Rows(
+            [piece.sequence.pages for piece in pieces],
+            [owner for owner, piece in enumerate(pieces) for _ in piece.ids],
+            [piece.sequence.length + at for piece in pieces for at in range(len(piece.ids))],
+            [table for piece, table in zip(pieces, tables, strict=True) for _ in piece.ids],
+        )
+        x = self._parts.embedding(torch.tensor(tokens, dtype=torch.long))
+        cosine, sine = self._parts.angles(rows.positions)
+        h = self._parts.layers.run(x, rows, self._pool.keys, self._pool.values, cosine, sine)
+        return self._parts.logits(h[lasts])
+
+    def _table(self, resident: Resident | None) -> UpdateTable | None:
+        """Return the table of an adapter, an empty one for the base; None if the loops cannot compute the adapter."""
+        if resident is None:
+            return self._parts.no_updates
+        if resident not in self.tables:
+            self.tables[resident] = read_updates(self._model, resident.slot)
+        return self.tables[resident]
+
+
+def compiled_forward(model: Any, pages: Pages) -> Forward:
+    """Return the compiled pass of a model if there is one and it agrees with the model's own forward, else the plain pass.
+
+    Args:
+        model: A causal model, with or without adapters.
+        pages: Pool of its keys and values.
+    """
+    try:
+        made = CompiledForward(model, pages)
+    except UnsupportedError:
+        return PlainForward(model, pages)
+    agrees = Verifier().agrees("model", model, lambda: _agrees(model, pages))
+    return made if agrees else PlainForward(model, pages)
+
+
+@torch.inference_mode()
+def _agrees(model: Any, pages: Pages) -> bool:
+    """Whether both passes agree on random tokens, which come in two pieces."""
+    layers, _, heads, size, dim = pages.keys.shape
+    own = Pages(layers, _TRIED // size + 1, heads, size, dim)
+    ids = torch.randint(model.config.vocab_size, (_TRIED + 1,), generator=torch.Generator().manual_seed(0)).tolist()
+    text = Tokens(pages=own.take(len(own)))
+    compiled = CompiledForward(model, own)
+    compiled.run([Piece(text, ids[:_TRIED])])
+    text.length = _TRIED
+    found = compiled.run([Piece(text, ids[_TRIED:])])
+    with evaluating(model), acting(model, [None]):
+        wanted = model(input_ids=torch.tensor([ids]), logits_to_keep=1).logits[:, -1]
+    return is_close(wanted, found, _NEAR)

@@ -1,0 +1,39 @@
+"""Adapters in the layout of the compiled loops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorakeet.kernels.paged import Update, UpdateTable
+from lorakeet.lora.initialization.taken_part import taken_parts
+from lorakeet.lora.linear import LoraLinear
+from lorakeet.serve.compiled.layers import LINEARS
+
+
+def read_updates(model: Any, adapter: str) -> UpdateTable | None:
+    """Copy an adapter of a model into the layout of the compiled loops.
+
+    Args:
+        model: The model with the adapter; a causal one of the Llama family.
+        adapter: Its name in the model.
+
+    Returns:
+        The copy; None for an adapter that is more than a low-rank update of the decoder's linear layers.
+    """
+    layers = [[layer.get_submodule(name) for name in LINEARS] for layer in model.model.layers]
+    known = {id(module) for layer in layers for module in layer}
+    adapted = [part for part in model.lora_parts() if adapter in part.adapters]
+    if model.peft_config[adapter].bias != "none" or any(id(part) not in known for part in adapted):
+        return None
+    updates: list[list[Update | None]] = []
+    for layer in layers:
+        updates.append([])
+        for module in layer:
+            if not isinstance(module, LoraLinear) or adapter not in module.adapters:
+                updates[-1].append(None)
+                continue
+            update = module.decoder_update(adapter)
+            if update is None or adapter in taken_parts(module):
+                return None
+            updates[-1].append(Update(*update))
+    return UpdateTable(updates)
