@@ -13,7 +13,7 @@ from torch import nn
 import lorakeet
 from helpers.tiny import make, shake, token_ids
 from lorakeet import LoraConfig, PeftModel, get_peft_model
-from lorakeet.errors import AdapterError
+from lorakeet.errors import AdapterError, MergeError
 from lorakeet.peft_api.other_names import PeftWarning
 
 
@@ -101,6 +101,17 @@ def test_a_trained_bias_without_a_bias_of_the_base_warns_as_in_peft(bias):
         get_peft_model(layer, LoraConfig(target_modules=["0"], lora_bias=True))
     told = [w for w in caught if issubclass(w.category, PeftWarning) and "type Linear has no bias" in str(w.message)]
     assert bool(told) != bias
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_layer_does_not_merge_what_is_not_finite(part):
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"], lora_bias=True))
+    before = [tensor.clone() for tensor in model[0].base_layer.parameters()]
+    with torch.no_grad():
+        getattr(model[0].lora_B["default"], part).fill_(float("inf"))
+    with pytest.raises(MergeError, match="NaNs detected"):
+        model[0].merge()
+    assert not model[0].merged and all(map(torch.equal, before, model[0].base_layer.parameters()))
 
 
 def test_tables_of_a_layer_follow_its_adapters():

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lorakeet.errors import MergeError
 from lorakeet.lora.peft_names.own_switch import SwitchNames
+from lorakeet.lora.peft_names.words import BROKEN
 
 
 class LiveTable(Mapping[str, Any]):
@@ -67,8 +69,16 @@ class LayerNames(SwitchNames):
         return _features(self.base_layer, ("out_features", "out_channels", "embedding_dim", "nf"))
 
     def merge(self: Any, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Merge adapters in this layer alone; left out: the active ones."""
-        self.merge_(list(adapter_names or self.switch.active))
+        """Merge adapters in this layer alone; left out: the active ones.
+
+        Raises:
+            MergeError: The merged weight or bias has NaN or infinite values; the layer is as before then.
+        """
+        names = list(adapter_names or self.switch.active)
+        self.merge_(names)
+        if not all(bool(getattr(self.base_layer, name).isfinite().all()) for name in self.originals):
+            self.unmerge_()
+            raise MergeError(BROKEN.format(adapter=", ".join(names)))
 
     def unmerge(self: Any) -> None:
         """Put this layer's original weight back."""
