@@ -250,10 +250,7 @@ def inject(
         layer.add_adapter(adapter, config, target.r, target.alpha)
         touched.append(layer)
     for name in plan.saved:
-        module = model.get_submodule(name)
-        if not isinstance(module, SavedModule):
-            module = SavedModule(module, switch)
-            replace_module(model, name, module)
+        module = _wrapped(model, name, SavedModule, switch)
         module.add_adapter(adapter)
         touched.append(module)
     for name, tokens in plan.tokens:

@@ -15,9 +15,9 @@ from lorakeet.inference.fast_decode import fast_decode
 from lorakeet.kernels import paged
 from lorakeet.lora.config import LoraConfig
 from lorakeet.quant.quantize import quantize_
+from lorakeet.serve.cache.pages import Pages
 from lorakeet.serve.compiled import CompiledForward, compiled_forward
 from lorakeet.serve.engine.forward import Piece, PlainForward, Sequence
-from lorakeet.serve.engine.pages import Pages
 from lorakeet.serve.engine.residents import Resident
 
 pytestmark = pytest.mark.skipif(not paged.is_available(), reason="nothing is compiled on this machine")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lorakeet.serve.engine.pages import Pages
-from lorakeet.serve.engine.prefix_cache import PrefixCache, chain, prefix_root
+from lorakeet.serve.cache.pages import Pages
+from lorakeet.serve.cache.prefix_cache import PrefixCache, chain, prefix_root
 
 ROOT = prefix_root("base", "adapter", 1.0)
 

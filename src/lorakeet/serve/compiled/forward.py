@@ -17,11 +17,11 @@ from lorakeet.eval_mode import evaluating
 from lorakeet.kernels.cpu import abi
 from lorakeet.kernels.paged import Rows, UpdateTable
 from lorakeet.patches.verify import Verifier, is_close
+from lorakeet.serve.cache.pages import Pages
 from lorakeet.serve.compiled.layers import UnsupportedError, read_parts
 from lorakeet.serve.compiled.updates import read_updates
 from lorakeet.serve.engine.forward import Forward, Piece, PlainForward, acting
 from lorakeet.serve.engine.forward import Sequence as Tokens
-from lorakeet.serve.engine.pages import Pages
 from lorakeet.serve.engine.residents import Resident
 
 #: Share of the largest logit by which compiled and plain pass may differ: both round activations to 15 bits.

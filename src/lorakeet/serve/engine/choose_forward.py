@@ -15,10 +15,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from lorakeet.errors import BaseModelError
 from lorakeet.eval_mode import evaluating
 from lorakeet.log import warn
+from lorakeet.serve.cache.pages import Pages
 from lorakeet.serve.engine import forward as passes
 from lorakeet.serve.engine.forward import Forward, Piece, PlainForward
 from lorakeet.serve.engine.own_cache import OwnCacheForward
-from lorakeet.serve.engine.pages import Pages
 
 #: Largest accepted distance (L2) between the logits of two ways, as a share of the logits' own size without their mean.
 #: Products in 8 bits of one token and of several round differently; a wrong mask or position is off by more than the size.

@@ -17,10 +17,10 @@ from lorakeet.inference.predict import predict
 from lorakeet.inference.questions import Question
 from lorakeet.loaded_model import LoadedModel
 from lorakeet.log import warn
+from lorakeet.serve.cache.pages import Pages
+from lorakeet.serve.cache.prefix_cache import PrefixCache, chain
 from lorakeet.serve.engine.choose_forward import choose_forward
 from lorakeet.serve.engine.forward import Forward, acting
-from lorakeet.serve.engine.pages import Pages
-from lorakeet.serve.engine.prefix_cache import PrefixCache, chain
 from lorakeet.serve.engine.request_checks import check_request, fitting_tokens
 from lorakeet.serve.engine.requests import Request, Ticket
 from lorakeet.serve.engine.residents import Resident, Residents

@@ -19,8 +19,8 @@ from torch import Tensor
 from lorakeet.errors import AdapterError
 from lorakeet.lora.lifecycle.adapter_names import BARE
 from lorakeet.lora.model import LoraModel
-from lorakeet.serve.engine.paged_cache import PagedCache
-from lorakeet.serve.engine.pages import Pages
+from lorakeet.serve.cache.paged_cache import PagedCache
+from lorakeet.serve.cache.pages import Pages
 from lorakeet.serve.engine.residents import Resident
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from lorakeet.serve.cache.pages import Pages
 from lorakeet.serve.engine.forward import Piece, acting, forward_arguments
-from lorakeet.serve.engine.pages import Pages
 
 
 class OwnCacheForward:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from lorakeet.errors import RequestError
-from lorakeet.serve.engine.pages import Pages
+from lorakeet.serve.cache.pages import Pages
 from lorakeet.serve.engine.requests import Request, Sampling
 
 

@@ -24,9 +24,9 @@ from lorakeet.lora.lifecycle.adapter_names import check_adapter_name
 from lorakeet.lora.lifecycle.adoption import adopt
 from lorakeet.lora.target_parameters import LoraParameter
 from lorakeet.security.paths import is_dir, is_plain_name, outside
+from lorakeet.serve.cache.prefix_cache import prefix_root
 from lorakeet.serve.engine.adapter_files import read_adapter
 from lorakeet.serve.engine.placement import Placement, Prepared
-from lorakeet.serve.engine.prefix_cache import prefix_root
 from lorakeet.tasks.task import Task
 from lorakeet.tasks.taught import Taught
 

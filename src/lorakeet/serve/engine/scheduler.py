@@ -10,10 +10,10 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 
+from lorakeet.serve.cache.pages import Pages
+from lorakeet.serve.cache.prefix_cache import PrefixCache, chain
 from lorakeet.serve.engine.forward import Sequence
 from lorakeet.serve.engine.pace import Pace
-from lorakeet.serve.engine.pages import Pages
-from lorakeet.serve.engine.prefix_cache import PrefixCache, chain
 from lorakeet.serve.engine.rows import Row
 
 #: Steps. In every fourth the oldest prompt goes on, in the others the one with the fewest tokens left.

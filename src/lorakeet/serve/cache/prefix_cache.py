@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorakeet.serve.engine.pages import Pages
+from lorakeet.serve.cache.pages import Pages
 
 
 def prefix_root(base: str, adapter: str, scale: float) -> bytes:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from lorakeet.serve.engine.pages import Pages
+from lorakeet.serve.cache.pages import Pages
 
 
 class PagedCache(Cache):
