@@ -41,7 +41,7 @@ from lorakeet.lora.weight_tying import TyingPlan, plan_tying, trained_tokens
 
 Part = LoraLayer | SavedModule
 Modules = dict[str, nn.Module]
-L = TypeVar("L", bound=LoraLayer)
+L = TypeVar("L", bound=nn.Module)
 #: Parts of the names of an adapter's own parameters.
 OWN = (".lora_", ".modules_to_save.", ".trainable_tokens_delta.")
 #: Errors of one sort that are listed; one wrong setting can concern every layer.
