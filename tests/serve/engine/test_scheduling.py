@@ -236,3 +236,26 @@ def test_many_threads(make: Callable[..., Engine]) -> None:
         thread.join()
     engine.stop()
     assert len(results) == 24 and len(set(results)) == 6
+
+
+def test_failing_meter(engine: Engine) -> None:
+    events = []
+    engine.listen(lambda event: 1 / 0)  # type: ignore[arg-type, return-value]
+    engine.listen(events.append)
+    ticket = ask(engine)
+    list(run(engine, ticket))
+    assert ticket.result().finish == "length"
+    assert [event.kind for event in events] == ["queued", "admitted", "first_token", *["token"] * 4, "finished"]
+
+
+def test_waiting_request_holds_no_pages(make: Callable[..., Engine]) -> None:
+    engine = make(cache_bytes=16 * 1024)
+    first = ask(engine, 9, max_tokens=1)
+    list(run(engine, first))
+    large = ask(engine, [200, 201], max_tokens=40)
+    engine.step()
+    again = ask(engine, 9, max_tokens=50)  # the cache has its beginning, and it waits for the rest
+    list(run(engine, large, again))
+    assert again.result().usage.cached_tokens == 8
+    assert engine.pages is not None
+    assert all(engine.pages.references(page) <= 1 for page in range(16))

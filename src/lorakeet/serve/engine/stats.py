@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from lorakeet.log import warn
+
 #: Kinds of events. "token" is a token after the first.
 EventKind = Literal["queued", "refused", "admitted", "first_token", "token", "finished"]
 
@@ -93,5 +95,9 @@ class Meter:
                 self.new_tokens[event.adapter] += 1
             if event.kind == "finished":
                 self.cached_tokens[event.adapter] += event.cached_tokens
-        for listener in self._listeners:
-            listener(event)
+        for listener in list(self._listeners):
+            try:
+                listener(event)
+            except Exception as error:  # answers go on without figures
+                warn(f"a listener to events failed and is left out: {type(error).__name__}: {error}")
+                self._listeners.remove(listener)
