@@ -27,7 +27,7 @@ settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compiled_loops(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of compiled loops that all tests and their processes share: compiling takes seconds."""
     if (outer := REAL_HOME / "native").is_symlink():  # these tests run in a process of another test
         return outer.resolve()
@@ -38,9 +38,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, compiled: Path) -> None:
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, compiled_loops: Path) -> None:
     home = tmp_path_factory.mktemp("home")
-    (home / "native").symlink_to(compiled)
+    (home / "native").symlink_to(compiled_loops)
     monkeypatch.setenv("LORAKEET_HOME", str(home))
     torch.manual_seed(0)
 

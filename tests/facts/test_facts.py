@@ -26,6 +26,7 @@ FIELDS = {"pad_token_id", "max_position_embeddings", "model_max_length", "vocab_
 OWN = {
     *("data/collate.py", "patches/fused_loss.py", "inference/generate.py"),
     *("export/gguf/architecture.py", "export/gguf/vocabulary.py"),  # fields of a file, as they are
+    "serve/http/grammar.py",  # the vocabulary of llguidance
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from lorakeet.security.paths import exists
 
 #: Bytes. Larger blocks are mapped on their own, where memory is short: each then costs the time of fresh pages.
-MAPPED_ALONE = 1 << 21
+MAPPED_ALONE = 1 << 24
 #: Bytes of free memory that stay at the end of the heap.
 FREE_AT_END = 1 << 23
 #: Numbers of these two parameters in glibc's ``malloc.h``.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.eval_mode import evaluating
+from lorakeet.facts.vocabulary import embedding_rows
 from lorakeet.kernels.cpu import abi
 from lorakeet.kernels.paged import Rows, UpdateTable
 from lorakeet.patches.verify import Verifier, is_close
@@ -115,7 +116,7 @@ def _agrees(model: Any, pages: Pages) -> bool:
     """Whether both passes agree on random tokens, which come in two pieces."""
     layers, _, heads, size, dim = pages.keys.shape
     own = Pages(layers, _TRIED // size + 1, heads, size, dim)
-    ids = torch.randint(model.config.vocab_size, (_TRIED + 1,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = torch.randint(embedding_rows(model) or 1, (_TRIED + 1,), generator=torch.Generator().manual_seed(0)).tolist()
     text = Tokens(pages=own.take(len(own)))
     compiled = CompiledForward(model, own)
     compiled.run([Piece(text, ids[:_TRIED])])

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lorakeet.errors import BaseModelError
 from lorakeet.eval_mode import evaluating
+from lorakeet.facts.vocabulary import embedding_rows
 from lorakeet.log import warn
 from lorakeet.serve.cache.pages import Pages
 from lorakeet.serve.engine import forward as passes
@@ -97,7 +98,7 @@ def make_pages(model: Any, page_tokens: int, cache_bytes: int) -> Pages | None:
 def _texts(model: Any) -> list[Tensor]:
     """Return the ids of two short texts of different length, int64 [1, tokens]."""
     source = torch.Generator().manual_seed(0)
-    most, device = min(model.config.get_text_config().vocab_size, 1 << 15), next(model.parameters()).device
+    most, device = min(embedding_rows(model) or 1, 1 << 15), next(model.parameters()).device
     return [torch.randint(most, (1, length), generator=source).to(device) for length, _ in _TRIAL]
 
 

@@ -23,7 +23,7 @@ from lorakeet.lora.lifecycle.adapter_files import CONFIG_NAME, adapter_folder
 from lorakeet.lora.lifecycle.adapter_names import check_adapter_name
 from lorakeet.lora.lifecycle.adoption import adopt
 from lorakeet.lora.target_parameters import LoraParameter
-from lorakeet.security.paths import is_dir, is_plain_name, outside
+from lorakeet.security.paths import is_dir, is_file, is_plain_name, outside
 from lorakeet.serve.cache.prefix_cache import prefix_root
 from lorakeet.serve.engine.adapter_files import read_adapter
 from lorakeet.serve.engine.placement import Placement, Prepared
@@ -117,7 +117,7 @@ class Residents:
         if self.folder is None or not is_dir(self.folder):
             return []
         names = sorted(path.name for path in self.folder.iterdir() if is_dir(path))
-        return [name for name in names if (adapter_folder(self.folder / name) / CONFIG_NAME).is_file()]
+        return [name for name in names if is_file(adapter_folder(self.folder / name) / CONFIG_NAME)]
 
     def acquire(self, name: str) -> Resident:
         """Return the version that answers now, for one more request.

@@ -9,7 +9,7 @@ from typing import Any
 
 from lorakeet.adapter.vocabulary import TOKENIZER_PATTERNS, adapter_tokenizer
 from lorakeet.lora.lifecycle.adapter_files import adapter_folder
-from lorakeet.security.paths import is_dir
+from lorakeet.security.paths import is_dir, is_file
 from lorakeet.serve.engine.residents import Residents
 
 #: Files of an adapter that decide nothing about its tokenizer.
@@ -63,7 +63,7 @@ def _files_key(source: str) -> str | None:
     folder = Path(adapter_folder(source))
     if not is_dir(folder):
         return source  # of the hub
-    files = {path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern) if path.is_file()}
+    files = {path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern) if is_file(path)}
     found = sorted(path for path in files if path.name not in _OTHERS)
     if not any(path.name == "tokenizer_config.json" for path in found):
         return None

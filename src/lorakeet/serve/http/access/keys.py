@@ -10,11 +10,10 @@ from pathlib import Path
 
 from lorakeet.errors import ConfigError
 from lorakeet.security.paths import is_file
+from lorakeet.text_files import NotTextError, all_lines
 
 #: Characters of the shortest key that is taken.
 SHORTEST = 16
-#: Bytes of the largest file of keys.
-_LARGEST = 1 << 20
 
 
 def _digest(key: str) -> bytes:
@@ -67,9 +66,10 @@ def read_keys(path: Path) -> list[str]:
     """
     if not is_file(path):
         raise ConfigError(f"{path} is no file, expected one with a key on each line", "write a key into it")
-    with path.open("rb") as file:
-        text = file.read(_LARGEST).decode("utf-8", "replace")
-    lines = [line.strip() for line in text.splitlines()]
+    try:
+        lines = [line.strip() for line in all_lines(path)]
+    except NotTextError as error:
+        raise ConfigError(f"{path}: {error.message}", error.hint) from None
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise ConfigError(f"{path} has no key, expected one on each line", "write a key into it")
