@@ -13,12 +13,14 @@ depend on the machine.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from int8 import PROMPTS, show
@@ -109,22 +111,25 @@ def step(options: argparse.Namespace) -> list[dict]:
     from training_step import as_a_run, make_batch, make_step
 
     settings: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
+    batch = make_batch(16, 32, 0.0)
     steps: dict[str, Callable[[], Any]] = {}
-    for name, load in contenders(options).items():
-        if name == PEER:
-            import peft
+    with ExitStack() as runs:
+        for name, load in contenders(options).items():
+            if name == PEER:
+                import peft
 
-            model = peft.get_peft_model(load(), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
-        else:
-            model = as_a_run(lorakeet.get_peft_model(load(), lorakeet.LoraConfig(task_type="CAUSAL_LM", **settings)))
-        steps[name] = make_step(model, make_batch(16, 32, 0.0))
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(options.repeats + 1):
-        for name, run in steps.items():
-            began = time.perf_counter()
-            run()
-            if turn:
-                times[name].append(time.perf_counter() - began)
+                model = peft.get_peft_model(load(), peft.LoraConfig(task_type="CAUSAL_LM", **settings)).train()
+            else:
+                model = lorakeet.get_peft_model(load(), lorakeet.LoraConfig(task_type="CAUSAL_LM", **settings)).train()
+                runs.enter_context(as_a_run(model))
+            steps[name] = functools.partial(make_step(model, counted=name != PEER), batch)
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for turn in range(options.repeats + 1):
+            for name, run in steps.items():
+                began = time.perf_counter()
+                run()
+                if turn:
+                    times[name].append(time.perf_counter() - began)
     return speeds({name: [512 / each for each in taken] for name, taken in times.items()})
 
 
