@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import transformers.utils.hub
 from huggingface_hub import close_session, constants, hf_api
 
 from helpers.hub_server import Hub, serving
@@ -35,5 +36,7 @@ def _point_at(url: str, home: Path, patch: pytest.MonkeyPatch) -> None:
         "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
     }.items():
         patch.setattr(constants, name, value)
+    # the client that transformers made for another hub's address
+    patch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
     patch.setattr(hf_api.api, "endpoint", url)  # made when huggingface_hub was imported
     close_session()

@@ -25,7 +25,7 @@ def adapter_of(folder: Path) -> dict:
     return json.loads((folder / "adapter" / "adapter_config.json").read_text())
 
 
-@pytest.mark.parametrize("how", ["pissa", "eva"])
+@pytest.mark.parametrize("how", ["pissa", pytest.param("eva", marks=pytest.mark.slow)])
 def test_a_run_and_its_adapter(how: str, settings: Callable[..., RunConfig], tmp_path: Path) -> None:
     run = {"lora__r": 4, "lora__init_lora_weights": how, "train__steps": 4, "train__save_every": 2}
     summary = run_training(settings(**run, out=str(tmp_path / "run")))

@@ -34,7 +34,10 @@ def beginning(
     return found
 
 
-@pytest.mark.parametrize(("kind", "task"), [("bert", "SEQ_CLS"), ("bert", "QUESTION_ANS"), ("llama", "SEQ_CLS")])
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [("bert", "SEQ_CLS"), pytest.param("bert", "QUESTION_ANS", marks=pytest.mark.slow), ("llama", "SEQ_CLS")],
+)
 def test_the_seed_decides_head_and_adapter(
     kind: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

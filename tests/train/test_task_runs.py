@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,11 +24,16 @@ LEARNS = {  # task -> metric and the least value on the held-out part
 }
 
 
+def slow(*cases: str) -> list[Any]:
+    """Mark cases as slow: those whose siblings run by default."""
+    return [pytest.param(case, marks=pytest.mark.slow) for case in sorted(cases)]
+
+
 def opened_again(config: RunConfig):
     return open_model(BaseSettings(model=config.base.model, device="cpu", dtype="fp32"), [f"{config.out}/adapter"])
 
 
-@pytest.mark.parametrize("rows", LEARNS)
+@pytest.mark.parametrize("rows", ["TOKEN_CLS", *slow(*(set(LEARNS) - {"TOKEN_CLS"}))])
 def test_an_encoder_learns_the_task_of_its_data(tmp_path: Path, rows: str) -> None:
     config = run_of(tmp_path, "bert", rows)
     summary = run_training(config)
@@ -44,7 +50,7 @@ def test_an_encoder_learns_the_task_of_its_data(tmp_path: Path, rows: str) -> No
     assert again == pytest.approx(summary["after"], rel=1e-4)
 
 
-@pytest.mark.parametrize("rows", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"])
+@pytest.mark.parametrize("rows", ["SEQ_CLS", *slow("TOKEN_CLS", "QUESTION_ANS"), "FEATURE_EXTRACTION"])
 def test_accumulation_does_not_change_the_losses(tmp_path: Path, rows: str) -> None:
     """Whether a model divides by the step's targets is checked for all tasks, also where labels are not tokens."""
     sizes = ((8, 1), (4, 2)) if rows != "FEATURE_EXTRACTION" else ((4, 2),)  # other negatives: another loss
