@@ -168,7 +168,24 @@ def mismatch(
         own = base.sample(today) if today in base.parameters else []
         if len(own) != len(values):
             return f"it has no {name} of the expected shape"
-        a, b = torch.tensor(values), torch.tensor(own)
-        if float((a - b).norm()) > TOLERANCE * float(a.norm()) + 1e-6:
+        if not _are_near(values, own):
             return f"its weights differ (for example {name})"
     return None if renamed or expected["shapes"] == found["shapes"] else "its parameters have other names or shapes"
+
+
+def agree(expected: dict[str, Any], found: dict[str, Any] | None) -> bool:
+    """Whether two fingerprints are of one base; if not, it may still be one whose parameters were renamed.
+
+    Args:
+        expected: The fingerprint of an adapter's base.
+        found: That of a base that was fingerprinted before; None: it has no values.
+    """
+    if found is None or any(expected[key] != found[key] for key in ("architecture", "shapes")):
+        return False
+    own = found["values"]
+    return all(name in own and _are_near(values, own[name]) for name, values in expected["values"].items())
+
+
+def _are_near(expected: list[float], found: list[float]) -> bool:
+    a, b = torch.tensor(expected), torch.tensor(found)
+    return a.shape == b.shape and float((a - b).norm()) <= TOLERANCE * float(a.norm()) + 1e-6

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakeet.adapter.fingerprint import TOLERANCE, fingerprint
+from lorakeet.adapter.fingerprint import agree, fingerprint
 from lorakeet.adapter.older_names import CurrentNames, with_current_names
 from lorakeet.adapter.put_adapter import put_adapter
 from lorakeet.adapter.serialization import check_base
@@ -94,7 +94,8 @@ class Placement:
             AdapterError: It was trained on another base, or its tensors do not fit.
             TargetError: Its layers are not in this model.
         """
-        if not self._is_known_base(files.notes):
+        noted = (files.notes.get("base") or {}).get("fingerprint")
+        if noted and not agree(noted, self.base):
             check_base(files.source, files.notes, self.model)
         config, tensors = files.config, dict(files.tensors)
         if any(_layer(key) not in self._names.layers for key in tensors):
@@ -109,18 +110,6 @@ class Placement:
             return Prepared(files, config, tensors, None)
         parts = [self._part(target, layer, tensors) for target, layer in zip(targets, layers, strict=True)]
         return Prepared(files, config, tensors, parts)
-
-    def _is_known_base(self, notes: Mapping[str, Any]) -> bool:
-        """Whether the notes' fingerprint is this base's; not certain where it is not."""
-        noted = (notes.get("base") or {}).get("fingerprint")
-        if not noted:
-            return True
-        if self.base is None or any(noted[key] != self.base[key] for key in ("architecture", "shapes")):
-            return False
-        if not noted["values"].keys() <= self.base["values"].keys():
-            return False
-        pairs = [(torch.tensor(noted["values"][n]), torch.tensor(self.base["values"][n])) for n in noted["values"]]
-        return all(a.shape == b.shape and float((a - b).norm()) <= TOLERANCE * float(a.norm()) + 1e-6 for a, b in pairs)
 
     def _layers(self, config: PeftConfig) -> tuple[str, ...] | None:
         """Return the linear layers that the settings mean; None where they mean more than those."""

@@ -89,12 +89,11 @@ class Meter:
         with self._lock:
             if event.kind == "finished":
                 self.requests[event.adapter, str(event.finish)] += 1
+                self.cached_tokens[event.adapter] += event.cached_tokens
             elif event.kind == "admitted":
                 self.prompt_tokens[event.adapter] += event.prompt_tokens
             elif event.kind in ("first_token", "token"):
                 self.new_tokens[event.adapter] += 1
-            if event.kind == "finished":
-                self.cached_tokens[event.adapter] += event.cached_tokens
         for listener in list(self._listeners):
             try:
                 listener(event)
