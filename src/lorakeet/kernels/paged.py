@@ -5,7 +5,7 @@
 
 A row of the batch is one token. All layers are one call of C. A row's result is the same to the bit in any company, and for a
 token of a prompt also in any division of the prompt: products round each row to int16 by itself and sum in integers
-(``w8a16.h``), everything else is a function of one row.
+(``w8a16.h``), everything else is a function of one row. A and B of an adapter are rounded to int16 too.
 """
 
 from __future__ import annotations

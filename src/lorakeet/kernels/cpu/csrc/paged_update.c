@@ -48,8 +48,8 @@ static int16_t update_code(float value, float scale)
     return isfinite(scale) ? (int16_t)rintf(value / scale) : 0;
 }
 
-/* A [rank, in] and B [out, rank] -> codes, A as [tile][in / VLEN][UPDATE_RANKS][VLEN] and then B as [tile][rank][UPDATE_WIDTH],
- * both padded with zeros; and the factor of each of the products A x: both scales and `scaling`. */
+/* A [rank, in] and B [out, rank] -> codes, padded with zeros, and a factor of each product A x: both scales and `scaling`.
+ * A is packed as [tile][in / VLEN][UPDATE_RANKS][VLEN], and B behind it as [tile][rank][UPDATE_WIDTH]. */
 void lk_pack_update(const float *a, const float *b, float scaling, int16_t *codes, float *scale, ptrdiff_t rank,
                     ptrdiff_t out, ptrdiff_t in)
 {
