@@ -21,6 +21,7 @@ PROCESSORS: dict[str, tuple[set[Feature], list[str]]] = {
     "plain": (set(), ["--bits", "8"]),
     "avx2": ({Feature.AVX2}, ["--bits", "8"]),
     "vnni": ({Feature.AVX2, Feature.AVX512, Feature.VNNI}, ["--bits", "8"]),
+    "amx": ({Feature.AVX2, Feature.AVX512, Feature.VNNI, Feature.AMX}, ["--bits", "8"]),
     "bf16": ({Feature.AVX2, Feature.AVX512, Feature.VNNI, Feature.BF16}, ["--dtype", "bf16"]),
 }
 

@@ -36,6 +36,7 @@ def test_the_library_has_only_what_the_processor_has() -> None:
         pytest.skip("another operating system")
     words = set(cpuinfo.read_text().split())
     known = {Feature.AVX2: {"avx2"}, Feature.AVX512: {"avx512bw"}, Feature.VNNI: {"avx512_vnni", "avx_vnni"}}
+    known[Feature.AMX] = {"amx_int8"}
     for feature, names in known.items():
         assert feature not in features.detected() or names & words
     assert (Feature.AMD in features.detected()) == ("AuthenticAMD" in words and "avx2" in words)

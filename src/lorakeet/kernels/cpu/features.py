@@ -31,6 +31,8 @@ class Feature(StrEnum):
     VNNI = "vnni"
     #: A processor of AMD, on which ``gemm_f32.c`` is faster than the matrix library of torch.
     AMD = "amd"
+    #: 8-bit products in tiles (AMX-INT8), which Linux permits.
+    AMX = "amx"
     #: 16-bit products (AVX512_BF16) in torch: bf16 is no slower than fp32. Our loops have none.
     BF16 = "bf16"
 
@@ -52,11 +54,12 @@ def runnable() -> frozenset[Feature]:
     """Return the features whose kernels run here, if slowly.
 
     8-bit dot products are emulated exactly: by ``gemm_w8a8_grouped.c``, and without a library by torch. So is bf16, by
-    torch. The choice of the fp32 product by vendor is one of speed alone.
+    torch, and AMX by a library for processors without it (``csrc/gemm/amx.h``). The choice of the fp32 product by vendor is
+    one of speed alone.
     """
     emulated = {Feature.VNNI, Feature.BF16}
-    if library() is not None and Feature.AVX2 in detected():
-        emulated.add(Feature.AMD)
+    if (loaded := library()) is not None and Feature.AVX2 in detected():
+        emulated |= {Feature.AMD, Feature.AMX} if loaded.lk_emulates_amx() else {Feature.AMD}
     return detected() | emulated
 
 
