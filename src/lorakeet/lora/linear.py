@@ -176,11 +176,12 @@ class LoraLinear(LoraPair):
         scaling = self.scaling[adapters[0]]
         weight = base.quantized_weight() if is_quantized(base) else base.weight
         scale = self.variants[adapters[0]].output_scale(self, adapters[0])
+        lora_A, lora_B = self.variants[adapters[0]].factors(self, adapters[0], a.weight, b.weight)
         if scale is None:
-            return lora_linear(x, weight, base.bias, a.weight, b.weight, scaling, p, self.fan_in_fan_out)
+            return lora_linear(x, weight, base.bias, lora_A, lora_B, scaling, p, self.fan_in_fan_out)
         if p:
             return super().forward(x, *args, **kwargs)
-        h = lora_linear(x, weight, None, a.weight, b.weight, scaling, 0.0, self.fan_in_fan_out)
+        h = lora_linear(x, weight, None, lora_A, lora_B, scaling, 0.0, self.fan_in_fan_out)
         return (h * scale if base.bias is None else torch.addcmul(base.bias, h, scale)).to(h.dtype)
 
     def _can_fuse(self, adapter: str) -> bool:
@@ -223,6 +224,8 @@ class LoraLinear(LoraPair):
         """Return the update that the compiled decoder step computes for an adapter; None for one that it cannot."""
         if not self.variants[adapter].fused or (self.training and self.dropout_probability(adapter)):
             return None
+        if type(self.variants[adapter]).factors is not Variant.factors:
+            return None  # it multiplies other matrices than those that are stored
         a, b = (one._parameters["weight"] for one in self.pair(adapter))
         return Update(a, b, self.scaling[adapter], self._output(adapter))  # type: ignore[arg-type]
 
