@@ -36,6 +36,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "olora": {"lora.init_lora_weights": "olora"},
     "loftq": {"lora.init_lora_weights": "loftq"},
     "eva": {"lora.init_lora_weights": "eva"},
+    # ranks fall from 24 to a mean of 16, at the same scale of 2
+    "adalora": {"lora.adalora_config": {"init_r": 24, "target_r": 16}, "lora.r": 24, "lora.lora_alpha": 48},
     "lora-fa": {"train.lorafa": True, "lora.r": 40, "lora.lora_alpha": 80},
 }
 #: Optimizer steps of warm-up, as a share of all: that of the demo.
@@ -62,6 +64,9 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         "train.spike": "warn",  # a variant may have gradients of another size
         **VARIANTS[cell["variant"]],
     }
+    if "lora.adalora_config" in values:
+        phases = {"tinit": steps // 10, "tfinal": steps // 3}
+        values["lora.adalora_config"] = {**values["lora.adalora_config"], **phases}
     with tempfile.TemporaryDirectory() as folder:
         summary = run_training(read_run(None, values={**values, "out": str(Path(folder, "run"))}))
     return {

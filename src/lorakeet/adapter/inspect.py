@@ -52,6 +52,8 @@ class SavedLayer:
     def is_whole(self) -> bool:
         """Whether A and B are there and can be multiplied."""
         a, b = self.tensors.get("A"), self.tensors.get("B")
+        if any(name not in self.tensors for name in self.config.variant.tensor_names("")):
+            return False
         if a is None or b is None or a.ndim != b.ndim or a.ndim < 2 or not a.numel() or not b.numel():
             return False
         a, b = self.pair()
@@ -59,7 +61,7 @@ class SavedLayer:
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return A and B as they are multiplied."""
-        return self.config.variant.saved_pair(self.kind, self.tensors["A"], self.tensors["B"], self.config)
+        return self.config.variant.saved_pair(self.kind, self.tensors, self.config)
 
     @property
     def kind(self) -> str:

@@ -5,6 +5,7 @@ classes. Values are frozen. The complete :class:`RunConfig` is saved in the run'
 The command line reads this module to answer ``--help``, so it does not import torch.
 """
 
+from lorakeet.config.adalora import AdaLoraConfig
 from lorakeet.config.base import DEFAULT_MODEL, FLOATING_BITS, QUANTIZED_FORMATS, BaseSettings, bits_choices
 from lorakeet.config.data import DataSettings
 from lorakeet.config.lora import LoraSettings
@@ -16,6 +17,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "FLOATING_BITS",
     "QUANTIZED_FORMATS",
+    "AdaLoraConfig",
     "BaseSettings",
     "DataSettings",
     "LoraSettings",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from lorakeet.config.adalora import AdaLoraConfig
+from lorakeet.errors import ConfigError
 from lorakeet.setting_types import (
     ALL_LINEAR,
     Count,
@@ -44,6 +47,16 @@ def _initialization(name: bool | str) -> bool | str:
     return name
 
 
+def _adalora(value: Any) -> Any:
+    """Return the settings of AdaLoRA as an object; what is no mapping is left to the type."""
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return AdaLoraConfig(**value)
+    except ConfigError as error:
+        raise contradiction(f"adalora_config: {error.message}", error.hint or "") from None
+
+
 class LoraSettings(Section):
     """The settings of LoRA, with the names and defaults of the field (Hu et al. 2021, arXiv:2106.09685)."""
 
@@ -78,6 +91,11 @@ class LoraSettings(Section):
         False,
         description="train the magnitude of each output channel apart from its direction (DoRA, arXiv:2402.09353)",
     )
+    adalora_config: Annotated[AdaLoraConfig | None, BeforeValidator(_adalora)] = Field(
+        None,
+        description="let the ranks of layers fall to those that they need (AdaLoRA, arXiv:2303.10512): target_r, init_r, "
+        "tinit, tfinal, deltaT, beta1, beta2, orth_reg_weight, total_step",
+    )
     fan_in_fan_out: bool = Field(False, description="weights are stored as [in, out] (detected for GPT-2's Conv1D)")
     init_lora_weights: Annotated[bool | str, AfterValidator(_initialization)] = Field(
         True,
@@ -106,6 +124,17 @@ class LoraSettings(Section):
     @classmethod
     def _names_are_a_list(cls, value: Any) -> Any:
         return as_names(value, cls.words_are_names)
+
+    @model_validator(mode="after")
+    def _adalora_sets_the_rank(self) -> Self:
+        if self.adalora_config is not None and self.r != (r := self.adalora_config.init_r):
+            if self.r != type(self).model_fields["r"].default:
+                raise contradiction(
+                    f"r={self.r} is set beside adalora_config.init_r={r}, the rank that AdaLoRA begins with",
+                    f"leave r out, or set it to {r} too",
+                )
+            object.__setattr__(self, "r", r)
+        return self
 
     @model_validator(mode="after")
     def _layers_are_chosen_once(self) -> Self:

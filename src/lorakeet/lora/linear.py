@@ -170,11 +170,12 @@ class LoraLinear(LoraPair):
         scaling = self.scaling[adapters[0]]
         weight = base.quantized_weight() if is_quantized(base) else base.weight
         scale = self.variants[adapters[0]].output_scale(self, adapters[0])
+        lora_A, lora_B = self.variants[adapters[0]].factors(self, adapters[0], a.weight, b.weight)
         if scale is None:
-            return lora_linear(x, weight, base.bias, a.weight, b.weight, scaling, p, self.fan_in_fan_out)
+            return lora_linear(x, weight, base.bias, lora_A, lora_B, scaling, p, self.fan_in_fan_out)
         if p:
             return super().forward(x, *args, **kwargs)
-        h = lora_linear(x, weight, None, a.weight, b.weight, scaling, 0.0, self.fan_in_fan_out)
+        h = lora_linear(x, weight, None, lora_A, lora_B, scaling, 0.0, self.fan_in_fan_out)
         return (h * scale if base.bias is None else torch.addcmul(base.bias, h, scale)).to(h.dtype)
 
     def _can_fuse(self, adapter: str) -> bool:
@@ -216,8 +217,9 @@ class LoraLinear(LoraPair):
         """Return A, B and s of an adapter whose update the compiled decoder step can add; None for any other."""
         if adapter not in self._fused or (self.training and self.dropout_probability(adapter)):
             return None
-        if type(self.variants[adapter]).output_scale is not Variant.output_scale:
-            return None  # it scales the base's output too
+        kind = type(self.variants[adapter])
+        if kind.output_scale is not Variant.output_scale or kind.factors is not Variant.factors:
+            return None  # it scales the base's output too, or multiplies other matrices than those that are stored
         a, b = self.pair(adapter)
         return a._parameters["weight"], b._parameters["weight"], self.scaling[adapter]  # type: ignore[return-value]
 

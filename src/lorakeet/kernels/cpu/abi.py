@@ -19,8 +19,6 @@ MAX_FUSED_RANK = 64
 MAX_HEAD_WIDTH, HEAD_STEP = 128, 16
 #: Linear layers of a decoder layer that adapters update: q, k, v, o, gate, up, down.
 LINEARS = 7
-#: Rows of an update's A are padded to a multiple of this (``paged_decoder.c``).
-UPDATE_ROWS = 8
 #: Tokens of a page are a multiple of this (``paged_attention.c``).
 PAGE_STEP = 16
 #: The sixteen values of NF4, by code (QLoRA, appendix E); ``nf4.h`` has them too.
@@ -38,7 +36,6 @@ CONSTANTS = {
     "LK_MAX_HEAD_WIDTH": MAX_HEAD_WIDTH,
     "LK_HEAD_STEP": HEAD_STEP,
     "LK_LINEARS": LINEARS,
-    "LK_UPDATE_ROWS": UPDATE_ROWS,
     "LK_PAGE_STEP": PAGE_STEP,
 }
 
@@ -80,9 +77,9 @@ class Layer(ctypes.Structure):
 
 
 class Update(ctypes.Structure):
-    """``lk_update``: the low-rank update of a linear layer, laid out for rows of their own."""
+    """``lk_update``: the low-rank update of a linear layer, as ``lk_pack_update`` lays it out."""
 
-    _fields_ = [("a", _POINTER), ("b", _POINTER), ("rank", _SIZE), ("scaling", _FLOAT)]
+    _fields_ = [("codes", _POINTER), ("scale", _POINTER), ("rank", _SIZE)]
 
 
 class Paged(ctypes.Structure):
@@ -145,6 +142,7 @@ ARGUMENTS: dict[str, list[Any]] = {
     "lk_gemm_w8a16_amx": [_POINTER] * 7 + [_SIZE, _POINTER] + [_SIZE] * 3,
     "lk_gemv_w8a16": [_POINTER] * 7 + [_SIZE] * 3,
     "lk_paged_layers": [ctypes.POINTER(Paged), _POINTER, _POINTER],
+    "lk_pack_update": [_POINTER] * 2 + [_FLOAT] + [_POINTER] * 2 + [_SIZE] * 3,
     "lk_outlier_dgrad": [_POINTER] * 4 + [_SIZE] * 4,
     "lk_pack_a8_grouped": [_POINTER] * 5 + [_SIZE] * 2 + [_INT],
     "lk_gemm_w8a8_grouped_dgrad": [_POINTER] * 6 + [_SIZE] * 3,
@@ -160,6 +158,7 @@ SIZE_ARGUMENTS: dict[str, list[Any]] = {
     "lk_packed_a16_size": [_SIZE] * 2,
     "lk_packed_a16_rows": [_SIZE] * 2,
     "lk_paged_workspace": [ctypes.POINTER(Paged)],
+    "lk_packed_update_size": [_SIZE] * 3,
     "lk_packed_a8_groups": [_SIZE] * 2,
     "lk_packed_a16_amx_size": [_SIZE] * 2,
     "lk_packed_a8_amx_groups": [_SIZE] * 2,

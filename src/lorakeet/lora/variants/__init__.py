@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorakeet.errors import ConfigError
+from lorakeet.lora.variants.adalora import AdaLora
 from lorakeet.lora.variants.bdlora import BdLora
 from lorakeet.lora.variants.dora import Dora
 from lorakeet.lora.variants.kasa import Kasa
@@ -78,5 +79,5 @@ def chosen_variant(settings: Mapping[str, Any]) -> Variant:
     return variant
 
 
-for _variant in (Dora(), BdLora(), Velora(), Kasa()):
+for _variant in (Dora(), BdLora(), Velora(), Kasa(), AdaLora()):
     register(_variant)

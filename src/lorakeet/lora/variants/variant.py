@@ -175,13 +175,12 @@ class Variant:
         """Map names in the file to names in the state dict, both relative to the layer, for parameters and buffers."""
         return {name: f"{name}.{adapter}" for name in (*self.parameters, *self.buffers)}
 
-    def saved_pair(self, leaf: str, a: Tensor, b: Tensor, settings: Any) -> tuple[Tensor, Tensor]:
+    def saved_pair(self, leaf: str, tensors: Mapping[str, Tensor], settings: Any) -> tuple[Tensor, Tensor]:
         """Return A [r, in] and B [out, r] of a layer as they are multiplied.
 
         Args:
             leaf: Last part of the layer's name.
-            a: A as the file has it.
-            b: B as the file has it.
+            tensors: ``A``, ``B`` and the variant's own, as the file has them.
             settings: The adapter's settings.
         """
-        return a, b
+        return tensors["A"], tensors["B"]
