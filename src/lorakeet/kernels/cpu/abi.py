@@ -89,6 +89,7 @@ class Paged(ctypes.Structure):
         *[(name, _POINTER) for name in ("layers", "keys", "values", "tables", "starts", "positions")],
         *[(name, _POINTER) for name in ("cosine", "sine", "updates")],
         *[(name, _SIZE) for name in ("count", "pages", "page_tokens", "n", "length", "rank")],
+        ("amx", _INT),
     ]
 
 
