@@ -16,14 +16,6 @@ enum {
 };
 #define ONE_ROW static __attribute__((noinline)) void /* compiled once: every row takes the same instructions */
 
-void lk_pack_a16(const float *x, const float *factor, int16_t *strips, float *scale, ptrdiff_t n, ptrdiff_t depth,
-                 int error_feedback);
-ptrdiff_t lk_packed_a16_size(ptrdiff_t n, ptrdiff_t depth);
-ptrdiff_t lk_packed_a16_rows(ptrdiff_t n, ptrdiff_t depth);
-void lk_gemm_w8a16(const int16_t *strips, const float *row_scale, const int8_t *weight, const float *scale,
-                   const float *bias, const float *u, const float *v, ptrdiff_t rank, float *h, ptrdiff_t n,
-                   ptrdiff_t out, ptrdiff_t in, int transposed);
-
 /* Rows that follow each other and have one adapter, and the middle of their work within that of all rows. */
 struct paged_tile {
     ptrdiff_t first, rows;
@@ -62,7 +54,9 @@ static struct paged_space paged_plan(const struct lk_paged *p, float *memory)
     const ptrdiff_t hidden = l->q.in, wide = l->q.out, narrow = l->k.out, inner = l->gate.out, n = p->n;
     const ptrdiff_t deepest = inner > wide ? (inner > hidden ? inner : hidden) : wide > hidden ? wide : hidden;
     const ptrdiff_t few = PAGED_TOGETHER * lk_packed_a16_rows(n, deepest) / (ptrdiff_t)sizeof(float);
-    const ptrdiff_t many = n + lk_packed_a16_size(n, deepest) * (ptrdiff_t)sizeof(int16_t) / (ptrdiff_t)sizeof(float);
+    const ptrdiff_t bytes = p->amx ? lk_packed_a16_amx_size(n, deepest)
+                                   : lk_packed_a16_size(n, deepest) * (ptrdiff_t)sizeof(int16_t);
+    const ptrdiff_t many = n + bytes / (ptrdiff_t)sizeof(float);
     struct paged_space s = {0};
     s.low_rank_width = p->rank + VLEN;
     const struct {
@@ -123,15 +117,20 @@ ptrdiff_t lk_paged_workspace(const struct lk_paged *p)
 
 /* h[i] [n, out] = x diag(column_scale) W8^T + bias of each of `count` linear layers with one input x [n, in]. */
 static void paged_products(const struct lk_linear *const *linears, ptrdiff_t count, const float *x, float *const *h,
-                           ptrdiff_t n, float *packed)
+                           const struct lk_paged *p, float *packed)
 {
-    const ptrdiff_t in = linears[0]->in, stride = a16_row_codes(in);
+    const ptrdiff_t n = p->n, in = linears[0]->in, stride = a16_row_codes(in);
     if (n > PAGED_FEW) {
-        int16_t *strips = (int16_t *)(packed + (n + 15) / 16 * 16);
+        void *rounded = packed + (n + 15) / 16 * 16;
         for (ptrdiff_t l = 0; l < count; l++) {
-            lk_pack_a16(x, linears[l]->column_scale, strips, packed, n, in, 0);
-            lk_gemm_w8a16(strips, packed, linears[l]->weight, linears[l]->row_scale, linears[l]->bias, NULL, NULL, 0, h[l],
-                          n, linears[l]->out, in, 0);
+            const struct lk_linear *w = linears[l];
+            if (p->amx) {
+                lk_pack_a16_amx(x, w->column_scale, rounded, packed, n, in, 0);
+                lk_gemm_w8a16_amx(rounded, packed, w->weight, w->row_scale, w->bias, NULL, NULL, 0, h[l], n, w->out, in);
+            } else {
+                lk_pack_a16(x, w->column_scale, rounded, packed, n, in, 0);
+                lk_gemm_w8a16(rounded, packed, w->weight, w->row_scale, w->bias, NULL, NULL, 0, h[l], n, w->out, in, 0);
+            }
         }
         return;
     }
@@ -305,7 +304,7 @@ void lk_paged_layers(const struct lk_paged *p, float *x, float *workspace)
         EACH_ROW
         paged_norm(&l->before, x + i * hidden, s->normed + i * hidden, hidden);
         paged_products((const struct lk_linear *const[]){&l->q, &l->k, &l->v}, 3, s->normed,
-                       (float *const[]){s->q, s->k, s->v}, p->n, s->packed);
+                       (float *const[]){s->q, s->k, s->v}, p, s->packed);
         EACH_TILE
         {
             paged_complete(p, s, t, &l->q, first, s->normed, s->q);
@@ -315,7 +314,7 @@ void lk_paged_layers(const struct lk_paged *p, float *x, float *workspace)
             paged_heads(p, s, layer, i);
         }
         paged_attention(p, s, layer);
-        paged_products((const struct lk_linear *const[]){&l->o}, 1, s->mixed, &s->made, p->n, s->packed);
+        paged_products((const struct lk_linear *const[]){&l->o}, 1, s->mixed, &s->made, p, s->packed);
         EACH_TILE
         {
             paged_complete(p, s, t, &l->o, first + 3, s->mixed, s->made);
@@ -326,7 +325,7 @@ void lk_paged_layers(const struct lk_paged *p, float *x, float *workspace)
             }
         }
         paged_products((const struct lk_linear *const[]){&l->gate, &l->up}, 2, s->normed,
-                       (float *const[]){s->gate, s->up}, p->n, s->packed);
+                       (float *const[]){s->gate, s->up}, p, s->packed);
         EACH_TILE
         {
             paged_complete(p, s, t, &l->gate, first + 4, s->normed, s->gate);
@@ -334,7 +333,7 @@ void lk_paged_layers(const struct lk_paged *p, float *x, float *workspace)
             EACH_ROW
             paged_gate(s->gate + i * inner, s->up + i * inner, inner);
         }
-        paged_products((const struct lk_linear *const[]){&l->down}, 1, s->gate, &s->made, p->n, s->packed);
+        paged_products((const struct lk_linear *const[]){&l->down}, 1, s->gate, &s->made, p, s->packed);
         EACH_TILE
         {
             paged_complete(p, s, t, &l->down, first + 6, s->gate, s->made);
