@@ -22,8 +22,8 @@ from lorakeet.export.plain import PlainLayer, layers_by_svd, plain_layers
 from lorakeet.files import write_folder
 from lorakeet.loaded_model import adapter_task, settings_of_base
 from lorakeet.log import info
-from lorakeet.lora.checks.merge_loss import ACCEPTED_LOSS
 from lorakeet.lora.algebra.singular_values import fold_singular_values
+from lorakeet.lora.checks.merge_loss import ACCEPTED_LOSS
 from lorakeet.lora.config import PeftConfig
 
 #: Name of the file of an adapter in GGUF.
