@@ -53,7 +53,7 @@ def model(request: pytest.FixtureRequest) -> Model:
         norms: list[Norm | None] = [Norm(torch.rand(hidden) + 0.5, 1e-5) for _ in range(2)]
         norms += [Norm(torch.rand(dim) + 0.5, 1e-6) if full else None for _ in range(2)]
         weights.append(LayerWeights([linear_weights(*size, full) for size in sizes], norms, dim, dim**-0.5))
-    updates = [[updates_of(rank, sizes) for _ in range(2)] for rank in (3, 8, 17)]
+    updates = [[updates_of(rank, sizes) for _ in range(2)] for rank in (3, 8, 17, 1)]
     return Model(weights, PagedLayers([Layer(*one) for one in weights]), updates, [*map(UpdateTable, updates)])
 
 
@@ -74,7 +74,7 @@ def story(model: Model, seed: int = 0) -> Story:
         ([7, 8], None, 17),
         ([2], 0, 16),
     ]
-    sequences += [([11, 4], 2, 33), ([6, 1], 1, 18)]
+    sequences += [([11, 4], 2, 33), ([6, 1], 1, 18), ([10], 3, 5), ([12], 2, 2)]
     angle = 6 * torch.rand(PAGE * 4, model.layers.dim // 2).repeat(1, 2)
     x = [torch.randn(length, model.layers.hidden) for _, _, length in sequences]
     return Story(sequences, x, angle.cos(), angle.sin())
@@ -151,6 +151,22 @@ def test_bits_do_not_depend_on_company_or_division(model: Model) -> None:
         assert torch.equal(memory.nan_to_num(0), together_in.nan_to_num(0))
     memory = pool(model)
     assert all(torch.equal(run(model, told, [one], memory)[0], together[one[0]]) for one in whole(told))
+
+
+def test_an_adapter_that_is_not_finite_spoils_its_own_rows_and_no_others(model: Model) -> None:
+    told = story(model, 2)
+    sound = run(model, told, whole(told), pool(model))
+    for place in (0, 1):  # A, B
+        spoilt = [[*layer] for layer in model.updates[1]]
+        given = [*spoilt[1][4]]  # type: ignore[misc]
+        given[place] = given[place].clone()
+        given[place][1, 2] = torch.inf if place else torch.nan
+        spoilt[1][4] = Update(*given)
+        tables = [*model.tables]
+        tables[1] = UpdateTable(spoilt)
+        found = run(model._replace(tables=tables), told, whole(told), pool(model))
+        for (_, adapter, _), one, other in zip(told.sequences, found, sound, strict=True):
+            assert bool(one.isnan().all()) if adapter == 1 else torch.equal(one, other)
 
 
 def test_no_rows_and_rows_outside_of_their_pages(model: Model) -> None:

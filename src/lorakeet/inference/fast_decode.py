@@ -43,8 +43,8 @@ def fast_decode(model: nn.Module) -> Iterator[None]:
     """Compute new tokens with compiled layers within the block, in ``model.generate`` or another loop over ``model``.
 
     An 8-bit model whose heads are a multiple of 16 wide takes the loops of the server, prompts included
-    (:mod:`~lorakeet.inference.paged_layer`). They round activations to 16 bits. Other outputs are the same up to the
-    rounding error of fp32. A full-precision model, or one of another family, is left alone.
+    (:mod:`~lorakeet.inference.paged_layer`). They round activations and adapters to 16 bits. Other outputs are the
+    same up to the rounding error of fp32. A full-precision model, or one of another family, is left alone.
     """
     verifier, shared = Verifier(), Shared()
     replaced: list[nn.Module] = []

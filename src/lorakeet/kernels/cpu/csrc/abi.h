@@ -15,7 +15,6 @@ enum {
     LK_MAX_HEAD_WIDTH = 128, /* values of an attention head, at most (attention.c) */
     LK_HEAD_STEP = 16,       /* an attention head's width is a multiple of this */
     LK_LINEARS = 7,          /* linear layers of a decoder layer that adapters update: q, k, v, o, gate, up, down */
-    LK_UPDATE_ROWS = 8,      /* rows of an update's A are padded to a multiple of this (paged_decoder.c) */
     LK_PAGE_STEP = 16        /* tokens of a page are a multiple of this (paged_attention.c) */
 };
 
@@ -47,11 +46,11 @@ struct lk_layer {
     float scaling;
 };
 
-/* The low-rank update of a linear layer, laid out for rows of their own. */
+/* The low-rank update of a linear layer, as lk_pack_update lays it out. */
 struct lk_update {
-    const float *a, *b; /* [rank, a multiple of LK_UPDATE_ROWS, in] and [rank, out]; the further rows of a are zeros */
-    ptrdiff_t rank;     /* 0: none */
-    float scaling;
+    const int16_t *codes; /* of A and then of B */
+    const float *scale;   /* [rank]: factor of a row of A and a column of B together */
+    ptrdiff_t rank;       /* 0: none */
 };
 
 /* Rows of a step, each a token of a sequence whose keys and values lie in pages. */

@@ -1,4 +1,4 @@
-/* Attention of rows over pages, shared by paged_attention.c and paged_decoder.c. */
+/* Attention of rows over pages and updates of their adapters, for paged_decoder.c. */
 #ifndef LORAKEET_PAGED_H
 #define LORAKEET_PAGED_H
 
@@ -21,5 +21,7 @@ static inline ptrdiff_t paged_scores(ptrdiff_t length)
 }
 
 HIDDEN void paged_attend(const struct paged_keys *k, const float *query, float *to, float *scores);
+HIDDEN void paged_update(const struct lk_update *update, const float *x, float *h, float *u, ptrdiff_t stride,
+                         ptrdiff_t rows, ptrdiff_t in, ptrdiff_t out);
 #endif
 #endif

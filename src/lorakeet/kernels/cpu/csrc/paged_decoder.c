@@ -10,10 +10,10 @@
 #if defined(__AVX2__)
 
 enum {
-    PAGED_FEW = 32,    /* rows, at most, of the product that reads the weight once for all */
-    PAGED_TOGETHER = 3 /* linear layers of one input, at most: q, k, v */
+    PAGED_FEW = 32,      /* rows, at most, of the product that reads the weight once for all */
+    PAGED_TOGETHER = 3,  /* linear layers of one input, at most: q, k, v */
+    PAGED_TILE = VLEN / 4 /* rows of one adapter, at most, that a thread computes together */
 };
-_Static_assert(LK_UPDATE_ROWS % 8 == 0 && VLEN % LK_UPDATE_ROWS == 0, "an update's rows are a whole part of a vector");
 #define ONE_ROW static __attribute__((noinline)) void /* compiled once: every row takes the same instructions */
 
 void lk_pack_a16(const float *x, const float *factor, int16_t *strips, float *scale, ptrdiff_t n, ptrdiff_t depth,
@@ -24,10 +24,18 @@ void lk_gemm_w8a16(const int16_t *strips, const float *row_scale, const int8_t *
                    const float *bias, const float *u, const float *v, ptrdiff_t rank, float *h, ptrdiff_t n,
                    ptrdiff_t out, ptrdiff_t in, int transposed);
 
-/* The workspace: vectors of each row, scores of each thread, and the rounded rows of a product. */
+/* Rows that follow each other and have one adapter, and the middle of their work within that of all rows. */
+struct paged_tile {
+    ptrdiff_t first, rows;
+    float middle;
+};
+
+/* The workspace: vectors of each row, scores of each thread, the rounded rows of a product, and the tiles. */
 struct paged_space {
-    float *normed, *q, *k, *v, *mixed, *made, *gate, *up, *low_rank, *scores, *packed;
-    ptrdiff_t low_rank_width, size;
+    float *normed, *q, *k, *v, *mixed, *made, *gate, *up, *low_rank, *scores, *packed, *tile_memory;
+    struct paged_tile *tiles;
+    ptrdiff_t low_rank_width, size, tile_count;
+    float work;
 };
 
 static int paged_threads(void)
@@ -64,12 +72,47 @@ static struct paged_space paged_plan(const struct lk_paged *p, float *memory)
                  {&s.v, n * narrow},      {&s.mixed, n * wide}, {&s.made, n * hidden},
                  {&s.gate, n * inner},    {&s.up, n * inner},   {&s.low_rank, n * s.low_rank_width},
                  {&s.scores, paged_threads() * paged_scores(p->length)},
-                 {&s.packed, few > many ? few : many}};
+                 {&s.packed, few > many ? few : many},
+                 {&s.tile_memory, n * (ptrdiff_t)(sizeof(struct paged_tile) / sizeof(float))}};
     for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
         *parts[i].part = memory + s.size;
         s.size += (parts[i].size + 15) / 16 * 16;
     }
+    s.tiles = (struct paged_tile *)s.tile_memory;
     return s;
+}
+
+/* The mean rank of an adapter. */
+static float paged_rank(const struct lk_paged *p, const struct lk_update *adapter)
+{
+    ptrdiff_t sum = 0;
+    for (ptrdiff_t at = 0; adapter && at < p->count * LK_LINEARS; at++)
+        sum += adapter[at].rank;
+    return (float)sum / (float)(p->count * LK_LINEARS);
+}
+
+/* Divide the rows into tiles. Threads take equal shares of the work, which grows with the rank. */
+static void paged_divide(const struct lk_paged *p, struct paged_space *s)
+{
+    const ptrdiff_t most = min_of(PAGED_TILE, (p->n + paged_threads() - 1) / paged_threads());
+    for (ptrdiff_t i = 0; i < p->n; s->tile_count++) {
+        struct paged_tile *t = s->tiles + s->tile_count;
+        for (t->first = i; i < p->n && i - t->first < most && p->updates[i] == p->updates[t->first]; i++)
+            t->rows = i + 1 - t->first;
+        const float work = (float)t->rows * (2 + paged_rank(p, p->updates[t->first]));
+        t->middle = s->work + 0.5f * work;
+        s->work += work;
+    }
+}
+
+/* Whether a tile is of this thread, within a parallel region. */
+static int paged_is_own(const struct paged_space *s, const struct paged_tile *t)
+{
+#if defined(_OPENMP)
+    return (int)(t->middle / s->work * (float)omp_get_num_threads()) == omp_get_thread_num();
+#else
+    return (void)s, (void)t, 1;
+#endif
 }
 
 /* Number of floats of the workspace of lk_paged_layers. */
@@ -134,37 +177,21 @@ ONE_ROW paged_add(float *restrict h, const float *restrict u, const float *restr
     }
 }
 
-/* u [rank, padded] = scaling A x; 8 rows of A at a time. */
-ONE_ROW paged_shrink(const struct lk_update *update, const float *x, float *u, ptrdiff_t in)
+/* Complete a product of the rows of a tile: the outlier columns of the weight, and the update of the rows' adapter. */
+static void paged_complete(const struct lk_paged *p, const struct paged_space *s, const struct paged_tile *t,
+                           const struct lk_linear *l, ptrdiff_t number, const float *x, float *h)
 {
-    for (ptrdiff_t r = 0; r < update->rank; r += LK_UPDATE_ROWS) {
-        const float *a = update->a + r * in;
-        floats sums[VLEN] = {{0}};
-        int32_vector folded[VLEN];
-        ptrdiff_t k = 0;
-        for (; k + VLEN <= in; k += VLEN)
-            for (int row = 0; row < LK_UPDATE_ROWS; row++)
-                sums[row] += load(x + k) * load(a + row * in + k);
-        if (k < in)
-            for (int row = 0; row < LK_UPDATE_ROWS; row++)
-                sums[row] += (floats)load_scaled(x + k, a + row * in + k, in - k);
-        memcpy(folded, sums, sizeof folded);
-        store(u + r, (floats)fold_fp32(folded) * update->scaling);
-    }
-}
-
-/* Complete a row of a product: the outlier columns of the weight, and the row's own update. */
-static void paged_complete(const struct lk_linear *l, const struct lk_update *update, const float *x, float *h, float *u)
-{
-    if (l->outliers) {
+    const struct lk_update *adapter = p->updates[t->first];
+    float *u = s->low_rank + t->first * s->low_rank_width;
+    x += t->first * l->in;
+    h += t->first * l->out;
+    for (ptrdiff_t i = 0; l->outliers && i < t->rows; i++) {
         for (ptrdiff_t c = 0; c < l->outliers; c++)
-            u[c] = x[(ptrdiff_t)l->outlier_positions[c]];
-        paged_add(h, u, l->outlier_values, l->outliers, l->out);
+            u[c] = x[i * l->in + (ptrdiff_t)l->outlier_positions[c]];
+        paged_add(h + i * l->out, u, l->outlier_values, l->outliers, l->out);
     }
-    if (update && update->rank) {
-        paged_shrink(update, x, u, l->in);
-        paged_add(h, u, update->b, update->rank, l->out);
-    }
+    if (adapter && adapter[number].rank)
+        paged_update(adapter + number, x, h, u, s->low_rank_width, t->rows, l->in, l->out);
 }
 
 /* to = x / sqrt(mean(x^2) + eps) * weight; `to` may be x. */
@@ -208,11 +235,6 @@ ONE_ROW paged_gate(float *restrict gate, const float *restrict up, ptrdiff_t wid
         gate[k] = gate[k] / (1.0f + exponential(-gate[k])) * up[k];
 }
 
-static const struct lk_update *paged_update(const struct lk_paged *p, ptrdiff_t layer, ptrdiff_t i, ptrdiff_t linear)
-{
-    return p->updates[i] ? p->updates[i] + layer * LK_LINEARS + linear : NULL;
-}
-
 /* Where head 0 of a row's own key or value lies, for a layer. */
 static float *paged_slot(const struct lk_paged *p, float *pool, ptrdiff_t layer, ptrdiff_t i)
 {
@@ -221,17 +243,14 @@ static float *paged_slot(const struct lk_paged *p, float *pool, ptrdiff_t layer,
     return pool + (((layer * p->pages + page) * l->kv_heads) * p->page_tokens + position % p->page_tokens) * l->head_width;
 }
 
-/* Complete q, k and v of a row, rotate q and k, and write k and v into the row's page. */
+/* Rotate q and k of a row, and write k and v into the row's page. */
 static void paged_heads(const struct lk_paged *p, const struct paged_space *s, ptrdiff_t layer, ptrdiff_t i)
 {
     const struct lk_layer *l = p->layers[layer];
     const ptrdiff_t dim = l->head_width, wide = l->q.out, narrow = l->k.out;
-    const float *x = s->normed + i * l->q.in, *cosine = p->cosine + i * dim, *sine = p->sine + i * dim;
-    float *q = s->q + i * wide, *k = s->k + i * narrow, *v = s->v + i * narrow, *u = s->low_rank + i * s->low_rank_width;
+    const float *cosine = p->cosine + i * dim, *sine = p->sine + i * dim;
+    float *q = s->q + i * wide, *k = s->k + i * narrow, *v = s->v + i * narrow;
     float *keys = paged_slot(p, p->keys, layer, i), *values = paged_slot(p, p->values, layer, i);
-    paged_complete(&l->q, paged_update(p, layer, i, 0), x, q, u);
-    paged_complete(&l->k, paged_update(p, layer, i, 1), x, k, u);
-    paged_complete(&l->v, paged_update(p, layer, i, 2), x, v, u);
     for (ptrdiff_t h = 0; h < l->heads; h++) {
         if (l->of_q.weight)
             paged_norm(&l->of_q, q + h * dim, q + h * dim, dim);
@@ -267,44 +286,59 @@ static void paged_attention(const struct lk_paged *p, const struct paged_space *
     }
 }
 
-#define EACH_ROW PRAGMA(omp parallel for schedule(static) if (p->n > 1)) for (ptrdiff_t i = 0; i < p->n; i++)
+/* Each tile of this thread, and each row of a tile. */
+#define EACH_TILE                                                                                                      \
+    PRAGMA(omp parallel if (s->tile_count > 1))                                                                        \
+    for (const struct paged_tile *t = s->tiles; t < s->tiles + s->tile_count; t++)                                     \
+        if (paged_is_own(s, t))
+#define EACH_ROW for (ptrdiff_t i = t->first; i < t->first + t->rows; i++)
 
 /* x [n, hidden] through all layers, in place; keys and values of its tokens are written into their pages. */
 void lk_paged_layers(const struct lk_paged *p, float *x, float *workspace)
 {
-    const struct paged_space space = paged_plan(p, workspace), *s = &space;
+    struct paged_space space = paged_plan(p, workspace), *s = &space;
+    paged_divide(p, s);
     for (ptrdiff_t layer = 0; layer < p->count; layer++) {
         const struct lk_layer *l = p->layers[layer];
-        const ptrdiff_t hidden = l->q.in, inner = l->gate.out, width = s->low_rank_width;
+        const ptrdiff_t hidden = l->q.in, inner = l->gate.out, first = layer * LK_LINEARS;
+        EACH_TILE
         EACH_ROW
         paged_norm(&l->before, x + i * hidden, s->normed + i * hidden, hidden);
         paged_products((const struct lk_linear *const[]){&l->q, &l->k, &l->v}, 3, s->normed,
                        (float *const[]){s->q, s->k, s->v}, p->n, s->packed);
-        EACH_ROW
-        paged_heads(p, s, layer, i);
+        EACH_TILE
+        {
+            paged_complete(p, s, t, &l->q, first, s->normed, s->q);
+            paged_complete(p, s, t, &l->k, first + 1, s->normed, s->k);
+            paged_complete(p, s, t, &l->v, first + 2, s->normed, s->v);
+            EACH_ROW
+            paged_heads(p, s, layer, i);
+        }
         paged_attention(p, s, layer);
         paged_products((const struct lk_linear *const[]){&l->o}, 1, s->mixed, &s->made, p->n, s->packed);
-        EACH_ROW
+        EACH_TILE
         {
-            paged_complete(&l->o, paged_update(p, layer, i, 3), s->mixed + i * l->o.in, s->made + i * hidden,
-                           s->low_rank + i * width);
-            paged_sum(x + i * hidden, s->made + i * hidden, hidden);
-            paged_norm(&l->after, x + i * hidden, s->normed + i * hidden, hidden);
+            paged_complete(p, s, t, &l->o, first + 3, s->mixed, s->made);
+            EACH_ROW
+            {
+                paged_sum(x + i * hidden, s->made + i * hidden, hidden);
+                paged_norm(&l->after, x + i * hidden, s->normed + i * hidden, hidden);
+            }
         }
         paged_products((const struct lk_linear *const[]){&l->gate, &l->up}, 2, s->normed,
                        (float *const[]){s->gate, s->up}, p->n, s->packed);
-        EACH_ROW
+        EACH_TILE
         {
-            float *u = s->low_rank + i * width;
-            paged_complete(&l->gate, paged_update(p, layer, i, 4), s->normed + i * hidden, s->gate + i * inner, u);
-            paged_complete(&l->up, paged_update(p, layer, i, 5), s->normed + i * hidden, s->up + i * inner, u);
+            paged_complete(p, s, t, &l->gate, first + 4, s->normed, s->gate);
+            paged_complete(p, s, t, &l->up, first + 5, s->normed, s->up);
+            EACH_ROW
             paged_gate(s->gate + i * inner, s->up + i * inner, inner);
         }
         paged_products((const struct lk_linear *const[]){&l->down}, 1, s->gate, &s->made, p->n, s->packed);
-        EACH_ROW
+        EACH_TILE
         {
-            paged_complete(&l->down, paged_update(p, layer, i, 6), s->gate + i * inner, s->made + i * hidden,
-                           s->low_rank + i * width);
+            paged_complete(p, s, t, &l->down, first + 6, s->gate, s->made);
+            EACH_ROW
             paged_sum(x + i * hidden, s->made + i * hidden, hidden);
         }
     }
