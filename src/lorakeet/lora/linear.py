@@ -88,7 +88,7 @@ class LoraPair(LoraLayer):
         return own + self.variant_parts(adapter)
 
     def tensor_names(self, adapter: str) -> dict[str, str]:
-        names = ["lora_A.weight", "lora_B.weight"]
+        names = ["lora_A.weight", "lora_B.weight"] if self.variants[adapter].stores_pair else []
         if self.pair(adapter)[1].bias is not None:
             names.append("lora_B.bias")
         own = {name: name.replace(".", f".{adapter}.") for name in names}
