@@ -11,9 +11,9 @@ from torch import Tensor
 from lorakeet.kernels import paged
 from lorakeet.kernels.cpu import features
 from lorakeet.kernels.cpu.features import Feature
-from lorakeet.kernels.decoder_step import Layer, LinearWeights, Norm
+from lorakeet.kernels.decoder_step import Layer, LinearWeights, Norm, Update
 from lorakeet.kernels.int8.format import quantize_weight
-from lorakeet.kernels.paged import LayerWeights, PagedLayers, Rows, Update, UpdateTable, paged_layers_reference
+from lorakeet.kernels.paged import LayerWeights, PagedLayers, Rows, UpdateTable, paged_layers_reference
 
 pytestmark = pytest.mark.skipif(not paged.is_available(), reason="nothing is compiled on this machine")
 PAGES, PAGE = 24, 32
@@ -40,7 +40,8 @@ def updates_of(rank: int, sizes: list[tuple[int, int]]) -> list[Update | None]:
     made: list[Update | None] = []
     for at, (out, inner) in enumerate(sizes):
         a, b = torch.randn(rank, inner) / inner**0.5, torch.randn(out, rank) / rank**0.5
-        made.append(Update(a, b, 0.7) if at % 3 or rank > 5 else None)
+        output = torch.randn(2, out) if rank > 5 and at % 3 == 0 else None
+        made.append(Update(a, b, 0.7, output) if at % 3 or rank > 5 else None)
     return made
 
 

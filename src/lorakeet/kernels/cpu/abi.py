@@ -53,7 +53,7 @@ class Linear(ctypes.Structure):
 
     _fields_ = [
         *[(name, _POINTER) for name in ("weight", "absmax", "nested", "row_scale", "column_scale")],
-        *[(name, _POINTER) for name in ("outlier_positions", "outlier_values", "bias", "a", "b")],
+        *[(name, _POINTER) for name in ("outlier_positions", "outlier_values", "bias", "a", "b", "output")],
         *[(name, _SIZE) for name in ("out", "in", "rank", "outliers")],
         ("scaling", _FLOAT),
     ]
@@ -79,7 +79,7 @@ class Layer(ctypes.Structure):
 class Update(ctypes.Structure):
     """``lk_update``: the low-rank update of a linear layer, as ``lk_pack_update`` lays it out."""
 
-    _fields_ = [("codes", _POINTER), ("scale", _POINTER), ("rank", _SIZE)]
+    _fields_ = [("codes", _POINTER), ("scale", _POINTER), ("output", _POINTER), ("rank", _SIZE)]
 
 
 class Paged(ctypes.Structure):

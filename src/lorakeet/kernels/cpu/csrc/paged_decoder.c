@@ -10,7 +10,7 @@
 #if defined(__AVX2__)
 
 enum {
-    PAGED_FEW = 32,      /* rows, at most, of the product that reads the weight once for all */
+    PAGED_FEW = 48,      /* rows, at most, of the product that reads the weight once for all */
     PAGED_TOGETHER = 3,  /* linear layers of one input, at most: q, k, v */
     PAGED_TILE = VLEN / 4 /* rows of one adapter, at most, that a thread computes together */
 };
