@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from lorakeet.cli import main
 from lorakeet.kernels.cpu import build, self_check
 from lorakeet.kernels.cpu.self_check import PRODUCTS, differing_products
 
@@ -131,3 +132,17 @@ def test_a_library_with_a_broken_line_does_not_multiply(
         chosen, *runnable = done.stdout.split()
         assert chosen == instead and feature not in runnable
         assert done.stderr.count("differ from plain torch on this machine") == 1
+
+
+def test_doctor_without_data_shows_the_machine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["self-check"] == "every compiled product is right"
+    assert facts["compiled loops"] == build.library_version()
+    monkeypatch.setattr(build.library(), "differing", ["gemm_w8a8_grouped_dgrad"])
+    assert main(["doctor"]) == 0
+    assert "switched off: gemm_w8a8_grouped_dgrad" in capsys.readouterr().out
+    assert main(["doctor", "--model", "./none"]) == 2
+    assert "no data to examine" in capsys.readouterr().err
