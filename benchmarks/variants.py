@@ -7,8 +7,8 @@ Usage::
     python benchmarks/variants.py --variants lora dora --bits 8 32 --seeds 1
 
 A cell is one run of ``lorakeet demo``'s job with another variant, in its own process. Cells that ``--json`` holds already
-are not run again, so the command goes on where it was stopped. The learning rate is the same for all but VeRA, so a variant that
-acts like a higher rate may gain by that alone. Losses do not depend on the load of the machine; speeds do.
+are not run again, so the command goes on where it was stopped. The learning rate is the same for all but VeRA, so a variant
+that acts like a higher rate may gain by that alone. Losses do not depend on the load of the machine; speeds do.
 """
 
 from __future__ import annotations
