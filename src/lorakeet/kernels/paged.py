@@ -22,16 +22,8 @@ from torch import Tensor
 from lorakeet.kernels.cpu import abi, bindings, features
 from lorakeet.kernels.cpu.features import Feature
 from lorakeet.kernels.cpu.memory import workspace
-from lorakeet.kernels.decoder_step import Layer, LinearWeights, Norm
+from lorakeet.kernels.decoder_step import Layer, LinearWeights, Norm, Update
 from lorakeet.kernels.int8.format import dequantize
-
-
-class Update(NamedTuple):
-    """The low-rank update scaling·B·A of a linear layer; A fp32 [r, in], B fp32 [out, r]."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
 
 
 class UpdateTable:
@@ -55,26 +47,28 @@ class UpdateTable:
         sizes = [bindings.library().lk_packed_update_size(*shape) for shape in shapes]
         self._codes = torch.empty(sum(sizes), dtype=torch.int16)  # C reads these two
         self._scales = torch.empty(sum(rank for rank, _, _ in shapes))
+        self._outputs = [None if one is None or one.output is None else one.output.detach().clone() for one in flat]
         self._table = (abi.Update * len(flat))()
         self.rank = max((rank for rank, _, _ in shapes), default=0)
         self.address = ctypes.addressof(self._table)
-        self.bytes = self._codes.nbytes + self._scales.nbytes
+        outputs = [output for output in self._outputs if output is not None]
+        self.bytes = sum(tensor.nbytes for tensor in (self._codes, self._scales, *outputs))
         all_codes, all_scales = self._codes.split(sizes), self._scales.split([rank for rank, _, _ in shapes])
-        for at, (update, codes, scales) in enumerate(zip(flat, all_codes, all_scales, strict=True)):
+        for at, (update, *memory) in enumerate(zip(flat, all_codes, all_scales, self._outputs, strict=True)):
             if update is not None:
-                self._table[at] = _packed(update, codes, scales)
+                self._table[at] = _packed(update, *memory)
 
     def __bool__(self) -> bool:
         """Whether there is an update in any layer."""
         return self.rank > 0
 
 
-def _packed(update: Update, codes: Tensor, scales: Tensor) -> abi.Update:
-    a, b = (one.detach().float().contiguous() for one in update[:2])
+def _packed(update: Update, codes: Tensor, scales: Tensor, output: Tensor | None) -> abi.Update:
+    a, b = (one.detach().float().contiguous() for one in (update.a, update.b))
     (rank, inner), out = a.shape, len(b)
     tensors = a.data_ptr(), b.data_ptr(), update.scaling, codes.data_ptr(), scales.data_ptr()
     bindings.library().lk_pack_update(*tensors, rank, out, inner)
-    return abi.Update(codes.data_ptr(), scales.data_ptr(), rank)
+    return abi.Update(codes.data_ptr(), scales.data_ptr(), bindings.pointer(output), rank)
 
 
 @dataclass(frozen=True)
@@ -153,6 +147,7 @@ class PagedLayers:
             ctypes.addressof(self._addresses),
             *(tensor.data_ptr() for tensor in (keys, values, flat, numbers[0], numbers[1], cosine, sine, numbers[2])),
             *(len(self.layers), keys.shape[1], keys.shape[3], len(h), max(rows.positions) + 1, rank),
+            features.has(Feature.AMX),
         )
         memory = workspace(bindings.library().lk_paged_workspace(ctypes.byref(batch)), torch.float32)
         bindings.library().lk_paged_layers(ctypes.byref(batch), h.data_ptr(), memory.data_ptr())
@@ -258,7 +253,11 @@ class _Linear:
         if given.bias is not None:
             h = h + given.bias.to(x.dtype)
         if self.update is not None:
-            h = h + self.update.scaling * F.linear(F.linear(x, self.update.a.to(x.dtype)), self.update.b.to(x.dtype))
+            a, b = self.update.a.to(x.dtype), self.update.b.to(x.dtype)
+            h = h + self.update.scaling * F.linear(F.linear(x, a), b)
+            if self.update.output is not None:
+                factor, added = self.update.output.to(x.dtype)
+                h = factor * h + added
         return h
 
 

@@ -221,7 +221,7 @@ def test_what_it_cannot_do_is_refused() -> None:
         get_peft_model(make("llama"), LoraConfig(**SHARED)).update_and_allocate(1)
     with pytest.raises(ConfigError, match="total_step"):
         adapted(own={"total_step": None}).update_and_allocate(1)
-    with pytest.raises(ConfigError, match="'LOHA', expected 'LORA' or 'ADALORA'"):
+    with pytest.raises(ConfigError, match="'LOHA', expected one of LORA, ADALORA, VERA"):
         LoraConfig.from_dict({"peft_type": "LOHA"})
     with pytest.raises(ConfigError, match="expected a list of true and false"):
         LoraConfig.from_dict({"peft_type": "ADALORA", "rank_pattern": {"a.lora_E": 3}})

@@ -158,7 +158,15 @@ UPDATE_FOR(2)
 UPDATE_FOR(4)
 #endif
 
-/* h [rows, out] += B A x for x [rows, in]. u is a workspace of rows * stride floats; stride is at least the rank. */
+/* h [out] = factor h + added, for the outputs of one row. */
+static __attribute__((noinline)) void update_output(float *restrict h, const float *restrict factor,
+                                                    const float *restrict added, ptrdiff_t out)
+{
+    for (ptrdiff_t j = 0; j < out; j++)
+        h[j] = factor[j] * h[j] + added[j];
+}
+
+/* h [rows, out] += B A x for x [rows, in], and what else the adapter does to outputs. u is a workspace of rows * stride floats; stride is at least the rank. */
 void paged_update(const struct lk_update *update, const float *x, float *h, float *u, ptrdiff_t stride, ptrdiff_t rows,
                   ptrdiff_t in, ptrdiff_t out)
 {
@@ -171,5 +179,7 @@ void paged_update(const struct lk_update *update, const float *x, float *h, floa
         update_2(update, x + i * in, h + i * out, u, stride, in, out);
     for (; i < rows; i++)
         update_1(update, x + i * in, h + i * out, u, stride, in, out);
+    for (i = 0; update->output && i < rows; i++)
+        update_output(h + i * out, update->output, update->output + out, out);
 }
 #endif
