@@ -1,8 +1,8 @@
 """Adapters put on a served model while it answers: prepared beside it, then attached between two steps.
 
 LoRA and DoRA on linear layers are made ready while steps run, with the norms of DoRA. So are modules that were trained whole.
-To attach them takes a few entries in tables of each layer. Other adapters (embeddings, experts, other variants) are put on the
-model between two steps as anywhere else. That takes a second or so, for which answers pause.
+To attach them takes a few entries in tables of each layer. Other adapters (embeddings, experts, other variants) are put on
+the model between two steps as anywhere else. That takes a second or so, for which answers pause.
 """
 
 from __future__ import annotations
