@@ -46,7 +46,7 @@ def fuzz(schemathesis: str, url: str, schema: Path, minutes: float, seed: int, *
         words += ["--continue-on-failure", "--max-examples", "200"]
         for header in headers:
             words += ["--header", header]
-        code = subprocess.run(words, check=False).returncode or code
+        code = subprocess.run(words, check=False, cwd=schema.parent).returncode or code
         seed += 1
     return code
 

@@ -1,4 +1,4 @@
-"""A process of ``lorakeet serve`` at a free port, with keys, its log and its resident memory; for soak.py and fuzz_server.py."""
+"""A process of ``lorakeet serve`` at a free port, with its keys, log and resident memory, for soak.py and fuzz_server.py."""
 
 from __future__ import annotations
 

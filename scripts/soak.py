@@ -50,7 +50,22 @@ MIX = {
 }
 #: Seconds between two events that a slow reader takes.
 SLOW = 0.25
-WORDS = "the sea and the sky above an old harbour where boats come home with the evening wind".split()
+WORDS = (
+    "sea",
+    "sky",
+    "above",
+    "an",
+    "old",
+    "harbour",
+    "where",
+    "boats",
+    "come",
+    "home",
+    "with",
+    "the",
+    "evening",
+    "wind",
+)
 
 
 @dataclass
