@@ -34,7 +34,7 @@ from lorakeet.plan.fit import bytes_of
 MODELS = ("smollm2", "gpt2", "bert")
 #: Tokens of the longest sample, and samples of a micro-batch.
 SHAPES = ((96, 4), (384, 1))
-STEPS, ACCUMULATED, ROWS = 3, 2, 48
+STEPS, ACCUMULATED, ROWS = 8, 2, 48
 WORDS = (
     "the",
     "of",

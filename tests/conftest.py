@@ -10,8 +10,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is first i
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads do not speed up tiny tensors, and on a busy machine they make them ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# The number format `auto` is fp32 on every processor; a test of bf16 asks for it, or says that there is AMX.
-os.environ.setdefault("LORAKEET_CPU_FEATURES", "-amx,-bf16")
 
 # A shell ignores Ctrl-C for what it runs in the background, and tests press it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -123,7 +123,7 @@ def put(tree: dict[str, Any], dotted: str, value: Any) -> None:
     """
     *sections, key = dotted.split(".")
     for section in sections:
-        inner = tree.setdefault(section, {})
+        inner = tree[section] = {} if tree.get(section) is None else tree[section]
         if not isinstance(inner, dict):
             shown = cut(repr(inner), _SHOWN)
             raise ConfigError(f"{cut(section, _SHOWN)!r} is {shown}, expected a section with keys of its own")

@@ -22,7 +22,6 @@ from lorakeet.base.device_dtype import bytes_by_dtype, check_dtypes, choose_devi
 from lorakeet.base.load import Base, load_base
 from lorakeet.config import QUANTIZED_FORMATS, BaseSettings
 from lorakeet.errors import BaseModelError, ConfigError
-from lorakeet.kernels.cpu.features import Feature, half_precision
 from lorakeet.quant.hf_quantizer import CONFIGS, Int8Config
 from lorakeet.quant.protocol import has_quantized
 
@@ -144,8 +143,13 @@ def dtype_of(**settings: object) -> torch.dtype:
     return choose_dtype(BaseSettings(**settings), CPU)
 
 
-def test_auto_takes_what_this_cpu_is_fast_at() -> None:
-    assert dtype_of() == (torch.bfloat16 if Feature.AMX in half_precision() else torch.float32)
+@pytest.mark.parametrize("features", ["", "+bf16", "-bf16"])
+@pytest.mark.parametrize("bits", [None, 32, 8, 4])
+def test_auto_is_fp32_on_every_cpu(features: str, bits: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No processor trains faster in bf16 without compiled loops for it, and none as exactly."""
+    monkeypatch.setenv("LORAKEET_CPU_FEATURES", features)
+    assert dtype_of(bits=bits) == torch.float32
+    assert bits == 32 or dtype_of(bits=bits, dtype="bf16") == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -166,13 +170,6 @@ def test_dtype_by_bits_or_name(settings: dict[str, object], dtype: torch.dtype) 
 def test_bits_against_dtype(settings: dict[str, object]) -> None:
     with pytest.raises(BaseModelError, match="contradicts"):
         dtype_of(**settings)
-
-
-def test_around_weights_in_8_bits_a_cpu_computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORAKEET_CPU_FEATURES", "+amx")
-    assert dtype_of(bits=8) == torch.float32 and dtype_of() == dtype_of(bits=8, dtype="bf16") == torch.bfloat16
-    monkeypatch.setenv("LORAKEET_CPU_FEATURES", "+bf16,-amx")
-    assert dtype_of() == torch.float32
 
 
 def test_bf16_without_instructions_warns(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

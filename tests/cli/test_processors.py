@@ -16,12 +16,13 @@ from lorakeet.kernels.cpu import features
 from lorakeet.kernels.cpu.features import Feature
 from lorakeet.kernels.int8 import registry
 
-#: Processor -> its features, and the base of the job: products of 8 bits without and with instructions, bf16 with tiles.
+#: Processor -> its features, and the base of the job: products of 8 bits without and with instructions; bf16.
 PROCESSORS: dict[str, tuple[set[Feature], list[str]]] = {
     "plain": (set(), ["--bits", "8"]),
     "avx2": ({Feature.AVX2}, ["--bits", "8"]),
     "vnni": ({Feature.AVX2, Feature.AVX512, Feature.VNNI}, ["--bits", "8"]),
-    "amx": ({Feature.AVX2, Feature.AVX512, Feature.VNNI, Feature.BF16, Feature.AMX}, []),
+    "amx": ({Feature.AVX2, Feature.AVX512, Feature.VNNI, Feature.AMX}, ["--bits", "8"]),
+    "bf16": ({Feature.AVX2, Feature.AVX512, Feature.VNNI, Feature.BF16}, ["--dtype", "bf16"]),
 }
 
 
@@ -53,7 +54,7 @@ def test_a_job_says_the_same(processor: str, folder: Path, tmp_path: Path, capsy
     words = ["--steps", "2", "--batch-size", "2", "--grad-accum", "1", "--r", "2", "--lr", "0.02"]
     assert main(["train", *common, "--out", str(run), *words]) == 0
     summary = json.loads((run / "summary.json").read_text())
-    half = processor == "amx"
+    half = processor == "bf16"
     assert summary["dtype"] == ("bfloat16" if half else "float32")
 
     capsys.readouterr()

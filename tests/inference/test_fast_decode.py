@@ -149,8 +149,16 @@ def test_an_adapter_is_heard_and_can_be_switched_between_tokens(steps: list[int]
     assert float((other - plain).abs().max()) < 3e-5 * float(plain.abs().max()) < float((other - one).abs().max())
 
 
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}])
+def test_an_adapter_scales_outputs_and_adds_to_them(options: dict[str, Any], steps: list[int]) -> None:
+    model = adapted(**options)
+    same(model)
+    assert len(steps) == 40
+    shake(model, seed=5)
+    same(model)
+
+
 def test_what_the_loops_do_not_know_computes_as_ever(steps: list[int]) -> None:
-    same(adapted(lora_bias=True))
     mixed = adapted()
     mixed.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     mixed.set_adapter(["default", "other"])

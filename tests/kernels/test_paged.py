@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from lorakeet.kernels import paged
-from lorakeet.kernels.decoder_step import Layer, LinearWeights, Norm
+from lorakeet.kernels.cpu import features
+from lorakeet.kernels.cpu.features import Feature
+from lorakeet.kernels.decoder_step import Layer, LinearWeights, Norm, Update
 from lorakeet.kernels.int8.format import quantize_weight
-from lorakeet.kernels.paged import LayerWeights, PagedLayers, Rows, Update, UpdateTable, paged_layers_reference
+from lorakeet.kernels.paged import LayerWeights, PagedLayers, Rows, UpdateTable, paged_layers_reference
 
 pytestmark = pytest.mark.skipif(not paged.is_available(), reason="nothing is compiled on this machine")
 PAGES, PAGE = 24, 32
@@ -38,7 +40,8 @@ def updates_of(rank: int, sizes: list[tuple[int, int]]) -> list[Update | None]:
     made: list[Update | None] = []
     for at, (out, inner) in enumerate(sizes):
         a, b = torch.randn(rank, inner) / inner**0.5, torch.randn(out, rank) / rank**0.5
-        made.append(Update(a, b, 0.7) if at % 3 or rank > 5 else None)
+        output = torch.randn(2, out) if rank > 5 and at % 3 == 0 else None
+        made.append(Update(a, b, 0.7, output) if at % 3 or rank > 5 else None)
     return made
 
 
@@ -53,7 +56,7 @@ def model(request: pytest.FixtureRequest) -> Model:
         norms: list[Norm | None] = [Norm(torch.rand(hidden) + 0.5, 1e-5) for _ in range(2)]
         norms += [Norm(torch.rand(dim) + 0.5, 1e-6) if full else None for _ in range(2)]
         weights.append(LayerWeights([linear_weights(*size, full) for size in sizes], norms, dim, dim**-0.5))
-    updates = [[updates_of(rank, sizes) for _ in range(2)] for rank in (3, 8, 17)]
+    updates = [[updates_of(rank, sizes) for _ in range(2)] for rank in (3, 8, 17, 1)]
     return Model(weights, PagedLayers([Layer(*one) for one in weights]), updates, [*map(UpdateTable, updates)])
 
 
@@ -74,7 +77,7 @@ def story(model: Model, seed: int = 0) -> Story:
         ([7, 8], None, 17),
         ([2], 0, 16),
     ]
-    sequences += [([11, 4], 2, 33), ([6, 1], 1, 18)]
+    sequences += [([11, 4], 2, 33), ([6, 1], 1, 18), ([10], 3, 5), ([12], 2, 2)]
     angle = 6 * torch.rand(PAGE * 4, model.layers.dim // 2).repeat(1, 2)
     x = [torch.randn(length, model.layers.hidden) for _, _, length in sequences]
     return Story(sequences, x, angle.cos(), angle.sin())
@@ -151,6 +154,32 @@ def test_bits_do_not_depend_on_company_or_division(model: Model) -> None:
         assert torch.equal(memory.nan_to_num(0), together_in.nan_to_num(0))
     memory = pool(model)
     assert all(torch.equal(run(model, told, [one], memory)[0], together[one[0]]) for one in whole(told))
+
+
+def test_the_same_bits_in_tiles_of_amx(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    if Feature.AMX not in features.runnable():
+        pytest.skip("Linux refuses the tiles of AMX")
+    told, found = story(model, 3), []
+    for said in (features.available() - {Feature.AMX}, features.available() | {Feature.AMX}):
+        monkeypatch.setattr(features, "available", lambda said=said: said)
+        found.append(run(model, told, whole(told), pool(model)))
+    assert all(torch.equal(mine, one) for mine, one in zip(*found, strict=True))
+
+
+def test_an_adapter_that_is_not_finite_spoils_its_own_rows_and_no_others(model: Model) -> None:
+    told = story(model, 2)
+    sound = run(model, told, whole(told), pool(model))
+    for place in (0, 1):  # A, B
+        spoilt = [[*layer] for layer in model.updates[1]]
+        given = [*spoilt[1][4]]  # type: ignore[misc]
+        given[place] = given[place].clone()
+        given[place][1, 2] = torch.inf if place else torch.nan
+        spoilt[1][4] = Update(*given)
+        tables = [*model.tables]
+        tables[1] = UpdateTable(spoilt)
+        found = run(model._replace(tables=tables), told, whole(told), pool(model))
+        for (_, adapter, _), one, other in zip(told.sequences, found, sound, strict=True):
+            assert bool(one.isnan().all()) if adapter == 1 else torch.equal(one, other)
 
 
 def test_no_rows_and_rows_outside_of_their_pages(model: Model) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lorakeet.adapter.compatibility import exports, readers
 from lorakeet.adapter.serialization import read_notes, read_tensors
 from lorakeet.adapter.tensor_checks import is_untrained, nonfinite_error
-from lorakeet.adapter.tensor_names import PREFIX
+from lorakeet.adapter.tensor_names import PREFIX, SHARED
 from lorakeet.lora.algebra.blocks import split_blocks
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.targeting import Target, matches, target_of
@@ -52,6 +52,8 @@ class SavedLayer:
     def is_whole(self) -> bool:
         """Whether A and B are there and can be multiplied."""
         a, b = self.tensors.get("A"), self.tensors.get("B")
+        if any(name not in self.tensors for name in self.config.variant.tensor_names("")):
+            return False
         if a is None or b is None or a.ndim != b.ndim or a.ndim < 2 or not a.numel() or not b.numel():
             return False
         a, b = self.pair()
@@ -59,7 +61,7 @@ class SavedLayer:
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return A and B as they are multiplied."""
-        return self.config.variant.saved_pair(self.kind, self.tensors["A"], self.tensors["B"], self.config)
+        return self.config.variant.saved_pair(self.kind, self.tensors, self.config)
 
     @property
     def kind(self) -> str:
@@ -83,9 +85,12 @@ class SavedLayer:
 
     def error(self) -> str | None:
         """Return why the layer cannot be loaded; None if it can."""
-        expected = ("A", "B", *self.config.variant.tensor_names(""))
+        pair = ("A", "B") if self.config.variant.stores_pair else ()
+        expected = (*pair, *self.config.variant.tensor_names(""))
         if missing := [name for name in expected if name not in self.tensors]:
             return f"{self.name} has no {' and no '.join(missing)}"
+        if not pair:
+            return None
         shapes = f"A {list(self.tensors['A'].shape)} and B {list(self.tensors['B'].shape)}"
         if not self.is_whole:
             return f"{self.name} has {shapes}, which cannot be multiplied"
@@ -176,7 +181,7 @@ def saved_layers(tensors: Mapping[str, Tensor], config: PeftConfig) -> tuple[lis
         layer, mark, rest = key.removeprefix(PREFIX).rpartition(".lora_")
         if mark and f"lora_{rest}" in known:
             found.setdefault(layer, {})[known[f"lora_{rest}"]] = tensor
-        else:
+        elif key.startswith(PREFIX) or not key.startswith(SHARED):
             others.append(key.removeprefix(PREFIX))
     targets = _targets(found, config)
     return [SavedLayer(name, found[name], targets[name], config) for name in sorted(found)], sorted(others)

@@ -222,7 +222,8 @@ class PeftModel(LoraModel):
                 resized.
             path_initial_model_for_weight_conversion: Folder where the adapter was saved before its training. It is written as
                 plain LoRA of twice the rank on the whole base, although it took a part of it (PiSSA, OLoRA).
-            plain_lora: The same without that folder, from what the model remembers.
+            plain_lora: The same without that folder, from what the model remembers. AdaLoRA becomes plain LoRA too, without
+                the triplets that were set to zero.
             **peft_only: Arguments that only PEFT has; each is refused by name.
 
         Raises:
@@ -251,6 +252,7 @@ class PeftModel(LoraModel):
                     notes=notes,
                     save_embedding_layers=save_embedding_layers,
                     initial=initial,
+                    plain_lora=plain_lora,
                 )
                 named = hasattr(self, "config")  # a base without a configuration has no public name
                 write_card(

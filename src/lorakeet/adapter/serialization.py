@@ -29,9 +29,11 @@ from lorakeet.errors import AdapterError, OutputError
 from lorakeet.facts.vocabulary import embedding_rows, vocabulary_size
 from lorakeet.files import PICKLE_SUFFIXES, write_file, write_json
 from lorakeet.log import info, warn
+from lorakeet.lora.algebra.singular_values import fold_singular_values
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.initialization.conversion import to_plain_lora
 from lorakeet.lora.initialization.taken_part import holds_parts
+from lorakeet.lora.interop.peft_methods import tensors_as_lora, tensors_as_method
 from lorakeet.lora.interop.wrappers import canonical, state_of
 from lorakeet.lora.lifecycle.adapter_files import find_adapter_file
 from lorakeet.lora.model import LoraModel
@@ -59,6 +61,7 @@ def write_adapter(
     notes: Mapping[str, Any] | None = None,
     save_embedding_layers: bool | Literal["auto"] = "auto",
     initial: Mapping[str, Tensor] | None = None,
+    plain_lora: bool = False,
 ) -> PeftConfig:
     """Write one adapter's files into ``folder``, each whole or not at all; returns the settings that the file has.
 
@@ -70,6 +73,7 @@ def write_adapter(
         notes: Further facts for ``lorakeet.json``, for example the final losses.
         save_embedding_layers: As in :func:`adapter_tensors`.
         initial: The adapter's tensors before its training: it is written as plain LoRA on the whole base.
+        plain_lora: Whether to write plain LoRA where it says the same.
 
     Raises:
         AdapterError: a tensor has NaN or infinite values; nothing is written then.
@@ -84,13 +88,15 @@ def write_adapter(
     config = model.peft_config[adapter].as_made().model_copy(update={"inference_mode": True})
     if initial is not None:
         config, tensors = to_plain_lora(config, tensors, initial)
+    elif plain_lora:
+        config, tensors = fold_singular_values(config, tensors)
     if error := nonfinite_error(tensors):
         raise AdapterError(f"adapter {adapter!r} is not saved: {error}", "lower the learning rate and train again")
     if is_untrained(tensors):
         warn(f"adapter {adapter!r} changes nothing: every B is zero. Has it been trained?")
     with write_file(folder / WEIGHTS_NAME) as aside:
         # safetensors refuses tensors that share memory: a tied head and embedding are written as two copies
-        save_file(_unshared(tensors), aside, metadata={"format": "pt"})
+        save_file(_unshared(tensors_as_method(tensors, config.variant.parameters)), aside, metadata={"format": "pt"})
     config.save_pretrained(folder)
     base = {"name": config.base_model_name_or_path, "fingerprint": fingerprint(model, source, leave_out=unfrozen)}
     further: dict[str, Any] = {NOTE: sorted(map(canonical, unfrozen))} if unfrozen else {}
@@ -216,7 +222,7 @@ def read_tensors(name: str | Path, **where: Any) -> dict[str, Tensor]:
             )
         raise AdapterError(f"{name} has no {WEIGHTS_NAME}", "give the folder that save_pretrained wrote")
     try:
-        tensors = {canonical(key): tensor for key, tensor in load_file(path).items()}
+        tensors = tensors_as_lora({canonical(key): tensor for key, tensor in load_file(path).items()})
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError, MemoryError) as error:
         raise AdapterError(
             f"{path} is damaged or not a safetensors file ({error})", "copy it again; was the transfer complete?"

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lorakeet.config import FLOATING_BITS, QUANTIZED_FORMATS, BaseSettings
 from lorakeet.errors import BaseModelError
-from lorakeet.kernels.cpu.features import Feature, half_precision
+from lorakeet.kernels.cpu import features
 from lorakeet.log import warn
 from lorakeet.quant.protocol import quantized_layers
 
@@ -45,8 +45,8 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(settings: BaseSettings, device: torch.device, for_training: bool = False) -> torch.dtype:
     """Return the floating-point format of the base, from ``dtype``, ``bits`` and the speed of the device.
 
-    ``auto`` is bf16 on GPUs that have it and on CPUs with AMX, else fp16 on CUDA and fp32 elsewhere. With AVX512_BF16 alone
-    a step is no faster in bf16. Around quantized weights ``auto`` is fp32 on every CPU, since the compiled loops are fp32.
+    ``auto`` is fp32 on every CPU: the compiled loops are fp32, and a step in bf16 is slower without them, with AMX too
+    (docs/lab.md). Elsewhere it is bf16 on GPUs that have it, else fp16 on CUDA and fp32 on MPS.
 
     Args:
         settings: Settings of the base.
@@ -58,11 +58,9 @@ def choose_dtype(settings: BaseSettings, device: torch.device, for_training: boo
     """
     fast_bf16 = has_bf16(device)
     half = torch.float16 if device.type == "cuda" and not fast_bf16 else torch.bfloat16
-    faster = Feature.AMX in half_precision() if device.type == "cpu" else fast_bf16 or device.type == "cuda"
-    natural = half if faster else torch.float32
-    around_quantized = torch.float32 if device.type == "cpu" else natural
+    natural = half if device.type == "cuda" else torch.float32
     by_bits: dict[int | None, torch.dtype] = {None: natural, 16: half, 32: torch.float32}
-    by_bits.update(dict.fromkeys(QUANTIZED_FORMATS, around_quantized))
+    by_bits.update(dict.fromkeys(QUANTIZED_FORMATS, natural))
     dtype = DTYPES.get(settings.dtype, by_bits[settings.bits])
     if settings.bits in FLOATING_BITS and dtype.itemsize * 8 != settings.bits:
         raise BaseModelError(
@@ -82,10 +80,10 @@ def choose_dtype(settings: BaseSettings, device: torch.device, for_training: boo
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 matrices in hardware (on a CPU: AMX or AVX512_BF16)."""
+    """Whether the device multiplies bf16 matrices in hardware (on a CPU: AVX512_BF16, which all processors with AMX have)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(half_precision())
+    return device.type == "cpu" and features.has_bf16()
 
 
 def check_dtypes(model: PreTrainedModel, dtype: torch.dtype, name: str) -> None:

@@ -1,7 +1,8 @@
 """The number formats that a base is stored in, and writing a model in them.
 
-A base is loaded in the format that it is computed in. That choice belongs to this machine: bf16 on a processor with AMX,
-fp32 on another. The files of a model made from it must not depend on that, so they have the formats of the base's own files.
+A base is loaded in the format that it is computed in. That choice belongs to this machine: fp32 on a
+CPU, bf16 or fp16 on a GPU. The files of a model made from it must not depend on that, so they have the formats of the
+base's own files.
 """
 
 from __future__ import annotations

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from lorakeet.config.adalora import AdaLoraConfig
+from lorakeet.config.vera import VeraConfig
+from lorakeet.errors import ConfigError
 from lorakeet.setting_types import (
     ALL_LINEAR,
     Count,
@@ -44,6 +48,20 @@ def _initialization(name: bool | str) -> bool | str:
     return name
 
 
+def _settings_of(name: str, kind: type[Section]) -> BeforeValidator:
+    """Return what makes the settings of a variant an object: of a mapping, or of true, its defaults."""
+
+    def make(value: Any) -> Any:
+        if value is not True and not isinstance(value, Mapping):
+            return value
+        try:
+            return kind(**({} if value is True else value))
+        except ConfigError as error:
+            raise contradiction(f"{name}: {error.message}", error.hint or "") from None
+
+    return BeforeValidator(make)
+
+
 class LoraSettings(Section):
     """The settings of LoRA, with the names and defaults of the field (Hu et al. 2021, arXiv:2106.09685)."""
 
@@ -78,6 +96,16 @@ class LoraSettings(Section):
         False,
         description="train the magnitude of each output channel apart from its direction (DoRA, arXiv:2402.09353)",
     )
+    adalora_config: Annotated[AdaLoraConfig | None, _settings_of("adalora_config", AdaLoraConfig)] = Field(
+        None,
+        description="let the ranks of layers fall to those that they need (AdaLoRA, arXiv:2303.10512): target_r, init_r, "
+        "tinit, tfinal, deltaT, beta1, beta2, orth_reg_weight, total_step",
+    )
+    vera_config: Annotated[VeraConfig | None, _settings_of("vera_config", VeraConfig)] = Field(
+        None,
+        description="train two vectors in each layer, between random matrices that all share (VeRA, arXiv:2310.11454): "
+        "projection_prng_key, save_projection, d_initial",
+    )
     fan_in_fan_out: bool = Field(False, description="weights are stored as [in, out] (detected for GPT-2's Conv1D)")
     init_lora_weights: Annotated[bool | str, AfterValidator(_initialization)] = Field(
         True,
@@ -106,6 +134,17 @@ class LoraSettings(Section):
     @classmethod
     def _names_are_a_list(cls, value: Any) -> Any:
         return as_names(value, cls.words_are_names)
+
+    @model_validator(mode="after")
+    def _adalora_sets_the_rank(self) -> Self:
+        if self.adalora_config is not None and self.r != (r := self.adalora_config.init_r):
+            if self.r != type(self).model_fields["r"].default:
+                raise contradiction(
+                    f"r={self.r} is set beside adalora_config.init_r={r}, the rank that AdaLoRA begins with",
+                    f"leave r out, or set it to {r} too",
+                )
+            object.__setattr__(self, "r", r)
+        return self
 
     @model_validator(mode="after")
     def _layers_are_chosen_once(self) -> Self:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
+from lorakeet.config.adalora import SCHEDULE_HINT
 from lorakeet.config.base import BaseSettings
 from lorakeet.config.data import DataSettings
 from lorakeet.config.lora import LoraSettings
 from lorakeet.config.task import TaskSettings
 from lorakeet.config.train import TrainSettings
-from lorakeet.setting_types import Section, Text, settings_error
+from lorakeet.setting_types import Section, Text, contradiction, settings_error
 from lorakeet.settings_file import parse_override, put, read_tree
 
 
@@ -27,6 +28,13 @@ class RunConfig(Section):
     task: TaskSettings = Field(default_factory=TaskSettings, description="the task")
     train: TrainSettings = Field(default_factory=TrainSettings, description="the training")
     out: Text = Field("lorakeet-run", description="folder of the run: run.yaml, metrics.jsonl, summary.json, adapter/")
+
+    @model_validator(mode="after")
+    def _ranks_can_fall(self) -> Self:
+        adalora, steps = self.lora.adalora_config, self.train.steps
+        if adalora is not None and steps is not None and (error := adalora.schedule_error(steps)):
+            raise contradiction(error, SCHEDULE_HINT)
+        return self
 
     def to_yaml(self) -> str:
         """Return the complete configuration as YAML, in the order of the classes above."""

@@ -2,7 +2,7 @@
 
 The model's modules stay in place, with `transformers` around them. Within :func:`fast_decode`, decoder layers of known
 classes hand the next token of a few texts to :mod:`~lorakeet.kernels.decoder_step`. Conditions are checked for each token.
-A layer falls back to its own forward in training mode, with hooks, in full precision, or with any adapter but one plain LoRA.
+A layer falls back to its own forward in training mode, with hooks, in full precision, or with more than one LoRA or DoRA.
 A layer of each class is first compared with its own forward on random numbers. A class that differs is
 left alone, with a warning.
 """
@@ -43,8 +43,8 @@ def fast_decode(model: nn.Module) -> Iterator[None]:
     """Compute new tokens with compiled layers within the block, in ``model.generate`` or another loop over ``model``.
 
     An 8-bit model whose heads are a multiple of 16 wide takes the loops of the server, prompts included
-    (:mod:`~lorakeet.inference.paged_layer`). They round activations to 16 bits. Other outputs are the same up to the
-    rounding error of fp32. A full-precision model, or one of another family, is left alone.
+    (:mod:`~lorakeet.inference.paged_layer`). They round activations and adapters to 16 bits. Other outputs are the
+    same up to the rounding error of fp32. A full-precision model, or one of another family, is left alone.
     """
     verifier, shared = Verifier(), Shared()
     replaced: list[nn.Module] = []
@@ -198,7 +198,7 @@ class _Quick:
     def look(self) -> bool:
         """Whether the layer is supported now.
 
-        It must be in eval mode, without hooks, quantized, with at most one plain LoRA per linear layer. This also
+        It must be in eval mode, without hooks, quantized, with at most one LoRA or DoRA per linear layer. This also
         prepares the compiled layer again if a weight or a scaling has changed.
         """
         linears = [table[name] for table, name in self.linears]
@@ -214,7 +214,7 @@ class _Quick:
         ]
         if None in factors:
             return False
-        tensors = [tensor for one in factors for tensor in one[:5] if tensor is not None]
+        tensors = [tensor for one in factors for tensor in (*one[:5], one.output) if tensor is not None]
         tensors += [norm._parameters["weight"] for norm in given]
         where = [*[tensor.data_ptr() for tensor in tensors], *[one.scaling for one in factors]]
         where += [_version(tensor) for one in factors for tensor in (one.a, one.b) if tensor is not None]

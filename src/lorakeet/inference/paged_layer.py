@@ -15,8 +15,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lorakeet.kernels import decoder_step, paged
 from lorakeet.kernels.cpu import abi, bindings, gemm
+from lorakeet.kernels.decoder_step import Update
 from lorakeet.kernels.int8.format import outlier_columns, split_scale
-from lorakeet.kernels.paged import PagedLayers, Rows, Update, UpdateTable
+from lorakeet.kernels.paged import PagedLayers, Rows, UpdateTable
 from lorakeet.quant.protocol import is_quantized
 
 #: Share by which pages are longer than needed when they are made, so that they are not made for every token.
@@ -72,7 +73,9 @@ class PagedLayer:
 
     def __init__(self, weights: list[decoder_step.LinearWeights], layer: decoder_step.Layer) -> None:
         self._layers = PagedLayers([layer])
-        updates = [None if one.a is None or one.b is None else Update(one.a, one.b, one.scaling) for one in weights]
+        updates = [
+            None if one.a is None or one.b is None else Update(one.a, one.b, one.scaling, one.output) for one in weights
+        ]
         self._updates = UpdateTable([updates])
         self._pages = torch.empty(2, 0, 0, 0, 0)  # [keys and values, texts, heads, tokens, dim]
         self._cached: Tensor | None = None  # keys as the cache has them if the pages hold the same
@@ -136,6 +139,12 @@ class PagedLayer:
             first = max(pad - before, 0)
             made[:, i, :, first:] = self._pages[:, i, :, before + first - pad : before + count - pad]
         return list(made)
+
+
+def _update(weights: decoder_step.LinearWeights) -> Update | None:
+    if weights.a is None or weights.b is None:
+        return None
+    return Update(weights.a, weights.b, weights.scaling, weights.output)
 
 
 def has_pages(dim: int) -> bool:

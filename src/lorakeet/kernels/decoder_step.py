@@ -23,8 +23,24 @@ from lorakeet.kernels.int8.format import outlier_columns, split_scale
 from lorakeet.kernels.nf4.format import Nf4Tensors, is_readable
 
 
+class Update(NamedTuple):
+    """The update of a linear layer by an adapter: h + scaling·B·A·x, or c∘(h + scaling·B·A·x) + d.
+
+    Attributes:
+        a: fp32 [r, in].
+        b: fp32 [out, r].
+        scaling: Factor of the low-rank update.
+        output: c and d, fp32 [2, out]; None for 1 and 0. DoRA scales outputs, and a bias of B is added to them.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    output: Tensor | None = None
+
+
 class LinearWeights(NamedTuple):
-    """Weights of a linear layer and its adapter: h = x·W₀ᵀ + bias + scaling·x·Aᵀ·Bᵀ.
+    """Weights of a linear layer and its adapter: h = c∘(x·W₀ᵀ + bias + scaling·x·Aᵀ·Bᵀ) + d.
 
     Attributes:
         weight: int8 [out, in]; or codes of NF4, as :mod:`lorakeet.kernels.nf4.format` describes them.
@@ -35,6 +51,7 @@ class LinearWeights(NamedTuple):
         scaling: Factor of the low-rank update.
         nested: Scales of the scales of NF4, or None.
         packed: (out, in) of a weight in NF4; None for int8.
+        output: c and d, fp32 [2, out]; None for 1 and 0.
     """
 
     weight: Tensor
@@ -45,6 +62,7 @@ class LinearWeights(NamedTuple):
     scaling: float = 0.0
     nested: Tensor | None = None
     packed: tuple[int, int] | None = None
+    output: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -102,25 +120,25 @@ class Layer:
 
 
 def _linear(weights: LinearWeights) -> abi.Linear:
-    weight, scale, bias, a, b, scaling, nested, packed = weights
+    weight, scale, bias, a, b, scaling, nested, packed, output = weights
     rank = 0 if a is None else len(a)
     tensors: tuple[Tensor | None, ...]
     if packed is not None:
-        tensors = weight, scale, nested, None, None, None, None, bias, a, b
+        tensors = weight, scale, nested, None, None, None, None, bias, a, b, output
         return abi.Linear(*map(pointer, tensors), *packed, rank, 0, scaling)
     positions, values = outlier_columns(weight, scale) or (None, None)
-    tensors = weight, None, None, *split_scale(weight, scale), positions, values, bias, a, b
+    tensors = weight, None, None, *split_scale(weight, scale), positions, values, bias, a, b, output
     outliers = 0 if positions is None else len(positions)
     return abi.Linear(*map(pointer, tensors), *weight.shape, rank, outliers, scaling)
 
 
 def _readable(weights: LinearWeights) -> bool:
-    weight, scale, bias, a, b, _, nested, packed = weights
+    weight, scale, bias, a, b, _, nested, packed, output = weights
     out, width = weights.shape
-    update = (a is None) == (b is None)
+    update = (a is None) == (b is None) and (output is None or output.shape == (2, out))
     if a is not None and b is not None:
         update = a.dtype == b.dtype == torch.float32 and a.shape == (len(a), width) and b.shape == (out, len(a))
-    tensors = [tensor for tensor in (*weights[:5], nested) if tensor is not None]
+    tensors = [tensor for tensor in (*weights[:5], nested, output) if tensor is not None]
     if packed is not None:
         given = Nf4Tensors(weight, scale, nested, packed)
         return (

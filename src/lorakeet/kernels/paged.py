@@ -5,7 +5,7 @@
 
 A row of the batch is one token. All layers are one call of C. A row's result is the same to the bit in any company, and for a
 token of a prompt also in any division of the prompt: products round each row to int16 by itself and sum in integers
-(``w8a16.h``), everything else is a function of one row.
+(``w8a16.h``), everything else is a function of one row. A and B of an adapter are rounded to int16 too.
 """
 
 from __future__ import annotations
@@ -22,20 +22,15 @@ from torch import Tensor
 from lorakeet.kernels.cpu import abi, bindings, features
 from lorakeet.kernels.cpu.features import Feature
 from lorakeet.kernels.cpu.memory import workspace
-from lorakeet.kernels.decoder_step import Layer, LinearWeights, Norm
+from lorakeet.kernels.decoder_step import Layer, LinearWeights, Norm, Update
 from lorakeet.kernels.int8.format import dequantize
 
 
-class Update(NamedTuple):
-    """The low-rank update scaling·B·A of a linear layer; A fp32 [r, in], B fp32 [out, r]."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-
-
 class UpdateTable:
-    """An adapter in the layout that C reads: A padded with rows of zeros, B transposed, of every layer.
+    """An adapter in the layout that C reads: the A and B of every layer in 16 bits, with fp32 scales.
+
+    A row of A and a column of B are rounded with one scale each. So a value is off by at most 1.6e-5 of the largest in its
+    row or column. One with a value that is not finite makes the rows of its adapter NaN.
 
     Args:
         updates: For each decoder layer those of q, k, v, o, gate, up and down, or None.
@@ -47,26 +42,33 @@ class UpdateTable:
     """
 
     def __init__(self, updates: Sequence[Sequence[Update | None]]) -> None:
-        self._tensors: list[Tensor] = []  # C reads them
-        self._table = (abi.Update * (abi.LINEARS * len(updates)))()
-        self.rank = 0
-        for at, update in enumerate(one for layer in updates for one in layer):
-            if update is not None and len(update.a):
-                self._table[at] = self._laid_out(update)
+        flat = [one if one is not None and len(one.a) else None for layer in updates for one in layer]
+        shapes = [(0, 0, 0) if one is None else (len(one.a), len(one.b), one.a.shape[1]) for one in flat]
+        sizes = [bindings.library().lk_packed_update_size(*shape) for shape in shapes]
+        self._codes = torch.empty(sum(sizes), dtype=torch.int16)  # C reads these two
+        self._scales = torch.empty(sum(rank for rank, _, _ in shapes))
+        self._outputs = [None if one is None or one.output is None else one.output.detach().clone() for one in flat]
+        self._table = (abi.Update * len(flat))()
+        self.rank = max((rank for rank, _, _ in shapes), default=0)
         self.address = ctypes.addressof(self._table)
-        self.bytes = sum(tensor.nbytes for tensor in self._tensors)
+        outputs = [output for output in self._outputs if output is not None]
+        self.bytes = sum(tensor.nbytes for tensor in (self._codes, self._scales, *outputs))
+        all_codes, all_scales = self._codes.split(sizes), self._scales.split([rank for rank, _, _ in shapes])
+        for at, (update, *memory) in enumerate(zip(flat, all_codes, all_scales, self._outputs, strict=True)):
+            if update is not None:
+                self._table[at] = _packed(update, *memory)
 
     def __bool__(self) -> bool:
         """Whether there is an update in any layer."""
         return self.rank > 0
 
-    def _laid_out(self, update: Update) -> abi.Update:
-        rank = len(update.a)
-        a = F.pad(update.a.detach().float(), (0, 0, 0, -rank % abi.UPDATE_ROWS)).contiguous()
-        b = update.b.detach().float().T.contiguous()
-        self._tensors += [a, b]
-        self.rank = max(self.rank, rank)
-        return abi.Update(a.data_ptr(), b.data_ptr(), rank, update.scaling)
+
+def _packed(update: Update, codes: Tensor, scales: Tensor, output: Tensor | None) -> abi.Update:
+    a, b = (one.detach().float().contiguous() for one in (update.a, update.b))
+    (rank, inner), out = a.shape, len(b)
+    tensors = a.data_ptr(), b.data_ptr(), update.scaling, codes.data_ptr(), scales.data_ptr()
+    bindings.library().lk_pack_update(*tensors, rank, out, inner)
+    return abi.Update(codes.data_ptr(), scales.data_ptr(), bindings.pointer(output), rank)
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ class PagedLayers:
             ctypes.addressof(self._addresses),
             *(tensor.data_ptr() for tensor in (keys, values, flat, numbers[0], numbers[1], cosine, sine, numbers[2])),
             *(len(self.layers), keys.shape[1], keys.shape[3], len(h), max(rows.positions) + 1, rank),
+            features.has(Feature.AMX),
         )
         memory = workspace(bindings.library().lk_paged_workspace(ctypes.byref(batch)), torch.float32)
         bindings.library().lk_paged_layers(ctypes.byref(batch), h.data_ptr(), memory.data_ptr())
@@ -250,7 +253,11 @@ class _Linear:
         if given.bias is not None:
             h = h + given.bias.to(x.dtype)
         if self.update is not None:
-            h = h + self.update.scaling * F.linear(F.linear(x, self.update.a.to(x.dtype)), self.update.b.to(x.dtype))
+            a, b = self.update.a.to(x.dtype), self.update.b.to(x.dtype)
+            h = h + self.update.scaling * F.linear(F.linear(x, a), b)
+            if self.update.output is not None:
+                factor, added = self.update.output.to(x.dtype)
+                h = factor * h + added
         return h
 
 

@@ -20,6 +20,7 @@ from lorakeet.files import write_json
 from lorakeet.log import warn
 from lorakeet.lora.initialization.settings import own_settings, written
 from lorakeet.lora.interop.peft_classes import AnswersAsPeft
+from lorakeet.lora.interop.peft_methods import as_lora, as_method
 from lorakeet.lora.interop.trainer_hooks import hook_trainer
 from lorakeet.lora.interop.wrappers import canonical_settings
 from lorakeet.lora.lifecycle.adapter_files import CONFIG_NAME as CONFIG_NAME
@@ -40,6 +41,8 @@ PEFT_FORMAT = "0.21.2"
 
 #: PEFT's keys with the settings of single initializations -> the values that mean "not used".
 INITIALIZATION: dict[str, Any] = {"eva_config": None, "loftq_config": {}}
+#: Settings of methods that are no LoRA in PEFT; its files of LoRA do not have them.
+OF_METHODS = ("adalora_config", "vera_config")
 
 
 class PeftType(enum.StrEnum):
@@ -209,7 +212,8 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
         values["alpha_pattern"] = {key: _integral(value) for key, value in values["alpha_pattern"].items()}
         values["peft_version"] = values["peft_version"] or PEFT_FORMAT
         unset = {**NEUTRAL, **INITIALIZATION, **variant_settings()}
-        return dict(sorted({**unset, **written(self._foreign), **values}.items()))
+        every = {**unset, **written(self._foreign), **values}
+        return dict(sorted((key, value) for key, value in every.items() if value is not None or key not in OF_METHODS))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LoraConfig:
@@ -218,10 +222,8 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
         Raises:
             ConfigError: as the constructor, or ``peft_type`` is another method.
         """
-        if values.get("peft_type", "LORA") != "LORA":
-            raise ConfigError(f"this adapter is of type {values['peft_type']!r}, expected 'LORA'")
         config = LoraConfig.__new__(LoraConfig)
-        config._check_and_set(values)
+        config._check_and_set(as_lora(values))
         return config
 
     @classmethod
@@ -236,7 +238,7 @@ class PeftConfig(AnswersAsPeft, LoraSettings):
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``adapter_config.json`` into the folder."""
-        write_json(Path(save_directory) / CONFIG_NAME, self.to_dict())
+        write_json(Path(save_directory) / CONFIG_NAME, as_method(self.to_dict()))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> LoraConfig:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakeet.kernels.decoder_step import LinearWeights
+from lorakeet.kernels.decoder_step import LinearWeights, Update
 from lorakeet.kernels.dropout import dropout
 from lorakeet.kernels.lora_linear import lora_linear
 from lorakeet.lora.config import PeftConfig
@@ -88,7 +88,7 @@ class LoraPair(LoraLayer):
         return own + self.variant_parts(adapter)
 
     def tensor_names(self, adapter: str) -> dict[str, str]:
-        names = ["lora_A.weight", "lora_B.weight"]
+        names = ["lora_A.weight", "lora_B.weight"] if self.variants[adapter].stores_pair else []
         if self.pair(adapter)[1].bias is not None:
             names.append("lora_B.bias")
         own = {name: name.replace(".", f".{adapter}.") for name in names}
@@ -111,6 +111,11 @@ def _matrix(module: nn.Module) -> Tensor:
     return weight.flatten(1)
 
 
+def _state(tensor: Tensor | None) -> tuple[int, int] | None:
+    """Return address and version of a tensor's values; a tensor of inference mode has no version."""
+    return None if tensor is None else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+
+
 class LoraLinear(LoraPair):
     """LoRA on ``nn.Linear`` and its quantized forms (weight [out, in]) and on the ``Conv1D`` of GPT-2 (weight [in, out]).
 
@@ -126,6 +131,7 @@ class LoraLinear(LoraPair):
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
         self.channel_dim = int(self.fan_in_fan_out)
         self._fused: set[str] = set()  # adapters whose equation is kernels.lora_linear's
+        self._outputs: dict[str, tuple[list[Any], Tensor]] = {}  # of each adapter, and what it was computed from
 
     def make(self, adapter: str, config: PeftConfig, r: int) -> None:
         shape = weight_shape(self.base_layer)
@@ -170,11 +176,12 @@ class LoraLinear(LoraPair):
         scaling = self.scaling[adapters[0]]
         weight = base.quantized_weight() if is_quantized(base) else base.weight
         scale = self.variants[adapters[0]].output_scale(self, adapters[0])
+        lora_A, lora_B = self.variants[adapters[0]].factors(self, adapters[0], a.weight, b.weight)
         if scale is None:
-            return lora_linear(x, weight, base.bias, a.weight, b.weight, scaling, p, self.fan_in_fan_out)
+            return lora_linear(x, weight, base.bias, lora_A, lora_B, scaling, p, self.fan_in_fan_out)
         if p:
             return super().forward(x, *args, **kwargs)
-        h = lora_linear(x, weight, None, a.weight, b.weight, scaling, 0.0, self.fan_in_fan_out)
+        h = lora_linear(x, weight, None, lora_A, lora_B, scaling, 0.0, self.fan_in_fan_out)
         return (h * scale if base.bias is None else torch.addcmul(base.bias, h, scale)).to(h.dtype)
 
     def _can_fuse(self, adapter: str) -> bool:
@@ -197,6 +204,7 @@ class LoraLinear(LoraPair):
     def delete_adapter(self, adapter: str) -> None:
         super().delete_adapter(adapter)
         self._fused.discard(adapter)
+        self._outputs.pop(adapter, None)
 
     def decoder_weights(self) -> LinearWeights | None:
         """Return the operands of the compiled decoder step, base and update; None where it cannot compute the layer."""
@@ -210,16 +218,38 @@ class LoraLinear(LoraPair):
         if own is None or not adapters:
             return own
         update = self.decoder_update(adapters[0])
-        return None if update is None else own._replace(a=update[0], b=update[1], scaling=update[2])
+        return None if update is None else own._replace(**update._asdict())
 
-    def decoder_update(self, adapter: str) -> tuple[Tensor, Tensor, float] | None:
-        """Return A, B and s of an adapter whose update the compiled decoder step can add; None for any other."""
-        if adapter not in self._fused or (self.training and self.dropout_probability(adapter)):
+    def decoder_update(self, adapter: str) -> Update | None:
+        """Return the update that the compiled decoder step computes for an adapter; None for one that it cannot."""
+        if not self.variants[adapter].fused or (self.training and self.dropout_probability(adapter)):
             return None
-        if type(self.variants[adapter]).output_scale is not Variant.output_scale:
-            return None  # it scales the base's output too
-        a, b = self.pair(adapter)
-        return a._parameters["weight"], b._parameters["weight"], self.scaling[adapter]  # type: ignore[return-value]
+        if type(self.variants[adapter]).factors is not Variant.factors:
+            return None  # it multiplies other matrices than those that are stored
+        a, b = (one._parameters["weight"] for one in self.pair(adapter))
+        return Update(a, b, self.scaling[adapter], self._output(adapter))  # type: ignore[arg-type]
+
+    def _output(self, adapter: str) -> Tensor | None:
+        """Return c and d, fp32 [2, out], of an adapter that makes c∘h + d of an output h; None for any other.
+
+        DoRA makes c∘(h - b) + b, where b is the base's bias; ``lora_bias`` adds s times the bias of B. They are computed
+        once for values of the adapter's parts.
+        """
+        of_b, base = self.pair(adapter)[1]._parameters["bias"], self.base_layer
+        if of_b is None and type(self.variants[adapter]).output_scale is Variant.output_scale:
+            return None
+        state = [self.scaling[adapter], *(_state(part) for part in (*self.parts(adapter), base.weight, base.bias))]
+        if self._outputs.get(adapter, ([], None))[0] != state:
+            with torch.no_grad():
+                self._outputs[adapter] = state, self._computed_output(adapter, of_b, base.bias)
+        return self._outputs[adapter][1]
+
+    def _computed_output(self, adapter: str, of_b: Tensor | None, bias: Tensor | None) -> Tensor:
+        scale = self.variants[adapter].output_scale(self, adapter)
+        if scale is None:
+            assert of_b is not None
+            return torch.stack([torch.ones_like(of_b), self.scaling[adapter] * of_b]).float()
+        return torch.stack([scale, torch.zeros_like(scale) if bias is None else (1 - scale) * bias]).float()
 
     def probe(self) -> Tensor:
         return noise((32, weight_shape(self.base_layer)[0 if self.fan_in_fan_out else 1]), self.base_layer)

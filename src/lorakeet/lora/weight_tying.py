@@ -154,7 +154,7 @@ def _tie_weights(
         errors = tuple(f"{name!r} is adapted, but modules_to_save trains its weight whole" for name in adapted)
         return replace(chosen, saved=saved, tied=tied, errors=errors)
     errors = _sharing_errors(modules, followers)
-    if not config.variant.additive:
+    if not config.variant.additive or config.variant.parameters:
         errors += (f"ensure_weight_tying does not work with {config.variant.name}",)
     layers = (*(name for name in chosen.layers if name not in group), embedding)
     return replace(chosen, layers=layers, tied=tied, errors=errors)

@@ -33,11 +33,11 @@ from lorakeet.patches.fused_loss import fused_sample_losses
 from lorakeet.patches.thread_order import in_fixed_order
 from lorakeet.rng import same_random_state
 from lorakeet.tasks.measure import Measure, Sums, TokenMeasure
+from lorakeet.train.adalora import RankTrainer
 from lorakeet.train.callbacks.step import StepCallback
 from lorakeet.train.checkpoints.steady_collator import SteadyCollator
 from lorakeet.train.evaluate import all_batches, held_out_sums
 from lorakeet.train.guards import preflight
-from lorakeet.train.guards.guarded_trainer import GuardedTrainer
 from lorakeet.train.guards.rehearsal import computed_tokens
 from lorakeet.train.length_sampler import LengthWindows
 from lorakeet.train.lorafa import LoraFA
@@ -48,7 +48,7 @@ from lorakeet.train.processes.sharding import data_parallel, is_sharded
 from lorakeet.train.step_state import Batch, ForwardPass, Reaction
 
 
-class Trainer(GuardedTrainer):
+class Trainer(RankTrainer):
     """Trains a model, or the adapter in it.
 
     Args:

@@ -107,6 +107,8 @@ def test_nothing_is_read_beyond_the_weight() -> None:
         "        if features.has(Feature.AVX2):\n"
         "            gemm.gemm_w8a16(x, w, s, c, s), gemm.gemm_w8a16_dgrad(g, w, s, c)\n"
         "            gemm.gemm_w8a8_grouped_dgrad(g, w, s, c)\n"
+        "        if Feature.AMX in features.runnable():\n"
+        "            gemm.gemm_w8a16(x, w, s, c, s, tiles=True), gemm.gemm_w8a8_grouped_dgrad(g, w, s, c, tiles=True)\n"
         "print('alive', flush=True)\n"
         "import os; os._exit(0)\n"  # the memory is never given back
     )

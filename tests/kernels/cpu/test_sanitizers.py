@@ -19,6 +19,7 @@ SANITIZE = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-san
 TESTS = (
     *("kernels/cpu/test_abi.py", "kernels/cpu/test_gemm.py", "kernels/cpu/test_elementwise.py"),
     *("kernels/int8/test_blocked.py", "kernels/int8/test_linear.py", "kernels/int8/test_tiled.py"),
+    "kernels/int8/test_amx.py",
     *(
         "kernels/test_frozen_linear.py",
         "kernels/nf4/test_nf4_linear.py",

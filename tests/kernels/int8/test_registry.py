@@ -33,6 +33,7 @@ def _no_override(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
+        ({Feature.AVX2, Feature.VNNI, Feature.AMX}, "amx"),
         ({Feature.AVX2, Feature.VNNI}, "vnni"),
         ({Feature.VNNI}, "vnni"),
         ({Feature.AVX2}, "pairs"),
@@ -46,7 +47,7 @@ def test_the_features_of_the_processor_decide(
     assert registry.best_on(CPU).name == expected
 
 
-@pytest.mark.parametrize("name", ["blocked", "pairs", "vnni"])
+@pytest.mark.parametrize("name", ["blocked", "pairs", "vnni", "amx"])
 def test_the_environment_names_a_back_end(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "runnable", lambda: frozenset(Feature))
     monkeypatch.setenv("LORAKEET_INT8", name)

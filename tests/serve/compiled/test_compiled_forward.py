@@ -35,12 +35,14 @@ FAMILIES: dict[str, Any] = {
     "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**{**SHAPE, "head_dim": 10, "hidden_size": 64})),
     "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**SHAPE)),
 }
-#: Settings of three adapters of mixed rank, and of one that the loops cannot compute.
+#: Settings of adapters of mixed rank, two of which change outputs further, and of one that the loops cannot compute.
 ADAPTERS: dict[str, dict[str, Any]] = {
     "first": {"r": 3, "lora_alpha": 9, "target_modules": ["q_proj", "v_proj", "down_proj"]},
     "second": {"r": 9, "use_rslora": True, "target_modules": "all-linear"},
     "third": {"r": 16, "lora_dropout": 0.3, "target_modules": ["gate_proj", "o_proj"]},
-    "scaled": {"r": 2, "use_dora": True, "target_modules": ["q_proj", "up_proj"]},
+    "scaled": {"r": 2, "use_dora": True, "target_modules": ["q_proj", "up_proj", "down_proj"]},
+    "biased": {"r": 5, "lora_bias": True, "target_modules": ["k_proj", "gate_proj"]},
+    "other": {"r": 2, "target_modules": ["q_proj", "embed_tokens"]},
 }
 
 
@@ -61,7 +63,7 @@ def pool(model: Any, count: int = 40) -> Pages:
 
 @pytest.fixture(scope="module")
 def adapted() -> tuple[Any, dict[str, Resident]]:
-    """A model with adapters, as residents."""
+    """A model whose linear layers have biases with adapters, as residents."""
     model, residents = make("llama"), {}
     for seed, (name, settings) in enumerate(ADAPTERS.items()):
         config = LoraConfig(**settings, task_type="CAUSAL_LM")
@@ -80,10 +82,10 @@ def tokens(length: int, seed: int) -> list[int]:
 
 def prompts(residents: dict[str, Resident]) -> list[tuple[Resident | None, list[int]]]:
     """Build prompts of many lengths; base rows stand between those of the adapters."""
-    names = [None, "first", None, "second", "first", "third", "second", None, "scaled"]
+    names = [None, "first", None, "second", "first", "third", "second", None, "scaled", "biased", "scaled", "other"]
     return [
         (None if name is None else residents[name], tokens(length, length))
-        for name, length in zip(names, (1, 40, 17, 33, 2, 16, 64, 20, 21), strict=True)
+        for name, length in zip(names, (1, 40, 17, 33, 2, 16, 64, 20, 21, 18, 3, 19), strict=True)
     ]
 
 
@@ -125,6 +127,7 @@ def test_every_adapter_is_as_the_plain_pass_computes_it(adapted: tuple[Any, dict
     given = prompts(residents)
     compiled, plain = CompiledForward(model, pool(model)), PlainForward(model, pool(model))
     found, wanted = logits(compiled, given, [64]), logits(plain, given, [64])
+    assert [one.name for one, table in compiled.tables.items() if table is None] == ["other"]
     near = 2e-3 * wanted.abs().amax(1)
     assert bool(((found - wanted).abs().amax(1) < near).all())
     bare = logits(compiled, [(None, ids) for _, ids in given], [64])
@@ -134,7 +137,7 @@ def test_every_adapter_is_as_the_plain_pass_computes_it(adapted: tuple[Any, dict
 
 def test_bits_do_not_depend_on_company_or_pieces(adapted: tuple[Any, dict[str, Resident]]) -> None:
     model, residents = adapted
-    given = [one for one in prompts(residents) if one[0] is not residents["scaled"]]
+    given = [one for one in prompts(residents) if one[0] is not residents["other"]]
     forward = CompiledForward(model, pool(model))
     alone = torch.cat([logits(forward, [one], [64]) for one in given])
     for sizes in ([64], [1], [5, 16, 1]):
@@ -143,7 +146,7 @@ def test_bits_do_not_depend_on_company_or_pieces(adapted: tuple[Any, dict[str, R
     assert forward.run([]).shape == (0, 61)
 
 
-@pytest.mark.parametrize("name", [None, "second"])
+@pytest.mark.parametrize("name", [None, "second", "scaled", "biased"])
 def test_generate_has_the_same_bits(adapted: tuple[Any, dict[str, Resident]], name: str | None) -> None:
     """For a text alone and for a padded batch."""
     model, residents = adapted

@@ -80,4 +80,6 @@ def test_taken_pages_are_zero() -> None:
     pages = Pages(1, 1, 1, 2, 4)
     pages.keys[:, pages.take(1)] = float("nan")
     pages.release(0)
+    assert pages.keys[:, pages.take(1, clear=False)].isnan().all()
+    pages.release(0)
     assert not pages.keys[:, pages.take(1)].any()

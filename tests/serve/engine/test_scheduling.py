@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 
 from helpers.served import Served
 from lorakeet.errors import EngineStopped, QueueFull, RequestError, UnknownAdapter
@@ -259,3 +260,22 @@ def test_waiting_request_holds_no_pages(make: Callable[..., Engine]) -> None:
     assert again.result().usage.cached_tokens == 8
     assert engine.pages is not None
     assert all(engine.pages.references(page) <= 1 for page in range(16))
+
+
+def test_pages_are_cleared_as_they_are_reached(make: Callable[..., Engine]) -> None:
+    """What an earlier request left, NaN even, is not seen; and to begin a long answer takes no long clearing."""
+    answers = []
+    for left in (0.0, float("nan")):
+        engine = make()
+        assert engine.pages is not None
+        with torch.inference_mode():
+            engine.pages.keys.fill_(left)
+            engine.pages.values.fill_(left)
+        tickets = [ask(engine, 5, max_tokens=40), ask(engine, 11, max_tokens=9), ask(engine, 3, adapter="plain")]
+        engine.step()
+        if left:
+            assert engine.pages.keys.isnan().any(dim=-1).sum() > 10  # pages that are taken and not reached
+        list(run(engine, *tickets))
+        answers.append([ticket.result().tokens for ticket in tickets])
+        assert [ticket.result().finish for ticket in tickets] == ["length"] * 3
+    assert answers[0] == answers[1]

@@ -18,6 +18,8 @@ from lorakeet.train.checkpoints import fingerprint, manifest, resumable
 from lorakeet.train.checkpoints.steady_collator import SteadyCollator
 from lorakeet.train.trainer import Trainer
 
+ADALORA = {"target_r": 2, "init_r": 4, "tinit": 1, "tfinal": 3}
+
 
 class Killed(BaseException):
     """Stands for a killed process: no handler may clean up after it."""
@@ -62,8 +64,10 @@ def adapter_bytes(trainer, folder):
         (lambda: tiny_peft(dropout=0.3), 3, 5, 2),  # the checkpoint of step 4 is between two lines of the log
         (lambda: tiny_peft(dropout=0.3), 4, 4, 4),  # an epoch has 4 steps: exactly at its end
         (lambda: tiny_llama(attention_dropout=0.3), 1, 5, 5),  # all weights, no adapter
+        (lambda: tiny_peft(dropout=0.3, r=4, adalora_config=ADALORA), 1, 5, 5),
+        (lambda: tiny_peft(dropout=0.3, r=4, adalora_config=ADALORA), 1, 8, 8),  # the ranks are chosen
     ],
-    ids=["mid epoch", "between logs", "epoch boundary", "whole model"],
+    ids=["mid epoch", "between logs", "epoch boundary", "whole model", "AdaLoRA", "AdaLoRA at its end"],
 )
 def test_resumed_equals_uninterrupted(make, logging, kill, save, make_args, collator, tmp_path):
     def args(name, **changes):

@@ -9,7 +9,7 @@ import pytest
 
 from helpers.processes import in_processes, settings
 from helpers.task_runs import run_of
-from lorakeet.config import RunConfig, read_run
+from lorakeet.config import AdaLoraConfig, RunConfig, read_run
 from lorakeet.runs.metrics_log import read_metrics
 from lorakeet.train.run import run_training
 
@@ -32,11 +32,18 @@ def stream(folder: Path) -> RunConfig:
     return config.model_copy(update={"data": data})
 
 
+def adaptive(folder: Path) -> RunConfig:
+    """AdaLoRA, whose ranks fall in the last steps."""
+    config = read_run(settings(folder, "run"))
+    lora = config.lora.model_copy(update={"adalora_config": AdaLoraConfig(init_r=4, target_r=2), "lora_dropout": 0.0})
+    return config.model_copy(update={"lora": lora})
+
+
 def train(config: RunConfig) -> dict[str, Any]:
     return run_training(config)
 
 
-@pytest.mark.parametrize("make", [classification, stream])
+@pytest.mark.parametrize("make", [classification, stream, adaptive])
 def test_two_processes_have_the_curve_of_one(tmp_path: Path, make: Any) -> None:
     config = make(tmp_path)
     curves = []

@@ -82,12 +82,23 @@ def config_page() -> str:
         if "$ref" not in field:
             top_level[name] = field
             continue
-        section = schema["$defs"][field["$ref"].rpartition("/")[2]]
-        rows = [_setting(key, f"{name}.{key}", inner, flags) for key, inner in section["properties"].items()]
-        parts.append(f"## {name}\n\n{section['description']}\n\n{_table(SETTING_HEAD, rows)}")
+        parts += _section(name, field, schema["$defs"], flags)
     rows = [_setting(name, name, field, flags) for name, field in top_level.items()]
     parts.append(f"## Top level\n\n{_table(SETTING_HEAD, rows)}")
     return "\n\n".join(parts) + "\n"
+
+
+def _section(name: str, field: dict[str, Any], known: dict[str, Any], flags: dict[str, str]) -> list[str]:
+    """Return the table of a section, and those of the sections in it, which may be left out."""
+    section = known[field["$ref"].rpartition("/")[2]]
+    properties = section["properties"]
+    rows = [_setting(key, f"{name}.{key}", inner, flags) for key, inner in properties.items()]
+    about = section["description"].partition("\n\n")[0]
+    inner = [
+        (f"{name}.{key}", each) for key, one in properties.items() for each in one.get("anyOf", []) if "$ref" in each
+    ]
+    below = [part for dotted, each in inner for part in _section(dotted, each, known, flags)]
+    return [f"## {name}\n\n{about}\n\n{_table(SETTING_HEAD, rows)}", *below]
 
 
 SETTING_HEAD = ["setting", "flag", "type", "default", ""]
@@ -104,6 +115,8 @@ def _default(value: Any) -> str:
 
 def _type(field: dict[str, Any]) -> str:
     """Return a type in a few words, such as ``int > 0``, ``list of text``, ``8, 16, 32``."""
+    if "$ref" in field:
+        return "section"
     if "anyOf" in field:
         types = [_type(inner) for inner in field["anyOf"] if inner.get("type") != "null"]
         types = ["number"] if types == ["int", "number"] else types

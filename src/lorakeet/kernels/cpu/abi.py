@@ -19,10 +19,14 @@ MAX_FUSED_RANK = 64
 MAX_HEAD_WIDTH, HEAD_STEP = 128, 16
 #: Linear layers of a decoder layer that adapters update: q, k, v, o, gate, up, down.
 LINEARS = 7
-#: Rows of an update's A are padded to a multiple of this (``paged_decoder.c``).
-UPDATE_ROWS = 8
 #: Tokens of a page are a multiple of this (``paged_attention.c``).
 PAGE_STEP = 16
+#: The sixteen values of NF4, by code (QLoRA, appendix E); ``nf4.h`` has them too.
+NF4_VALUES = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 
 #: Values of ``abi.h`` by their names there.
 CONSTANTS = {
@@ -32,7 +36,6 @@ CONSTANTS = {
     "LK_MAX_HEAD_WIDTH": MAX_HEAD_WIDTH,
     "LK_HEAD_STEP": HEAD_STEP,
     "LK_LINEARS": LINEARS,
-    "LK_UPDATE_ROWS": UPDATE_ROWS,
     "LK_PAGE_STEP": PAGE_STEP,
 }
 
@@ -50,7 +53,7 @@ class Linear(ctypes.Structure):
 
     _fields_ = [
         *[(name, _POINTER) for name in ("weight", "absmax", "nested", "row_scale", "column_scale")],
-        *[(name, _POINTER) for name in ("outlier_positions", "outlier_values", "bias", "a", "b")],
+        *[(name, _POINTER) for name in ("outlier_positions", "outlier_values", "bias", "a", "b", "output")],
         *[(name, _SIZE) for name in ("out", "in", "rank", "outliers")],
         ("scaling", _FLOAT),
     ]
@@ -74,9 +77,9 @@ class Layer(ctypes.Structure):
 
 
 class Update(ctypes.Structure):
-    """``lk_update``: the low-rank update of a linear layer, laid out for rows of their own."""
+    """``lk_update``: the low-rank update of a linear layer, as ``lk_pack_update`` lays it out."""
 
-    _fields_ = [("a", _POINTER), ("b", _POINTER), ("rank", _SIZE), ("scaling", _FLOAT)]
+    _fields_ = [("codes", _POINTER), ("scale", _POINTER), ("output", _POINTER), ("rank", _SIZE)]
 
 
 class Paged(ctypes.Structure):
@@ -86,6 +89,7 @@ class Paged(ctypes.Structure):
         *[(name, _POINTER) for name in ("layers", "keys", "values", "tables", "starts", "positions")],
         *[(name, _POINTER) for name in ("cosine", "sine", "updates")],
         *[(name, _SIZE) for name in ("count", "pages", "page_tokens", "n", "length", "rank")],
+        ("amx", _INT),
     ]
 
 
@@ -135,11 +139,16 @@ ARGUMENTS: dict[str, list[Any]] = {
     "lk_after_attention": [_POINTER] * 8 + [_SIZE] * 2,
     "lk_pack_a16": [_POINTER] * 4 + [_SIZE] * 2 + [_INT],
     "lk_gemm_w8a16": [_POINTER] * 7 + [_SIZE, _POINTER] + [_SIZE] * 3 + [_INT],
+    "lk_pack_a16_amx": [_POINTER] * 4 + [_SIZE] * 2 + [_INT],
+    "lk_gemm_w8a16_amx": [_POINTER] * 7 + [_SIZE, _POINTER] + [_SIZE] * 3,
     "lk_gemv_w8a16": [_POINTER] * 7 + [_SIZE] * 3,
     "lk_paged_layers": [ctypes.POINTER(Paged), _POINTER, _POINTER],
+    "lk_pack_update": [_POINTER] * 2 + [_FLOAT] + [_POINTER] * 2 + [_SIZE] * 3,
     "lk_outlier_dgrad": [_POINTER] * 4 + [_SIZE] * 4,
     "lk_pack_a8_grouped": [_POINTER] * 5 + [_SIZE] * 2 + [_INT],
     "lk_gemm_w8a8_grouped_dgrad": [_POINTER] * 6 + [_SIZE] * 3,
+    "lk_pack_a8_amx": [_POINTER] * 4 + [_SIZE] * 2 + [_INT],
+    "lk_gemm_w8a8_amx_dgrad": [_POINTER] * 5 + [_SIZE] * 3,
     "lk_gemm_f32": [_POINTER] * 5 + [_SIZE] * 3 + [_INT] * 3,
     "lk_gemv_nf4": [_POINTER] * 6 + [_SIZE] * 3,
     "lk_gemm_nf4": [_POINTER] * 7 + [_SIZE] * 3 + [_INT],
@@ -150,7 +159,10 @@ SIZE_ARGUMENTS: dict[str, list[Any]] = {
     "lk_packed_a16_size": [_SIZE] * 2,
     "lk_packed_a16_rows": [_SIZE] * 2,
     "lk_paged_workspace": [ctypes.POINTER(Paged)],
+    "lk_packed_update_size": [_SIZE] * 3,
     "lk_packed_a8_groups": [_SIZE] * 2,
+    "lk_packed_a16_amx_size": [_SIZE] * 2,
+    "lk_packed_a8_amx_groups": [_SIZE] * 2,
     "lk_packed_f32_size": [_SIZE],
 }
 _AVX2_PREFIXES = ("lk_gemm", "lk_gemv_w8a16", "lk_pack", "lk_paged", "lk_outlier")
@@ -179,6 +191,7 @@ def bind(loaded: Any) -> Any:
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, _SIZE if name in SIZE_ARGUMENTS else None
     loaded.lk_cpu_features.argtypes, loaded.lk_cpu_features.restype = [], ctypes.c_char_p
+    loaded.lk_emulates_amx.argtypes, loaded.lk_emulates_amx.restype = [], _INT
     found = {name: loaded.lk_abi(name.encode()) for name, _ in expected()}
     wrong = [f"{name} is {found[name]} in C, {value} in Python" for name, value in expected() if found[name] != value]
     if wrong:

@@ -4,8 +4,8 @@ The compiled library answers through one C function (``csrc/features.c``). It li
 and the operating system permits it. Without a library torch answers, for its own int8 product.
 
 ``LORAKEET_CPU_FEATURES`` overrides the answer with a list such as ``avx2,vnni``; an empty list means no feature. A list of
-names with signs, such as ``-vnni,+amx``, adds and removes features. It selects kernels and the number format of a base, for
-tests and comparisons. It cannot name a feature whose kernels would not run here.
+names with signs, such as ``-vnni,+amd``, adds and removes features. It selects kernels, for tests and comparisons. It cannot
+name a feature whose kernels would not run here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import cache
 import torch
 
 from lorakeet.errors import ConfigError
-from lorakeet.kernels.cpu.build import library
+from lorakeet.kernels.cpu.build import library, switched_off
 
 
 class Feature(StrEnum):
@@ -31,35 +31,36 @@ class Feature(StrEnum):
     VNNI = "vnni"
     #: A processor of AMD, on which ``gemm_f32.c`` is faster than the matrix library of torch.
     AMD = "amd"
-    #: 16-bit products in vectors (AVX512_BF16): bf16 is no slower than fp32, and no faster.
-    BF16 = "bf16"
-    #: 16-bit products in tiles: bf16 is faster than fp32, and the number format that ``auto`` chooses.
+    #: 8-bit products in tiles (AMX-INT8), which Linux permits.
     AMX = "amx"
+    #: 16-bit products (AVX512_BF16) in torch: bf16 is no slower than fp32. Our loops have none.
+    BF16 = "bf16"
 
 
 def detected() -> frozenset[Feature]:
-    """Return the features that this processor has."""
+    """Return the features that this processor has, and whose compiled products are right on it."""
     loaded = library()
     if loaded is None:
-        return _half_precision() | ({Feature.VNNI} if torch.cpu._is_vnni_supported() else set())
-    return _half_precision() | {Feature(name) for name in loaded.lk_cpu_features().decode().split()}
+        return _of_torch() | ({Feature.VNNI} if torch.cpu._is_vnni_supported() else set())
+    return _of_torch() | {Feature(name) for name in set(loaded.lk_cpu_features().decode().split()) - switched_off()}
 
 
-def _half_precision() -> frozenset[Feature]:
-    found = {Feature.BF16: torch.cpu._is_avx512_bf16_supported(), Feature.AMX: torch.cpu._is_amx_tile_supported()}
-    return frozenset(feature for feature, is_there in found.items() if is_there)
+def _of_torch() -> frozenset[Feature]:
+    """Return the features whose kernels are torch's own."""
+    return frozenset({Feature.BF16} if torch.cpu._is_avx512_bf16_supported() else ())
 
 
 def runnable() -> frozenset[Feature]:
     """Return the features whose kernels run here, if slowly.
 
     8-bit dot products are emulated exactly: by ``gemm_w8a8_grouped.c``, and without a library by torch. So is bf16, by
-    torch. The choice of the fp32 product by vendor is one of speed alone.
+    torch, and AMX by a library for processors without it (``csrc/gemm/amx.h``). The choice of the fp32 product by vendor is
+    one of speed alone.
     """
-    emulated = {Feature.VNNI, Feature.BF16, Feature.AMX}
-    if library() is not None and Feature.AVX2 in detected():
-        emulated.add(Feature.AMD)
-    return detected() | emulated
+    emulated = {Feature.VNNI, Feature.BF16}
+    if (loaded := library()) is not None and Feature.AVX2 in detected():
+        emulated |= {Feature.AMD, Feature.AMX} if loaded.lk_emulates_amx() else {Feature.AMD}
+    return (detected() | emulated) - {Feature(name) for name in switched_off() if name}
 
 
 @cache
@@ -80,10 +81,9 @@ def available() -> frozenset[Feature]:
     return frozenset(Feature(name) for name in names)
 
 
-def half_precision() -> frozenset[Feature]:
-    """Return which of BF16 and AMX this processor has, or the override names; nothing is compiled for the answer."""
-    said = _said(_half_precision(), os.environ.get("LORAKEET_CPU_FEATURES"))
-    return frozenset(feature for feature in (Feature.BF16, Feature.AMX) if feature in said)
+def has_bf16() -> bool:
+    """Whether torch has fast products in bf16 here, or the override says so; nothing is compiled for the answer."""
+    return Feature.BF16 in _said(_of_torch(), os.environ.get("LORAKEET_CPU_FEATURES"))
 
 
 def _said(found: frozenset[Feature], asked: str | None) -> set[str]:

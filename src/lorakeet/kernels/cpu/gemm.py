@@ -55,6 +55,7 @@ def gemm_w8a16(
     column_scale: Tensor | None,
     bias: Tensor | None,
     low_rank: LowRank | None = None,
+    tiles: bool = False,
 ) -> Tensor:
     """Compute h = (x·diag(c))·W₈ᵀ·diag(s) + b + u·vᵀ, with x rounded to int16 by rows.
 
@@ -65,16 +66,21 @@ def gemm_w8a16(
         column_scale: c, fp32 [in], or None.
         bias: b, fp32 [out], or None.
         low_rank: u [n, r] and v [out, r] of which :func:`can_fuse_low_rank` is true, or None.
+        tiles: Multiply in tiles of AMX; the result is the same, to the bit.
 
     Returns:
         fp32 [n, out].
     """
-    strips, activation_scale = pack_a16(x, column_scale)
+    strips, activation_scale = pack_a16(x, column_scale, tiles=tiles)
     h = transient_empty(x, x.shape[0], weight.shape[0])
     u, v = (None, None) if low_rank is None else (low_rank[0], low_rank[1].T.contiguous())
     tensors = strips, activation_scale, weight, row_scale, bias, u, v
     rank = 0 if u is None else u.shape[1]
-    library().lk_gemm_w8a16(*map(pointer, tensors), rank, pointer(h), x.shape[0], *weight.shape, 0)
+    given = *map(pointer, tensors), rank, pointer(h), x.shape[0], *weight.shape
+    if tiles:
+        library().lk_gemm_w8a16_amx(*given)
+    else:
+        library().lk_gemm_w8a16(*given, 0)
     return h
 
 
@@ -122,20 +128,36 @@ def gemm_w8a16_dgrad(
     return dx
 
 
-def pack_a16(x: Tensor, factor: Tensor | None, error_feedback: bool = False) -> tuple[Tensor, Tensor]:
+def pack_a16(
+    x: Tensor, factor: Tensor | None, error_feedback: bool = False, tiles: bool = False
+) -> tuple[Tensor, Tensor]:
     """Round x·diag(factor) to int16, packed in strips.
+
+    Args:
+        x: fp32 [n, k].
+        factor: fp32 [k], or None.
+        error_feedback: As for :func:`gemm_w8a16_dgrad`.
+        tiles: Pack in tiles of AMX: the high and the low bytes apart.
 
     Returns:
         The strips, in this thread's workspace: valid until the next packing. The scale of each row, fp32 [n].
     """
-    strips = workspace(library().lk_packed_a16_size(*x.shape), torch.int16)
     scale = x.new_empty(x.shape[0])
-    library().lk_pack_a16(pointer(x), pointer(factor), pointer(strips), pointer(scale), *x.shape, error_feedback)
+    if tiles:
+        strips, pack = workspace(library().lk_packed_a16_amx_size(*x.shape), torch.int8), library().lk_pack_a16_amx
+    else:
+        strips, pack = workspace(library().lk_packed_a16_size(*x.shape), torch.int16), library().lk_pack_a16
+    pack(pointer(x), pointer(factor), pointer(strips), pointer(scale), *x.shape, error_feedback)
     return strips, scale
 
 
 def gemm_w8a8_grouped_dgrad(
-    g: Tensor, weight: Tensor, row_scale: Tensor, column_scale: Tensor | None, error_feedback: bool = False
+    g: Tensor,
+    weight: Tensor,
+    row_scale: Tensor,
+    column_scale: Tensor | None,
+    error_feedback: bool = False,
+    tiles: bool = False,
 ) -> Tensor:
     """Compute ∂x = (g·diag(s))·W₈·diag(c), with g·diag(s) rounded to int8 by groups of :data:`GROUP` columns.
 
@@ -145,30 +167,38 @@ def gemm_w8a8_grouped_dgrad(
         row_scale: s, fp32 [out].
         column_scale: c, fp32 [in], or None.
         error_feedback: As for :func:`gemm_w8a16_dgrad`.
+        tiles: Multiply in tiles of AMX; the result is the same, to the bit.
 
     Returns:
         fp32 [n, in].
     """
-    codes, group_scale, start = pack_a8_grouped(g, row_scale, error_feedback)
+    packed = pack_a8_grouped(g, row_scale, error_feedback, tiles)
     dx = transient_empty(g, g.shape[0], weight.shape[1])
-    tensors = codes, group_scale, start, weight, column_scale, dx
-    library().lk_gemm_w8a8_grouped_dgrad(*map(pointer, tensors), g.shape[0], *weight.shape)
+    multiply = library().lk_gemm_w8a8_amx_dgrad if tiles else library().lk_gemm_w8a8_grouped_dgrad
+    multiply(*map(pointer, (*packed, weight, column_scale, dx)), g.shape[0], *weight.shape)
     return dx
 
 
-def pack_a8_grouped(x: Tensor, factor: Tensor, error_feedback: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def pack_a8_grouped(x: Tensor, factor: Tensor, error_feedback: bool = False, tiles: bool = False) -> tuple[Tensor, ...]:
     """Round x·diag(factor) to int8 by groups, packed in strips.
 
+    Args:
+        x: fp32 [n, k].
+        factor: fp32 [k].
+        error_feedback: As for :func:`gemm_w8a16_dgrad`.
+        tiles: Pack in tiles of AMX.
+
     Returns:
-        Codes, scales and starts of the sums, in this thread's workspace: valid until the next packing.
+        Codes, scales and, without ``tiles``, starts of the sums, in this thread's workspace: valid until the next packing.
     """
-    groups = library().lk_packed_a8_groups(*x.shape)
+    groups = library().lk_packed_a8_amx_groups(*x.shape) if tiles else library().lk_packed_a8_groups(*x.shape)
     size = GROUP * groups
     memory = workspace(size + 8 * groups, torch.int8)
     codes, scale, start = memory[:size], memory[size : size + 4 * groups], memory[size + 4 * groups :]
-    tensors = x, factor, codes, scale, start
-    library().lk_pack_a8_grouped(*map(pointer, tensors), *x.shape, error_feedback)
-    return codes, scale, start
+    packed = (codes, scale) if tiles else (codes, scale, start)
+    pack = library().lk_pack_a8_amx if tiles else library().lk_pack_a8_grouped
+    pack(*map(pointer, (x, factor, *packed)), *x.shape, error_feedback)
+    return packed
 
 
 def outlier_dgrad(g: Tensor, positions: Tensor, values: Tensor, dx: Tensor) -> Tensor:

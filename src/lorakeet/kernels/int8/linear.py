@@ -5,7 +5,7 @@
 :mod:`lorakeet.kernels.int8.format` describes the weight, its scales and its outlier columns. Both directions read the
 one stored
 weight, and neither ever forms the whole of it in a wider format. The registry (:mod:`lorakeet.kernels.int8.registry`) chooses
-one of four back ends:
+one of five back ends:
 
 - ``blocked``: a few rows of W₈ at a time become x's dtype, which holds every int8 exactly. They are multiplied while
   they are in
@@ -20,6 +20,8 @@ one of four back ends:
   and added in
   fp32. The rounding error is noise in the gradient, far below that of a batch; forward it would be a share of the loss.
   For x86 processors with VNNI.
+- ``amx``: the numbers of ``vnni``, to the bit, in tiles of AMX (``gemm_amx.c``). An int16 of x is two bytes, of which each
+  is multiplied with the stored weight. For Intel processors from 2023 on.
 - ``triton``: kernels for NVIDIA GPUs (:mod:`lorakeet.kernels.int8.triton`). x and the gradient are rounded to int8 with
   one scale
   for each token. Columns of x that int8 cannot represent are multiplied apart, in x's dtype. That is the split of LLM.int8()

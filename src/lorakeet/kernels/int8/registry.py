@@ -57,6 +57,13 @@ def _many_on_cpu(x: Tensor, weight: Tensor) -> bool:
 #: The back ends, best first.
 _implementations = [
     Implementation("triton", frozenset(), gpu.supports, gpu.product, gpu.input_gradient, gpu.unavailable),
+    Implementation(
+        "amx",
+        frozenset({Feature.AVX2, Feature.AMX}),
+        _many_on_cpu,
+        tiled.amx_product,
+        tiled.amx_input_gradient,
+    ),
     Implementation("vnni", frozenset({Feature.VNNI}), _many_on_cpu, tiled.product, tiled.vnni_input_gradient),
     Implementation("pairs", frozenset({Feature.AVX2}), _many_on_cpu, tiled.product, tiled.pairs_input_gradient),
     Implementation("blocked", frozenset(), lambda x, weight: True, blocked.product, blocked.input_gradient),

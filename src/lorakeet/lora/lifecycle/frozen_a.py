@@ -21,7 +21,7 @@ def freeze_lora_a(model: nn.Module) -> list[tuple[LoraPair, str]]:
     pairs = []
     for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
         for adapter, variant in layer.variants.items():
-            if not (variant.additive and variant.fused):
+            if not (variant.additive and variant.fused) or variant.parameters:
                 raise TrainingError(f"LoRA-FA got a {variant.name} adapter, expected plain LoRA", "train it without")
             grouped = getattr(layer.base_layer, "groups", 1) > 1
             if isinstance(layer, LoraPair) and not grouped and layer.pair(adapter)[1].weight.requires_grad:

@@ -14,6 +14,7 @@ from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.lifecycle.merged import take_apart
 from lorakeet.lora.peft_names.base_view import view_of
 from lorakeet.lora.peft_names.status import LayerStatus, ModelStatus, layer_status, model_status
+from lorakeet.lora.variants.adalora import allocate_active, orthogonality
 from lorakeet.lora.variants.kasa import penalty
 from lorakeet.quant.protocol import weight_dtype
 
@@ -104,6 +105,25 @@ class ModelNames(nn.Module):
         """Return what KaSA adds to the loss, of the named adapters or the active ones; 0.0 where there is none."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names or self.active_adapters
         return penalty(self.lora_layers(), names)
+
+    def orthogonality_loss(self: Any, adapter_names: str | Sequence[str] | None = None) -> torch.Tensor | float:
+        """Return what AdaLoRA adds to the loss, of the named adapters or the active ones; 0.0 where there is none."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names or self.active_adapters
+        return sum((orthogonality(self.lora_layers(), name) for name in names), 0.0)
+
+    def update_and_allocate(self: Any, global_step: int) -> None:
+        """Update the importance of an AdaLoRA adapter's triplets and choose its ranks, as PEFT's function of this name.
+
+        Lorakeet's Trainer does it. Other loops call it after each step of the optimizer, before the gradients are cleared.
+
+        Args:
+            global_step: Number of the step, from 1 to ``total_step``.
+
+        Raises:
+            AdapterError: No active adapter is of AdaLoRA.
+            ConfigError: Its settings do not say the steps of the training.
+        """
+        allocate_active(self.lora_layers(), self.active_adapters, global_step)
 
     def get_layer_status(self) -> list[LayerStatus]:
         """Return what each layer with adapters is and does."""

@@ -129,7 +129,8 @@ class BdLora(Variant):
     def merged_weight(self, layer: AdaptedLayer, adapter: str, weight: Tensor) -> Tensor:
         return weight + layer.delta(adapter)
 
-    def saved_pair(self, leaf: str, a: Tensor, b: Tensor, settings: Any) -> tuple[Tensor, Tensor]:
+    def saved_pair(self, leaf: str, tensors: Mapping[str, Tensor], settings: Any) -> tuple[Tensor, Tensor]:
+        a, b = super().saved_pair(leaf, tensors, settings)
         chosen: BdLoraConfig = settings.use_bdlora
         matrix = chosen.matrix(leaf)
         dense_a = block_diagonal(a, chosen.nblocks) if matrix == "A" else a

@@ -82,6 +82,9 @@ class Kasa(Variant):
     def merged_weight(self, layer: AdaptedLayer, adapter: str, weight: Tensor) -> Tensor:
         return weight + layer.delta(adapter)
 
+    def saved_pair(self, leaf: str, tensors: Mapping[str, Tensor], settings: Any) -> tuple[Tensor, Tensor]:
+        return tensors["A"], tensors["B"] * tensors[DIAGONAL]
+
 
 @torch.no_grad()
 def take_smallest(layer: Any, adapter: str, r: int) -> None:

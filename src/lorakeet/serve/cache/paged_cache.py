@@ -44,8 +44,10 @@ class _Rows:
         self.longest = max(past) + new
         device, size = pages.keys.device, pages.page_tokens
         most = pages.needed(self.longest)
-        # a row with fewer pages repeats its first one: the mask hides it, and its values are finite
-        padded = [[*table[:most], *[table[0]] * (most - len(table))] for table in tables]
+        # a row with fewer pages repeats its first one: the mask hides it, and its values are finite, as those of its
+        # further pages, which were not cleared yet, need not be
+        used = [table[: pages.needed(length + new)] for table, length in zip(tables, past, strict=True)]
+        padded = [[*table, *[table[0]] * (most - len(table))] for table in used]
         self.table = torch.tensor(padded, device=device)  # [rows, most]
         places = torch.tensor(self.past, device=device)[:, None] + torch.arange(new, device=device)  # [rows, new]
         self.write_pages = self.table.gather(1, places // size).flatten()

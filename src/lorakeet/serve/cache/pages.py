@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 
@@ -43,20 +45,28 @@ class Pages:
         """Return the number of pages for this number of tokens."""
         return -(-tokens // self.page_tokens)
 
-    def take(self, count: int) -> list[int]:
+    def take(self, count: int, clear: bool = True) -> list[int]:
         """Take free pages, each with one reference; there must be enough.
 
-        They begin as zeros: positions behind a sequence's end are masked, and a masked NaN would still spoil a sum.
+        Args:
+            count: Number of pages.
+            clear: Whether to fill them with zeros. It takes a while for many; without, :meth:`clear` each one before its
+                first token is stored.
         """
         if count > len(self._free):
             raise ValueError(f"{count} pages are wanted, {len(self._free)} are free")
         taken = [self._free.pop() for _ in range(count)]
-        if taken:
-            self.keys[:, taken] = 0
-            self.values[:, taken] = 0
+        if clear:
+            self.clear(taken)
         for page in taken:
             self._references[page] = 1
         return taken
+
+    def clear(self, pages: Iterable[int]) -> None:
+        """Fill pages with zeros: positions behind a sequence's end are masked, and a masked NaN would still spoil a sum."""
+        for page in pages:
+            self.keys[:, page] = 0
+            self.values[:, page] = 0
 
     def references(self, page: int) -> int:
         """Return the number of references to a page."""

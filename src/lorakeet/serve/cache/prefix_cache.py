@@ -11,6 +11,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from lorakeet.serve.cache.pages import Pages
 
 
@@ -27,10 +29,10 @@ def prefix_root(base: str, adapter: str, scale: float) -> bytes:
 
 def chain(root: bytes, tokens: Sequence[int], page_tokens: int) -> list[bytes]:
     """Return the keys of the full pages that these tokens fill."""
-    keys, last = [], root
-    for start in range(0, len(tokens) - page_tokens + 1, page_tokens):
-        page = tokens[start : start + page_tokens]
-        last = hashlib.sha256(last + b"".join(token.to_bytes(8, "little") for token in page)).digest()
+    keys, last, size = [], root, 8 * page_tokens
+    data = np.asarray(tokens, "<i8").tobytes()
+    for start in range(0, len(data) - size + 1, size):
+        last = hashlib.sha256(last + data[start : start + size]).digest()
         keys.append(last)
     return keys
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorakeet.kernels.paged import Update, UpdateTable
+from lorakeet.kernels.decoder_step import Update
+from lorakeet.kernels.paged import UpdateTable
 from lorakeet.lora.initialization.taken_part import taken_parts
 from lorakeet.lora.linear import LoraLinear
 from lorakeet.serve.compiled.layers import LINEARS
@@ -18,7 +19,7 @@ def read_updates(model: Any, adapter: str) -> UpdateTable | None:
         adapter: Its name in the model.
 
     Returns:
-        The copy; None for an adapter that is more than a low-rank update of the decoder's linear layers.
+        The copy; None for an adapter that does more than LoRA and DoRA on the decoder's linear layers do.
     """
     layers = [[layer.get_submodule(name) for name in LINEARS] for layer in model.model.layers]
     known = {id(module) for layer in layers for module in layer}
@@ -35,5 +36,5 @@ def read_updates(model: Any, adapter: str) -> UpdateTable | None:
             update = module.decoder_update(adapter)
             if update is None or adapter in taken_parts(module):
                 return None
-            updates[-1].append(Update(*update))
+            updates[-1].append(update)
     return UpdateTable(updates)

@@ -162,24 +162,26 @@ class Engine:
             EngineStopped: The engine stops.
         """
         limit = self._checked(request)
-        with self._changed:
-            if self._stopping:
-                raise EngineStopped("the server stops and takes no further request", "send it again in a while")
-            adapter = None if request.adapter is None else self.residents.acquire(request.adapter)
-            ticket = Ticket(0 if adapter is None else adapter.version, self._wake)
-            row = Row(request, ticket, adapter, self.tokenizer, limit)
-            if self.pages is not None:
-                row.root = self.residents.root(adapter)
-                row.keys = chain(row.root, request.prompt[:-1], self.pages.page_tokens)
-            if is_full := not self._scheduler.add(row):
-                row.end("cancelled")
-            self._changed.notify_all()
-        self._meter.note(Event("refused" if is_full else "queued", row.adapter_name))
-        if is_full:
-            if adapter is not None:
-                self.residents.release(adapter)  # without the lock: it may wait for the thread
-            raise QueueFull(f"{self.queue} requests are waiting, as many as may", "try again later")
-        return ticket
+        adapter = None if request.adapter is None else self.residents.acquire(request.adapter)
+        row = Row(
+            request, Ticket(0 if adapter is None else adapter.version, self._wake), adapter, self.tokenizer, limit
+        )
+        if self.pages is not None:
+            row.root = self.residents.root(adapter)
+            row.keys = chain(row.root, request.prompt[:-1], self.pages.page_tokens)
+        with self._changed:  # nothing long in here: the thread waits for it between its steps
+            is_stopping = self._stopping
+            if is_taken := not is_stopping and self._scheduler.add(row):
+                self._changed.notify_all()
+        if not is_stopping:
+            self._meter.note(Event("queued" if is_taken else "refused", row.adapter_name))
+        if is_taken:
+            return row.ticket
+        if adapter is not None:
+            self.residents.release(adapter)
+        if is_stopping:
+            raise EngineStopped("the server stops and takes no further request", "send it again in a while")
+        raise QueueFull(f"{self.queue} requests are waiting, as many as may", "try again later")
 
     def _checked(self, request: Request) -> int:
         """Return the number of new tokens that a request can have.
@@ -266,6 +268,7 @@ class Engine:
             self._changed.notify_all()
 
     def _loop(self) -> None:
+        self._measure_pace()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._tasks or not self._scheduler.idle or self._stopping)
@@ -277,6 +280,15 @@ class Engine:
                 task()
             if not self._scheduler.idle:
                 self._guarded_step()
+
+    def _measure_pace(self) -> None:
+        """Measure the steps, before the first one; without their times, prompts are cut by a number of tokens alone."""
+        if self.forward is None:
+            return
+        try:
+            self._scheduler.pace.measure(self.forward, self._window)
+        except Exception as error:
+            warn(f"steps could not be measured: {type(error).__name__}: {error}")
 
     def _guarded_step(self) -> None:
         """Run one step; one that fails in a way that was not foreseen ends all rows, and the thread goes on."""

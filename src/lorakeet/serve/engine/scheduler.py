@@ -9,15 +9,40 @@ from __future__ import annotations
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 from lorakeet.serve.cache.pages import Pages
 from lorakeet.serve.cache.prefix_cache import PrefixCache, chain
 from lorakeet.serve.engine.forward import Sequence
-from lorakeet.serve.engine.pace import Pace
+from lorakeet.serve.engine.pace import Load, Pace, load_of
 from lorakeet.serve.engine.rows import Row
 
 #: Steps. In every fourth the oldest prompt goes on, in the others the one with the fewest tokens left.
 _OLDEST_EVERY = 4
+
+
+@dataclass
+class Step:
+    """A step.
+
+    Attributes:
+        rows: Its rows, each with the number of its tokens.
+        answers: Work for new tokens.
+        prompts: Work for pieces of prompts.
+    """
+
+    rows: list[tuple[Row, int]] = field(default_factory=list)
+    answers: Load = field(default_factory=Load)
+    prompts: Load = field(default_factory=Load)
+
+    def add(self, row: Row, tokens: int) -> None:
+        """Add a row."""
+        load = load_of(row.sequence.length if row.sequence else 0, tokens)
+        self.rows.append((row, tokens))
+        if row.decodes:
+            self.answers += load
+        else:
+            self.prompts += load
 
 
 class Scheduler:
@@ -25,7 +50,7 @@ class Scheduler:
 
     Attributes:
         running: Rows with pages, in the order of admission.
-        pace: Times of the steps so far, by which a prompt is cut.
+        pace: Expected times of steps, by which a prompt is cut.
     """
 
     def __init__(
@@ -135,30 +160,52 @@ class Scheduler:
                 self.pages.release(page)
             return False
         row.cached = len(found) * self.pages.page_tokens
-        row.sequence = Sequence(row.adapter, found + self.pages.take(needed), row.cached)
+        row.sequence = Sequence(row.adapter, found + self.pages.take(needed, clear=False), row.cached)
         return True
 
-    def step(self) -> list[tuple[Row, int]]:
-        """Return the rows of the next step, each with the number of its tokens: new tokens first, then pieces of prompts."""
+    def step(self) -> Step:
+        """Return the rows of the next step: new tokens first, then pieces of prompts."""
         self._steps += 1
-        decoding = [(row, 1) for row in self.running if row.decodes]
-        left = self.pace.tokens(self.prefill_tokens) if decoding else self.idle_prefill_tokens
-        pieces: list[tuple[Row, int]] = []
+        step = Step()
+        for row in self.running:
+            if row.decodes:
+                step.add(row, 1)
+        most = self.prefill_tokens if step.rows else self.idle_prefill_tokens
         computed: set[bytes] = set()  # keys of pages that this step fills
-        prompts = [row for row in self.running if not row.decodes]
-        if self._steps % _OLDEST_EVERY:
-            prompts.sort(key=lambda row: row.unread)  # stable: of equal ones the oldest first
-        for row in prompts:
+        for row in self._prompts():
             self._look_again(row)
-            tokens = row.unread if self.pages is None else min(row.unread, left)
-            if left <= 0:
+            tokens = min(row.unread, self._room(step, row, most))
+            if tokens <= 0:
                 break
             keys = self._next_keys(row, tokens)
             if computed.isdisjoint(keys[:1]):  # otherwise the row finds the pages in the next step
-                pieces.append((row, tokens))
+                step.add(row, tokens)
                 computed.update(keys)
-                left -= tokens
-        return decoding + pieces
+        self._clear(step)
+        return step
+
+    def _prompts(self) -> list[Row]:
+        """Return the rows whose prompt is not stored, in the order in which they go on."""
+        prompts = [row for row in self.running if not row.decodes]
+        if self._steps % _OLDEST_EVERY:
+            prompts.sort(key=lambda row: row.unread)  # stable: of equal ones the oldest first
+        return prompts
+
+    def _room(self, step: Step, row: Row, most: int) -> int:
+        """Return how many tokens of a further prompt a step can take, of ``most`` in all."""
+        if self.pages is None or row.sequence is None:
+            return row.unread
+        left = max(most - step.prompts.tokens, 0)
+        if not step.answers.tokens:
+            return left
+        return self.pace.fitting(step.answers, step.prompts, row.sequence.length, left)
+
+    def _clear(self, step: Step) -> None:
+        """Clear the pages that a step begins."""
+        for row, tokens in step.rows if self.pages is not None else ():
+            assert row.sequence is not None and self.pages is not None
+            first, end = (self.pages.needed(row.sequence.length + more) for more in (0, tokens))
+            self.pages.clear(row.sequence.pages[first:end])
 
     def _next_keys(self, row: Row, tokens: int) -> list[bytes]:
         """Return the keys of the pages of a prompt that its next tokens fill."""
@@ -197,7 +244,9 @@ class Scheduler:
         if sequence is None or self.pages is None:
             return
         if self.prefixes is not None and row.finish != "error":
-            keys = chain(row.root, row.tokens[: sequence.length], self.pages.page_tokens)
+            keys, size = row.keys, self.pages.page_tokens
+            root, done = (keys[-1] if keys else row.root), size * len(keys)
+            keys = (keys + chain(root, row.tokens[done : sequence.length], size))[: sequence.length // size]
             self.prefixes.keep(keys, sequence.pages[: len(keys)])
         for page in sequence.pages:
             self.pages.release(page)

@@ -53,7 +53,8 @@ class Steps:
             self._finish(self._scheduler.drop())
             for row in self._scheduler.admit():
                 self._tell("admitted", row)
-            chosen = self._scheduler.step()
+            step = self._scheduler.step()
+        chosen = step.rows
         if not chosen:
             return
         self.count += 1
@@ -65,12 +66,14 @@ class Steps:
             self.fail([row for row, _ in chosen], str(error))
             return
         with self._lock:
-            self._scheduler.pace.note(chosen, time.monotonic() - began)
+            self._scheduler.pace.note(step.answers, step.prompts, time.monotonic() - began)
             for row, tokens in chosen:
                 self._scheduler.stored(row, tokens)
         ready = [index for index, (row, _) in enumerate(chosen) if not row.unread]
         if ready:
-            self._add_tokens([chosen[index][0] for index in ready], logits[ready])
+            self._add_tokens(
+                [chosen[index][0] for index in ready], logits if len(ready) == len(chosen) else logits[ready]
+            )
         with self._lock:
             self._finish(self._scheduler.collect())
 

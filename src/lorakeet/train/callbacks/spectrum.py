@@ -76,7 +76,8 @@ def spectrum_figures(model: Any, adapter: str) -> dict[str, dict[str, Any]]:
 def _spectrum(layer: Any, adapter: str) -> Spectrum:
     """Return the singular values of an adapter's update of the whole weight of its base."""
     update = stored_update(layer, adapter, 1.0)
-    a, b = update.A.detach().cpu(), update.B.detach().cpu()
+    a, b = layer.variants[adapter].factors(layer, adapter, update.A.detach(), update.B.detach())
+    a, b = a.cpu(), b.cpu()
     taken = taken_parts(layer).get(adapter)
     if taken is not None:  # ΔW = s·(B·A − B₀·A₀)
         a, b = torch.cat([a, taken.lora_A.cpu()]), torch.cat([b, -taken.lora_B.cpu()], dim=1)

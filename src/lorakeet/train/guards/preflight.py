@@ -23,6 +23,7 @@ from lorakeet.adapter.unfrozen import unfrozen_names
 from lorakeet.errors import TrainingError
 from lorakeet.log import info, warn
 from lorakeet.lora.interop.wrappers import compiled_in_place
+from lorakeet.lora.variants.adalora import AdaLora
 
 #: Names that a message shows of a longer list.
 SHOWN = 8
@@ -158,9 +159,15 @@ def expect_all_gradients(model: nn.Module, args: TrainingArguments) -> None:
 
 
 def checkpoint_bytes(model: nn.Module) -> int:
-    """Return the bytes of a checkpoint: trainable parameters, two moments of each in fp32, and 10 % for the rest."""
+    """Return the bytes of a checkpoint: trainable parameters, two moments of each in fp32, and 10 % for the rest.
+
+    AdaLoRA has two averages more.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    return int(1.1 * sum(p.numel() * (p.element_size() + 8) for p in trainable))
+    layers = model.lora_layers() if isinstance(model, PeftModel) else []
+    adaptive = any(isinstance(variant, AdaLora) for layer in layers for variant in layer.variants.values())
+    state = 16 if adaptive else 8
+    return int(1.1 * sum(p.numel() * (p.element_size() + state) for p in trainable))
 
 
 def divides_by_count(model: nn.Module, batch: Mapping[str, Any]) -> bool:

@@ -226,7 +226,7 @@ def _memory(config: RunConfig, weights: Weights, costs: Costs, used: int, proces
             base=base,
             adapter=weights.adapter,
             gradients=weights.adapter * (2 if processes > 1 else 1),  # and the buckets in which they are sent
-            optimizer=8 * weights.trained,
+            optimizer=(16 if config.lora.adalora_config else 8) * weights.trained,  # and AdaLoRA's two averages
             activations=0,
             logits=0,
             transient=0,

@@ -15,11 +15,11 @@ enum {
     LK_MAX_HEAD_WIDTH = 128, /* values of an attention head, at most (attention.c) */
     LK_HEAD_STEP = 16,       /* an attention head's width is a multiple of this */
     LK_LINEARS = 7,          /* linear layers of a decoder layer that adapters update: q, k, v, o, gate, up, down */
-    LK_UPDATE_ROWS = 8,      /* rows of an update's A are padded to a multiple of this (paged_decoder.c) */
     LK_PAGE_STEP = 16        /* tokens of a page are a multiple of this (paged_attention.c) */
 };
 
-/* A linear layer of a decoder, and the low-rank update scaling B A x of an adapter where rank > 0. */
+/* A linear layer of a decoder, and the low-rank update scaling B A x of an adapter where rank > 0. An adapter may also
+ * scale the outputs and add to them. */
 struct lk_linear {
     const int8_t *weight;           /* [out, in]; or codes of NF4, with `absmax` */
     const void *absmax;             /* scales of NF4, or NULL */
@@ -30,6 +30,7 @@ struct lk_linear {
     const float *outlier_values;    /* [outliers, out] */
     const float *bias;              /* [out], or NULL */
     const float *a, *b;             /* [rank, in] and [out, rank] */
+    const float *output;            /* [2, out]: a factor of each output and what is added then, or NULL */
     ptrdiff_t out, in, rank, outliers;
     float scaling;
 };
@@ -47,11 +48,12 @@ struct lk_layer {
     float scaling;
 };
 
-/* The low-rank update of a linear layer, laid out for rows of their own. */
+/* The low-rank update of a linear layer, as lk_pack_update lays it out. */
 struct lk_update {
-    const float *a, *b; /* [rank, a multiple of LK_UPDATE_ROWS, in] and [rank, out]; the further rows of a are zeros */
-    ptrdiff_t rank;     /* 0: none */
-    float scaling;
+    const int16_t *codes; /* of A and then of B */
+    const float *scale;   /* [rank]: factor of a row of A and a column of B together */
+    const float *output;  /* [2, out]: a factor of each output and what is added then, or NULL */
+    ptrdiff_t rank;       /* 0: none */
 };
 
 /* Rows of a step, each a token of a sequence whose keys and values lie in pages. */
@@ -64,6 +66,7 @@ struct lk_paged {
     const struct lk_update *const *updates; /* [n]: the adapter of each row, [layers][LK_LINEARS]; NULL: none */
     ptrdiff_t count, pages, page_tokens;    /* count: layers; pages: in the pool */
     ptrdiff_t n, length, rank;              /* length: largest position + 1; rank: of all updates, at most */
+    int amx;                                /* multiply many rows in tiles of AMX */
 };
 
 /* A tensor [total, heads, width] whose last dimension is contiguous. */

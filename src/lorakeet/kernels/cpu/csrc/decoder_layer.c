@@ -34,6 +34,9 @@ static void decoder_linear(const struct lk_linear *l, const float *x, float *h, 
                 sum += low_rank[i * l->rank + r] * l->b[j * l->rank + r];
             h[i * l->out + j] += sum;
         }
+    for (ptrdiff_t i = 0; l->output && i < n; i++)
+        for (ptrdiff_t j = 0; j < l->out; j++)
+            h[i * l->out + j] = l->output[j] * h[i * l->out + j] + l->output[l->out + j];
 }
 
 /* to = x / sqrt(mean(x^2) + eps) * weight for rows x [n, width]; `to` may be x. */

@@ -70,6 +70,20 @@ enum {
 _Static_assert(MR % 2 == 0, "rows are packed two at a time");
 _Static_assert(NR % 16 == 0, "weights are packed sixteen bytes at a time");
 
+/* sum + a b, rounded once where the processor can: written out, as a compiler could choose otherwise in each loop. */
+static inline floats multiply_add(floats a, floats b, floats sum)
+{
+#if defined(__FMA__) && VLEN == 16
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__FMA__)
+    return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+    floats product = a * b;
+    __asm__("" : "+x"(product));
+    return sum + product;
+#endif
+}
+
 /* Load a vector of a row times its factors (or NULL: 1); zeros from `left` on. */
 #if VLEN == 16
 typedef __m512 fp32_vector;
@@ -153,6 +167,17 @@ static inline __m128i load_sixteen(const int8_t *weight, ptrdiff_t out, ptrdiff_
         from = edge;
     }
     return _mm_loadu_si128((const __m128i *)from);
+}
+
+/* Interleave four rows of sixteen bytes: [byte of a row][row]. */
+static inline void interleave_four(const __m128i rows[4], int8_t *to)
+{
+    const __m128i a = _mm_unpacklo_epi8(rows[0], rows[1]), b = _mm_unpackhi_epi8(rows[0], rows[1]);
+    const __m128i d = _mm_unpacklo_epi8(rows[2], rows[3]), e = _mm_unpackhi_epi8(rows[2], rows[3]);
+    _mm_storeu_si128((__m128i *)to, _mm_unpacklo_epi16(a, d));
+    _mm_storeu_si128((__m128i *)to + 1, _mm_unpackhi_epi16(a, d));
+    _mm_storeu_si128((__m128i *)to + 2, _mm_unpacklo_epi16(b, e));
+    _mm_storeu_si128((__m128i *)to + 3, _mm_unpackhi_epi16(b, e));
 }
 
 /* Number of parts that the rows are split into where there are few panels for the threads; each part packs its own panels. */

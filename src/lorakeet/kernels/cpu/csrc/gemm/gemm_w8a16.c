@@ -5,6 +5,7 @@
  * Reference: kernels/int8/reference.py.
  */
 #include "w8a16.h"
+#include "w8a16_epilogue.h"
 #if defined(__AVX2__)
 
 /* Number of int16 values that lk_pack_a16 writes. */
@@ -104,11 +105,10 @@ static void w8a16_pack_inputs(const int8_t *weight, int16_t *panel, ptrdiff_t ou
         }
 }
 
-/* A tile of h: the first block's sums are written, with the bias and u v of u [rows, rank] and v [rank][W8A16_PANELS *
- * NR]; what follows is added. */
+/* A tile of h = a strip times a panel; the first block's sums are written, what follows is added. */
 static inline void w8a16_tile(const int16_t *strip, const int16_t *panel, ptrdiff_t size, const float *row_scale,
-                              const float *scale, const float *bias, const float *u, const float *v, ptrdiff_t rank, float *h,
-                              ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t columns, int first)
+                              const struct w8a16_columns *columns, const float *u, ptrdiff_t rank, float *h,
+                              ptrdiff_t stride, ptrdiff_t rows, int first)
 {
     int32_vector s[MR][2];
     for (int r = 0; r < MR; r++)
@@ -125,20 +125,8 @@ static inline void w8a16_tile(const int16_t *strip, const int16_t *panel, ptrdif
     }
     int32_vector made[MR][2]; /* a copy: variable indices would keep `s` out of the registers */
     memcpy(made, s, sizeof s);
-    for (ptrdiff_t r = 0; r < rows; r++) {
-        float edge[NR], *to = columns == NR ? h + r * stride : edge;
-        if (columns < NR && !first)
-            memcpy(edge, h + r * stride, (size_t)columns * sizeof(float));
-        for (int half = 0; half < 2; half++) {
-            floats sum = first ? load(bias + VLEN * half) : load(to + VLEN * half);
-            for (ptrdiff_t k = 0; first && k < rank; k++)
-                sum += u[r * rank + k] * load(v + k * W8A16_PANELS * NR + VLEN * half);
-            const floats x_scale = (floats){0} + row_scale[r];
-            store(to + VLEN * half, a16_add(sum, made[r][half], x_scale, load(scale + VLEN * half)));
-        }
-        if (columns < NR)
-            memcpy(h + r * stride, edge, (size_t)columns * sizeof(float));
-    }
+    for (ptrdiff_t r = 0; r < rows; r++)
+        w8a16_write(made[r], row_scale[r], columns, u + r * rank, rank, h + r * stride, first);
 }
 
 /* Forward: h = (x W8^T) diag(scale) + bias + u v [n, out] for packed x [n, in], u [n, rank] and v [rank, out].
@@ -157,17 +145,9 @@ void lk_gemm_w8a16(const int16_t *strips, const float *row_scale, const int8_t *
             const ptrdiff_t first = p * wide, width = min_of(columns - first, wide);
             const ptrdiff_t last = min_of((part + 1) * each, count);
             _Alignas(64) int16_t panels[W8A16_PANELS][W8A16_KC * NR];
-            float ones[W8A16_PANELS * NR], zeros[W8A16_PANELS * NR] = {0}, low[LK_MAX_FUSED_RANK][W8A16_PANELS * NR];
-            for (int c = 0; c < wide; c++)
-                ones[c] = 1;
-            if (scale)
-                memcpy(ones, scale + first, (size_t)width * sizeof(float));
-            if (bias)
-                memcpy(zeros, bias + first, (size_t)width * sizeof(float));
-            for (ptrdiff_t k = 0; k < rank; k++) {
-                memcpy(low[k], v + k * columns + first, (size_t)width * sizeof(float));
-                memset(low[k] + width, 0, (size_t)(wide - width) * sizeof(float));
-            }
+            struct w8a16_columns of_panel[W8A16_PANELS];
+            for (ptrdiff_t j = 0; j < width; j += NR)
+                w8a16_load_columns(&of_panel[j / NR], scale, bias, v, rank, first + j, columns);
             for (ptrdiff_t from = 0; from < depth; from += size) {
                 for (ptrdiff_t j = 0; j < width; j += NR)
                     (transposed ? w8a16_pack_inputs : w8a16_pack_channels)(weight, panels[j / NR], out, in, first + j,
@@ -175,9 +155,8 @@ void lk_gemm_w8a16(const int16_t *strips, const float *row_scale, const int8_t *
                 for (ptrdiff_t s = part * each; s < last; s++)
                     for (ptrdiff_t j = 0; j < width; j += NR)
                         w8a16_tile(strips + (from * count + s * size) * MR, panels[j / NR], size, row_scale + s * MR,
-                                   ones + j, zeros + j, u + s * MR * rank, low[0] + j, rank,
-                                   h + s * MR * columns + first + j, columns,
-                                   min_of(n - s * MR, MR), min_of(width - j, NR), from == 0);
+                                   &of_panel[j / NR], u + s * MR * rank, rank, h + s * MR * columns + first + j, columns,
+                                   min_of(n - s * MR, MR), from == 0);
             }
         }
 }

@@ -8,11 +8,10 @@
 #if defined(__AVX2__)
 
 enum {
-    GEMV_ROWS = 4,              /* rows of the weight in a tile of several rows of x */
-    GEMV_TOKENS = VLEN / 4,     /* rows of x in that tile: its sums are VLEN vectors, which fold into one */
-    GEMV_CHUNK = 16,            /* rows of the weight that a thread takes at a time, at least */
-    GEMV_STEP = 2 * VLEN,       /* products of an instruction */
-    GEMV_PREFETCH_BYTES = 4096  /* hardware prefetchers do not follow interleaved rows */
+    GEMV_ROWS = 4,           /* rows of the weight in a tile of several rows of x */
+    GEMV_TOKENS = VLEN / 4,  /* rows of x in that tile: its sums are VLEN vectors, which fold into one */
+    GEMV_CHUNK = 16,         /* rows of the weight that a thread takes at a time, at least */
+    GEMV_STEP = 2 * VLEN     /* products of an instruction */
 };
 
 /* Round x [depth] times factor [depth] (or NULL: 1) to int16, each block padded with zeros, and its scale, four times. */
@@ -41,10 +40,11 @@ static inline int32_vector gemv_widen(const int8_t *weight)
 }
 
 /* The sums of one block of a tile, TOKENS rows of x by ROWS of the weight; lane t * ROWS + r. Both are constants, so that
- * the sums stay in registers. */
+ * the sums stay in registers. As many bytes as are read come into the L2 cache from `ahead` on: hardware prefetchers do
+ * not follow interleaved rows. */
 #define GEMV_TILE(ROWS, TOKENS)                                                                                        \
     static inline int32_vector gemv_tile_##ROWS(const int16_t *codes, ptrdiff_t stride, const int8_t *weight,          \
-                                                ptrdiff_t in, ptrdiff_t size)                                          \
+                                                ptrdiff_t in, ptrdiff_t size, const int8_t *ahead)                     \
     {                                                                                                                  \
         int32_vector s[VLEN];                                                                                          \
         for (int i = 0; i < VLEN; i++)                                                                                 \
@@ -52,7 +52,7 @@ static inline int32_vector gemv_widen(const int8_t *weight)
         for (ptrdiff_t k = 0; k < size; k += GEMV_STEP) {                                                              \
             int32_vector x[TOKENS];                                                                                    \
             for (int line = 0; line < ROWS * GEMV_STEP / 64; line++)                                                   \
-                __builtin_prefetch(weight + ROWS * k + 64 * line + GEMV_PREFETCH_BYTES);                               \
+                __builtin_prefetch(ahead + ROWS * k + 64 * line, 0, 2);                                                \
             for (int t = 0; t < TOKENS; t++)                                                                           \
                 x[t] = LOAD(codes + t * stride + k);                                                                   \
             for (int r = 0; r < ROWS; r++) {                                                                           \
@@ -85,8 +85,8 @@ static inline floats gemv_all(float value)
     return (floats){0} + value;
 }
 
-/* GEMV_CHUNK rows of the weight from j on, by all rows of x. */
-static void gemv_chunk(const struct a16_product *p, ptrdiff_t j, ptrdiff_t n, ptrdiff_t in)
+/* GEMV_CHUNK rows of the weight from j on, by all rows of x; `ahead` is the chunk after it. */
+static void gemv_chunk(const struct a16_product *p, ptrdiff_t j, ptrdiff_t n, ptrdiff_t in, const int8_t *ahead)
 {
     const ptrdiff_t size = w8a16_kc(in), padded = a16_block_codes(in), stride = a16_row_codes(in);
     ptrdiff_t i = 0;
@@ -97,7 +97,10 @@ static void gemv_chunk(const struct a16_product *p, ptrdiff_t j, ptrdiff_t n, pt
             const int16_t *codes = p->codes + i * stride;
             float made[VLEN];
             for (ptrdiff_t from = 0; from < in; from += size, codes += padded)
-                sum = a16_add(sum, gemv_tile_4(codes, stride, p->weight + c * in + from, in, padded), x_scale, row_scale);
+                sum = a16_add(sum,
+                              gemv_tile_4(codes, stride, p->weight + c * in + from, in, padded,
+                                          ahead + (c - j) * in + GEMV_ROWS * from),
+                              x_scale, row_scale);
             store(made, sum);
             for (int t = 0; t < GEMV_TOKENS; t++)
                 memcpy(p->h + (i + t) * p->out + c, made + t * GEMV_ROWS, GEMV_ROWS * sizeof(float));
@@ -108,7 +111,10 @@ static void gemv_chunk(const struct a16_product *p, ptrdiff_t j, ptrdiff_t n, pt
             floats sum = p->bias ? load(p->bias + c) : (floats){0};
             const int16_t *codes = p->codes + i * stride;
             for (ptrdiff_t from = 0; from < in; from += size, codes += padded)
-                sum = a16_add(sum, GEMV_TILE_ONE(codes, stride, p->weight + c * in + from, in, padded), x_scale, row_scale);
+                sum = a16_add(sum,
+                              GEMV_TILE_ONE(codes, stride, p->weight + c * in + from, in, padded,
+                                            ahead + (c - j) * in + VLEN * from),
+                              x_scale, row_scale);
             store(p->h + i * p->out + c, sum);
         }
 }
@@ -132,6 +138,14 @@ static void gemv_edge(const struct a16_product *p, ptrdiff_t j, ptrdiff_t end, p
         }
 }
 
+/* The product that a chunk belongs to, counted over all of them; `*at` becomes its first row of that weight. */
+static const struct a16_product *gemv_find(const struct a16_product *p, ptrdiff_t *at)
+{
+    for (*at *= GEMV_CHUNK; *at >= p->out; p++)
+        *at -= (p->out + GEMV_CHUNK - 1) / GEMV_CHUNK * GEMV_CHUNK;
+    return p;
+}
+
 /* Products of the same n rows, rounded for each, with the weights of several layers. */
 void a16_multiply(const struct a16_product *products, ptrdiff_t count, ptrdiff_t n, ptrdiff_t in)
 {
@@ -141,15 +155,11 @@ void a16_multiply(const struct a16_product *products, ptrdiff_t count, ptrdiff_t
         chunks += (products[p].out + GEMV_CHUNK - 1) / GEMV_CHUNK;
 #pragma omp parallel for schedule(guided, 2) if (chunks * GEMV_CHUNK * in > 32768)
     for (ptrdiff_t at = 0; at < chunks; at++) {
-        const struct a16_product *p = products;
-        ptrdiff_t j = at * GEMV_CHUNK;
-        while (j >= p->out) {
-            j -= (p->out + GEMV_CHUNK - 1) / GEMV_CHUNK * GEMV_CHUNK;
-            p++;
-        }
+        ptrdiff_t j = at, next = min_of(at + 1, chunks - 1);
+        const struct a16_product *p = gemv_find(products, &j), *after = gemv_find(products, &next);
         const ptrdiff_t end = min_of(j + GEMV_CHUNK, p->out);
         if (end - j == GEMV_CHUNK && end * in + (past > 0 ? past : 0) <= p->out * in)
-            gemv_chunk(p, j, n, in);
+            gemv_chunk(p, j, n, in, after->weight + next * in);
         else
             gemv_edge(p, j, end, n, in);
     }
