@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import pytest
 
 from lorakeet.cli.generate import read_prompts
 from lorakeet.cli.predict import _read
-from lorakeet.config import read_run
+from lorakeet.config import DataSettings, read_run
 from lorakeet.data.read.formats import read_file
+from lorakeet.data.read.source import find_sources
 from lorakeet.errors import ConfigError, DataError, LorakeetError
-from lorakeet.text_files import NotTextError, all_lines, read_text
+from lorakeet.text_files import NotTextError, all_lines, preview, read_text
 
 SOURCE = Path(__file__).parents[1] / "src" / "lorakeet"
 SIGNS = ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"]  # line ends to str.splitlines alone
@@ -130,6 +132,21 @@ def test_texts_to_answer_are_read_by_their_format(name: str, content: str, tmp_p
     data = content.encode()
     path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     assert _read(path) == read_prompts(path) == ["one"]
+
+
+def test_a_damaged_compressed_file_is_one_error(tmp_path: Path) -> None:
+    path, whole = tmp_path / "x.gz", gzip.compress(b'{"text": "a"}\n' * 40, mtime=0)
+    damaged = [whole[:end] for end in range(2, len(whole))]
+    damaged += [
+        whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :] for at in range(len(whole)) for flip in (6, 255)
+    ]
+    for data in damaged:
+        path.write_bytes(data)
+        for read in (all_lines, lambda path: preview(path, 4096)):
+            with suppress(OSError, NotTextError):
+                read(path)
+        with suppress(DataError):
+            find_sources(DataSettings(path=str(path)))
 
 
 def test_texts_to_answer_of_a_table(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import codecs
 import gzip
 import os
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 #: Bytes at the beginning of a file that its kind and its encoding are recognized by.
 _HEAD = 4096
@@ -90,15 +91,22 @@ class EncodingProblem(NamedTuple):
 
 
 class _Gzip(gzip.GzipFile):
-    """Compressed file that refuses to unpack to far more than text does (a "zip bomb")."""
+    """Compressed file that refuses to unpack to far more than text does (a "zip bomb"). A damaged one is an OSError."""
 
     def read(self, size: int | None = -1) -> bytes:
-        return self._bounded(super().read(size))
+        return self._bounded(super().read, size)
 
     def read1(self, size: int = -1) -> bytes:
-        return self._bounded(super().read1(size))
+        return self._bounded(super().read1, size)
 
-    def _bounded(self, chunk: bytes) -> bytes:
+    def peek(self, n: int) -> bytes:
+        return self._bounded(super().peek, n)
+
+    def _bounded(self, unpack: Callable[[Any], bytes], size: int | None) -> bytes:
+        try:
+            chunk = unpack(size)
+        except (EOFError, zlib.error) as error:  # gzip's own error is an OSError
+            raise gzip.BadGzipFile(f"a damaged compressed file: {error}") from None
         packed = max(os.fstat(self.fileno()).st_size, 1)
         if self.tell() > max(_FREE, packed * _RATIO):
             raise NotTextError(f"it unpacks to more than {_RATIO} times its size, expected text", _UNPACK)

@@ -17,7 +17,6 @@ The readers of text are in :mod:`~lorakeet.data.read.text_formats`, those of tab
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -102,9 +101,8 @@ def read_file(
         yield _unreadable(source, unit, error.fault.message, error.fault.hint)
     except NotTextError as error:
         yield _unreadable(source, unit, error.message, error.hint)
-    except (OSError, EOFError, zlib.error) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        yield _unreadable(source, unit, f"cannot be read: {reason}")
+    except OSError as error:
+        yield _unreadable(source, unit, f"cannot be read: {error.strerror or error}")
     else:
         if empty:
             yield _unreadable(source, unit, f"empty, no {'quotation' if format == 'fortune' else 'row'} in it")

@@ -29,6 +29,7 @@ from lorakeet.data.read.record import FaultError, Location, Record, faults_error
 from lorakeet.data.read.table_formats import TABLE_READERS, table_schema
 from lorakeet.errors import DataError
 from lorakeet.security.paths import is_dir
+from lorakeet.text_files import NotTextError
 
 _FIRST = 1000  # records whose values decide the types of a file without a schema, where it is not read whole
 _SHARE = 0.2  # of the values of a column that must be of a type for it to be one that the column holds
@@ -145,9 +146,11 @@ def find_sources(settings: DataSettings) -> list[DataSource]:
 def _format(path: Path, settings: DataSettings) -> str:
     try:
         return recognize(path) if settings.format == "auto" else settings.format
-    except (OSError, EOFError) as error:
+    except NotTextError as error:
+        raise DataError(f"cannot read {path}: {error.message}", error.hint) from None
+    except OSError as error:
         raise DataError(
-            f"cannot read {path}: {getattr(error, 'strerror', None) or error}", "check the file and its permissions"
+            f"cannot read {path}: {error.strerror or error}", "check the file and its permissions"
         ) from None
 
 
