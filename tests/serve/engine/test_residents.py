@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.served import KINDS, Served
 from lorakeet.adapter.peft_model import get_peft_model
+from lorakeet.base.load import load_base
 from lorakeet.errors import AdapterError, LorakeetError, UnknownAdapter
 from lorakeet.lora.config import LoraConfig
 from lorakeet.runs.process_memory import resident_bytes
@@ -128,6 +129,20 @@ def test_usual_kinds_are_made_ready_beside_the_model(
     for resident in residents.list():
         residents.unload(resident.name)
     assert not [part for part in residents.model.lora_parts() if part.adapters]
+
+
+def test_on_8_bits(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head is copied in full precision, whatever the base stores; norms are those of the rounded weights."""
+    bases = [load_base(str(served.folder), dtype="fp32", device="cpu", bits=8) for _ in range(2)]
+    residents, slow = (Residents(base, served.adapters) for base in bases)
+    monkeypatch.setattr(slow.placement, "_places_of", lambda config: None)
+    for name in ("head", "dora"):
+        slow.load(name)
+        with monkeypatch.context() as patch:
+            patch.setattr(placement, "put_adapter", None)
+            residents.load(name)
+    one, other = residents.model.state_dict(), slow.model.state_dict()
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_norms_of_dora_are_there_before_the_first_step(served: Served) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from lorakeet.base.load import load_base
 from lorakeet.config import BaseSettings
 from lorakeet.serve.http.errors import ApiError
 from lorakeet.serve.http.prompts import chat_ids
+from lorakeet.serve.http.routes.completions import _begin
 from lorakeet.serve.http.schema.chat import ChatBody
+from lorakeet.serve.http.schema.completions import CompletionBody
 from lorakeet.serve.http.service import Service
 from lorakeet.serve.http.start import Served, open_service
 
@@ -73,3 +76,37 @@ def test_tools_and_their_results(service: Service) -> None:
         rendered(service, "other", TURN, tools=[tool])
     with pytest.raises(ApiError, match="no rule for tool calls|does not read it"):
         rendered(service, "other", TURN, asked, answered)
+
+
+@pytest.fixture(scope="module")
+def shifted(tmp_path_factory: pytest.TempPathFactory) -> Service:
+    """Return a service with an adapter whose tokenizer has ``a`` and ``b`` in each other's place."""
+    folder = tmp_path_factory.mktemp("shifted")
+    base = save_chat_base(folder / "base")
+    save_adapters(base, folder / "adapters", {"plain": 1, "own": 2})
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder / "adapters" / "own")
+    file = folder / "adapters" / "own" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(content))
+    return open_service(BaseSettings(model=str(base), dtype="fp32"), Served(folder / "adapters", base_name=BASE))
+
+
+def test_answers_are_read_with_the_tokenizer_of_the_adapter(shifted: Service) -> None:
+    """Text, log probabilities and schemas of an answer are in the adapter's own tokens."""
+    vocabulary = shifted.tokenizer.get_vocab()
+    own, engine = shifted.tokenizers.of("own"), shifted.engine
+    assert own.get_vocab()["a"] == vocabulary["b"]
+    biased = {"model": "own", "prompt": "x", "max_tokens": 3, "temperature": 0, "logprobs": 1}
+    body = CompletionBody(**biased, logit_bias={str(vocabulary["a"]): 100})
+    tokenizer, [ticket] = _begin(shifted, body, "own")
+    while not ticket.done:
+        engine.step()
+    assert ticket.result().text == "bbb" and tokenizer is own
+    grammar = shifted.grammars_of("own").for_schema({"const": "a"})
+    assert grammar.allowed().sum() == 1
+    grammar.accept(vocabulary['"'])
+    assert list(grammar.allowed().nonzero()[0]) == [vocabulary["b"]]
+    assert shifted.grammars_of("plain") is shifted.grammars_of(None) is shifted.grammars

@@ -102,7 +102,7 @@ class Engine:
         self._changed = threading.Condition()  # guards the scheduler, the tasks and the flags
         self._steps = None
         if self.forward is not None:
-            self._steps = Steps(self.forward, self._scheduler, residents, self._meter, self.ends, self._changed)
+            self._steps = Steps(self.forward, self._scheduler, residents, self._meter, self._changed)
         self._tasks: list[Callable[[], None]] = []
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -167,9 +167,11 @@ class Engine:
         """
         limit = self._checked(request)
         adapter = None if request.adapter is None else self.residents.acquire(request.adapter)
-        row = Row(
-            request, Ticket(0 if adapter is None else adapter.version, self._wake), adapter, self.tokenizer, limit
-        )
+        ticket = Ticket(0 if adapter is None else adapter.version, self._wake)
+        tokenizer, ends = self.tokenizer, self.ends
+        if request.tokenizer is not None and request.tokenizer is not tokenizer:
+            tokenizer, ends = request.tokenizer, frozenset(end_tokens(self.model, request.tokenizer))
+        row = Row(request, ticket, adapter, tokenizer, limit, ends)
         if self.pages is not None:
             row.root = self.residents.root(adapter)
             row.keys = chain(row.root, request.prompt[:-1], self.pages.page_tokens)

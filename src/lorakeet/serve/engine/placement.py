@@ -8,7 +8,7 @@ the model between two steps as anywhere else. That takes a second or so, for whi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -109,17 +109,18 @@ class Placement:
         places = self._places_of(config) if _is_known(config) else None
         if places is None:
             return Prepared(files, config, tensors, None)
+        if not self._are_free(places):
+            return Prepared(files, config, tensors, None)
         targets = [target_of(name, config) for name in places.layers]
-        differences = self._differences(targets, places.saved, config, tensors)
-        if differences.unexpected or not self._are_free(places):
+        saved = {name: self._saved_part(slot, name) for name in places.saved}
+        copies = {name: module.modules_to_save[slot] for name, module in saved.items()}
+        differences = self._differences(targets, copies, config, tensors)
+        if differences.unexpected:
             return Prepared(files, config, tensors, None)  # the usual way knows more, or says it better
         differences.raise_if_any(files.source)
-        parts: dict[str, LoraLinear | SavedModule] = {}
-        for target in targets:
-            parts[target.name] = self._linear_part(slot, target, config, tensors, scale)
-        for name in places.saved:
-            parts[name] = self._saved_part(slot, name, tensors)
-        return Prepared(files, config, tensors, parts)
+        _fill(copies, tensors)
+        layers = {target.name: self._linear_part(slot, target, config, tensors, scale) for target in targets}
+        return Prepared(files, config, tensors, {**layers, **saved})
 
     def _places_of(self, config: PeftConfig) -> _Places | None:
         """Return the places that the settings mean; None where they mean others than linear layers and whole modules."""
@@ -147,13 +148,13 @@ class Placement:
         )
 
     def _differences(
-        self, targets: list[Target], saved: Sequence[str], config: PeftConfig, tensors: Mapping[str, Tensor]
+        self, targets: list[Target], copies: Mapping[str, nn.Module], config: PeftConfig, tensors: Mapping[str, Tensor]
     ) -> Differences:
         """Compare the tensors with those that the places expect.
 
         Args:
             targets: Layers with an update.
-            saved: Modules that are trained whole.
+            copies: The adapter's own copies of modules, by place.
             config: The adapter's settings.
             tensors: Those of its file.
         """
@@ -164,8 +165,8 @@ class Placement:
             expected[f"{PREFIX}{target.name}.lora_B.weight"] = [layer.out_features, target.r]
             for name in config.variant.parameters:
                 expected[f"{PREFIX}{target.name}.{name}"] = [layer.out_features]
-        for name in saved:
-            for key, parameter in _original(self.model.get_submodule(name)).named_parameters():
+        for name, module in copies.items():
+            for key, parameter in module.named_parameters():
                 expected[f"{PREFIX}{name}.{key}"] = list(parameter.shape)
         shapes = [
             f"{key} is {list(tensors[key].shape)}, expected {shape}"
@@ -210,13 +211,10 @@ class Placement:
             layer.add_part(MAGNITUDE, slot, magnitude)
         return layer
 
-    @torch.no_grad()
-    def _saved_part(self, slot: str, name: str, tensors: Mapping[str, Tensor]) -> SavedModule:
-        """Return a module around the base's own with the adapter's copy alone."""
+    def _saved_part(self, slot: str, name: str) -> SavedModule:
+        """Return a module around the base's own with a copy for the adapter, which has the base's values so far."""
         module = SavedModule(_original(self.model.get_submodule(name)), self.model.switch)
         module.add_adapter(slot)
-        for key, parameter in module.modules_to_save[slot].named_parameters():
-            parameter.copy_(tensors[f"{PREFIX}{name}.{key}"])
         module.set_trainable(slot, False)
         return module.train(self.model.training)
 
@@ -271,6 +269,14 @@ def _is_known(config: PeftConfig) -> bool:
 def _original(module: nn.Module) -> nn.Module:
     """Return the base's own module at a place."""
     return module.original_module if isinstance(module, SavedModule) else module
+
+
+@torch.no_grad()
+def _fill(copies: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Copy an adapter's tensors into its modules."""
+    for name, module in copies.items():
+        for key, parameter in module.named_parameters():
+            parameter.copy_(tensors[f"{PREFIX}{name}.{key}"])
 
 
 def _join(there: nn.Module, part: nn.Module, slot: str) -> None:

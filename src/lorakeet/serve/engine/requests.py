@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 #: Reasons for which an answer ends.
 Finish = Literal["stop", "length", "cancelled", "deadline", "error"]
@@ -71,12 +72,14 @@ class Request:
         sampling: Settings of the answer.
         adapter: Name of a served adapter; None: the bare base.
         deadline: Time at which the answer ends, finished or not, as ``time.monotonic()`` counts; None: no limit.
+        tokenizer: Tokenizer that the adapter was taught with, for the answer's text and its end; None: the base's.
     """
 
     prompt: Sequence[int]
     sampling: Sampling = field(default_factory=Sampling)
     adapter: str | None = None
     deadline: float | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 class TokenLogprob(NamedTuple):

@@ -28,15 +28,23 @@ class Row:
         keys: Keys of the prefix cache for the full pages of the prompt, without its last token.
         cached: Tokens of the prompt that the prefix cache had.
         new: Number of new tokens, with the end token.
+        ends: Its end tokens.
         finish: Reason for which it has ended; None: it goes on.
         submitted: Time of submission, as ``time.monotonic()`` counts.
         last_token: Time of the last new token; before the first, of submission.
     """
 
     def __init__(
-        self, request: Request, ticket: Ticket, adapter: Resident | None, tokenizer: PreTrainedTokenizerBase, limit: int
+        self,
+        request: Request,
+        ticket: Ticket,
+        adapter: Resident | None,
+        tokenizer: PreTrainedTokenizerBase,
+        limit: int,
+        ends: frozenset[int] = frozenset(),
     ) -> None:
         self.request, self.ticket, self.adapter = request, ticket, adapter
+        self.ends = ends
         self.limit = limit  # new tokens: what the request asks for, as far as the window goes
         self.sequence: Sequence | None = None
         self.root = b""
@@ -72,17 +80,16 @@ class Row:
         start = self.sequence.length
         return Piece(self.sequence, self.tokens[start : start + most])
 
-    def add(self, token: int, logprob: TokenLogprob | None, ends: frozenset[int]) -> None:
+    def add(self, token: int, logprob: TokenLogprob | None) -> None:
         """Take a new token, and tell the ticket what is certain of the text.
 
         Args:
             token: Its id.
             logprob: Its log probability, if the request asks for it.
-            ends: End tokens of the model.
         """
         wanted = self.request.sampling
         self.new += 1
-        if token in ends and not wanted.ignore_end:
+        if token in self.ends and not wanted.ignore_end:
             self.end("stop")
             return
         self.sampler.accept(token)

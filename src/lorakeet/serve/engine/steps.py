@@ -29,7 +29,6 @@ class Steps:
         scheduler: Scheduler,
         residents: Residents,
         meter: Meter,
-        ends: frozenset[int],
         lock: threading.Condition,
     ) -> None:
         """Prepare to run.
@@ -39,12 +38,11 @@ class Steps:
             scheduler: The rows.
             residents: The adapters, which know how many requests each version answers.
             meter: Where events go.
-            ends: End tokens of the model.
             lock: Guard of the scheduler; it is free while the forward pass runs.
         """
         self.count = 0
         self._forward, self._scheduler, self._residents = forward, scheduler, residents
-        self._meter, self._ends, self._lock = meter, ends, lock
+        self._meter, self._lock = meter, lock
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -86,7 +84,7 @@ class Steps:
             self._meter.note(Event("token" if row.decodes else "first_token", row.adapter_name, now - row.last_token))
             row.last_token = now
             try:
-                row.add(*choice, self._ends)
+                row.add(*choice)
             except Exception as error:  # a grammar or a listener of the caller
                 row.end("error", error=f"{type(error).__name__}: {error}")
 

@@ -40,12 +40,13 @@ def engine_requests(
     """
     seconds = service.limits.timeout if body.timeout is None else min(body.timeout, service.limits.timeout)
     end, values, requests = deadline(seconds), body.sampling_values(), []
+    tokenizer = service.tokenizers.of(adapter)
     for prompt in prompts:
         values["max_tokens"] = answer_tokens(service, len(prompt), longest)
         for choice in range(body.choices):
             own = grammar.copy() if grammar else None
             sampling = Sampling(**values, seed=body.seed_of(choice), logprobs=logprobs, grammar=own)
-            requests.append(Request(prompt, sampling, adapter, end))
+            requests.append(Request(prompt, sampling, adapter, end, tokenizer))
     return requests
 
 

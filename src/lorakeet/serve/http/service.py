@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from typing import Annotated, Any
+from weakref import WeakKeyDictionary
 
 from fastapi import Depends, Request
 
 from lorakeet.errors import did_you_mean
+from lorakeet.inference.generate import end_tokens
 from lorakeet.loaded_model import LoadedModel
 from lorakeet.serve.engine.engine import Engine
 from lorakeet.serve.http.access.keys import Keys
@@ -54,11 +56,13 @@ class Service:
     allow_hub: bool = False
     grammars: Grammars = field(init=False)
     tokenizers: Tokenizers = field(init=False)
+    _own_grammars: WeakKeyDictionary[Any, Grammars] = field(init=False, repr=False)
     started: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         self.tokenizers = Tokenizers(self.tokenizer, self.engine.residents)
         self.grammars = Grammars(self.tokenizer, sorted(self.engine.ends))
+        self._own_grammars = WeakKeyDictionary()
 
     @property
     def tokenizer(self) -> Any:
@@ -88,6 +92,17 @@ class Service:
         """Return the system turn that an adapter was taught with, for conversations that have none; None: it had none."""
         served = {resident.name: resident for resident in self.engine.residents.list()}
         return served[adapter].taught.chat.get("system") if adapter in served else None
+
+    def grammars_of(self, adapter: str | None) -> Grammars:
+        """Return the maker of grammars for the tokens of an adapter; None: of the base."""
+        tokenizer = self.tokenizers.of(adapter)
+        if tokenizer is self.tokenizer:
+            return self.grammars
+        if tokenizer not in self._own_grammars:
+            ends = sorted(end_tokens(self.engine.model, tokenizer))
+            is_same = tokenizer.get_vocab() == self.tokenizer.get_vocab() and ends == sorted(self.engine.ends)
+            self._own_grammars[tokenizer] = self.grammars if is_same else Grammars(tokenizer, ends)
+        return self._own_grammars[tokenizer]
 
     def check_task(self, *tasks: str) -> None:
         """Check that the model has one of these tasks.

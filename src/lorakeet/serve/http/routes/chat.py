@@ -31,9 +31,9 @@ async def chat_completions(request: Request, body: ChatBody, service: Served) ->
     """Continue a conversation with an assistant's turn."""
     service.check_task("CAUSAL_LM")
     adapter = service.adapter(body.model)
-    tickets = await run_in_threadpool(_begin, service, body, adapter)
+    tokenizer, tickets = await run_in_threadpool(_begin, service, body, adapter)
     answers = Answers(tickets, prompts=1, has_grammar=body.answer_schema is not None)
-    writer = _Writer(service, body, f"chatcmpl-{uuid.uuid4().hex}")
+    writer = _Writer(tokenizer, body, f"chatcmpl-{uuid.uuid4().hex}")
     if body.stream:
         return EventStream(writer.events(answers), answers)
     whole = await answers.whole(request)
@@ -47,17 +47,17 @@ def _begin(service: Service, body: ChatBody, adapter: str | None) -> Any:
     """Render the conversation, compile the schema, and hand all of it to the engine."""
     ids = chat_ids(service, body, adapter)
     schema = body.answer_schema
-    grammar = None if schema is None else service.grammars.for_schema(schema)
+    grammar = None if schema is None else service.grammars_of(adapter).for_schema(schema)
     longest, logprobs = body.longest_answer, body.listed_logprobs
     requests = engine_requests(service, body, [ids], adapter, longest=longest, logprobs=logprobs, grammar=grammar)
-    return submit(service.engine, requests)
+    return service.tokenizers.of(adapter), submit(service.engine, requests)
 
 
 @dataclass
 class _Writer:
     """Writer of the answers to one conversation."""
 
-    service: Service
+    tokenizer: Any
     body: ChatBody
     id: str
 
@@ -118,4 +118,4 @@ class _Writer:
         return {**self.head("chat.completion.chunk"), "choices": [choice], **usage}
 
     def _logprobs(self, tokens: Any) -> dict[str, Any] | None:
-        return chat_logprobs(self.service.tokenizer, tokens or ()) if self.body.logprobs else None
+        return chat_logprobs(self.tokenizer, tokens or ()) if self.body.logprobs else None

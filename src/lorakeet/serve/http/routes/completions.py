@@ -33,9 +33,9 @@ async def completions(request: Request, body: CompletionBody, service: Served) -
     """Continue texts."""
     service.check_task("CAUSAL_LM")
     adapter = service.adapter(body.model)
-    tickets = await run_in_threadpool(_begin, service, body, adapter)
+    tokenizer, tickets = await run_in_threadpool(_begin, service, body, adapter)
     answers = Answers(tickets, prompts=len(body.prompt))
-    writer = _Writer(service, body, f"cmpl-{uuid.uuid4().hex}")
+    writer = _Writer(tokenizer, body, f"cmpl-{uuid.uuid4().hex}")
     if body.stream:
         return EventStream(writer.events(answers), answers)
     whole = await answers.whole(request)
@@ -50,14 +50,14 @@ def _begin(service: Service, body: CompletionBody, adapter: str | None) -> Any:
     prompts = [completion_ids(service, prompt, adapter) for prompt in body.prompt]
     longest = _LENGTH if body.max_tokens is None else body.max_tokens
     requests = engine_requests(service, body, prompts, adapter, longest=longest, logprobs=body.logprobs)
-    return submit(service.engine, requests)
+    return service.tokenizers.of(adapter), submit(service.engine, requests)
 
 
 @dataclass
 class _Writer:
     """Writer of the answers to the prompts of one body."""
 
-    service: Service
+    tokenizer: Any
     body: CompletionBody
     id: str
     lengths: dict[int, int] = field(default_factory=dict)  # characters of each answer so far
@@ -77,7 +77,7 @@ class _Writer:
         """
         told = None
         if self.body.logprobs is not None:
-            told = completion_logprobs(self.service.tokenizer, logprobs or (), self.lengths.get(index, 0))
+            told = completion_logprobs(self.tokenizer, logprobs or (), self.lengths.get(index, 0))
             self.lengths[index] = self.lengths.get(index, 0) + sum(map(len, told["tokens"]))
         return {"index": index, "text": text, "logprobs": told, "finish_reason": finish}
 
