@@ -7,8 +7,8 @@ Usage::
     python benchmarks/variants.py --variants lora dora --bits 8 32 --seeds 1
 
 A cell is one run of ``lorakeet demo``'s job with another variant, in its own process. Cells that ``--json`` holds already
-are not run again, so the command goes on where it was stopped. The learning rate is the same for all, so a variant that acts
-like a higher rate may gain by that alone. Losses do not depend on the load of the machine; speeds do.
+are not run again, so the command goes on where it was stopped. The learning rate is the same for all but VeRA, so a variant
+that acts like a higher rate may gain by that alone. Losses do not depend on the load of the machine; speeds do.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "eva": {"lora.init_lora_weights": "eva"},
     # ranks fall from 24 to a mean of 16, at the same scale of 2
     "adalora": {"lora.adalora_config": {"init_r": 24, "target_r": 16}, "lora.r": 24, "lora.lora_alpha": 48},
+    # two vectors a layer, 4 % of the parameters; the authors' rank, and ten times the learning rate
+    "vera": {"lora.vera_config": {}, "lora.r": 256, "lora.lora_alpha": 8},
     "lora-fa": {"train.lorafa": True, "lora.r": 40, "lora.lora_alpha": 80},
 }
 #: Optimizer steps of warm-up, as a share of all: that of the demo.
@@ -64,6 +66,8 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         "train.spike": "warn",  # a variant may have gradients of another size
         **VARIANTS[cell["variant"]],
     }
+    if "lora.vera_config" in values:
+        values["train.lr"] = 10 * cell["lr"]
     if "lora.adalora_config" in values:
         phases = {"tinit": steps // 10, "tfinal": steps // 3}
         values["lora.adalora_config"] = {**values["lora.adalora_config"], **phases}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lorakeet.base.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from lorakeet.base.load import load_base as load_base
     from lorakeet.config.adalora import AdaLoraConfig as AdaLoraConfig
+    from lorakeet.config.vera import VeraConfig as VeraConfig
     from lorakeet.log import LorakeetWarning as LorakeetWarning
     from lorakeet.lora.config import LoraConfig as LoraConfig
     from lorakeet.lora.config import PeftConfig as PeftConfig
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
 #: Module -> public names that it defines.
 _NAMES = {
     "config.adalora": "AdaLoraConfig",
+    "config.vera": "VeraConfig",
     "lora.config": "LoraConfig PeftConfig PeftType TaskType",
     "lora.initialization.settings": "EvaConfig LoftQConfig",
     "lora.layer": "LoraLayer",

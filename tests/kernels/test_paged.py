@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from lorakeet.kernels import paged
+from lorakeet.kernels.cpu import features
+from lorakeet.kernels.cpu.features import Feature
 from lorakeet.kernels.decoder_step import Layer, LinearWeights, Norm, Update
 from lorakeet.kernels.int8.format import quantize_weight
 from lorakeet.kernels.paged import LayerWeights, PagedLayers, Rows, UpdateTable, paged_layers_reference
@@ -152,6 +154,16 @@ def test_bits_do_not_depend_on_company_or_division(model: Model) -> None:
         assert torch.equal(memory.nan_to_num(0), together_in.nan_to_num(0))
     memory = pool(model)
     assert all(torch.equal(run(model, told, [one], memory)[0], together[one[0]]) for one in whole(told))
+
+
+def test_the_same_bits_in_tiles_of_amx(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    if Feature.AMX not in features.runnable():
+        pytest.skip("Linux refuses the tiles of AMX")
+    told, found = story(model, 3), []
+    for said in (features.available() - {Feature.AMX}, features.available() | {Feature.AMX}):
+        monkeypatch.setattr(features, "available", lambda said=said: said)
+        found.append(run(model, told, whole(told), pool(model)))
+    assert all(torch.equal(mine, one) for mine, one in zip(*found, strict=True))
 
 
 def test_an_adapter_that_is_not_finite_spoils_its_own_rows_and_no_others(model: Model) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.initialization.requirements import residual_error
 from lorakeet.lora.initialization.taken_part import takes_part
+from lorakeet.lora.variants.adalora import AdaLora
 
 #: vLLM's choices for --max-lora-rank and its default.
 VLLM_RANKS, VLLM_DEFAULT = (1, 8, 16, 32, 64, 128, 256, 320, 512), 16
@@ -138,7 +139,7 @@ def _obstacles(consumer: str, config: PeftConfig, keys: list[str], rank: int, ba
     wrong_base = bases is not None and base not in (None, *bases)
     reasons = [f"the base is one of {base}, expected one of {', '.join(bases or ())}"] if wrong_base else []
     if consumer in ("vllm", "gguf", "mlx"):
-        own = config.variant.tensor_names("")
+        own = (*config.variant.tensor_names(""), *config.variant.shared_names("", config))
         heads = VLLM_HEADS if consumer == "vllm" else ()
         extra = sorted(
             key
@@ -154,9 +155,11 @@ def _obstacles(consumer: str, config: PeftConfig, keys: list[str], rank: int, ba
 
 def _changes(consumer: str, config: PeftConfig) -> list[str]:
     """Return what the export changes for a consumer."""
-    if consumer in ("merged", "merged-gguf") or (consumer == "peft" and is_read_by_peft(config)):
+    folds = isinstance(config.variant, AdaLora)
+    if consumer in ("merged", "merged-gguf") or (consumer == "peft" and is_read_by_peft(config) and not folds):
         return []
-    changes = [] if not config.variant_settings else [f"{config.variant.name} becomes plain LoRA by an SVD, at a loss"]
+    how = "with the singular values in B" if folds else "by an SVD, at a loss"
+    changes = [] if not config.variant_settings else [f"{config.variant.name} becomes plain LoRA {how}"]
     if takes_part(config.init_lora_weights):
         changes.append(
             f"{config.init_lora_weights} becomes plain LoRA of twice the rank, on the whole weights of the base"

@@ -17,7 +17,7 @@ from torch import Tensor
 from lorakeet.adapter.compatibility import exports, readers
 from lorakeet.adapter.serialization import read_notes, read_tensors
 from lorakeet.adapter.tensor_checks import is_untrained, nonfinite_error
-from lorakeet.adapter.tensor_names import PREFIX
+from lorakeet.adapter.tensor_names import PREFIX, SHARED
 from lorakeet.lora.algebra.blocks import split_blocks
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.targeting import Target, matches, target_of
@@ -85,9 +85,12 @@ class SavedLayer:
 
     def error(self) -> str | None:
         """Return why the layer cannot be loaded; None if it can."""
-        expected = ("A", "B", *self.config.variant.tensor_names(""))
+        pair = ("A", "B") if self.config.variant.stores_pair else ()
+        expected = (*pair, *self.config.variant.tensor_names(""))
         if missing := [name for name in expected if name not in self.tensors]:
             return f"{self.name} has no {' and no '.join(missing)}"
+        if not pair:
+            return None
         shapes = f"A {list(self.tensors['A'].shape)} and B {list(self.tensors['B'].shape)}"
         if not self.is_whole:
             return f"{self.name} has {shapes}, which cannot be multiplied"
@@ -178,7 +181,7 @@ def saved_layers(tensors: Mapping[str, Tensor], config: PeftConfig) -> tuple[lis
         layer, mark, rest = key.removeprefix(PREFIX).rpartition(".lora_")
         if mark and f"lora_{rest}" in known:
             found.setdefault(layer, {})[known[f"lora_{rest}"]] = tensor
-        else:
+        elif key.startswith(PREFIX) or not key.startswith(SHARED):
             others.append(key.removeprefix(PREFIX))
     targets = _targets(found, config)
     return [SavedLayer(name, found[name], targets[name], config) for name in sorted(found)], sorted(others)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorakeet.adapter.tensor_names import mirrored_names, tensor_names, vocabulary_names
+from lorakeet.adapter.tensor_names import PREFIX, SHARED, mirrored_names, tensor_names, vocabulary_names
 from lorakeet.errors import AdapterError
 from lorakeet.log import warn
 from lorakeet.lora.config import PeftConfig
@@ -191,6 +191,8 @@ def is_untrained(tensors: Mapping[str, Tensor]) -> bool:
     """Whether the adapter changes nothing: in each layer A or B is all zero, and the file has nothing else."""
     zero: dict[str, bool] = {}
     for key, tensor in tensors.items():
+        if not key.startswith(PREFIX) and key.startswith(SHARED):
+            continue  # random matrices
         if ".lora_" not in key:
             if not key.endswith(".base_layer.weight"):
                 return False  # a module trained whole, or biases: cannot be judged without the base

@@ -19,6 +19,8 @@ from lorakeet.lora.trainable_tokens import FILE_NAME as TOKENS
 from lorakeet.lora.trainable_tokens import TiedLayer, TrainableTokens
 
 PREFIX = "base_model.model."
+#: Beginning of the keys of tensors that all layers share.
+SHARED = "base_model."
 #: Last parts of the names of embeddings and heads that PEFT saves whole as soon as they are adapted.
 SAVED_EMBEDDINGS = ("embed_tokens", "lm_head")
 
@@ -32,6 +34,7 @@ def tensor_names(model: LoraModel, adapter: str) -> dict[str, str]:
     - convolution: ``lora_A.weight`` [r, in, *kernel], ``lora_B.weight`` [out, r / groups, 1, ...]
     - embedding: ``lora_embedding_A`` [r, vocabulary], ``lora_embedding_B`` [dim, r]
     - stacked experts: ``lora_A.weight`` [r·experts, in], ``lora_B.weight`` [out, r·experts]
+    - VeRA: ``vera_lambda_b`` [out], ``vera_lambda_d`` [r]; beside the layers ``vera_A`` [r, in] and ``vera_B`` [out, r]
     - trained rows of an embedding: ``token_adapter.trainable_tokens_delta`` [tokens, dim]
 
     Modules trained whole keep their own names, as do the base's biases that the setting ``bias`` trains. An adapted
@@ -50,7 +53,17 @@ def tensor_names(model: LoraModel, adapter: str) -> dict[str, str]:
     if any(canonical(name) != name for name in names.values()):  # some wrappers hide themselves in a state dict
         own = {canonical(key): key for key in model.state_dict()}
         names = {key: own[canonical(name)] for key, name in names.items()}
-    return {PREFIX + canonical(key): value for key, value in names.items()}
+    return {PREFIX + canonical(key): value for key, value in names.items()} | _shared_names(model, adapter)
+
+
+def _shared_names(model: LoraModel, adapter: str) -> dict[str, str]:
+    """Map keys of the file to keys of the state dict, for the tensors that all layers of the adapter share."""
+    config = model.peft_config[adapter]
+    if not (names := config.variant.shared_names(adapter, config)):
+        return {}
+    layers = (path for path, each in model.named_modules() if isinstance(each, LoraLayer) and adapter in each.r)
+    first = next(layers, None)
+    return {} if first is None else {f"{SHARED}{key}": f"{first}.{own}" for key, own in names.items()}
 
 
 def _layer_names(file_path: str, path: str, layer: LoraLayer, adapter: str) -> dict[str, str]:

@@ -15,6 +15,7 @@ from types import TracebackType
 
 from lorakeet._optional_imports import hide_optional_packages
 from lorakeet._version import __version__
+from lorakeet.kernels.cpu.threads import limit_waiting
 
 #: Command -> one line of help; each is a function in a module of the same name.
 COMMANDS = {
@@ -151,5 +152,6 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 def script() -> None:
     """Run the program ``lorakeet``; its entry point."""
     hide_optional_packages()
+    limit_waiting()
     sys.excepthook = _print_traceback
     sys.exit(main())

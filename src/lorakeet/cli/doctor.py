@@ -14,6 +14,7 @@ import typer
 from lorakeet.cli.shared.options import bounded, with_settings
 from lorakeet.cli.shared.progress import progress_bar
 from lorakeet.config import RunConfig, read_run
+from lorakeet.errors import ConfigError
 from lorakeet.setting_types import Count
 
 
@@ -28,7 +29,12 @@ from lorakeet.setting_types import Count
 )
 def doctor(
     settings: dict[str, Any],
-    data: Annotated[str, typer.Argument(help="file, folder, pattern or hub id of the data; fortunes: quotations")],
+    data: Annotated[
+        str | None,
+        typer.Argument(
+            help="file, folder, pattern or hub id of the data; fortunes: quotations; left out: this machine"
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="further settings of a run")
     ] = None,
@@ -46,11 +52,14 @@ def doctor(
 ) -> int:
     """Report the problems in data, each with its file and line. The exit code is 2 if they would spoil a run.
 
+    Without data, it reports what this machine computes with: its processor, the compiled loops and their self-check, threads.
+
     --fix writes a copy in which every problem with a certain repair is repaired. It reports what was repaired, what was
     left out and what remains; the exit code is then that of the copy. The data itself is not changed.
 
     \b
     examples:
+      lorakeet doctor
       lorakeet doctor quotes.jsonl
       lorakeet doctor quotes.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct --plot lengths.png
       lorakeet doctor tickets.csv --task SEQ_CLS data.columns.text=body data.columns.label=queue --json
@@ -60,6 +69,11 @@ def doctor(
     Args:
         settings: Settings set by flags, by dotted name; every other parameter has its help text.
     """
+    if data is None:
+        if fix is not None or plot is not None or model is not None:
+            raise ConfigError("no data to examine", hint="name a file, folder, pattern or hub id first")
+        _print_machine(as_json)
+        return 0
     run = read_run(None, overrides or [], {**settings, "data.path": data, "task.type": task})
     if fix is not None:
         from lorakeet.data.doctor.fix import check_out
@@ -80,6 +94,14 @@ def doctor(
     if as_json:
         print(json.dumps({**results[0].to_dict(), **({"repaired": results[1].to_dict()} if results[1:] else {})}))
     return 2 if results[-1].stops else 0
+
+
+def _print_machine(as_json: bool) -> None:
+    """Print what this machine computes with."""
+    from lorakeet.kernels.cpu.machine import describe_machine
+
+    facts = describe_machine()
+    print(json.dumps(facts) if as_json else "\n".join(f"{name:<20}{value}" for name, value in facts.items()))
 
 
 def _model_options(run: RunConfig, model: str | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from lorakeet.config.lora import LoraSettings
 from lorakeet.config.run import RunConfig, make_run, read_run
 from lorakeet.config.task import TaskName, TaskSettings
 from lorakeet.config.train import TrainSettings
+from lorakeet.config.vera import VeraConfig
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -25,6 +26,7 @@ __all__ = [
     "TaskName",
     "TaskSettings",
     "TrainSettings",
+    "VeraConfig",
     "bits_choices",
     "make_run",
     "read_run",

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 from pydantic_core import PydanticCustomError
 
 from lorakeet.config.adalora import AdaLoraConfig
+from lorakeet.config.vera import VeraConfig
 from lorakeet.errors import ConfigError
 from lorakeet.setting_types import (
     ALL_LINEAR,
@@ -47,14 +48,18 @@ def _initialization(name: bool | str) -> bool | str:
     return name
 
 
-def _adalora(value: Any) -> Any:
-    """Return the settings of AdaLoRA as an object; what is no mapping is left to the type."""
-    if not isinstance(value, Mapping):
-        return value
-    try:
-        return AdaLoraConfig(**value)
-    except ConfigError as error:
-        raise contradiction(f"adalora_config: {error.message}", error.hint or "") from None
+def _settings_of(name: str, kind: type[Section]) -> BeforeValidator:
+    """Return what makes the settings of a variant an object: of a mapping, or of true, its defaults."""
+
+    def make(value: Any) -> Any:
+        if value is not True and not isinstance(value, Mapping):
+            return value
+        try:
+            return kind(**({} if value is True else value))
+        except ConfigError as error:
+            raise contradiction(f"{name}: {error.message}", error.hint or "") from None
+
+    return BeforeValidator(make)
 
 
 class LoraSettings(Section):
@@ -91,10 +96,15 @@ class LoraSettings(Section):
         False,
         description="train the magnitude of each output channel apart from its direction (DoRA, arXiv:2402.09353)",
     )
-    adalora_config: Annotated[AdaLoraConfig | None, BeforeValidator(_adalora)] = Field(
+    adalora_config: Annotated[AdaLoraConfig | None, _settings_of("adalora_config", AdaLoraConfig)] = Field(
         None,
         description="let the ranks of layers fall to those that they need (AdaLoRA, arXiv:2303.10512): target_r, init_r, "
         "tinit, tfinal, deltaT, beta1, beta2, orth_reg_weight, total_step",
+    )
+    vera_config: Annotated[VeraConfig | None, _settings_of("vera_config", VeraConfig)] = Field(
+        None,
+        description="train two vectors in each layer, between random matrices that all share (VeRA, arXiv:2310.11454): "
+        "projection_prng_key, save_projection, d_initial",
     )
     fan_in_fan_out: bool = Field(False, description="weights are stored as [in, out] (detected for GPT-2's Conv1D)")
     init_lora_weights: Annotated[bool | str, AfterValidator(_initialization)] = Field(

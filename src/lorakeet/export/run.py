@@ -22,6 +22,7 @@ from lorakeet.export.plain import PlainLayer, layers_by_svd, plain_layers
 from lorakeet.files import write_folder
 from lorakeet.loaded_model import adapter_task, settings_of_base
 from lorakeet.log import info
+from lorakeet.lora.algebra.singular_values import fold_singular_values
 from lorakeet.lora.checks.merge_loss import ACCEPTED_LOSS
 from lorakeet.lora.config import PeftConfig
 
@@ -126,7 +127,8 @@ def _write(
     folder: Path, adapter: str, consumer: str, settings: BaseSettings, options: ExportOptions, base: Any
 ) -> dict[str, Any]:
     """Write the files of an adapter for a consumer; return its figures."""
-    config, tensors, notes = PeftConfig.from_pretrained(adapter), read_tensors(adapter), read_notes(adapter)
+    notes = read_notes(adapter)
+    config, tensors = fold_singular_values(PeftConfig.from_pretrained(adapter), read_tensors(adapter))
     if consumer == "peft" and is_read_by_peft(config):
         write_peft(folder, adapter, config, tensors, notes)
         return {"layers": len(_ranks(tensors)), "rank": max(_ranks(tensors), default=config.r), "lost": 0.0}
@@ -143,7 +145,9 @@ def _write(
     elif consumer == "mlx":
         write_mlx(folder, adapter, same, base, config.base_model_name_or_path)
     else:
-        made = peft_tensors(same, tensors, tuple(config.variant.tensor_names("")))
+        variant = config.variant
+        replaced = (*variant.tensor_names(""), *variant.shared_names("", config))
+        made = peft_tensors(same, tensors, replaced)
         write_peft(
             folder, adapter, plain_config(config, rank), made, {**notes, "exported": {"for": consumer, "lost": lost}}
         )

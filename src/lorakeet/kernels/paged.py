@@ -147,6 +147,7 @@ class PagedLayers:
             ctypes.addressof(self._addresses),
             *(tensor.data_ptr() for tensor in (keys, values, flat, numbers[0], numbers[1], cosine, sine, numbers[2])),
             *(len(self.layers), keys.shape[1], keys.shape[3], len(h), max(rows.positions) + 1, rank),
+            features.has(Feature.AMX),
         )
         memory = workspace(bindings.library().lk_paged_workspace(ctypes.byref(batch)), torch.float32)
         bindings.library().lk_paged_layers(ctypes.byref(batch), h.data_ptr(), memory.data_ptr())

@@ -42,7 +42,7 @@ PEFT_FORMAT = "0.21.2"
 #: PEFT's keys with the settings of single initializations -> the values that mean "not used".
 INITIALIZATION: dict[str, Any] = {"eva_config": None, "loftq_config": {}}
 #: Settings of methods that are no LoRA in PEFT; its files of LoRA do not have them.
-OF_METHODS = ("adalora_config",)
+OF_METHODS = ("adalora_config", "vera_config")
 
 
 class PeftType(enum.StrEnum):

@@ -244,8 +244,10 @@ def inject(
         The layers and modules that now have a part of the adapter.
     """
     touched: list[Part] = []
+    shared = config.variant.shared(config, (unwrapped(model.get_submodule(target.name)) for target in plan.targets))
     for target in plan.targets:
         layer = _adapted(model, target, switch)
+        layer.notes |= {} if shared is None else {adapter: shared}
         layer.leaf = target.name.rpartition(".")[2]
         layer.add_adapter(adapter, config, target.r, target.alpha)
         touched.append(layer)

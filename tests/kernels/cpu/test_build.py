@@ -42,10 +42,10 @@ def test_it_is_compiled_once(tmp_path: Path) -> None:
     env = {**os.environ, "LORAKEET_HOME": str(tmp_path)}
     both = [subprocess.Popen([sys.executable, "-c", script], env=env) for _ in range(2)]  # at the same time
     assert [process.wait() for process in both] == [0, 0]
-    (file,) = tmp_path.glob("native/*")
+    (file,) = tmp_path.glob("native/*.so")
     before = file.stat().st_mtime_ns
     subprocess.run([sys.executable, "-c", script], env=env, check=True)
-    assert [path.stat().st_mtime_ns for path in tmp_path.glob("native/*")] == [before]
+    assert [path.stat().st_mtime_ns for path in tmp_path.glob("native/*.so")] == [before]
 
 
 def test_a_cache_that_cannot_be_written_changes_no_bit(tmp_path: Path) -> None:

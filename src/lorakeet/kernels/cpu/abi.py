@@ -21,6 +21,12 @@ MAX_HEAD_WIDTH, HEAD_STEP = 128, 16
 LINEARS = 7
 #: Tokens of a page are a multiple of this (``paged_attention.c``).
 PAGE_STEP = 16
+#: The sixteen values of NF4, by code (QLoRA, appendix E); ``nf4.h`` has them too.
+NF4_VALUES = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 
 #: Values of ``abi.h`` by their names there.
 CONSTANTS = {
@@ -83,6 +89,7 @@ class Paged(ctypes.Structure):
         *[(name, _POINTER) for name in ("layers", "keys", "values", "tables", "starts", "positions")],
         *[(name, _POINTER) for name in ("cosine", "sine", "updates")],
         *[(name, _SIZE) for name in ("count", "pages", "page_tokens", "n", "length", "rank")],
+        ("amx", _INT),
     ]
 
 

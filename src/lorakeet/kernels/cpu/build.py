@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakeet.files import cache_home
+from lorakeet.kernels.cpu import self_check
 from lorakeet.kernels.cpu.abi import bind
 from lorakeet.log import warn
 from lorakeet.security.paths import exists
@@ -42,7 +43,7 @@ def flags() -> list[str]:
 
 @cache
 def library() -> Any:
-    """Load the compiled loops, or return None if they cannot be compiled.
+    """Load the compiled loops, or return None if they cannot be compiled, or compute something else than plain torch.
 
     Compiling takes a few seconds, the first time on a machine; later calls load the cached file.
     """
@@ -51,8 +52,9 @@ def library() -> Any:
         return None
     contents = b"".join(path.read_bytes() for path in sources())
     key = hashlib.sha256(contents + repr((flags(), compiler, _processor())).encode()).hexdigest()[:16]
+    path = cache_home() / "native" / f"{key}.so"
     try:
-        return _cached_or_compiled(compiler, cache_home() / "native" / f"{key}.so")
+        return _checked(_cached_or_compiled(compiler, path), path)
     except (OSError, subprocess.SubprocessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         warn(f"the C loops cannot be compiled ({lines[0] if lines else error}); plain torch computes instead")
@@ -69,6 +71,21 @@ def _cached_or_compiled(compiler: str, path: Path) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             compile_library(compiler, Path(folder, path.name))
             return bind(ctypes.CDLL(str(Path(folder, path.name))))
+
+
+def _checked(loaded: Any, path: Path) -> Any:
+    """Return the library without the products that differ from fp64 on this machine; None if all may call one of them."""
+    record = path.with_suffix(".json") if Path(loaded._name) == path else None
+    loaded.differing = self_check.differing_products(loaded, record)
+    if not loaded.differing:
+        return loaded
+    warn(f"compiled products differ from plain torch on this machine, and are not used: {', '.join(loaded.differing)}")
+    return None if None in self_check.features_of(loaded.differing) else loaded
+
+
+def switched_off() -> frozenset[str | None]:
+    """Return the features of the processor whose compiled products differ from fp64 on this machine."""
+    return frozenset() if library() is None else self_check.features_of(library().differing)
 
 
 def library_version() -> str:

@@ -17,7 +17,7 @@ from functools import cache
 import torch
 
 from lorakeet.errors import ConfigError
-from lorakeet.kernels.cpu.build import library
+from lorakeet.kernels.cpu.build import library, switched_off
 
 
 class Feature(StrEnum):
@@ -38,11 +38,11 @@ class Feature(StrEnum):
 
 
 def detected() -> frozenset[Feature]:
-    """Return the features that this processor has."""
+    """Return the features that this processor has, and whose compiled products are right on it."""
     loaded = library()
     if loaded is None:
         return _of_torch() | ({Feature.VNNI} if torch.cpu._is_vnni_supported() else set())
-    return _of_torch() | {Feature(name) for name in loaded.lk_cpu_features().decode().split()}
+    return _of_torch() | {Feature(name) for name in set(loaded.lk_cpu_features().decode().split()) - switched_off()}
 
 
 def _of_torch() -> frozenset[Feature]:
@@ -60,7 +60,7 @@ def runnable() -> frozenset[Feature]:
     emulated = {Feature.VNNI, Feature.BF16}
     if (loaded := library()) is not None and Feature.AVX2 in detected():
         emulated |= {Feature.AMD, Feature.AMX} if loaded.lk_emulates_amx() else {Feature.AMD}
-    return detected() | emulated
+    return (detected() | emulated) - {Feature(name) for name in switched_off() if name}
 
 
 @cache

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakeet.errors import LorakeetError
+from lorakeet.kernels.cpu.abi import NF4_VALUES
 
 #: Values of a weight that share a scale.
 BLOCK = 64
@@ -28,11 +29,7 @@ SCALE_BLOCK = 256
 #: Codes of a scale.
 SCALE_CODES = 256
 #: The sixteen values, by code (QLoRA, appendix E).
-VALUES = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
-    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
-    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
+VALUES = NF4_VALUES
 #: Largest error of a rounded value over the scale of its block: half of the widest gap, and the rounding of the scale itself.
 MAX_ERROR = 0.16
 

@@ -1,5 +1,7 @@
 """Files of PEFT's methods beside LoRA, as settings and tensors of a variant here, and back.
 
+VeRA's ``vera_lambda_b`` and ``vera_lambda_d`` are ``lora_lambda_b`` and ``lora_lambda_d`` here, and its dropout is LoRA's.
+
 AdaLoRA is a method of its own in PEFT (``peft_type`` ADALORA). The fields of :class:`~lorakeet.config.AdaLoraConfig` are keys
 of the file there. ``rank_pattern`` lists for each layer which triplets are left, and A and B have no ``.weight``.
 """
@@ -13,12 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.config import AdaLoraConfig
+from lorakeet.config import AdaLoraConfig, VeraConfig
 from lorakeet.errors import ConfigError
 
 #: The method of a file without ``peft_type``, and of all variants that PEFT has as settings of LoRA.
 LORA = "LORA"
 ADALORA = "ADALORA"
+VERA = "VERA"
+#: Settings of VeRA in PEFT -> those of LoRA.
+_OF_VERA = {"vera_dropout": "lora_dropout", "init_weights": "init_lora_weights"}
+#: Further keys that a file of VeRA has, by their names here.
+_SHARED_KEYS = (
+    *("r", "target_modules", "fan_in_fan_out", "modules_to_save", "layers_to_transform", "layers_pattern", "task_type"),
+    *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
+)
 #: End of the key of a tensor in a file of AdaLoRA -> the dimension of the rank.
 _RANKS = {"lora_A": 0, "lora_B": 1, "lora_E": 0}
 
@@ -32,8 +42,20 @@ def as_lora(values: Mapping[str, Any]) -> dict[str, Any]:
     method = values.get("peft_type", LORA)
     if method == LORA:
         return dict(values)
-    if method != ADALORA:
-        raise ConfigError(f"this adapter is of type {method!r}, expected {LORA!r} or {ADALORA!r}")
+    if method not in (ADALORA, VERA):
+        raise ConfigError(f"this adapter is of type {method!r}, expected one of {LORA}, {ADALORA}, {VERA}")
+    return _from_adalora(values) if method == ADALORA else _from_vera(values)
+
+
+def _from_vera(values: Mapping[str, Any]) -> dict[str, Any]:
+    renamed = {own: values[key] for key, own in _OF_VERA.items() if key in values}
+    vera = {key: values[key] for key in VeraConfig.model_fields if key in values}
+    others = {key: value for key, value in values.items() if key not in vera and key not in _OF_VERA}
+    bias = str(values.get("bias", "none")).replace("vera_only", "lora_only")
+    return {**others, **renamed, "peft_type": LORA, "vera_config": VeraConfig(**vera), "bias": bias}
+
+
+def _from_adalora(values: Mapping[str, Any]) -> dict[str, Any]:
     own = {key: values[key] for key in AdaLoraConfig.model_fields if key in values}
     others = {key: value for key, value in values.items() if key not in own}
     adalora = AdaLoraConfig(**own)
@@ -67,7 +89,11 @@ def _count(kept: Any) -> int:
 
 def as_method(values: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of an adapter's file in the form of PEFT's method that it is."""
-    adalora = values.pop("adalora_config", None)
+    adalora, vera = values.pop("adalora_config", None), values.pop("vera_config", None)
+    if vera is not None:
+        named = {key: values[own] for key, own in _OF_VERA.items()} | {key: values[key] for key in _SHARED_KEYS}
+        bias = values["bias"].replace("lora_only", "vera_only")
+        return dict(sorted({**named, **vera, "bias": bias, "peft_type": VERA}.items()))
     if adalora is None:
         return values
     ranks = {
@@ -78,7 +104,10 @@ def as_method(values: dict[str, Any]) -> dict[str, Any]:
 
 def tensors_as_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a file of any method by the keys of LoRA; an empty triplet becomes one of zeros."""
-    named = {re.sub(r"\.(lora_[AB])$", r".\1.weight", key): tensor for key, tensor in tensors.items()}
+    named = {
+        re.sub(r"\.vera_lambda_([bd])$", r".lora_lambda_\1", re.sub(r"\.(lora_[AB])$", r".\1.weight", key)): tensor
+        for key, tensor in tensors.items()
+    }
     return {key: _not_empty(key, tensor) for key, tensor in named.items()}
 
 
@@ -98,6 +127,8 @@ def tensors_as_method(tensors: Mapping[str, Tensor], names: Iterable[str]) -> di
         tensors: By the keys of LoRA.
         names: The names of the variant's own parameters.
     """
+    if "lora_lambda_b" in names:
+        return {re.sub(r"\.lora_lambda_([bd])$", r".vera_lambda_\1", key): tensor for key, tensor in tensors.items()}
     if "lora_E" not in names:
         return dict(tensors)
     return {re.sub(r"\.(lora_[AB])\.weight$", r".\1", key): tensor for key, tensor in tensors.items()}

@@ -17,6 +17,7 @@ from lorakeet.lora.variants.kasa import Kasa
 from lorakeet.lora.variants.lora import Lora
 from lorakeet.lora.variants.variant import AdaptedLayer, Variant
 from lorakeet.lora.variants.velora import Velora
+from lorakeet.lora.variants.vera import Vera
 from lorakeet.setting_types import settings_object
 
 __all__ = ["AdaptedLayer", "Variant", "chosen_variant", "register", "setting_value", "unregister", "variant_settings"]
@@ -79,5 +80,5 @@ def chosen_variant(settings: Mapping[str, Any]) -> Variant:
     return variant
 
 
-for _variant in (Dora(), BdLora(), Velora(), Kasa(), AdaLora()):
+for _variant in (Dora(), BdLora(), Velora(), Kasa(), AdaLora(), Vera()):
     register(_variant)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -87,6 +87,7 @@ class Variant:
         additive: Whether W' = W + ΔW, where ΔW depends on this adapter alone. Otherwise an adapter cannot be combined with
             others into one, or shared by tied layers; several active ones apply in their order.
         takes_part: Whether an adapter takes a part out of the base's weight while it acts.
+        stores_pair: Whether each layer's A and B are tensors of the adapter.
         fused: Whether ``kernels.lora_linear`` computes this variant's equation, up to :meth:`output_scale`.
         refused_by: Tools that cannot load such an adapter (names of :mod:`lorakeet.adapter.compatibility`) -> the reason.
     """
@@ -98,6 +99,7 @@ class Variant:
     types: ClassVar[Mapping[str, type]] = {}
     additive: ClassVar[bool] = True
     takes_part: ClassVar[bool] = False
+    stores_pair: ClassVar[bool] = True
     fused: ClassVar[bool] = False
     refused_by: ClassVar[Mapping[str, str]] = {}
 
@@ -123,6 +125,15 @@ class Variant:
         """Return why a variant of linear layers alone cannot adapt a layer; None if it can."""
         other = isinstance(target, nn.Embedding | nn.MultiheadAttention | nn.modules.conv._ConvNd)
         return f"is a {type(target).__name__}, which {self.name} cannot adapt" if other else None
+
+    def shared(self, settings: Any, bases: Iterable[nn.Module]) -> Any:
+        """Return what all layers of a new adapter share, for :attr:`AdaptedLayer.notes`; None for nothing.
+
+        Args:
+            settings: The adapter's settings.
+            bases: The layers that it will adapt.
+        """
+        return None
 
     # -- a layer ----------------------------------------------------------------------------------------------------
 
@@ -174,6 +185,10 @@ class Variant:
     def tensor_names(self, adapter: str) -> dict[str, str]:
         """Map names in the file to names in the state dict, both relative to the layer, for parameters and buffers."""
         return {name: f"{name}.{adapter}" for name in (*self.parameters, *self.buffers)}
+
+    def shared_names(self, adapter: str, settings: Any) -> dict[str, str]:
+        """Map names in the file to names relative to any layer, of the tensors that all layers share."""
+        return {}
 
     def saved_pair(self, leaf: str, tensors: Mapping[str, Tensor], settings: Any) -> tuple[Tensor, Tensor]:
         """Return A [r, in] and B [out, r] of a layer as they are multiplied.

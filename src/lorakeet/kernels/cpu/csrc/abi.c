@@ -74,6 +74,7 @@ static const struct {
     OFFSET(lk_paged, n),
     OFFSET(lk_paged, length),
     OFFSET(lk_paged, rank),
+    OFFSET(lk_paged, amx),
     SIZE(lk_heads),
     OFFSET(lk_heads, data),
     OFFSET(lk_heads, token_stride),

@@ -66,6 +66,7 @@ struct lk_paged {
     const struct lk_update *const *updates; /* [n]: the adapter of each row, [layers][LK_LINEARS]; NULL: none */
     ptrdiff_t count, pages, page_tokens;    /* count: layers; pages: in the pool */
     ptrdiff_t n, length, rank;              /* length: largest position + 1; rank: of all updates, at most */
+    int amx;                                /* multiply many rows in tiles of AMX */
 };
 
 /* A tensor [total, heads, width] whose last dimension is contiguous. */

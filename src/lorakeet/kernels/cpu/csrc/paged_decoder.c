@@ -16,14 +16,6 @@ enum {
     PAGED_TILE = VLEN / 4 /* rows of one adapter, at most, that a thread computes together */
 };
 
-void lk_pack_a16(const float *x, const float *factor, int16_t *strips, float *scale, ptrdiff_t n, ptrdiff_t depth,
-                 int error_feedback);
-ptrdiff_t lk_packed_a16_size(ptrdiff_t n, ptrdiff_t depth);
-ptrdiff_t lk_packed_a16_rows(ptrdiff_t n, ptrdiff_t depth);
-void lk_gemm_w8a16(const int16_t *strips, const float *row_scale, const int8_t *weight, const float *scale,
-                   const float *bias, const float *u, const float *v, ptrdiff_t rank, float *h, ptrdiff_t n,
-                   ptrdiff_t out, ptrdiff_t in, int transposed);
-
 /* Rows that follow each other and have one adapter, and the middle of their work within that of all rows. */
 struct paged_tile {
     ptrdiff_t first, rows;
@@ -62,7 +54,9 @@ static struct paged_space paged_plan(const struct lk_paged *p, float *memory)
     const ptrdiff_t hidden = l->q.in, wide = l->q.out, narrow = l->k.out, inner = l->gate.out, n = p->n;
     const ptrdiff_t deepest = inner > wide ? (inner > hidden ? inner : hidden) : wide > hidden ? wide : hidden;
     const ptrdiff_t few = PAGED_TOGETHER * lk_packed_a16_rows(n, deepest) / (ptrdiff_t)sizeof(float);
-    const ptrdiff_t many = n + lk_packed_a16_size(n, deepest) * (ptrdiff_t)sizeof(int16_t) / (ptrdiff_t)sizeof(float);
+    const ptrdiff_t bytes = p->amx ? lk_packed_a16_amx_size(n, deepest)
+                                   : lk_packed_a16_size(n, deepest) * (ptrdiff_t)sizeof(int16_t);
+    const ptrdiff_t many = n + bytes / (ptrdiff_t)sizeof(float);
     struct paged_space s = {0};
     s.low_rank_width = p->rank + VLEN;
     const struct {
@@ -163,12 +157,17 @@ static void paged_multiply(const struct lk_paged *p, const struct paged_space *s
 {
     const ptrdiff_t n = p->n, in = g->linears[0]->in;
     struct a16_product products[PAGED_TOGETHER];
-    int16_t *strips = (int16_t *)(s->packed + (n + 15) / 16 * 16);
+    void *rounded = s->packed + (n + 15) / 16 * 16;
     for (ptrdiff_t number = 0; number < g->count; number++) {
         const struct lk_linear *l = g->linears[number];
-        if (n > PAGED_FEW) {
-            lk_pack_a16(g->x, l->column_scale, strips, s->packed, n, in, 0);
-            lk_gemm_w8a16(strips, s->packed, l->weight, l->row_scale, l->bias, NULL, NULL, 0, g->h[number], n, l->out, in, 0);
+        if (n > PAGED_FEW && p->amx) {
+            lk_pack_a16_amx(g->x, l->column_scale, rounded, s->packed, n, in, 0);
+            lk_gemm_w8a16_amx(rounded, s->packed, l->weight, l->row_scale, l->bias, NULL, NULL, 0, g->h[number], n, l->out,
+                              in);
+        } else if (n > PAGED_FEW) {
+            lk_pack_a16(g->x, l->column_scale, rounded, s->packed, n, in, 0);
+            lk_gemm_w8a16(rounded, s->packed, l->weight, l->row_scale, l->bias, NULL, NULL, 0, g->h[number], n, l->out, in,
+                          0);
         } else {
             const float *scale = paged_scales(s, g, number, n);
             products[number] = (struct a16_product){

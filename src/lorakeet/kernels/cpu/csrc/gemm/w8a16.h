@@ -120,5 +120,20 @@ struct a16_product {
 
 HIDDEN void a16_round_row(const float *x, const float *factor, int16_t *codes, float *scale, ptrdiff_t depth);
 HIDDEN void a16_multiply(const struct a16_product *products, ptrdiff_t count, ptrdiff_t n, ptrdiff_t in);
+
+/* Products of many rows and their packing (gemm_w8a16.c), the same in tiles of AMX (gemm_amx.c), and of few rows. */
+void lk_pack_a16(const float *x, const float *factor, int16_t *strips, float *scale, ptrdiff_t n, ptrdiff_t depth,
+                 int error_feedback);
+ptrdiff_t lk_packed_a16_size(ptrdiff_t n, ptrdiff_t depth);
+ptrdiff_t lk_packed_a16_rows(ptrdiff_t n, ptrdiff_t depth);
+void lk_gemm_w8a16(const int16_t *strips, const float *row_scale, const int8_t *weight, const float *scale,
+                   const float *bias, const float *u, const float *v, ptrdiff_t rank, float *h, ptrdiff_t n,
+                   ptrdiff_t out, ptrdiff_t in, int transposed);
+void lk_pack_a16_amx(const float *x, const float *factor, int8_t *tiles, float *scale, ptrdiff_t n, ptrdiff_t depth,
+                     int error_feedback);
+ptrdiff_t lk_packed_a16_amx_size(ptrdiff_t n, ptrdiff_t depth);
+void lk_gemm_w8a16_amx(const int8_t *tiles, const float *row_scale, const int8_t *weight, const float *scale,
+                       const float *bias, const float *u, const float *v, ptrdiff_t rank, float *h, ptrdiff_t n,
+                       ptrdiff_t out, ptrdiff_t in);
 #endif
 #endif
