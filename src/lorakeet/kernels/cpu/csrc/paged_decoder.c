@@ -227,8 +227,8 @@ static void paged_heads(const struct lk_paged *p, const struct paged_space *s, p
     }
 }
 
-/* Attention of rows from i on that have one sequence, at most `most`, in `count` heads from h on, which share a head of
- * keys; returns the number of rows. */
+/* Attention of rows from i on that have one sequence, at most `most`; returns their number. `count` heads from h on share
+ * a head of keys. */
 static ptrdiff_t paged_attend_rows(const struct lk_paged *p, const struct paged_space *s, ptrdiff_t layer, ptrdiff_t i,
                                    ptrdiff_t most, ptrdiff_t h, ptrdiff_t count)
 {
