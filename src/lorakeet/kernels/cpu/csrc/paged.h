@@ -5,22 +5,30 @@
 #include "gemm/gemm_tiles.h"
 #if defined(__AVX2__)
 
-/* The keys and values that one head of a row attends to. */
+/* A head of keys and values of a sequence. */
 struct paged_keys {
     const float *keys, *values; /* of the head, in page 0 */
-    const int64_t *table;       /* pages of the row's sequence */
+    const int64_t *table;       /* pages of the sequence */
     ptrdiff_t page_stride;      /* floats from page to page */
-    ptrdiff_t page_tokens, length, width;
+    ptrdiff_t page_tokens, width;
     float scaling;
 };
 
-/* Floats of the workspace of a head. */
+/* A head of a row that attends to them. */
+struct paged_query {
+    const float *q;   /* [width] */
+    float *to;        /* [width] */
+    float *scores;    /* a workspace of paged_scores(length) floats */
+    ptrdiff_t length; /* keys that it sees, from the first on */
+};
+
+/* Floats of the scores of a query. */
 static inline ptrdiff_t paged_scores(ptrdiff_t length)
 {
     return (length + LK_PAGE_STEP - 1) / LK_PAGE_STEP * LK_PAGE_STEP;
 }
 
-HIDDEN void paged_attend(const struct paged_keys *k, const float *query, float *to, float *scores);
+HIDDEN void paged_attend(const struct paged_keys *k, const struct paged_query *queries, ptrdiff_t count);
 HIDDEN void paged_add(float *restrict h, const float *restrict u, const float *restrict v, ptrdiff_t rank, ptrdiff_t out);
 HIDDEN void paged_norm(const struct lk_norm *norm, const float *x, float *to, ptrdiff_t width);
 HIDDEN void paged_rotate(const float *x, float *to, const float *cosine, const float *sine, ptrdiff_t width);

@@ -1,13 +1,18 @@
-/* Attention of one head of one row over the pages of its sequence (AVX2, AVX-512).
+/* Attention over the pages of a sequence, of queries that share a head of keys and values (AVX2, AVX-512).
  *
- * The order of every sum depends on the number of keys alone. So a token's result is the same whether it comes alone, with
- * others, or within a prompt. Reference: kernels/paged.py.
+ * A block of keys or values is read once for all queries. The order of a query's sums depends on the number of its keys
+ * alone. So a token's result is the same whether it comes alone, with others, or within a prompt. Reference:
+ * kernels/paged.py.
  */
 #include "paged.h"
 #if defined(__AVX2__)
 
 _Static_assert(LK_PAGE_STEP % VLEN == 0 && LK_HEAD_STEP % VLEN == 0, "a page and a head are whole vectors");
-enum { PAGED_WIDE = 4 }; /* vectors of a head's values that are summed at a time */
+enum {
+    PAGED_WIDE = 4,  /* vectors of a head's values that are summed at a time */
+    PAGED_BLOCK = 64 /* tokens whose values stay in the L1 cache for all queries */
+};
+_Static_assert(PAGED_BLOCK % LK_PAGE_STEP == 0, "a block is whole steps of a page");
 
 /* Scores of VLEN keys that follow each other in a page. */
 static inline floats paged_score(const float *query, const float *keys, ptrdiff_t width)
@@ -23,54 +28,70 @@ static inline floats paged_score(const float *query, const float *keys, ptrdiff_
     return (floats)fold_fp32(folded);
 }
 
-/* scores = scaling q K^T for all keys of a row, -inf behind the last; returns the largest. */
-static float paged_all_scores(const struct paged_keys *k, const float *query, float *scores)
+/* Where a token's key or value lies, in a pool. */
+static inline const float *paged_token(const struct paged_keys *k, const float *pool, ptrdiff_t token)
 {
-    float largest = -INFINITY;
-    for (ptrdiff_t t = 0; t < k->length; t += VLEN) {
-        const float *keys = k->keys + k->table[t / k->page_tokens] * k->page_stride + t % k->page_tokens * k->width;
-        store(scores + t, paged_score(query, keys, k->width) * k->scaling);
-    }
-    for (ptrdiff_t t = k->length; t < paged_scores(k->length); t++)
-        scores[t] = -INFINITY;
-    for (ptrdiff_t t = 0; t < k->length; t++)
-        largest = scores[t] > largest ? scores[t] : largest;
-    return largest;
+    return pool + k->table[token / k->page_tokens] * k->page_stride + token % k->page_tokens * k->width;
 }
 
-/* to [VECTORS * VLEN] = the weighted sum of the values, from value `d` of the head on. */
+/* scores = softmax of the scores of all keys of a query. */
+static void paged_softmax(const struct paged_query *query)
+{
+    float *scores = query->scores, largest = -INFINITY, sum = 0;
+    for (ptrdiff_t t = 0; t < query->length; t++)
+        largest = scores[t] > largest ? scores[t] : largest;
+    for (ptrdiff_t t = 0; t < query->length; t++)
+        scores[t] = exponential(scores[t] - largest);
+    for (ptrdiff_t t = 0; t < query->length; t++)
+        sum += scores[t];
+    for (ptrdiff_t t = 0; t < query->length; t++)
+        scores[t] /= sum;
+}
+
+/* to [VECTORS * VLEN] += the weighted sum of the values of tokens from `first` to `end`, from value `d` of the head on. */
 #define PAGED_SUM(VECTORS)                                                                                             \
-    static inline void paged_sum_##VECTORS(const struct paged_keys *k, const float *weights, ptrdiff_t d, float *to)   \
+    static inline void paged_sum_##VECTORS(const struct paged_keys *k, const float *weights, ptrdiff_t first,          \
+                                           ptrdiff_t end, ptrdiff_t d, float *to)                                      \
     {                                                                                                                  \
-        floats sums[VECTORS] = {{0}};                                                                                  \
-        for (ptrdiff_t page = 0; page * k->page_tokens < k->length; page++) {                                          \
-            const ptrdiff_t first = page * k->page_tokens, count = min_of(k->length - first, k->page_tokens);          \
-            const float *values = k->values + k->table[page] * k->page_stride + d;                                     \
-            for (ptrdiff_t t = 0; t < count; t++)                                                                      \
+        floats sums[VECTORS];                                                                                          \
+        for (int v = 0; v < VECTORS; v++)                                                                              \
+            sums[v] = load(to + d + v * VLEN);                                                                         \
+        for (; first < end; first += LK_PAGE_STEP) {                                                                   \
+            const float *values = paged_token(k, k->values, first) + d;                                                \
+            for (ptrdiff_t t = 0; t < min_of(end - first, LK_PAGE_STEP); t++)                                          \
                 for (int v = 0; v < VECTORS; v++)                                                                      \
                     sums[v] += weights[first + t] * load(values + t * k->width + v * VLEN);                            \
         }                                                                                                              \
         for (int v = 0; v < VECTORS; v++)                                                                              \
-            store(to + v * VLEN, sums[v]);                                                                             \
+            store(to + d + v * VLEN, sums[v]);                                                                         \
     }
 PAGED_SUM(4)
 PAGED_SUM(1)
 
-/* to [width] = softmax(scaling q K^T) V. `scores` is a workspace of paged_scores(length) floats. */
-void paged_attend(const struct paged_keys *k, const float *query, float *to, float *scores)
+/* to [width] = softmax(scaling q K^T) V of each query. */
+void paged_attend(const struct paged_keys *k, const struct paged_query *queries, ptrdiff_t count)
 {
-    const float largest = paged_all_scores(k, query, scores);
-    float sum = 0;
-    for (ptrdiff_t t = 0; t < k->length; t++)
-        scores[t] = exponential(scores[t] - largest);
-    for (ptrdiff_t t = 0; t < k->length; t++)
-        sum += scores[t];
-    for (ptrdiff_t t = 0; t < k->length; t++)
-        scores[t] /= sum;
-    ptrdiff_t d = 0;
-    for (; d + PAGED_WIDE * VLEN <= k->width; d += PAGED_WIDE * VLEN)
-        paged_sum_4(k, scores, d, to + d);
-    for (; d < k->width; d += VLEN)
-        paged_sum_1(k, scores, d, to + d);
+    ptrdiff_t longest = 0;
+    for (const struct paged_query *one = queries; one < queries + count; one++)
+        longest = one->length > longest ? one->length : longest;
+    for (ptrdiff_t t = 0; t < longest; t += VLEN) {
+        const float *keys = paged_token(k, k->keys, t);
+        for (const struct paged_query *one = queries; one < queries + count; one++)
+            if (t < one->length)
+                store(one->scores + t, paged_score(one->q, keys, k->width) * k->scaling);
+    }
+    for (const struct paged_query *one = queries; one < queries + count; one++) {
+        paged_softmax(one);
+        memset(one->to, 0, (size_t)k->width * sizeof(float));
+    }
+    for (ptrdiff_t first = 0; first < longest; first += PAGED_BLOCK)
+        for (const struct paged_query *one = queries; one < queries + count; one++) {
+            const ptrdiff_t end = min_of(one->length, first + PAGED_BLOCK);
+            ptrdiff_t d = 0;
+            for (; d + PAGED_WIDE * VLEN <= k->width; d += PAGED_WIDE * VLEN)
+                paged_sum_4(k, one->scores, first, end, d, one->to);
+            for (; d < k->width; d += VLEN)
+                paged_sum_1(k, one->scores, first, end, d, one->to);
+        }
 }
 #endif

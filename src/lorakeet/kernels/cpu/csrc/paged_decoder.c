@@ -12,6 +12,7 @@
 enum {
     PAGED_FEW = 48,      /* rows, at most, of the product that reads the weight once for all */
     PAGED_TOGETHER = 3,  /* linear layers of one input, at most: q, k, v */
+    PAGED_QUERY_ROWS = 4, /* rows of a prompt, at most, that attend together */
     PAGED_TILE = VLEN / 4 /* rows of one adapter, at most, that a thread computes together */
 };
 
@@ -64,7 +65,7 @@ static struct paged_space paged_plan(const struct lk_paged *p, float *memory)
     } parts[] = {{&s.normed, n * hidden}, {&s.q, n * wide},     {&s.k, n * narrow},
                  {&s.v, n * narrow},      {&s.mixed, n * wide}, {&s.made, n * hidden},
                  {&s.gate, n * inner},    {&s.up, n * inner},   {&s.low_rank, n * s.low_rank_width},
-                 {&s.scores, paged_threads() * paged_scores(p->length)},
+                 {&s.scores, paged_threads() * PAGED_QUERY_ROWS * (l->heads / l->kv_heads) * paged_scores(p->length)},
                  {&s.packed, few > many ? few : many},
                  {&s.tile_memory, n * (ptrdiff_t)(sizeof(struct paged_tile) / sizeof(float))}};
     for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
@@ -226,25 +227,41 @@ static void paged_heads(const struct lk_paged *p, const struct paged_space *s, p
     }
 }
 
+/* Attention of rows from i on that have one sequence, at most `most`; returns their number. `count` heads from h on share
+ * a head of keys. */
+static ptrdiff_t paged_attend_rows(const struct lk_paged *p, const struct paged_space *s, ptrdiff_t layer, ptrdiff_t i,
+                                   ptrdiff_t most, ptrdiff_t h, ptrdiff_t count)
+{
+    const struct lk_layer *l = p->layers[layer];
+    const ptrdiff_t dim = l->head_width, each = l->heads / l->kv_heads, stride = p->page_tokens * dim;
+    const ptrdiff_t from = (layer * p->pages * l->kv_heads + h / each) * stride, size = paged_scores(p->length);
+    const struct paged_keys keys = {p->keys + from,       p->values + from, p->tables + p->starts[i],
+                                    l->kv_heads * stride, p->page_tokens,   dim,
+                                    l->scaling};
+    float *scores = s->scores + paged_thread() * PAGED_QUERY_ROWS * each * size;
+    struct paged_query queries[PAGED_QUERY_ROWS * count];
+    ptrdiff_t rows = 0, at = 0;
+    for (; rows < most && p->starts[i + rows] == p->starts[i]; rows++)
+        for (ptrdiff_t e = 0; e < count; e++, at++, scores += size) {
+            const ptrdiff_t head = ((i + rows) * l->heads + h + e) * dim;
+            queries[at] = (struct paged_query){s->q + head, s->mixed + head, scores, p->positions[i + rows] + 1};
+        }
+    paged_attend(&keys, queries, at);
+    return rows;
+}
+
+/* Attention of all rows. Many rows come a few at a time, and all heads of a head of keys together if they keep the threads
+ * busy. */
 static void paged_attention(const struct lk_paged *p, const struct paged_space *s, ptrdiff_t layer)
 {
     const struct lk_layer *l = p->layers[layer];
-    const ptrdiff_t dim = l->head_width, each = l->heads / l->kv_heads, head_stride = p->page_tokens * dim;
-#pragma omp parallel for schedule(guided) if (p->n * l->heads * p->length * dim > 32768)
-    for (ptrdiff_t at = 0; at < p->n * l->heads; at++) {
-        const ptrdiff_t i = at / l->heads, h = at % l->heads;
-        const ptrdiff_t from = layer * p->pages * l->kv_heads * head_stride + h / each * head_stride;
-        const struct paged_keys keys = {
-            .keys = p->keys + from,
-            .values = p->values + from,
-            .table = p->tables + p->starts[i],
-            .page_stride = l->kv_heads * head_stride,
-            .page_tokens = p->page_tokens,
-            .length = p->positions[i] + 1,
-            .width = dim,
-            .scaling = l->scaling,
-        };
-        paged_attend(&keys, s->q + at * dim, s->mixed + at * dim, s->scores + paged_thread() * paged_scores(p->length));
+    const ptrdiff_t rows = p->n > PAGED_FEW ? PAGED_QUERY_ROWS : 1, each = l->heads / l->kv_heads;
+    const ptrdiff_t heads = p->n * l->kv_heads < 4 * paged_threads() ? 1 : each, parts = l->heads / heads;
+#pragma omp parallel for schedule(guided) if (p->n * l->heads * p->length * l->head_width > 32768)
+    for (ptrdiff_t at = 0; at < (p->n + rows - 1) / rows * parts; at++) {
+        const ptrdiff_t end = min_of(p->n, (at / parts + 1) * rows);
+        for (ptrdiff_t i = at / parts * rows; i < end;)
+            i += paged_attend_rows(p, s, layer, i, end - i, at % parts * heads, heads);
     }
 }
 
