@@ -76,6 +76,8 @@ def check_rank(
     settings: PeftConfig = LoraConfig(**lora_arguments(config.lora, config.base.bits), task_type=task.peft_type)
     with silent():  # the model itself warns once more
         targets = plan_injection(ghost, resolve_config(ghost, settings)).targets
+    if not settings.variant.stores_pair:
+        return  # a vector or two in each layer
     shapes = [(target.r, _matrix(ghost, target)) for target in targets]
     if shapes and all(rank > min(shape) for rank, shape in shapes):
         most = max(min(shape) for _, shape in shapes)

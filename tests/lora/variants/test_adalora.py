@@ -109,6 +109,12 @@ def test_importance_and_budget_are_those_of_peft() -> None:
             torch.testing.assert_close(p, others[name], rtol=0, atol=0)
         left.append(sum(int(p.count_nonzero()) for name, p in mine.items() if ".lora_E" in name))
         if step < 6:  # in tfinal nothing is kept
+            for name, layer in ours.named_modules():
+                note = getattr(layer, "notes", {}).get("default")
+                for place, kind in enumerate("ABE" if note else ""):
+                    key = f"{name}.lora_{kind}.default"
+                    torch.testing.assert_close(note.sensitivity[place], allocator.exp_avg_ipt[key])
+                    torch.testing.assert_close(note.uncertainty[place], allocator.exp_avg_unc[key])
             assert (
                 budget(ours.peft_config["default"].adalora_config, 24, 12, step, 9)
                 == allocator.budget_schedule(step)[0]
