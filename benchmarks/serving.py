@@ -4,8 +4,10 @@ Usage::
 
     python benchmarks/serving.py            # a few minutes, on an idle machine
     python benchmarks/serving.py --short    # half a minute, to see it run
+    python benchmarks/serving.py --clients 1 2 4 8 16 --picture docs/images/serving.png
 
-One process with one base in 8 bits and adapters of random values; rounds of all contenders alternate, and medians count.
+One process with a base in 8 bits and adapters of random values, and a second engine without any. Rounds of all contenders
+alternate, and medians count.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ from lorakeet.serve.engine.residents import Residents
 RANKS = (4, 8, 16)
 #: Tokens of a client's prompt, and of the shared prompt that is found again.
 PROMPT, SHARED = 32, 400
+#: Tokens of an answer that lasts longer than the loads beside it.
+LONGEST = 4000
 
 
 def save_adapters(model_name: str, folder: Path, count: int) -> list[str]:
@@ -48,9 +52,10 @@ def save_adapters(model_name: str, folder: Path, count: int) -> list[str]:
     return names
 
 
-def request(adapter: str | None, prompt: list[int], tokens: int) -> Request:
-    """Build a greedy request whose answer does not end early."""
-    return Request(prompt, Sampling(temperature=0, max_tokens=tokens, logit_bias={2: -100.0}), adapter)
+def request(adapter: str | None, prompt: list[int], tokens: int, **settings: Any) -> Request:
+    """Build a request, greedy unless the settings say otherwise, whose answer does not end early."""
+    chosen = {"temperature": 0.0, "ignore_end": True, "max_tokens": tokens, **settings}
+    return Request(prompt, Sampling(**chosen), adapter)
 
 
 def new_prompt(count: int) -> list[int]:
@@ -58,11 +63,11 @@ def new_prompt(count: int) -> list[int]:
     return torch.randint(100, 10_000, (count,)).tolist()
 
 
-def throughput(engine: Engine, adapters: list[str | None], tokens: int) -> float:
+def throughput(engine: Engine, adapters: list[str | None], tokens: int, **settings: Any) -> float:
     """Return new tokens a second while a client for each of ``adapters`` waits for its answer."""
     prompts = [new_prompt(PROMPT) for _ in adapters]
     start = time.perf_counter()
-    tickets = [engine.submit(request(*given, tokens)) for given in zip(adapters, prompts, strict=True)]
+    tickets = [engine.submit(request(*given, tokens, **settings)) for given in zip(adapters, prompts, strict=True)]
     made = sum(len(ticket.result().tokens) for ticket in tickets)
     return made / (time.perf_counter() - start)
 
@@ -78,21 +83,36 @@ def first_token(engine: Engine, prompt: list[int]) -> float:
     return arrivals(engine.submit(request(None, prompt, 1)))[0] - start
 
 
-def gaps_while_others_prefill(engine: Engine, tokens: int) -> list[float]:
-    """Return the seconds between an answer's tokens while prompts of others are computed."""
+def gaps(engine: Engine, tokens: int, others: int = 0) -> list[float]:
+    """Return the sorted seconds between an answer's tokens, while prompts of others are computed."""
     ticket = engine.submit(request(None, new_prompt(PROMPT), tokens))
-    others = [engine.submit(request(None, new_prompt(SHARED), 1)) for _ in range(4)]
+    tickets = [engine.submit(request(None, new_prompt(SHARED), 1)) for _ in range(others)]
     times = arrivals(ticket)
-    for other in others:
+    for other in tickets:
         other.result()
-    return [after - before for before, after in itertools.pairwise(times)]
+    return sorted(after - before for before, after in itertools.pairwise(times))
 
 
-def measure(engine: Engine, names: list[str], rounds: int, tokens: int) -> dict[str, float]:
+def loads_beside_a_stream(engine: Engine, names: list[str]) -> tuple[list[float], list[float]]:
+    """Return the seconds of loads under a further name, and those between the tokens of an answer meanwhile."""
+    ticket, times, seconds = engine.submit(request(None, new_prompt(PROMPT), LONGEST)), [], []
+    ticket.listen(lambda chunk: times.append(time.perf_counter()) if chunk.tokens else None)
+    for name in names:
+        start = time.perf_counter()
+        engine.residents.load("again", name)
+        seconds.append(time.perf_counter() - start)
+        engine.residents.unload("again")
+    ticket.cancel()
+    ticket.result()
+    return seconds, [after - before for before, after in itertools.pairwise(times)]
+
+
+def measure(engine: Engine, bare: Engine, names: list[str], rounds: int, tokens: int) -> dict[str, float]:
     """Measure everything in rounds.
 
     Args:
-        engine: The engine, which runs.
+        engine: The engine with adapters, which runs.
+        bare: An engine without, which runs too.
         names: Served adapters.
         rounds: Rounds of all contenders.
         tokens: New tokens of each answer.
@@ -103,18 +123,77 @@ def measure(engine: Engine, names: list[str], rounds: int, tokens: int) -> dict[
     mixes: dict[str, list[str | None]] = {f"{clients} on the base": [None] * clients for clients in (1, 4, 8, 16)}
     mixes[f"8 over {len(names)} adapters"] = [names[number % len(names)] for number in range(8)]
     mixes["8 on one adapter"] = [*names[:1] * 8]
+    drawn = {"temperature": 0.8, "top_p": 0.95, "seed": 1}
     figures: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        figures.setdefault(name, []).append(value)
+
     for _ in range(rounds):
         for name, adapters in mixes.items():
-            figures.setdefault(f"tokens/s, {name}", []).append(throughput(engine, adapters, tokens))
+            note(f"tokens/s, {name}", throughput(engine, adapters, tokens))
+        note("tokens/s, 8 on the base, no adapter loaded", throughput(bare, [None] * 8, tokens))
+        note("tokens/s, 8 on the base, temperature 0.8, top_p 0.95", throughput(engine, [None] * 8, tokens, **drawn))
         prompt = new_prompt(SHARED)
         for name in ("cold", "found again"):
             seconds = first_token(engine, [*prompt, *new_prompt(8)])
-            figures.setdefault(f"first token, {SHARED} tokens {name}, ms", []).append(1e3 * seconds)
-        gaps = sorted(gaps_while_others_prefill(engine, 2 * tokens))
-        figures.setdefault("between tokens, median, ms", []).append(1e3 * statistics.median(gaps))
-        figures.setdefault("between tokens, p99, ms", []).append(1e3 * gaps[int(0.99 * (len(gaps) - 1))])
+            note(f"first token, {SHARED} tokens {name}, ms", 1e3 * seconds)
+        note("between tokens, alone, median, ms", 1e3 * statistics.median(gaps(engine, tokens)))
+        between = gaps(engine, 4 * tokens, others=4)
+        note("between tokens, others prefill, median, ms", 1e3 * statistics.median(between))
+        note("between tokens, others prefill, p99, ms", 1e3 * between[int(0.99 * (len(between) - 1))])
+        loads, between = loads_beside_a_stream(engine, names)
+        note("load, ms", 1e3 * statistics.median(loads))
+        note("between tokens, adapters are loaded, median, ms", 1e3 * statistics.median(between))
+        note("between tokens, adapters are loaded, longest, ms", 1e3 * max(between))
     return {name: statistics.median(values) for name, values in figures.items()}
+
+
+def against_clients(
+    engine: Engine, names: list[str], clients: list[int], rounds: int, tokens: int
+) -> dict[str, list[float]]:
+    """Measure the throughput of each number of clients, on the base and over all adapters.
+
+    Args:
+        engine: The engine, which runs.
+        names: Served adapters.
+        clients: Numbers of clients.
+        rounds: Rounds of all contenders.
+        tokens: New tokens of each answer.
+
+    Returns:
+        For each line, the median tokens/s of each number of clients.
+    """
+    lines = {"the base": [None], f"{len(names)} adapters": names}
+    found: dict[str, list[list[float]]] = {label: [[] for _ in clients] for label in lines}
+    for _ in range(rounds):
+        for index, count in enumerate(clients):
+            for label, kinds in lines.items():
+                adapters = [kinds[number % len(kinds)] for number in range(count)]
+                found[label][index].append(throughput(engine, adapters, tokens))
+    return {label: [statistics.median(values) for values in line] for label, line in found.items()}
+
+
+def draw(clients: list[int], lines: dict[str, list[float]], path: Path) -> None:
+    """Draw tokens per second against clients."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    ax = figure.subplots()
+    for (label, line), colour, mark in zip(lines.items(), ("#08519c", "#d94801"), "os", strict=True):
+        ax.plot(clients, line, color=colour, marker=mark, markersize=5, label=label)
+    ax.plot(
+        clients, [lines["the base"][0] * count / clients[0] for count in clients], ":", color="#595959", linewidth=1
+    )
+    ax.set_ylim(0, 1.15 * max(max(line) for line in lines.values()))
+    ax.set_xticks(clients)
+    ax.set_xlabel("clients at the same time (dotted: in proportion)")
+    ax.set_ylabel("new tokens per second")
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, loc="lower right")
+    figure.suptitle("SmolLM2-135M in 8 bits", x=0.01, ha="left", fontweight="bold")
+    figure.savefig(path, dpi=150)
 
 
 def generate_alone(base: Any, tokens: int) -> float:
@@ -124,28 +203,44 @@ def generate_alone(base: Any, tokens: int) -> float:
     return len(base.tokenizer(text)["input_ids"]) / (time.perf_counter() - start)
 
 
+def started(model: str, folder: Path, names: list[str]) -> tuple[Any, Engine]:
+    """Return a base in 8 bits with a running engine that serves these adapters."""
+    base = load_base(model, dtype="fp32", device="cpu", bits=8)
+    residents = Residents(base, folder)
+    for name in names:
+        residents.load(name)
+    engine = Engine(base, residents, make_forward=compiled_forward)
+    engine.start()
+    throughput(engine, [None, *names], 4)
+    return base, engine
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--clients", type=int, nargs="+", help="measure the throughput of these alone")
+    parser.add_argument("--picture", type=Path, help="draw that of --clients into this file")
     options = parser.parse_args()
     rounds, tokens = (1, 16) if options.short else (5, 64)
     with tempfile.TemporaryDirectory() as folder:
         names = save_adapters(options.model, Path(folder), options.adapters)
-        base = load_base(options.model, dtype="fp32", device="cpu", bits=8)
-        residents = Residents(base, folder)
-        for name in names:
-            residents.load(name)
-        engine = Engine(base, residents, make_forward=compiled_forward)
-        engine.start()
-        throughput(engine, [None, *names], 4)
-        figures = measure(engine, names, rounds, tokens)
+        base, engine = started(options.model, Path(folder), names)
+        print(f"forward pass: {type(engine.forward).__name__}")
+        if options.clients:
+            lines = against_clients(engine, names, options.clients, rounds, tokens)
+            show([{"clients": n, **{k: line[i] for k, line in lines.items()}} for i, n in enumerate(options.clients)])
+            if options.picture:
+                draw(options.clients, lines, options.picture)
+        else:
+            _, bare = started(options.model, Path(folder), [])
+            figures = measure(engine, bare, names, rounds, tokens)
+            bare.stop()
+            figures["tokens/s, generate alone"] = generate_alone(base, tokens)
+            show([{"figure": name, "median": value} for name, value in figures.items()])
         engine.stop()
-        figures["tokens/s, generate alone"] = generate_alone(base, tokens)
-    print(f"forward pass: {type(engine.forward).__name__}")
-    show([{"figure": name, "median": value} for name, value in figures.items()])
 
 
 if __name__ == "__main__":

@@ -255,6 +255,7 @@ def test_frequencies_of_a_long_llama_are_those_of_transformers() -> None:
 OTHERS: dict[str, tuple[dict[str, Any], float]] = {
     "pissa": ({"init_lora_weights": "pissa"}, 1e-4),
     "adalora": ({"adalora_config": {"init_r": 6, "target_r": 3}, "r": 6}, 0.0),
+    "vera": ({"vera_config": {}, "lora_alpha": 8, "r": 6}, 1e-3),
     "dora": ({"use_dora": True, "target_modules": ["q_proj", "down_proj"]}, 1.0),
 }
 

@@ -139,7 +139,7 @@ def _obstacles(consumer: str, config: PeftConfig, keys: list[str], rank: int, ba
     wrong_base = bases is not None and base not in (None, *bases)
     reasons = [f"the base is one of {base}, expected one of {', '.join(bases or ())}"] if wrong_base else []
     if consumer in ("vllm", "gguf", "mlx"):
-        own = config.variant.tensor_names("")
+        own = (*config.variant.tensor_names(""), *config.variant.shared_names("", config))
         heads = VLLM_HEADS if consumer == "vllm" else ()
         extra = sorted(
             key

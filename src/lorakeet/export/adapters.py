@@ -17,6 +17,7 @@ from lorakeet.errors import AdapterError
 from lorakeet.export.plain import MERGE_HINT, PlainLayer
 from lorakeet.files import write_json
 from lorakeet.lora.config import CONFIG_NAME, LoraConfig, PeftConfig
+from lorakeet.lora.interop.peft_methods import tensors_as_method
 from lorakeet.rank.resize import copy_others
 
 #: Names of the weights of an adapter of mlx-lm.
@@ -34,12 +35,12 @@ def write_peft(
         folder: Folder to fill.
         adapter: Folder or hub id of the adapter that it was made from.
         config: Its settings.
-        tensors: Its tensors, by PEFT's keys.
+        tensors: Its tensors, by the keys of LoRA.
         notes: Contents of ``lorakeet.json``.
     """
     copy_others(adapter, folder)
-    whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    save_file(whole, folder / WEIGHTS_NAME, {"format": "pt"})
+    named = tensors_as_method(tensors, config.variant.parameters)
+    save_file({key: tensor.contiguous() for key, tensor in named.items()}, folder / WEIGHTS_NAME, {"format": "pt"})
     config.save_pretrained(folder)
     write_json(folder / OWN_NAME, dict(notes))
     write_card(folder, config, notes)

@@ -145,7 +145,9 @@ def _write(
     elif consumer == "mlx":
         write_mlx(folder, adapter, same, base, config.base_model_name_or_path)
     else:
-        made = peft_tensors(same, tensors, tuple(config.variant.tensor_names("")))
+        variant = config.variant
+        replaced = (*variant.tensor_names(""), *variant.shared_names("", config))
+        made = peft_tensors(same, tensors, replaced)
         write_peft(
             folder, adapter, plain_config(config, rank), made, {**notes, "exported": {"for": consumer, "lost": lost}}
         )

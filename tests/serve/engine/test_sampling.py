@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from lorakeet.serve.engine.requests import Sampling
-from lorakeet.serve.engine.sampling import Sampler
+from lorakeet.serve.engine.sampling import Sampler, _drawn, _largest
 
 LOGITS = torch.randn(50, generator=torch.Generator().manual_seed(2)) * 3
 
@@ -66,7 +67,7 @@ def test_bias_and_penalties() -> None:
     counted = Sampler(Sampling(temperature=0, frequency_penalty=0.5))
     for _ in range(3):
         counted.accept(best)
-    assert counted._adjusted(LOGITS)[best] == pytest.approx(float(LOGITS[best]) - 1.5)
+    assert counted._adjusted(LOGITS.numpy())[best] == pytest.approx(float(LOGITS[best]) - 1.5)
 
 
 def test_log_probabilities() -> None:
@@ -80,8 +81,9 @@ def test_log_probabilities() -> None:
 class Even:
     """A grammar of even tokens."""
 
-    def allowed(self) -> Tensor:
-        return torch.arange(20) % 2 == 0
+    def allowed(self) -> NDArray[np.bool_]:
+        allowed: NDArray[np.bool_] = np.arange(20) % 2 == 0
+        return allowed
 
     def accept(self, token: int) -> None:
         assert token % 2 == 0
@@ -93,3 +95,65 @@ class Even:
 def test_grammar() -> None:
     found = kept(Sampling(seed=0, temperature=5.0, grammar=Even()), 300)
     assert set(found) <= set(range(0, 20, 2)) and len(found) > 5
+
+
+def reference(logits: torch.Tensor, wanted: Sampling) -> torch.Tensor:
+    """Return the probabilities of all tokens, by sorting and in fp64."""
+    kept = torch.softmax(logits.double() / wanted.temperature, -1)
+    likely, top = kept.sort(descending=True).values, kept.max()
+    if wanted.top_k:
+        kept = kept.where(kept >= likely[wanted.top_k - 1], 0.0)
+    if wanted.top_p < 1:
+        likely = kept.sort(descending=True).values
+        kept = kept.where(kept >= likely[int((likely.cumsum(0) < wanted.top_p * likely.sum() * (1 - 1e-6)).sum())], 0.0)
+    return kept.where(kept >= wanted.min_p * top * (1 - 1e-6), 0.0)
+
+
+@pytest.mark.parametrize("size", [5, 255, 256, 3001, 49152])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0])
+def test_draws_are_those_of_a_sort(size: int, spread: float) -> None:
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(size)) * spread
+    for wanted in (
+        Sampling(),
+        Sampling(temperature=0.3),
+        Sampling(top_p=0.9),
+        Sampling(temperature=1.5, top_p=0.5, top_k=4, min_p=0.01),
+        Sampling(top_k=4),
+        Sampling(min_p=0.2),
+    ):
+        sums = reference(logits, wanted).cumsum(0)
+        for number in (0.0, 0.31, 0.77, 1 - 2**-53):
+            token = _drawn(logits.numpy(), wanted, number)
+            before = float(sums[token - 1]) if token else 0.0
+            target, slack = number * float(sums[-1]), 1e-6 * float(sums[-1])
+            assert before - slack <= target <= float(sums[token]) + slack
+            assert float(sums[token]) > before  # a token that was kept
+
+
+def test_a_row_is_by_itself() -> None:
+    """A row's choice has the same bits wherever the row lies in memory, and whatever is beside it."""
+    rows = torch.randn(8, 4099, generator=torch.Generator().manual_seed(3)) * 3
+    settings = {"seed": 4, "temperature": 0.8, "top_p": 0.95, "logprobs": 5, "logit_bias": {5: 1.0}}
+    for index, row in enumerate(rows):
+        for shift in range(3):
+            other = torch.cat([torch.zeros(shift), row])[shift:]
+            assert Sampler(Sampling(**settings)).choose(rows[index]) == Sampler(Sampling(**settings)).choose(other)
+
+
+def test_ties_stay_together() -> None:
+    logits = torch.tensor([1.0, 3.0, 3.0, 0.0, 3.0])
+    assert set(kept_of(logits, Sampling(seed=0, top_k=2))) == {1, 2, 4}
+    assert set(kept_of(logits, Sampling(seed=0, top_p=0.4))) == {1, 2, 4}
+    assert Sampler(Sampling(temperature=0, logprobs=2)).choose(logits)[1].top[0][0] == 1  # type: ignore[union-attr]
+    assert _largest(logits.numpy(), 99).tolist() == [3.0, 3.0, 3.0, 1.0, 0.0]
+
+
+def kept_of(logits: torch.Tensor, sampling: Sampling) -> Counter[int]:
+    sampler = Sampler(sampling)
+    return Counter(sampler.choose(logits)[0] for _ in range(200))
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e30])
+def test_far_temperatures(temperature: float) -> None:
+    found = kept_of(LOGITS, Sampling(seed=0, temperature=temperature))
+    assert set(found) == {int(LOGITS.argmax())} if temperature < 1 else len(found) > 40

@@ -31,7 +31,7 @@ def written(grammars: Grammars, schema: Any, seed: int = 0, most: int = 400) -> 
     grammar, generator = grammars.for_schema(schema), torch.Generator().manual_seed(seed)
     tokens: list[int] = []
     while not grammar.is_complete() and len(tokens) < most:
-        allowed = grammar.allowed().nonzero().flatten()
+        allowed = torch.from_numpy(grammar.allowed()).nonzero().flatten()
         token = int(allowed[int(torch.randint(len(allowed), (1,), generator=generator))])
         if token == 2:
             break
@@ -65,7 +65,7 @@ def test_a_property_may_have_the_name_of_a_reference(grammars: Grammars) -> None
 def test_numbers_end_if_they_may(grammars: Grammars, schema: Any, most: int) -> None:
     grammar, text = grammars.for_schema(schema), ""
     while not grammar.is_complete() and len(text) < 400:
-        allowed = set(grammar.allowed().nonzero().flatten().tolist())
+        allowed = set(torch.from_numpy(grammar.allowed()).nonzero().flatten().tolist())
         zero, one = byte_tokenizer().convert_tokens_to_ids(["0", "1"])
         token = zero if zero in allowed else one if one in allowed else min(allowed - {2}, default=2)
         if token == 2:
@@ -155,7 +155,7 @@ def test_a_state_is_one_answers_own(grammars: Grammars) -> None:
     for token in byte_tokenizer()('"a', add_special_tokens=False)["input_ids"]:
         first.accept(token)
     assert int(first.allowed().sum()) == 1 and int(second.allowed().sum()) == 1
-    assert not torch.equal(first.allowed(), second.allowed())
+    assert (first.allowed() != second.allowed()).any()
 
 
 def test_a_tokenizer_that_cannot_be_taken_apart() -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 #: Reasons for which an answer ends.
 Finish = Literal["stop", "length", "cancelled", "deadline", "error"]
@@ -16,7 +17,7 @@ Finish = Literal["stop", "length", "cancelled", "deadline", "error"]
 class Grammar(Protocol):
     """A state of a grammar that an answer follows, for one request."""
 
-    def allowed(self) -> Tensor:
+    def allowed(self) -> NDArray[np.bool_]:
         """Return the tokens that may come next, bool [vocabulary] or shorter; tokens beyond its end are not allowed."""
 
     def accept(self, token: int) -> None:

@@ -71,7 +71,9 @@ class Steps:
                 self._scheduler.stored(row, tokens)
         ready = [index for index, (row, _) in enumerate(chosen) if not row.unread]
         if ready:
-            self._add_tokens([chosen[index][0] for index in ready], logits[ready])
+            self._add_tokens(
+                [chosen[index][0] for index in ready], logits if len(ready) == len(chosen) else logits[ready]
+            )
         with self._lock:
             self._finish(self._scheduler.collect())
 

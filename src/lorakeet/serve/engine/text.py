@@ -29,6 +29,7 @@ class TextStream:
         self._tokens = list(prompt[-CONTEXT:])
         self._begin = 0  # first token that is decoded again with new ones
         self._read = len(self._tokens)  # tokens whose text has been taken
+        self._before = self._decode(self._tokens)  # text of the tokens that are decoded again, without new ones
         self._held = ""  # text that may be the beginning of a stop string
 
     def add(self, token: int) -> str:
@@ -36,20 +37,19 @@ class TextStream:
         if self.stopped:
             return ""
         self._tokens.append(token)
-        before = self._decode(self._tokens[self._begin : self._read])
-        text = self._decode(self._tokens[self._begin :])
+        before, text = self._before, self._decode(self._tokens[self._begin :])
         if text.endswith(_INCOMPLETE) or len(text) <= len(before):
             return ""
-        new = text[len(before) :] if text.startswith(before) else self._decode(self._tokens[self._read :])
-        self._begin, self._read = self._read, len(self._tokens)
+        rest = self._decode(self._tokens[self._read :])
+        new = text[len(before) :] if text.startswith(before) else rest
+        self._begin, self._read, self._before = self._read, len(self._tokens), rest
         return self._until_stop(new)
 
     def end(self) -> str:
         """Return the text that was held back, once no token follows."""
         if self.stopped:
             return ""
-        before = self._decode(self._tokens[self._begin : self._read])
-        rest = self._decode(self._tokens[self._begin :])[len(before) :]
+        rest = self._decode(self._tokens[self._begin :])[len(self._before) :]
         text = self._until_stop(rest) + self._held
         self._held = ""
         return text

@@ -8,14 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.hf import from_tokenizer
-from torch import Tensor
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lorakeet.security.shown import cut
 from lorakeet.serve.http.errors import bad_request
+
+Mask = NDArray[np.bool_]
 
 #: Characters of the largest schema; compiling the worst one of this size takes half a second.
 LARGEST_SCHEMA = 1 << 15
@@ -51,7 +52,7 @@ class Grammars:
         self._tokenizer, self._ends = tokenizer, list(ends)
         self._lock = threading.Lock()
         self._taken_apart: LLTokenizer | None = None
-        self._digits = torch.zeros(0, dtype=torch.bool)
+        self._digits: Mask = np.zeros(0, bool)
 
     @property
     def are_possible(self) -> bool:
@@ -73,7 +74,7 @@ class Grammars:
                     raise bad_request(message, "response_format")
                 taken = from_tokenizer(self._tokenizer, eos_token=self._ends)  # type: ignore[arg-type]
                 begins = [taken.decode_bytes([token])[:1] for token in range(taken.vocab_size)]
-                self._digits = torch.tensor([one != b"" and one in _DIGITS for one in begins])
+                self._digits = np.array([one != b"" and one in _DIGITS for one in begins], bool)
                 self._taken_apart = taken
             return self._taken_apart
 
@@ -106,7 +107,7 @@ class Grammars:
 class SchemaGrammar:
     """State of one answer; see :class:`lorakeet.serve.engine.requests.Grammar`."""
 
-    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer, digits: Tensor) -> None:
+    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer, digits: Mask) -> None:
         """Begin an answer.
 
         Args:
@@ -116,26 +117,26 @@ class SchemaGrammar:
         """
         self._matcher, self._tokenizer, self._digits = matcher, tokenizer, digits
         self._run = _DigitRun()
-        self._mask: Tensor | None = None
+        self._mask: Mask | None = None
 
     def copy(self) -> SchemaGrammar:
         """Return the state for another answer that begins."""
         return SchemaGrammar(self._matcher.deep_copy(), self._tokenizer, self._digits)
 
-    def allowed(self) -> Tensor:
+    def allowed(self) -> Mask:
         """Return the tokens that may come next, bool [vocabulary]; none if a limit was met."""
         if self._mask is None:
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-            mask = torch.from_numpy(np.unpackbits(bits, bitorder="little").astype(bool))
-            self._mask = torch.zeros_like(mask) if self._matcher.is_error() else self._shorter_numbers(mask)
+            mask = np.unpackbits(bits, bitorder="little").view(bool)
+            self._mask = np.zeros_like(mask) if self._matcher.is_error() else self._shorter_numbers(mask)
         return self._mask
 
-    def _shorter_numbers(self, mask: Tensor) -> Tensor:
+    def _shorter_numbers(self, mask: Mask) -> Mask:
         """Return the tokens that may come next, without a further digit of a long number, if it may end here."""
         if self._run.digits < LONGEST_NUMBER:
             return mask
         size = min(len(mask), len(self._digits))
-        others = mask.clone()
+        others = mask.copy()
         others[:size] &= ~self._digits[:size]
         return others if bool(others.any()) else mask
 

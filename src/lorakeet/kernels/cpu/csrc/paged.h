@@ -1,4 +1,4 @@
-/* Attention of rows over pages and updates of their adapters, for paged_decoder.c. */
+/* Operations on rows, their attention over pages and the updates of their adapters, for paged_decoder.c. */
 #ifndef LORAKEET_PAGED_H
 #define LORAKEET_PAGED_H
 
@@ -21,6 +21,11 @@ static inline ptrdiff_t paged_scores(ptrdiff_t length)
 }
 
 HIDDEN void paged_attend(const struct paged_keys *k, const float *query, float *to, float *scores);
+HIDDEN void paged_add(float *restrict h, const float *restrict u, const float *restrict v, ptrdiff_t rank, ptrdiff_t out);
+HIDDEN void paged_norm(const struct lk_norm *norm, const float *x, float *to, ptrdiff_t width);
+HIDDEN void paged_rotate(const float *x, float *to, const float *cosine, const float *sine, ptrdiff_t width);
+HIDDEN void paged_sum(float *restrict x, const float *restrict more, ptrdiff_t width);
+HIDDEN void paged_gate(float *restrict gate, const float *restrict up, ptrdiff_t width);
 HIDDEN void paged_update(const struct lk_update *update, const float *x, float *h, float *u, ptrdiff_t stride,
                          ptrdiff_t rows, ptrdiff_t in, ptrdiff_t out);
 #endif

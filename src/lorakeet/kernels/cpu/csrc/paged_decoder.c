@@ -14,7 +14,6 @@ enum {
     PAGED_TOGETHER = 3,  /* linear layers of one input, at most: q, k, v */
     PAGED_TILE = VLEN / 4 /* rows of one adapter, at most, that a thread computes together */
 };
-#define ONE_ROW static __attribute__((noinline)) void /* compiled once: every row takes the same instructions */
 
 /* Rows that follow each other and have one adapter, and the middle of their work within that of all rows. */
 struct paged_tile {
@@ -88,9 +87,10 @@ static float paged_rank(const struct lk_paged *p, const struct lk_update *adapte
 /* Divide the rows into tiles. Threads take equal shares of the work, which grows with the rank. */
 static void paged_divide(const struct lk_paged *p, struct paged_space *s)
 {
-    const ptrdiff_t most = min_of(PAGED_TILE, (p->n + paged_threads() - 1) / paged_threads());
+    const ptrdiff_t share = min_of(PAGED_TILE, (p->n + paged_threads() - 1) / paged_threads());
     for (ptrdiff_t i = 0; i < p->n; s->tile_count++) {
         struct paged_tile *t = s->tiles + s->tile_count;
+        const ptrdiff_t most = p->updates[i] ? share : 1; /* rows of the base share nothing */
         for (t->first = i; i < p->n && i - t->first < most && p->updates[i] == p->updates[t->first]; i++)
             t->rows = i + 1 - t->first;
         const float work = (float)t->rows * (2 + paged_rank(p, p->updates[t->first]));
@@ -115,123 +115,86 @@ ptrdiff_t lk_paged_workspace(const struct lk_paged *p)
     return paged_plan(p, NULL).size;
 }
 
-/* h[i] [n, out] = x diag(column_scale) W8^T + bias of each of `count` linear layers with one input x [n, in]. */
-static void paged_products(const struct lk_linear *const *linears, ptrdiff_t count, const float *x, float *const *h,
-                           const struct lk_paged *p, float *packed)
+/* Linear layers with one input x [n, in], their numbers from `first` on, and their outputs h [n, out]. */
+struct paged_group {
+    const struct lk_linear *linears[PAGED_TOGETHER];
+    float *h[PAGED_TOGETHER];
+    const float *x;
+    ptrdiff_t count, first;
+};
+enum { PAGED_QKV, PAGED_O, PAGED_GATE_UP, PAGED_DOWN, PAGED_GROUPS };
+
+static void paged_groups(const struct lk_paged *p, const struct paged_space *s, ptrdiff_t layer, struct paged_group *g)
 {
-    const ptrdiff_t n = p->n, in = linears[0]->in, stride = a16_row_codes(in);
-    if (n > PAGED_FEW) {
-        void *rounded = packed + (n + 15) / 16 * 16;
-        for (ptrdiff_t l = 0; l < count; l++) {
-            const struct lk_linear *w = linears[l];
-            if (p->amx) {
-                lk_pack_a16_amx(x, w->column_scale, rounded, packed, n, in, 0);
-                lk_gemm_w8a16_amx(rounded, packed, w->weight, w->row_scale, w->bias, NULL, NULL, 0, h[l], n, w->out, in);
-            } else {
-                lk_pack_a16(x, w->column_scale, rounded, packed, n, in, 0);
-                lk_gemm_w8a16(rounded, packed, w->weight, w->row_scale, w->bias, NULL, NULL, 0, h[l], n, w->out, in, 0);
-            }
-        }
-        return;
+    const struct lk_layer *l = p->layers[layer];
+    const ptrdiff_t first = layer * LK_LINEARS;
+    g[PAGED_QKV] = (struct paged_group){{&l->q, &l->k, &l->v}, {s->q, s->k, s->v}, s->normed, 3, first};
+    g[PAGED_O] = (struct paged_group){{&l->o}, {s->made}, s->mixed, 1, first + 3};
+    g[PAGED_GATE_UP] = (struct paged_group){{&l->gate, &l->up}, {s->gate, s->up}, s->normed, 2, first + 4};
+    g[PAGED_DOWN] = (struct paged_group){{&l->down}, {s->made}, s->gate, 1, first + 6};
+}
+
+/* The scales of the n rounded rows for a layer of a group; the codes lie behind them. */
+static float *paged_scales(const struct paged_space *s, const struct paged_group *g, ptrdiff_t layer, ptrdiff_t n)
+{
+    return s->packed + layer * (lk_packed_a16_rows(n, g->linears[0]->in) / (ptrdiff_t)sizeof(float));
+}
+
+/* Round a row of few for each layer of a group. Many rows are rounded where they are multiplied. */
+static void paged_round(const struct lk_paged *p, const struct paged_space *s, const struct paged_group *g, ptrdiff_t i)
+{
+    const ptrdiff_t in = g->linears[0]->in;
+    for (ptrdiff_t l = 0; l < g->count && p->n <= PAGED_FEW; l++) {
+        float *scale = paged_scales(s, g, l, p->n);
+        a16_round_row(g->x + i * in, g->linears[l]->column_scale, (int16_t *)(scale + 4 * p->n) + i * a16_row_codes(in),
+                      scale + 4 * i, in);
     }
+}
+
+/* h = x diag(column_scale) W8^T + bias of each layer of a group. */
+static void paged_multiply(const struct lk_paged *p, const struct paged_space *s, const struct paged_group *g)
+{
+    const ptrdiff_t n = p->n, in = g->linears[0]->in;
     struct a16_product products[PAGED_TOGETHER];
-    const ptrdiff_t each = lk_packed_a16_rows(n, in) / (ptrdiff_t)sizeof(float);
-    for (ptrdiff_t l = 0; l < count; l++) {
-        float *scale = packed + l * each;
-        products[l] = (struct a16_product){(int16_t *)(scale + 4 * n), scale,           linears[l]->weight,
-                                           linears[l]->row_scale,      linears[l]->bias, h[l],
-                                           linears[l]->out};
+    void *rounded = s->packed + (n + 15) / 16 * 16;
+    for (ptrdiff_t number = 0; number < g->count; number++) {
+        const struct lk_linear *l = g->linears[number];
+        if (n > PAGED_FEW && p->amx) {
+            lk_pack_a16_amx(g->x, l->column_scale, rounded, s->packed, n, in, 0);
+            lk_gemm_w8a16_amx(rounded, s->packed, l->weight, l->row_scale, l->bias, NULL, NULL, 0, g->h[number], n, l->out,
+                              in);
+        } else if (n > PAGED_FEW) {
+            lk_pack_a16(g->x, l->column_scale, rounded, s->packed, n, in, 0);
+            lk_gemm_w8a16(rounded, s->packed, l->weight, l->row_scale, l->bias, NULL, NULL, 0, g->h[number], n, l->out, in,
+                          0);
+        } else {
+            const float *scale = paged_scales(s, g, number, n);
+            products[number] = (struct a16_product){
+                (const int16_t *)(scale + 4 * n), scale, l->weight, l->row_scale, l->bias, g->h[number], l->out};
+        }
     }
-    PARALLEL_ROWS(count * n, 2 * in)
-    for (ptrdiff_t at = 0; at < count * n; at++) {
-        const ptrdiff_t l = at / n, i = at % n;
-        float *scale = packed + l * each;
-        a16_round_row(x + i * in, linears[l]->column_scale, (int16_t *)(scale + 4 * n) + i * stride, scale + 4 * i, in);
-    }
-    a16_multiply(products, count, n, in);
+    if (n <= PAGED_FEW)
+        a16_multiply(products, g->count, n, in);
 }
 
-/* h [out] += u [rank] v [rank, out]. */
-ONE_ROW paged_add(float *restrict h, const float *restrict u, const float *restrict v, ptrdiff_t rank, ptrdiff_t out)
-{
-    ptrdiff_t j = 0;
-    for (; j + 4 * VLEN <= out; j += 4 * VLEN) {
-        floats sums[4];
-        for (int e = 0; e < 4; e++)
-            sums[e] = load(h + j + e * VLEN);
-        for (ptrdiff_t r = 0; r < rank; r++)
-            for (int e = 0; e < 4; e++)
-                sums[e] += u[r] * load(v + r * out + j + e * VLEN);
-        for (int e = 0; e < 4; e++)
-            store(h + j + e * VLEN, sums[e]);
-    }
-    for (; j < out; j += VLEN) {
-        const ptrdiff_t left = min_of(out - j, VLEN);
-        floats sum = (floats)load_scaled(h + j, NULL, left);
-        float made[VLEN];
-        for (ptrdiff_t r = 0; r < rank; r++)
-            sum += u[r] * (floats)load_scaled(v + r * out + j, NULL, left);
-        store(made, sum);
-        memcpy(h + j, made, (size_t)left * sizeof(float));
-    }
-}
-
-/* Complete a product of the rows of a tile: the outlier columns of the weight, and the update of the rows' adapter. */
+/* Complete the products of the rows of a tile: the outlier columns of the weights, and the updates of their adapter. */
 static void paged_complete(const struct lk_paged *p, const struct paged_space *s, const struct paged_tile *t,
-                           const struct lk_linear *l, ptrdiff_t number, const float *x, float *h)
+                           const struct paged_group *g)
 {
     const struct lk_update *adapter = p->updates[t->first];
     float *u = s->low_rank + t->first * s->low_rank_width;
-    x += t->first * l->in;
-    h += t->first * l->out;
-    for (ptrdiff_t i = 0; l->outliers && i < t->rows; i++) {
-        for (ptrdiff_t c = 0; c < l->outliers; c++)
-            u[c] = x[i * l->in + (ptrdiff_t)l->outlier_positions[c]];
-        paged_add(h + i * l->out, u, l->outlier_values, l->outliers, l->out);
+    for (ptrdiff_t number = 0; number < g->count; number++) {
+        const struct lk_linear *l = g->linears[number];
+        const float *x = g->x + t->first * l->in;
+        float *h = g->h[number] + t->first * l->out;
+        for (ptrdiff_t i = 0; l->outliers && i < t->rows; i++) {
+            for (ptrdiff_t c = 0; c < l->outliers; c++)
+                u[c] = x[i * l->in + (ptrdiff_t)l->outlier_positions[c]];
+            paged_add(h + i * l->out, u, l->outlier_values, l->outliers, l->out);
+        }
+        if (adapter && adapter[g->first + number].rank)
+            paged_update(adapter + g->first + number, x, h, u, s->low_rank_width, t->rows, l->in, l->out);
     }
-    if (adapter && adapter[number].rank)
-        paged_update(adapter + number, x, h, u, s->low_rank_width, t->rows, l->in, l->out);
-}
-
-/* to = x / sqrt(mean(x^2) + eps) * weight; `to` may be x. */
-ONE_ROW paged_norm(const struct lk_norm *norm, const float *x, float *to, ptrdiff_t width)
-{
-    floats squares = {0};
-    float lanes[VLEN], sum = 0;
-    for (ptrdiff_t k = 0; k < width; k += VLEN)
-        squares += (floats)load_scaled(x + k, NULL, width - k) * (floats)load_scaled(x + k, NULL, width - k);
-    store(lanes, squares);
-    for (int lane = 0; lane < VLEN; lane++)
-        sum += lanes[lane];
-    const float s = 1.0f / sqrtf(sum / (float)width + norm->eps);
-#pragma GCC ivdep
-    for (ptrdiff_t k = 0; k < width; k++)
-        to[k] = norm->weight[k] * (x[k] * s);
-}
-
-/* Rotary position of a head: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), its halves. */
-ONE_ROW paged_rotate(const float *x, float *to, const float *cosine, const float *sine, ptrdiff_t width)
-{
-    const ptrdiff_t half = width / 2;
-#pragma GCC ivdep /* `to` may be x */
-    for (ptrdiff_t k = 0; k < half; k++) {
-        const float left = x[k], right = x[k + half];
-        to[k] = left * cosine[k] - right * sine[k];
-        to[k + half] = right * cosine[k + half] + left * sine[k + half];
-    }
-}
-
-ONE_ROW paged_sum(float *restrict x, const float *restrict more, ptrdiff_t width)
-{
-    for (ptrdiff_t k = 0; k < width; k++)
-        x[k] += more[k];
-}
-
-/* gate = silu(gate) up */
-ONE_ROW paged_gate(float *restrict gate, const float *restrict up, ptrdiff_t width)
-{
-    for (ptrdiff_t k = 0; k < width; k++)
-        gate[k] = gate[k] / (1.0f + exponential(-gate[k])) * up[k];
 }
 
 /* Where head 0 of a row's own key or value lies, for a layer. */
@@ -292,53 +255,76 @@ static void paged_attention(const struct lk_paged *p, const struct paged_space *
         if (paged_is_own(s, t))
 #define EACH_ROW for (ptrdiff_t i = t->first; i < t->first + t->rows; i++)
 
+/* A layer up to attention. The products of a group need its input of all rows, so the threads meet before and after. */
+static void paged_attend_layer(const struct lk_paged *p, struct paged_space *s, const struct paged_group *g,
+                               ptrdiff_t layer)
+{
+    paged_multiply(p, s, g + PAGED_QKV);
+    EACH_TILE
+    {
+        paged_complete(p, s, t, g + PAGED_QKV);
+        EACH_ROW
+        paged_heads(p, s, layer, i);
+    }
+    paged_attention(p, s, layer);
+    EACH_TILE
+    EACH_ROW
+    paged_round(p, s, g + PAGED_O, i);
+    paged_multiply(p, s, g + PAGED_O);
+}
+
 /* x [n, hidden] through all layers, in place; keys and values of its tokens are written into their pages. */
 void lk_paged_layers(const struct lk_paged *p, float *x, float *workspace)
 {
     struct paged_space space = paged_plan(p, workspace), *s = &space;
+    struct paged_group g[PAGED_GROUPS];
+    const ptrdiff_t hidden = p->layers[0]->q.in, inner = p->layers[0]->gate.out;
     paged_divide(p, s);
+    paged_groups(p, s, 0, g);
+    EACH_TILE
+    EACH_ROW
+    {
+        paged_norm(&p->layers[0]->before, x + i * hidden, s->normed + i * hidden, hidden);
+        paged_round(p, s, g + PAGED_QKV, i);
+    }
     for (ptrdiff_t layer = 0; layer < p->count; layer++) {
-        const struct lk_layer *l = p->layers[layer];
-        const ptrdiff_t hidden = l->q.in, inner = l->gate.out, first = layer * LK_LINEARS;
-        EACH_TILE
-        EACH_ROW
-        paged_norm(&l->before, x + i * hidden, s->normed + i * hidden, hidden);
-        paged_products((const struct lk_linear *const[]){&l->q, &l->k, &l->v}, 3, s->normed,
-                       (float *const[]){s->q, s->k, s->v}, p, s->packed);
+        const struct lk_layer *l = p->layers[layer], *next = layer + 1 < p->count ? p->layers[layer + 1] : NULL;
+        struct paged_group down = g[PAGED_DOWN];
+        paged_attend_layer(p, s, g, layer);
         EACH_TILE
         {
-            paged_complete(p, s, t, &l->q, first, s->normed, s->q);
-            paged_complete(p, s, t, &l->k, first + 1, s->normed, s->k);
-            paged_complete(p, s, t, &l->v, first + 2, s->normed, s->v);
-            EACH_ROW
-            paged_heads(p, s, layer, i);
-        }
-        paged_attention(p, s, layer);
-        paged_products((const struct lk_linear *const[]){&l->o}, 1, s->mixed, &s->made, p, s->packed);
-        EACH_TILE
-        {
-            paged_complete(p, s, t, &l->o, first + 3, s->mixed, s->made);
+            paged_complete(p, s, t, g + PAGED_O);
             EACH_ROW
             {
                 paged_sum(x + i * hidden, s->made + i * hidden, hidden);
                 paged_norm(&l->after, x + i * hidden, s->normed + i * hidden, hidden);
+                paged_round(p, s, g + PAGED_GATE_UP, i);
             }
         }
-        paged_products((const struct lk_linear *const[]){&l->gate, &l->up}, 2, s->normed,
-                       (float *const[]){s->gate, s->up}, p, s->packed);
+        paged_multiply(p, s, g + PAGED_GATE_UP);
         EACH_TILE
         {
-            paged_complete(p, s, t, &l->gate, first + 4, s->normed, s->gate);
-            paged_complete(p, s, t, &l->up, first + 5, s->normed, s->up);
+            paged_complete(p, s, t, g + PAGED_GATE_UP);
             EACH_ROW
-            paged_gate(s->gate + i * inner, s->up + i * inner, inner);
+            {
+                paged_gate(s->gate + i * inner, s->up + i * inner, inner);
+                paged_round(p, s, g + PAGED_DOWN, i);
+            }
         }
-        paged_products((const struct lk_linear *const[]){&l->down}, 1, s->gate, &s->made, p, s->packed);
+        paged_multiply(p, s, g + PAGED_DOWN);
+        if (next)
+            paged_groups(p, s, layer + 1, g);
         EACH_TILE
         {
-            paged_complete(p, s, t, &l->down, first + 6, s->gate, s->made);
+            paged_complete(p, s, t, &down);
             EACH_ROW
-            paged_sum(x + i * hidden, s->made + i * hidden, hidden);
+            {
+                paged_sum(x + i * hidden, s->made + i * hidden, hidden);
+                if (next) {
+                    paged_norm(&next->before, x + i * hidden, s->normed + i * hidden, hidden);
+                    paged_round(p, s, g + PAGED_QKV, i);
+                }
+            }
         }
     }
 }
