@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lorakeet._optional_imports import hide_optional_packages
 from lorakeet.cli.demo import JOB
 from lorakeet.config import BaseSettings, RunConfig, read_run
 from lorakeet.kernels.cpu import features
@@ -138,4 +139,5 @@ def writing_rate(base: BaseSettings, tokens: int) -> float:
 
 
 if __name__ == "__main__":
+    hide_optional_packages()
     print(json.dumps(measure_one(json.loads(sys.argv[1]), *map(int, sys.argv[2:]))))
