@@ -184,6 +184,7 @@ COMPLETE = {
     "combine": ["./none", "./none2", "--out", "new"],
     "export": ["./none", "--for", "peft", "--out", "new"],
     "plan": ["--model", "./none"],
+    "bench": ["--model", "./none"],
     "serve": ["--model", "./none", "--port", "0"],
     "extract": ["./none", "--model", "./none", "--rank", "4", "--out", "new"],
 }

@@ -36,6 +36,7 @@ COMMANDS = {
     "compare": "compare two adapters: their updates, their losses, and what they write",
     "combine": "add, mix or subtract adapters into a new one: linear, svd, ties, dare",
     "plan": "predict memory, time and disk of a run, and what makes it fit, without loading weights",
+    "bench": "measure this machine: its products, training and writing in each number format",
 }
 #: Commands whose modules are in ``cli/adapters/``.
 OF_ADAPTERS = ("push", "inspect", "extract", "rank", "compare", "combine")

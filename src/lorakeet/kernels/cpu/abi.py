@@ -156,6 +156,7 @@ ARGUMENTS: dict[str, list[Any]] = {
 #: Arguments of every function that returns a size.
 SIZE_ARGUMENTS: dict[str, list[Any]] = {
     "lk_abi": [ctypes.c_char_p],
+    "lk_peak": [_INT, _SIZE],
     "lk_packed_a16_size": [_SIZE] * 2,
     "lk_packed_a16_rows": [_SIZE] * 2,
     "lk_paged_workspace": [ctypes.POINTER(Paged)],
