@@ -6,7 +6,7 @@ Usage::
     python benchmarks/serving.py --short    # half a minute, to see it run
     python benchmarks/serving.py --clients 1 2 4 8 16 --picture docs/images/serving.png
 
-One process with a base in 8 bits and adapters of random values, and a second engine without any; rounds of all contenders
+One process with a base in 8 bits and adapters of random values, and a second engine without any. Rounds of all contenders
 alternate, and medians count.
 """
 

@@ -143,7 +143,7 @@ class LoraLinear(LoraPair):
             self._fused.add(adapter)
 
     def attach(self, adapter: str, config: PeftConfig, r: int, alpha: float, a: nn.Module, b: nn.Module) -> None:
-        """Give the layer a further adapter of plain LoRA whose A and B are there already, frozen.
+        """Give the layer a further adapter whose A and B are there already, frozen; parts of its variant come after.
 
         Args:
             adapter: The adapter's name.
@@ -155,7 +155,8 @@ class LoraLinear(LoraPair):
         """
         self.variants[adapter] = config.variant
         self.set_pair(adapter, a, b)
-        self._fused.add(adapter)
+        if config.variant.fused:
+            self._fused.add(adapter)
         self._note_settings(adapter, config, r, alpha)
 
     def initialize(self, adapter: str, how: bool | str) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.adapter.serialization import adapter_tensors
 from lorakeet.adapter.tensor_loading import LoadResult, put_tensors
-from lorakeet.adapter.tensor_names import PREFIX
+from lorakeet.adapter.tensor_names import PREFIX, SHARED
 from lorakeet.errors import AdapterError
 from lorakeet.log import warn
 from lorakeet.lora.inject import OWN
+from lorakeet.lora.interop.peft_methods import tensors_as_lora, tensors_as_method
 from lorakeet.lora.model import LoraModel
 from lorakeet.lora.peft_names.model import reallocate
 
@@ -40,7 +41,8 @@ def get_peft_model_state_dict(
         AdapterError: the model has no such adapter.
     """
     model = _checked(getattr(model, "_orig_mod", model) if unwrap_compiled else model, adapter_name)
-    tensors = adapter_tensors(model, adapter_name, state_dict, save_embedding_layers)
+    own = adapter_tensors(model, adapter_name, state_dict, save_embedding_layers)
+    tensors = tensors_as_method(own, model.peft_config[adapter_name].variant.parameters)
     if isinstance(model, PeftModel):
         return tensors
     return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
@@ -68,7 +70,8 @@ def set_peft_model_state_dict(
     Raises:
         AdapterError: the model has no such adapter; a tensor has another shape, or NaN or infinite values.
     """
-    tensors = {PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in peft_model_state_dict.items()}
+    given = tensors_as_lora(peft_model_state_dict)
+    tensors = {key if key.startswith(SHARED) else PREFIX + key: tensor for key, tensor in given.items()}
     model = _checked(model, adapter_name)
     if any(parameter.is_meta for parameter in model.adapter_parameters(adapter_name)):
         reallocate(model, adapter_name)

@@ -19,6 +19,7 @@ from lorakeet import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from lorakeet.adapter.inspect import inspect_adapter
 from lorakeet.errors import AdapterError, ConfigError, TargetError, TrainingError
 from lorakeet.lora.variants.rank_allocator import allocate, budget
+from lorakeet.peft_api.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from lorakeet.quant.quantize import quantize_
 from lorakeet.train.lorafa import LoraFA
 
@@ -134,6 +135,9 @@ def test_files_travel_both_ways(tmp_path: Path) -> None:
     in_peft = peft.PeftModel.from_pretrained(make("llama"), tmp_path / "ours").eval()
     assert in_peft.peft_config["default"].peft_type == "ADALORA"
     torch.testing.assert_close(in_peft(IDS).logits, expected, rtol=0, atol=1e-5)
+    copied, tensors = adapted().eval(), get_peft_model_state_dict(ours)
+    assert tensors.keys() == load_file(tmp_path / "ours" / "adapter_model.safetensors").keys()
+    assert not any(set_peft_model_state_dict(copied, tensors)) and torch.equal(copied(IDS).logits, expected)
     found = inspect_adapter(tmp_path / "ours")
     assert not found["problems"] and found["learned"] and not found["readers"]["vLLM"]["can"]
     norms = sorted(float(layer.delta("default").norm()) for layer in ours.lora_layers())

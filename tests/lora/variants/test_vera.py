@@ -19,6 +19,7 @@ from lorakeet import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from lorakeet.adapter.inspect import inspect_adapter
 from lorakeet.adapter.inspection_text import inspection_text
 from lorakeet.errors import AdapterError, ConfigError, TargetError
+from lorakeet.peft_api.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from lorakeet.quant.quantize import quantize_
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -110,6 +111,10 @@ def test_files_travel_both_ways(keeps: bool, tmp_path: Path) -> None:
     in_peft.save_pretrained(tmp_path / "theirs")
     from_peft = PeftModel.from_pretrained(make("llama"), tmp_path / "theirs")
     torch.testing.assert_close(from_peft(IDS).logits, expected, rtol=0, atol=1e-5)
+    copied = adapted(own=own).eval()
+    tensors = get_peft_model_state_dict(ours)
+    assert tensors.keys() == keys and not any(set_peft_model_state_dict(copied, tensors))
+    assert torch.equal(copied(IDS).logits, expected)
     found = inspect_adapter(tmp_path / "ours")
     assert not found["problems"] and found["learned"] and found["readers"]["peft"]["can"] and not found["trained_whole"]
     assert not found["readers"]["vLLM"]["can"] and "VERA" not in inspection_text(found)

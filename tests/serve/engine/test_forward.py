@@ -77,6 +77,8 @@ def test_pass_that_is_wrong_is_not_used() -> None:
 #: Adapters of all sorts of layers and variants.
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("llama", {"target_modules": ["q_proj"], "use_dora": True}),
+    "adalora": ("llama", {"target_modules": ["q_proj"], "adalora_config": {"init_r": 2, "target_r": 1}}),
+    "vera": ("llama", {"target_modules": ["q_proj", "up_proj"], "vera_config": True}),
     "bias": ("llama", {"target_modules": ["q_proj"], "lora_bias": True}),
     "embedding": ("llama", {"target_modules": ["embed_tokens", "v_proj"]}),
     "tokens": ("llama", {"target_modules": ["v_proj"], "trainable_token_indices": [5, 9]}),

@@ -11,6 +11,7 @@ from lorakeet.serve.cache.pages import Pages
 from lorakeet.serve.engine import pace as module
 from lorakeet.serve.engine.forward import Piece
 from lorakeet.serve.engine.pace import Load, Pace, load_of
+from lorakeet.serve.engine.residents import Resident
 
 Cost = Callable[[Sequence[tuple[int, int]]], float]
 
@@ -47,6 +48,9 @@ class Machine:
     def __init__(self, cost: Cost) -> None:
         self.pages: Pages | None = Pages(1, 100, 1, 32, 4)
         self.cost, self.now = cost, 0.0
+
+    def get_ready(self, adapter: Resident) -> None:
+        """Do nothing."""
 
     def run(self, pieces: Sequence[Piece]) -> torch.Tensor:
         self.now += self.cost([(piece.sequence.length, len(piece.ids)) for piece in pieces])

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.served import Served
+from helpers.served import KINDS, Served
 from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.errors import AdapterError, LorakeetError, UnknownAdapter
 from lorakeet.lora.config import LoraConfig
 from lorakeet.runs.process_memory import resident_bytes
+from lorakeet.serve.engine import placement
 from lorakeet.serve.engine.engine import Engine
 from lorakeet.serve.engine.requests import Request, Sampling
 from lorakeet.serve.engine.residents import Residents
@@ -98,6 +99,46 @@ def test_elsewhere(residents: Residents, served: Served, tmp_path: Path) -> None
     (residents.folder / "link").symlink_to(served.adapters / "plain")
     with pytest.raises(AdapterError, match="no adapter 'link'"):
         residents.load("link")
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_usual_kinds_are_made_ready_beside_the_model(
+    served: Served, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No kind is put on the model between two steps in the slow way; each has the very parts that this would give it."""
+    residents, slow = (Residents(served.base(), served.adapters) for _ in range(2))
+    monkeypatch.setattr(slow.placement, "_places_of", lambda config: None)
+    for name in (*KINDS, "plain-2", "dora-2", "head-2"):  # the last ones join layers that are there
+        with monkeypatch.context() as patch:
+            patch.setattr(placement, "put_adapter", None)
+            resident = residents.load(name, scale=scale)
+        expected = slow.load(name, scale=scale)
+        assert (resident.slot, resident.version, resident.rank) == (expected.slot, expected.version, expected.rank)
+        parts = [
+            {id(part): part for part in one.model.lora_parts() if resident.slot in part.adapters}
+            for one in (residents, slow)
+        ]
+        assert len(parts[0]) == len(parts[1]) > 0
+    one, other = residents.model.state_dict(), slow.model.state_dict()
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    tables = [
+        [(layer.scaling, layer.r, layer._fused) for layer in each.model.lora_layers()] for each in (residents, slow)
+    ]
+    assert sorted(map(str, tables[0])) == sorted(map(str, tables[1]))
+    for resident in residents.list():
+        residents.unload(resident.name)
+    assert not [part for part in residents.model.lora_parts() if part.adapters]
+
+
+def test_norms_of_dora_are_there_before_the_first_step(served: Served) -> None:
+    residents = Residents(served.base(), served.adapters)
+    resident = residents.load("dora", scale=0.5)
+    layers = [layer for layer in residents.model.lora_layers() if resident.slot in layer.r]
+    before = [layer.part("lora_magnitude_vector", resident.slot)._known for layer in layers]
+    assert all(known is not None for known in before)
+    for layer in layers:
+        layer.variants[resident.slot].output_scale(layer, resident.slot)
+    assert [layer.part("lora_magnitude_vector", resident.slot)._known for layer in layers] == before
 
 
 def test_part_of_the_base(served: Served, tmp_path: Path) -> None:

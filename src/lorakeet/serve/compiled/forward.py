@@ -70,6 +70,10 @@ class CompiledForward:
         made[others] = self._plain.run([pieces[index] for index in others])
         return made
 
+    def get_ready(self, adapter: Resident) -> None:
+        """Make an adapter's table."""
+        self._table(adapter)
+
     @torch.inference_mode()
     def _run(self, pieces: Sequence[Piece], tables: Sequence[UpdateTable | None]) -> Tensor:
         """Compute pieces, each with its adapter's table."""

@@ -107,6 +107,10 @@ class Engine:
         self._stopping = False
         self._thread: threading.Thread | None = None
         residents.between_steps = self.between_steps
+        if self.forward is not None:
+            residents.get_ready = self.forward.get_ready
+            for resident in residents.list():
+                self.forward.get_ready(resident)
 
     # -- life -------------------------------------------------------------------------------------------------------
 

@@ -65,6 +65,9 @@ class Forward(Protocol):
     def run(self, pieces: abc.Sequence[Piece]) -> Tensor:
         """Store all keys and values, and return the logits of each piece's last token, fp32 [pieces, vocabulary]."""
 
+    def get_ready(self, adapter: Resident) -> None:
+        """Make ready what rows of an adapter need, so that no step has to; in any thread, while steps run."""
+
 
 class PlainForward:
     """The reference: the model's own forward, with a cache of transformers over pages."""
@@ -89,6 +92,9 @@ class PlainForward:
             for index, row in zip(chosen, self._run_batch([pieces[index] for index in chosen]), strict=True):
                 logits[index] = row
         return torch.stack([row for row in logits if row is not None])
+
+    def get_ready(self, adapter: Resident) -> None:
+        """Keep things as they are: the model has the adapter."""
 
     def _run_batch(self, batch: abc.Sequence[Piece]) -> Tensor:
         """Run pieces of the same number of tokens; by adapter, if a layer cannot tell the rows apart."""

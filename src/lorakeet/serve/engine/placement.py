@@ -1,16 +1,16 @@
 """Adapters put on a served model while it answers: prepared beside it, then attached between two steps.
 
-Plain LoRA on linear layers, the usual adapter, is made ready while steps run. To attach it takes a few entries in tables of
-each layer. Other adapters (DoRA, trained heads, embeddings) are put on the model between two steps as anywhere else. That
-takes a second or so, for which answers pause.
+LoRA and DoRA on linear layers are made ready while steps run, with the norms of DoRA. So are modules that were trained whole.
+To attach them takes a few entries in tables of each layer. Other adapters (embeddings, experts, other variants) are put on
+the model between two steps as anywhere else. That takes a second or so, for which answers pause.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,18 @@ from lorakeet.adapter.tensor_checks import Differences, nonfinite_error
 from lorakeet.adapter.tensor_names import PREFIX
 from lorakeet.errors import AdapterError
 from lorakeet.lora.config import PeftConfig
-from lorakeet.lora.default_targets import TASK_HEADS, resolve_config
+from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.initialization.taken_part import holds_parts, takes_part
 from lorakeet.lora.inject import InjectionPlan, plan_injection, replace_module
 from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.layer_types import layer_class, unwrapped
 from lorakeet.lora.lifecycle.rollback import all_or_nothing
 from lorakeet.lora.linear import LoraLinear
+from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.targeting import Target, target_of
+from lorakeet.lora.variants.dora import MAGNITUDE, Dora
+from lorakeet.lora.variants.lora import Lora
+from lorakeet.lora.variants.magnitude import Magnitude
 from lorakeet.serve.engine.adapter_files import AdapterFiles
 
 #: Settings that say how large and how scaled an update is, or where it comes from, and not which layers have one.
@@ -38,25 +42,22 @@ _NOT_TARGETING = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "use_rslora", "init_lora_weights"),
     *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"),
 }
-#: Ends of the keys of plain LoRA on a linear layer.
-_PLAIN = (".lora_A.weight", ".lora_B.weight")
+#: Types of modules that stand in place of the base's own.
+_ADAPTED = (LoraLayer, SavedModule)
+#: Ends of the keys of A and B of a linear layer.
+_PAIR = (".lora_A.weight", ".lora_B.weight")
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A layer of plain LoRA with its A and B.
+class _Places(NamedTuple):
+    """Places of an adapter in the model.
 
     Attributes:
-        target: Name, rank and α.
-        layer: The LoRA layer in the model, or a new one around the layer that is there.
-        a: A [r, in].
-        b: B [out, r].
+        layers: Linear layers with an update.
+        saved: Modules that are trained whole.
     """
 
-    target: Target
-    layer: LoraLinear
-    a: nn.Linear
-    b: nn.Linear
+    layers: tuple[str, ...]
+    saved: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,13 @@ class Prepared:
         files: Its files.
         config: Its settings, with the names that layers have today.
         tensors: Its tensors, with these names.
-        parts: Its part in each layer; None for an adapter that is more than plain LoRA.
+        parts: Layers and modules of its own, each around the base's, by place; None for an adapter that is more than that.
     """
 
     files: AdapterFiles
     config: PeftConfig
     tensors: Mapping[str, Tensor]
-    parts: list[_Part] | None
+    parts: dict[str, LoraLinear | SavedModule] | None
 
 
 class Placement:
@@ -83,12 +84,17 @@ class Placement:
         self.model = model
         self.base = fingerprint(model)
         self._names = CurrentNames(model)
-        self._plans: dict[str, tuple[str, ...] | None] = {}  # targeting settings -> layers; None: more than plain LoRA
+        self._places: dict[str, _Places | None] = {}  # by targeting settings; None: other places than linear layers
 
     # -- while steps run --------------------------------------------------------------------------------------------
 
-    def prepare(self, files: AdapterFiles) -> Prepared:
+    def prepare(self, slot: str, files: AdapterFiles, scale: float = 1.0) -> Prepared:
         """Check an adapter against the model and make it ready; reads the model, and changes nothing.
+
+        Args:
+            slot: The name that it will have in the model.
+            files: Its files.
+            scale: Factor of its update.
 
         Raises:
             AdapterError: It was trained on another base, or its tensors do not fit.
@@ -100,40 +106,67 @@ class Placement:
         config, tensors = files.config, dict(files.tensors)
         if any(_layer(key) not in self._names.layers for key in tensors):
             config, tensors = with_current_names(self.model, config, tensors)
-        names = self._layers(config) if _is_plain(config, tensors) else None
-        if names is None:
+        places = self._places_of(config) if _is_known(config) else None
+        if places is None:
             return Prepared(files, config, tensors, None)
-        targets = [target_of(name, config) for name in names]
-        self._differences(targets, tensors).raise_if_any(files.source)
-        layers = [self._layer(name) for name in names]
-        if any(type(layer) is not LoraLinear for layer in layers):  # adapted by another adapter in another way
-            return Prepared(files, config, tensors, None)
-        parts = [self._part(target, layer, tensors) for target, layer in zip(targets, layers, strict=True)]
+        targets = [target_of(name, config) for name in places.layers]
+        differences = self._differences(targets, places.saved, config, tensors)
+        if differences.unexpected or not self._are_free(places):
+            return Prepared(files, config, tensors, None)  # the usual way knows more, or says it better
+        differences.raise_if_any(files.source)
+        parts: dict[str, LoraLinear | SavedModule] = {}
+        for target in targets:
+            parts[target.name] = self._linear_part(slot, target, config, tensors, scale)
+        for name in places.saved:
+            parts[name] = self._saved_part(slot, name, tensors)
         return Prepared(files, config, tensors, parts)
 
-    def _layers(self, config: PeftConfig) -> tuple[str, ...] | None:
-        """Return the linear layers that the settings mean; None where they mean more than those."""
+    def _places_of(self, config: PeftConfig) -> _Places | None:
+        """Return the places that the settings mean; None where they mean others than linear layers and whole modules."""
         chosen = {key: value for key, value in config.to_dict().items() if key not in _NOT_TARGETING}
         key = json.dumps(chosen, sort_keys=True, default=str)
-        if key not in self._plans:
+        if key not in self._places:
             plan = plan_injection(self.model, resolve_config(self.model, config, fresh=False), strict=False)
-            self._plans[key] = tuple(target.name for target in plan.targets) if self._is_linear(plan) else None
-        return self._plans[key]
+            layers = tuple(target.name for target in plan.targets)
+            self._places[key] = _Places(layers, tuple(plan.saved)) if self._is_linear(plan) else None
+        return self._places[key]
 
     def _is_linear(self, plan: InjectionPlan) -> bool:
-        """Whether a plan has linear layers only."""
-        if plan.saved or plan.tokens or plan.tied or any(target.parameter for target in plan.targets):
+        """Whether a plan has linear layers and whole modules only."""
+        if plan.tokens or plan.tied or any(target.parameter for target in plan.targets):
             return False
         modules = [self.model.get_submodule(target.name) for target in plan.targets]
         return all(layer_class(unwrapped(module)) is LoraLinear for module in modules)
 
-    def _differences(self, targets: list[Target], tensors: Mapping[str, Tensor]) -> Differences:
-        """Compare the tensors with those that the layers expect."""
+    def _are_free(self, places: _Places) -> bool:
+        """Whether no other adapter uses a place in another way."""
+        layers = [self.model.get_submodule(name) for name in places.layers]
+        saved = [self.model.get_submodule(name) for name in places.saved]
+        return not any(isinstance(one, _ADAPTED) and type(one) is not LoraLinear for one in layers) and not any(
+            isinstance(one, _ADAPTED) and type(one) is not SavedModule for one in saved
+        )
+
+    def _differences(
+        self, targets: list[Target], saved: Sequence[str], config: PeftConfig, tensors: Mapping[str, Tensor]
+    ) -> Differences:
+        """Compare the tensors with those that the places expect.
+
+        Args:
+            targets: Layers with an update.
+            saved: Modules that are trained whole.
+            config: The adapter's settings.
+            tensors: Those of its file.
+        """
         expected: dict[str, list[int]] = {}
         for target in targets:
             layer: Any = unwrapped(self.model.get_submodule(target.name))
             expected[f"{PREFIX}{target.name}.lora_A.weight"] = [target.r, layer.in_features]
             expected[f"{PREFIX}{target.name}.lora_B.weight"] = [layer.out_features, target.r]
+            for name in config.variant.parameters:
+                expected[f"{PREFIX}{target.name}.{name}"] = [layer.out_features]
+        for name in saved:
+            for key, parameter in _original(self.model.get_submodule(name)).named_parameters():
+                expected[f"{PREFIX}{name}.{key}"] = list(parameter.shape)
         shapes = [
             f"{key} is {list(tensors[key].shape)}, expected {shape}"
             for key, shape in expected.items()
@@ -147,21 +180,45 @@ class Placement:
             nonfinite=nonfinite_error(tensors),
         )
 
-    def _layer(self, name: str) -> Any:
-        """Return the LoRA layer at a place, or a new one that is not there yet."""
-        module = self.model.get_submodule(name)
-        if isinstance(module, LoraLayer):
-            return module
-        layer = LoraLinear(module, self.model.switch)
-        layer.leaf = name.rpartition(".")[2]
-        return layer.train(self.model.training)
+    def _linear_part(
+        self, slot: str, target: Target, config: PeftConfig, tensors: Mapping[str, Tensor], scale: float
+    ) -> LoraLinear:
+        """Return a layer around the base's own with the adapter alone.
 
-    def _part(self, target: Target, layer: LoraLinear, tensors: Mapping[str, Tensor]) -> _Part:
-        """Make a layer's A and B."""
+        Args:
+            slot: The adapter's name in the model.
+            target: Name, rank and α.
+            config: The adapter's settings.
+            tensors: Those of its file.
+            scale: Factor of its update.
+        """
+        layer = LoraLinear(unwrapped(self.model.get_submodule(target.name)), self.model.switch)
+        layer.leaf = target.name.rpartition(".")[2]
+        layer.train(self.model.training)
         weight = layer.base_layer.weight
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        a, b = (_linear(tensors[f"{PREFIX}{target.name}{end}"].to(weight.device, dtype).contiguous()) for end in _PLAIN)
-        return _Part(target, layer, a, b)
+
+        def own(end: str) -> Tensor:
+            return tensors[f"{PREFIX}{target.name}{end}"].to(weight.device, dtype).contiguous()
+
+        a, b = (_linear(own(end)) for end in _PAIR)
+        layer.attach(slot, config, target.r, target.alpha, a, b)
+        layer.set_scale(slot, scale)
+        if isinstance(config.variant, Dora):
+            magnitude = Magnitude(layer, slot).requires_grad_(False)  # computes the norms, and keeps them
+            magnitude.weight.data = own(f".{MAGNITUDE}").view_as(magnitude.weight)
+            layer.add_part(MAGNITUDE, slot, magnitude)
+        return layer
+
+    @torch.no_grad()
+    def _saved_part(self, slot: str, name: str, tensors: Mapping[str, Tensor]) -> SavedModule:
+        """Return a module around the base's own with the adapter's copy alone."""
+        module = SavedModule(_original(self.model.get_submodule(name)), self.model.switch)
+        module.add_adapter(slot)
+        for key, parameter in module.modules_to_save[slot].named_parameters():
+            parameter.copy_(tensors[f"{PREFIX}{name}.{key}"])
+        module.set_trainable(slot, False)
+        return module.train(self.model.training)
 
     # -- between two steps ------------------------------------------------------------------------------------------
 
@@ -183,14 +240,16 @@ class Placement:
                     "save it with plain_lora=True, and serve that",
                 )
 
-    def _attach(self, slot: str, config: PeftConfig, parts: list[_Part]) -> None:
-        """Attach A and B to each layer."""
+    def _attach(self, slot: str, config: PeftConfig, parts: Mapping[str, LoraLinear | SavedModule]) -> None:
+        """Put the parts at their places; where another adapter has a part already, they join it."""
         model = self.model
-        for part in parts:
-            part.layer.attach(slot, config, part.target.r, part.target.alpha, part.a, part.b)
-            if model.get_submodule(part.target.name) is not part.layer:
-                replace_module(model, part.target.name, part.layer)
-                model._parts.append(part.layer)
+        for name, part in parts.items():
+            there = model.get_submodule(name)
+            if isinstance(there, type(part)):
+                _join(there, part, slot)
+            else:
+                replace_module(model, name, part)
+                model._parts.append(part)
         model.peft_config[slot] = config.model_copy(update={"inference_mode": True})
 
     def remove(self, slot: str) -> None:
@@ -200,15 +259,32 @@ class Placement:
             del self.model.peft_config[slot]
 
 
-def _is_plain(config: PeftConfig, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether settings and tensors are those of plain LoRA on layers."""
-    if config.variant.name != "LoRA" or config.lora_bias or config.modules_to_save or config.target_parameters:
+def _is_known(config: PeftConfig) -> bool:
+    """Whether the settings are those of LoRA or DoRA on layers, and of whole modules."""
+    if not isinstance(config.variant, (Lora, Dora)) or config.lora_bias or config.target_parameters:
         return False
-    if config.trainable_token_indices is not None or TASK_HEADS.get(config.task_type or ""):
+    if config.trainable_token_indices is not None:
         return False
-    if isinstance(config.init_lora_weights, str) and takes_part(config.init_lora_weights):
-        return False
-    return all(key.endswith(_PLAIN) for key in tensors)
+    return not (isinstance(config.init_lora_weights, str) and takes_part(config.init_lora_weights))
+
+
+def _original(module: nn.Module) -> nn.Module:
+    """Return the base's own module at a place."""
+    return module.original_module if isinstance(module, SavedModule) else module
+
+
+def _join(there: nn.Module, part: nn.Module, slot: str) -> None:
+    """Move an adapter's entries from the tables of one part to those of another of the same type."""
+    for name, table in vars(part).items():
+        if isinstance(table, set) and slot in table:
+            getattr(there, name).add(slot)
+        elif isinstance(table, dict) and slot in table:
+            getattr(there, name)[slot] = table[slot]
+    for name, module in part.named_children():
+        if isinstance(module, nn.ModuleDict) and slot in module:
+            if name not in there._modules:
+                there.add_module(name, nn.ModuleDict())
+            there.get_submodule(name)[slot] = module[slot]  # type: ignore[operator, index]
 
 
 def _layer(key: str) -> str:

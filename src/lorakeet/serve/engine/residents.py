@@ -71,6 +71,7 @@ class Residents:
         folder: Folder with a folder for each adapter that may be loaded by its name; None: there is none.
         allow_elsewhere: Whether a load may name another folder or a hub id. Only the owner of the server says so.
         between_steps: Function that runs another one while no step runs; the engine's.
+        get_ready: Function that makes ready what steps need of a new version, before it answers; the engine's.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Residents:
         self.folder = None if folder is None else Path(folder)
         self.allow_elsewhere = allow_elsewhere
         self.between_steps: Callable[[Callable[[], Any]], Any] = lambda task: task()
+        self.get_ready: Callable[[Resident], None] = lambda resident: None
         self.placement = Placement(self.model)
         self._base = hashlib.sha256(json.dumps(self.placement.base, sort_keys=True).encode()).hexdigest()
         self._served: dict[str, Resident] = {}
@@ -173,12 +175,22 @@ class Residents:
         files = read_adapter(self._source(name, source), self.task)
         try:
             with self._loading:
-                prepared = self.placement.prepare(files)
-                resident = self.between_steps(lambda: self._put(name, prepared, scale))
+                slot = f"served{self._loads + 1}"
+                prepared = self.placement.prepare(slot, files, scale)
+                resident = self.between_steps(lambda: self._put(name, slot, prepared, scale))
+                self._get_ready(resident)
                 self._serve(resident)
         finally:
             self.between_steps(self._tidy)
         return resident
+
+    def _get_ready(self, resident: Resident) -> None:
+        """Let the engine's forward pass make ready what it needs of a version; in the caller's thread."""
+        try:
+            self.get_ready(resident)
+        except BaseException:
+            resident.retired = True
+            raise
 
     def _serve(self, resident: Resident) -> None:
         """Let a version answer under its name from now on."""
@@ -237,10 +249,16 @@ class Residents:
             )
         return str(self.folder / folder)
 
-    def _put(self, name: str, prepared: Prepared, scale: float) -> Resident:
-        """Put a version on the model, all or nothing; in the engine's thread."""
+    def _put(self, name: str, slot: str, prepared: Prepared, scale: float) -> Resident:
+        """Put a version on the model, all or nothing; in the engine's thread.
+
+        Args:
+            name: Its public name.
+            slot: Its name in the model.
+            prepared: The adapter.
+            scale: Factor of its update.
+        """
         self._loads += 1
-        slot = f"served{self._loads}"
         self.placement.put(slot, prepared)
         layers = [layer for layer in self.model.lora_layers() if slot in layer.r]
         for layer in layers:

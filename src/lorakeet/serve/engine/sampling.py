@@ -1,7 +1,7 @@
 """Choice of the next token from its logits, by the settings of one request.
 
-In NumPy, row by row: each choice is a function of its row, settings and generator alone, so of no other request. Over one row,
-NumPy's loops are several times as fast as torch's over a batch.
+In NumPy, row by row: each choice is a function of its row, settings and generator alone, so of no other request. Over one
+row, NumPy is several times as fast as torch over a batch.
 """
 
 from __future__ import annotations

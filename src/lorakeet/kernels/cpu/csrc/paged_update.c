@@ -166,7 +166,8 @@ static __attribute__((noinline)) void update_output(float *restrict h, const flo
         h[j] = factor[j] * h[j] + added[j];
 }
 
-/* h [rows, out] += B A x for x [rows, in], and what else the adapter does to outputs. u is a workspace of rows * stride floats; stride is at least the rank. */
+/* h [rows, out] += B A x for x [rows, in], and what else the adapter does to outputs. u is a workspace of rows * stride
+ * floats; stride is at least the rank. */
 void paged_update(const struct lk_update *update, const float *x, float *h, float *u, ptrdiff_t stride, ptrdiff_t rows,
                   ptrdiff_t in, ptrdiff_t out)
 {
