@@ -47,7 +47,7 @@ PROMPT = 32
 #: Threads of each server.
 THREADS = os.cpu_count() or 1
 #: Seconds that a server may take to start, and to answer.
-START, ANSWER = 600, 300
+START, ANSWER = 240, 120
 #: Body of a request by (adapter's number or None, text, tokens).
 MakeBody = Callable[[int | None, str, int], dict[str, Any]]
 
@@ -173,19 +173,26 @@ def ask_together(server: Server, adapters: Sequence[int | None], texts: Sequence
         adapters: Each client's adapter; None: the base.
         texts: Each client's text.
         tokens: New tokens of each answer.
+
+    Raises:
+        RuntimeError: An answer failed.
     """
     answers: list[Answer] = []
+    errors: list[Exception] = []
 
     def client(adapter: int | None, text: str) -> None:
-        answers.append(ask(server, server.body(adapter, text, tokens)))
+        try:
+            answers.append(ask(server, server.body(adapter, text, tokens)))
+        except (RuntimeError, OSError, http.client.HTTPException) as error:
+            errors.append(error)
 
     threads = [threading.Thread(target=client, args=given) for given in zip(adapters, texts, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if len(answers) < len(threads):
-        raise RuntimeError(f"{server.name}: {len(threads) - len(answers)} of {len(threads)} answers failed")
+    if errors:
+        raise RuntimeError(f"{server.name}: {len(errors)} of {len(threads)} answers failed: {errors[0]!r}")
     return answers
 
 
@@ -257,7 +264,8 @@ def vllm_server(program: str, base: Path, adapters: Path) -> Server:
     words += ["--max-model-len", "512", "--max-num-seqs", str(CLIENTS), "--enable-lora", "--max-lora-rank", "16"]
     words += ["--max-loras", str(CLIENTS), "--no-enable-prefix-caching", "--lora-modules"]
     words += [f"{one.name}={one}" for one in sorted(adapters.iterdir())]
-    return Server("vLLM", words, "/health", body, {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"})
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "HF_HUB_OFFLINE": "1"}
+    return Server("vLLM", words, "/health", body, settings)
 
 
 def transformers_server(program: str, base: Path, *options: str) -> Server:
@@ -316,14 +324,21 @@ def measure(running: Sequence[Server], tokenizer: Any, rounds: int, tokens: int)
         tokens: New tokens of each answer.
     """
     random_of = random.Random(0)
+    entered = contenders(running)
     found: dict[str, list[dict[str, float]]] = {}
     for number in range(rounds + 1):
         texts = texts_of(tokenizer, CLIENTS, random_of)
-        for name, (server, adapters) in contenders(running).items():
+        for name, (server, adapters) in list(entered.items()):
             server.signal(signal.SIGCONT)
-            answers = ask_together(server, adapters, texts, tokens if number else 8)
-            resident = server.resident_mb()
-            server.signal(signal.SIGSTOP)
+            try:
+                answers = ask_together(server, adapters, texts, tokens if number else 8)
+            except RuntimeError as error:
+                print(f"left out: {name}: {error}", flush=True)
+                del entered[name]
+                continue
+            finally:
+                resident = server.resident_mb()
+                server.signal(signal.SIGSTOP)
             if number:
                 found.setdefault(name, []).append({**figures(answers), "MB": resident})
     rows = [
