@@ -17,19 +17,15 @@ import argparse
 import http.client
 import itertools
 import json
-import os
 import random
 import shutil
 import signal
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,97 +34,13 @@ from lorakeet import api, load_base
 from lorakeet.base.source import find_source, local_folder
 from lorakeet.config import DEFAULT_MODEL, BaseSettings
 from lorakeet.export.gguf.files import write_model
+from peer_servers import CLIENTS, Server, llama_server, lorakeet_server, transformers_server, vllm_server
 from serving import save_adapters
 
-#: Clients that ask together, each with its own adapter.
-CLIENTS = 8
 #: Tokens of each prompt.
 PROMPT = 32
-#: Threads of each server.
-THREADS = os.cpu_count() or 1
-#: Seconds that a server may take to start, and to answer.
-START, ANSWER = 600, 300
-#: Body of a request by (adapter's number or None, text, tokens).
-MakeBody = Callable[[int | None, str, int], dict[str, Any]]
-
-
-@dataclass
-class Server:
-    """A server's process: its own group, so that its workers sleep and end with it.
-
-    Attributes:
-        name: Shown name.
-        words: Command line, with ``PORT`` for the port.
-        ready: Path that answers with status 200 once requests are taken.
-        body: Maker of a request's body.
-        environment: Further variables of its process.
-    """
-
-    name: str
-    words: list[str]
-    ready: str
-    body: MakeBody
-    environment: dict[str, str] = field(default_factory=dict)
-    port: int = 0
-    process: subprocess.Popen[bytes] | None = None
-
-    def start(self, folder: Path) -> str | None:
-        """Start the process and wait until it is ready; return the reason if it is not."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        log = folder / f"{self.name}.log"
-        words = [word.replace("PORT", str(self.port)) for word in self.words]
-        with log.open("wb") as out:
-            self.process = subprocess.Popen(
-                words, stdout=out, stderr=out, env={**os.environ, **self.environment}, start_new_session=True
-            )
-        end = time.monotonic() + START
-        while time.monotonic() < end and self.process.poll() is None:
-            if self._is_ready():
-                return None
-            time.sleep(0.2)
-        self.stop()
-        return f"`{' '.join(words)}` is not ready:\n{log.read_text(errors='replace')[-1500:]}"
-
-    def _is_ready(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-        try:
-            connection.request("GET", self.ready)
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process and its workers."""
-        if self.process is not None and self.process.poll() is None:
-            os.killpg(self.process.pid, number)
-
-    def resident_mb(self) -> float:
-        """Return the resident memory of the process and its workers in MB, shared pages once (Linux)."""
-        assert self.process is not None
-        total = 0
-        for folder in Path("/proc").iterdir():
-            try:
-                if folder.name.isdigit() and os.getpgid(int(folder.name)) == self.process.pid:
-                    lines = (folder / "smaps_rollup").read_text(encoding="ascii").splitlines()
-                    total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-            except OSError:
-                continue
-        return total / 1024
-
-    def stop(self) -> None:
-        """End the process and its workers."""
-        self.signal(signal.SIGCONT)
-        self.signal(signal.SIGTERM)
-        if self.process is not None:
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                self.signal(signal.SIGKILL)
-                self.process.wait()
+#: Seconds that a server may take to answer.
+ANSWER = 120
 
 
 @dataclass
@@ -147,7 +59,7 @@ def ask(server: Server, body: dict[str, Any]) -> Answer:
         RuntimeError: The server answers with an error.
     """
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=ANSWER)
-    asked, pieces, tokens = time.perf_counter(), [], 0
+    asked, pieces, tokens, line = time.perf_counter(), [], 0, b""
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     answer = connection.getresponse()
     if answer.status != 200:
@@ -173,19 +85,26 @@ def ask_together(server: Server, adapters: Sequence[int | None], texts: Sequence
         adapters: Each client's adapter; None: the base.
         texts: Each client's text.
         tokens: New tokens of each answer.
+
+    Raises:
+        RuntimeError: An answer failed.
     """
     answers: list[Answer] = []
+    errors: list[Exception] = []
 
     def client(adapter: int | None, text: str) -> None:
-        answers.append(ask(server, server.body(adapter, text, tokens)))
+        try:
+            answers.append(ask(server, server.body(adapter, text, tokens)))
+        except (RuntimeError, OSError, http.client.HTTPException) as error:
+            errors.append(error)
 
     threads = [threading.Thread(target=client, args=given) for given in zip(adapters, texts, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if len(answers) < len(threads):
-        raise RuntimeError(f"{server.name}: {len(threads) - len(answers)} of {len(threads)} answers failed")
+    if errors:
+        raise RuntimeError(f"{server.name}: {len(errors)} of {len(threads)} answers failed: {errors[0]!r}")
     return answers
 
 
@@ -209,67 +128,6 @@ def texts_of(tokenizer: Any, count: int, random_of: random.Random) -> list[str]:
         if text.isascii() and len(tokenizer(text)["input_ids"]) == PROMPT:
             texts.append(text)
     return texts
-
-
-def common(model: str, text: str, tokens: int) -> dict[str, Any]:
-    """Return the fields of a body that all servers know."""
-    return {
-        "model": model,
-        "prompt": text,
-        "max_tokens": tokens,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-
-
-def lorakeet_server(base: Path, adapters: Path, ends: Sequence[int]) -> Server:
-    """Return Lorakeet's server, with the base in 8 bits."""
-
-    def body(adapter: int | None, text: str, tokens: int) -> dict[str, Any]:
-        model = "base" if adapter is None else f"adapter{adapter}"
-        return common(model, text, tokens) | {"logit_bias": {str(end): -100 for end in ends}}
-
-    words = [sys.executable, "-m", "lorakeet", "serve", "--model", str(base), "--name", "base", "--bits", "8"]
-    return Server("lorakeet", [*words, "--adapters", str(adapters), "--port", "PORT"], "/ready", body)
-
-
-def llama_server(program: str, gguf: Path, adapters: Sequence[Path]) -> Server:
-    """Return llama.cpp's server at Q8_0."""
-
-    def body(adapter: int | None, text: str, tokens: int) -> dict[str, Any]:
-        scales = [{"id": number, "scale": float(number == adapter)} for number in range(len(adapters))]
-        return common("base", text, tokens) | {"ignore_eos": True, "cache_prompt": False, "lora": scales}
-
-    words = [program, "-m", str(gguf), "--parallel", str(CLIENTS), "-c", str(512 * CLIENTS), "-t", str(THREADS)]
-    for adapter in adapters:
-        words += ["--lora", str(adapter)]
-    return Server("llama.cpp", [*words, "--lora-init-without-apply", "--port", "PORT"], "/health", body)
-
-
-def vllm_server(program: str, base: Path, adapters: Path) -> Server:
-    """Return vLLM's server on a CPU, in bf16, its usual format there."""
-
-    def body(adapter: int | None, text: str, tokens: int) -> dict[str, Any]:
-        return common("base" if adapter is None else f"adapter{adapter}", text, tokens) | {"ignore_eos": True}
-
-    words = [program, "serve", str(base), "--served-model-name", "base", "--port", "PORT", "--dtype", "bfloat16"]
-    words += ["--max-model-len", "512", "--max-num-seqs", str(CLIENTS), "--enable-lora", "--max-lora-rank", "16"]
-    words += ["--max-loras", str(CLIENTS), "--no-enable-prefix-caching", "--lora-modules"]
-    words += [f"{one.name}={one}" for one in sorted(adapters.iterdir())]
-    return Server("vLLM", words, "/health", body, {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"})
-
-
-def transformers_server(program: str, base: Path, *options: str) -> Server:
-    """Return transformers' server; it takes no list of stop tokens but a whole configuration of the generation."""
-
-    def body(adapter: int | None, text: str, tokens: int) -> dict[str, Any]:
-        generation = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens, "pad_token_id": 2}
-        return common(str(base), text, tokens) | {"generation_config": json.dumps(generation)}
-
-    name = " ".join(["transformers", *options])
-    words = [program, "serve", str(base), "--port", "PORT", "--device", "cpu", *options]
-    return Server(name, words, "/health", body, {"HF_HUB_OFFLINE": "1"})
 
 
 def servers(options: argparse.Namespace, folder: Path) -> tuple[list[Server], Any]:
@@ -316,14 +174,21 @@ def measure(running: Sequence[Server], tokenizer: Any, rounds: int, tokens: int)
         tokens: New tokens of each answer.
     """
     random_of = random.Random(0)
+    entered = contenders(running)
     found: dict[str, list[dict[str, float]]] = {}
     for number in range(rounds + 1):
         texts = texts_of(tokenizer, CLIENTS, random_of)
-        for name, (server, adapters) in contenders(running).items():
+        for name, (server, adapters) in list(entered.items()):
             server.signal(signal.SIGCONT)
-            answers = ask_together(server, adapters, texts, tokens if number else 8)
-            resident = server.resident_mb()
-            server.signal(signal.SIGSTOP)
+            try:
+                answers = ask_together(server, adapters, texts, tokens if number else 8)
+            except RuntimeError as error:
+                print(f"left out: {name}: {error}", flush=True)
+                del entered[name]
+                continue
+            finally:
+                resident = server.resident_mb()
+                server.signal(signal.SIGSTOP)
             if number:
                 found.setdefault(name, []).append({**figures(answers), "MB": resident})
     rows = [

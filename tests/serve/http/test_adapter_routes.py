@@ -97,3 +97,22 @@ def test_what_is_refused(url: str, folder: Path) -> None:
     (folder / "empty").mkdir()
     assert post(url, "/v1/adapters", name="empty").status_code == 400
     assert set(served(url)) >= {"red", "blue"} and not {"new", "missing", "empty"} & set(served(url))
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_an_adapter_that_goes_after_its_name_was_looked_up(
+    url: str, app: Gate, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    service = app.app.state.service
+    look_up = service.adapter
+    post(url, "/v1/adapters", name="spare")
+
+    def look_up_and_unload(model: str) -> str | None:
+        found = look_up(model)
+        service.engine.residents.unload("spare")
+        return found
+
+    monkeypatch.setattr(service, "adapter", look_up_and_unload)
+    prompt = {"messages": [{"role": "user", "content": "hi"}]} if "chat" in path else {"prompt": "hi"}
+    got = post(url, path, model="spare", **prompt)
+    assert got.status_code == 404 and got.json()["error"]["code"] == "model_not_found", got.text

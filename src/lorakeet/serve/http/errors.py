@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from lorakeet.errors import LorakeetError
+from lorakeet.errors import LorakeetError, UnknownAdapter
 from lorakeet.log import log
 from lorakeet.security.shown import cut, for_people
 
@@ -80,8 +80,11 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 
 def from_lorakeet(error: LorakeetError, param: str | None = None) -> ApiError:
-    """Return an error of a caller's values, with its hint, as one of status 400."""
-    return bad_request(f"{error.message}; {error.hint}" if error.hint else error.message, param)
+    """Return an error of a caller's values, with its hint, as one of status 400; 404 if the adapter was unloaded."""
+    message = f"{error.message}; {error.hint}" if error.hint else error.message
+    if isinstance(error, UnknownAdapter):  # it was served when the route looked its name up
+        return ApiError(404, message, param="model", code="model_not_found")
+    return bad_request(message, param)
 
 
 def install_handlers(app: FastAPI) -> None:
@@ -99,7 +102,8 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(LorakeetError)
     async def not_usable(request: Request, error: LorakeetError) -> JSONResponse:
-        return JSONResponse(from_lorakeet(error).body(), 400)
+        answer = from_lorakeet(error)
+        return JSONResponse(answer.body(), answer.status_code)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
