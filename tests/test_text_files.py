@@ -35,6 +35,7 @@ OWN_FILES = {
     "data/read/fortune.py": "bytes of an index",
     "files.py": "folders",
     "kernels/cpu/build.py": "C sources, /proc/cpuinfo",
+    "kernels/cpu/machine.py": "/proc/cpuinfo",
     "plan/free_memory.py": "/proc/meminfo",
     "plan/saved_costs.py": "/proc/cpuinfo, JSON of the cache",
     "quant/mmap_release.py": "/proc/self/smaps",
