@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakeet.errors import LorakeetError, OutputError
-from lorakeet.security.paths import exists, is_dir, is_file, matching
+from lorakeet.security.paths import exists, is_dir, is_file, matching, paths_below
 from lorakeet.security.shown import redact
 
 #: File name suffixes of formats that hold pickles; opening one can run code.
@@ -190,7 +190,7 @@ def write_folder(path: str | Path) -> Iterator[Path]:
         with _disk_problems(path, aside), not_removed(aside, path) as check:
             yield aside
             _chmod(aside, 0o755)
-            for path_inside in aside.rglob("*"):
+            for path_inside in paths_below(aside):
                 if is_file(path_inside):
                     _chmod(path_inside, 0o644)  # some writers create files that only their owner may read
                 _fsync(path_inside)

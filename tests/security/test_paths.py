@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakeet.security.paths import exists, is_dir, is_file, matching
+from lorakeet.security.paths import exists, is_dir, is_file, matching, paths_below
 
 SRC = Path(__file__).parents[2] / "src" / "lorakeet"
 
@@ -17,6 +17,15 @@ def test_a_link_to_nothing_is_nothing(target: str, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(target[:4095])
     assert not any(question(tmp_path / "link" / "inner") for question in (exists, is_file, is_dir))
     assert not any(question(tmp_path / "link") for question in (exists, is_file, is_dir))
+
+
+def test_everything_below_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").write_text("x")
+    (tmp_path / "long").symlink_to(("x" * 4000)[:4095])
+    (tmp_path / "circle").symlink_to("a")
+    found = sorted(str(path.relative_to(tmp_path)) for path in paths_below(tmp_path))
+    assert found == ["a", "a/b", "a/b/file", "circle", "long"]
 
 
 def test_what_is_there_is_found(tmp_path: Path) -> None:
@@ -35,8 +44,8 @@ def test_a_folder_that_is_removed_while_it_is_read_is_empty(tmp_path: Path, monk
 
 
 def test_all_of_the_package_asks_these() -> None:
-    """``Path.exists`` and its siblings raise an OSError on a link whose target has too long a name."""
-    methods = ("exists", "is_file", "is_dir")
+    """``Path.exists`` and its siblings raise an OSError on a link whose target has too long a name; so does ``rglob``."""
+    methods = ("exists", "is_file", "is_dir", "rglob")
     calls = [
         f"{file.relative_to(SRC)}:{node.lineno}"
         for file in SRC.rglob("*.py")

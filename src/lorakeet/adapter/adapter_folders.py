@@ -12,7 +12,7 @@ from pathlib import Path
 from lorakeet.errors import AdapterError
 from lorakeet.lora.config import CONFIG_NAME
 from lorakeet.lora.lifecycle.adapter_names import CHECKPOINT, check_adapter_name
-from lorakeet.security.paths import is_file
+from lorakeet.security.paths import is_file, matching
 
 #: Name of the adapter that lies in the folder itself; PEFT's.
 DEFAULT = "default"
@@ -49,6 +49,6 @@ def adapter_folders(root: str | Path, adapters: Iterable[str]) -> dict[str, Path
 def saved_adapters(root: str | Path) -> dict[str, Path]:
     """Find the adapters that lie in ``root``, by name; checkpoints and temporary folders do not count."""
     root = Path(root)
-    inner = sorted(path.parent for path in root.glob(f"*/{CONFIG_NAME}"))
+    inner = sorted(path for path in matching(root, "*") if is_file(path / CONFIG_NAME))
     named = {path.name: path for path in inner if path.name[0] != "." and not CHECKPOINT.fullmatch(path.name)}
     return ({DEFAULT: root} if is_file(root / CONFIG_NAME) else {}) | named

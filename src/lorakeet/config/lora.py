@@ -55,7 +55,7 @@ def _settings_of(name: str, kind: type[Section]) -> BeforeValidator:
         if value is not True and not isinstance(value, Mapping):
             return value
         try:
-            return kind(**({} if value is True else value))
+            return kind(**({} if value is True else {str(key): one for key, one in value.items()}))
         except ConfigError as error:
             raise contradiction(f"{name}: {error.message}", error.hint or "") from None
 

@@ -56,6 +56,15 @@ def matching(folder: Path, pattern: str) -> list[Path]:
         return []
 
 
+def paths_below(folder: Path) -> Iterator[Path]:
+    """Yield the files and folders at any depth of ``folder``, in no order; links to folders are not followed.
+
+    ``Path.rglob`` raises an error on a link to too long a name, in some versions of Python.
+    """
+    for place, folders, files in os.walk(folder):
+        yield from (Path(place, name) for name in (*folders, *files))
+
+
 def _mode(path: str | Path) -> int | None:
     """Return the mode of a path; None if nothing is there, or a link leads in a circle or to too long a name.
 

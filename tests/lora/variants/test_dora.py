@@ -121,6 +121,15 @@ def test_norms_follow_every_change_of_their_weights() -> None:
     assert copy.deepcopy(known)._known is None
 
 
+def test_norms_of_a_pass_without_gradients_serve_one_with_them() -> None:
+    layer, x = one_layer()
+    layer.part(MAGNITUDE, "default")._known = None
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+    assert layer.part(MAGNITUDE, "default").weight.grad is not None
+
+
 def test_a_base_in_8_bits_is_never_dense(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     base = make("llama").requires_grad_(False)
     quantize_(base)

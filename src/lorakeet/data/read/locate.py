@@ -12,7 +12,7 @@ from lorakeet.data.read.fortune import indexed_by, is_rotated
 from lorakeet.errors import DataError, did_you_mean
 from lorakeet.log import info
 from lorakeet.security.json_file import read_object
-from lorakeet.security.paths import exists, file_problem, irregular, is_dir, is_file
+from lorakeet.security.paths import exists, file_problem, irregular, is_dir, is_file, paths_below
 
 #: The name that stands for the quotations of the package below, where no file is called so.
 EMBEDDED = "fortunes"
@@ -99,7 +99,7 @@ def data_files(folder: Path, split: str) -> list[Path]:
     """
     kept: dict[Path, Path] = {}  # by what a link points to
     left: list[str] = []
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(paths_below(folder)):
         inner = path.relative_to(folder)
         if not is_file(path) or any(part.startswith(".") for part in inner.parts):
             continue

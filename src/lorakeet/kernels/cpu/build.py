@@ -22,7 +22,7 @@ from lorakeet.files import cache_home
 from lorakeet.kernels.cpu import self_check
 from lorakeet.kernels.cpu.abi import bind
 from lorakeet.log import warn
-from lorakeet.security.paths import exists
+from lorakeet.security.paths import exists, paths_below
 
 #: Folder of the C files. The library is all of them together.
 SOURCE_FOLDER = Path(__file__).parent / "csrc"
@@ -33,7 +33,7 @@ FLAGS += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno
 
 def sources() -> list[Path]:
     """Return the C files and headers, sorted by path."""
-    return sorted(SOURCE_FOLDER.rglob("*.[ch]"))
+    return sorted(path for path in paths_below(SOURCE_FOLDER) if path.suffix in (".c", ".h"))
 
 
 def flags() -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 from lorakeet.errors import TrainingError
 from lorakeet.log import warn
 from lorakeet.security.json_file import read_object
-from lorakeet.security.paths import is_dir, is_file, matching, outside
+from lorakeet.security.paths import is_dir, is_file, matching, outside, paths_below
 
 #: Name of the file that lists a checkpoint's files and the run's fingerprint.
 MANIFEST = "lorakeet_checkpoint.json"
@@ -40,7 +40,7 @@ def write_manifest(
         versions: Versions of the programs that wrote it.
         progress: Counters of the Trainer that ``trainer_state.json`` does not hold.
     """
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if is_file(path))
+    names = sorted(str(path.relative_to(folder)) for path in paths_below(folder) if is_file(path))
     manifest = {
         "files": {
             name: {"bytes": (folder / name).stat().st_size, "sha256": file_hash(folder / name)} for name in names

@@ -24,7 +24,7 @@ from lorakeet.errors import OutputError, TrainingError
 from lorakeet.files import check_output, check_room, clear_aside, write_folder
 from lorakeet.log import info, silent, warn
 from lorakeet.patches.thread_order import in_fixed_order, keep_threads
-from lorakeet.security.paths import exists, is_dir
+from lorakeet.security.paths import exists, is_dir, paths_below
 from lorakeet.train.callbacks.interrupt import EvaluationStoppedError
 from lorakeet.train.callbacks.save_by_time import SaveByTime
 from lorakeet.train.checkpoints.fingerprint import refuse_other_run, run_fingerprint, versions
@@ -259,7 +259,9 @@ class ResumableTrainer(SavedState):
         if isinstance(model, PeftModel):
             model.restore_adapters(resume_from_checkpoint)
             return
-        if not self._has_engine and not any(Path(resume_from_checkpoint).rglob("*.safetensors")):
+        if not self._has_engine and not any(
+            path.suffix == ".safetensors" for path in paths_below(Path(resume_from_checkpoint))
+        ):
             raise TrainingError(
                 f"{resume_from_checkpoint} has no weights in safetensors", "resume from another checkpoint"
             )
