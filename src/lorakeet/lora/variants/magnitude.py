@@ -36,7 +36,7 @@ class Magnitude(nn.Module):
         if not _Known.possible(a, layer):
             return _norms(layer, a, b, layer.scaling[adapter])
         if self._known is None or not self._known.is_of(layer, a, b, layer.scaling[adapter]):
-            with torch.inference_mode(False):  # what is kept serves later passes, with gradients too
+            with torch.inference_mode(False):  # later passes, with gradients too, use these norms
                 self._known = _Known(layer, a, b, layer.scaling[adapter])
         return self._known.norms
 
