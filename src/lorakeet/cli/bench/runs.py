@@ -117,7 +117,7 @@ def measure_one(given: dict[str, Any], steps: int, tokens: int) -> dict[str, Any
     values |= {f"{section}.{key}": value for section, part in given.items() for key, value in part.items()}
     with tempfile.TemporaryDirectory() as folder:
         config = read_run(None, values={**values, "out": str(Path(folder, "run"))})
-        with suppress(TrainingError):  # the loss of so few steps may rise, which is no matter here
+        with suppress(TrainingError):  # a few steps may end with a higher loss; only the time counts here
             run_training(config)
         summary = json.loads(Path(config.out, "summary.json").read_text(encoding="utf-8"))
     train = summary["tokens"] / summary["steps"] / summary["step_seconds"]
