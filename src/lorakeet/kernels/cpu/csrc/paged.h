@@ -28,6 +28,7 @@ static inline ptrdiff_t paged_scores(ptrdiff_t length)
     return (length + LK_PAGE_STEP - 1) / LK_PAGE_STEP * LK_PAGE_STEP;
 }
 
+ptrdiff_t lk_packed_update_size(ptrdiff_t rank, ptrdiff_t out, ptrdiff_t in);
 HIDDEN void paged_attend(const struct paged_keys *k, const struct paged_query *queries, ptrdiff_t count);
 HIDDEN void paged_add(float *restrict h, const float *restrict u, const float *restrict v, ptrdiff_t rank, ptrdiff_t out);
 HIDDEN void paged_norm(const struct lk_norm *norm, const float *x, float *to, ptrdiff_t width);

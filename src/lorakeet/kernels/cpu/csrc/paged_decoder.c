@@ -152,11 +152,30 @@ static void paged_round(const struct lk_paged *p, const struct paged_space *s, c
     }
 }
 
+/* The updates that complete the products of a group: a range of memory for each adapter and layer. */
+static void paged_later(const struct lk_paged *p, const struct paged_space *s, const struct paged_group *g,
+                        struct a16_later *to)
+{
+    for (const struct paged_tile *t = s->tiles; t < s->tiles + s->tile_count; t++) {
+        const struct lk_update *adapter = p->updates[t->first];
+        if (t > s->tiles && adapter == p->updates[t[-1].first])
+            continue;
+        for (ptrdiff_t number = 0; adapter && number < g->count; number++) {
+            const struct lk_update *update = adapter + g->first + number;
+            const ptrdiff_t size = lk_packed_update_size(update->rank, g->linears[number]->out, g->linears[number]->in);
+            if (update->rank)
+                *to++ = (struct a16_later){update->codes, size * (ptrdiff_t)sizeof(int16_t)};
+        }
+    }
+    *to = (struct a16_later){NULL, 0};
+}
+
 /* h = x diag(column_scale) W8^T + bias of each layer of a group. */
 static void paged_multiply(const struct lk_paged *p, const struct paged_space *s, const struct paged_group *g)
 {
     const ptrdiff_t n = p->n, in = g->linears[0]->in;
     struct a16_product products[PAGED_TOGETHER];
+    struct a16_later later[PAGED_FEW * PAGED_TOGETHER + 1];
     void *rounded = s->packed + (n + 15) / 16 * 16;
     for (ptrdiff_t number = 0; number < g->count; number++) {
         const struct lk_linear *l = g->linears[number];
@@ -174,8 +193,10 @@ static void paged_multiply(const struct lk_paged *p, const struct paged_space *s
                 (const int16_t *)(scale + 4 * n), scale, l->weight, l->row_scale, l->bias, g->h[number], l->out};
         }
     }
-    if (n <= PAGED_FEW)
-        a16_multiply(products, g->count, n, in);
+    if (n <= PAGED_FEW) {
+        paged_later(p, s, g, later);
+        a16_multiply(products, g->count, n, in, later);
+    }
 }
 
 /* Complete the products of the rows of a tile: the outlier columns of the weights, and the updates of their adapter. */
