@@ -35,8 +35,8 @@ from lorakeet.serve.engine.residents import Residents
 RANKS = (4, 8, 16)
 #: Tokens of a client's prompt, and of the shared prompt that is found again.
 PROMPT, SHARED = 32, 400
-#: Tokens of an answer that lasts longer than the loads beside it.
-LONGEST = 4000
+#: Tokens of an answer that lasts longer than the loads beside it; eight have room in the cache at once.
+LONGEST = 2000
 
 
 def save_adapters(model_name: str, folder: Path, count: int) -> list[str]:
@@ -93,18 +93,26 @@ def gaps(engine: Engine, tokens: int, others: int = 0) -> list[float]:
     return sorted(after - before for before, after in itertools.pairwise(times))
 
 
-def loads_beside_a_stream(engine: Engine, names: list[str]) -> tuple[list[float], list[float]]:
-    """Return the seconds of loads under a further name, and those between the tokens of an answer meanwhile."""
-    ticket, times, seconds = engine.submit(request(None, new_prompt(PROMPT), LONGEST)), [], []
-    ticket.listen(lambda chunk: times.append(time.perf_counter()) if chunk.tokens else None)
+def loads_beside(engine: Engine, names: list[str], streams: int) -> tuple[list[float], list[float]]:
+    """Return the seconds of loads under a further name, and those between the tokens of each of some answers meanwhile."""
+    tickets = [engine.submit(request(None, new_prompt(PROMPT), LONGEST)) for _ in range(streams)]
+    times: list[list[float]] = [[] for _ in tickets]
+    for ticket, own in zip(tickets, times, strict=True):
+        ticket.listen(lambda chunk, own=own: own.append(time.perf_counter()) if chunk.tokens else None)
+    while not all(times):
+        time.sleep(0.01)
+    seconds, began = [], time.perf_counter()
     for name in names:
         start = time.perf_counter()
         engine.residents.load("again", name)
         seconds.append(time.perf_counter() - start)
         engine.residents.unload("again")
-    ticket.cancel()
-    ticket.result()
-    return seconds, [after - before for before, after in itertools.pairwise(times)]
+    for ticket in tickets:
+        ticket.cancel()
+    for ticket in tickets:
+        ticket.result()
+    between = [after - before for own in times for before, after in itertools.pairwise(own) if after > began]
+    return seconds, between
 
 
 def measure(engine: Engine, bare: Engine, names: list[str], rounds: int, tokens: int) -> dict[str, float]:
@@ -142,10 +150,11 @@ def measure(engine: Engine, bare: Engine, names: list[str], rounds: int, tokens:
         between = gaps(engine, 4 * tokens, others=4)
         note("between tokens, others prefill, median, ms", 1e3 * statistics.median(between))
         note("between tokens, others prefill, p99, ms", 1e3 * between[int(0.99 * (len(between) - 1))])
-        loads, between = loads_beside_a_stream(engine, names)
-        note("load, ms", 1e3 * statistics.median(loads))
-        note("between tokens, adapters are loaded, median, ms", 1e3 * statistics.median(between))
-        note("between tokens, adapters are loaded, longest, ms", 1e3 * max(between))
+        for streams in (1, 8):
+            loads, between = loads_beside(engine, names, streams)
+            note(f"load beside {streams}, ms", 1e3 * statistics.median(loads))
+            note(f"between tokens of {streams}, adapters are loaded, median, ms", 1e3 * statistics.median(between))
+            note(f"between tokens of {streams}, adapters are loaded, longest, ms", 1e3 * max(between))
     return {name: statistics.median(values) for name, values in figures.items()}
 
 
@@ -207,9 +216,9 @@ def started(model: str, folder: Path, names: list[str]) -> tuple[Any, Engine]:
     """Return a base in 8 bits with a running engine that serves these adapters."""
     base = load_base(model, dtype="fp32", device="cpu", bits=8)
     residents = Residents(base, folder)
+    engine = Engine(base, residents, make_forward=compiled_forward)
     for name in names:
         residents.load(name)
-    engine = Engine(base, residents, make_forward=compiled_forward)
     engine.start()
     throughput(engine, [None, *names], 4)
     return base, engine
@@ -220,11 +229,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--adapters", type=int, default=8)
-    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens of an answer")
+    parser.add_argument("--short", action="store_true", help="one round of 16 tokens")
     parser.add_argument("--clients", type=int, nargs="+", help="measure the throughput of these alone")
     parser.add_argument("--picture", type=Path, help="draw that of --clients into this file")
     options = parser.parse_args()
-    rounds, tokens = (1, 16) if options.short else (5, 64)
+    rounds, tokens = (1, 16) if options.short else (5, options.tokens)
     with tempfile.TemporaryDirectory() as folder:
         names = save_adapters(options.model, Path(folder), options.adapters)
         base, engine = started(options.model, Path(folder), names)
