@@ -1,4 +1,4 @@
-"""Throughput and latency of the server's engine, without HTTP: clients together, adapters mixed, prompts found again.
+"""Throughput and latency of the server's engine, without HTTP; and the seconds until a server is ready.
 
 Usage::
 
@@ -13,10 +13,16 @@ alternate, and medians count.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
+import os
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +41,8 @@ from lorakeet.serve.engine.residents import Residents
 RANKS = (4, 8, 16)
 #: Tokens of a client's prompt, and of the shared prompt that is found again.
 PROMPT, SHARED = 32, 400
-#: Tokens of an answer that lasts longer than the loads beside it.
-LONGEST = 4000
+#: Tokens of an answer that lasts longer than the loads beside it; eight have room in the cache at once.
+LONGEST = 2000
 
 
 def save_adapters(model_name: str, folder: Path, count: int) -> list[str]:
@@ -93,18 +99,26 @@ def gaps(engine: Engine, tokens: int, others: int = 0) -> list[float]:
     return sorted(after - before for before, after in itertools.pairwise(times))
 
 
-def loads_beside_a_stream(engine: Engine, names: list[str]) -> tuple[list[float], list[float]]:
-    """Return the seconds of loads under a further name, and those between the tokens of an answer meanwhile."""
-    ticket, times, seconds = engine.submit(request(None, new_prompt(PROMPT), LONGEST)), [], []
-    ticket.listen(lambda chunk: times.append(time.perf_counter()) if chunk.tokens else None)
+def loads_beside(engine: Engine, names: list[str], streams: int) -> tuple[list[float], list[float]]:
+    """Return the seconds of loads under a further name, and those between the tokens of each of some answers meanwhile."""
+    tickets = [engine.submit(request(None, new_prompt(PROMPT), LONGEST)) for _ in range(streams)]
+    times: list[list[float]] = [[] for _ in tickets]
+    for ticket, own in zip(tickets, times, strict=True):
+        ticket.listen(lambda chunk, own=own: own.append(time.perf_counter()) if chunk.tokens else None)
+    while not all(times):
+        time.sleep(0.01)
+    seconds, began = [], time.perf_counter()
     for name in names:
         start = time.perf_counter()
         engine.residents.load("again", name)
         seconds.append(time.perf_counter() - start)
         engine.residents.unload("again")
-    ticket.cancel()
-    ticket.result()
-    return seconds, [after - before for before, after in itertools.pairwise(times)]
+    for ticket in tickets:
+        ticket.cancel()
+    for ticket in tickets:
+        ticket.result()
+    between = [after - before for own in times for before, after in itertools.pairwise(own) if after > began]
+    return seconds, between
 
 
 def measure(engine: Engine, bare: Engine, names: list[str], rounds: int, tokens: int) -> dict[str, float]:
@@ -142,10 +156,11 @@ def measure(engine: Engine, bare: Engine, names: list[str], rounds: int, tokens:
         between = gaps(engine, 4 * tokens, others=4)
         note("between tokens, others prefill, median, ms", 1e3 * statistics.median(between))
         note("between tokens, others prefill, p99, ms", 1e3 * between[int(0.99 * (len(between) - 1))])
-        loads, between = loads_beside_a_stream(engine, names)
-        note("load, ms", 1e3 * statistics.median(loads))
-        note("between tokens, adapters are loaded, median, ms", 1e3 * statistics.median(between))
-        note("between tokens, adapters are loaded, longest, ms", 1e3 * max(between))
+        for streams in (1, 8):
+            loads, between = loads_beside(engine, names, streams)
+            note(f"load beside {streams}, ms", 1e3 * statistics.median(loads))
+            note(f"between tokens of {streams}, adapters are loaded, median, ms", 1e3 * statistics.median(between))
+            note(f"between tokens of {streams}, adapters are loaded, longest, ms", 1e3 * max(between))
     return {name: statistics.median(values) for name, values in figures.items()}
 
 
@@ -203,13 +218,49 @@ def generate_alone(base: Any, tokens: int) -> float:
     return len(base.tokenizer(text)["input_ids"]) / (time.perf_counter() - start)
 
 
+def command(*words: str) -> list[str]:
+    """Return the command line of a process of lorakeet."""
+    return [sys.executable, "-c", "from lorakeet.cli import script; script()", *words]
+
+
+def ready(converted: Path, adapters: Path) -> float:
+    """Return the seconds from the start of a server until it takes requests.
+
+    Python may keep its bytecode, as on any machine where the server has run before.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = command("serve", "--model", str(converted), "--adapters", str(adapters), "--port", str(port))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    start = time.perf_counter()
+    with subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL) as server:
+        try:
+            while server.poll() is None:
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/ready").close()
+                    return time.perf_counter() - start
+                time.sleep(0.01)
+        finally:
+            server.terminate()
+    raise RuntimeError(f"the server ended with status {server.returncode}")
+
+
+def measure_ready(model: str, adapters: Path, rounds: int) -> float:
+    """Return the median seconds until a server of a converted base is ready, after a first start."""
+    with tempfile.TemporaryDirectory() as folder:
+        converted = Path(folder, "converted")
+        subprocess.run(command("quantize", "--model", model, "--out", str(converted)), check=True, capture_output=True)
+        return statistics.median([ready(converted, adapters) for _ in range(rounds + 1)][1:])
+
+
 def started(model: str, folder: Path, names: list[str]) -> tuple[Any, Engine]:
     """Return a base in 8 bits with a running engine that serves these adapters."""
     base = load_base(model, dtype="fp32", device="cpu", bits=8)
     residents = Residents(base, folder)
+    engine = Engine(base, residents, make_forward=compiled_forward)
     for name in names:
         residents.load(name)
-    engine = Engine(base, residents, make_forward=compiled_forward)
     engine.start()
     throughput(engine, [None, *names], 4)
     return base, engine
@@ -220,13 +271,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--adapters", type=int, default=8)
-    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens of an answer")
+    parser.add_argument("--short", action="store_true", help="one round of 16 tokens")
     parser.add_argument("--clients", type=int, nargs="+", help="measure the throughput of these alone")
     parser.add_argument("--picture", type=Path, help="draw that of --clients into this file")
     options = parser.parse_args()
-    rounds, tokens = (1, 16) if options.short else (5, 64)
+    rounds, tokens = (1, 16) if options.short else (5, options.tokens)
     with tempfile.TemporaryDirectory() as folder:
         names = save_adapters(options.model, Path(folder), options.adapters)
+        if not options.clients:
+            until_ready = measure_ready(options.model, Path(folder), rounds)
         base, engine = started(options.model, Path(folder), names)
         print(f"forward pass: {type(engine.forward).__name__}")
         if options.clients:
@@ -238,6 +292,7 @@ def main() -> None:
             _, bare = started(options.model, Path(folder), [])
             figures = measure(engine, bare, names, rounds, tokens)
             bare.stop()
+            figures["ready with a converted base, s"] = until_ready
             figures["tokens/s, generate alone"] = generate_alone(base, tokens)
             show([{"figure": name, "median": value} for name, value in figures.items()])
         engine.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,11 @@ def test_a_format_trains_and_writes(folder: Path) -> None:
 
 def test_a_process_that_fails_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert runs._answer([sys.executable, "-c", "raise SystemExit('error: no room')"], "8 bits") is None
-    assert "8 bits could not be measured: error: no room" in caplog.text
+    assert "8 bits could not be measured: no room" in caplog.text
+    given = {"base": {"model": "a folder that is not there"}, "data": {"path": "nothing.jsonl"}}
+    words = [sys.executable, "-m", "lorakeet.cli.bench.runs", json.dumps(given), "1", "1"]
+    assert runs._answer(words, "fp32") is None
+    assert re.search("fp32 could not be measured: .*a folder that is not there", caplog.text)
 
 
 @pytest.mark.slow

@@ -189,7 +189,7 @@ def nonfinite_error(tensors: Mapping[str, Tensor]) -> str | None:
 
 def is_untrained(tensors: Mapping[str, Tensor]) -> bool:
     """Whether the adapter changes nothing: in each layer A or B is all zero, and the file has nothing else."""
-    zero: dict[str, bool] = {}
+    layers: dict[str, list[Tensor]] = {}
     for key, tensor in tensors.items():
         if not key.startswith(PREFIX) and key.startswith(SHARED):
             continue  # random matrices
@@ -197,7 +197,5 @@ def is_untrained(tensors: Mapping[str, Tensor]) -> bool:
             if not key.endswith(".base_layer.weight"):
                 return False  # a module trained whole, or biases: cannot be judged without the base
             continue
-        layer = key.rpartition(".lora_")[0]
-        all_zero = not key.endswith(".bias") and not bool(tensor.any())
-        zero[layer] = zero.get(layer, False) or all_zero
-    return bool(zero) and all(zero.values())
+        layers.setdefault(key.rpartition(".lora_")[0], []).extend([] if key.endswith(".bias") else [tensor])
+    return bool(layers) and not any(all(bool(tensor.any()) for tensor in own) for own in layers.values())

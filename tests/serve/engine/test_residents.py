@@ -239,4 +239,4 @@ def test_memory(served: Served) -> None:
     for _ in range(100):
         cycle()
     assert resident_bytes() < 1.05 * before
-    assert not residents.model.peft_config and len(residents._versions) == 0
+    assert not residents.model.peft_config and len(residents._in_model) == 0

@@ -18,7 +18,7 @@ from typing import Any
 from lorakeet._optional_imports import hide_optional_packages
 from lorakeet.cli.demo import JOB
 from lorakeet.config import BaseSettings, RunConfig, read_run
-from lorakeet.errors import TrainingError
+from lorakeet.errors import LorakeetError, TrainingError
 from lorakeet.kernels.cpu import features
 from lorakeet.log import info, warn
 
@@ -79,8 +79,8 @@ def _answer(words: list[str], name: str, told: str = "") -> Any:
     done = subprocess.run(words, input=told, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines()
-        said = next((line for line in lines if line.startswith("error:")), lines[-1] if lines else "no message")
-        warn(f"{name} could not be measured: {said}")
+        said = [line for line in lines if line.startswith("error:")] or lines[-1:] or ["no message"]
+        warn(f"{name} could not be measured: {said[0].removeprefix('error: ')}")
         return None
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -144,4 +144,7 @@ def writing_rate(base: BaseSettings, tokens: int) -> float:
 
 if __name__ == "__main__":
     hide_optional_packages()
-    print(json.dumps(measure_one(json.loads(sys.argv[1]), *map(int, sys.argv[2:]))))
+    try:
+        print(json.dumps(measure_one(json.loads(sys.argv[1]), *map(int, sys.argv[2:]))))
+    except LorakeetError as error:
+        sys.exit(f"error: {error}")

@@ -185,6 +185,8 @@ ARGUMENTS: dict[str, list[Any]] = {
     "lk_pack_a8_amx": [_POINTER] * 4 + [_SIZE] * 2 + [_INT],
     "lk_gemm_w8a8_amx_dgrad": [_POINTER] * 5 + [_SIZE] * 3,
     "lk_gemm_f32": [_POINTER] * 5 + [_SIZE] * 3 + [_INT] * 3,
+    "lk_gemm_half": [_POINTER] * 5 + [_SIZE] * 3 + [_INT] * 2,
+    "lk_gemv_half": [_POINTER] * 4 + [_SIZE] * 3 + [_INT],
     "lk_gemv_nf4": [_POINTER] * 6 + [_SIZE] * 3,
     "lk_gemm_nf4": [_POINTER] * 7 + [_SIZE] * 3 + [_INT],
     "lk_training_forward": [_TRAINING] + [_POINTER] * 3,
@@ -206,7 +208,7 @@ SIZE_ARGUMENTS: dict[str, list[Any]] = {
     "lk_training_packed": [_TRAINING],
     "lk_training_workspace": [_TRAINING, _INT],
 }
-_AVX2_PREFIXES = ("lk_gemm", "lk_gemv_w8a16", "lk_pack", "lk_paged", "lk_outlier", "lk_training")
+_AVX2_PREFIXES = ("lk_gemm", "lk_gemv_w8a16", "lk_gemv_half", "lk_pack", "lk_paged", "lk_outlier", "lk_training")
 #: Functions that the library has on processors with AVX2 only.
 AVX2_FUNCTIONS = frozenset(name for name in (*ARGUMENTS, *SIZE_ARGUMENTS) if name.startswith(_AVX2_PREFIXES))
 

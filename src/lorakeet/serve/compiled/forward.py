@@ -20,10 +20,10 @@ from lorakeet.kernels.paged import Rows, UpdateTable
 from lorakeet.patches.verify import Verifier, is_close
 from lorakeet.serve.cache.pages import Pages
 from lorakeet.serve.compiled.layers import UnsupportedError, read_parts
-from lorakeet.serve.compiled.updates import read_updates
+from lorakeet.serve.compiled.updates import made_table, read_updates
 from lorakeet.serve.engine.forward import Forward, Piece, PlainForward, acting
 from lorakeet.serve.engine.forward import Sequence as Tokens
-from lorakeet.serve.engine.residents import Resident
+from lorakeet.serve.engine.residents import MakeUpdate, Resident
 
 #: Share of the largest logit by which compiled and plain pass may differ: both round activations to 15 bits.
 _NEAR = 5e-3
@@ -36,7 +36,7 @@ class CompiledForward:
 
     Attributes:
         pages: The pool that it writes to.
-        tables: Copies of the adapters in the layout of the loops; None for an adapter that they cannot compute.
+        tables: Copies of adapters of the model in the layout of the loops; None for one that they cannot compute.
     """
 
     def __init__(self, model: Any, pages: Pages) -> None:
@@ -70,8 +70,12 @@ class CompiledForward:
         made[others] = self._plain.run([pieces[index] for index in others])
         return made
 
+    def own_copy(self, layers: Sequence[str], update: MakeUpdate) -> UpdateTable | None:
+        """Return an adapter's table; see :class:`lorakeet.serve.engine.forward.Forward`."""
+        return made_table(len(self._parts.layers.layers), layers, update)
+
     def get_ready(self, adapter: Resident) -> None:
-        """Make an adapter's table."""
+        """Make the table of an adapter in the model."""
         self._table(adapter)
 
     @torch.inference_mode()
@@ -95,6 +99,9 @@ class CompiledForward:
         """Return the table of an adapter, an empty one for the base; None if the loops cannot compute the adapter."""
         if resident is None:
             return self._parts.no_updates
+        if resident.copy is not None:
+            table: UpdateTable = resident.copy
+            return table
         if resident not in self.tables:
             self.tables[resident] = read_updates(self._model, resident.slot)
         return self.tables[resident]

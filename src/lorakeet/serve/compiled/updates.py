@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lorakeet.kernels.decoder_step import Update
@@ -9,6 +10,27 @@ from lorakeet.kernels.paged import UpdateTable
 from lorakeet.lora.initialization.taken_part import taken_parts
 from lorakeet.lora.linear import LoraLinear
 from lorakeet.serve.compiled.layers import LINEARS
+from lorakeet.serve.engine.residents import MakeUpdate
+
+
+def made_table(count: int, layers: Sequence[str], update: MakeUpdate) -> UpdateTable | None:
+    """Return an adapter, which no model has, in the layout of the compiled loops.
+
+    Args:
+        count: Number of decoder layers.
+        layers: Names of the layers with an update.
+        update: Function that returns the update of each.
+
+    Returns:
+        The table; None for an adapter that the loops cannot compute.
+    """
+    names = [[f"model.layers.{number}.{name}" for name in LINEARS] for number in range(count)]
+    if not {name for layer in names for name in layer}.issuperset(layers):
+        return None
+    made = {name: update(name) for name in layers}
+    if any(one is None for one in made.values()):
+        return None
+    return UpdateTable([[made.get(name) for name in layer] for layer in names])
 
 
 def read_updates(model: Any, adapter: str) -> UpdateTable | None:

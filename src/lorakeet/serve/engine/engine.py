@@ -108,7 +108,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         residents.between_steps = self.between_steps
         if self.forward is not None:
-            residents.get_ready = self.forward.get_ready
+            residents.own_copy, residents.get_ready = self.forward.own_copy, self.forward.get_ready
             for resident in residents.list():
                 self.forward.get_ready(resident)
 

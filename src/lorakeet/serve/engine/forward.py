@@ -21,7 +21,7 @@ from lorakeet.lora.lifecycle.adapter_names import BARE
 from lorakeet.lora.model import LoraModel
 from lorakeet.serve.cache.paged_cache import PagedCache
 from lorakeet.serve.cache.pages import Pages
-from lorakeet.serve.engine.residents import Resident
+from lorakeet.serve.engine.residents import MakeUpdate, Resident
 
 
 @dataclass(eq=False)
@@ -65,8 +65,16 @@ class Forward(Protocol):
     def run(self, pieces: abc.Sequence[Piece]) -> Tensor:
         """Store all keys and values, and return the logits of each piece's last token, fp32 [pieces, vocabulary]."""
 
+    def own_copy(self, layers: abc.Sequence[str], update: MakeUpdate) -> Any:
+        """Return a copy of an adapter by which its rows are computed, so that it need not be in the model; None: it need.
+
+        Args:
+            layers: Names of linear layers, the only ones with an update.
+            update: Function that returns the update of each.
+        """
+
     def get_ready(self, adapter: Resident) -> None:
-        """Make ready what rows of an adapter need, so that no step has to; in any thread, while steps run."""
+        """Make ready what rows of an adapter in the model need, so that no step has to; in any thread, while steps run."""
 
 
 class PlainForward:
@@ -92,6 +100,9 @@ class PlainForward:
             for index, row in zip(chosen, self._run_batch([pieces[index] for index in chosen]), strict=True):
                 logits[index] = row
         return torch.stack([row for row in logits if row is not None])
+
+    def own_copy(self, layers: abc.Sequence[str], update: MakeUpdate) -> None:
+        """Return None: the model computes all adapters."""
 
     def get_ready(self, adapter: Resident) -> None:
         """Keep things as they are: the model has the adapter."""

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from lorakeet.serve.cache.pages import Pages
 from lorakeet.serve.engine.forward import Piece, acting, forward_arguments
-from lorakeet.serve.engine.residents import Resident
+from lorakeet.serve.engine.residents import MakeUpdate, Resident
 
 
 class OwnCacheForward:
@@ -33,6 +33,9 @@ class OwnCacheForward:
             with acting(self.model, [piece.sequence.adapter]):
                 rows.append(self._run_one(piece))
         return torch.stack(rows)
+
+    def own_copy(self, layers: Sequence[str], update: MakeUpdate) -> None:
+        """Return None: the model computes all adapters."""
 
     def get_ready(self, adapter: Resident) -> None:
         """Keep things as they are: the model has the adapter."""

@@ -1,15 +1,16 @@
 """Adapters put on a served model while it answers: prepared beside it, then attached between two steps.
 
 LoRA and DoRA on linear layers are made ready while steps run, with the norms of DoRA. So are modules that were trained whole.
-To attach them takes a few entries in tables of each layer. Other adapters (embeddings, experts, other variants) are put on
-the model between two steps as anywhere else. That takes a second or so, for which answers pause.
+To attach them takes a few entries in tables of each layer. A forward pass with a copy of its own does without that. Other
+adapters (embeddings, experts, other variants) are put on the model between two steps as anywhere else. That takes a second
+or so, for which answers pause.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +20,9 @@ from lorakeet.adapter.fingerprint import agree, fingerprint
 from lorakeet.adapter.older_names import CurrentNames, with_current_names
 from lorakeet.adapter.put_adapter import put_adapter
 from lorakeet.adapter.serialization import check_base
-from lorakeet.adapter.tensor_checks import Differences, nonfinite_error
 from lorakeet.adapter.tensor_names import PREFIX
 from lorakeet.errors import AdapterError
+from lorakeet.kernels.decoder_step import Update
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.default_targets import resolve_config
 from lorakeet.lora.initialization.taken_part import holds_parts, takes_part
@@ -35,7 +36,8 @@ from lorakeet.lora.targeting import Target, target_of
 from lorakeet.lora.variants.dora import MAGNITUDE, Dora
 from lorakeet.lora.variants.lora import Lora
 from lorakeet.lora.variants.magnitude import Magnitude
-from lorakeet.serve.engine.adapter_files import AdapterFiles
+from lorakeet.lora.variants.variant import Variant
+from lorakeet.serve.engine.adapter_files import AdapterFiles, differences
 
 #: Settings that say how large and how scaled an update is, or where it comes from, and not which layers have one.
 _NOT_TARGETING = {
@@ -52,29 +54,42 @@ class _Places(NamedTuple):
     """Places of an adapter in the model.
 
     Attributes:
-        layers: Linear layers with an update.
+        layers: Linear layers with an update, and the shape of each, (out, in).
         saved: Modules that are trained whole.
     """
 
-    layers: tuple[str, ...]
+    layers: Mapping[str, tuple[int, int]]
     saved: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An adapter that fits the model, ready to be put on it.
+    """An adapter that fits the model.
 
     Attributes:
+        slot: The name that it will have in the model.
         files: Its files.
         config: Its settings, with the names that layers have today.
         tensors: Its tensors, with these names.
-        parts: Layers and modules of its own, each around the base's, by place; None for an adapter that is more than that.
+        variant: Its variant.
+        scale: Factor of its update.
+        targets: Linear layers with an update, by name; None for an adapter that is more than these and whole modules.
+        saved: Modules that were trained whole, each around the base's own, by place.
     """
 
+    slot: str
     files: AdapterFiles
     config: PeftConfig
     tensors: Mapping[str, Tensor]
-    parts: dict[str, LoraLinear | SavedModule] | None
+    variant: Variant
+    scale: float
+    targets: Mapping[str, Target] | None = None
+    saved: Mapping[str, SavedModule] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> Sequence[str] | None:
+        """The layers with an update; None for an adapter that is more than linear layers."""
+        return None if self.targets is None or self.saved else list(self.targets)
 
 
 class Placement:
@@ -89,7 +104,7 @@ class Placement:
     # -- while steps run --------------------------------------------------------------------------------------------
 
     def prepare(self, slot: str, files: AdapterFiles, scale: float = 1.0) -> Prepared:
-        """Check an adapter against the model and make it ready; reads the model, and changes nothing.
+        """Check an adapter against the model; reads the model, and changes nothing.
 
         Args:
             slot: The name that it will have in the model.
@@ -106,21 +121,41 @@ class Placement:
         config, tensors = files.config, dict(files.tensors)
         if any(_layer(key) not in self._names.layers for key in tensors):
             config, tensors = with_current_names(self.model, config, tensors)
-        places = self._places_of(config) if _is_known(config) else None
-        if places is None:
-            return Prepared(files, config, tensors, None)
-        if not self._are_free(places):
-            return Prepared(files, config, tensors, None)
-        targets = [target_of(name, config) for name in places.layers]
+        variant = config.variant
+        unknown = Prepared(slot, files, config, tensors, variant, scale)
+        places = self._places_of(config) if _is_known(config, variant) else None
+        if places is None or not self._are_free(places):
+            return unknown
+        targets = {name: target_of(name, config) for name in places.layers}
         saved = {name: self._saved_part(slot, name) for name in places.saved}
         copies = {name: module.modules_to_save[slot] for name, module in saved.items()}
-        differences = self._differences(targets, copies, config, tensors)
-        if differences.unexpected:
-            return Prepared(files, config, tensors, None)  # the usual way knows more, or says it better
-        differences.raise_if_any(files.source)
+        found = differences(_shapes(places, targets, variant, copies), tensors, files.is_finite)
+        if found.unexpected:
+            return unknown  # the usual way knows more, or says it better
+        found.raise_if_any(files.source)
         _fill(copies, tensors)
-        layers = {target.name: self._linear_part(slot, target, config, tensors, scale) for target in targets}
-        return Prepared(files, config, tensors, {**layers, **saved})
+        return Prepared(slot, files, config, tensors, variant, scale, targets, saved)
+
+    def update(self, prepared: Prepared, name: str) -> Update | None:
+        """Return the update of a linear layer as compiled loops compute it; None for one that they cannot.
+
+        Args:
+            prepared: The adapter.
+            name: The layer.
+        """
+        assert prepared.targets is not None
+        target, variant = prepared.targets[name], prepared.variant
+        if type(variant) is not Lora or self.model.training:
+            return self._linear_part(prepared, target).decoder_update(prepared.slot)
+        a, b = (prepared.tensors[f"{PREFIX}{name}{end}"].float() for end in _PAIR)
+        return Update(a, b, prepared.scale * variant.scaling(prepared.config, target.r, target.alpha))
+
+    def parts(self, prepared: Prepared) -> dict[str, LoraLinear | SavedModule] | None:
+        """Return an adapter's layers and modules, each around the base's, by place; None for one that is more than these."""
+        if prepared.targets is None:
+            return None
+        layers = {name: self._linear_part(prepared, target) for name, target in prepared.targets.items()}
+        return {**layers, **prepared.saved}
 
     def _places_of(self, config: PeftConfig) -> _Places | None:
         """Return the places that the settings mean; None where they mean others than linear layers and whole modules."""
@@ -128,9 +163,15 @@ class Placement:
         key = json.dumps(chosen, sort_keys=True, default=str)
         if key not in self._places:
             plan = plan_injection(self.model, resolve_config(self.model, config, fresh=False), strict=False)
-            layers = tuple(target.name for target in plan.targets)
-            self._places[key] = _Places(layers, tuple(plan.saved)) if self._is_linear(plan) else None
+            self._places[key] = self._linear_places(plan)
         return self._places[key]
+
+    def _linear_places(self, plan: InjectionPlan) -> _Places | None:
+        if not self._is_linear(plan):
+            return None
+        layers: dict[str, Any] = {one.name: unwrapped(self.model.get_submodule(one.name)) for one in plan.targets}
+        shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+        return _Places(shapes, tuple(plan.saved))
 
     def _is_linear(self, plan: InjectionPlan) -> bool:
         """Whether a plan has linear layers and whole modules only."""
@@ -141,58 +182,17 @@ class Placement:
 
     def _are_free(self, places: _Places) -> bool:
         """Whether no other adapter uses a place in another way."""
+        if not self.model.lora_parts():
+            return True
         layers = [self.model.get_submodule(name) for name in places.layers]
         saved = [self.model.get_submodule(name) for name in places.saved]
         return not any(isinstance(one, _ADAPTED) and type(one) is not LoraLinear for one in layers) and not any(
             isinstance(one, _ADAPTED) and type(one) is not SavedModule for one in saved
         )
 
-    def _differences(
-        self, targets: list[Target], copies: Mapping[str, nn.Module], config: PeftConfig, tensors: Mapping[str, Tensor]
-    ) -> Differences:
-        """Compare the tensors with those that the places expect.
-
-        Args:
-            targets: Layers with an update.
-            copies: The adapter's own copies of modules, by place.
-            config: The adapter's settings.
-            tensors: Those of its file.
-        """
-        expected: dict[str, list[int]] = {}
-        for target in targets:
-            layer: Any = unwrapped(self.model.get_submodule(target.name))
-            expected[f"{PREFIX}{target.name}.lora_A.weight"] = [target.r, layer.in_features]
-            expected[f"{PREFIX}{target.name}.lora_B.weight"] = [layer.out_features, target.r]
-            for name in config.variant.parameters:
-                expected[f"{PREFIX}{target.name}.{name}"] = [layer.out_features]
-        for name, module in copies.items():
-            for key, parameter in module.named_parameters():
-                expected[f"{PREFIX}{name}.{key}"] = list(parameter.shape)
-        shapes = [
-            f"{key} is {list(tensors[key].shape)}, expected {shape}"
-            for key, shape in expected.items()
-            if key in tensors and list(tensors[key].shape) != shape
-        ]
-        return Differences(
-            {},
-            tuple(sorted(expected.keys() - tensors.keys())),
-            tuple(sorted(tensors.keys() - expected.keys())),
-            tuple(shapes),
-            nonfinite=nonfinite_error(tensors),
-        )
-
-    def _linear_part(
-        self, slot: str, target: Target, config: PeftConfig, tensors: Mapping[str, Tensor], scale: float
-    ) -> LoraLinear:
-        """Return a layer around the base's own with the adapter alone.
-
-        Args:
-            slot: The adapter's name in the model.
-            target: Name, rank and α.
-            config: The adapter's settings.
-            tensors: Those of its file.
-            scale: Factor of its update.
-        """
+    def _linear_part(self, prepared: Prepared, target: Target) -> LoraLinear:
+        """Return a layer around the base's own with the adapter alone."""
+        slot, config, tensors = prepared.slot, prepared.config, prepared.tensors
         layer = LoraLinear(unwrapped(self.model.get_submodule(target.name)), self.model.switch)
         layer.leaf = target.name.rpartition(".")[2]
         layer.train(self.model.training)
@@ -204,8 +204,8 @@ class Placement:
 
         a, b = (_linear(own(end)) for end in _PAIR)
         layer.attach(slot, config, target.r, target.alpha, a, b)
-        layer.set_scale(slot, scale)
-        if isinstance(config.variant, Dora):
+        layer.set_scale(slot, prepared.scale)
+        if isinstance(prepared.variant, Dora):
             magnitude = Magnitude(layer, slot).requires_grad_(False)  # computes the norms, and keeps them
             magnitude.weight.data = own(f".{MAGNITUDE}").view_as(magnitude.weight)
             layer.add_part(MAGNITUDE, slot, magnitude)
@@ -220,14 +220,19 @@ class Placement:
 
     # -- between two steps ------------------------------------------------------------------------------------------
 
-    def put(self, slot: str, prepared: Prepared) -> None:
-        """Put an adapter on the model under the name ``slot``; all or nothing.
+    def put(self, prepared: Prepared, parts: Mapping[str, LoraLinear | SavedModule] | None) -> None:
+        """Put an adapter on the model, all or nothing.
+
+        Args:
+            prepared: The adapter.
+            parts: Its :meth:`parts`.
 
         Raises:
             AdapterError: It would change what others use.
         """
-        if prepared.parts is not None:
-            self._attach(slot, prepared.config, prepared.parts)
+        slot = prepared.slot
+        if parts is not None:
+            self._attach(slot, prepared.config, parts)
             return
         source = prepared.files.source
         with all_or_nothing(self.model):
@@ -237,6 +242,8 @@ class Placement:
                     f"adapter {source!r} took a part of the base's weights, which others use too",
                     "save it with plain_lora=True, and serve that",
                 )
+        for layer in self.model.lora_layers():
+            layer.set_scale(slot, prepared.scale)
 
     def _attach(self, slot: str, config: PeftConfig, parts: Mapping[str, LoraLinear | SavedModule]) -> None:
         """Put the parts at their places; where another adapter has a part already, they join it."""
@@ -250,20 +257,44 @@ class Placement:
                 model._parts.append(part)
         model.peft_config[slot] = config.model_copy(update={"inference_mode": True})
 
-    def remove(self, slot: str) -> None:
-        """Take an adapter off the model."""
-        if slot in self.model.peft_config:
-            self.model.remove_parts(slot)
-            del self.model.peft_config[slot]
+    def remove(self, slots: Sequence[str]) -> None:
+        """Take adapters off the model."""
+        for slot in slots:
+            if slot in self.model.peft_config:
+                self.model.remove_parts(slot)
+                del self.model.peft_config[slot]
 
 
-def _is_known(config: PeftConfig) -> bool:
+def _is_known(config: PeftConfig, variant: Variant) -> bool:
     """Whether the settings are those of LoRA or DoRA on layers, and of whole modules."""
-    if not isinstance(config.variant, (Lora, Dora)) or config.lora_bias or config.target_parameters:
+    if not isinstance(variant, (Lora, Dora)) or config.lora_bias or config.target_parameters:
         return False
     if config.trainable_token_indices is not None:
         return False
     return not (isinstance(config.init_lora_weights, str) and takes_part(config.init_lora_weights))
+
+
+def _shapes(
+    places: _Places, targets: Mapping[str, Target], variant: Variant, copies: Mapping[str, nn.Module]
+) -> dict[str, list[int]]:
+    """Return the shape of each tensor that an adapter's file must have, by key.
+
+    Args:
+        places: Its places.
+        targets: Name, rank and α of its layers.
+        variant: Its variant.
+        copies: Its own copies of modules, by place.
+    """
+    expected: dict[str, list[int]] = {}
+    for name, (out, inner) in places.layers.items():
+        expected[f"{PREFIX}{name}.lora_A.weight"] = [targets[name].r, inner]
+        expected[f"{PREFIX}{name}.lora_B.weight"] = [out, targets[name].r]
+        for own in variant.parameters:
+            expected[f"{PREFIX}{name}.{own}"] = [out]
+    for name, module in copies.items():
+        for key, parameter in module.named_parameters():
+            expected[f"{PREFIX}{name}.{key}"] = list(parameter.shape)
+    return expected
 
 
 def _original(module: nn.Module) -> nn.Module:

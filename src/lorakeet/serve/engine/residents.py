@@ -10,7 +10,7 @@ import builtins
 import hashlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.base.load import Base
 from lorakeet.errors import AdapterError, UnknownAdapter, did_you_mean
+from lorakeet.kernels.decoder_step import Update
 from lorakeet.loaded_model import LoadedModel
 from lorakeet.lora.lifecycle.adapter_files import CONFIG_NAME, adapter_folder
 from lorakeet.lora.lifecycle.adapter_names import check_adapter_name
@@ -29,6 +30,9 @@ from lorakeet.serve.engine.adapter_files import read_adapter
 from lorakeet.serve.engine.placement import Placement, Prepared
 from lorakeet.tasks.task import Task
 from lorakeet.tasks.taught import Taught
+
+#: Function that returns the update of a linear layer by its name; None for one that compiled loops cannot compute.
+MakeUpdate = Callable[[str], Update | None]
 
 
 @dataclass(eq=False)
@@ -48,6 +52,7 @@ class Resident:
         taught: Settings that it was taught with.
         users: Requests under way that it answers.
         retired: Whether it has been replaced or unloaded; it leaves the model with its last request.
+        copy: The copy by which the forward pass computes its rows; None: the model has it.
     """
 
     name: str
@@ -62,6 +67,7 @@ class Resident:
     taught: Taught = field(default_factory=Taught, repr=False)
     users: int = field(default=0, repr=False)
     retired: bool = False
+    copy: Any = field(default=None, repr=False)
 
 
 class Residents:
@@ -71,7 +77,9 @@ class Residents:
         folder: Folder with a folder for each adapter that may be loaded by its name; None: there is none.
         allow_elsewhere: Whether a load may name another folder or a hub id. Only the owner of the server says so.
         between_steps: Function that runs another one while no step runs; the engine's.
-        get_ready: Function that makes ready what steps need of a new version, before it answers; the engine's.
+        own_copy: Function of linear layers, and of one that returns the update of each, which makes the forward pass's own
+            copy of an adapter; None: it has none, and computes the adapter in the model. The engine's.
+        get_ready: Function that makes ready what steps need of a new version in the model; the engine's.
     """
 
     def __init__(
@@ -89,11 +97,12 @@ class Residents:
         self.folder = None if folder is None else Path(folder)
         self.allow_elsewhere = allow_elsewhere
         self.between_steps: Callable[[Callable[[], Any]], Any] = lambda task: task()
+        self.own_copy: Callable[[Sequence[str], MakeUpdate], Any] = lambda layers, update: None
         self.get_ready: Callable[[Resident], None] = lambda resident: None
         self.placement = Placement(self.model)
         self._base = hashlib.sha256(json.dumps(self.placement.base, sort_keys=True).encode()).hexdigest()
         self._served: dict[str, Resident] = {}
-        self._versions: builtins.list[Resident] = []  # all that are in the model
+        self._in_model: builtins.list[Resident] = []
         self._loads = 0
         self._lock = threading.Lock()  # of the table and the counts
         self._loading = threading.Lock()  # one load at a time
@@ -138,7 +147,7 @@ class Residents:
             resident.users -= 1
             unused = resident.retired and resident.users == 0
         if unused:
-            self.between_steps(self._tidy)
+            self._tidy()
 
     def root(self, resident: Resident | None) -> bytes:
         """Return the hash that keys of the prefix cache begin with."""
@@ -175,13 +184,23 @@ class Residents:
         files = read_adapter(self._source(name, source), self.task)
         try:
             with self._loading:
-                slot = f"served{self._loads + 1}"
-                prepared = self.placement.prepare(slot, files, scale)
-                resident = self.between_steps(lambda: self._put(name, slot, prepared, scale))
-                self._get_ready(resident)
+                prepared = self.placement.prepare(f"served{self._loads + 1}", files, scale)
+                resident = self._add(name, prepared)
                 self._serve(resident)
         finally:
-            self.between_steps(self._tidy)
+            self._tidy()
+        return resident
+
+    def _add(self, name: str, prepared: Prepared) -> Resident:
+        """Return a further version that answers no request yet: a copy of the forward pass, or else in the model."""
+        copy = None
+        if prepared.layers is not None:
+            copy = self.own_copy(prepared.layers, lambda layer: self.placement.update(prepared, layer))
+        if copy is not None:
+            return self._made(name, prepared, copy=copy)
+        parts = self.placement.parts(prepared)
+        resident: Resident = self.between_steps(lambda: self._put(name, prepared, parts))
+        self._get_ready(resident)
         return resident
 
     def _get_ready(self, resident: Resident) -> None:
@@ -208,10 +227,10 @@ class Residents:
         with self._lock:
             self._known(name).retired = True
             del self._served[name]
-        self.between_steps(self._tidy)
+        self._tidy()
 
     def _tidy(self) -> None:
-        """Take retired versions without requests out of the model; in the engine's thread.
+        """Take retired versions without requests out of the model.
 
         While a load reads the model it is left as it is; the next load, or the end of a request, does it then.
         """
@@ -219,10 +238,10 @@ class Residents:
             return
         try:
             with self._lock:
-                unused = [one for one in self._versions if one.retired and not one.users]
-                self._versions = [one for one in self._versions if one not in unused]
-            for resident in unused:
-                self.placement.remove(resident.slot)
+                unused = [one for one in self._in_model if one.retired and not one.users]
+                self._in_model = [one for one in self._in_model if one not in unused]
+            if unused:
+                self.between_steps(lambda: self.placement.remove([one.slot for one in unused]))
         finally:
             self._loading.release()
 
@@ -249,36 +268,38 @@ class Residents:
             )
         return str(self.folder / folder)
 
-    def _put(self, name: str, slot: str, prepared: Prepared, scale: float) -> Resident:
-        """Put a version on the model, all or nothing; in the engine's thread.
+    def _put(self, name: str, prepared: Prepared, parts: Any) -> Resident:
+        """Put a version on the model, all or nothing; in the engine's thread."""
+        self.placement.put(prepared, parts)
+        layers = [layer for layer in self.model.lora_layers() if prepared.slot in layer.r]
+        mixes = not any(isinstance(layer, LoraParameter) for layer in layers)
+        rank = max((layer.r[prepared.slot] for layer in layers), default=0)
+        resident = self._made(name, prepared, mixes=mixes, rank=rank)
+        with self._lock:
+            self._in_model.append(resident)
+        return resident
+
+    def _made(self, name: str, prepared: Prepared, **more: Any) -> Resident:
+        """Return a further version.
 
         Args:
             name: Its public name.
-            slot: Its name in the model.
             prepared: The adapter.
-            scale: Factor of its update.
+            **more: Further attributes.
         """
         self._loads += 1
-        self.placement.put(slot, prepared)
-        layers = [layer for layer in self.model.lora_layers() if slot in layer.r]
-        for layer in layers:
-            layer.set_scale(slot, scale)
         files = prepared.files
-        resident = Resident(
+        return Resident(
             name,
             self._loads,
-            slot,
+            prepared.slot,
             files.digest,
-            scale,
-            mixes=not any(isinstance(layer, LoraParameter) for layer in layers),
+            prepared.scale,
             source=files.source,
-            rank=max((layer.r[slot] for layer in layers), default=0),
             bytes=sum(tensor.nbytes for tensor in files.tensors.values()),
             taught=Taught.from_notes(files.notes),
+            **{"rank": max((one.r for one in (prepared.targets or {}).values()), default=0), **more},
         )
-        with self._lock:
-            self._versions.append(resident)
-        return resident
 
 
 def check_public_name(name: object) -> None:

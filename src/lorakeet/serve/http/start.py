@@ -94,10 +94,10 @@ def open_service(
     library()  # compiled on first use, which may take longer than a caller waits
     opened = open_model(settings, task=task or Task())
     residents = Residents(opened, served.folder, allow_elsewhere=True)
+    made = Engine(opened, residents, **{"make_forward": compiled_forward, **(engine or {})})
     for name, folder in adapters.items():
         _load(residents, name, folder)
     residents.allow_elsewhere = served.allow_hub
-    made = Engine(opened, residents, **{"make_forward": compiled_forward, **(engine or {})})
     service = Service(made, opened, base_name, keys or Keys(), limits or Limits(), served.allow_hub)
     if service.grammars.are_possible:
         service.grammars.ready()

@@ -31,21 +31,59 @@ ptrdiff_t lk_packed_update_size(ptrdiff_t rank, ptrdiff_t out, ptrdiff_t in)
     return update_a_size(rank, in) + rank * update_padded(out, UPDATE_WIDTH);
 }
 
-/* The scale of `count` values that are `stride` apart: 1 for zeros, NaN if one is not finite. */
-static float update_scale(const float *values, ptrdiff_t count, ptrdiff_t stride)
+/* The bits of a magnitude, which order as the values do, with infinity and NaN on top. */
+static inline int32_t update_bits(float value)
 {
-    float largest = 0;
-    for (ptrdiff_t k = 0; k < count; k++) {
-        if (!isfinite(values[k * stride]))
-            return NAN;
-        largest = fmaxf(largest, fabsf(values[k * stride]));
-    }
-    return largest >= UPDATE_MOST * FLT_MIN ? largest / UPDATE_MOST : 1.0f;
+    int32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits & INT32_MAX;
 }
 
-static int16_t update_code(float value, float scale)
+/* The scale of values, by the bits of their largest magnitude: 1 for zeros, NaN if one is not finite. */
+static float update_scale(int32_t bits)
 {
-    return isfinite(scale) ? (int16_t)rintf(value / scale) : 0;
+    float largest;
+    memcpy(&largest, &bits, sizeof largest);
+    return !isfinite(largest) ? NAN : largest >= UPDATE_MOST * FLT_MIN ? largest / UPDATE_MOST : 1.0f;
+}
+
+/* Round values that follow each other to codes; zeros for a scale that is NaN. */
+static inline void update_codes(const float *restrict values, float scale, int16_t *restrict to, ptrdiff_t count)
+{
+    for (ptrdiff_t k = 0; isfinite(scale) && k < count; k++)
+        to[k] = (int16_t)(int32_t)rintf(values[k] / scale);
+}
+
+/* A row of A -> codes; returns its scale. */
+static float update_pack_a(const float *a, int16_t *codes, ptrdiff_t in)
+{
+    int32_t bits = 0;
+    for (ptrdiff_t k = 0; k < in; k++)
+        bits = update_bits(a[k]) > bits ? update_bits(a[k]) : bits;
+    const float scale = update_scale(bits);
+    for (ptrdiff_t k = 0; k < in; k += VLEN, codes += UPDATE_RANKS * VLEN)
+        if (k + VLEN <= in)
+            update_codes(a + k, scale, codes, VLEN);
+        else
+            update_codes(a + k, scale, codes, in - k);
+    return scale;
+}
+
+/* A column of B, whose values are `rank` apart -> codes; returns its scale. */
+static float update_pack_b(const float *b, int16_t *codes, ptrdiff_t rank, ptrdiff_t out)
+{
+    float column[UPDATE_WIDTH];
+    int32_t bits = 0;
+    for (ptrdiff_t j = 0; j < out; j++)
+        bits = update_bits(b[j * rank]) > bits ? update_bits(b[j * rank]) : bits;
+    const float scale = update_scale(bits);
+    for (ptrdiff_t j = 0; j < out; j += UPDATE_WIDTH, codes += rank * UPDATE_WIDTH) {
+        memset(column, 0, sizeof column);
+        for (ptrdiff_t e = 0; e < min_of(out - j, UPDATE_WIDTH); e++)
+            column[e] = b[(j + e) * rank];
+        update_codes(column, scale, codes, UPDATE_WIDTH);
+    }
+    return scale;
 }
 
 /* A [rank, in] and B [out, rank] -> codes, padded with zeros, and a factor of each product A x: both scales and `scaling`.
@@ -56,13 +94,9 @@ void lk_pack_update(const float *a, const float *b, float scaling, int16_t *code
     int16_t *to_b = codes + update_a_size(rank, in);
     memset(codes, 0, (size_t)lk_packed_update_size(rank, out, in) * sizeof(int16_t));
     for (ptrdiff_t r = 0; r < rank; r++) {
-        const float of_a = update_scale(a + r * in, in, 1), of_b = update_scale(b + r, out, rank);
         int16_t *to_a = codes + r / UPDATE_RANKS * UPDATE_RANKS * update_padded(in, VLEN) + r % UPDATE_RANKS * VLEN;
-        for (ptrdiff_t k = 0; k < in; k++)
-            to_a[k / VLEN * UPDATE_RANKS * VLEN + k % VLEN] = update_code(a[r * in + k], of_a);
-        for (ptrdiff_t j = 0; j < out; j++)
-            to_b[(j / UPDATE_WIDTH * rank + r) * UPDATE_WIDTH + j % UPDATE_WIDTH] = update_code(b[j * rank + r], of_b);
-        scale[r] = of_a * of_b * scaling;
+        const float of_a = update_pack_a(a + r * in, to_a, in);
+        scale[r] = of_a * update_pack_b(b + r, to_b + r * UPDATE_WIDTH, rank, out) * scaling;
     }
 }
 
