@@ -1,4 +1,4 @@
-"""Throughput and latency of the server's engine, without HTTP: clients together, adapters mixed, prompts found again.
+"""Throughput and latency of the server's engine, without HTTP; and the seconds until a server is ready.
 
 Usage::
 
@@ -13,10 +13,16 @@ alternate, and medians count.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
+import os
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +218,42 @@ def generate_alone(base: Any, tokens: int) -> float:
     return len(base.tokenizer(text)["input_ids"]) / (time.perf_counter() - start)
 
 
+def command(*words: str) -> list[str]:
+    """Return the command line of a process of lorakeet."""
+    return [sys.executable, "-c", "from lorakeet.cli import script; script()", *words]
+
+
+def ready(converted: Path, adapters: Path) -> float:
+    """Return the seconds from the start of a server until it takes requests.
+
+    Python may keep its bytecode, as on any machine where the server has run before.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = command("serve", "--model", str(converted), "--adapters", str(adapters), "--port", str(port))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    start = time.perf_counter()
+    with subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL) as server:
+        try:
+            while server.poll() is None:
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/ready").close()
+                    return time.perf_counter() - start
+                time.sleep(0.01)
+        finally:
+            server.terminate()
+    raise RuntimeError(f"the server ended with status {server.returncode}")
+
+
+def measure_ready(model: str, adapters: Path, rounds: int) -> float:
+    """Return the median seconds until a server of a converted base is ready, after a first start."""
+    with tempfile.TemporaryDirectory() as folder:
+        converted = Path(folder, "converted")
+        subprocess.run(command("quantize", "--model", model, "--out", str(converted)), check=True, capture_output=True)
+        return statistics.median([ready(converted, adapters) for _ in range(rounds + 1)][1:])
+
+
 def started(model: str, folder: Path, names: list[str]) -> tuple[Any, Engine]:
     """Return a base in 8 bits with a running engine that serves these adapters."""
     base = load_base(model, dtype="fp32", device="cpu", bits=8)
@@ -237,6 +279,8 @@ def main() -> None:
     rounds, tokens = (1, 16) if options.short else (5, options.tokens)
     with tempfile.TemporaryDirectory() as folder:
         names = save_adapters(options.model, Path(folder), options.adapters)
+        if not options.clients:
+            until_ready = measure_ready(options.model, Path(folder), rounds)
         base, engine = started(options.model, Path(folder), names)
         print(f"forward pass: {type(engine.forward).__name__}")
         if options.clients:
@@ -248,6 +292,7 @@ def main() -> None:
             _, bare = started(options.model, Path(folder), [])
             figures = measure(engine, bare, names, rounds, tokens)
             bare.stop()
+            figures["ready with a converted base, s"] = until_ready
             figures["tokens/s, generate alone"] = generate_alone(base, tokens)
             show([{"figure": name, "median": value} for name, value in figures.items()])
         engine.stop()

@@ -1,7 +1,15 @@
 """Optional packages stay hidden from transformers until they are needed."""
 
+import importlib.util
+import inspect
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from lorakeet._optional_imports import import_late
 
 SEEN = """
 import sys
@@ -29,3 +37,28 @@ def test_the_entry_point_does_so_and_what_is_there_already_stays() -> None:
     code += "try:\n    script()\nexcept SystemExit:\n    print(sys.modules['peft'], sys.modules['scipy'] is json)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "None True", done.stderr
+
+
+def test_a_late_package_is_imported_when_something_of_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "rarely_needed"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("import sys\nsys.rarely_needed = True\nfrom .inner import value\n")
+    (folder / "inner.py").write_text("value = 7\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delattr(sys, "rarely_needed", raising=False)
+    import_late("rarely_needed")
+    import_late("rarely_needed")
+    import_late("there_is_no_such_package")
+    package = importlib.import_module("rarely_needed")
+    assert inspect.getmodule(import_late) is not None and not hasattr(sys, "rarely_needed")
+    assert importlib.util.find_spec("rarely_needed") is package.__spec__ and package.__file__
+    assert package.value == 7 and hasattr(sys, "rarely_needed") and type(package) is ModuleType
+    assert sys.modules["rarely_needed"] is package and "there_is_no_such_package" not in sys.modules
+    assert importlib.import_module("rarely_needed.inner").value == 7
+    with pytest.raises(AttributeError, match="nothing"):
+        package.nothing  # noqa: B018
+    for name in ("rarely_needed", "rarely_needed.inner"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(sys, "rarely_needed")

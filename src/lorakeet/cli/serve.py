@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorakeet._optional_imports import import_late
 from lorakeet.cli.shared.options import BASE_FLAGS, bounded, with_settings
 from lorakeet.config import read_run
 from lorakeet.errors import ConfigError
@@ -62,6 +63,7 @@ def serve(
     """
     from lorakeet.serve.http import check_libraries
 
+    import_late("datasets")  # only encoders read rows
     check_libraries()
     from lorakeet.serve.http.server import bind, run
 
@@ -82,8 +84,7 @@ def serve(
             engine={"max_rows": max_rows, "queue": queue, "cache_bytes": cache_mb << 20},
         )
         _print_table(service)
-        app = make_app(service, hosts=allow_host or (), origins=allow_origin or ())
-        run(app, bound, drain=timeout)
+        run(make_app(service, hosts=allow_host or (), origins=allow_origin or ()), bound, drain=timeout)
 
 
 def _named_adapters(words: list[str], folder: Path | None) -> dict[str, Path]:

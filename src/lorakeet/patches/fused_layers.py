@@ -21,6 +21,7 @@ from lorakeet.kernels.frozen_linear import frozen_linear
 from lorakeet.kernels.glu import Activation, gated
 from lorakeet.kernels.rms_norm import rms_norm
 from lorakeet.kernels.rotary import rotary
+from lorakeet.patches.fused_decoder import ACTIVATIONS, fused_decoders
 from lorakeet.patches.verify import Verifier, same_output_and_gradient
 from lorakeet.quant.half import HalfLinear
 from lorakeet.quant.protocol import has_rounded, quantized_layers
@@ -46,13 +47,6 @@ ROTARY = (
 # fmt: on
 #: Function of transformers that rotates queries and keys, looked up by name in the module of each architecture.
 _ROTATE = "apply_rotary_pos_emb"
-_ACTIVATIONS: dict[str, Activation] = {
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-}
 #: Units of rounding (``eps`` of the dtype) by which output and gradient may differ from the module's own.
 _ROUNDINGS = 8
 
@@ -71,6 +65,9 @@ def fused_layers(model: nn.Module) -> Iterator[None]:
         for module, forward in _fused_forwards(model):
             replaced.append((module, module.__dict__.get("forward")))
             module.forward = forward
+        for layer, forward in list(fused_decoders(model)):  # compared with their modules as these compute now
+            replaced.append((layer, None))
+            layer.forward = _in_training(layer, forward)
         yield
     finally:
         for module, own in replaced:
@@ -108,7 +105,7 @@ def _fused(module: nn.Module) -> Forward | None:
     if name.endswith("RMSNorm") and name.removesuffix("RMSNorm") in NORMS:
         return functools.partial(_norm, module, NORMS[name.removesuffix("RMSNorm")])
     if name.endswith("MLP") and name.removesuffix("MLP") in GATED:
-        activation = _ACTIVATIONS.get(type(module.act_fn).__name__)
+        activation = ACTIVATIONS.get(type(module.act_fn).__name__)
         return None if activation is None else functools.partial(_feed_forward, module, activation)
     return _with_fused_rotary(module) if _rotates(module) else None
 

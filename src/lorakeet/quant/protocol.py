@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from lorakeet.kernels.decoder_layer_training import TrainedLinear
 from lorakeet.kernels.decoder_step import LinearWeights
 
 
@@ -209,6 +210,14 @@ def dequantized_copy(module: nn.Module) -> nn.Module:
     for name, inner in list(quantized_layers(made)):
         made.set_submodule(name, inner.dequantized())
     return made
+
+
+def frozen_weights(layer: nn.Module) -> TrainedLinear | None:
+    """Return the operands of a linear layer in the compiled training step: plain, or in 8 bits; None for any other."""
+    if type(layer) is nn.Linear:
+        return TrainedLinear(layer.weight, None, layer.bias)
+    own = layer.decoder_weights() if is_quantized(layer) else None
+    return None if own is None or own.packed is not None else TrainedLinear(*own[:3])
 
 
 def is_hooked(layer: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from lorakeet.config import DataSettings, TaskSettings
 from lorakeet.data.doctor.examine import examine
 from lorakeet.data.doctor.issues import PROBLEMS
-from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample
+from lorakeet.data.encode.encoder import Batch, Encoder, Sample, ids_type
 from lorakeet.data.prepare import prepare
 from lorakeet.data.rows.kinds import Column, Kind, Roles, all_kinds, find_kind, register, role, unregister
 from lorakeet.data.rows.load import read_rows, usable
@@ -34,7 +34,7 @@ class PreferenceEncoder(Encoder):
     """Token ids of the prompt with each of two answers."""
 
     def model_columns(self) -> dict[str, Any]:
-        return {"input_ids": IDS, "negative_ids": IDS}
+        return {"input_ids": ids_type(), "negative_ids": ids_type()}
 
     def samples(self, batch: Batch) -> Iterator[tuple[int, Sample]]:
         pairs = zip(batch["prompt"], batch["chosen"], batch["rejected"], strict=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from lorakeet.runs.process_memory import resident_bytes
 from lorakeet.serve.cache.pages import Pages
 from lorakeet.serve.cache.prefix_cache import PrefixCache, chain, prefix_root
 
@@ -83,3 +85,10 @@ def test_taken_pages_are_zero() -> None:
     assert pages.keys[:, pages.take(1, clear=False)].isnan().all()
     pages.release(0)
     assert not pages.keys[:, pages.take(1)].any()
+
+
+def test_a_pool_takes_no_memory_before_it_is_used() -> None:
+    before = resident_bytes()
+    pages = Pages(1, 8, 1, 16, 1 << 18, torch.bfloat16)
+    assert resident_bytes() - before < pages.keys.nbytes / 4 and pages.keys.nbytes == 8 * 16 << 19
+    assert not pages.keys.is_inference() and not bool(pages.values[0, 3].any()) and pages.keys.dtype == torch.bfloat16

@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample
+from lorakeet.data.encode.encoder import Batch, Encoder, Sample, ids_type
 from lorakeet.data.read.record import Fault
 from lorakeet.data.rows.label_set import LabelSet
 
@@ -55,4 +55,4 @@ class ClassificationEncoder(Encoder):
 
 def type_id_columns(tokenizer: Any) -> dict[str, Any]:
     """Return the column that tells the model which of two texts a token belongs to, where the model has such an input."""
-    return {"token_type_ids": IDS} if "token_type_ids" in tokenizer.model_input_names else {}
+    return {"token_type_ids": ids_type()} if "token_type_ids" in tokenizer.model_input_names else {}

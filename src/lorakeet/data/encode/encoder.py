@@ -39,17 +39,14 @@ Sample = dict[str, Any]
 
 #: Rows that cannot be samples and are written out in an error; further ones are counted.
 _SHOWN = 3
-#: Type of a column of token ids: int32 [length].
-IDS = datasets.List(datasets.Value("int32"))
-_COUNTS = {
-    "length": datasets.Value("int32"),
-    "targets": datasets.Value("int32"),
-    "lost": datasets.Value("int32"),
-    "cut": datasets.Value("bool"),
-    "ended": datasets.Value("bool"),
-}
-_NUMBER = {"row": datasets.Value("int64")}
+#: Types of the columns that count what a sample has.
+_COUNTS = {"length": "int32", "targets": "int32", "lost": "int32", "cut": "bool", "ended": "bool"}
 _DEFAULTS: Sample = {"lost": 0, "cut": False, "ended": False}
+
+
+def ids_type() -> datasets.List:
+    """Return the type of a column of token ids: int32 [length]."""
+    return datasets.List(datasets.Value("int32"))
 
 
 class Encoded(NamedTuple):
@@ -142,7 +139,7 @@ class Encoder:
 
     def model_columns(self) -> dict[str, Any]:
         """Return the columns that the model takes, with their types."""
-        return {"input_ids": IDS}
+        return {"input_ids": ids_type()}
 
     def answer_columns(self) -> dict[str, Any]:
         """Return the columns that no model takes and that its answers are decoded with, with their types."""
@@ -150,7 +147,9 @@ class Encoder:
 
     def features(self) -> datasets.Features:
         """Return all columns of a sample with their types."""
-        return datasets.Features({**self.model_columns(), **self.answer_columns(), **_COUNTS, **_NUMBER})
+        counts = {name: datasets.Value(kind) for name, kind in _COUNTS.items()}
+        number = {"row": datasets.Value("int64")}
+        return datasets.Features({**self.model_columns(), **self.answer_columns(), **counts, **number})
 
     def settings(self) -> list[Any]:
         """Return the settings that shape the samples, besides the tokenizer's own: part of the name of a cache."""
@@ -222,7 +221,7 @@ class CausalEncoder(Encoder):
     learn_all: bool
 
     def model_columns(self) -> dict[str, Any]:
-        return super().model_columns() | ({} if self.learn_all else {"labels": IDS})
+        return super().model_columns() | ({} if self.learn_all else {"labels": ids_type()})
 
     def settings(self) -> list[Any]:
         return [*super().settings(), self.learn_all, self.tokenizer.eos_token_id]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakeet.chat.turns import check_offsets
-from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample
+from lorakeet.data.encode.encoder import Batch, Encoder, Sample, ids_type
 from lorakeet.data.read.record import Fault
 
 
@@ -26,7 +26,7 @@ class MaskedEncoder(Encoder):
             check_offsets(self.tokenizer)
 
     def model_columns(self) -> dict[str, Any]:
-        return {**super().model_columns(), **({"words": IDS} if self.whole_word else {})}
+        return {**super().model_columns(), **({"words": ids_type()} if self.whole_word else {})}
 
     def settings(self) -> list[Any]:
         return [*super().settings(), self.whole_word]

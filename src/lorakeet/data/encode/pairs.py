@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample
+from lorakeet.data.encode.encoder import Batch, Encoder, Sample, ids_type
 from lorakeet.data.read.record import Fault
 
 
@@ -21,7 +21,7 @@ class PairEncoder(Encoder):
     texts: tuple[str, ...]
 
     def model_columns(self) -> dict[str, Any]:
-        return dict.fromkeys(map(_column, self.texts), IDS)
+        return dict.fromkeys(map(_column, self.texts), ids_type())
 
     def settings(self) -> list[Any]:
         return [*super().settings(), self.texts]

@@ -10,7 +10,7 @@ import datasets
 
 from lorakeet.chat.turns import check_offsets
 from lorakeet.data.encode.classification import type_id_columns
-from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample
+from lorakeet.data.encode.encoder import Batch, Encoder, Sample, ids_type
 from lorakeet.data.read.record import Fault
 from lorakeet.facts.special_tokens import kept_positions
 
@@ -44,7 +44,7 @@ class QuestionEncoder(Encoder):
 
         ``starts`` and ``ends`` are int32 [length], -1 for a token outside of the context.
         """
-        return {"no_answer": datasets.Value("int64"), "starts": IDS, "ends": IDS}
+        return {"no_answer": datasets.Value("int64"), "starts": ids_type(), "ends": ids_type()}
 
     def settings(self) -> list[Any]:
         return [*super().settings(), self.answered]

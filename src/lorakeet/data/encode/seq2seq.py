@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample, with_end
+from lorakeet.data.encode.encoder import Batch, Encoder, Sample, ids_type, with_end
 from lorakeet.data.read.record import Fault
 from lorakeet.facts.special_tokens import target_ids
 
@@ -16,7 +16,7 @@ class Seq2SeqEncoder(Encoder):
     """A source text and, as labels, its target with an end token; each of at most ``max_length`` tokens."""
 
     def model_columns(self) -> dict[str, Any]:
-        return {**super().model_columns(), "labels": IDS}
+        return {**super().model_columns(), "labels": ids_type()}
 
     def samples(self, batch: Batch) -> Iterator[tuple[int, Sample | Fault]]:
         end = self.tokenizer.eos_token_id

@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from lorakeet.chat.turns import check_offsets
-from lorakeet.data.encode.encoder import IDS, Batch, Encoder, Sample
+from lorakeet.data.encode.encoder import Batch, Encoder, Sample, ids_type
 from lorakeet.data.read.record import Fault
 from lorakeet.data.rows.label_set import LabelSet
 from lorakeet.ignore_index import IGNORE_INDEX
@@ -32,7 +32,7 @@ class TaggingEncoder(Encoder):
         check_offsets(self.tokenizer)
 
     def model_columns(self) -> dict[str, Any]:
-        return {**super().model_columns(), "labels": IDS}
+        return {**super().model_columns(), "labels": ids_type()}
 
     def settings(self) -> list[Any]:
         return [*super().settings(), *(() if self.names is None else self.names.names)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import datasets
-from datasets.naming import camelcase_to_snakecase
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -40,7 +39,7 @@ def _ask_hub(name: str, home: Path) -> None:
         DataError: the hub lacks ``name`` or cannot be reached, and no copy is cached.
     """
     owner, _, short = name.partition("/")
-    if list(home.glob(f"{owner}___{camelcase_to_snakecase(short)}/*")):
+    if list(home.glob(f"{owner}___{datasets.naming.camelcase_to_snakecase(short)}/*")):
         return
     try:
         HfApi().dataset_info(name, timeout=10)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
+import numpy as np
 import torch
+from torch import Tensor
 
 
 class Pages:
@@ -27,8 +30,7 @@ class Pages:
         device: torch.device | str = "cpu",
     ) -> None:
         shape = (layers, count, kv_heads, page_tokens, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = (_zeros(shape, dtype, torch.device(device)) for _ in range(2))
         self.page_tokens = page_tokens
         self._references = [0] * count
         self._free = list(range(count - 1, -1, -1))
@@ -85,3 +87,11 @@ class Pages:
         self._references[page] -= 1
         if not self._references[page]:
             self._free.append(page)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros. On a CPU they take no memory, and no time, before something is written to them."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)
