@@ -23,7 +23,7 @@ from lorakeet.kernels.glu import LOOPS, Activation
 from lorakeet.patches.gradient_checkpointing import is_recomputing
 from lorakeet.patches.padding_free import Packing, is_padding_free
 from lorakeet.patches.verify import Verifier, is_close, output_and_gradient
-from lorakeet.quant.protocol import frozen_weights, has_quantized
+from lorakeet.quant.protocol import frozen_weights, has_rounded
 
 #: Architectures of transformers whose ``…DecoderLayer`` is a = x + attention(norm(x)), a + mlp(norm(a)).
 DECODERS = ("Llama", "Ministral", "Mistral", "Qwen2", "SmolLM3")
@@ -65,7 +65,7 @@ def fused_decoders(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
     for module in model.modules():
         if is_decoder(module) and why_apart(module) is None:
             fused = functools.partial(_forward, pool, module)
-            if verifier.agrees((type(module), has_quantized(module)), module, functools.partial(_same, module, fused)):
+            if verifier.agrees((type(module), has_rounded(module)), module, functools.partial(_same, module, fused)):
                 yield module, fused
 
 
