@@ -23,7 +23,7 @@ from lorakeet.base.load import Base, load_base
 from lorakeet.config import QUANTIZED_FORMATS, BaseSettings
 from lorakeet.errors import BaseModelError, ConfigError
 from lorakeet.quant.hf_quantizer import CONFIGS, Int8Config
-from lorakeet.quant.protocol import has_quantized
+from lorakeet.quant.protocol import has_rounded
 
 CPU = torch.device("cpu")
 IDS = torch.arange(2, 40).reshape(2, 19)
@@ -218,4 +218,4 @@ def test_a_quantized_format_is_loaded_by_its_entry(folder: Path, monkeypatch: py
 
     monkeypatch.setitem(QUANTIZED_FORMATS, 4, "fake")
     monkeypatch.setitem(CONFIGS, "fake", config)
-    assert has_quantized(load_base(str(folder), bits=4, device="cpu").model) and len(made) == 1
+    assert has_rounded(load_base(str(folder), bits=4, device="cpu").model) and len(made) == 1

@@ -25,7 +25,7 @@ from lorakeet.quant.layer_selection import layers_to_quantize
 from lorakeet.quant.nf4 import NF4
 from lorakeet.quant.protocol import (
     dequantized_copy,
-    has_quantized,
+    has_rounded,
     is_quantized,
     quantized_bytes,
     quantized_layers,
@@ -65,7 +65,7 @@ def logits(model: Any) -> Tensor:
 
 def test_every_layer_is_found_and_computes_what_its_values_say(form: str) -> None:
     model = base(form)
-    assert has_quantized(model) and len(list(quantized_layers(model))) == 16
+    assert has_rounded(model) and len(list(quantized_layers(model))) == 16
     assert weight_shape(model.model.layers[0].mlp.up_proj) == (64, 32)
     assert tuple(model.model.layers[0].mlp.up_proj.weight.shape) != (64, 32)
     assert torch.allclose(logits(model), logits(dequantized_copy(model)), atol=1e-5)
@@ -163,7 +163,7 @@ def test_merging_keeps_the_format_where_it_is_fine_enough(form: str) -> None:
     assert torch.equal(logits(model), before)
     assert all(torch.equal(t, stored[name]) for name, t in model.state_dict().items())
     merged = model.merge_and_unload()
-    assert has_quantized(merged) and float((logits(merged) - before).abs().max()) <= 5e-3 * float(before.abs().max())
+    assert has_rounded(merged) and float((logits(merged) - before).abs().max()) <= 5e-3 * float(before.abs().max())
 
 
 def test_it_writes(form: str) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from lorakeet.base.checkpoint_files import weight_files
 from lorakeet.config import FLOATING_BITS, QUANTIZED_FORMATS, BaseSettings
 from lorakeet.errors import BaseModelError
 from lorakeet.kernels.cpu import features
+from lorakeet.kernels.cpu.features import Feature
 from lorakeet.log import warn
+from lorakeet.quant.half_loading import has_halves
 from lorakeet.quant.protocol import quantized_layers
 
 #: Name in the settings -> torch dtype, and the reverse.
@@ -46,7 +50,8 @@ def choose_dtype(settings: BaseSettings, device: torch.device, for_training: boo
     """Return the floating-point format of the base, from ``dtype``, ``bits`` and the speed of the device.
 
     ``auto`` is fp32 on every CPU: the compiled loops are fp32, and a step in bf16 is slower without them, with AMX too
-    (docs/lab.md). Elsewhere it is bf16 on GPUs that have it, else fp16 on CUDA and fp32 on MPS.
+    (docs/lab.md). Weights may be stored in 16 bits all the same (:func:`keeps_halves`). Elsewhere it is bf16 on GPUs that
+    have it, else fp16 on CUDA and fp32 on MPS.
 
     Args:
         settings: Settings of the base.
@@ -77,6 +82,20 @@ def choose_dtype(settings: BaseSettings, device: torch.device, for_training: boo
             "(fp32 takes twice the memory)"
         )
     return dtype
+
+
+def keeps_halves(settings: BaseSettings, device: torch.device, folder: Path) -> bool:
+    """Whether weights that files have in 16 bits stay so, while the base computes in fp32.
+
+    Nothing is lost, and nothing is slower, where compiled loops widen a weight as they read it: on a CPU with AVX2.
+
+    Args:
+        settings: Settings of the base; naming a format or its bits asks for that one.
+        device: Device of the base.
+        folder: Folder of its files.
+    """
+    free = settings.dtype == "auto" and settings.bits is None and device.type == "cpu"
+    return free and has_halves(weight_files(folder)) and features.has(Feature.AVX2)
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -26,7 +26,15 @@ from transformers import (
 from lorakeet.base.architectures import NO_NEW_HEAD
 from lorakeet.base.checkpoint_files import check_folder, weight_files
 from lorakeet.base.config_checks import check_size, weight_facts
-from lorakeet.base.device_dtype import bytes_by_dtype, check_dtypes, choose_device, choose_dtype, dtype_name, some
+from lorakeet.base.device_dtype import (
+    bytes_by_dtype,
+    check_dtypes,
+    choose_device,
+    choose_dtype,
+    dtype_name,
+    keeps_halves,
+    some,
+)
 from lorakeet.base.quiet import quiet
 from lorakeet.base.source import find_source, local_folder
 from lorakeet.config import QUANTIZED_FORMATS, BaseSettings
@@ -35,6 +43,7 @@ from lorakeet.facts.padding import agree_on_special_tokens
 from lorakeet.facts.vocabulary import embedding_rows, tokens_without_row
 from lorakeet.kernels.int8.registry import best_on
 from lorakeet.log import warn
+from lorakeet.quant.half_loading import HalfConfig
 from lorakeet.quant.hf_quantizer import (
     CONFIGS,
     NF4_METHOD,
@@ -149,7 +158,8 @@ def load_base(
         _config(folder, source.name, remote), weight_facts(weight_files(folder)), source.name, auto_class, **remote
     )
     tokenizer = load_tokenizer(folder, source.name, remote)
-    options = {"dtype": dtype, **remote, **_rounding(folder, chosen.bits, source.name, remote, model_options or {})}
+    more = _format(folder, chosen, source.name, remote, model_options or {}, keeps_halves(chosen, device, folder))
+    options = {"dtype": dtype, **remote, **more}
     with seeded(seed):
         model, fresh = _load_model(folder, source.name, auto_class, device, options, brought)
     check_dtypes(model, dtype, source.name)
@@ -170,24 +180,27 @@ def _config(folder: Path, name: str, remote: Mapping[str, Any]) -> PreTrainedCon
         ) from error
 
 
-def _rounding(
-    folder: Path, bits: int | None, name: str, remote: Mapping[str, Any], more: Mapping[str, Any]
+def _format(
+    folder: Path, settings: BaseSettings, name: str, remote: Mapping[str, Any], more: Mapping[str, Any], halves: bool
 ) -> dict[str, Any]:
-    """Return the arguments of ``from_pretrained`` that quantize during loading, or read a quantized checkpoint.
+    """Return the arguments of ``from_pretrained`` that quantize during loading, keep 16 bits, or read a quantized checkpoint.
 
     Args:
         folder: Folder of the checkpoint.
-        bits: Bits of a weight, or None.
+        settings: Settings of the base.
         name: Name of the model, for messages.
         remote: The argument ``trust_remote_code``.
         more: Further arguments, settings of the model.
+        halves: Whether weights stay in 16 bits where the files have them so.
 
     Raises:
         BaseModelError: The checkpoint is quantized in another format than ``bits``.
     """
-    config = _config(folder, name, remote)
+    config, bits = _config(folder, name, remote), settings.bits
     method = getattr(config, "quantization_config", None)
     quantized = None if bits is None else QUANTIZED_FORMATS.get(bits)
+    if halves and method is None:
+        return {"quantization_config": HalfConfig(), **more}
     if bits in (4, None) and reads_layout(method):
         config.quantization_config = {"quant_method": NF4_METHOD, "layout": "bitsandbytes"}
         for key, value in more.items():

@@ -18,23 +18,20 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from lorakeet.base.checkpoint_files import weight_files
 from lorakeet.base.device_dtype import DTYPES, dtype_name
 from lorakeet.base.quiet import quiet
 from lorakeet.errors import BaseModelError
 from lorakeet.kernels.nf4.format import BLOCK
-from lorakeet.quant.protocol import quantized_layers
+from lorakeet.quant.file_names import FLOATING, NamesInModel, floating_formats
+from lorakeet.quant.protocol import is_rounded, quantized_layers
 from lorakeet.security.json_file import read_object
 from lorakeet.security.paths import is_file
 
 GENERATION_CONFIG = "generation_config.json"
 #: Bytes of the scale of each row of a quantized matrix.
 SCALE_BYTES = 4
-#: Formats of safetensors -> torch dtype. fp64 is stored as fp32, the widest format that a base is loaded in.
-_FLOATING = {"F64": torch.float32, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -61,16 +58,16 @@ class StoredFormats:
 
 def widest_format(folder: Path) -> torch.dtype:
     """Return the widest number format of the floating tensors in the files of ``folder``; fp32 if there is none."""
-    found = {dtype for file in weight_files(folder) for dtype in _formats(file).values()}
+    found = {dtype for file in weight_files(folder) for dtype in floating_formats(file).values()}
     return max(found, key=lambda dtype: (dtype.itemsize, torch.finfo(dtype).max), default=torch.float32)
 
 
 def stored_formats(folder: Path, model: PreTrainedModel) -> StoredFormats:
     """Read the number formats of the files that ``model`` was loaded from, by the names that it gives their tensors."""
-    names = _NamesInModel(model)
+    names = NamesInModel(model)
     formats: dict[str, torch.dtype] = {}
     for file in weight_files(folder):
-        for key, dtype in sorted(_formats(file).items()):
+        for key, dtype in sorted(floating_formats(file).items()):
             formats[names.of(key)[0]] = dtype
     return StoredFormats(formats, widest_format(folder))
 
@@ -84,33 +81,14 @@ def tensor_places(folder: Path, model: PreTrainedModel) -> dict[str, tuple[Path,
         folder: Folder of a model.
         model: The model, with weights or without.
     """
-    names = _NamesInModel(model)
+    names = NamesInModel(model)
     places = {}
     for file in weight_files(folder):
-        for key in _formats(file):
+        for key in floating_formats(file):
             name, converted = names.of(key)
             if not converted:
                 places[name] = (file, key)
     return places
-
-
-class _NamesInModel:
-    """Names in a model of the tensors in its files.
-
-    Args:
-        model: The model.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        steps = get_model_conversion_mapping(model)
-        self.renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-        self.converters = [step for step in steps if not isinstance(step, WeightRenaming)]
-        self.prefix, self.skeleton = model.base_model_prefix, model.state_dict()
-
-    def of(self, key: str) -> tuple[str, bool]:
-        """Return the name of a file's tensor, and whether loading converts it."""
-        name, converter = rename_source_key(key, self.renamings, self.converters, self.prefix, self.skeleton)
-        return name, converter is not None
 
 
 def chosen_formats(name: str, model: PreTrainedModel) -> StoredFormats:
@@ -141,7 +119,7 @@ def bytes_to_store(
         with safe_open(file, framework="pt") as opened:
             slices = [opened.get_slice(name) for name in opened.keys()]  # noqa: SIM118 - it is no dict
             for shape, kind in [(part.get_shape(), part.get_dtype()) for part in slices]:
-                own = _FLOATING.get(kind)
+                own = FLOATING.get(kind)
                 dtype = own if own is None or asked is None else DTYPES[asked]
                 if bits and own is not None and len(shape) == 2:
                     least = max(bits, 8) if shape[0] == vocabulary else bits
@@ -151,24 +129,18 @@ def bytes_to_store(
     return total
 
 
-def _formats(file: Path) -> dict[str, torch.dtype]:
-    """Return the number format of each floating tensor in a file; the scales of quantized weights are none of them."""
-    with safe_open(file, framework="pt") as opened:
-        names = opened.keys()
-        stored = {name: opened.get_slice(name).get_dtype() for name in names}
-    owners = {name for name, kind in stored.items() if kind in ("I8", "U8") and name.endswith(".weight")}
-    scales = {f"{owner.removesuffix('weight')}{leaf}" for owner in owners for leaf in ("scale", "absmax", "nested")}
-    scales |= {name for name in stored if name.rpartition(".")[0] in owners}  # of bitsandbytes
-    return {name: _FLOATING[kind] for name, kind in stored.items() if kind in _FLOATING and name not in scales}
-
-
 @torch.no_grad()
 def store_in(model: PreTrainedModel, formats: StoredFormats) -> None:
     """Convert the floating parameters and buffers of ``model`` to their stored formats, in place.
 
-    The tensors of quantized weights stay as they are.
+    The tensors of weights that are rounded stay as they are.
     """
-    kept = {id(t) for _, layer in quantized_layers(model) for t in layer.quantized_weight().tensors().values()}
+    kept = {
+        id(t)
+        for _, layer in quantized_layers(model)
+        if is_rounded(layer)
+        for t in layer.quantized_weight().tensors().values()
+    }
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point() and id(tensor) not in kept:
             tensor.data = tensor.data.to(formats.of(name))

@@ -25,7 +25,7 @@ from lorakeet.kernels.cpu.gemm import GEMV_TOKENS
 from lorakeet.lora.checks.direct_reads import was_watched
 from lorakeet.lora.model import LoraModel
 from lorakeet.patches.verify import Verifier, is_close
-from lorakeet.quant.protocol import has_quantized, is_hooked
+from lorakeet.quant.protocol import has_rounded, is_hooked
 
 #: Architectures of transformers whose ``…DecoderLayer`` the compiled loops implement.
 KNOWN = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -48,7 +48,7 @@ def fast_decode(model: nn.Module) -> Iterator[None]:
     """
     verifier, shared = Verifier(), Shared()
     replaced: list[nn.Module] = []
-    quantized = has_quantized(model)
+    quantized = has_rounded(model)
     try:
         for module in model.modules() if quantized and bindings.library() is not None else ():
             if is_known_layer(module) and "forward" not in module.__dict__:

@@ -111,7 +111,7 @@ class Layer:
         #: Floats of workspace for each text, before attention and after it.
         self.workspace_before, self.workspace_after = hidden + rank, wide + hidden + 2 * inner + rank
         self.struct = abi.Layer(
-            *map(_linear, linears),
+            *map(linear_struct, linears),
             *(abi.Norm(None, 0) if norm is None else abi.Norm(norm.weight.data_ptr(), norm.eps) for norm in norms),
             *(self.heads, narrow // dim, dim),
             scaling,
@@ -119,7 +119,8 @@ class Layer:
         self.address = ctypes.addressof(self.struct)
 
 
-def _linear(weights: LinearWeights) -> abi.Linear:
+def linear_struct(weights: LinearWeights) -> abi.Linear:
+    """Return the struct of a linear layer that C reads; its tensors must stay in memory."""
     weight, scale, bias, a, b, scaling, nested, packed, output = weights
     rank = 0 if a is None else len(a)
     tensors: tuple[Tensor | None, ...]

@@ -59,14 +59,14 @@ def keep_mask(seed: int, shape: torch.Size | tuple[int, ...], p: float, device: 
 
 def _hash(seed: int, count: int) -> Tensor:
     """Compute 32 bits for each index, int64 [count]; ``elementwise.c`` has the same hash."""
-    low, high = _halves(seed)
+    low, high = seed_halves(seed)
     bits = (torch.arange(count) + low) & _32_BITS
     bits = ((bits ^ (bits >> 16)) * 0x7FEB352D & _32_BITS) ^ high
     bits = (bits ^ (bits >> 15)) * 0x846CA68B & _32_BITS  # overflow beyond 64 bits does not reach the low 32
     return bits ^ (bits >> 16)
 
 
-def _halves(seed: int) -> tuple[int, int]:
+def seed_halves(seed: int) -> tuple[int, int]:
     """Mix the bits of a seed (splitmix64, Steele et al. 2014), so that close seeds differ in all; low, high half."""
     bits = seed + 0x9E3779B97F4A7C15 & _64_BITS
     bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
@@ -83,7 +83,7 @@ def dropout_reference(x: Tensor, mask: Tensor, p: float) -> Tensor:
 def dropped(x: Tensor, p: float, seed: int) -> Tensor:
     """Compute x · m / (1 - p) with the mask of ``seed``, without a gradient; x [...], floating."""
     if bindings.supports(x):
-        return bindings.dropout(x, None, dropped_levels(p), keep_scale(p), *_halves(seed))
+        return bindings.dropout(x, None, dropped_levels(p), keep_scale(p), *seed_halves(seed))
     return dropout_reference(x, keep_mask(seed, x.shape, p, x.device), p)
 
 
@@ -100,7 +100,7 @@ def plus_dropped(y: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
         [...] in y's memory, or a new tensor.
     """
     if bindings.supports(x, y) and x.shape == y.shape:
-        return bindings.dropout(x, y, dropped_levels(p), keep_scale(p), *_halves(seed))
+        return bindings.dropout(x, y, dropped_levels(p), keep_scale(p), *seed_halves(seed))
     return y + dropped(x, p, seed)
 
 

@@ -21,7 +21,7 @@ from lorakeet.kernels.cpu import bindings
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 #: Number of each activation in ``elementwise.c``; the others have no compiled kernel.
-_LOOPS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
+LOOPS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
 
 
 def gated_reference(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
@@ -54,8 +54,8 @@ class _Gated(torch.autograd.Function):
         ctx: Any, gate: Tensor, up: Tensor, activation: Activation, keep: torch.dtype
     ) -> Tensor:
         ctx.activation = activation
-        if activation in _LOOPS and bindings.supports(gate, up):
-            h, gate, up = bindings.gated(gate, up, _LOOPS[activation], keep == torch.bfloat16)
+        if activation in LOOPS and bindings.supports(gate, up):
+            h, gate, up = bindings.gated(gate, up, LOOPS[activation], keep == torch.bfloat16)
         else:
             h = _activate(gate, activation).mul_(up)
         ctx.save_for_backward(*(t if t.dtype == keep else t.to(keep) for t in (gate, up)))
@@ -64,9 +64,9 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
-        known = ctx.activation in _LOOPS and gate.dtype in (torch.float32, torch.bfloat16)
+        known = ctx.activation in LOOPS and gate.dtype in (torch.float32, torch.bfloat16)
         if known and bindings.supports(grad) and bindings.is_cpu_contiguous(gate, up):
-            return *bindings.gated_backward(grad, gate, up, _LOOPS[ctx.activation]), None, None
+            return *bindings.gated_backward(grad, gate, up, LOOPS[ctx.activation]), None, None
         gate, up = gate.to(grad.dtype), up.to(grad.dtype)
         dgate = _backward_(grad * up, gate, ctx.activation) if ctx.needs_input_grad[0] else None
         dup = _activate(gate, ctx.activation).mul_(grad) if ctx.needs_input_grad[1] else None

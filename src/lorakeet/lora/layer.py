@@ -251,7 +251,7 @@ class LoraLayer(AnswersAsPeft, LayerNames, VariantHost):
         weight, base = self.merged_weight(mine), self.base_layer
         tensors = base.quantized_weight().requantize(weight).tensors() if is_quantized(base) else {"weight": weight}
         for name, tensor in tensors.items():
-            self._replace_parameter(name, tensor)
+            self._replace_parameter(name, tensor, tensor.dtype if is_quantized(base) else None)
         for extra in map(self.bias_delta, mine):
             if extra is not None:
                 self._replace_parameter("bias", self.base_layer.bias + extra)
@@ -289,13 +289,13 @@ class LoraLayer(AnswersAsPeft, LayerNames, VariantHost):
         """Release the parameters that :meth:`unmerge_` would restore."""
         self.originals = {}
 
-    def _replace_parameter(self, name: str, value: Tensor) -> None:
+    def _replace_parameter(self, name: str, value: Tensor, dtype: torch.dtype | None = None) -> None:
         old = getattr(self.base_layer, name)
         self.originals.setdefault(name, old)
         setattr(
             self.base_layer,
             name,
-            nn.Parameter(value.detach().to(old.dtype).contiguous(), requires_grad=old.requires_grad),
+            nn.Parameter(value.detach().to(dtype or old.dtype).contiguous(), requires_grad=old.requires_grad),
         )
 
     def _get_name(self) -> str:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakeet.kernels.decoder_layer_training import TrainedLinear
 from lorakeet.kernels.decoder_step import LinearWeights, Update
 from lorakeet.kernels.dropout import dropout
 from lorakeet.kernels.lora_linear import lora_linear
@@ -38,7 +39,7 @@ from lorakeet.lora.initialization.taken_part import out_in, take_part, taken_par
 from lorakeet.lora.layer import ActiveAdapters, LoraLayer, noise
 from lorakeet.lora.variants import Variant
 from lorakeet.lora.variants.bdlora import BlockDiagonal
-from lorakeet.quant.protocol import dense_weight, is_hooked, is_quantized, weight_shape
+from lorakeet.quant.protocol import dense_weight, frozen_weights, is_hooked, is_quantized, weight_shape
 
 
 class LoraPair(LoraLayer):
@@ -220,6 +221,24 @@ class LoraLinear(LoraPair):
             return own
         update = self.decoder_update(adapters[0])
         return None if update is None else own._replace(**update._asdict())
+
+    def training_weights(self) -> TrainedLinear | None:
+        """Return the operands of the compiled training step, base and update; None where it cannot compute the layer."""
+        base, adapters = self._modules["base_layer"], self.acting
+        mixed = self.switch.enabled and self.switch.rows is not None
+        if self.merged_adapters or mixed or len(adapters) > 1 or self.fan_in_fan_out:
+            return None
+        own = None if is_hooked(base) else frozen_weights(base)  # type: ignore[arg-type]
+        if own is None or not adapters:
+            return None if taken_parts(self) else own
+        (adapter,) = adapters
+        variant = type(self.variants[adapter])
+        plain = variant.factors is Variant.factors and variant.output_scale is Variant.output_scale
+        if not plain or not self._can_fuse(adapter):
+            return None
+        a, b = (one._parameters["weight"] for one in self.pair(adapter))
+        p = self.dropout_probability(adapter) if self.training else 0.0
+        return own._replace(a=a, b=b, scaling=self.scaling[adapter], p=p)
 
     def decoder_update(self, adapter: str) -> Update | None:
         """Return the update that the compiled decoder step computes for an adapter; None for one that it cannot."""

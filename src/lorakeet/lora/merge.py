@@ -33,7 +33,7 @@ from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.lifecycle.merged import merged_names
 from lorakeet.lora.peft_names.own_switch import chosen_names, merged_here, switched_for_merge
 from lorakeet.lora.peft_names.words import MERGED_ALREADY, NO_BIAS_TO_MERGE
-from lorakeet.quant.protocol import is_quantized
+from lorakeet.quant.protocol import is_quantized, is_rounded
 
 #: Share of the adapter's effect. Largest accepted difference of the outputs beyond their own rounding: a merged weight that
 #: is formed wrongly differs by more, and sums in another order by far less.
@@ -297,7 +297,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _stored(layer: LoraLayer, store: Store | None) -> str:
     """Return the number format that a layer's merged weight is stored in."""
-    quantized = is_quantized(layer.base_layer)
+    quantized = is_rounded(layer.base_layer)
     own = layer.originals.get("weight", layer.base_layer.weight)
     return _dtype_name(own.dtype if quantized or store is None else store(own))
 

@@ -21,8 +21,10 @@ from lorakeet.kernels.frozen_linear import frozen_linear
 from lorakeet.kernels.glu import Activation, gated
 from lorakeet.kernels.rms_norm import rms_norm
 from lorakeet.kernels.rotary import rotary
+from lorakeet.patches.fused_decoder import ACTIVATIONS, fused_decoders
 from lorakeet.patches.verify import Verifier, same_output_and_gradient
-from lorakeet.quant.protocol import has_quantized
+from lorakeet.quant.half import HalfLinear
+from lorakeet.quant.protocol import has_rounded, quantized_layers
 
 # fmt: off
 #: Architectures of transformers whose ``…RMSNorm`` the kernel computes, and whether 1 is added to the weight.
@@ -45,13 +47,6 @@ ROTARY = (
 # fmt: on
 #: Function of transformers that rotates queries and keys, looked up by name in the module of each architecture.
 _ROTATE = "apply_rotary_pos_emb"
-_ACTIVATIONS: dict[str, Activation] = {
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-}
 #: Units of rounding (``eps`` of the dtype) by which output and gradient may differ from the module's own.
 _ROUNDINGS = 8
 
@@ -70,6 +65,9 @@ def fused_layers(model: nn.Module) -> Iterator[None]:
         for module, forward in _fused_forwards(model):
             replaced.append((module, module.__dict__.get("forward")))
             module.forward = forward
+        for layer, forward in list(fused_decoders(model)):  # compared with their modules as these compute now
+            replaced.append((layer, None))
+            layer.forward = _in_training(layer, forward)
         yield
     finally:
         for module, own in replaced:
@@ -99,13 +97,15 @@ def _fused(module: nn.Module) -> Forward | None:
     """Return the fused forward of a module of a known class of transformers; None for all others."""
     if type(module) is nn.Linear:
         return functools.partial(_frozen_linear, module) if _is_frozen_on_cpu(module) else None
+    if isinstance(module, HalfLinear):
+        return module.fused_forward if _is_frozen_on_cpu(module) else None
     if not type(module).__module__.startswith("transformers.models."):
         return None
     name = type(module).__name__
     if name.endswith("RMSNorm") and name.removesuffix("RMSNorm") in NORMS:
         return functools.partial(_norm, module, NORMS[name.removesuffix("RMSNorm")])
     if name.endswith("MLP") and name.removesuffix("MLP") in GATED:
-        activation = _ACTIVATIONS.get(type(module.act_fn).__name__)
+        activation = ACTIVATIONS.get(type(module.act_fn).__name__)
         return None if activation is None else functools.partial(_feed_forward, module, activation)
     return _with_fused_rotary(module) if _rotates(module) else None
 
@@ -133,7 +133,7 @@ def _keep_bf16(module: nn.Module, fused: Forward) -> Forward:
 
     The rounding error of bf16 is far below the error that the weights' rounding causes in the gradient.
     """
-    is_quantized = hasattr(module, "act_fn") and has_quantized(module)
+    is_quantized = hasattr(module, "act_fn") and has_rounded(module)
     return functools.partial(fused, keep=torch.bfloat16) if is_quantized else fused
 
 
@@ -219,8 +219,9 @@ def _same(module: nn.Module, fused: Forward) -> bool:
     if hasattr(module, "hidden_size"):
         width: Any = module.hidden_size
     else:
-        width = like.shape[1] if type(module) is nn.Linear else like.shape[0]
-    dtype = like.dtype if like.is_floating_point() else torch.float32
+        width = like.shape[1] if isinstance(module, (nn.Linear, HalfLinear)) else like.shape[0]
+    own = like.dtype if like.is_floating_point() else torch.float32
+    dtype = next((layer.dtype for _, layer in quantized_layers(module) if layer.exact), own)
     x = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(like.device, dtype)
     try:
         return same_output_and_gradient(module.forward, fused, x, _ROUNDINGS)

@@ -9,6 +9,7 @@ What a pass keeps, and which layers have to be checkpointed so that it fits, is 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -71,6 +72,36 @@ def gradient_checkpointing(model: nn.Module, every: int = 1) -> Iterator[None]:
             module.gradient_checkpointing = before
 
 
+class _Recomputation(threading.local):
+    """Whether this thread runs a checkpointed layer again, so that the backward pass has what the first run did not keep."""
+
+    active = False
+
+
+_recomputation = _Recomputation()
+
+
+def is_recomputing() -> bool:
+    """Whether the layer that runs is run again for the backward pass, which does not read its output."""
+    return _recomputation.active
+
+
+def _marked(layer: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a layer whose second and later runs are recomputations."""
+    runs = 0
+
+    def run(*args: Any, **settings: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        before, _recomputation.active = _recomputation.active, runs > 1
+        try:
+            return layer(*args, **settings)
+        finally:
+            _recomputation.active = before
+
+    return run
+
+
 class _InputBuffer:
     """The inputs of checkpointed layers on a CPU, in one buffer.
 
@@ -84,7 +115,7 @@ class _InputBuffer:
         """Call ``checkpoint(layer, *args)`` with the first argument copied into the buffer."""
         if args and torch.is_tensor(args[0]) and args[0].is_cpu and args[0].is_contiguous():
             args = (_CopyToBuffer.apply(args[0], self), *args[1:])
-        return checkpoint(layer, *args, **settings)
+        return checkpoint(_marked(layer), *args, **settings)
 
     def allocate(self, x: Tensor) -> Tensor:
         """Return an empty tensor like x; the buffer of a pass is freed with the last tensor in it."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from lorakeet.config import TrainSettings
 from lorakeet.log import info
+from lorakeet.patches.fused_decoder import why_unfused
 from lorakeet.patches.fused_layers import fused_layers
 from lorakeet.patches.fused_loss import fused_loss
 from lorakeet.patches.padding_free import padding_free, why_padded
@@ -26,4 +27,6 @@ def training_patches(model: nn.Module, train: TrainSettings) -> Iterator[None]:
             patches.enter_context(fused_loss(model))
         if train.fused_layers:
             patches.enter_context(fused_layers(model))
+            if reason := why_unfused(model):
+                info(f"layers     are computed module by module: {reason}")
         yield

@@ -12,8 +12,9 @@ from lorakeet.kernels.cpu import features
 from lorakeet.kernels.cpu.features import Feature
 from lorakeet.kernels.fixed_order import fixed_order
 from lorakeet.log import info
+from lorakeet.quant.protocol import computing_dtypes
 
-_HALF = (torch.bfloat16, torch.float16)
+_HALF = {torch.bfloat16, torch.float16}
 
 
 @contextmanager
@@ -22,7 +23,7 @@ def in_fixed_order(model: nn.Module) -> Iterator[None]:
     if not any(p.is_cpu for p in model.parameters()):
         yield
         return
-    with fixed_order(half_precision=any(p.dtype in _HALF for p in model.parameters())):
+    with fixed_order(half_precision=bool(computing_dtypes(model) & _HALF)):
         yield
 
 
@@ -30,7 +31,7 @@ def why_threads_matter(model: nn.Module) -> str | None:
     """Return why the bits of a model on a CPU may depend on the number of threads, in half a sentence; None if not."""
     if not any(p.is_cpu for p in model.parameters()):
         return None
-    if any(p.dtype in _HALF for p in model.parameters()):
+    if bool(computing_dtypes(model) & _HALF):
         return "torch's products in half precision choose their blocks by it"
     if not features.has(Feature.AVX2):
         return "without AVX2 or a C compiler torch's products choose their blocks by it"

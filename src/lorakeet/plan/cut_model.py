@@ -18,13 +18,17 @@ from transformers import PreTrainedModel
 
 from lorakeet.adapter.peft_model import PeftModel, get_peft_model
 from lorakeet.base.architectures import AUTO_CLASSES, own_class
+from lorakeet.base.checkpoint_files import weight_files
 from lorakeet.base.config_checks import skeleton
-from lorakeet.base.device_dtype import choose_device, choose_dtype
+from lorakeet.base.device_dtype import choose_device, choose_dtype, keeps_halves
 from lorakeet.base.load import Base, ModelInfo
-from lorakeet.config import QUANTIZED_FORMATS, RunConfig
+from lorakeet.base.source import find_source, local_folder
+from lorakeet.config import QUANTIZED_FORMATS, BaseSettings, RunConfig
+from lorakeet.errors import BaseModelError
 from lorakeet.log import silent
 from lorakeet.patches.gradient_checkpointing import checkpointable_layers
 from lorakeet.plan.pass_cost import Part
+from lorakeet.quant.half_loading import half_layers, put_halves_, stored_names
 from lorakeet.quant.hf_quantizer import FORMATS, own_bits, reads_layout
 from lorakeet.quant.layer_selection import layers_to_quantize
 from lorakeet.quant.protocol import QuantizedWeight
@@ -62,6 +66,8 @@ def whole_model(config: RunConfig, found: ModelInfo, task: Task) -> PeftModel:
         fresh = _fresh(model)
         if bits in QUANTIZED_FORMATS:
             _quantize(model, fresh, FORMATS[QUANTIZED_FORMATS[bits]], not foreign)
+        elif stored is None:
+            _keep_halves(model, config.base, device)
         base = Base(model, found.tokenizer, found.name, dtype, device, fresh)
         return get_peft_model(model, adapter_config(config, base, task))
 
@@ -77,6 +83,16 @@ def _quantize(model: PreTrainedModel, fresh: Sequence[str], form: QuantizedForma
     chosen = {name: layer for name, layer in found.items() if f"{name}.weight" not in fresh}
     replace_layers_(model, chosen, QuantizedFormat(placeholder, form.layer, form.placeholder))
     tie_tensors(model, chosen)
+
+
+def _keep_halves(model: PreTrainedModel, settings: BaseSettings, device: torch.device) -> None:
+    """Put layers in 16 bits in place of those whose weights loading would leave so."""
+    try:
+        folder = local_folder(find_source(settings.model, settings.revision), settings.trust_remote_code)
+    except BaseModelError:  # a configuration without a model
+        return
+    if keeps_halves(settings, device, folder):
+        put_halves_(model, half_layers(model, stored_names(model, weight_files(folder))))
 
 
 def _fresh(model: PreTrainedModel) -> tuple[str, ...]:

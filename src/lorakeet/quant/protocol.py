@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from lorakeet.kernels.decoder_layer_training import TrainedLinear
 from lorakeet.kernels.decoder_step import LinearWeights
 
 
@@ -76,12 +77,14 @@ class QuantizedLayer(nn.Module):
 
     Attributes:
         bits: Bits of a stored value, for messages.
+        exact: Whether the values are those of the base's files: a format that only saves memory, and computes in fp32.
         dtype: The dtype of the layer before it was quantized; the layer computes in it.
         transposed: Whether that layer stored its weight as [in, out]; a quantized weight never is.
         bias: [out] in ``dtype``, or None.
     """
 
     bits: int = 0
+    exact: bool = False
     dtype: torch.dtype
     transposed: bool = False
 
@@ -127,9 +130,22 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
             yield name, module
 
 
-def has_quantized(model: nn.Module) -> bool:
-    """Whether any layer in ``model``, or ``model`` itself, is quantized."""
-    return any(map(is_quantized, model.modules()))
+def is_rounded(module: nn.Module | None) -> bool:
+    """Whether ``module`` holds its weight in a quantized format that has rounded it."""
+    return is_quantized(module) and not module.exact
+
+
+def has_rounded(model: nn.Module) -> bool:
+    """Whether any layer in ``model``, or ``model`` itself, has a weight that was rounded."""
+    return any(map(is_rounded, model.modules()))
+
+
+def computing_dtypes(model: nn.Module) -> set[torch.dtype]:
+    """Return the floating dtypes that a model computes in: those of its parameters, and not those of stored weights."""
+    layers = [layer for _, layer in quantized_layers(model)]
+    stored = {id(tensor) for layer in layers for tensor in layer.quantized_weight().tensors().values()}
+    plain = {p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in stored}
+    return plain | {layer.dtype for layer in layers}
 
 
 def quantized_bytes(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
@@ -194,6 +210,14 @@ def dequantized_copy(module: nn.Module) -> nn.Module:
     for name, inner in list(quantized_layers(made)):
         made.set_submodule(name, inner.dequantized())
     return made
+
+
+def frozen_weights(layer: nn.Module) -> TrainedLinear | None:
+    """Return the operands of a linear layer in the compiled training step: plain, or in 8 bits; None for any other."""
+    if type(layer) is nn.Linear:
+        return TrainedLinear(layer.weight, None, layer.bias)
+    own = layer.decoder_weights() if is_quantized(layer) else None
+    return None if own is None or own.packed is not None else TrainedLinear(*own[:3])
 
 
 def is_hooked(layer: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from lorakeet.quant.half import widen_
 from lorakeet.quant.hf_quantizer import (
     CONFIGS,
     FORMATS,
@@ -42,6 +43,7 @@ def quantize_(model: PreTrainedModel, keep: Iterable[str] = (), embeddings: bool
     if other := foreign_method(getattr(model.config, "quantization_config", None)):
         raise foreign_method_error("this base", other)
     config: Any = CONFIGS[form](embeddings, keep)
+    widen_(model)
     chosen = {
         name: layer
         for name, layer in layers_to_quantize(model, embeddings, config.modules_to_not_convert).items()

@@ -1,4 +1,7 @@
-"""``resize_token_embeddings`` for a model whose embedding or head is quantized: old rows keep their bytes."""
+"""``resize_token_embeddings`` for a model whose embedding or head is quantized: old rows keep their bytes.
+
+A vocabulary in 16 bits becomes fp32, since a new row is a mean, which has no 16 bits of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lorakeet.errors import BaseModelError
+from lorakeet.quant.half import HalfEmbedding, HalfLinear, widen_
 from lorakeet.quant.int8 import INT8
 from lorakeet.quant.layer_selection import vocabulary_layers
-from lorakeet.quant.protocol import QuantizedLayer, is_quantized
+from lorakeet.quant.protocol import QuantizedLayer, is_rounded
 from lorakeet.quant.replace import replace_layers_
 
 
@@ -22,9 +26,23 @@ def enable_resizing(model: PreTrainedModel) -> None:
         model.resize_token_embeddings = functools.partial(resize, model)
 
 
+def enable_resizing_of_halves(model: PreTrainedModel) -> None:
+    """Make ``model.resize_token_embeddings`` widen the vocabulary first, where it is in 16 bits."""
+    if any(isinstance(model.get_submodule(name), (HalfLinear, HalfEmbedding)) for name in vocabulary_layers(model)):
+        model.resize_token_embeddings = functools.partial(_resize_widened, model)
+
+
+@torch.no_grad()
+def _resize_widened(model: PreTrainedModel, *args: Any, **settings: Any) -> nn.Embedding:
+    widen_(model, vocabulary_layers(model))
+    del model.resize_token_embeddings
+    resized: nn.Embedding = model.resize_token_embeddings(*args, **settings)
+    return resized
+
+
 def _quantized_vocabulary(model: PreTrainedModel) -> dict[str, QuantizedLayer]:
     layers = {name: model.get_submodule(name) for name in vocabulary_layers(model)}
-    return {name: layer for name, layer in layers.items() if is_quantized(layer)}
+    return {name: layer for name, layer in layers.items() if is_rounded(layer)}
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from lorakeet.errors import DataError
 from lorakeet.patches.fused_loss import fused_loss
 from lorakeet.patches.padding_free import is_padding_free, padding_free, why_padded
 from lorakeet.patches.thread_order import in_fixed_order
+from lorakeet.quant.protocol import computing_dtypes
 from lorakeet.rng import same_random_state
 from lorakeet.tasks.measure import Measure, Sums, measure_for
 from lorakeet.tasks.task import Task
@@ -205,8 +206,8 @@ def _scorer(model: nn.Module, measure: Measure, tokenizer: Any) -> Callable[[lis
 
 
 def autocast_of(model: nn.Module, device: torch.device) -> Any:
-    """Return the autocast of a training on this model: bf16 or fp16 where a weight has that type."""
-    half = {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}
+    """Return the autocast of a training on this model: bf16 or fp16 where a layer computes in it."""
+    half = computing_dtypes(model) & {torch.bfloat16, torch.float16}
     return torch.autocast(device.type, dtype=half.pop()) if len(half) == 1 else nullcontext()
 
 

@@ -25,7 +25,7 @@ from lorakeet.log import info
 from lorakeet.patches.causal_loss import count_targets, shifts_labels
 from lorakeet.patches.fused_loss import computes_logits
 from lorakeet.patches.padding_free import is_padding_free
-from lorakeet.quant.protocol import has_quantized
+from lorakeet.quant.protocol import computing_dtypes, has_rounded
 from lorakeet.rng import same_random_state
 from lorakeet.train.step_state import Batch, StepHost
 
@@ -58,7 +58,7 @@ def default_token_budget(model: nn.Module, device: torch.device, micro_batch_tok
     """
     if device.type != "cpu":
         return micro_batch_tokens
-    return min(micro_batch_tokens, CPU_BUDGET_QUANTIZED if has_quantized(model) else CPU_BUDGET)
+    return min(micro_batch_tokens, CPU_BUDGET_QUANTIZED if has_rounded(model) else CPU_BUDGET)
 
 
 def can_join(batch: Batch, has_padding_token: bool = True) -> bool:
@@ -273,7 +273,7 @@ class ForwardGroups:
         total = sum(loss * count for loss, count in zip(losses, counts, strict=True) if count)
         mean = total / max(sum(counts), 1)
         half = args.bf16 or args.fp16
-        exact = not half and all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+        exact = not half and not has_rounded(model) and computing_dtypes(model) <= {torch.float32, torch.float64}
         return abs(together - mean) <= (1e-4 if exact else 2e-2) * (abs(mean) + 0.1)  # bf16 rounds a loss to 0.4 %
 
     def _largest_sizes(self, batches: Sequence[Batch]) -> list[list[int]]:

@@ -22,6 +22,7 @@ TESTS = (
     "kernels/int8/test_amx.py",
     *(
         "kernels/test_frozen_linear.py",
+        "kernels/test_half_linear.py",
         "kernels/nf4/test_nf4_linear.py",
         "kernels/test_linear_cross_entropy.py",
         "kernels/attention/test_segment.py",

@@ -101,12 +101,12 @@ def backward(
 
 def _samples(lengths: tuple[int, ...]) -> tuple[int, int, int]:
     """Return the addresses of the samples' starts and lengths, and the number of samples."""
-    starts, counts = _tensors(lengths)
+    starts, counts = sample_tensors(lengths)
     return starts.data_ptr(), counts.data_ptr(), len(lengths)
 
 
 @lru_cache(maxsize=64)
-def _tensors(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def sample_tensors(lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return int64 starts and lengths (cached: all layers of a step ask for the same ones)."""
     counts = torch.tensor(lengths, dtype=torch.int64)
     return counts.cumsum(0) - counts, counts

@@ -21,6 +21,10 @@ MAX_HEAD_WIDTH, HEAD_STEP = 128, 16
 LINEARS = 7
 #: Tokens of a page are a multiple of this (``paged_attention.c``).
 PAGE_STEP = 16
+#: Products of an int8 weight in training: 16-bit gradients, 8-bit ones, or these in tiles of AMX.
+PAIRS, VNNI, AMX = 0, 1, 2
+#: Kinds of work of a decoder layer in training whose time C measures, in its order (``training.h``).
+WORK = ("product", "gradient", "rounding", "low_rank", "attention", "elementwise")
 #: The sixteen values of NF4, by code (QLoRA, appendix E); ``nf4.h`` has them too.
 NF4_VALUES = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
@@ -37,6 +41,10 @@ CONSTANTS = {
     "LK_HEAD_STEP": HEAD_STEP,
     "LK_LINEARS": LINEARS,
     "LK_PAGE_STEP": PAGE_STEP,
+    "LK_PAIRS": PAIRS,
+    "LK_VNNI": VNNI,
+    "LK_AMX": AMX,
+    "LK_WORK": len(WORK),
 }
 
 _POINTER, _SIZE, _INT, _FLOAT, _UINT32 = (
@@ -109,6 +117,31 @@ class Attention(ctypes.Structure):
     ]
 
 
+class TrainedLinear(ctypes.Structure):
+    """``lk_trained_linear``: a frozen linear layer whose low-rank update may learn."""
+
+    _fields_ = [
+        ("linear", Linear),
+        *[(name, _POINTER) for name in ("da", "db")],
+        *[(name, _UINT32) for name in ("low", "high", "levels")],
+        ("keep", _FLOAT),
+        *[(name, _INT) for name in ("learns", "product")],
+    ]
+
+
+class TrainingLayer(ctypes.Structure):
+    """``lk_training_layer``: a decoder layer of the Llama family in training."""
+
+    _fields_ = [
+        ("linears", TrainedLinear * LINEARS),
+        *[(name, Norm) for name in ("before", "after")],
+        ("attention", Attention),
+        *[(name, _POINTER) for name in ("x", "cosine", "sine", "starts", "lengths", "packed", "seconds")],
+        *[(name, _SIZE) for name in ("n", "samples")],
+        *[(name, _INT) for name in ("activation", "narrow")],
+    ]
+
+
 #: Structs of ``abi.h`` by their names there.
 STRUCTS = {
     "lk_linear": Linear,
@@ -118,9 +151,11 @@ STRUCTS = {
     "lk_paged": Paged,
     "lk_heads": Heads,
     "lk_attention": Attention,
+    "lk_trained_linear": TrainedLinear,
+    "lk_training_layer": TrainingLayer,
 }
 
-_HEADS, _ATTENTION = ctypes.POINTER(Heads), ctypes.POINTER(Attention)
+_HEADS, _ATTENTION, _TRAINING = map(ctypes.POINTER, (Heads, Attention, TrainingLayer))
 _SAMPLES = [_POINTER, _POINTER, _SIZE]
 
 #: Arguments of every function that returns nothing.
@@ -150,8 +185,12 @@ ARGUMENTS: dict[str, list[Any]] = {
     "lk_pack_a8_amx": [_POINTER] * 4 + [_SIZE] * 2 + [_INT],
     "lk_gemm_w8a8_amx_dgrad": [_POINTER] * 5 + [_SIZE] * 3,
     "lk_gemm_f32": [_POINTER] * 5 + [_SIZE] * 3 + [_INT] * 3,
+    "lk_gemm_half": [_POINTER] * 5 + [_SIZE] * 3 + [_INT] * 2,
+    "lk_gemv_half": [_POINTER] * 4 + [_SIZE] * 3 + [_INT],
     "lk_gemv_nf4": [_POINTER] * 6 + [_SIZE] * 3,
     "lk_gemm_nf4": [_POINTER] * 7 + [_SIZE] * 3 + [_INT],
+    "lk_training_forward": [_TRAINING] + [_POINTER] * 3,
+    "lk_training_backward": [_TRAINING] + [_POINTER] * 4,
 }
 #: Arguments of every function that returns a size.
 SIZE_ARGUMENTS: dict[str, list[Any]] = {
@@ -165,8 +204,11 @@ SIZE_ARGUMENTS: dict[str, list[Any]] = {
     "lk_packed_a16_amx_size": [_SIZE] * 2,
     "lk_packed_a8_amx_groups": [_SIZE] * 2,
     "lk_packed_f32_size": [_SIZE],
+    "lk_training_kept": [_TRAINING],
+    "lk_training_packed": [_TRAINING],
+    "lk_training_workspace": [_TRAINING, _INT],
 }
-_AVX2_PREFIXES = ("lk_gemm", "lk_gemv_w8a16", "lk_pack", "lk_paged", "lk_outlier")
+_AVX2_PREFIXES = ("lk_gemm", "lk_gemv_w8a16", "lk_gemv_half", "lk_pack", "lk_paged", "lk_outlier", "lk_training")
 #: Functions that the library has on processors with AVX2 only.
 AVX2_FUNCTIONS = frozenset(name for name in (*ARGUMENTS, *SIZE_ARGUMENTS) if name.startswith(_AVX2_PREFIXES))
 

@@ -33,6 +33,40 @@ def transient_empty(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(count + STEP * (steps - next(_turn) % steps) // size).resize_(shape)
 
 
+class BufferPool:
+    """CPU buffers that are used again as soon as no tensor refers to them, so that passes take no new memory from the system.
+
+    A buffer counts as free by the number of references to its storage. So tensors that autograd has saved keep theirs,
+    whatever becomes of the pass. Inside of a dispatch mode, as in one that counts bytes, every tensor is new.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+        self._lock = threading.Lock()
+
+    def empty(self, count: int) -> Tensor:
+        """Return an uninitialized fp32 tensor [count]; a free buffer that is too small makes room for a larger one."""
+        if torch._C._len_torch_dispatch_stack():
+            return torch.empty(count, dtype=torch.float32)
+        with self._lock:
+            free = [buffer for buffer in self._buffers if _references(buffer) == 1]
+            fitting = min((b for b in free if b.numel() >= count), key=Tensor.numel, default=None)
+            if fitting is None:
+                if free:
+                    small = min(free, key=Tensor.numel)
+                    self._buffers = [buffer for buffer in self._buffers if buffer is not small]
+                    del small, free
+                fitting = torch.empty(count, dtype=torch.float32)
+                self._buffers.append(fitting)
+            return fitting[:count]
+
+
+def _references(buffer: Tensor) -> int:
+    """Count the tensors that refer to the storage of a buffer."""
+    storage = buffer.untyped_storage()
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1  # without ``storage`` itself
+
+
 class _Workspace(threading.local):
     """Scratch memory of one thread; it grows and is never freed."""
 

@@ -6,6 +6,7 @@ milliseconds. Its result is kept beside the library, for each machine that uses 
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 from collections.abc import Callable, Iterator
@@ -160,6 +161,32 @@ def _f32(library: Any) -> Iterator[float]:
             yield _error(h, x.astype(float) @ (m.T if transposed else m) + bias, EXACT)
 
 
+def _half(many: bool) -> Callable[[Any], Iterator[float]]:
+    """Return the check of a weight in bf16 and in fp16 by few or by many tokens, whose gradient is checked too."""
+
+    def errors(library: Any) -> Iterator[float]:
+        for (n, out, inner), bf16 in itertools.product(SHAPES, (0, 1)):
+            weight, bias = _normal((out, inner), 9), _normal(out, 5)
+            bits = (
+                (weight.view(np.uint32) >> 16).astype(np.uint16) if bf16 else weight.astype(np.float16).view(np.uint16)
+            )
+            wide = (bits.astype(np.uint32) << 16).view(np.float32) if bf16 else bits.view(np.float16)
+            exact = wide.astype(float)
+            if not many:
+                x, h = _normal((7, inner), 1), _empty((7, out))
+                _call(library, "lk_gemv_half", x, bits, bias, h, 7, out, inner, bf16)
+                yield _error(h, x.astype(float) @ exact.T + bias, EXACT)
+                continue
+            strips = _empty(library.lk_packed_f32_size(n))
+            x, h, g, dx = _normal((n, inner), 1), _empty((n, out)), _normal((n, out), 8), _empty((n, inner))
+            _call(library, "lk_gemm_half", x, bits, bias, strips, h, n, inner, out, 1, bf16)
+            yield _error(h, x.astype(float) @ exact.T + bias, EXACT)
+            _call(library, "lk_gemm_half", g, bits, None, strips, dx, n, out, inner, 0, bf16)
+            yield _error(dx, g.astype(float) @ exact, EXACT)
+
+    return errors
+
+
 def _nf4(many: bool) -> Callable[[Any], Iterator[float]]:
     """Return the check of an NF4 weight by few or by many tokens, whose gradient is checked too."""
 
@@ -192,6 +219,8 @@ PRODUCTS = (
     Product("gemm_w8a16", "avx2", _forward()),
     Product("gemm_w8a16_dgrad", "avx2", _gradient_in_16_bits),
     Product("gemm_f32", "avx2", _f32),
+    Product("gemm_half", "avx2", _half(many=True)),
+    Product("gemv_half", "avx2", _half(many=False)),
     Product("gemm_nf4", "avx2", _nf4(many=True)),
     Product("gemm_w8a8_grouped_dgrad", "vnni", _gradient_in_8_bits(tiles=False)),
     Product("gemm_w8a16_amx", "amx", _forward("_amx")),

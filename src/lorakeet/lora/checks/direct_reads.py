@@ -151,7 +151,14 @@ def watched_calls(model: Any) -> Iterator[None]:
         model: A :class:`~lorakeet.lora.model.LoraModel`.
     """
     called: set[int] = set()
-    handle = register_module_forward_pre_hook(lambda module, _: called.add(id(module)))
+
+    def note(module: nn.Module, _: Any) -> None:
+        called.add(id(module))
+
+    note.__dict__["counts_calls"] = (
+        True  # and reads no input: a layer that computes its modules as one may call it for each
+    )
+    handle = register_module_forward_pre_hook(note)
     try:
         yield
     finally:

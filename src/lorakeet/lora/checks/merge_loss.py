@@ -18,7 +18,7 @@ from lorakeet.errors import MergeError
 from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.modules_to_save import SavedModule
 from lorakeet.lora.peft_names.words import BROKEN
-from lorakeet.quant.protocol import dense_weight, is_quantized, weight_dtype
+from lorakeet.quant.protocol import dense_weight, is_quantized, is_rounded, weight_dtype
 
 #: Share of an update. From here on the rounding error has more than a quarter of the update's energy (0.5²). A merge that
 #: takes more is refused by the command and told loudly in memory (measured in docs/lab.md).
@@ -117,8 +117,10 @@ def _norms(before: Tensor, after: Tensor, update: Tensor) -> tuple[float, float,
 
 def _stored(layer: LoraLayer, name: str, store: Store | None) -> torch.dtype:
     """Return the number format that a merged layer's weight or bias will be stored in."""
-    if is_quantized(layer.base_layer) and name == "weight":
+    if is_rounded(layer.base_layer) and name == "weight":
         return torch.float32  # measured in the values that its tensors stand for
+    if is_quantized(layer.base_layer) and name == "weight" and store is None:
+        return weight_dtype(layer.base_layer)
     own: Tensor = layer.originals.get(name, getattr(layer.base_layer, name))
     return own.dtype if store is None else store(own)
 
@@ -128,7 +130,7 @@ def round_merged(layers: Iterable[LoraLayer], store: Store) -> None:
     for layer in layers:
         for name in layer.originals:
             parameter = getattr(layer.base_layer, name)
-            if parameter.is_floating_point() and not is_quantized(layer.base_layer):
+            if parameter.is_floating_point() and not is_rounded(layer.base_layer):
                 parameter.data = parameter.data.to(_stored(layer, name, store)).to(parameter.dtype)
 
 

@@ -16,7 +16,7 @@ from lorakeet.facts.padding import padding_token
 from lorakeet.facts.vocabulary import embedding_rows
 from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.target_parameters import LoraParameter
-from lorakeet.quant.protocol import is_quantized, weight_dtype
+from lorakeet.quant.protocol import is_quantized, is_rounded, weight_dtype
 
 #: Share of the largest output. Rounding error of the outputs of a whole model, by the number format that it computes in:
 #: about 100 times the format's own, for its many sums. In other formats outputs are reported but not judged.
@@ -46,7 +46,7 @@ class Probe:
 
 
 def _noise(layer: LoraLayer) -> float | None:
-    return None if is_quantized(layer.base_layer) else OUTPUT_NOISE.get(weight_dtype(layer.base_layer))
+    return None if is_rounded(layer.base_layer) else OUTPUT_NOISE.get(weight_dtype(layer.base_layer))
 
 
 def _widened(output: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.initialization.pissa import principal_pair
 from lorakeet.lora.initialization.taken_part import one_thread, out_in, set_weight
 from lorakeet.quant.hf_quantizer import FORMATS
-from lorakeet.quant.protocol import dense_weight, is_quantized
+from lorakeet.quant.protocol import dense_weight, is_rounded
 
 
 def linear_layers(model: nn.Module, adapter: str) -> dict[str, Any]:
@@ -54,10 +54,10 @@ def start_from_quantized(model: nn.Module, adapter: str, config: PeftConfig, fre
         known = " or ".join(map(str, QUANTIZED_FORMATS))
         raise ConfigError(f"loftq_config has {bits} bits and {steps} iterations, expected {known} bits and at least 1")
     layers = linear_layers(model, adapter).values()
-    if fresh and any(is_quantized(layer.base_layer) and not layer.base_layer.weight.is_meta for layer in layers):
+    if fresh and any(is_rounded(layer.base_layer) and not layer.base_layer.weight.is_meta for layer in layers):
         warn("the base is quantized already: replace_lora_weights_loftq(model) reads its full weights for LoftQ")
     for layer in layers:
-        if is_quantized(layer.base_layer) or layer.base_layer.weight.is_meta:
+        if is_rounded(layer.base_layer) or layer.base_layer.weight.is_meta:
             continue
         with one_thread():
             weight = out_in(layer, dense_weight(layer.base_layer, torch.float32)).contiguous()
@@ -91,7 +91,7 @@ def start_from_loss(
     Raises:
         AdapterError: No adapted layer is quantized.
     """
-    layers = {n: layer for n, layer in linear_layers(model, adapter).items() if is_quantized(layer.base_layer)}
+    layers = {n: layer for n, layer in linear_layers(model, adapter).items() if is_rounded(layer.base_layer)}
     if not layers:
         raise AdapterError(
             "no adapted layer of this base is quantized, so LoftQ has nothing to make up for", "load it with bits=8"

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lorakeet.log import info
 from lorakeet.lora.initialization.olora import orthonormal_pair
 from lorakeet.lora.initialization.pissa import principal_pair
-from lorakeet.quant.protocol import dense_weight, is_quantized
+from lorakeet.quant.protocol import dense_weight, is_quantized, is_rounded
 
 #: Name of the table of taken parts in a layer; it exists in layers that have some.
 TABLE = "lora_taken"
@@ -115,7 +115,7 @@ def take_out(layer: Any, adapter: str, lora_A: Tensor, lora_B: Tensor, scaling: 
 def tell_rounding(model: nn.Module, adapter: str) -> None:
     """Log what a quantized base loses by storing the rest of its weights again."""
     layers: list[Any] = [layer for layer in model.modules() if adapter in taken_parts(layer)]
-    if lost := [taken_parts(layer)[adapter].rounding for layer in layers if is_quantized(layer.base_layer)]:
+    if lost := [taken_parts(layer)[adapter].rounding for layer in layers if is_rounded(layer.base_layer)]:
         info(
             f"the weights of {len(lost)} quantized layers are rounded again without the part that adapter {adapter!r} took: "
             f"they move by up to {max(lost):.2%} of their norm"
@@ -188,7 +188,7 @@ def set_weight(layer: Any, weight: Tensor) -> None:
         tensors = {"weight": weight.T if layer.fan_in_fan_out else weight}
     for name, tensor in tensors.items():
         old = getattr(base, name)
-        new = tensor.to(old.dtype).contiguous()
+        new = tensor if is_quantized(base) else tensor.to(old.dtype).contiguous()
         setattr(base, name, nn.Parameter(new, requires_grad=old.requires_grad))
 
 

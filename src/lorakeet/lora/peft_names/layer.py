@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lorakeet.errors import MergeError
 from lorakeet.lora.peft_names.own_switch import SwitchNames
 from lorakeet.lora.peft_names.words import BROKEN
+from lorakeet.quant.protocol import weight_dtype
 
 
 class LiveTable(Mapping[str, Any]):
@@ -56,7 +57,7 @@ class LayerNames(SwitchNames):
 
     def get_delta_weight(self: Any, adapter: str) -> Tensor:
         """Return what merging adds to the weight."""
-        return self.delta(adapter).to(self.base_layer.weight.dtype)
+        return self.delta(adapter).to(weight_dtype(self.base_layer))
 
     @property
     def in_features(self: Any) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 
 from lorakeet.lora.layer import LoraLayer
 from lorakeet.lora.modules_to_save import SavedModule
-from lorakeet.quant.protocol import is_quantized
+from lorakeet.quant.protocol import is_rounded
 
 Irregular = Literal["irregular"]
 
@@ -111,7 +111,7 @@ def _status(name: str, part: Any) -> LayerStatus:
 
 
 def _backend(base: Any) -> str | None:
-    return type(base).__name__ if isinstance(base, nn.Module) and is_quantized(base) else None
+    return type(base).__name__ if isinstance(base, nn.Module) and is_rounded(base) else None
 
 
 def model_status(model: Any) -> ModelStatus:

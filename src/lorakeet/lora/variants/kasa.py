@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lorakeet.errors import ConfigError
 from lorakeet.lora.initialization.taken_part import one_thread, out_in, take_out, whole_weight
 from lorakeet.lora.variants.variant import AdaptedLayer, Variant
-from lorakeet.quant.protocol import is_quantized
+from lorakeet.quant.protocol import is_rounded
 
 DIAGONAL = "lora_diag"
 
@@ -59,7 +59,7 @@ class Kasa(Variant):
         return f"kasa_config with init_lora_weights={how!r}, expected true or false" if isinstance(how, str) else None
 
     def unsupported(self, target: nn.Module | nn.Parameter) -> str | None:
-        if isinstance(target, nn.Module) and is_quantized(target):
+        if isinstance(target, nn.Module) and is_rounded(target):
             return "is quantized, and KaSA takes less out of a weight than its rounding"
         return super().unsupported(target) or self.not_linear(target)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorakeet.kernels.weight_norm import channel_norms
 from lorakeet.lora.variants.variant import AdaptedLayer
-from lorakeet.quant.protocol import is_quantized, weight_shape
+from lorakeet.quant.protocol import dense_weight, is_quantized, is_rounded, weight_dtype, weight_shape
 
 #: Elements of the blocks in which a weight is converted to the adapter's dtype, 4 MB in fp32: they stay in the cache.
 _BLOCK = 1 << 20
@@ -101,8 +101,8 @@ def _norms(layer: AdaptedLayer, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 def _blocks(base: Any, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield the stored weight as a matrix, in blocks of rows."""
     weight: Tensor = base.weight.detach()
-    if not is_quantized(base) and weight.dtype == dtype:
-        yield weight.flatten(1)
+    if not is_rounded(base) and weight_dtype(base) == dtype:
+        yield dense_weight(base).detach().flatten(1)
         return
     rows, *columns = weight_shape(base)
     step = max(_BLOCK // math.prod(columns), 1)

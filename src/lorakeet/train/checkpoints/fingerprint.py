@@ -23,6 +23,7 @@ from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.errors import TrainingError
 from lorakeet.kernels.cpu.build import library_version
 from lorakeet.log import warn
+from lorakeet.quant.protocol import QuantizedLayer, dense_weight, quantized_layers
 from lorakeet.rng import same_random_state
 from lorakeet.train.checkpoints.manifest import read_manifest
 
@@ -104,12 +105,21 @@ def base_hash(model: nn.Module) -> str:
     to other bits. Only names and shapes count of a sharded parameter, since each process has other values of it.
     """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+    exact = {id(layer.weight): layer for _, layer in quantized_layers(model) if layer.exact}
+    for name, own in model.named_parameters():
+        if not own.requires_grad:
+            parameter = _as_computed(own, exact.get(id(own)))
             digest.update(f"{base_name(name)} {parameter.dtype} {tuple(parameter.shape)}".encode())
             if type(parameter) is nn.Parameter and not isinstance(parameter.data, DTensor) and not parameter.is_meta:
                 digest.update(f" {bit_sum(parameter)}".encode())
     return digest.hexdigest()[:16]
+
+
+def _as_computed(parameter: nn.Parameter, layer: QuantizedLayer | None) -> nn.Parameter:
+    """Return a weight that only saves memory in the numbers that its layer computes with; any other parameter as it is."""
+    if layer is None or parameter.is_meta or isinstance(parameter.data, DTensor):
+        return parameter
+    return nn.Parameter(dense_weight(layer), requires_grad=False)
 
 
 def bit_sum(tensor: Tensor) -> int:

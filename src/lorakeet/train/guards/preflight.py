@@ -24,6 +24,7 @@ from lorakeet.errors import TrainingError
 from lorakeet.log import info, warn
 from lorakeet.lora.interop.wrappers import compiled_in_place
 from lorakeet.lora.variants.adalora import AdaLora
+from lorakeet.quant.protocol import computing_dtypes
 
 #: Names that a message shows of a longer list.
 SHOWN = 8
@@ -51,7 +52,7 @@ def check_precision(model: nn.Module, args: TrainingArguments) -> None:
     Raises:
         TrainingError: fp16 on a device without loss scaling (a CPU), or trainable parameters in fp16.
     """
-    formats = {p.dtype for p in model.parameters()}
+    formats = computing_dtypes(model)
     if args.device.type == "cpu" and (args.fp16 or torch.float16 in formats):
         raise TrainingError(
             "fp16 cannot train on a CPU: gradients vanish without loss scaling, which only GPUs have",

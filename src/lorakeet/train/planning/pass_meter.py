@@ -24,7 +24,7 @@ from lorakeet.plan.measure_pass import measure_pass
 from lorakeet.plan.pass_cost import PassCost
 from lorakeet.plan.passes import Pass
 from lorakeet.plan.saved_costs import saved_parts
-from lorakeet.quant.protocol import value_count
+from lorakeet.quant.protocol import computing_dtypes, value_count
 from lorakeet.rng import same_random_state
 from lorakeet.runs.process_memory import map_large_blocks
 from lorakeet.tasks.measure import OWN_LOSS, TaskMeasure, TokenMeasure, own_loss
@@ -160,9 +160,9 @@ class PassMeter:
             measure.score(model, batch)
 
     def _autocast(self) -> Any:
-        dtype = cast(torch.dtype, self.model.dtype)
-        half = dtype in (torch.bfloat16, torch.float16)
-        return torch.autocast(self.device.type, dtype=dtype if half else torch.bfloat16, enabled=half)
+        half = computing_dtypes(self.model) & {torch.bfloat16, torch.float16}
+        dtype = half.pop() if len(half) == 1 else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=len(half) == 1)
 
 
 def _shortened(batch: Mapping[str, Any], tokens: int, most: int) -> tuple[dict[str, Any], float]:

@@ -25,7 +25,7 @@ from lorakeet.plan.free_memory import free_memory
 from lorakeet.plan.pass_cost import PassCost, choose_every, seconds_of
 from lorakeet.plan.passes import Pass, count_steps, evaluation_passes, largest_pass, training_passes, typical_passes
 from lorakeet.plan.plan import HEAP, LATER_BYTES, SHARE, Memory, Plan
-from lorakeet.quant.protocol import has_quantized
+from lorakeet.quant.protocol import has_rounded
 from lorakeet.runs.process_memory import peak_since_restart, resident_bytes, restart_peak, return_free_memory
 from lorakeet.tasks.task import Task
 from lorakeet.train.guards.preflight import checkpoint_bytes
@@ -73,7 +73,7 @@ class Weights:
             sum(t.nbytes for t in frozen),
             adapter,
             largest,
-            has_quantized(model),
+            has_rounded(model),
             0,
             checkpoint_bytes(model),
         )

@@ -15,7 +15,11 @@ enum {
     LK_MAX_HEAD_WIDTH = 128, /* values of an attention head, at most (attention.c) */
     LK_HEAD_STEP = 16,       /* an attention head's width is a multiple of this */
     LK_LINEARS = 7,          /* linear layers of a decoder layer that adapters update: q, k, v, o, gate, up, down */
-    LK_PAGE_STEP = 16        /* tokens of a page are a multiple of this (paged_attention.c) */
+    LK_PAGE_STEP = 16,       /* tokens of a page are a multiple of this (paged_attention.c) */
+    LK_PAIRS = 0,            /* int8 products: 16-bit activations and gradients (gemm_w8a16.c), */
+    LK_VNNI = 1,             /* gradients in 8 bits by groups (gemm_w8a8_grouped.c), */
+    LK_AMX = 2,              /* or the same in tiles (gemm_amx.c) */
+    LK_WORK = 6              /* kinds of work whose time is measured (training.h) */
 };
 
 /* A linear layer of a decoder, and the low-rank update scaling B A x of an adapter where rank > 0. An adapter may also
@@ -80,6 +84,29 @@ struct lk_attention {
     ptrdiff_t window;                      /* 0: none */
     int causal;
     float scale;
+};
+
+/* A linear layer in training: its weight is fp32 where row_scale is NULL, and frozen; A and B may learn. */
+struct lk_trained_linear {
+    struct lk_linear linear;
+    float *da, *db;             /* gradients to A [rank, in] and B [out, rank], or NULL where they are not wanted */
+    uint32_t low, high, levels; /* of the dropout of A's input, as for lk_dropout; levels 0: none */
+    float keep;                 /* factor of the values that stay */
+    int learns;                 /* whether A gets a gradient, so that its input is kept for the backward pass */
+    int product;                /* of an int8 weight: LK_PAIRS, LK_VNNI or LK_AMX */
+};
+
+/* A decoder layer of the Llama family in training, for samples end to end in a row of n tokens. */
+struct lk_training_layer {
+    struct lk_trained_linear linears[LK_LINEARS]; /* q, k, v, o, gate, up, down */
+    struct lk_norm before, after;
+    struct lk_attention attention;
+    const float *x, *cosine, *sine;  /* [n, hidden], and [n, head_width] each */
+    const int64_t *starts, *lengths; /* [samples] */
+    float *packed;                   /* workspace of lk_training_packed bytes */
+    double *seconds;                 /* [LK_WORK + 1]: of each kind of work, to which a call adds, and the clock; or NULL */
+    ptrdiff_t n, samples;
+    int activation, narrow; /* as for lk_gated: its number, and whether gate and up are kept in bf16 */
 };
 
 #endif

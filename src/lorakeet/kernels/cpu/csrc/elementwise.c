@@ -137,22 +137,21 @@ void lk_rms_norm_backward(const float *grad, const float *x, const float *weight
     }
 }
 
-/* y = x cos + sign R(x) sin for x [tokens, heads, 2 half], R(x1, x2) = (-x2, x1); cos and sin [tokens, 2 half]. The
- * gradient has sign -1 and the halves of sin swapped. */
+/* y = x cos + R(x) sin for x [tokens, heads, 2 half], R(x1, x2) = (-x2, x1); cos and sin [tokens, 2 half]. With `backward`
+ * the gradient, x cos - R(x sin), rounded as torch's addcmul rounds it: plain torch computes it for other layouts. */
 void lk_rotary(const float *x, const float *cos, const float *sin, float *y, ptrdiff_t tokens, ptrdiff_t heads,
                ptrdiff_t half, int backward)
 {
     PARALLEL_ROWS(tokens, heads * half)
     for (ptrdiff_t t = 0; t < tokens; t++) {
-        const float *c = cos + t * 2 * half, *first = sin + t * 2 * half + (backward ? half : 0);
-        const float *second = sin + t * 2 * half + (backward ? 0 : half), sign = backward ? -1.0f : 1.0f;
+        const float *c = cos + t * 2 * half, *first = sin + t * 2 * half, *second = first + half;
         for (ptrdiff_t h = 0; h < heads; h++) {
             const float *from = x + (t * heads + h) * 2 * half;
             float *to = y + (t * heads + h) * 2 * half;
             for (ptrdiff_t k = 0; k < half; k++) {
                 const float a = from[k], b = from[half + k];
-                to[k] = a * c[k] - sign * b * first[k];
-                to[half + k] = b * c[half + k] + sign * a * second[k];
+                to[k] = backward ? fmaf(b, second[k], a * c[k]) : a * c[k] - b * first[k];
+                to[half + k] = backward ? fmaf(-a, first[k], b * c[half + k]) : b * c[half + k] + a * second[k];
             }
         }
     }

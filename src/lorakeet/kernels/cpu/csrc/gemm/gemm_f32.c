@@ -31,13 +31,9 @@ static void f32_pack_panel(const struct f32_factor *factor, float *panel, ptrdif
     }
 }
 
-/* Depth of the blocks, whose sums are added one after the other: the order of every sum, whatever the number of threads.
- * Where x or m is low-rank, blocks are smaller: those of MKL 2024 with AVX-512, so that results are often the same. */
-static ptrdiff_t f32_kc(ptrdiff_t depth, int low_rank)
+/* Depth of the blocks where x or m is low-rank: those of MKL 2024 with AVX-512, so that results are often the same. */
+static ptrdiff_t f32_low_rank_kc(ptrdiff_t depth)
 {
-    const ptrdiff_t blocks = (depth + F32_KC - 1) / F32_KC;
-    if (!low_rank)
-        return (depth + blocks - 1) / blocks;
     return depth <= F32_LOW_RANK_KC ? depth : depth < 2 * F32_LOW_RANK_KC ? depth / 2 : F32_LOW_RANK_KC;
 }
 
@@ -47,6 +43,7 @@ void lk_gemm_f32(const float *x, const float *m, const float *bias, float *strip
                  ptrdiff_t columns, int transposed, int low_rank, int add)
 {
     const struct f32_factor factor = {m, depth, columns, transposed};
-    f32_multiply(x, &factor, f32_pack_panel, bias, strips, h, n, f32_kc(depth, low_rank), add);
+    const ptrdiff_t size = low_rank ? f32_low_rank_kc(depth) : f32_kc(depth);
+    f32_multiply(x, &factor, f32_pack_panel, bias, strips, h, n, size, add);
 }
 #endif

@@ -25,12 +25,17 @@ struct f32_factor {
 /* `size` rows of m from k0 on, columns from j on -> panel [size][NR]; zeros beyond the last column. */
 typedef void f32_packer(const struct f32_factor *m, float *panel, ptrdiff_t j, ptrdiff_t k0, ptrdiff_t size);
 
-/* Transpose eight rows of eight floats into eight rows NR apart. */
-static inline void f32_transpose(const float *from, ptrdiff_t stride, float *to)
+/* Depth of the blocks, whose sums are added one after the other: the order of every sum, whatever the number of threads. */
+static inline ptrdiff_t f32_kc(ptrdiff_t depth)
 {
-    __m256 rows[8], two[8], four[8];
-    for (int r = 0; r < 8; r++)
-        rows[r] = _mm256_loadu_ps(from + r * stride);
+    const ptrdiff_t blocks = (depth + F32_KC - 1) / F32_KC;
+    return (depth + blocks - 1) / blocks;
+}
+
+/* Transpose eight rows of eight floats. */
+static inline void f32_transposed(const __m256 rows[8], __m256 to[8])
+{
+    __m256 two[8], four[8];
     for (int r = 0; r < 4; r++) {
         two[r] = _mm256_unpacklo_ps(rows[2 * r], rows[2 * r + 1]);
         two[4 + r] = _mm256_unpackhi_ps(rows[2 * r], rows[2 * r + 1]);
@@ -42,9 +47,27 @@ static inline void f32_transpose(const float *from, ptrdiff_t stride, float *to)
         four[4 + r] = r % 2 ? _mm256_shuffle_ps(z, w, 0xEE) : _mm256_shuffle_ps(z, w, 0x44);
     }
     for (int r = 0; r < 4; r++) {
-        _mm256_storeu_ps(to + r * NR, _mm256_permute2f128_ps(four[r], four[4 + r], 0x20));
-        _mm256_storeu_ps(to + (r + 4) * NR, _mm256_permute2f128_ps(four[r], four[4 + r], 0x31));
+        to[r] = _mm256_permute2f128_ps(four[r], four[4 + r], 0x20);
+        to[r + 4] = _mm256_permute2f128_ps(four[r], four[4 + r], 0x31);
     }
+}
+
+/* Transpose eight rows of eight floats into eight rows NR apart. */
+static inline void f32_transpose_rows(const __m256 rows[8], float *to)
+{
+    __m256 columns[8];
+    f32_transposed(rows, columns);
+    for (int r = 0; r < 8; r++)
+        _mm256_storeu_ps(to + r * NR, columns[r]);
+}
+
+/* Transpose eight rows of eight floats, `stride` apart, into eight rows NR apart. */
+static inline void f32_transpose(const float *from, ptrdiff_t stride, float *to)
+{
+    __m256 rows[8];
+    for (int r = 0; r < 8; r++)
+        rows[r] = _mm256_loadu_ps(from + r * stride);
+    f32_transpose_rows(rows, to);
 }
 
 /* The sums of `size` products of `count` rows of a strip with `halves` vectors of a panel: both are constants. */
