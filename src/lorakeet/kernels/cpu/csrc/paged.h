@@ -1,9 +1,39 @@
-/* Operations on rows, their attention over pages and the updates of their adapters, for paged_decoder.c. */
+/* The layout of a step, and operations on rows, their attention over pages and the updates of their adapters. */
 #ifndef LORAKEET_PAGED_H
 #define LORAKEET_PAGED_H
 
 #include "gemm/gemm_tiles.h"
 #if defined(__AVX2__)
+
+enum {
+    PAGED_FEW = 48,      /* rows, at most, of the product that reads the weight once for all */
+    PAGED_TOGETHER = 3,  /* linear layers of one input, at most: q, k, v */
+    PAGED_QUERY_ROWS = 4, /* rows of a prompt, at most, that attend together */
+    PAGED_TILE = VLEN / 4 /* rows of one adapter, at most, that a thread computes together */
+};
+
+/* Rows that follow each other and have one adapter, and the middle of their work within that of all rows. */
+struct paged_tile {
+    ptrdiff_t first, rows;
+    float middle;
+};
+
+/* The workspace: vectors of each row, scores of each thread, the rounded rows of a product, and the tiles. */
+struct paged_space {
+    float *normed, *q, *k, *v, *mixed, *made, *gate, *up, *low_rank, *scores, *packed, *tile_memory;
+    struct paged_tile *tiles;
+    ptrdiff_t low_rank_width, size, tile_count;
+    float work;
+};
+
+/* Linear layers with one input x [n, in], their numbers from `first` on, and their outputs h [n, out]. */
+struct paged_group {
+    const struct lk_linear *linears[PAGED_TOGETHER];
+    float *h[PAGED_TOGETHER];
+    const float *x;
+    ptrdiff_t count, first;
+};
+enum { PAGED_QKV, PAGED_O, PAGED_GATE_UP, PAGED_DOWN, PAGED_GROUPS };
 
 /* A head of keys and values of a sequence. */
 struct paged_keys {
