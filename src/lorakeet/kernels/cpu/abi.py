@@ -23,6 +23,8 @@ LINEARS = 7
 PAGE_STEP = 16
 #: Products of an int8 weight in training: 16-bit gradients, 8-bit ones, or these in tiles of AMX.
 PAIRS, VNNI, AMX = 0, 1, 2
+#: Products of a weight in 16 bits.
+BF16, FP16 = 3, 4
 #: Kinds of work of a decoder layer in training whose time C measures, in its order (``training.h``).
 WORK = ("product", "gradient", "rounding", "low_rank", "attention", "elementwise")
 #: The sixteen values of NF4, by code (QLoRA, appendix E); ``nf4.h`` has them too.
@@ -44,6 +46,8 @@ CONSTANTS = {
     "LK_PAIRS": PAIRS,
     "LK_VNNI": VNNI,
     "LK_AMX": AMX,
+    "LK_BF16": BF16,
+    "LK_FP16": FP16,
     "LK_WORK": len(WORK),
 }
 
