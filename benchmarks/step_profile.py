@@ -1,7 +1,7 @@
 """Time of a training step by kind of work: ``python benchmarks/cost.py --parts profile``.
 
 The times are torch.profiler's self times, grouped by operation and by its callers. The profiler does not see C loops called
-through ctypes. They are recorded here by name; a loop that also rounds counts as a product. "Python" is the remainder of
+through ctypes. They are recorded here by name; a decoder layer in C measures its parts itself. "Python" is the remainder of
 the step's time: the interpreter, autograd, and torch between two operations.
 
 The base's products are then run alone: the same weights, in the same order, with random inputs of the same shapes. In the
@@ -35,6 +35,15 @@ ELEMENTWISE = {
     "linalg_vector_norm", "lt", "mean", "mul", "native_dropout", "neg", "pow", "random", "reciprocal", "rsqrt",
     "rsub", "sigmoid", "silu", "silu_backward", "sin", "sqrt", "square", "sub", "sum", "uniform", "where", "zero",
 }  # fmt: skip
+#: Groups of the kinds of work that a decoder layer in C measures itself (``lorakeet.kernels.cpu.abi.WORK``).
+OF_LAYERS = {
+    "product": FORWARD,
+    "gradient": BACKWARD,
+    "rounding": "rounding and rescaling for int8",
+    "low_rank": "low-rank products",
+    "attention": "attention",
+    "elementwise": "norms, activations, rotary, sums",
+}
 #: Functions of :mod:`lorakeet.kernels.cpu.gemm` that prepare an int8 product; the others are products.
 ROUNDING = {"pack_a16", "pack_a8_grouped"}
 SHAPES = ((4096, 4096),)  # [out, in]; measured in addition to the model's own
@@ -108,6 +117,7 @@ def profile(point: Point, options: argparse.Namespace) -> dict[str, Any]:
     from torch.profiler import profile as watch
 
     from lorakeet.kernels.cpu import bindings, gemm
+    from lorakeet.kernels.decoder_layer_training import watched_work
     from lorakeet.kernels.int8 import linear
 
     model = make_model(point)
@@ -120,6 +130,7 @@ def profile(point: Point, options: argparse.Namespace) -> dict[str, Any]:
             for module in (bindings, gemm):
                 records.enter_context(recorded(module, NATIVE, loops(module)))
             step(batch)
+            in_layers = records.enter_context(watched_work())
             with watch(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
                 watched = statistics.mean(milliseconds(lambda: step(batch)) for _ in range(options.repeats))
     spent: dict[str, float] = defaultdict(float)
@@ -128,10 +139,13 @@ def profile(point: Point, options: argparse.Namespace) -> dict[str, Any]:
     ((main, _),) = Counter(event.thread for event in events).most_common(1)
     for event in (event for event in events if event.thread == main):
         group, own = group_of(event, point["rank"]), event.self_cpu_time_total / 1000 / options.repeats
-        spent[group] += own
+        if group != "Python":  # the rest of the step: a layer in C is one operation that hides what it consists of
+            spent[group] += own
         if group == "other operations":
             others[event.name] += own
-    spent["Python"] += watched - sum(spent.values())
+    for kind, seconds in in_layers().items():
+        spent[OF_LAYERS[kind]] += 1000 * seconds / options.repeats
+    spent["Python"] = watched - sum(spent.values())
     return {
         "tokens": tokens,
         "ms": statistics.median(times),
