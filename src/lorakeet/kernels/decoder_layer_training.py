@@ -27,6 +27,7 @@ from lorakeet.kernels.cpu.features import Feature
 from lorakeet.kernels.cpu.memory import BufferPool, transient_empty, workspace
 from lorakeet.kernels.decoder_step import LinearWeights, Norm, linear_struct
 from lorakeet.kernels.dropout import draw_seed, dropped_levels, keep_scale, seed_halves
+from lorakeet.kernels.half_linear import in_tiles
 from lorakeet.kernels.int8 import registry
 from lorakeet.kernels.int8.format import split_scale
 
@@ -165,7 +166,7 @@ def _why_not_linear(linear: TrainedLinear, x: Tensor) -> str | None:
         if weight.dtype not in (torch.float32, *_STORED):
             return f"a weight is {weight.dtype}, expected fp32, 16 bits or int8"
         if weight.dtype in _STORED:
-            return None
+            return "its products are in tiles of AMX" if in_tiles() else None
         return None if gemm.has_fast_f32() or fixed_order.is_active() else "torch's fp32 products are faster here"
     row_scale, column_scale = split_scale(weight, scale)
     if weight.dtype != torch.int8 or not _is_vector(row_scale, out) or not _is_vector(column_scale, width):
