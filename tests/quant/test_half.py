@@ -162,6 +162,7 @@ def test_a_trained_weight_gets_its_gradient(both: tuple[Any, Any]) -> None:
         ("t5", tf.AutoModelForSeq2SeqLM, ("wo",)),  # wo stays in fp32, and its dtype is read
         ("gemma2", tf.AutoModelForCausalLM, ("embed_tokens", "lm_head")),  # an embedding that scales its rows
         ("gpt2", tf.AutoModelForCausalLM, ("c_attn",)),  # stored the other way round
+        ("bloom", tf.AutoModelForCausalLM, ("dense", "dense_4h_to_h")),  # slices of these are read in one of its modes
         ("qwen3_moe", tf.AutoModelForCausalLM, ()),
     ],
 )
