@@ -114,17 +114,15 @@ static void int8_product(const struct lk_trained_linear *layer, const float *x, 
     lap(scratch->seconds, LOW_RANK);
 }
 
-/* h [n, columns] = x m + bias, for the fp32 or 16-bit weight of a layer: m is W^T if `transposed`, else W. */
-static void wide_product(const struct lk_trained_linear *layer, const float *x, const float *bias, float *h, ptrdiff_t n,
-                         int transposed, const struct linear_scratch *scratch)
+/* h = x m + bias for the weight of a layer as m [depth, columns], or as m^T if `transposed`, in fp32 or stored in 16 bits. */
+static void fp32_product(const struct lk_trained_linear *layer, const float *x, const float *bias, float *packed, float *h,
+                         ptrdiff_t n, ptrdiff_t depth, ptrdiff_t columns, int transposed)
 {
-    const struct lk_linear *own = &layer->linear;
-    const ptrdiff_t depth = transposed ? own->in : own->out, columns = transposed ? own->out : own->in;
+    const void *weight = layer->linear.weight;
     if (layer->product == LK_BF16 || layer->product == LK_FP16)
-        lk_gemm_half(x, (const uint16_t *)own->weight, bias, scratch->packed, h, n, depth, columns, transposed,
-                     layer->product == LK_BF16);
+        lk_gemm_half(x, weight, bias, packed, h, n, depth, columns, transposed, layer->product == LK_BF16);
     else
-        lk_gemm_f32(x, (const float *)own->weight, bias, scratch->packed, h, n, depth, columns, transposed, 0, 0);
+        lk_gemm_f32(x, weight, bias, packed, h, n, depth, columns, transposed, 0, 0);
 }
 
 /* h [n, out] = x W^T + bias + scaling dropout(x) A^T B^T, and u [n, rank] = dropout(x) A^T, which is kept. h may be
@@ -147,7 +145,7 @@ void trained_linear(const struct lk_trained_linear *layer, const float *x, float
         int8_product(layer, x, h, n, scratch);
         return;
     }
-    wide_product(layer, x, own->bias, h, n, 1, scratch);
+    fp32_product(layer, x, own->bias, packed, h, n, own->in, own->out, 1);
     lap(scratch->seconds, PRODUCT);
     if (own->rank)
         lk_gemm_f32(scratch->thin, own->b, NULL, packed, h, n, own->rank, own->out, 1, 1, 1);
@@ -163,7 +161,7 @@ static void input_gradient(const struct lk_trained_linear *layer, const float *g
     int8_t *codes = (int8_t *)scratch->packed;
     const int feedback = !own->column_scale;
     if (!own->row_scale) {
-        wide_product(layer, g, NULL, dx, n, 0, scratch);
+        fp32_product(layer, g, NULL, scratch->packed, dx, n, out, in, 0);
         lap(scratch->seconds, GRADIENT);
         return;
     }
