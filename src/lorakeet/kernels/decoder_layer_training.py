@@ -6,7 +6,8 @@
 Each W is frozen, in fp32, in 16 bits or in int8, and may have a low-rank update with dropout
 (:mod:`lorakeet.kernels.lora_linear`). Around thirty operations of torch, with their autograd nodes and their new memory,
 become two calls. The loops and products are those of the single modules, in the same order, so all bits are the same
-(``training_layer.c``). Saved for backward: the layer's input, and one buffer with what the single modules would save.
+(``training_layer.c``). Saved for backward: the layer's input, and one buffer with what the single modules would save,
+without the outputs of norms, which are computed again.
 """
 
 from __future__ import annotations
@@ -48,6 +49,18 @@ def watched_work() -> Iterator[Callable[[], dict[str, float]]]:
         yield lambda: dict(zip(abi.WORK, seconds.tolist(), strict=False))
     finally:
         _watched = None
+
+
+class Buffers:
+    """Memory of the layers of a model, which passes use again.
+
+    Attributes:
+        kept: For the backward pass; one buffer for each layer.
+        scratch: During a call.
+    """
+
+    def __init__(self) -> None:
+        self.kept, self.scratch = BufferPool(), BufferPool()
 
 
 class TrainedLinear(NamedTuple):
@@ -180,7 +193,7 @@ def decoder_layer(
     cosine: Tensor,
     sine: Tensor,
     lengths: tuple[int, ...],
-    pool: BufferPool,
+    buffers: Buffers,
     output: bool = True,
 ) -> Tensor:
     """Compute a decoder layer for samples end to end in one row, each of which attends to itself alone.
@@ -191,24 +204,27 @@ def decoder_layer(
         cosine: fp32 [1, n, head_width].
         sine: Likewise.
         lengths: Positions of each sample, none of them 0; their sum is n.
-        pool: Source of the buffers.
+        buffers: Memory of all layers of the model.
         output: Compute the output; otherwise its values are undefined, and only the backward pass is prepared.
 
     Returns:
         fp32 [1, n, hidden].
     """
     learnt = [tensor for linear in layer.linears for tensor in (linear.a, linear.b) if tensor is not None]
-    h: Tensor = _DecoderLayer.apply(x, cosine, sine, _Call(layer, lengths, x.shape[1], pool, output), *learnt)
+    h: Tensor = _DecoderLayer.apply(x, cosine, sine, _Call(layer, lengths, x.shape[1], buffers, output), *learnt)
     return h
 
 
 class _Call:
     """The struct of a call, from tensors that autograd has saved, and numbers that are the same in both directions."""
 
-    def __init__(self, layer: TrainedLayer, lengths: tuple[int, ...], n: int, pool: BufferPool, output: bool) -> None:
+    def __init__(self, layer: TrainedLayer, lengths: tuple[int, ...], n: int, buffers: Buffers, output: bool) -> None:
         """Draw the seeds of all dropout masks, in the order of the modules."""
-        self.layer, self.lengths, self.n, self.pool, self.output = layer, lengths, n, pool, output
+        self.layer, self.lengths, self.n, self.buffers, self.output = layer, lengths, n, buffers, output
         self.wants: list[tuple[bool, bool]] = []  # of each layer, whether A and B get a gradient
+        self._samples = sample_tensors(lengths)  # C reads these tensors: they stay in memory
+        self._struct = abi.TrainingLayer()
+        self._addresses: list[int | None] = []
         self.seeds = [seed_halves(draw_seed()) if linear.p else (0, 0) for linear in layer.linears]
 
     def tensors(self) -> list[Tensor | None]:
@@ -217,22 +233,29 @@ class _Call:
         return [self.layer.before.weight, self.layer.after.weight, *own]
 
     def struct(self, row: tuple[Tensor, Tensor, Tensor], tensors: Sequence[Any]) -> abi.TrainingLayer:
-        """Return the struct that C reads, for x, cosine and sine, and the tensors of :meth:`tensors`."""
-        x, cosine, sine = row
+        """Return the struct that C reads, for x, cosine and sine, and the tensors of :meth:`tensors`.
+
+        The struct of the forward pass serves the backward pass too, unless autograd's hooks have moved a tensor.
+        """
+        addresses = [pointer(tensor) for tensor in (*row, *tensors)]
+        if addresses != self._addresses:
+            self._struct, self._addresses = self._made(row, tensors), addresses
+        self._struct.packed = workspace(bindings.library().lk_training_packed(self._struct), torch.int8).data_ptr()
+        self._struct.seconds = pointer(_watched)
+        return self._struct
+
+    def _made(self, row: tuple[Tensor, Tensor, Tensor], tensors: Sequence[Any]) -> abi.TrainingLayer:
         layer, (q, k) = self.layer, (self.layer.linears[i].weight.shape[0] for i in (0, 1))
         dim = layer.head_width
-        linears = [self._linear(i, x, tensors[2 + 5 * i : 7 + 5 * i]) for i in range(abi.LINEARS)]
-        starts, counts = sample_tensors(self.lengths)
-        made = abi.TrainingLayer(
+        linears = [self._linear(i, row[0], tensors[2 + 5 * i : 7 + 5 * i]) for i in range(abi.LINEARS)]
+        return abi.TrainingLayer(
             (abi.TrainedLinear * abi.LINEARS)(*linears),
             abi.Norm(tensors[0].data_ptr(), layer.before.eps),
             abi.Norm(tensors[1].data_ptr(), layer.after.eps),
             abi.Attention(q // dim, k // dim, dim, layer.window or 0, layer.causal, layer.scale),
-            *map(pointer, (x, cosine, sine, starts, counts, None, _watched)),
+            *map(pointer, (*row, *self._samples, None, None)),
             *(self.n, len(self.lengths), layer.activation, layer.narrow),
         )
-        made.packed = workspace(bindings.library().lk_training_packed(made), torch.int8).data_ptr()
-        return made
 
     def _linear(self, index: int, x: Tensor, tensors: Sequence[Any]) -> abi.TrainedLinear:
         linear = self.layer.linears[index]
@@ -260,8 +283,11 @@ class _DecoderLayer(torch.autograd.Function):
             call.wants.append((False, False) if linear.a is None else (next(wanted), next(wanted)))
         tensors, library = call.tensors(), bindings.library()
         struct = call.struct((x, cosine, sine), tensors)
-        kept = call.pool.empty(library.lk_training_kept(struct))
-        h, scratch = transient_empty(x, *x.shape), call.pool.empty(library.lk_training_workspace(struct, False))
+        kept = call.buffers.kept.empty(library.lk_training_kept(struct))
+        h, scratch = (
+            transient_empty(x, *x.shape),
+            call.buffers.scratch.empty(library.lk_training_workspace(struct, False)),
+        )
         library.lk_training_forward(struct, *map(pointer, (kept, h if call.output else None, scratch)))
         ctx.save_for_backward(x, cosine, sine, kept, *tensors)
         ctx.call = call
@@ -282,6 +308,6 @@ class _DecoderLayer(torch.autograd.Function):
             struct.linears[index].da, struct.linears[index].db = map(pointer, given)
             made += given
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        scratch = call.pool.empty(library.lk_training_workspace(struct, True))
+        scratch = call.buffers.scratch.empty(library.lk_training_workspace(struct, True))
         library.lk_training_backward(struct, *map(pointer, (kept, grad, dx, scratch)))
         return dx, None, None, None, *made

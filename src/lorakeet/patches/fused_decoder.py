@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from lorakeet.kernels.attention.pattern import Pattern
-from lorakeet.kernels.cpu.memory import BufferPool
-from lorakeet.kernels.decoder_layer_training import TrainedLayer, TrainedLinear, decoder_layer, why_not
+from lorakeet.kernels.decoder_layer_training import Buffers, TrainedLayer, TrainedLinear, decoder_layer, why_not
 from lorakeet.kernels.decoder_step import Norm
 from lorakeet.kernels.glu import LOOPS, Activation
 from lorakeet.patches.gradient_checkpointing import is_recomputing
@@ -61,10 +60,10 @@ def fused_decoders(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
     """Yield the decoder layers that compute as one operation now, and the forwards that do so; each type is verified."""
     if not is_padding_free(model):
         return
-    verifier, pool = Verifier(), BufferPool()
+    verifier, buffers = Verifier(), Buffers()
     for module in model.modules():
         if is_decoder(module) and why_apart(module) is None:
-            fused = functools.partial(_forward, pool, module)
+            fused = functools.partial(_forward, buffers, module)
             if verifier.agrees((type(module), has_rounded(module)), module, functools.partial(_same, module, fused)):
                 yield module, fused
 
@@ -146,7 +145,7 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _forward(
-    pool: BufferPool,
+    buffers: Buffers,
     layer: Any,
     hidden_states: Tensor,
     attention_mask: Any = None,
@@ -164,7 +163,7 @@ def _forward(
         for module in _inner(layer):
             hook(module, ())
     output = not is_recomputing() or bool(layer._forward_hooks)  # a hook reads it; autograd does not
-    return decoder_layer(made, hidden_states, cosine, sine, lengths, pool, output)
+    return decoder_layer(made, hidden_states, cosine, sine, lengths, buffers, output)
 
 
 # ---- verification -----------------------------------------------------------------------------------------------

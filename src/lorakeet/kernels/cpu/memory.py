@@ -45,17 +45,15 @@ class BufferPool:
         self._lock = threading.Lock()
 
     def empty(self, count: int) -> Tensor:
-        """Return an uninitialized fp32 tensor [count]; a free buffer that is too small makes room for a larger one."""
+        """Return an uninitialized fp32 tensor [count]; free buffers that are too small make room for larger ones."""
         if torch._C._len_torch_dispatch_stack():
             return torch.empty(count, dtype=torch.float32)
         with self._lock:
             free = [buffer for buffer in self._buffers if _references(buffer) == 1]
             fitting = min((b for b in free if b.numel() >= count), key=Tensor.numel, default=None)
-            if fitting is None:
-                if free:
-                    small = min(free, key=Tensor.numel)
-                    self._buffers = [buffer for buffer in self._buffers if buffer is not small]
-                    del small, free
+            if fitting is None:  # a pass of more tokens: all at once, so that the larger ones fit into the heap
+                self._buffers = [buffer for buffer in self._buffers if all(buffer is not small for small in free)]
+                free.clear()
                 fitting = torch.empty(count, dtype=torch.float32)
                 self._buffers.append(fitting)
             return fitting[:count]

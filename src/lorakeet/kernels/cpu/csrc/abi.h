@@ -94,7 +94,7 @@ struct lk_trained_linear {
     float *da, *db;             /* gradients to A [rank, in] and B [out, rank], or NULL where they are not wanted */
     uint32_t low, high, levels; /* of the dropout of A's input, as for lk_dropout; levels 0: none */
     float keep;                 /* factor of the values that stay */
-    int learns;                 /* whether A gets a gradient, so that its input is kept for the backward pass */
+    int learns;                 /* whether A gets a gradient, for which its input must be kept or computed again */
     int product;                /* LK_PAIRS and the others; of an fp32 weight 0 */
 };
 

@@ -11,21 +11,12 @@
 /* Values for the backward pass. */
 struct kept {
     float *of_before, *of_after;       /* [n]: the factor of each row in a norm */
-    float *normal_before;              /* [n, hidden]: input of q, k and v; NULL: not kept */
     float *q, *k, *v, *attended, *log; /* after rotation; the output of attention, and log sum exp of its scores */
-    float *middle, *normal_after;      /* [n, hidden]: after attention; input of gate and up, NULL: not kept */
+    float *middle;                     /* [n, hidden]: after attention */
     float *gate, *up;                  /* [n, inner], fp32 or bf16 */
     float *gated;                      /* [n, inner]: input of down; NULL: not kept */
     float *u[LK_LINEARS];
 };
-
-static int keeps(const struct lk_training_layer *layer, int from, int to)
-{
-    for (int i = from; i <= to; i++)
-        if (layer->linears[i].learns)
-            return 1;
-    return 0;
-}
 
 static struct kept take_kept(struct arena *arena, const struct lk_training_layer *layer)
 {
@@ -35,17 +26,15 @@ static struct kept take_kept(struct arena *arena, const struct lk_training_layer
     struct kept kept;
     kept.of_before = take(arena, n);
     kept.of_after = take(arena, n);
-    kept.normal_before = keeps(layer, Q, V) ? take(arena, n * hidden) : NULL;
     kept.q = take(arena, n * q->out);
     kept.k = take(arena, n * k->out);
     kept.v = take(arena, n * k->out);
     kept.attended = take(arena, n * q->out);
     kept.log = take(arena, n * layer->attention.heads);
     kept.middle = take(arena, n * hidden);
-    kept.normal_after = keeps(layer, GATE, UP) ? take(arena, n * hidden) : NULL;
     kept.gate = take(arena, gates);
     kept.up = take(arena, gates);
-    kept.gated = keeps(layer, DOWN, DOWN) ? take(arena, n * inner) : NULL;
+    kept.gated = layer->linears[DOWN].learns ? take(arena, n * inner) : NULL;
     for (int i = 0; i < LK_LINEARS; i++)
         kept.u[i] = take(arena, n * layer->linears[i].linear.rank);
     return kept;
@@ -59,7 +48,7 @@ static ptrdiff_t max_of(ptrdiff_t a, ptrdiff_t b)
 /* Workspace of the forward pass; the halves of the layer share memory. */
 struct forward_scratch {
     struct linear_scratch linear;
-    float *normal;             /* [n, hidden], where a norm is not kept */
+    float *normal;             /* [n, hidden]: the output of a norm */
     float *q, *k;              /* before rotation */
     float *gate, *up, *gated;  /* where they are not kept, or in bf16 */
 };
@@ -69,13 +58,13 @@ static struct forward_scratch take_forward(struct arena *arena, const struct lk_
     const struct lk_linear *q = &layer->linears[Q].linear, *k = &layer->linears[K].linear;
     const ptrdiff_t n = layer->n, inner = layer->linears[GATE].linear.out;
     struct forward_scratch s = {.linear = take_linear_scratch(arena, layer)};
-    s.normal = take(arena, keeps(layer, Q, V) && keeps(layer, GATE, UP) ? 0 : n * q->in);
+    s.normal = take(arena, n * q->in);
     struct arena second = *arena;
     s.q = take(arena, n * q->out);
     s.k = take(arena, n * k->out);
     s.gate = take(&second, layer->narrow ? n * inner : 0);
     s.up = take(&second, layer->narrow ? n * inner : 0);
-    s.gated = take(&second, keeps(layer, DOWN, DOWN) ? 0 : n * inner);
+    s.gated = take(&second, layer->linears[DOWN].learns ? 0 : n * inner);
     arena->used = max_of(arena->used, second.used);
     return s;
 }
@@ -85,6 +74,7 @@ static struct forward_scratch take_forward(struct arena *arena, const struct lk_
 struct backward_scratch {
     struct linear_scratch linear;
     float *middle, *normal;      /* [n, hidden]: to what is between the halves; to the output of a norm */
+    float *input;                /* [n, hidden]: that output itself, computed again */
     float *gated, *gate, *up;    /* [n, inner] */
     float *attended, *q, *k, *v; /* [n, width of q]: k and v for all heads of q */
     float *other;                /* [n, hidden] */
@@ -97,6 +87,7 @@ static struct backward_scratch take_backward(struct arena *arena, const struct l
     struct backward_scratch s = {.linear = take_linear_scratch(arena, layer)};
     s.middle = take(arena, n * hidden);
     s.normal = take(arena, n * hidden);
+    s.input = take(arena, n * hidden);
     struct arena second = *arena;
     s.gated = take(arena, n * max_of(inner, hidden));
     s.gate = take(arena, n * inner);
@@ -160,7 +151,7 @@ static void attention_half(const struct lk_training_layer *layer, const struct k
 {
     const struct lk_attention *shape = &layer->attention;
     const ptrdiff_t n = layer->n, width = shape->head_width, hidden = layer->linears[Q].linear.in;
-    float *normal = kept->normal_before ? kept->normal_before : s->normal;
+    float *normal = s->normal;
     lk_rms_norm(layer->x, layer->before.weight, normal, kept->of_before, n, hidden, layer->before.eps, 0.0f);
     lap(layer->seconds, ELEMENTWISE);
     linear(layer, Q, normal, kept, s->q, &s->linear);
@@ -184,7 +175,7 @@ static void feed_forward_half(const struct lk_training_layer *layer, const struc
                               const struct forward_scratch *s, float *out)
 {
     const ptrdiff_t n = layer->n, hidden = layer->linears[Q].linear.in, inner = layer->linears[GATE].linear.out;
-    float *normal = kept->normal_after ? kept->normal_after : s->normal, *gated = kept->gated ? kept->gated : s->gated;
+    float *normal = s->normal, *gated = kept->gated ? kept->gated : s->gated;
     float *gate = layer->narrow ? s->gate : kept->gate, *up = layer->narrow ? s->up : kept->up;
     uint16_t *narrow_gate = layer->narrow ? (uint16_t *)kept->gate : NULL;
     uint16_t *narrow_up = layer->narrow ? (uint16_t *)kept->up : NULL;
@@ -211,6 +202,19 @@ void lk_training_forward(const struct lk_training_layer *layer, float *kept, flo
     feed_forward_half(layer, &parts, &scratch, out);
 }
 
+/* The output of a norm again, where A of a layer that reads it gets a gradient; else NULL. */
+static const float *again(const struct lk_training_layer *layer, int from, int to, const float *x,
+                          const struct lk_norm *norm, const struct backward_scratch *s)
+{
+    const ptrdiff_t n = layer->n, width = layer->linears[Q].linear.in;
+    for (int i = from; i <= to; i++)
+        if (layer->linears[i].da) {
+            lk_rms_norm(x, norm->weight, s->input, s->linear.scale, n, width, norm->eps, 0.0f);
+            return s->input;
+        }
+    return NULL;
+}
+
 /* The gradient to kept->middle, from `grad` to the output; not computed where nothing below wants it. */
 static void feed_forward_backward(const struct lk_training_layer *layer, const struct kept *kept, const float *grad,
                                   float *middle, const struct backward_scratch *s)
@@ -223,9 +227,10 @@ static void feed_forward_backward(const struct lk_training_layer *layer, const s
         return;
     lk_gated_backward(s->gated, kept->gate, kept->up, s->gate, s->up, n * inner, layer->activation, layer->narrow);
     lap(layer->seconds, ELEMENTWISE);
-    linear_backward(layer, UP, s->up, kept->normal_after, kept, middle ? s->normal : NULL, &s->linear);
+    const float *input = again(layer, GATE, UP, kept->middle, &layer->after, s);
+    linear_backward(layer, UP, s->up, input, kept, middle ? s->normal : NULL, &s->linear);
     float *other = s->gated; /* its gradient has been used */
-    linear_backward(layer, GATE, s->gate, kept->normal_after, kept, middle ? other : NULL, &s->linear);
+    linear_backward(layer, GATE, s->gate, input, kept, middle ? other : NULL, &s->linear);
     if (!middle)
         return;
     add(other, s->normal, n * hidden);
@@ -287,9 +292,10 @@ static void attention_half_backward(const struct lk_training_layer *layer, const
     if (!below)
         return;
     attention_backward(layer, kept, s, of);
-    linear_backward(layer, V, of[V], kept->normal_before, kept, dx ? s->normal : NULL, &s->linear);
+    const float *input = again(layer, Q, V, layer->x, &layer->before, s);
+    linear_backward(layer, V, of[V], input, kept, dx ? s->normal : NULL, &s->linear);
     for (int i = K; i >= Q; i--) {
-        linear_backward(layer, i, of[i], kept->normal_before, kept, dx ? s->other : NULL, &s->linear);
+        linear_backward(layer, i, of[i], input, kept, dx ? s->other : NULL, &s->linear);
         if (dx)
             add(s->other, s->normal, n * hidden);
         lap(layer->seconds, ELEMENTWISE);
