@@ -5,10 +5,11 @@ Usage::
     python benchmarks/serving_peers.py --llama-server PATH --transformers PATH --vllm PATH   # 4 minutes, on an idle machine
     python benchmarks/serving_peers.py --short ...                                           # to see it run
 
-Each server is a process that sleeps (SIGSTOP) while another one is measured; rounds of all contenders alternate, and medians
-count. Every client streams a greedy answer of 64 tokens to a text of 32 tokens. All contenders get the same texts, with the
-same adapters of ranks 4, 8 and 16 on all linear layers. transformers serves no adapters, so it gets the bare base. A peer
-that is not given, or does not start, is left out with the reason.
+Each server is a process that sleeps (SIGSTOP) while another one is measured. A short round that is not timed wakes it, since
+a machine may take its pages away meanwhile. Rounds of all contenders alternate, and medians count. Every client streams a
+greedy answer of 64 tokens to a text of 32 tokens. All contenders get the same texts, with the same adapters of ranks 4, 8 and
+16 on all linear layers. transformers serves no adapters, so it gets the bare base. A peer that is not given, or does not
+start, is left out with the reason.
 """
 
 from __future__ import annotations
@@ -170,18 +171,19 @@ def measure(running: Sequence[Server], tokenizer: Any, rounds: int, tokens: int)
     Args:
         running: Servers, which sleep.
         tokenizer: Tokenizer of the base.
-        rounds: Rounds after one that warms up.
+        rounds: Rounds, each after one of 8 tokens that warms up.
         tokens: New tokens of each answer.
     """
     random_of = random.Random(0)
     entered = contenders(running)
     found: dict[str, list[dict[str, float]]] = {}
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         texts = texts_of(tokenizer, CLIENTS, random_of)
         for name, (server, adapters) in list(entered.items()):
             server.signal(signal.SIGCONT)
             try:
-                answers = ask_together(server, adapters, texts, tokens if number else 8)
+                ask_together(server, adapters, texts_of(tokenizer, CLIENTS, random_of), 8)  # its memory may be cold
+                answers = ask_together(server, adapters, texts, tokens)
             except RuntimeError as error:
                 print(f"left out: {name}: {error}", flush=True)
                 del entered[name]
@@ -189,8 +191,7 @@ def measure(running: Sequence[Server], tokenizer: Any, rounds: int, tokens: int)
             finally:
                 resident = server.resident_mb()
                 server.signal(signal.SIGSTOP)
-            if number:
-                found.setdefault(name, []).append({**figures(answers), "MB": resident})
+            found.setdefault(name, []).append({**figures(answers), "MB": resident})
     rows = [
         {"contender": name, **{key: statistics.median(one[key] for one in taken) for key in taken[0]}}
         for name, taken in found.items()

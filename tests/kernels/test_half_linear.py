@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorakeet.errors import ConfigError
 from lorakeet.kernels import half_linear as module
 from lorakeet.kernels.cpu import features, gemm
 from lorakeet.kernels.cpu.features import Feature
@@ -121,3 +122,39 @@ def test_few_tokens_read_no_wider_copy(monkeypatch: pytest.MonkeyPatch) -> None:
         product(x, weight, bias)
         if n == 40:
             input_gradient(g, weight)
+
+
+needs_tiles = pytest.mark.skipif(Feature.AMX not in features.runnable(), reason="nothing is compiled for tiles")
+
+
+@needs_tiles
+def test_tiles_keep_16_bits_of_each_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKEET_HALF", "amx")
+    for shape in (*SHAPES, (50, 3, 70), (90, 64, 32)):
+        x, g, weight, bias = operands(shape, torch.bfloat16)
+        x, wide = x * torch.logspace(-6, 6, shape[0])[:, None], weight.double()
+        for found, a, b, more in (
+            (product(x, weight, bias), x, wide.T, bias),
+            (input_gradient(g, weight), g, wide, torch.zeros(())),
+        ):
+            size = a.double().abs() @ b.abs() + more.double().abs()
+            assert bool(((found - (a.double() @ b + more)).abs() <= size / 2**16).all()), shape
+
+
+@needs_tiles
+def test_tiles_and_the_bits_of_a_row_do_not_depend_on_the_others_or_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKEET_HALF", "amx")
+    x, _, weight, bias = operands((60, 70, 700), torch.bfloat16)
+    before, whole = torch.get_num_threads(), product(x, weight, bias)
+    torch.set_num_threads(3)
+    assert same(product(x, weight, bias), whole) and same(product(x[3:40], weight, bias), whole[3:40])
+    torch.set_num_threads(before)
+    x[1, 5], x[2, 6], x[3, 7] = float("nan"), float("inf"), torch.finfo(torch.float32).max
+    found = product(x, torch.full((2, 700), 1 / 1024).bfloat16())
+    assert not found[1:3].isfinite().any() and found[3].isfinite().all() and found[4:].isfinite().all()
+
+
+def test_an_unknown_product_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKEET_HALF", "fast")
+    with pytest.raises(ConfigError, match="unknown product 'fast'"):
+        module.in_tiles()

@@ -21,7 +21,9 @@ from lorakeet.kernels.cpu import features
 from lorakeet.kernels.cpu.features import Feature
 from lorakeet.kernels.fixed_order import fixed_order
 from lorakeet.lora.config import LoraConfig
+from lorakeet.patches.fused_decoder import why_unfused
 from lorakeet.patches.fused_layers import fused_layers
+from lorakeet.patches.padding_free import padding_free
 from lorakeet.quant.half import HalfEmbedding, HalfLinear, widen_
 from lorakeet.quant.half_loading import HalfConfig, half_layers, stored_names
 from lorakeet.quant.protocol import computing_dtypes, has_rounded, quantized_layers
@@ -36,9 +38,8 @@ IDS = torch.randint(3, 200, (2, 33), generator=torch.Generator().manual_seed(1))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with a tied head in 16 bits, but one norm and one matrix in fp32."""
     made, tokenizer = tmp_path_factory.mktemp(request.param), byte_tokenizer()
-    model = tiny_llama(
-        vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=2, tie_word_embeddings=True
-    )
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    model = tiny_llama(vocab_size=len(tokenizer), hidden_size=64, tie_word_embeddings=True, **ids)
     model.to({"bf16": torch.bfloat16, "fp16": torch.float16}[request.param])
     wide = model.model.layers[1].mlp.up_proj, model.model.norm
     for module in wide:
@@ -66,8 +67,11 @@ def step(model: Any, **settings: Any) -> list[Tensor]:
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)
-    with fixed_order(), fused_layers(adapted):
-        adapted(IDS, labels=IDS).loss.backward()
+    mask = torch.ones_like(IDS)
+    mask[0, 20:] = 0
+    with fixed_order(), padding_free(adapted), fused_layers(adapted):
+        assert settings or why_unfused(adapted) is None  # the whole decoder layer is one operation
+        adapted(IDS, attention_mask=mask, labels=IDS.masked_fill(mask == 0, -100)).loss.backward()
     return [p.grad for p in adapted.parameters() if p.grad is not None]
 
 
@@ -158,6 +162,7 @@ def test_a_trained_weight_gets_its_gradient(both: tuple[Any, Any]) -> None:
         ("t5", tf.AutoModelForSeq2SeqLM, ("wo",)),  # wo stays in fp32, and its dtype is read
         ("gemma2", tf.AutoModelForCausalLM, ("embed_tokens", "lm_head")),  # an embedding that scales its rows
         ("gpt2", tf.AutoModelForCausalLM, ("c_attn",)),  # stored the other way round
+        ("bloom", tf.AutoModelForCausalLM, ("dense", "dense_4h_to_h")),  # slices of these are read in one of its modes
         ("qwen3_moe", tf.AutoModelForCausalLM, ()),
     ],
 )

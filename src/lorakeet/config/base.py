@@ -41,7 +41,10 @@ class BaseSettings(Section):
     model: Text = Field(DEFAULT_MODEL, description="hub id, local folder or GGUF file of the base model")
     revision: Text | None = Field(None, description="branch, tag or commit of the hub repository")
     bits: Bits | None = Field(None, description="bits per base weight; default: those of the dtype")
-    dtype: DtypeName = Field("auto", description="number format of the base and of its arithmetic")
+    dtype: DtypeName = Field(
+        "auto",
+        description="number format of the base and of its arithmetic; auto on a CPU: fp32, weights as their files have them",
+    )
     device: Text = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     trust_remote_code: bool = Field(
         False, description="run code that comes with the model (only if you trust its author)"

@@ -10,16 +10,21 @@ of training and its evaluation on processors with AVX2.
   multiplied there (``gemm_half.c``).
 - Few tokens: the weight is widened in registers, so that half as many bytes are read (``gemv_half.c``).
 - Elsewhere the whole weight is widened for the call.
+
+``LORAKEET_HALF=amx`` multiplies many tokens by a bf16 weight in tiles of AMX (``gemm_half_amx.c``). It rounds x to 16 bits,
+so it is no default. Where the processor has no tiles, they are emulated, for tests.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakeet.errors import ConfigError
 from lorakeet.kernels import fixed_order
 from lorakeet.kernels.cpu import bindings, features, half
 from lorakeet.kernels.cpu.features import Feature
@@ -27,6 +32,8 @@ from lorakeet.kernels.cpu.gemm import GEMV_TOKENS, LowRank
 from lorakeet.kernels.cpu.ordered_product import add_low_rank_
 from lorakeet.kernels.frozen_linear import linear_out
 
+#: Values of ``LORAKEET_HALF``: the product of fp32, to the bit, and that in tiles of AMX.
+EXACT, TILES = "exact", "amx"
 #: Number formats of 16 bits.
 HALF = (torch.bfloat16, torch.float16)
 
@@ -70,11 +77,30 @@ def _product(rows: Tensor, m: Tensor, bias: Tensor | None) -> Tensor:
     if not _is_readable(rows, m, bias):
         return linear_out(rows, m.to(rows.dtype), bias)
     few, ordered = len(rows) <= GEMV_TOKENS, fixed_order.is_active()
+    if not few and m.dtype == torch.bfloat16 and in_tiles():
+        return half.gemm_half_amx(rows.contiguous(), m, bias)
     if not few or (ordered and rows.numel() * m.shape[1] > fixed_order.SMALL):
         return half.gemm_half(rows.contiguous(), m, bias)
     if ordered or m.is_contiguous():
         return linear_out(rows, m.to(rows.dtype), bias)
     return half.gemv_half(rows.contiguous(), m.T, bias)
+
+
+def in_tiles() -> bool:
+    """Whether a weight in bf16 is multiplied in tiles of AMX, as ``LORAKEET_HALF=amx`` asks for.
+
+    Raises:
+        ConfigError: The variable names no product, or one that does not run here.
+    """
+    asked = os.environ.get("LORAKEET_HALF") or EXACT
+    if asked not in (EXACT, TILES):
+        raise ConfigError(f"LORAKEET_HALF: unknown product {asked!r}", f"name one of: {EXACT}, {TILES}")
+    if asked == TILES and Feature.AMX not in features.runnable():
+        raise ConfigError(
+            f"LORAKEET_HALF: {TILES!r} cannot run here: this processor, or the compiled library, has no amx",
+            f"name one of: {EXACT}",
+        )
+    return asked == TILES
 
 
 def _is_readable(rows: Tensor, m: Tensor, bias: Tensor | None) -> bool:

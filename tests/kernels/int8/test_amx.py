@@ -119,6 +119,15 @@ def test_the_real_instructions_are_compiled(tmp_path: Path) -> None:
     assert text.count("tilerelease") == 2 and text.count("tilezero") == 5
 
 
+def test_the_real_instructions_of_bf16_are_compiled(tmp_path: Path) -> None:
+    made = tmp_path / "gemm_half_amx.s"
+    compiled_for_amx(made, "-fopenmp", "-Wall", "-Werror", "-S", str(SOURCE_FOLDER / "gemm/half/gemm_half_amx.c"))
+    counts = {
+        word: made.read_text().count(f"{word}\t") for word in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored")
+    }
+    assert counts == {"ldtilecfg": 1, "tileloadd": 4, "tdpbf16ps": 4, "tilestored": 4}
+
+
 def test_tiles_that_linux_refuses_are_no_feature(tmp_path: Path) -> None:
     """Compiled for AMX, the library lists it only where the system grants it, and never emulates it."""
     if not Path("/proc/cpuinfo").exists():

@@ -136,7 +136,18 @@ REFUSED: dict[str, tuple[dict[str, Any], type[openai.APIStatusError], str, str]]
         "body",
         "tool_call_id",
     ),
-    "forced tool": ({"tools": TOOLS, "tool_choice": "required"}, openai.BadRequestError, "tool_choice", "auto"),
+    "forced tool": (
+        {"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}},
+        openai.BadRequestError,
+        "tool_choice",
+        "",
+    ),
+    "forced tool that is not there": (
+        {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}},
+        openai.BadRequestError,
+        "body",
+        "not among the tools",
+    ),
     "strict tool": (
         {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
         openai.BadRequestError,

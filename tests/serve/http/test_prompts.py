@@ -20,6 +20,7 @@ from lorakeet.serve.http.schema.chat import ChatBody
 from lorakeet.serve.http.schema.completions import CompletionBody
 from lorakeet.serve.http.service import Service
 from lorakeet.serve.http.start import Served, open_service
+from lorakeet.serve.http.tool_calls import MISTRAL, ToolCallReader
 
 TURN = {"role": "user", "content": "hi"}
 
@@ -76,6 +77,22 @@ def test_tools_and_their_results(service: Service) -> None:
         rendered(service, "other", TURN, tools=[tool])
     with pytest.raises(ApiError, match="no rule for tool calls|does not read it"):
         rendered(service, "other", TURN, asked, answered)
+
+
+def test_a_template_that_reads_ids_of_calls_gets_them(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = (
+        "{% for m in messages %}{% for call in m.tool_calls or [] %}[TOOL_CALLS] [{{ call.function.name }} {{ call.id }}]"
+        "{% endfor %}{% if m.role == 'tool' %}{% if m.tool_call_id | length != 9 %}{{ raise_exception('nine') }}{% endif %}"
+        "[TOOL_RESULTS] {{ m.content }} {{ m.tool_call_id }}{% endif %}{% endfor %}{# tools #}"
+    )
+    monkeypatch.setattr(service.tokenizer, "chat_template", template)
+    reader = ToolCallReader(MISTRAL)
+    reader.add('[TOOL_CALLS] [{"name": "look", "arguments": {}}]')
+    _, [call] = reader.end()
+    answered = {"role": "tool", "tool_call_id": call["id"], "content": "a bird"}
+    asked = {"role": "assistant", "content": None, "tool_calls": [call]}
+    expected = f"[TOOL_CALLS] [look {call['id']}][TOOL_RESULTS] a bird {call['id']}"
+    assert rendered(service, None, TURN, asked, answered) == expected
 
 
 @pytest.fixture(scope="module")

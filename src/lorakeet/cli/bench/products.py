@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.kernels.cpu import build, features, gemm
+from lorakeet.kernels.cpu import build, features, gemm, half
 from lorakeet.kernels.cpu.features import Feature
 from lorakeet.kernels.int8 import linear, registry
 from lorakeet.kernels.int8.format import quantize_weight
@@ -27,9 +27,12 @@ PEAKS = {
     "8 bits": (2, Feature.VNNI),
     "8 bits in tiles": (3, Feature.AMX),
 }
+#: Name of the fp32 product with a weight that is stored in 16 bits.
+STORED = "fp32, weight in bf16"
 #: Product -> the kind of its multiplications, forward and backward.
 KINDS = {
     "fp32": ("fp32", "fp32"),
+    STORED: ("fp32", "fp32"),
     "fp32 by torch": ("fp32", "fp32"),
     "NF4": ("fp32", "fp32"),
     "int8 pairs": ("16 bits", "16 bits"),
@@ -77,10 +80,12 @@ def contenders(n: int, inner: int, out: int) -> dict[str, tuple[Callable[[], Any
     found: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
     found["fp32 by torch"] = (lambda: x @ weight.T), (lambda: g @ weight)
     if features.has_bf16():
-        half = x.bfloat16(), g.bfloat16(), weight.bfloat16()
-        found["bf16 by torch"] = (lambda: half[0] @ half[2].T), (lambda: half[1] @ half[2])
+        narrow = x.bfloat16(), g.bfloat16(), weight.bfloat16()
+        found["bf16 by torch"] = (lambda: narrow[0] @ narrow[2].T), (lambda: narrow[1] @ narrow[2])
     if features.has(Feature.AVX2):
         found["fp32"] = (lambda: gemm.gemm_f32(x, weight.T)), (lambda: gemm.gemm_f32(g, weight))
+        stored = weight.bfloat16()
+        found[STORED] = (lambda: half.gemm_half(x, stored.T)), (lambda: half.gemm_half(g, stored))
     codes, scale = quantize_weight(weight)
     for one in registry.implementations():
         if one.requires <= features.available() and one.unavailable() is None and one.supports(x, codes):

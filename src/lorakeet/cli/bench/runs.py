@@ -61,17 +61,27 @@ def measure_formats(config: RunConfig, short: bool) -> list[dict[str, Any]]:
 
     Returns:
         For each: ``format``, ``train`` and ``write`` in tokens/s, with ``write`` None for PEFT; and ``dtype``, if chosen.
+        Where ``auto`` keeps weights in 16 bits, ``stored_bits`` is 16.
     """
-    rows = []
+    rows, halves = [], _keeps_halves(config.base.model)
     for name, base in FORMATS.items():
-        if (name == "bf16" and not features.has_bf16()) or (short and name == "auto"):
+        if (name == "bf16" and not features.has_bf16()) or (short and name == "auto" and not halves):
             continue
         info(f"  {name}")
         given = {"base": {"model": config.base.model, **base}, "data": {"path": config.data.path}}
         words = [json.dumps(given), str(STEPS[short]), str(TOKENS[short])]
         found = _answer([sys.executable, "-m", "lorakeet.cli.bench.runs", *words], name)
-        rows += [] if found is None else [{"format": name, **found}]
+        stored = {"stored_bits": 16} if name == "auto" and halves else {}
+        rows += [] if found is None else [{"format": name, **found, **stored}]
     return [*rows, *_peft(config, short)]
+
+
+def _keeps_halves(model: str) -> bool:
+    """Whether ``auto`` keeps the weights of a model in the 16 bits of its files."""
+    from lorakeet.base.device_dtype import choose_device, keeps_halves
+    from lorakeet.base.source import find_source, local_folder
+
+    return keeps_halves(BaseSettings(model=model), choose_device("auto"), local_folder(find_source(model)))
 
 
 def _answer(words: list[str], name: str, told: str = "") -> Any:

@@ -25,8 +25,10 @@ def verdict(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _formats(ours: dict[str, Any]) -> Iterator[str]:
-    """Yield a sentence if the format that ``auto`` is, fp32, is not the faster one for training."""
-    fp32, bf16 = ours.get("fp32"), ours.get("bf16")
+    """Yield a sentence if the format that ``auto`` is, fp32, is not the faster one for training, or its storage slows it."""
+    auto, fp32, bf16 = (ours.get(name) for name in ("auto", "fp32", "bf16"))
+    if auto and fp32 and auto.get("stored_bits") and fp32["train"] > (1 + NOISE) * auto["train"]:
+        yield f"auto keeps 16 bits, but fp32 trains at {fp32['train']:.0f} tokens/s instead of {auto['train']:.0f}"
     if fp32 and bf16 and bf16["train"] > (1 + NOISE) * fp32["train"]:
         yield f"auto is fp32, but bf16 trains at {bf16['train']:.0f} tokens/s instead of {fp32['train']:.0f}"
 
@@ -53,7 +55,9 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield "| number format | training, tokens/s | writing, tokens/s |"
     yield "| --- | --- | --- |"
     for row in found["runs"]:
-        yield f"| {row['format']} | {row['train']:.0f} | {'–' if row['write'] is None else format(row['write'], '.0f')} |"
+        stored = f", weights in {row['stored_bits']} bits" if "stored_bits" in row else ""
+        written = "–" if row["write"] is None else format(row["write"], ".0f")
+        yield f"| {row['format']}{stored} | {row['train']:.0f} | {written} |"
     yield ""
     best = ", ".join(f"{key}: {value}" for key, value in found["best"].get("base", {}).items())
     yield f"base: {{{best}}}"

@@ -21,8 +21,8 @@ MAX_HEAD_WIDTH, HEAD_STEP = 128, 16
 LINEARS = 7
 #: Tokens of a page are a multiple of this (``paged_attention.c``).
 PAGE_STEP = 16
-#: Products of an int8 weight in training: 16-bit gradients, 8-bit ones, or these in tiles of AMX.
-PAIRS, VNNI, AMX = 0, 1, 2
+#: Products in training: of int8 with 16-bit gradients, 8-bit ones, or these in tiles of AMX; of stored bf16 and fp16.
+PAIRS, VNNI, AMX, BF16, FP16 = 0, 1, 2, 3, 4
 #: Kinds of work of a decoder layer in training whose time C measures, in its order (``training.h``).
 WORK = ("product", "gradient", "rounding", "low_rank", "attention", "elementwise")
 #: The sixteen values of NF4, by code (QLoRA, appendix E); ``nf4.h`` has them too.
@@ -44,6 +44,8 @@ CONSTANTS = {
     "LK_PAIRS": PAIRS,
     "LK_VNNI": VNNI,
     "LK_AMX": AMX,
+    "LK_BF16": BF16,
+    "LK_FP16": FP16,
     "LK_WORK": len(WORK),
 }
 
@@ -186,6 +188,7 @@ ARGUMENTS: dict[str, list[Any]] = {
     "lk_gemm_w8a8_amx_dgrad": [_POINTER] * 5 + [_SIZE] * 3,
     "lk_gemm_f32": [_POINTER] * 5 + [_SIZE] * 3 + [_INT] * 3,
     "lk_gemm_half": [_POINTER] * 5 + [_SIZE] * 3 + [_INT] * 2,
+    "lk_gemm_half_amx": [_POINTER] * 5 + [_SIZE] * 3 + [_INT],
     "lk_gemv_half": [_POINTER] * 4 + [_SIZE] * 3 + [_INT],
     "lk_gemv_nf4": [_POINTER] * 6 + [_SIZE] * 3,
     "lk_gemm_nf4": [_POINTER] * 7 + [_SIZE] * 3 + [_INT],
@@ -204,6 +207,7 @@ SIZE_ARGUMENTS: dict[str, list[Any]] = {
     "lk_packed_a16_amx_size": [_SIZE] * 2,
     "lk_packed_a8_amx_groups": [_SIZE] * 2,
     "lk_packed_f32_size": [_SIZE],
+    "lk_packed_half_amx_size": [_SIZE] * 2,
     "lk_training_kept": [_TRAINING],
     "lk_training_packed": [_TRAINING],
     "lk_training_workspace": [_TRAINING, _INT],

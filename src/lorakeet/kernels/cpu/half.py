@@ -33,6 +33,24 @@ def gemm_half(x: Tensor, m: Tensor, bias: Tensor | None = None) -> Tensor:
     return h
 
 
+def gemm_half_amx(x: Tensor, m: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute x·m + b for many tokens in tiles of AMX, with x in two planes of bf16: 16 bits of each value.
+
+    Args:
+        x: fp32 [n, k], contiguous.
+        m: bf16 [k, columns]; m or mᵀ is contiguous.
+        bias: fp32 [columns] or None.
+
+    Returns:
+        fp32 [n, columns].
+    """
+    h = transient_empty(x, x.shape[0], m.shape[1])
+    tiles = workspace(library().lk_packed_half_amx_size(*x.shape), torch.int8)
+    tensors = x, m, bias, tiles, h
+    library().lk_gemm_half_amx(*map(pointer, tensors), *x.shape, m.shape[1], not m.is_contiguous())
+    return h
+
+
 def gemv_half(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute h = x·Wᵀ + b for few tokens; the weight is read once.
 

@@ -161,6 +161,19 @@ def _f32(library: Any) -> Iterator[float]:
             yield _error(h, x.astype(float) @ (m.T if transposed else m) + bias, EXACT)
 
 
+def _half_in_tiles(library: Any) -> Iterator[float]:
+    for n, out, inner in SHAPES:
+        bits = (_normal((out, inner), 9).view(np.uint32) >> 16).astype(np.uint16)
+        exact = (bits.astype(np.uint32) << 16).view(np.float32).astype(float)
+        x, g, bias = _normal((n, inner), 1), _normal((n, out), 8), _normal(out, 5)
+        h, dx = _empty((n, out)), _empty((n, inner))
+        tiles = _bytes(library.lk_packed_half_amx_size(n, max(inner, out)))
+        _call(library, "lk_gemm_half_amx", x, bits, bias, tiles, h, n, inner, out, 1)
+        yield _error(h, x.astype(float) @ exact.T + bias, ROUNDED)
+        _call(library, "lk_gemm_half_amx", g, bits, None, tiles, dx, n, out, inner, 0)
+        yield _error(dx, g.astype(float) @ exact, ROUNDED)
+
+
 def _half(many: bool) -> Callable[[Any], Iterator[float]]:
     """Return the check of a weight in bf16 and in fp16 by few or by many tokens, whose gradient is checked too."""
 
@@ -223,6 +236,7 @@ PRODUCTS = (
     Product("gemv_half", "avx2", _half(many=False)),
     Product("gemm_nf4", "avx2", _nf4(many=True)),
     Product("gemm_w8a8_grouped_dgrad", "vnni", _gradient_in_8_bits(tiles=False)),
+    Product("gemm_half_amx", "amx", _half_in_tiles),
     Product("gemm_w8a16_amx", "amx", _forward("_amx")),
     Product("gemm_w8a8_amx_dgrad", "amx", _gradient_in_8_bits(tiles=True)),
 )

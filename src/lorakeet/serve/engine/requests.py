@@ -73,6 +73,7 @@ class Request:
         adapter: Name of a served adapter; None: the bare base.
         deadline: Time at which the answer ends, finished or not, as ``time.monotonic()`` counts; None: no limit.
         tokenizer: Tokenizer that the adapter was taught with, for the answer's text and its end; None: the base's.
+        shown: Special tokens that are part of the answer's text, by id; others are left out of it.
     """
 
     prompt: Sequence[int]
@@ -80,6 +81,7 @@ class Request:
     adapter: str | None = None
     deadline: float | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    shown: Mapping[int, str] = field(default_factory=dict)
 
 
 class TokenLogprob(NamedTuple):

@@ -55,7 +55,7 @@ class Row:
         self.submitted = self.last_token = time.monotonic()
         self.sampler = Sampler(request.sampling)
         self.tokens = list(request.prompt)
-        self._text = TextStream(tokenizer, request.prompt, request.sampling.stop)
+        self._text = TextStream(tokenizer, request.prompt, request.sampling.stop, request.shown)
         self._untold: list[int] = []
         self._logprobs: list[TokenLogprob] = []
 

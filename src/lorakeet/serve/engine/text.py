@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,8 +22,22 @@ class TextStream:
         stopped: Whether a stop string was found.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Sequence[int],
+        stop: Sequence[str] = (),
+        shown: Mapping[int, str] | None = None,
+    ) -> None:
+        """Begin an answer.
+
+        Args:
+            tokenizer: The tokenizer.
+            prompt: Token ids of the prompt.
+            stop: Texts that end the answer.
+            shown: Special tokens that are part of the text, by id; others are left out.
+        """
+        self.tokenizer, self.shown = tokenizer, shown or {}
         self.stop = tuple(text for text in stop if text)
         self.stopped = False
         self._tokens = list(prompt[-CONTEXT:])
@@ -66,6 +80,9 @@ class TextStream:
         return text[: len(text) - keep]
 
     def _decode(self, ids: list[int]) -> str:
+        at = next((at for at, token in enumerate(ids) if token in self.shown), None)
+        if at is not None:
+            return self._decode(ids[:at]) + self.shown[ids[at]] + self._decode(ids[at + 1 :])
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text

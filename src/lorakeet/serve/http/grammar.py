@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakeet.security.shown import cut
 from lorakeet.serve.http.errors import bad_request
+from lorakeet.serve.http.tool_calls import ToolForm
 
 Mask = NDArray[np.bool_]
 
@@ -35,12 +36,16 @@ LIMITS = LLParserLimits(
 )
 #: JSON without white space between its parts, which a model could go on with for ever; no key is passed over.
 _OPTIONS: Any = {"whitespace_flexible": False, "lenient": False}
+#: The same for arguments of a call, with spaces as Python writes them and templates show them.
+_CALL_OPTIONS = {**_OPTIONS, "key_separator": ": ", "item_separator": ", "}
 #: Keys of a schema that lead to another document, if their values are texts; a property may have the same name.
 _STEERING = ("$id", "$anchor", "$dynamicRef", "$recursiveRef")
 #: Digits of the longest number. Small models write zeros for ever; fp64 needs 17 digits, and integers of 64 bits 19.
 LONGEST_NUMBER = 24
 _QUOTE, _ESCAPE = b'"\\'
 _DIGITS = b"0123456789"
+#: Field of the schema of an answer.
+SCHEMA = "response_format.json_schema.schema"
 #: Characters of llguidance's own message that an error shows.
 _SHOWN = 300
 
@@ -85,22 +90,60 @@ class Grammars:
             ApiError: The schema is too large, not valid, or has a rule that cannot be kept to.
         """
         text = json.dumps(schema)
-        if len(text) > LARGEST_SCHEMA:
-            raise _refused(f"it has {len(text):,} characters, expected at most {LARGEST_SCHEMA:,}")
-        _check_keys(schema)
+        _check_schema(schema, SCHEMA)
+        return self._begun(lambda: LLMatcher.grammar_from_json_schema(text, overrides=_OPTIONS), SCHEMA)
+
+    def for_call(self, form: ToolForm, tools: Mapping[int, Mapping[str, Any]]) -> SchemaGrammar:
+        """Return the state of an answer that is one call of one of these tools.
+
+        Args:
+            form: Form of the call.
+            tools: Tools in OpenAI's form, by their number in the request.
+
+        Raises:
+            ApiError: The parameters of a tool are no schema of an object, or none that can be kept to.
+        """
+        special = {text: f"<[{token}]>" for token, text in form.special_ids(self._tokenizer).items()}
+        rules, choices = [], []
+        for number, function in ((number, tool["function"]) for number, tool in tools.items()):
+            schema = {"type": "object", **(function.get("parameters") or {})}
+            _check_schema(schema, f"tools.{number}.function.parameters")
+            if schema["type"] != "object":
+                raise _refused("it is not of the type object", f"tools.{number}.function.parameters")
+            begin = f'{{"name": {json.dumps(function["name"])}, {json.dumps(form.arguments)}: '
+            choices.append(f"{json.dumps(begin)} arguments{number}")
+            rules.append(f"arguments{number}: %json {json.dumps({'x-guidance': _CALL_OPTIONS, **schema})}")
+        around = [form.opening, form.before, "}" + form.after, form.closing]
+        opening, before, after, closing = (special.get(text) or json.dumps(text) if text else "" for text in around)
+        call = f"start: {opening} {before} ({' | '.join(choices)}) {after} {closing}"
+        lark = "\n".join([call, *rules])
+        if len(lark) > LARGEST_SCHEMA:
+            raise _refused(f"they have {len(lark):,} characters, expected at most {LARGEST_SCHEMA:,}", "tools")
+        return self._begun(lambda: LLMatcher.grammar_from_lark(lark), "tools")
+
+    def _begun(self, compile_: Callable[[], str], param: str) -> SchemaGrammar:
+        """Return the state of an answer that begins.
+
+        Args:
+            compile_: Function that returns the grammar as llguidance reads it.
+            param: Field that the grammar comes from.
+
+        Raises:
+            ApiError: It cannot be kept to.
+        """
         try:
-            grammar = LLMatcher.grammar_from_json_schema(text, overrides=_OPTIONS)
+            grammar = compile_()
         except ValueError as error:
-            raise _refused(str(error)) from None
+            raise _refused(str(error), param) from None
         tokenizer = self.ready()
         matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
         if matcher.is_error():
-            raise _refused(matcher.get_error())
+            raise _refused(matcher.get_error(), param)
         if warnings := matcher.get_grammar_warnings():
-            raise _refused(warnings[0])
+            raise _refused(warnings[0], param)
         begun = SchemaGrammar(matcher, tokenizer, self._digits)
         if not bool(begun.allowed().any()):
-            raise _refused(matcher.get_error() or "no answer is valid")
+            raise _refused(matcher.get_error() or "no answer is valid", param)
         return begun
 
 
@@ -174,28 +217,33 @@ class _DigitRun:
                 self._is_escaped = self._in_string and byte == _ESCAPE
 
 
-def _check_keys(schema: Mapping[str, Any]) -> None:
-    """Refuse a schema that is deep, or that leads out of itself."""
+def _check_schema(schema: Mapping[str, Any], param: str) -> None:
+    """Refuse a schema that is large or deep, or that leads out of itself."""
+    size = len(json.dumps(schema))
+    if size > LARGEST_SCHEMA:
+        raise _refused(f"it has {size:,} characters, expected at most {LARGEST_SCHEMA:,}", param)
     if "x-guidance" in schema:  # options of llguidance, such as to pass over keys
-        raise _refused("it has the key 'x-guidance'")
+        raise _refused("it has the key 'x-guidance'", param)
     level: list[Any] = [schema]
     for _ in range(DEEPEST_SCHEMA):
         for one in level:
             if isinstance(one, Mapping):
-                _check_object(one)
+                _check_object(one, param)
         level = [inner for one in level for inner in _members(one)]
         if not level:
             return
-    raise _refused(f"it has more than {DEEPEST_SCHEMA} levels")
+    raise _refused(f"it has more than {DEEPEST_SCHEMA} levels", param)
 
 
-def _check_object(one: Mapping[str, Any]) -> None:
+def _check_object(one: Mapping[str, Any], param: str) -> None:
     reference = one.get("$ref")
     if isinstance(reference, str) and not reference.startswith("#"):
-        raise _refused(f"it refers to {cut(reference, 80)!r}, and only its own parts, such as #/$defs/name, are read")
+        raise _refused(
+            f"it refers to {cut(reference, 80)!r}, and only its own parts, such as #/$defs/name, are read", param
+        )
     for key in _STEERING:
         if isinstance(one.get(key), str):
-            raise _refused(f"it has the key {key!r}")
+            raise _refused(f"it has the key {key!r}", param)
 
 
 def _members(one: Any) -> Iterator[Any]:
@@ -203,6 +251,6 @@ def _members(one: Any) -> Iterator[Any]:
     yield from (value for value in values if isinstance(value, Mapping | list))
 
 
-def _refused(why: str) -> Exception:
+def _refused(why: str, param: str) -> Exception:
     text = cut(" ".join(why.replace("<non-verbose/>", "").split()), _SHOWN)
-    return bad_request(f"the schema cannot be kept to: {text}", "response_format.json_schema.schema")
+    return bad_request(f"the schema cannot be kept to: {text}", param)

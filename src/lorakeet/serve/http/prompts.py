@@ -12,7 +12,7 @@ from lorakeet.facts.special_tokens import prompt_ids, rendered_ids
 from lorakeet.serve.http.errors import bad_request, from_lorakeet
 from lorakeet.serve.http.schema.chat import ChatBody
 from lorakeet.serve.http.service import Service
-from lorakeet.serve.http.tool_calls import reads_tool_calls
+from lorakeet.serve.http.tool_calls import tool_form
 
 #: A template that reads the name of a message.
 _READS_NAME = re.compile(r"""message(s\[[^\]]*\])?(\.name\b|\[['"]name['"]\]|\.get\(['"]name['"])""")
@@ -27,9 +27,10 @@ def chat_ids(service: Service, body: ChatBody, adapter: str | None) -> list[int]
         ApiError: The template does not take the conversation, or would leave out a part of it.
     """
     tokenizer, tools = service.tokenizers.of(adapter), body.offered_tools
-    if tools and not reads_tool_calls(tokenizer):
+    if tools and tool_form(tokenizer) is None:
         raise bad_request("the chat template of this model has no form of tool calls that is read here", "tools")
-    messages = [message.plain() for message in body.messages]
+    reads_ids = "tool_call_id" in str(tokenizer.chat_template or "")
+    messages = [message.plain(with_call_id=reads_ids) for message in body.messages]
     _check_members(tokenizer, messages)
     try:
         turns = with_system_turn(messages, service.system_turn(adapter))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from lorakeet.facts.window import window
 from lorakeet.serve.engine.requests import Request, Sampling, Usage
@@ -14,15 +14,24 @@ from lorakeet.serve.http.schema.fields import SamplingBody
 from lorakeet.serve.http.service import Service
 
 
+class Wanted(NamedTuple):
+    """Wishes of a body for each answer, beside the settings of the sampling.
+
+    Attributes:
+        longest: Tokens at most; None: as many as the window and the server allow.
+        logprobs: Likely tokens to report beside each one; None: none.
+        grammar: Grammar of the answers, in its first state.
+        shown: Special tokens that are part of the text, by id.
+    """
+
+    longest: int | None
+    logprobs: int | None
+    grammar: SchemaGrammar | None = None
+    shown: Mapping[int, str] = {}
+
+
 def engine_requests(
-    service: Service,
-    body: SamplingBody,
-    prompts: Sequence[list[int]],
-    adapter: str | None,
-    *,
-    longest: int | None,
-    logprobs: int | None,
-    grammar: SchemaGrammar | None = None,
+    service: Service, body: SamplingBody, prompts: Sequence[list[int]], adapter: str | None, wanted: Wanted
 ) -> list[Request]:
     """Return a request for each answer that a body asks for: its prompts in order, and each one's choices in order.
 
@@ -31,9 +40,7 @@ def engine_requests(
         body: Settings of the sampling.
         prompts: Token ids of each prompt.
         adapter: Name of the adapter; None: the base.
-        longest: Tokens of each answer at most; None: as many as the window and the server allow.
-        logprobs: Likely tokens to report beside each one; None: none.
-        grammar: Grammar of the answers, in its first state.
+        wanted: What else the body asks for.
 
     Raises:
         ApiError: A prompt with its answer does not fit the model's window.
@@ -42,11 +49,11 @@ def engine_requests(
     end, values, requests = deadline(seconds), body.sampling_values(), []
     tokenizer = service.tokenizers.of(adapter)
     for prompt in prompts:
-        values["max_tokens"] = answer_tokens(service, len(prompt), longest)
+        values["max_tokens"] = answer_tokens(service, len(prompt), wanted.longest)
         for choice in range(body.choices):
-            own = grammar.copy() if grammar else None
-            sampling = Sampling(**values, seed=body.seed_of(choice), logprobs=logprobs, grammar=own)
-            requests.append(Request(prompt, sampling, adapter, end, tokenizer))
+            own = wanted.grammar.copy() if wanted.grammar else None
+            sampling = Sampling(**values, seed=body.seed_of(choice), logprobs=wanted.logprobs, grammar=own)
+            requests.append(Request(prompt, sampling, adapter, end, tokenizer, wanted.shown))
     return requests
 
 

@@ -20,6 +20,8 @@ static const struct {
     VALUE(LK_PAIRS),
     VALUE(LK_VNNI),
     VALUE(LK_AMX),
+    VALUE(LK_BF16),
+    VALUE(LK_FP16),
     VALUE(LK_WORK),
     SIZE(lk_linear),
     OFFSET(lk_linear, weight),

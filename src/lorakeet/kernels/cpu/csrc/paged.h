@@ -1,9 +1,39 @@
-/* Operations on rows, their attention over pages and the updates of their adapters, for paged_decoder.c. */
+/* The layout of a step, and operations on rows, their attention over pages and the updates of their adapters. */
 #ifndef LORAKEET_PAGED_H
 #define LORAKEET_PAGED_H
 
 #include "gemm/gemm_tiles.h"
 #if defined(__AVX2__)
+
+enum {
+    PAGED_FEW = 48,      /* rows, at most, of the product that reads the weight once for all */
+    PAGED_TOGETHER = 3,  /* linear layers of one input, at most: q, k, v */
+    PAGED_QUERY_ROWS = 4, /* rows of a prompt, at most, that attend together */
+    PAGED_TILE = VLEN / 4 /* rows of one adapter, at most, that a thread computes together */
+};
+
+/* Rows that follow each other and have one adapter, and the middle of their work within that of all rows. */
+struct paged_tile {
+    ptrdiff_t first, rows;
+    float middle;
+};
+
+/* The workspace: vectors of each row, scores of each thread, the rounded rows of a product, and the tiles. */
+struct paged_space {
+    float *normed, *q, *k, *v, *mixed, *made, *gate, *up, *low_rank, *scores, *packed, *tile_memory;
+    struct paged_tile *tiles;
+    ptrdiff_t low_rank_width, size, tile_count;
+    float work;
+};
+
+/* Linear layers with one input x [n, in], their numbers from `first` on, and their outputs h [n, out]. */
+struct paged_group {
+    const struct lk_linear *linears[PAGED_TOGETHER];
+    float *h[PAGED_TOGETHER];
+    const float *x;
+    ptrdiff_t count, first;
+};
+enum { PAGED_QKV, PAGED_O, PAGED_GATE_UP, PAGED_DOWN, PAGED_GROUPS };
 
 /* A head of keys and values of a sequence. */
 struct paged_keys {
@@ -28,6 +58,7 @@ static inline ptrdiff_t paged_scores(ptrdiff_t length)
     return (length + LK_PAGE_STEP - 1) / LK_PAGE_STEP * LK_PAGE_STEP;
 }
 
+ptrdiff_t lk_packed_update_size(ptrdiff_t rank, ptrdiff_t out, ptrdiff_t in);
 HIDDEN void paged_attend(const struct paged_keys *k, const struct paged_query *queries, ptrdiff_t count);
 HIDDEN void paged_add(float *restrict h, const float *restrict u, const float *restrict v, ptrdiff_t rank, ptrdiff_t out);
 HIDDEN void paged_norm(const struct lk_norm *norm, const float *x, float *to, ptrdiff_t width);

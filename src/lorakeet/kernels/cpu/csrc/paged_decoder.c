@@ -9,27 +9,6 @@
 #include "gemm/w8a16.h"
 #if defined(__AVX2__)
 
-enum {
-    PAGED_FEW = 48,      /* rows, at most, of the product that reads the weight once for all */
-    PAGED_TOGETHER = 3,  /* linear layers of one input, at most: q, k, v */
-    PAGED_QUERY_ROWS = 4, /* rows of a prompt, at most, that attend together */
-    PAGED_TILE = VLEN / 4 /* rows of one adapter, at most, that a thread computes together */
-};
-
-/* Rows that follow each other and have one adapter, and the middle of their work within that of all rows. */
-struct paged_tile {
-    ptrdiff_t first, rows;
-    float middle;
-};
-
-/* The workspace: vectors of each row, scores of each thread, the rounded rows of a product, and the tiles. */
-struct paged_space {
-    float *normed, *q, *k, *v, *mixed, *made, *gate, *up, *low_rank, *scores, *packed, *tile_memory;
-    struct paged_tile *tiles;
-    ptrdiff_t low_rank_width, size, tile_count;
-    float work;
-};
-
 static int paged_threads(void)
 {
 #if defined(_OPENMP)
@@ -116,15 +95,6 @@ ptrdiff_t lk_paged_workspace(const struct lk_paged *p)
     return paged_plan(p, NULL).size;
 }
 
-/* Linear layers with one input x [n, in], their numbers from `first` on, and their outputs h [n, out]. */
-struct paged_group {
-    const struct lk_linear *linears[PAGED_TOGETHER];
-    float *h[PAGED_TOGETHER];
-    const float *x;
-    ptrdiff_t count, first;
-};
-enum { PAGED_QKV, PAGED_O, PAGED_GATE_UP, PAGED_DOWN, PAGED_GROUPS };
-
 static void paged_groups(const struct lk_paged *p, const struct paged_space *s, ptrdiff_t layer, struct paged_group *g)
 {
     const struct lk_layer *l = p->layers[layer];
@@ -152,11 +122,30 @@ static void paged_round(const struct lk_paged *p, const struct paged_space *s, c
     }
 }
 
+/* The updates that complete the products of a group: a range of memory for each adapter and layer. */
+static void paged_later(const struct lk_paged *p, const struct paged_space *s, const struct paged_group *g,
+                        struct a16_later *to)
+{
+    for (const struct paged_tile *t = s->tiles; t < s->tiles + s->tile_count; t++) {
+        const struct lk_update *adapter = p->updates[t->first];
+        if (t > s->tiles && adapter == p->updates[t[-1].first])
+            continue;
+        for (ptrdiff_t number = 0; adapter && number < g->count; number++) {
+            const struct lk_update *update = adapter + g->first + number;
+            const ptrdiff_t size = lk_packed_update_size(update->rank, g->linears[number]->out, g->linears[number]->in);
+            if (update->rank)
+                *to++ = (struct a16_later){update->codes, size * (ptrdiff_t)sizeof(int16_t)};
+        }
+    }
+    *to = (struct a16_later){NULL, 0};
+}
+
 /* h = x diag(column_scale) W8^T + bias of each layer of a group. */
 static void paged_multiply(const struct lk_paged *p, const struct paged_space *s, const struct paged_group *g)
 {
     const ptrdiff_t n = p->n, in = g->linears[0]->in;
     struct a16_product products[PAGED_TOGETHER];
+    struct a16_later later[PAGED_FEW * PAGED_TOGETHER + 1];
     void *rounded = s->packed + (n + 15) / 16 * 16;
     for (ptrdiff_t number = 0; number < g->count; number++) {
         const struct lk_linear *l = g->linears[number];
@@ -174,8 +163,10 @@ static void paged_multiply(const struct lk_paged *p, const struct paged_space *s
                 (const int16_t *)(scale + 4 * n), scale, l->weight, l->row_scale, l->bias, g->h[number], l->out};
         }
     }
-    if (n <= PAGED_FEW)
-        a16_multiply(products, g->count, n, in);
+    if (n <= PAGED_FEW) {
+        paged_later(p, s, g, later);
+        a16_multiply(products, g->count, n, in, later);
+    }
 }
 
 /* Complete the products of the rows of a tile: the outlier columns of the weights, and the updates of their adapter. */

@@ -17,11 +17,11 @@ from lorakeet.serve.http.answers import CLIENT_LEFT, Answers, Whole, submit
 from lorakeet.serve.http.body import JsonRoute
 from lorakeet.serve.http.logprobs import chat_logprobs
 from lorakeet.serve.http.prompts import chat_ids
-from lorakeet.serve.http.requests import engine_requests, usage_body
+from lorakeet.serve.http.requests import Wanted, engine_requests, usage_body
 from lorakeet.serve.http.schema.chat import ChatBody
 from lorakeet.serve.http.service import Served, Service
 from lorakeet.serve.http.stream import EventStream
-from lorakeet.serve.http.tool_calls import ToolCallReader
+from lorakeet.serve.http.tool_calls import ToolCallReader, tool_form
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -32,7 +32,8 @@ async def chat_completions(request: Request, body: ChatBody, service: Served) ->
     service.check_task("CAUSAL_LM")
     adapter = service.adapter(body.model)
     tokenizer, tickets = await run_in_threadpool(_begin, service, body, adapter)
-    answers = Answers(tickets, prompts=1, has_grammar=body.answer_schema is not None)
+    has_grammar = body.answer_schema is not None or body.forced_tools is not None
+    answers = Answers(tickets, prompts=1, has_grammar=has_grammar)
     writer = _Writer(tokenizer, body, f"chatcmpl-{uuid.uuid4().hex}")
     if body.stream:
         return EventStream(writer.events(answers), answers)
@@ -44,13 +45,16 @@ async def chat_completions(request: Request, body: ChatBody, service: Served) ->
 
 
 def _begin(service: Service, body: ChatBody, adapter: str | None) -> Any:
-    """Render the conversation, compile the schema, and hand all of it to the engine."""
-    ids = chat_ids(service, body, adapter)
-    schema = body.answer_schema
-    grammar = None if schema is None else service.grammars_of(adapter).for_schema(schema)
-    longest, logprobs = body.longest_answer, body.listed_logprobs
-    requests = engine_requests(service, body, [ids], adapter, longest=longest, logprobs=logprobs, grammar=grammar)
-    return service.tokenizers.of(adapter), submit(service.engine, requests)
+    """Render the conversation, compile the grammar, and hand all of it to the engine."""
+    ids, tokenizer = chat_ids(service, body, adapter), service.tokenizers.of(adapter)
+    form = tool_form(tokenizer) if body.offered_tools else None
+    schema, forced, grammar = body.answer_schema, body.forced_tools, None
+    if schema is not None:
+        grammar = service.grammars_of(adapter).for_schema(schema)
+    elif forced is not None and form is not None:
+        grammar = service.grammars_of(adapter).for_call(form, forced)
+    wanted = Wanted(body.longest_answer, body.listed_logprobs, grammar, form.special_ids(tokenizer) if form else {})
+    return tokenizer, submit(service.engine, engine_requests(service, body, [ids], adapter, wanted))
 
 
 @dataclass
@@ -69,8 +73,7 @@ class _Writer:
         """Return a whole answer."""
         content = answer.text
         calls: list[dict[str, Any]] = []
-        if self.body.offered_tools:
-            reader = ToolCallReader()
+        if (reader := self._reader()) is not None:
             before = reader.add(answer.text)
             rest, calls = reader.end()
             content = before + rest
@@ -84,9 +87,14 @@ class _Writer:
             "finish_reason": "tool_calls" if calls else answer.finish,
         }
 
+    def _reader(self) -> ToolCallReader | None:
+        """Return a reader of calls; None: no tools were offered."""
+        tools, form = self.body.offered_tools, tool_form(self.tokenizer)
+        return ToolCallReader(form, [tool["function"]["name"] for tool in tools]) if tools and form else None
+
     async def events(self, answers: Answers) -> AsyncIterator[dict[str, Any]]:
         """Yield the events of a stream."""
-        readers = [ToolCallReader() if self.body.offered_tools else None for _ in range(len(answers))]
+        readers = [self._reader() for _ in range(len(answers))]
         for index in range(len(answers)):
             yield self._event(index, {"role": "assistant", "content": ""})
         async for index, chunk in answers.pieces():

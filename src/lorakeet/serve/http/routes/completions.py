@@ -17,7 +17,7 @@ from lorakeet.serve.http.answers import CLIENT_LEFT, Answers, submit
 from lorakeet.serve.http.body import JsonRoute
 from lorakeet.serve.http.logprobs import completion_logprobs
 from lorakeet.serve.http.prompts import completion_ids
-from lorakeet.serve.http.requests import engine_requests, usage_body
+from lorakeet.serve.http.requests import Wanted, engine_requests, usage_body
 from lorakeet.serve.http.schema.completions import CompletionBody
 from lorakeet.serve.http.service import Served, Service
 from lorakeet.serve.http.stream import EventStream
@@ -49,7 +49,7 @@ def _begin(service: Service, body: CompletionBody, adapter: str | None) -> Any:
     """Tokenize the prompts, and hand them to the engine."""
     prompts = [completion_ids(service, prompt, adapter) for prompt in body.prompt]
     longest = _LENGTH if body.max_tokens is None else body.max_tokens
-    requests = engine_requests(service, body, prompts, adapter, longest=longest, logprobs=body.logprobs)
+    requests = engine_requests(service, body, prompts, adapter, Wanted(longest, body.logprobs))
     return service.tokenizers.of(adapter), submit(service.engine, requests)
 
 

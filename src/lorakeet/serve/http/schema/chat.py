@@ -66,10 +66,15 @@ class ChatMessage(Body):
             raise wrong("tool_call_id belongs to a message of the role tool, and each of these has one")
         return self
 
-    def plain(self) -> dict[str, Any]:
-        """Return the message as templates read it, with its role in their words."""
+    def plain(self, with_call_id: bool = False) -> dict[str, Any]:
+        """Return the message as templates read it, with its role in their words.
+
+        Args:
+            with_call_id: Whether the template reads which call a result belongs to.
+        """
         role = "system" if self.role == "developer" else self.role
-        members = self.model_dump(exclude_none=True, exclude={"role", "content", "tool_call_id"})
+        left_out = {"role", "content", *(() if with_call_id else ("tool_call_id",))}
+        members = self.model_dump(exclude_none=True, exclude=left_out)
         return {"role": role, "content": self.content, **members}
 
 
@@ -87,6 +92,19 @@ class Tool(Body):
 
     type: Literal["function"]
     function: Function
+
+
+class NamedFunction(Body):
+    """Name of a function."""
+
+    name: FunctionName
+
+
+class NamedTool(Body):
+    """Tool that the answer calls."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class JsonSchema(Body):
@@ -126,7 +144,7 @@ class ChatBody(SamplingBody):
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: Literal[True] | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -153,6 +171,8 @@ class ChatBody(SamplingBody):
             raise wrong("max_tokens and max_completion_tokens differ, expected one of them")
         if self.tool_choice is not None and not self.tools:
             raise wrong("tool_choice is set, but there are no tools")
+        if self.forced_tools == {}:
+            raise wrong("tool_choice names a function that is not among the tools")
         if self.offered_tools and self.answer_schema is not None:
             raise wrong("tools and a response_format of JSON exclude each other: use one of them, or tool_choice none")
         self._check_ids()
@@ -187,3 +207,13 @@ class ChatBody(SamplingBody):
         if not self.tools or self.tool_choice == "none":
             return None
         return [tool.model_dump(exclude_none=True) for tool in self.tools]
+
+    @property
+    def forced_tools(self) -> dict[int, dict[str, Any]] | None:
+        """Tools of which the answer calls one, by their number; None: it may also be text."""
+        if self.tool_choice in (None, "auto", "none"):
+            return None
+        tools, name = self.offered_tools or [], None
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+        return {number: tool for number, tool in enumerate(tools) if name in (None, tool["function"]["name"])}

@@ -6,6 +6,7 @@
  * time, in the cache. Reference: gemm_w8a16.c and gemm_w8a8_grouped.c.
  */
 #include "amx.h"
+#include "amx_transpose.h"
 #include "w8a16.h"
 #include "w8a16_epilogue.h"
 #include "w8a8_grouped.h"
@@ -75,38 +76,6 @@ void lk_pack_a16_amx(const float *x, const float *factor, int8_t *tiles, float *
             }
         }
     }
-}
-
-/* Sixteen rows of sixteen dwords -> their transpose. */
-static inline void amx_transpose(const int8_t *from, ptrdiff_t stride, int8_t *to)
-{
-#if VLEN == 16
-    __m512i a[16], b[16];
-    for (int r = 0; r < 16; r++)
-        a[r] = LOAD(from + r * stride);
-    for (int r = 0; r < 16; r += 2) {
-        b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);
-        b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
-    }
-    for (int r = 0; r < 16; r += 4)
-        for (int c = 0; c < 2; c++) { /* a[r + column % 4] has columns 0, 4, 8, 12 of rows r...r + 3, from that column on */
-            a[r + 2 * c] = _mm512_unpacklo_epi64(b[r + c], b[r + c + 2]);
-            a[r + 2 * c + 1] = _mm512_unpackhi_epi64(b[r + c], b[r + c + 2]);
-        }
-    for (int c = 0; c < 4; c++) {
-        const __m512i even = _mm512_shuffle_i32x4(a[c], a[c + 4], 0x88), odd = _mm512_shuffle_i32x4(a[c], a[c + 4], 0xDD);
-        const __m512i up = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0x88),
-                      more = _mm512_shuffle_i32x4(a[c + 8], a[c + 12], 0xDD);
-        _mm512_storeu_si512(to + c * 64, _mm512_shuffle_i32x4(even, up, 0x88));
-        _mm512_storeu_si512(to + (c + 8) * 64, _mm512_shuffle_i32x4(even, up, 0xDD));
-        _mm512_storeu_si512(to + (c + 4) * 64, _mm512_shuffle_i32x4(odd, more, 0x88));
-        _mm512_storeu_si512(to + (c + 12) * 64, _mm512_shuffle_i32x4(odd, more, 0xDD));
-    }
-#else
-    for (int r = 0; r < 16; r++)
-        for (int c = 0; c < 16; c++)
-            memcpy(to + c * 64 + r * 4, from + r * stride + c * 4, 4);
-#endif
 }
 
 /* weight [out, in], channels from j on, inputs from k0 on -> panel [step][two tiles of columns][inputs / 4][column][4]; zeros

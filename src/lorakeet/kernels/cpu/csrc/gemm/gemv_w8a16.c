@@ -85,12 +85,14 @@ static inline floats gemv_all(float value)
     return (floats){0} + value;
 }
 
-/* GEMV_CHUNK rows of the weight from j on, by all rows of x; `ahead` is the chunk after it. */
-static void gemv_chunk(const struct a16_product *p, ptrdiff_t j, ptrdiff_t n, ptrdiff_t in, const int8_t *ahead)
+/* GEMV_CHUNK rows of the weight from j on, by all rows of x; `ahead` is the chunk after it. The first rows of x bring that
+ * into the cache, and the next ones as many bytes of what is needed after the product. */
+static void gemv_chunk(const struct a16_product *p, ptrdiff_t j, ptrdiff_t n, ptrdiff_t in, const int8_t *ahead,
+                       const int8_t *later)
 {
     const ptrdiff_t size = w8a16_kc(in), padded = a16_block_codes(in), stride = a16_row_codes(in);
     ptrdiff_t i = 0;
-    for (; i + GEMV_TOKENS <= n; i += GEMV_TOKENS)
+    for (; i + GEMV_TOKENS <= n; i += GEMV_TOKENS, ahead = later)
         for (ptrdiff_t c = j; c < j + GEMV_CHUNK; c += GEMV_ROWS) {
             const floats row_scale = gemv_four_times(p->row_scale + c), x_scale = load(p->scale + i * GEMV_ROWS);
             floats sum = gemv_four_times(p->bias ? p->bias + c : NULL);
@@ -105,7 +107,7 @@ static void gemv_chunk(const struct a16_product *p, ptrdiff_t j, ptrdiff_t n, pt
             for (int t = 0; t < GEMV_TOKENS; t++)
                 memcpy(p->h + (i + t) * p->out + c, made + t * GEMV_ROWS, GEMV_ROWS * sizeof(float));
         }
-    for (; i < n; i++)
+    for (; i < n; i++, ahead = later)
         for (ptrdiff_t c = j; c < j + GEMV_CHUNK; c += VLEN) {
             const floats row_scale = load(p->row_scale + c), x_scale = gemv_all(p->scale[i * GEMV_ROWS]);
             floats sum = p->bias ? load(p->bias + c) : (floats){0};
@@ -146,8 +148,21 @@ static const struct a16_product *gemv_find(const struct a16_product *p, ptrdiff_
     return p;
 }
 
-/* Products of the same n rows, rounded for each, with the weights of several layers. */
-void a16_multiply(const struct a16_product *products, ptrdiff_t count, ptrdiff_t n, ptrdiff_t in)
+/* Where a chunk finds its share of what is needed after the product: the shares are `size` bytes, one after the other. */
+static const int8_t *gemv_later(const struct a16_later *later, ptrdiff_t at, ptrdiff_t size)
+{
+    for (at *= size; later && later->bytes; later++) {
+        if (at < later->bytes)
+            return (const int8_t *)later->from + at;
+        at -= (later->bytes + size - 1) / size * size;
+    }
+    return NULL;
+}
+
+/* Products of the same n rows, rounded for each, with the weights of several layers. What is needed `later` comes into the
+ * cache meanwhile; its last range has no bytes. */
+void a16_multiply(const struct a16_product *products, ptrdiff_t count, ptrdiff_t n, ptrdiff_t in,
+                  const struct a16_later *later)
 {
     const ptrdiff_t size = w8a16_kc(in), past = (in + size - 1) / size * size - size + a16_block_codes(in) - in;
     ptrdiff_t chunks = 0;
@@ -158,8 +173,9 @@ void a16_multiply(const struct a16_product *products, ptrdiff_t count, ptrdiff_t
         ptrdiff_t j = at, next = min_of(at + 1, chunks - 1);
         const struct a16_product *p = gemv_find(products, &j), *after = gemv_find(products, &next);
         const ptrdiff_t end = min_of(j + GEMV_CHUNK, p->out);
+        const int8_t *ahead = after->weight + next * in, *other = gemv_later(later, at, GEMV_CHUNK * in);
         if (end - j == GEMV_CHUNK && end * in + (past > 0 ? past : 0) <= p->out * in)
-            gemv_chunk(p, j, n, in, after->weight + next * in);
+            gemv_chunk(p, j, n, in, ahead, other ? other : ahead);
         else
             gemv_edge(p, j, end, n, in);
     }
@@ -183,6 +199,6 @@ void lk_gemv_w8a16(const float *x, const int8_t *weight, const float *row_scale,
     for (ptrdiff_t i = 0; i < n; i++)
         a16_round_row(x + i * in, column_scale, codes + i * stride, scale + i * GEMV_ROWS, in);
     const struct a16_product product = {codes, scale, weight, row_scale, bias, h, out};
-    a16_multiply(&product, 1, n, in);
+    a16_multiply(&product, 1, n, in, NULL);
 }
 #endif

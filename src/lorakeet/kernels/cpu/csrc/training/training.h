@@ -98,6 +98,8 @@ void lk_attention_backward(const struct lk_heads *grad, const struct lk_heads *q
 ptrdiff_t lk_packed_f32_size(ptrdiff_t n);
 void lk_gemm_f32(const float *x, const float *m, const float *bias, float *strips, float *h, ptrdiff_t n,
                  ptrdiff_t depth, ptrdiff_t columns, int transposed, int low_rank, int add);
+void lk_gemm_half(const float *x, const uint16_t *bits, const float *bias, float *strips, float *h, ptrdiff_t n,
+                  ptrdiff_t depth, ptrdiff_t columns, int transposed, int bf16);
 ptrdiff_t lk_packed_a8_groups(ptrdiff_t n, ptrdiff_t depth);
 void lk_pack_a8_grouped(const float *x, const float *factor, int8_t *codes, float *scale, int32_t *start, ptrdiff_t n,
                         ptrdiff_t depth, int error_feedback);

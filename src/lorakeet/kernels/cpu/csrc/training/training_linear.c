@@ -1,4 +1,4 @@
-/* A frozen linear layer and its low-rank update in training, forward and backward, in fp32 or with an int8 weight.
+/* A frozen linear layer and its low-rank update in training, forward and backward, in fp32 or with a weight in 16 or 8 bits.
  *
  * The equations are those of kernels/lora_linear.py, which is the reference, to the bit.
  */
@@ -114,6 +114,17 @@ static void int8_product(const struct lk_trained_linear *layer, const float *x, 
     lap(scratch->seconds, LOW_RANK);
 }
 
+/* h = x m + bias for the weight of a layer as m [depth, columns], or as m^T if `transposed`, in fp32 or stored in 16 bits. */
+static void fp32_product(const struct lk_trained_linear *layer, const float *x, const float *bias, float *packed, float *h,
+                         ptrdiff_t n, ptrdiff_t depth, ptrdiff_t columns, int transposed)
+{
+    const void *weight = layer->linear.weight;
+    if (layer->product == LK_BF16 || layer->product == LK_FP16)
+        lk_gemm_half(x, weight, bias, packed, h, n, depth, columns, transposed, layer->product == LK_BF16);
+    else
+        lk_gemm_f32(x, weight, bias, packed, h, n, depth, columns, transposed, 0, 0);
+}
+
 /* h [n, out] = x W^T + bias + scaling dropout(x) A^T B^T, and u [n, rank] = dropout(x) A^T, which is kept. h may be
  * NULL where only u is wanted. */
 void trained_linear(const struct lk_trained_linear *layer, const float *x, float *u, float *h, ptrdiff_t n,
@@ -134,7 +145,7 @@ void trained_linear(const struct lk_trained_linear *layer, const float *x, float
         int8_product(layer, x, h, n, scratch);
         return;
     }
-    lk_gemm_f32(x, (const float *)own->weight, own->bias, packed, h, n, own->in, own->out, 1, 0, 0);
+    fp32_product(layer, x, own->bias, packed, h, n, own->in, own->out, 1);
     lap(scratch->seconds, PRODUCT);
     if (own->rank)
         lk_gemm_f32(scratch->thin, own->b, NULL, packed, h, n, own->rank, own->out, 1, 1, 1);
@@ -150,7 +161,7 @@ static void input_gradient(const struct lk_trained_linear *layer, const float *g
     int8_t *codes = (int8_t *)scratch->packed;
     const int feedback = !own->column_scale;
     if (!own->row_scale) {
-        lk_gemm_f32(g, (const float *)own->weight, NULL, scratch->packed, dx, n, out, in, 0, 0, 0);
+        fp32_product(layer, g, NULL, scratch->packed, dx, n, out, in, 0);
         lap(scratch->seconds, GRADIENT);
         return;
     }
