@@ -23,6 +23,7 @@ from lorakeet.patches import fused_layers as patches
 from lorakeet.patches.fused_layers import fused_layers
 from lorakeet.patches.gradient_checkpointing import gradient_checkpointing
 from lorakeet.patches.padding_free import padding_free
+from lorakeet.quant.half import half_layer
 from lorakeet.quant.quantize import quantize_
 
 pytestmark = pytest.mark.skipif(
@@ -39,9 +40,12 @@ SHAPE = {
 ATTENTION, EVERY = ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def model_of(kind: str = "llama", bits: int | None = None, **lora: Any) -> Any:
+def model_of(kind: str = "llama", bits: int | None = None, stored: torch.dtype | None = None, **lora: Any) -> Any:
     """Return a small model in training, with an adapter that is not zero."""
     base = small(kind, **SHAPE).requires_grad_(False)
+    for name, inner in list(base.named_modules()) if stored else ():
+        if isinstance(inner, nn.Linear):
+            base.set_submodule(name, half_layer(inner, inner.weight.detach().to(stored)))
     if bits:
         quantize_(base, form="int8" if bits == 8 else "nf4")
     made = get_peft_model(base, LoraConfig(**{"r": 5, "lora_dropout": 0.3, "target_modules": EVERY, **lora}))
@@ -90,6 +94,8 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 CASES = {
     "fp32": {},
     "int8": {"bits": 8},
+    "bf16": {"stored": torch.bfloat16, "target_modules": ["q_proj", "up_proj", "down_proj"]},
+    "fp16": {"stored": torch.float16, "kind": "qwen2", "lora_dropout": 0.0},
     "biases": {"kind": "qwen2", "bits": 8},
     "a window": {"kind": "mistral"},
     "only attention, no dropout": {"bits": 8, "target_modules": ATTENTION, "lora_dropout": 0.0},
@@ -116,6 +122,15 @@ def test_the_bits_are_those_of_the_modules(case: str) -> None:
         expected = run(model, batch)
     assert found["layers"] == 2 and expected["layers"] == 0
     assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_a_base_in_16_bits_computes_what_it_does_in_fp32(stored: torch.dtype) -> None:
+    model, wide, batch = model_of(stored=stored), model_of(), ragged()
+    for inner in wide.modules():
+        if isinstance(inner, nn.Linear) and not inner.weight.requires_grad:
+            inner.weight.data = inner.weight.data.to(stored).float()
+    assert_same_bits(run(model, batch), run(wide, batch))
 
 
 @pytest.mark.parametrize("product", ["pairs", "vnni", "amx"])

@@ -3,10 +3,10 @@
     a = x + W_o·attention(rope(W_q·n), rope(W_k·n), W_v·n)        n = norm(x)
     h = a + W_down·(f(W_gate·m) ∘ W_up·m)                         m = norm(a)
 
-Each W is frozen, in fp32 or int8, and may have a low-rank update with dropout (:mod:`lorakeet.kernels.lora_linear`). Around
-thirty operations of torch, with their autograd nodes and their new memory, become two calls. The loops and products are those
-of the single modules, in the same order, so all bits are the same (``training_layer.c``). Saved for backward: the layer's
-input, and one buffer with what the single modules would save.
+Each W is frozen, in fp32, in 16 bits or in int8, and may have a low-rank update with dropout
+(:mod:`lorakeet.kernels.lora_linear`). Around thirty operations of torch, with their autograd nodes and their new memory,
+become two calls. The loops and products are those of the single modules, in the same order, so all bits are the same
+(``training_layer.c``). Saved for backward: the layer's input, and one buffer with what the single modules would save.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from lorakeet.kernels.int8.format import split_scale
 
 #: Products of C by the name of their back end in the registry.
 _PRODUCTS = {"pairs": abi.PAIRS, "vnni": abi.VNNI, "amx": abi.AMX}
+#: Products of C by the number format of a weight without scale.
+_WIDE = {torch.float32: 0, torch.bfloat16: abi.BF16, torch.float16: abi.FP16}
 
-#: Products of a weight that is stored in 16 bits.
-_STORED = {torch.bfloat16: abi.BF16, torch.float16: abi.FP16}
 #: Seconds of each kind of work of :data:`~lorakeet.kernels.cpu.abi.WORK`, to which all calls add; None: not measured.
 _watched: Tensor | None = None
 
@@ -55,7 +55,7 @@ class TrainedLinear(NamedTuple):
     """A frozen linear layer and its update: h = x·W₀ᵀ + bias + scaling·dropout(x)·Aᵀ·Bᵀ.
 
     Attributes:
-        weight: fp32 or int8 [out, in]; or bf16 or fp16, which is computed as if it were fp32.
+        weight: fp32, bf16, fp16 or int8 [out, in].
         scale: Of an int8 weight, as :mod:`lorakeet.kernels.int8.format` describes it; None for others.
         bias: fp32 [out] or None.
         a: fp32 [r, in], or None without an update.
@@ -163,11 +163,12 @@ def _why_not_linear(linear: TrainedLinear, x: Tensor) -> str | None:
         if not fits:
             return "an adapter is not in fp32, or its shapes do not fit"
     if scale is None:
-        if weight.dtype not in (torch.float32, *_STORED):
+        if weight.dtype not in _WIDE:
             return f"a weight is {weight.dtype}, expected fp32, 16 bits or int8"
-        if weight.dtype in _STORED:
-            return "its products are in tiles of AMX" if in_tiles() else None
-        return None if gemm.has_fast_f32() or fixed_order.is_active() else "torch's fp32 products are faster here"
+        if weight.dtype == torch.bfloat16 and in_tiles():
+            return "its products are in tiles of AMX"
+        ours = weight.dtype != torch.float32 or gemm.has_fast_f32()
+        return None if ours or fixed_order.is_active() else "torch's fp32 products are faster here"
     row_scale, column_scale = split_scale(weight, scale)
     if weight.dtype != torch.int8 or not _is_vector(row_scale, out) or not _is_vector(column_scale, width):
         return "the scales of a weight do not fit"
@@ -241,7 +242,7 @@ class _Call:
         if scale is None:
             given = weight, *[None] * 6, bias, a, b, None
             own = abi.Linear(*map(pointer, given), *weight.shape, 0 if a is None else len(a), 0, linear.scaling)
-            product = _STORED.get(weight.dtype, 0)
+            product = _WIDE[weight.dtype]
         else:
             own = linear_struct(LinearWeights(weight, scale, bias, a, b, linear.scaling))
             product = _PRODUCTS[registry.best(x[0], weight).name]

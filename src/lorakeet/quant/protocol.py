@@ -213,11 +213,14 @@ def dequantized_copy(module: nn.Module) -> nn.Module:
 
 
 def frozen_weights(layer: nn.Module) -> TrainedLinear | None:
-    """Return the operands of a linear layer in the compiled training step: plain, in 16 or in 8 bits; None for any other."""
-    own: Any = layer
-    if type(layer) is nn.Linear or (is_quantized(layer) and layer.exact and not isinstance(layer, nn.Embedding)):
-        return TrainedLinear(own.weight, None, own.bias)
-    own = layer.decoder_weights() if is_quantized(layer) else None
+    """Return the operands of a linear layer in the compiled training step: plain, in 16 or 8 bits; None for any other."""
+    if type(layer) is nn.Linear:
+        return TrainedLinear(layer.weight, None, layer.bias)
+    if not is_quantized(layer):
+        return None
+    if layer.exact:
+        return TrainedLinear(layer.weight, None, layer.bias)  # type: ignore[arg-type]
+    own = layer.decoder_weights()
     return None if own is None or own.packed is not None else TrainedLinear(*own[:3])
 
 

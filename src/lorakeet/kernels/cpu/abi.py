@@ -21,8 +21,10 @@ MAX_HEAD_WIDTH, HEAD_STEP = 128, 16
 LINEARS = 7
 #: Tokens of a page are a multiple of this (``paged_attention.c``).
 PAGE_STEP = 16
-#: Products in training: of int8 with 16-bit gradients, 8-bit ones, or these in tiles of AMX; of stored bf16 and fp16.
-PAIRS, VNNI, AMX, BF16, FP16 = 0, 1, 2, 3, 4
+#: Products of an int8 weight in training: 16-bit gradients, 8-bit ones, or these in tiles of AMX.
+PAIRS, VNNI, AMX = 0, 1, 2
+#: Products of a weight in 16 bits.
+BF16, FP16 = 3, 4
 #: Kinds of work of a decoder layer in training whose time C measures, in its order (``training.h``).
 WORK = ("product", "gradient", "rounding", "low_rank", "attention", "elementwise")
 #: The sixteen values of NF4, by code (QLoRA, appendix E); ``nf4.h`` has them too.

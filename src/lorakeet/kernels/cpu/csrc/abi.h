@@ -18,8 +18,8 @@ enum {
     LK_PAGE_STEP = 16,       /* tokens of a page are a multiple of this (paged_attention.c) */
     LK_PAIRS = 0,            /* int8 products: 16-bit activations and gradients (gemm_w8a16.c), */
     LK_VNNI = 1,             /* gradients in 8 bits by groups (gemm_w8a8_grouped.c), */
-    LK_AMX = 2,              /* or the same in tiles (gemm_amx.c); */
-    LK_BF16 = 3,             /* fp32 products of a weight that is stored in bf16, */
+    LK_AMX = 2,              /* or the same in tiles (gemm_amx.c) */
+    LK_BF16 = 3,             /* products of a weight that is stored in bf16, */
     LK_FP16 = 4,             /* or in fp16 (gemm_half.c) */
     LK_WORK = 6              /* kinds of work whose time is measured (training.h) */
 };
@@ -88,14 +88,14 @@ struct lk_attention {
     float scale;
 };
 
-/* A linear layer in training: its weight is fp32 where row_scale is NULL, and frozen; A and B may learn. */
+/* A linear layer in training: its weight is int8 if it has a row_scale, and frozen; A and B may learn. */
 struct lk_trained_linear {
     struct lk_linear linear;
     float *da, *db;             /* gradients to A [rank, in] and B [out, rank], or NULL where they are not wanted */
     uint32_t low, high, levels; /* of the dropout of A's input, as for lk_dropout; levels 0: none */
     float keep;                 /* factor of the values that stay */
     int learns;                 /* whether A gets a gradient, so that its input is kept for the backward pass */
-    int product;                /* LK_PAIRS and the others; of an fp32 weight 0 */
+    int product;                /* of an int8 weight: LK_PAIRS, LK_VNNI or LK_AMX; LK_BF16 or LK_FP16; else fp32: 0 */
 };
 
 /* A decoder layer of the Llama family in training, for samples end to end in a row of n tokens. */

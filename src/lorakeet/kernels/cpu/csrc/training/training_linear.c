@@ -1,4 +1,4 @@
-/* A frozen linear layer and its low-rank update in training, forward and backward, in fp32 or with an int8 weight.
+/* A frozen linear layer and its low-rank update in training, forward and backward, in fp32 or with a weight in 16 or 8 bits.
  *
  * The equations are those of kernels/lora_linear.py, which is the reference, to the bit.
  */
@@ -114,15 +114,17 @@ static void int8_product(const struct lk_trained_linear *layer, const float *x, 
     lap(scratch->seconds, LOW_RANK);
 }
 
-/* h = x m + bias for the weight of a layer as m [depth, columns], or as m^T if `transposed`, in fp32 or stored in 16 bits. */
-static void fp32_product(const struct lk_trained_linear *layer, const float *x, const float *bias, float *packed, float *h,
-                         ptrdiff_t n, ptrdiff_t depth, ptrdiff_t columns, int transposed)
+/* h [n, columns] = x m + bias, for the fp32 or 16-bit weight of a layer: m is W^T if `transposed`, else W. */
+static void wide_product(const struct lk_trained_linear *layer, const float *x, const float *bias, float *h, ptrdiff_t n,
+                         int transposed, const struct linear_scratch *scratch)
 {
-    const void *weight = layer->linear.weight;
+    const struct lk_linear *own = &layer->linear;
+    const ptrdiff_t depth = transposed ? own->in : own->out, columns = transposed ? own->out : own->in;
     if (layer->product == LK_BF16 || layer->product == LK_FP16)
-        lk_gemm_half(x, weight, bias, packed, h, n, depth, columns, transposed, layer->product == LK_BF16);
+        lk_gemm_half(x, (const uint16_t *)own->weight, bias, scratch->packed, h, n, depth, columns, transposed,
+                     layer->product == LK_BF16);
     else
-        lk_gemm_f32(x, weight, bias, packed, h, n, depth, columns, transposed, 0, 0);
+        lk_gemm_f32(x, (const float *)own->weight, bias, scratch->packed, h, n, depth, columns, transposed, 0, 0);
 }
 
 /* h [n, out] = x W^T + bias + scaling dropout(x) A^T B^T, and u [n, rank] = dropout(x) A^T, which is kept. h may be
@@ -145,7 +147,7 @@ void trained_linear(const struct lk_trained_linear *layer, const float *x, float
         int8_product(layer, x, h, n, scratch);
         return;
     }
-    fp32_product(layer, x, own->bias, packed, h, n, own->in, own->out, 1);
+    wide_product(layer, x, own->bias, h, n, 1, scratch);
     lap(scratch->seconds, PRODUCT);
     if (own->rank)
         lk_gemm_f32(scratch->thin, own->b, NULL, packed, h, n, own->rank, own->out, 1, 1, 1);
@@ -161,7 +163,7 @@ static void input_gradient(const struct lk_trained_linear *layer, const float *g
     int8_t *codes = (int8_t *)scratch->packed;
     const int feedback = !own->column_scale;
     if (!own->row_scale) {
-        fp32_product(layer, g, NULL, scratch->packed, dx, n, out, in, 0);
+        wide_product(layer, g, NULL, dx, n, 0, scratch);
         lap(scratch->seconds, GRADIENT);
         return;
     }
