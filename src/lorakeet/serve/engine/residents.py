@@ -24,6 +24,7 @@ from lorakeet.lora.lifecycle.adapter_files import CONFIG_NAME, adapter_folder
 from lorakeet.lora.lifecycle.adapter_names import check_adapter_name
 from lorakeet.lora.lifecycle.adoption import adopt
 from lorakeet.lora.target_parameters import LoraParameter
+from lorakeet.runs.process_memory import return_free_memory
 from lorakeet.security.paths import is_dir, is_file, is_plain_name, outside
 from lorakeet.serve.cache.prefix_cache import prefix_root
 from lorakeet.serve.engine.adapter_files import read_adapter
@@ -230,7 +231,7 @@ class Residents:
         self._tidy()
 
     def _tidy(self) -> None:
-        """Take retired versions without requests out of the model.
+        """Take retired versions without requests out of the model, and return their memory to the system.
 
         While a load reads the model it is left as it is; the next load, or the end of a request, does it then.
         """
@@ -242,6 +243,7 @@ class Residents:
                 self._in_model = [one for one in self._in_model if one not in unused]
             if unused:
                 self.between_steps(lambda: self.placement.remove([one.slot for one in unused]))
+                return_free_memory()
         finally:
             self._loading.release()
 
