@@ -6,9 +6,11 @@ of the storage and compute in it, and outputs would not be those of an fp32 base
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -77,8 +79,9 @@ def _code(model: nn.Module) -> str:
 
 @cache
 def _source(module: str) -> str:
-    file = getattr(sys.modules.get(module), "__file__", None)
-    return Path(file).read_text(encoding="utf-8") if file and file.endswith(".py") else ""
+    with suppress(OSError, TypeError):  # no file, or no source in it
+        return inspect.getsource(sys.modules[module])
+    return ""
 
 
 def put_halves_(model: PreTrainedModel, chosen: Mapping[str, torch.dtype]) -> None:

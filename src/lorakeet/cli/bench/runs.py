@@ -104,18 +104,20 @@ def _peft(config: RunConfig, short: bool) -> list[dict[str, Any]]:
     from lorakeet.base.load import inspect_model
     from lorakeet.base.source import find_source, local_folder
     from lorakeet.data import prepare
+    from lorakeet.tasks.setup import task_settings
 
-    tokenizer = inspect_model(config.base).tokenizer
     job = read_run(None, values={**JOB, "base.model": config.base.model, "data.path": config.data.path})
-    ids = [sample["input_ids"] for sample in prepare(job.data, job.task, tokenizer, seed=job.train.seed).train]
+    found = inspect_model(job.base)
+    prepared = prepare(job.data, task_settings(job, found), found.tokenizer, seed=job.train.seed)
+    ids = [sample["input_ids"] for sample in prepared.train]
     steps = [[ids[at : at + 4] for at in range(step * 16, step * 16 + 16, 4)] for step in range(STEPS[short] + 1)]
     told = {"model": str(local_folder(find_source(config.base.model))), "steps": steps}
     rows = []
     for dtype in ("float32", "bfloat16") if features.has_bf16() else ("float32",):
         info(f"  PEFT {dtype}")
-        found = _answer([sys.executable, "-c", PEFT], "PEFT", json.dumps({**told, "dtype": dtype}))
-        if found is not None:
-            rows.append({"format": f"PEFT {'fp32' if dtype == 'float32' else 'bf16'}", "train": found, "write": None})
+        rate = _answer([sys.executable, "-c", PEFT], "PEFT", json.dumps({**told, "dtype": dtype}))
+        if rate is not None:
+            rows.append({"format": f"PEFT {'fp32' if dtype == 'float32' else 'bf16'}", "train": rate, "write": None})
     return rows
 
 
