@@ -124,7 +124,8 @@ def train(name: str, settings: dict[str, Any], folder: Path, start: Path | None 
     else:
         words = [str(HERE / "training_peers.py"), library, str(file), str(start), str(out)]
     seconds, resident = run_process(words, folder)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    every = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in every if "loss" in line]  # those of optimizer steps
     settled = lines[max(1, len(lines) // 5) - 1]
     done = {key: lines[-1][key] - settled[key] for key in ("tokens", "seconds")}
     return {
