@@ -8,6 +8,8 @@
 #include "w8a8_grouped.h"
 #if defined(__AVX2__)
 
+enum { GROUPED_HALF = MR / 2 }; /* rows of a tile */
+
 /* Number of scales, and of starts, that lk_pack_a8_grouped writes; it writes LK_GROUP times as many bytes of x. */
 ptrdiff_t lk_packed_a8_groups(ptrdiff_t n, ptrdiff_t depth)
 {
@@ -57,18 +59,21 @@ static void grouped_pack_weight(const int8_t *weight, int8_t *panel, ptrdiff_t o
         }
 }
 
-/* sums [MR][NR] = strip times panel, over `groups` groups. */
-static inline void grouped_tile(const int8_t *codes, const float *scale, const int32_t *start, const int8_t *panel,
-                                ptrdiff_t groups, float sums[MR][NR])
+/* sums [HALF][NR] = half a strip times a panel, over `groups` groups. Sums of a group and of all stay in registers. */
+static inline __attribute__((always_inline)) void grouped_half(const int8_t *codes, const float *scale, const int32_t *start,
+                                                               const int8_t *panel, ptrdiff_t groups,
+                                                               float sums[GROUPED_HALF][NR])
 {
-    memset(sums, 0, sizeof(float[MR][NR]));
+    floats all[GROUPED_HALF][2];
+    for (int r = 0; r < GROUPED_HALF; r++)
+        all[r][0] = all[r][1] = (floats){0};
     for (ptrdiff_t g = 0; g < groups; g++, scale += MR, start += MR) {
-        int32_vector s[MR][2];
-        for (int r = 0; r < MR; r++)
+        int32_vector s[GROUPED_HALF][2];
+        for (int r = 0; r < GROUPED_HALF; r++)
             s[r][0] = s[r][1] = BROADCAST(start[r]);
         for (int k = 0; k < LK_GROUP / 4; k++, codes += 4 * MR, panel += 4 * NR) {
             const int32_vector low = LOAD(panel), high = LOAD(panel + 4 * VLEN);
-            for (int r = 0; r < MR; r++) {
+            for (int r = 0; r < GROUPED_HALF; r++) {
                 int32_t four;
                 memcpy(&four, codes + 4 * r, 4);
                 const int32_vector x = BROADCAST(four);
@@ -76,10 +81,14 @@ static inline void grouped_tile(const int8_t *codes, const float *scale, const i
                 DOT_FOURS(s[r][1], high, x);
             }
         }
-        for (int r = 0; r < MR; r++) {
-            store(sums[r], grouped_add(load(sums[r]), s[r][0], scale[r]));
-            store(sums[r] + VLEN, grouped_add(load(sums[r] + VLEN), s[r][1], scale[r]));
+        for (int r = 0; r < GROUPED_HALF; r++) {
+            all[r][0] = grouped_add(all[r][0], s[r][0], scale[r]);
+            all[r][1] = grouped_add(all[r][1], s[r][1], scale[r]);
         }
+    }
+    for (int r = 0; r < GROUPED_HALF; r++) {
+        store(sums[r], all[r][0]);
+        store(sums[r] + VLEN, all[r][1]);
     }
 }
 
@@ -105,7 +114,9 @@ void lk_gemm_w8a8_grouped_dgrad(const int8_t *codes, const float *row_scale, con
                 for (ptrdiff_t s = part * each; s < last; s++) {
                     float sums[MR][NR];
                     const ptrdiff_t at = (s * groups + g) * MR, rows = n - s * MR < MR ? n - s * MR : MR;
-                    grouped_tile(codes + at * LK_GROUP, row_scale + at, start + at, panel, taken, sums);
+                    for (ptrdiff_t r = 0; r < rows; r += GROUPED_HALF)
+                        grouped_half(codes + at * LK_GROUP + 4 * r, row_scale + at + r, start + at + r, panel, taken,
+                                     sums + r);
                     for (ptrdiff_t r = 0; r < rows; r++)
                         grouped_write(sums[r], ones, dx + (s * MR + r) * in + j, width, g == 0);
                 }

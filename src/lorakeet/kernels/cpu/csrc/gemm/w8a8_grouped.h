@@ -105,5 +105,12 @@ static inline void grouped_write(const float *sums, const float *scale, float *d
     if (width < NR)
         memcpy(dx, edge, (size_t)width * sizeof(float));
 }
+
+/* The product and its packing (gemm_w8a8_grouped.c). */
+ptrdiff_t lk_packed_a8_groups(ptrdiff_t n, ptrdiff_t depth);
+void lk_pack_a8_grouped(const float *x, const float *factor, int8_t *codes, float *scale, int32_t *start, ptrdiff_t n,
+                        ptrdiff_t depth, int error_feedback);
+void lk_gemm_w8a8_grouped_dgrad(const int8_t *codes, const float *row_scale, const int32_t *start, const int8_t *weight,
+                                const float *scale, float *dx, ptrdiff_t n, ptrdiff_t out, ptrdiff_t in);
 #endif
 #endif
