@@ -76,6 +76,11 @@ static inline void f32_pack_panel(const struct f32_factor *factor, float *panel,
     const float *m = factor->data;
     const ptrdiff_t depth = factor->depth, columns = factor->columns;
     const ptrdiff_t width = min_of(columns - j, NR);
+    if (!factor->transposed && width == NR) { /* a copy of constant size */
+        for (ptrdiff_t k = 0; k < size; k++)
+            memcpy(panel + k * NR, m + (k0 + k) * columns + j, NR * sizeof(float));
+        return;
+    }
     if (!factor->transposed) {
         for (ptrdiff_t k = 0; k < size; k++) {
             memcpy(panel + k * NR, m + (k0 + k) * columns + j, (size_t)width * sizeof(float));
