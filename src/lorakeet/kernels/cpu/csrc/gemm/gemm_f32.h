@@ -151,8 +151,7 @@ static inline __attribute__((always_inline)) void f32_tile(const float *x, ptrdi
 {
     floats sums[MR][2], made[MR][2]; /* a copy: variable indices would keep the sums out of the registers */
     for (ptrdiff_t r = 0; r < rows; r++)
-        for (ptrdiff_t c = 0; c < columns; c += VLEN)
-            __builtin_prefetch(h + r * stride + c, 1);
+        fetch_columns(h + r * stride, columns);
     if (rows == MR && columns == NR) {
         f32_sum(x, x_stride, step, panel, size, MR, 2, sums);
         f32_write(sums, bias, h, stride, MR, NR, first);

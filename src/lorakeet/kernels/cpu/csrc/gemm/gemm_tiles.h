@@ -180,6 +180,13 @@ static inline void interleave_four(const __m128i rows[4], int8_t *to)
     _mm_storeu_si128((__m128i *)to + 3, _mm_unpackhi_epi16(b, e));
 }
 
+/* Fetch columns of a row of a result, which its tile writes at its end, for writing. */
+static inline void fetch_columns(const float *row, ptrdiff_t columns)
+{
+    for (ptrdiff_t c = 0; c < columns; c += VLEN)
+        __builtin_prefetch(row + c, 1);
+}
+
 /* Number of parts that the rows are split into where there are few panels for the threads; each part packs its own panels. */
 static inline ptrdiff_t row_parts(ptrdiff_t panels, ptrdiff_t n)
 {

@@ -86,6 +86,8 @@ static void w8a16_pack_channels(const int8_t *weight, int16_t *panel, ptrdiff_t 
                 from = edge[0];
                 stride = W8A16_K_STEP;
             }
+            for (ptrdiff_t r = 8; k % 64 == 0 && r < 16; r++) /* the next eight rows come from memory */
+                __builtin_prefetch(from + r * in);
             w8a16_transpose_pairs(from, stride, panel + k * NR + 2 * c);
         }
 }
@@ -111,6 +113,8 @@ static inline void w8a16_tile(const int16_t *strip, const int16_t *panel, ptrdif
                               ptrdiff_t stride, ptrdiff_t rows, int first)
 {
     int32_vector s[MR][2];
+    for (ptrdiff_t r = 0; r < rows; r++)
+        fetch_columns(h + r * stride, columns->width);
     for (int r = 0; r < MR; r++)
         s[r][0] = s[r][1] = BROADCAST(0);
     for (ptrdiff_t k = 0; k < size; k += 2, strip += 2 * MR, panel += 2 * NR) {

@@ -146,6 +146,8 @@ static inline void grouped_strip(const struct grouped_side *side, const int8_t *
 {
     for (ptrdiff_t j = 0; j < side->width; j += NR) {
         float sums[MR][NR];
+        for (ptrdiff_t r = 0; r < rows; r++)
+            fetch_columns(dx + r * in + j, min_of(side->width - j, NR));
         for (ptrdiff_t r = 0; r < rows; r += GROUPED_HALF)
             grouped_half(codes + 4 * r, row_scale + r, start + r, side->panels[j / NR], groups, sums + r);
         for (ptrdiff_t r = 0; r < rows; r++)
