@@ -172,23 +172,17 @@ static inline void att_gather(const struct lk_heads *from, const struct att_segm
     }
 }
 
-/* Set the columns of a block outside [from, to) to `value`. */
-static inline void att_fill_outside(float *row, const struct att_block *block, ptrdiff_t from, ptrdiff_t to, float value)
-{
-    for (ptrdiff_t j = block->from; j < from; j++)
-        row[j] = value;
-    for (ptrdiff_t j = to; j < block->to; j++)
-        row[j] = value;
-}
-
-/* The largest of `most` and scores [count, whole vectors]; NaN is never larger, and so no compiler vectorises it. */
-static inline float att_largest(const float *s, ptrdiff_t count, float most)
+/* The largest of `most` and the scores from..to of a block; NaN is never larger, and so no compiler vectorises it. */
+static inline float att_largest(const float *s, const struct att_block *block, ptrdiff_t from, ptrdiff_t to, float most)
 {
     typedef int32_t mask __attribute__((vector_size(4 * VLEN)));
     floats each = most - (floats){0};
-    for (ptrdiff_t j = 0; j < count; j += VLEN) {
+    mask column;
+    for (int v = 0; v < VLEN; v++)
+        column[v] = (int32_t)block->from + v;
+    for (ptrdiff_t j = block->from; j < block->to; j += VLEN, column += VLEN) {
         const floats next = load(s + j);
-        const mask larger = next > each;
+        const mask larger = (next > each) & (column >= (int32_t)from) & (column < (int32_t)to);
         each = (floats)(((mask)next & larger) | ((mask)each & ~larger));
     }
     for (int v = 0; v < VLEN; v++)
@@ -201,18 +195,17 @@ static inline float att_largest(const float *s, ptrdiff_t count, float most)
 static inline float att_softmax(float *s, const struct att_block *block, ptrdiff_t from, ptrdiff_t to, float *largest,
                                 float *sum)
 {
-    float most = *largest, more = 0;
     if (from == to) {
-        att_fill_outside(s, block, from, to, 0);
+        memset(s + block->from, 0, (size_t)(block->to - block->from) * sizeof(float));
         return 1;
     }
-    att_fill_outside(s, block, from, to, -INFINITY);
-    most = att_largest(s + block->from, block->to - block->from, most);
+    const float most = att_largest(s, block, from, to, *largest);
+    float more = 0;
     for (ptrdiff_t j = block->from; j < block->to; j++) {
-        s[j] = exponential(s[j] - most);
+        const float each = exponential(s[j] - most);
+        s[j] = j < from || j >= to ? 0.0f : each;
         more += s[j];
     }
-    att_fill_outside(s, block, from, to, 0);
     const float factor = *sum != 0 ? exponential(*largest - most) : 0;
     *sum = *sum * factor + more;
     *largest = most;
@@ -326,11 +319,10 @@ void lk_attention_backward(const struct lk_heads *grad, const struct lk_heads *q
                     for (ptrdiff_t d = 0; d < dim; d++)
                         along += out[d] * came[r * dim + d];
                     for (ptrdiff_t j = block.from; j < block.to; j++) {
-                        p[j] = exponential(p[j] - log_sum);
-                        ds[j] = p[j] * (ds[j] - along);
+                        const float each = exponential(p[j] - log_sum), slope = each * (ds[j] - along);
+                        p[j] = j < from || j >= to ? 0.0f : each;
+                        ds[j] = j < from || j >= to ? 0.0f : slope;
                     }
-                    att_fill_outside(p, &block, from, to, 0);
-                    att_fill_outside(ds, &block, from, to, 0);
                 }
                 att_multiply(slopes + block.from, ATT_BLOCK, keys + block.from * ATT_NR, ATT_BLOCK, seen, made, dim,
                              dim / ATT_NR);
