@@ -44,6 +44,7 @@ static inline __attribute__((always_inline)) void grouped_round(const float *row
     __m512i most = _mm512_setzero_si512(), sum = most;
     for (int q = 0; q < LK_GROUP / 16; q++) {
         v[q] = load_scaled(row + 16 * q, factor ? factor + 16 * q : NULL, left - 16 * q);
+        __asm__("" : "+v"(v[q])); /* rounded before the error is added, wherever the compiler inlines this */
         if (feedback && q == 0)
             v[q] = _mm512_add_ps(v[q], _mm512_loadu_ps(feedback));
         most = MAX_INT32(most, MAGNITUDE(v[q]));
