@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakeet.kernels import linear_cross_entropy as kernel
-from lorakeet.kernels.cpu import bindings
+from lorakeet.kernels.cpu import bindings, features, gemm
+from lorakeet.kernels.cpu.features import Feature
 from lorakeet.kernels.linear_cross_entropy import (
     LogitMap,
     linear_cross_entropy,
@@ -192,3 +196,102 @@ def test_logits_that_are_not_finite_and_targets_that_are_none() -> None:
     for wrong in (-1, VOCABULARY):
         with pytest.raises((RuntimeError, IndexError), match="out of"):
             kernel._loss_and_gradient(torch.zeros(1, VOCABULARY), torch.tensor([wrong]), LogitMap())
+
+
+# ---- a frozen head of nothing but a weight, in C ------------------------------------------------------------------------
+
+compiled = pytest.mark.skipif(not features.has(Feature.AVX2), reason="nothing is compiled for this processor")
+#: Tokens, hidden size, vocabulary: parts of tiles, runs, blocks and chunks; rows that share sets of the cache.
+HEADS = [(17, 5, 3), (33, 12, 37), (40, 33, 1100), (70, 650, 257), (45, 1024, 130), (100, 40, 2050)]
+
+
+def frozen_head(n: int, hidden: int, vocabulary: int, scale: float = 1.0) -> tuple[list[Tensor], list[Tensor]]:
+    """Return loss, gradient and row losses by one call of C, and by the reference in fp64."""
+    draw = torch.Generator().manual_seed(n)
+    x, weight = torch.randn(n, hidden, generator=draw), torch.randn(vocabulary, hidden, generator=draw) / hidden**0.5
+    targets = torch.randint(0, vocabulary, (n,), generator=draw)
+    calls: list[int] = []
+
+    def head(rows: Tensor) -> Tensor:
+        calls.append(len(rows))
+        return rows @ weight.T
+
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = x.to(dtype).requires_grad_()
+        if dtype == torch.float32:
+            loss = linear_cross_entropy(leaf, targets, head, (), LogitMap(scale), weight)
+            losses = row_losses(x, targets, head, LogitMap(scale), weight)
+            assert not calls
+        else:
+            losses = F.cross_entropy(leaf @ weight.T.double() * scale, targets, reduction="none")
+            loss = losses.sum()
+        results.append([loss.detach(), torch.autograd.grad(loss * 0.37, leaf)[0], losses.detach()])
+    return results[0], results[1]
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "has_fast_f32", lambda: True)
+
+
+@compiled
+@pytest.mark.parametrize("shape", HEADS)
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_a_frozen_head_is_one_call(shape: tuple[int, int, int], scale: float, fast: None) -> None:
+    found, expected = frozen_head(*shape, scale)
+    for mine, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.double(), right, rtol=3e-6, atol=3e-6)
+
+
+@compiled
+def test_a_frozen_head_has_the_same_bits_with_any_number_of_threads(fast: None) -> None:
+    before = torch.get_num_threads()
+    try:
+        made = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            made.append(frozen_head(100, 40, 2050)[0])
+    finally:
+        torch.set_num_threads(before)
+    for other in made[1:]:
+        assert all(torch.equal(mine, right) for mine, right in zip(other, made[0], strict=True))
+
+
+@compiled
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_row_of_a_frozen_head(value: float, fast: None) -> None:
+    x, weight, targets = torch.randn(40, 12), torch.randn(37, 12), torch.randint(0, 37, (40,))
+    x[5, 3] = value
+    losses = row_losses(x, targets, lambda rows: rows @ weight.T, None, weight)
+    assert not losses[5].isfinite() and losses.isfinite().sum() == 39
+    leaf = x.requires_grad_()
+    (dx,) = torch.autograd.grad(linear_cross_entropy(leaf, targets, lambda rows: rows @ weight.T, weight=weight), leaf)
+    assert not dx[5].isfinite().any() and dx.isfinite().all(1).sum() == 39
+
+
+def _note(called: list[int], *_: object) -> None:
+    called.append(1)
+
+
+@compiled
+def test_what_c_cannot_read_takes_the_chunks(fast: None) -> None:
+    """A cap of the logits, few tokens, another dtype, a weight that learns, and targets out of range."""
+    weight, targets = torch.randn(37, 12), torch.randint(0, 37, (40,))
+    x = torch.randn(40, 12)
+    for rows, matrix, chosen, logit_map in (
+        (x, weight, targets, LogitMap(softcap=2.0)),
+        (x[:3], weight, targets[:3], LogitMap()),
+        (x.double(), weight.double(), targets, LogitMap()),
+        (x, nn.Parameter(weight), targets, LogitMap()),
+    ):
+        head = nn.Linear(12, 37, bias=False).requires_grad_(False)
+        head.weight = nn.Parameter(matrix.detach(), requires_grad=False)
+        called: list[int] = []
+        head.register_forward_hook(functools.partial(_note, called))
+        found = row_losses(rows, chosen, head, logit_map, matrix)
+        assert called
+        expected = linear_cross_entropy_reference(rows, chosen, head, logit_map)
+        torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+    with pytest.raises((IndexError, RuntimeError)):
+        row_losses(x, targets + 37, lambda r: r @ weight.T, None, weight)

@@ -239,3 +239,29 @@ def test_an_error_restores_the_model() -> None:
         model(input_ids=torch.tensor([[99]]), labels=torch.tensor([[1]]))
     assert "forward" not in model.__dict__ and "forward" not in model.lm_head.__dict__
     assert not hasattr(model, "_loss_function")
+
+
+@pytest.mark.parametrize("change", ["none", "hook", "forward", "bias"])
+def test_only_a_plain_head_is_one_call_of_c(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else happens in a head must happen: it is then called."""
+    model = language_model("llama").requires_grad_(False)
+    head, called = model.get_output_embeddings(), []
+    if change == "hook":
+        head.register_forward_hook(lambda *_: called.append(1))
+    elif change == "forward":
+        own = head.forward
+        head.forward = lambda x: called.append(1) or own(x)
+    elif change == "bias":
+        head.bias = nn.Parameter(torch.ones(61), requires_grad=False)
+    found: list[Tensor | None] = []
+    real = kernel.linear_cross_entropy
+
+    def spy(*given: Any) -> Tensor:
+        found.append(given[5])
+        return real(*given)
+
+    monkeypatch.setattr("lorakeet.patches.fused_loss.linear_cross_entropy", spy)
+    with fused_loss(model.train()):
+        model(**labelled())
+    assert len(found) == 1 and (found[0] is head.weight if change == "none" else found[0] is None)
+    assert bool(called) == (change in ("hook", "forward"))

@@ -9,6 +9,7 @@ capped at τ (Gemma 2). A few rows at a time: logits, loss, and at once
 
 which the head's backward carries to x and to its trainable parameters: a weight, a bias, an adapter. The gradient overwrites
 the logits. Saved for backward are the gradient to x, as large as x, and those of the parameters.
+A frozen head of nothing but an fp32 weight is one call of C on a CPU, with the same bits.
 Computing the gradient in the forward pass: Wijmans et al. 2024, arXiv:2411.09009, and Hsu et al. 2024, arXiv:2410.10989.
 """
 
@@ -22,7 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakeet.kernels.cpu import bindings
+from lorakeet.kernels import fixed_order
+from lorakeet.kernels.cpu import bindings, gemm
+from lorakeet.kernels.cpu import head as compiled
 
 #: Logits in fp32 held at once (32 MiB); :data:`MIN_ROWS` rows are taken in any case.
 CHUNK_LOGITS = 1 << 23
@@ -60,7 +63,12 @@ def linear_cross_entropy_reference(x: Tensor, targets: Tensor, head: Head, logit
 
 
 def linear_cross_entropy(
-    x: Tensor, targets: Tensor, head: Head, parameters: Sequence[Tensor] = (), logit_map: LogitMap | None = None
+    x: Tensor,
+    targets: Tensor,
+    head: Head,
+    parameters: Sequence[Tensor] = (),
+    logit_map: LogitMap | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Sum the cross-entropy of the rows of ``x``; differentiable in ``x`` and ``parameters``.
 
@@ -70,16 +78,21 @@ def linear_cross_entropy(
         head: [rows, hidden] -> [rows, vocabulary], row by row. Called once for each chunk.
         parameters: Parameters of ``head``; the trainable ones get a gradient, and nothing else there does.
         logit_map: Map from the head's output to logits; the identity if None.
+        weight: W [vocabulary, hidden] of a head that is x·Wᵀ, and no more; None for any other head.
 
     Returns:
         A scalar, fp32; 0 with gradients of 0 for no rows.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    if weight is not None and not trainable and _compiled_supports(x, targets, weight, logit_map or LogitMap()):
+        return _FrozenHead.apply(x, targets, weight, (logit_map or LogitMap()).scale)
     return _LinearCrossEntropy.apply(x, targets, head, logit_map or LogitMap(), *trainable)
 
 
 @torch.no_grad()
-def row_losses(x: Tensor, targets: Tensor, head: Head, logit_map: LogitMap | None = None) -> Tensor:
+def row_losses(
+    x: Tensor, targets: Tensor, head: Head, logit_map: LogitMap | None = None, weight: Tensor | None = None
+) -> Tensor:
     """Compute the cross-entropy of each row without a gradient.
 
     Args:
@@ -87,10 +100,13 @@ def row_losses(x: Tensor, targets: Tensor, head: Head, logit_map: LogitMap | Non
         targets: int64 [n].
         head: [rows, hidden] -> [rows, vocabulary].
         logit_map: Map from the head's output to logits; the identity if None.
+        weight: As for :func:`linear_cross_entropy`.
 
     Returns:
         fp32 [n].
     """
+    if weight is not None and _compiled_supports(x, targets, weight, logit_map or LogitMap()):
+        return _compiled_losses(x, targets, weight, (logit_map or LogitMap()).scale, gradient=False)[0]
     losses = torch.zeros(len(targets), dtype=torch.float32, device=x.device)
     for rows in _chunks(x, targets, head):
         losses[rows], _ = _loss_and_gradient(head(x[rows]), targets[rows], logit_map or LogitMap(), gradient=False)
@@ -142,14 +158,45 @@ def _loss_and_gradient(
 
 
 def _kernel_supports(z: Tensor, targets: Tensor) -> bool:
-    """Whether the compiled kernel can read these; torch reports targets out of range."""
-    fit = (
-        targets.dtype == torch.int64
-        and targets.shape == z.shape[:1]
-        and bindings.supports(z)
-        and bindings.is_cpu_contiguous(targets)
-    )
-    return fit and int(targets.min()) >= 0 and int(targets.max()) < z.shape[1]
+    """Whether the compiled kernel can read these."""
+    return bindings.supports(z) and _are_targets(targets, *z.shape)
+
+
+def _are_targets(targets: Tensor, count: int, vocabulary: int) -> bool:
+    """Whether C can read these targets; torch reports those out of range."""
+    fit = targets.dtype == torch.int64 and targets.shape == (count,) and bindings.is_cpu_contiguous(targets)
+    return fit and int(targets.min()) >= 0 and int(targets.max()) < vocabulary
+
+
+def _compiled_supports(x: Tensor, targets: Tensor, weight: Tensor, logit_map: LogitMap) -> bool:
+    """Whether the head and its loss are one call of C, which has the bits of the chunks' own products."""
+    if torch.is_autocast_enabled("cpu") or weight.requires_grad or logit_map.softcap is not None:
+        return False
+    fast = gemm.has_fast_f32() or fixed_order.is_active()
+    fit = fast and logit_map.scale > 0 and compiled.supports_head(x, weight)
+    return fit and _are_targets(targets, len(x), len(weight))
+
+
+def _compiled_losses(
+    x: Tensor, targets: Tensor, weight: Tensor, scale: float, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    tokens = max(MIN_ROWS, CHUNK_LOGITS // len(weight))
+    return compiled.head_f32(x, weight, targets, scale, tokens, gradient)
+
+
+class _FrozenHead(torch.autograd.Function):
+    """x [n, hidden], targets [n], a frozen weight [vocabulary, hidden] -> Σ loss; the gradient is computed in forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, targets: Tensor, weight: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+        losses, dx = _compiled_losses(x.detach(), targets, weight, scale, gradient=ctx.needs_input_grad[0])
+        ctx.save_for_backward(dx)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (dx,) = ctx.saved_tensors
+        return dx * grad, None, None, None
 
 
 def _chunk_loss(

@@ -129,7 +129,7 @@ def _without_logits(lm: PreTrainedModel, forward: Callable[..., Any], args: tupl
         if shifted:
             labels = _shift(labels, ignore_index) if shift_labels is None else shift_labels
         hidden, targets = _targets(seen.only(), labels, ignore_index)
-        total = linear_cross_entropy(hidden, targets, head, list(head.parameters()), logit_map)
+        total = linear_cross_entropy(hidden, targets, head, list(head.parameters()), logit_map, _weight(head))
         count = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
         losses.append(total / (count.to(total.device) if torch.is_tensor(count) else count))
         return losses[-1]
@@ -147,6 +147,15 @@ def _without_logits(lm: PreTrainedModel, forward: Callable[..., Any], args: tupl
     if len(losses) != 1:
         raise _UnknownLossError(f"{type(lm).__name__} did not call its loss function")
     return type(output)(**{name: value for name, value in output.items() if name != "logits"})
+
+
+def _weight(head: nn.Module) -> Tensor | None:
+    """Return the weight of a head that is a plain product with it: no bias, hooks or forward of someone else; or None."""
+    own = head.__dict__.get("forward")
+    if type(head) is not nn.Linear or head.bias is not None or not (own is None or hasattr(own, "is_fused")):
+        return None
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    return None if any(hooks) else head.weight
 
 
 class _HeadInputs(list[Tensor]):
@@ -231,5 +240,5 @@ def fused_sample_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Ten
         return sample_losses(model, batch)
     mask = targets.ne(IGNORE_INDEX).to(rows.device)
     losses = torch.zeros(mask.shape, dtype=torch.float32, device=rows.device)
-    losses[mask] = row_losses(rows, wanted, head, logit_map)
+    losses[mask] = row_losses(rows, wanted, head, logit_map, _weight(head))
     return losses.sum(1), mask.sum(1)

@@ -48,6 +48,7 @@ RESULTS = {
     "lk_gemm_w8a16": (8, ["gemm_w8a16", "gemm_w8a16_dgrad"]),
     "lk_pack_a16": (3, ["gemm_w8a16", "gemm_w8a16_dgrad"]),
     "lk_gemm_f32": (4, ["gemm_f32"]),
+    "lk_head_f32": (4, ["head_f32"]),
     "lk_gemm_half": (4, ["gemm_half"]),
     "lk_gemv_half": (3, ["gemv_half"]),
     "lk_gemm_nf4": (6, ["gemm_nf4"]),

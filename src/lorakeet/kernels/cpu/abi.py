@@ -192,6 +192,7 @@ ARGUMENTS: dict[str, list[Any]] = {
     "lk_gemv_half": [_POINTER] * 4 + [_SIZE] * 3 + [_INT],
     "lk_gemv_nf4": [_POINTER] * 6 + [_SIZE] * 3,
     "lk_gemm_nf4": [_POINTER] * 7 + [_SIZE] * 3 + [_INT],
+    "lk_head_f32": [_POINTER] * 6 + [_SIZE] * 4 + [_FLOAT],
     "lk_training_forward": [_TRAINING] + [_POINTER] * 3,
     "lk_training_backward": [_TRAINING] + [_POINTER] * 4,
 }
@@ -208,11 +209,21 @@ SIZE_ARGUMENTS: dict[str, list[Any]] = {
     "lk_packed_a8_amx_groups": [_SIZE] * 2,
     "lk_packed_f32_size": [_SIZE],
     "lk_packed_half_amx_size": [_SIZE] * 2,
+    "lk_head_f32_size": [_SIZE] * 3,
     "lk_training_kept": [_TRAINING],
     "lk_training_packed": [_TRAINING],
     "lk_training_workspace": [_TRAINING, _INT],
 }
-_AVX2_PREFIXES = ("lk_gemm", "lk_gemv_w8a16", "lk_gemv_half", "lk_pack", "lk_paged", "lk_outlier", "lk_training")
+_AVX2_PREFIXES = (
+    "lk_gemm",
+    "lk_gemv_w8a16",
+    "lk_gemv_half",
+    "lk_head",
+    "lk_pack",
+    "lk_paged",
+    "lk_outlier",
+    "lk_training",
+)
 #: Functions that the library has on processors with AVX2 only.
 AVX2_FUNCTIONS = frozenset(name for name in (*ARGUMENTS, *SIZE_ARGUMENTS) if name.startswith(_AVX2_PREFIXES))
 

@@ -6,6 +6,7 @@ milliseconds. Its result is kept beside the library, for each machine that uses 
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import platform
@@ -161,6 +162,24 @@ def _f32(library: Any) -> Iterator[float]:
             yield _error(h, x.astype(float) @ (m.T if transposed else m) + bias, EXACT)
 
 
+def _head(library: Any) -> Iterator[float]:
+    """Yield the error of the losses of a head, and of their gradient."""
+    for n, vocabulary, width in SHAPES:
+        x, weight = _normal((n, width), 1) / 8, _normal((vocabulary, width), 9) / 8
+        targets = _integers(n, 2, 0, vocabulary).astype(np.int64)
+        losses, dx = _empty((n, 1)), _empty((n, width))
+        memory = _empty(library.lk_head_f32_size(n, vocabulary, width))
+        _call(
+            library, "lk_head_f32", x, weight, targets, losses, dx, memory, n, vocabulary, width, n, ctypes.c_float(0.5)
+        )
+        logits = 0.5 * (x.astype(float) @ weight.T)
+        exact = np.log(np.exp(logits).sum(1))
+        gradient = np.exp(logits - exact[:, None])
+        gradient[np.arange(n), targets] -= 1
+        yield _error(losses, (exact - logits[np.arange(n), targets])[:, None], EXACT)
+        yield _error(dx, 0.5 * gradient @ weight, EXACT)
+
+
 def _half_in_tiles(library: Any) -> Iterator[float]:
     for n, out, inner in SHAPES:
         bits = (_normal((out, inner), 9).view(np.uint32) >> 16).astype(np.uint16)
@@ -232,6 +251,7 @@ PRODUCTS = (
     Product("gemm_w8a16", "avx2", _forward()),
     Product("gemm_w8a16_dgrad", "avx2", _gradient_in_16_bits),
     Product("gemm_f32", "avx2", _f32),
+    Product("head_f32", "avx2", _head),
     Product("gemm_half", "avx2", _half(many=True)),
     Product("gemv_half", "avx2", _half(many=False)),
     Product("gemm_nf4", "avx2", _nf4(many=True)),
