@@ -116,7 +116,7 @@ def profile(point: Point, options: argparse.Namespace) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as watch
 
-    from lorakeet.kernels.cpu import bindings, gemm
+    from lorakeet.kernels.cpu import bindings, gemm, head
     from lorakeet.kernels.decoder_layer_training import watched_work
     from lorakeet.kernels.int8 import linear
 
@@ -127,7 +127,7 @@ def profile(point: Point, options: argparse.Namespace) -> dict[str, Any]:
         times = [milliseconds(lambda: step(batch)) for _ in range(options.repeats + 1)][1:]
         with ExitStack() as records:
             records.enter_context(recorded(linear, INT8, ["product", "input_gradient"]))
-            for module in (bindings, gemm):
+            for module in (bindings, gemm, head):
                 records.enter_context(recorded(module, NATIVE, loops(module)))
             step(batch)
             in_layers = records.enter_context(watched_work())

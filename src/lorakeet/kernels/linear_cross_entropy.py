@@ -84,9 +84,14 @@ def linear_cross_entropy(
         A scalar, fp32; 0 with gradients of 0 for no rows.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    if weight is not None and not trainable and _compiled_supports(x, targets, weight, logit_map or LogitMap()):
-        return _FrozenHead.apply(x, targets, weight, (logit_map or LogitMap()).scale)
-    return _LinearCrossEntropy.apply(x, targets, head, logit_map or LogitMap(), *trainable)
+    logit_map = logit_map or LogitMap()
+    if weight is not None and not trainable and _compiled_supports(x, targets, weight, logit_map):
+        many = _rows_in_tiles(len(targets), len(weight))
+        total = _FrozenLinearCrossEntropy.apply(x[:many], targets[:many], weight, logit_map.scale)
+        if many == len(targets):
+            return total
+        return total + _LinearCrossEntropy.apply(x[many:], targets[many:], head, logit_map)
+    return _LinearCrossEntropy.apply(x, targets, head, logit_map, *trainable)
 
 
 @torch.no_grad()
@@ -105,11 +110,12 @@ def row_losses(
     Returns:
         fp32 [n].
     """
-    if weight is not None and _compiled_supports(x, targets, weight, logit_map or LogitMap()):
-        return _compiled_losses(x, targets, weight, (logit_map or LogitMap()).scale, gradient=False)[0]
+    logit_map = logit_map or LogitMap()
+    if weight is not None and _compiled_supports(x, targets, weight, logit_map):
+        return _compiled_losses(x, targets, weight, logit_map.scale, gradient=False)[0]
     losses = torch.zeros(len(targets), dtype=torch.float32, device=x.device)
     for rows in _chunks(x, targets, head):
-        losses[rows], _ = _loss_and_gradient(head(x[rows]), targets[rows], logit_map or LogitMap(), gradient=False)
+        losses[rows], _ = _loss_and_gradient(head(x[rows]), targets[rows], logit_map, gradient=False)
     return losses
 
 
@@ -121,8 +127,18 @@ def _chunks(x: Tensor, targets: Tensor, head: Head) -> list[slice]:
     if vocabulary is None:
         with torch.no_grad():
             vocabulary = head(x[:1]).shape[-1]
-    size = max(MIN_ROWS, CHUNK_LOGITS // int(vocabulary))
+    size = _chunk_rows(int(vocabulary))
     return [slice(start, min(start + size, len(targets))) for start in range(0, len(targets), size)]
+
+
+def _chunk_rows(vocabulary: int) -> int:
+    return max(MIN_ROWS, CHUNK_LOGITS // vocabulary)
+
+
+def _rows_in_tiles(count: int, vocabulary: int) -> int:
+    """Return the rows without a last chunk so small that other code multiplies it, with other bits."""
+    few = count % _chunk_rows(vocabulary)
+    return count - few if few <= gemm.GEMV_TOKENS else count
 
 
 def _loss_and_gradient(
@@ -180,11 +196,10 @@ def _compiled_supports(x: Tensor, targets: Tensor, weight: Tensor, logit_map: Lo
 def _compiled_losses(
     x: Tensor, targets: Tensor, weight: Tensor, scale: float, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    tokens = max(MIN_ROWS, CHUNK_LOGITS // len(weight))
-    return compiled.head_f32(x, weight, targets, scale, tokens, gradient)
+    return compiled.head_f32(x, weight, targets, scale, _chunk_rows(len(weight)), gradient)
 
 
-class _FrozenHead(torch.autograd.Function):
+class _FrozenLinearCrossEntropy(torch.autograd.Function):
     """x [n, hidden], targets [n], a frozen weight [vocabulary, hidden] -> Σ loss; the gradient is computed in forward."""
 
     @staticmethod
