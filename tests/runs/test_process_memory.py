@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
 import sys
 
 import pytest
 
+from helpers.heap import HOLE_BYTES, hole_below
 from lorakeet.runs.process_memory import peak_rss_bytes, resident_bytes, return_free_memory
 
 
@@ -28,12 +28,10 @@ def test_peak_memory_never_falls() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems return it by themselves")
 def test_free_memory_between_what_is_used_is_returned() -> None:
     """Small blocks come from the heap, whose end is still in use."""
-    blocks = [ctypes.create_string_buffer(b"1" * 60_000) for _ in range(1000)]
-    end = ctypes.create_string_buffer(b"1" * 60_000)
+    end = hole_below()
     before = resident_bytes()
-    del blocks[:]
     return_free_memory()
-    assert before - resident_bytes() > 4e7 and end.raw[0] == ord("1")
+    assert before - resident_bytes() > 0.7 * HOLE_BYTES and end.raw[0] == b"1"[0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems choose by themselves")
@@ -52,3 +50,23 @@ blocks = [small for _, small in blocks]
 assert resident_bytes() - before < 2**24, resident_bytes() - before
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems choose by themselves")
+def test_threads_take_memory_from_one_heap() -> None:
+    """In a process of its own, since the setting stays."""
+    script = """
+import ctypes, sys, threading
+from lorakeet.runs.process_memory import share_one_heap
+if sys.argv[1] == "shared":
+    share_one_heap()
+made = []
+thread = threading.Thread(target=lambda: made.append(ctypes.create_string_buffer(60_000)))
+thread.start()
+thread.join()
+heaps = [line.split()[0].split("-") for line in open("/proc/self/maps") if line.strip().endswith("[heap]")]
+inside = any(int(start, 16) <= ctypes.addressof(made[0]) < int(end, 16) for start, end in heaps)
+assert inside == (sys.argv[1] == "shared"), (heaps, hex(ctypes.addressof(made[0])))
+"""
+    for how in ("shared", "apart"):
+        subprocess.run([sys.executable, "-c", script, how], check=True)

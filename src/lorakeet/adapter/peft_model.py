@@ -240,28 +240,22 @@ class PeftModel(LoraModel):
         chosen = list(selected_adapters or self.peft_config)
         for name in chosen:
             self._check_known(name)
-        folders = adapter_folders(folder, chosen)
+        given = {"state_dict": state_dict, "notes": notes, "save_embedding_layers": save_embedding_layers}
         with unmerged(self):
-            for name, path in folders.items() if is_main_process else ():
+            for name, path in adapter_folders(folder, chosen).items() if is_main_process else ():
                 initial = initial_of(self, name, path_initial_model_for_weight_conversion, plain_lora)
-                config = write_adapter(
-                    self,
-                    name,
-                    path,
-                    state_dict=state_dict,
-                    notes=notes,
-                    save_embedding_layers=save_embedding_layers,
-                    initial=initial,
-                    plain_lora=plain_lora,
-                )
-                named = hasattr(self, "config")  # a base without a configuration has no public name
-                write_card(
-                    path, config if named else config.model_copy(update={"base_model_name_or_path": None}), notes or {}
-                )
+                self._write(name, path, initial=initial, plain_lora=plain_lora, **given)
         if push_to_hub and is_main_process:
             from lorakeet.adapter.hub import push_folder
 
             push_folder(folder, repo_id or folder.resolve().name, token=token)
+
+    def _write(self, name: str, folder: Path, **options: Any) -> None:
+        """Write an adapter and its model card; the options are those of :func:`write_adapter`."""
+        config = write_adapter(self, name, folder, **options)
+        if not hasattr(self, "config"):  # a base without a configuration has no public name
+            config = config.model_copy(update={"base_model_name_or_path": None})
+        write_card(folder, config, options["notes"] or {})
 
     def push_to_hub(  # type: ignore[override]
         self,

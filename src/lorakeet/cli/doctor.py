@@ -11,11 +11,21 @@ from typing import Annotated, Any
 
 import typer
 
+from lorakeet.cli.shared.flags import AsJson
 from lorakeet.cli.shared.options import bounded, with_settings
 from lorakeet.cli.shared.progress import progress_bar
 from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import ConfigError
 from lorakeet.setting_types import Count
+
+Data = Annotated[
+    str | None,
+    typer.Argument(help="file, folder, pattern or hub id of the data; fortunes: quotations; left out: this machine"),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="further settings of a run")
+]
+Model = Annotated[str | None, typer.Option(help="base model whose tokenizer counts tokens; default: no token counts")]
 
 
 @with_settings(
@@ -29,18 +39,9 @@ from lorakeet.setting_types import Count
 )
 def doctor(
     settings: dict[str, Any],
-    data: Annotated[
-        str | None,
-        typer.Argument(
-            help="file, folder, pattern or hub id of the data; fortunes: quotations; left out: this machine"
-        ),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="further settings of a run")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="base model whose tokenizer counts tokens; default: no token counts")
-    ] = None,
+    data: Data = None,
+    overrides: Overrides = None,
+    model: Model = None,
     task: Annotated[str, typer.Option(help="task that the data is for, such as SEQ_CLS")] = "auto",
     shown: Annotated[
         int, typer.Option(callback=bounded(Count), help="problems of each kind to show; all are counted")
@@ -48,7 +49,7 @@ def doctor(
     plot: Annotated[Path | None, typer.Option(help="write a histogram of lengths to this .png")] = None,
     fix: Annotated[Path | None, typer.Option(help="write a repaired copy of the data to this .jsonl")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file of --fix")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """Report the problems in data, each with its file and line. The exit code is 2 if they would spoil a run.
 
@@ -80,20 +81,24 @@ def doctor(
 
         check_out(run.data, fix, overwrite=overwrite)
     options = {**_model_options(run, model), "train": run.train, "shown": shown}
-    results = [_examined(run, options)]
+    examined = _examined(run, options)
     if plot is not None:
         from lorakeet.data.doctor.length_histogram import draw_lengths
 
-        draw_lengths(results[0].lengths, plot, run.data.max_length if model is not None else None, data)
+        draw_lengths(examined.lengths, plot, run.data.max_length if model is not None else None, data)
     if not as_json:
-        _print_lines(results[0])
-    if fix is not None:
-        results.append(_repaired(run, fix, overwrite, options))
-        if not as_json:
-            _print_lines(results[1])
+        _print_lines(examined)
+    repaired = None if fix is None else _repaired(run, fix, overwrite, options)
+    _print_end(examined, repaired, as_json)
+    return 2 if (repaired or examined).stops else 0
+
+
+def _print_end(examined: Any, repaired: Any, as_json: bool) -> None:
+    """Print what is to be told once all is known: the repaired copy, or everything as JSON."""
     if as_json:
-        print(json.dumps({**results[0].to_dict(), **({"repaired": results[1].to_dict()} if results[1:] else {})}))
-    return 2 if results[-1].stops else 0
+        print(json.dumps({**examined.to_dict(), **({"repaired": repaired.to_dict()} if repaired else {})}))
+    elif repaired:
+        _print_lines(repaired)
 
 
 def _print_machine(as_json: bool) -> None:

@@ -7,10 +7,24 @@ from typing import Annotated, Any
 
 import typer
 
-from lorakeet.cli.shared.options import BASE_FLAGS, DATA_FLAGS, bounded, read_overrides, with_settings
+from lorakeet.cli.shared.flags import AllowOtherBase, AllowUntrained, AsJson
+from lorakeet.cli.shared.options import BASE_FLAGS, DATA_FLAGS, bounded, read_data_settings, with_settings
 from lorakeet.cli.shared.progress import progress_bar
-from lorakeet.errors import DataError
 from lorakeet.setting_types import Count, Fraction, Seed
+
+EvalFraction = Annotated[
+    float | None,
+    typer.Option(
+        callback=bounded(Fraction), help="evaluate only the rows that a run with this fraction and --seed holds out"
+    ),
+]
+RunSeed = Annotated[
+    int | None,
+    typer.Option(callback=bounded(Seed), help="seed of the run, for --eval-fraction; default: the adapter's, else 42"),
+]
+BatchSize = Annotated[
+    int | None, typer.Option(callback=bounded(Count), help="rows per forward pass; default: the adapter's, else 8")
+]
 
 
 @with_settings({**BASE_FLAGS, **DATA_FLAGS})
@@ -21,24 +35,12 @@ def eval(
         typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="further settings of base, data or task, as of a run"),
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="folder or hub id of an adapter; default: the base alone")] = None,
-    eval_fraction: Annotated[
-        float | None,
-        typer.Option(
-            callback=bounded(Fraction), help="evaluate only the rows that a run with this fraction and --seed holds out"
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            callback=bounded(Seed), help="seed of the run, for --eval-fraction; default: the adapter's, else 42"
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(callback=bounded(Count), help="rows per forward pass; default: the adapter's, else 8")
-    ] = None,
-    allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
-    allow_untrained: Annotated[bool, typer.Option(help="accept an adapter that never learned")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    eval_fraction: EvalFraction = None,
+    seed: RunSeed = None,
+    batch_size: BatchSize = None,
+    allow_other_base: AllowOtherBase = False,
+    allow_untrained: AllowUntrained = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the mean loss per target token, the perplexity and the number of target tokens, over all rows of the data.
 
@@ -56,16 +58,11 @@ def eval(
     Args:
         settings: Settings set by flags, by dotted name; every other parameter has its help text.
     """
-    if eval_fraction is not None:
-        settings["data.eval_fraction"] = eval_fraction
-    config = read_overrides(overrides, settings)
-    if not config.data.path:
-        raise DataError("no data to evaluate on", "give --data FILE")
+    config = read_data_settings(overrides, settings, eval_fraction, needs_data=True)
     from lorakeet.api import evaluate_data, open_model
 
-    opened = open_model(
-        config.base, [adapter] if adapter else [], allow_other_base=allow_other_base, allow_untrained=allow_untrained
-    )
+    accepted: dict[str, Any] = {"allow_other_base": allow_other_base, "allow_untrained": allow_untrained}
+    opened = open_model(config.base, [adapter] if adapter else [], **accepted)
     with progress_bar("evaluating") as progress:
         figures = evaluate_data(
             opened,

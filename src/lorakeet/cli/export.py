@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from lorakeet.cli.shared.flags import AllowOtherBase, OverwriteOut, ResultAsJson
 from lorakeet.cli.shared.options import BASE_FLAGS, base_settings, bounded, with_settings
 from lorakeet.setting_types import Count
 
@@ -26,12 +27,12 @@ def export(
     rank: Annotated[
         int | None, typer.Option(callback=bounded(Count), help="rank of the plain LoRA that a variant becomes")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the contents of --out")] = False,
-    allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
+    overwrite: OverwriteOut = False,
+    allow_other_base: AllowOtherBase = False,
     accept_loss: Annotated[
         bool, typer.Option("--accept-loss", help="export although rounding or a lower rank loses most of the update")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+    as_json: ResultAsJson = False,
 ) -> None:
     """Write an adapter for another tool, or the model that it makes of its base.
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lorakeet.cli.shared.flags import AllowOtherBase, AllowUntrained
 from lorakeet.cli.shared.options import BASE_FLAGS, base_settings, bounded, check_file, with_settings
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.log import info
@@ -40,8 +41,8 @@ def generate(
         typer.Option(callback=bounded(Share), help="sample from the most likely tokens of this total probability"),
     ] = 0.95,
     seed: Annotated[int | None, typer.Option(callback=bounded(Seed), help="seed of the sampling")] = None,
-    allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
-    allow_untrained: Annotated[bool, typer.Option(help="accept an adapter that never learned")] = False,
+    allow_other_base: AllowOtherBase = False,
+    allow_untrained: AllowUntrained = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object per line: adapter, prompt, text")
     ] = False,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lorakeet.cli.shared.flags import AllowOtherBase, AllowUntrained, OverwriteOut, ResultAsJson
 from lorakeet.cli.shared.options import BASE_FLAGS, base_settings, with_settings
 
 
@@ -15,13 +16,13 @@ def merge(
     settings: dict[str, Any],
     adapter: Annotated[str, typer.Option(help="folder or hub id of the adapter")],
     out: Annotated[str, typer.Option(help="folder to save the merged model in")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the contents of --out")] = False,
-    allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
-    allow_untrained: Annotated[bool, typer.Option(help="accept an adapter that never learned")] = False,
+    overwrite: OverwriteOut = False,
+    allow_other_base: AllowOtherBase = False,
+    allow_untrained: AllowUntrained = False,
     accept_loss: Annotated[
         bool, typer.Option("--accept-loss", help="merge although the stored number format loses most of the update")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+    as_json: ResultAsJson = False,
 ) -> None:
     """Merge an adapter into its base and save a plain model that any tool loads.
 

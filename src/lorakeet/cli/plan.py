@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorakeet.cli.shared.flags import AsJson
 from lorakeet.cli.shared.options import TRAIN_FLAGS, with_settings
 from lorakeet.cli.train import run_settings
 from lorakeet.config import RunConfig
@@ -32,7 +33,7 @@ def plan(
         typer.Option(help="choose changes so that the run fits into this memory, such as 2GB; free: into what is free"),
     ] = None,
     write: Annotated[Path | None, typer.Option(help="write the settings, changes included, to this YAML file")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the layers that a run adapts; with data, predict its memory, time and disk space. Reads no weights.
 

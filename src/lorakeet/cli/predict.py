@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorakeet.cli.shared.flags import AllowOtherBase, AllowUntrained
 from lorakeet.cli.shared.options import BASE_FLAGS, DATA_FLAGS, bounded, check_file, read_overrides, with_settings
 from lorakeet.errors import DataError
 from lorakeet.setting_types import Count
@@ -34,8 +35,8 @@ def predict(
     ] = None,
     question: Annotated[str | None, typer.Option(help="question to answer from --text, for QUESTION_ANS")] = None,
     batch_size: Annotated[int, typer.Option(callback=bounded(Count), help="texts per forward pass")] = 8,
-    allow_other_base: Annotated[bool, typer.Option(help="accept an adapter that was trained on another base")] = False,
-    allow_untrained: Annotated[bool, typer.Option(help="accept an adapter that never learned")] = False,
+    allow_other_base: AllowOtherBase = False,
+    allow_untrained: AllowUntrained = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object per line")] = False,
 ) -> None:
     """Predict classes, tags, answers, vectors or masked tokens for texts, by the task of the adapter.

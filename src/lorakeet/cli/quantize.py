@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lorakeet.cli.shared.flags import OverwriteOut, ResultAsJson
 from lorakeet.cli.shared.options import BASE_FLAGS, base_settings, with_settings
 
 
@@ -18,8 +19,8 @@ def quantize(
     layout: Annotated[
         str, typer.Option("--layout", help="names of the tensors: lorakeet, or bitsandbytes with 4 bits")
     ] = "lorakeet",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the contents of --out")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+    overwrite: OverwriteOut = False,
+    as_json: ResultAsJson = False,
 ) -> None:
     """Quantize a base and save it. The folder is a model for every command; its weights are read on demand.
 

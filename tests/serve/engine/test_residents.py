@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers.heap import HOLE_BYTES, hole_below
 from helpers.served import KINDS, Served
 from lorakeet.adapter.peft_model import get_peft_model
 from lorakeet.base.load import load_base
@@ -222,6 +224,27 @@ def test_load_while_running(served: Served) -> None:
     engine.stop()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems return it by themselves")
+@pytest.mark.parametrize("is_copy", [False, True], ids=["in the model", "beside it"])
+@pytest.mark.parametrize("way", ["unloaded", "replaced", "with its last request"])
+def test_memory_goes_back_to_the_system_when_a_version_goes(served: Served, way: str, is_copy: bool) -> None:
+    residents = Residents(served.base(), served.adapters)
+    if is_copy:
+        residents.own_copy = lambda layers, update: [update(layer) for layer in layers]
+    first, is_used = residents.load("plain"), way == "with its last request"
+    assert (first.copy is not None) == is_copy
+    if is_used:
+        residents.acquire("plain")
+        residents.unload("plain")
+    end, before = hole_below(), resident_bytes()
+    if is_used:
+        residents.release(first)
+    else:
+        residents.unload("plain") if way == "unloaded" else residents.load("plain", "plain-2")
+    assert before - resident_bytes() > 0.7 * HOLE_BYTES and len(end)
+    assert first.copy is None and len(residents._held) == (way == "replaced")
+
+
 @pytest.mark.slow
 def test_memory(served: Served) -> None:
     """100 loads and unloads leave no more in memory than the first ones."""
@@ -239,4 +262,4 @@ def test_memory(served: Served) -> None:
     for _ in range(100):
         cycle()
     assert resident_bytes() < 1.05 * before
-    assert not residents.model.peft_config and len(residents._in_model) == 0
+    assert not residents.model.peft_config and len(residents._held) == 0

@@ -61,6 +61,7 @@ CHATS: dict[str, dict[str, Any]] = {
     },
     "letters of all kinds": {"messages": [{"role": "user", "content": "Xin chào 🐦 \u0000 ع"}]},
     "tools": {"tools": TOOLS},
+    "strict tool": {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
     "tools, not now": {"tools": TOOLS, "tool_choice": "none"},
     "result of a tool": {
         "messages": [
@@ -147,12 +148,6 @@ REFUSED: dict[str, tuple[dict[str, Any], type[openai.APIStatusError], str, str]]
         openai.BadRequestError,
         "body",
         "not among the tools",
-    ),
-    "strict tool": (
-        {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
-        openai.BadRequestError,
-        "tools.0.function.strict",
-        "False",
     ),
     "schema": (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}},

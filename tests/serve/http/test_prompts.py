@@ -20,7 +20,8 @@ from lorakeet.serve.http.schema.chat import ChatBody
 from lorakeet.serve.http.schema.completions import CompletionBody
 from lorakeet.serve.http.service import Service
 from lorakeet.serve.http.start import Served, open_service
-from lorakeet.serve.http.tool_calls import MISTRAL, ToolCallReader
+from lorakeet.serve.http.tools.forms import MISTRAL
+from lorakeet.serve.http.tools.reader import ToolCallReader, joined
 
 TURN = {"role": "user", "content": "hi"}
 
@@ -87,8 +88,7 @@ def test_a_template_that_reads_ids_of_calls_gets_them(service: Service, monkeypa
     )
     monkeypatch.setattr(service.tokenizer, "chat_template", template)
     reader = ToolCallReader(MISTRAL)
-    reader.add('[TOOL_CALLS] [{"name": "look", "arguments": {}}]')
-    _, [call] = reader.end()
+    _, [call] = joined(reader.add('[TOOL_CALLS] [{"name": "look", "arguments": {}}]') + reader.end())
     answered = {"role": "tool", "tool_call_id": call["id"], "content": "a bird"}
     asked = {"role": "assistant", "content": None, "tool_calls": [call]}
     expected = f"[TOOL_CALLS] [look {call['id']}][TOOL_RESULTS] a bird {call['id']}"

@@ -9,10 +9,25 @@ from typing import Annotated
 
 import typer
 
+from lorakeet.cli.shared.flags import AllowOtherBases, AsJson, OverwriteOut
 from lorakeet.cli.shared.options import bounded
 from lorakeet.errors import ConfigError
 from lorakeet.security.paths import exists
 from lorakeet.setting_types import Count, Seed, Share
+
+How = Annotated[
+    str,
+    typer.Option(
+        help="linear (exact), svd, ties, dare_linear, dare_ties or magnitude_prune; with _svd: of a chosen rank"
+    ),
+]
+Density = Annotated[
+    float | None, typer.Option(callback=bounded(Share), help="share of the entries of each update that pruning keeps")
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(callback=bounded(Count), help="rank of the methods with svd; default: the largest of the adapters"),
+]
 
 
 def combine(
@@ -22,31 +37,16 @@ def combine(
         str | None,
         typer.Option(help="one weight for each adapter, such as 0.7,-0.3; default: 1/n, for ties 1"),
     ] = None,
-    how: Annotated[
-        str,
-        typer.Option(
-            help="linear (exact), svd, ties, dare_linear, dare_ties or magnitude_prune; with _svd: of a chosen rank"
-        ),
-    ] = "linear",
-    density: Annotated[
-        float | None,
-        typer.Option(callback=bounded(Share), help="share of the entries of each update that pruning keeps"),
-    ] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(
-            callback=bounded(Count), help="rank of the methods with svd; default: the largest of the adapters"
-        ),
-    ] = None,
+    how: How = "linear",
+    density: Density = None,
+    rank: Rank = None,
     majority_sign: Annotated[
         str, typer.Option(help="how ties elects a sign: total (of the values) or frequency (number of entries)")
     ] = "total",
     seed: Annotated[int, typer.Option(callback=bounded(Seed), help="seed of the entries that dare drops")] = 42,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the contents of --out")] = False,
-    allow_other_base: Annotated[
-        bool, typer.Option(help="accept adapters that were trained on different bases")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    overwrite: OverwriteOut = False,
+    allow_other_base: AllowOtherBases = False,
+    as_json: AsJson = False,
 ) -> None:
     """Add, mix or subtract adapters of one base, and write the result as a new adapter.
 

@@ -9,10 +9,21 @@ from typing import Annotated, Any
 import typer
 
 from lorakeet.cli.generate import read_prompts
-from lorakeet.cli.shared.options import BASE_FLAGS, DATA_FLAGS, bounded, read_overrides, with_settings
+from lorakeet.cli.shared.flags import AllowOtherBases, AsJson
+from lorakeet.cli.shared.options import BASE_FLAGS, DATA_FLAGS, bounded, read_data_settings, with_settings
 from lorakeet.cli.shared.progress import progress_bar
-from lorakeet.errors import ConfigError
 from lorakeet.setting_types import Count, Fraction, Seed
+
+EvalFraction = Annotated[
+    float | None,
+    typer.Option(
+        callback=bounded(Fraction), help="compare only on the rows that a run with this fraction and --seed holds out"
+    ),
+]
+RunSeed = Annotated[
+    int | None,
+    typer.Option(callback=bounded(Seed), help="seed of the run, for --eval-fraction; default: the first adapter's"),
+]
 
 
 @with_settings({**BASE_FLAGS, **DATA_FLAGS})
@@ -20,25 +31,14 @@ def compare(
     settings: dict[str, Any],
     one: Annotated[str, typer.Argument(help="folder or hub id of an adapter")],
     other: Annotated[str, typer.Argument(help="the same, of the other adapter")],
-    eval_fraction: Annotated[
-        float | None,
-        typer.Option(
-            callback=bounded(Fraction),
-            help="compare only on the rows that a run with this fraction and --seed holds out",
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(callback=bounded(Seed), help="seed of the run, for --eval-fraction; default: the first adapter's"),
-    ] = None,
+    eval_fraction: EvalFraction = None,
+    seed: RunSeed = None,
     prompt: Annotated[list[str] | None, typer.Option(help="text to complete side by side; repeatable")] = None,
     prompts: Annotated[Path | None, typer.Option(help="file with one prompt per line")] = None,
     max_new_tokens: Annotated[int, typer.Option(callback=bounded(Count), help="maximum number of new tokens")] = 60,
     picture: Annotated[str | None, typer.Option(help="PNG to draw: similarity over the layers")] = None,
-    allow_other_base: Annotated[
-        bool, typer.Option(help="accept adapters that were trained on different bases")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    allow_other_base: AllowOtherBases = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare two adapters of one base: their updates layer by layer, and on data or prompts what they do.
 
@@ -55,11 +55,7 @@ def compare(
     Args:
         settings: Settings set by flags, by dotted name; every other parameter has its help text.
     """
-    if eval_fraction is not None:
-        settings["data.eval_fraction"] = eval_fraction
-    config = read_overrides([], settings)
-    if eval_fraction is not None and not config.data.path:
-        raise ConfigError("--eval-fraction chooses rows of the data, and there is no --data", "give --data FILE")
+    config = read_data_settings([], settings, eval_fraction, needs_data=False)
     from lorakeet import api
     from lorakeet.workshop.text import comparison_text
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lorakeet.cli.shared.flags import AsJson, OverwriteOut
 from lorakeet.cli.shared.options import BASE_FLAGS, base_settings, bounded, with_settings
 from lorakeet.errors import ConfigError
 from lorakeet.setting_types import Count, Fraction
@@ -23,8 +24,8 @@ def extract(
         typer.Option(callback=bounded(Fraction), help="share of each layer's energy to keep; default: 0.99"),
     ] = None,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="adapt the embedding and the head too")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the contents of --out")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    overwrite: OverwriteOut = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make an adapter out of a model that was trained whole and its base.
 

@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from lorakeet.cli.shared.flags import AsJson
+
 
 def inspect(
     adapter: Annotated[str, typer.Argument(help="folder or hub id of the adapter")],
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what an adapter is, whether it was trained, and which tools load it. Needs no base model.
 

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lorakeet.cli.shared.flags import AllowUntrained
+
 
 def push(
     adapter: Annotated[str, typer.Argument(help="folder of the adapter")],
@@ -13,7 +15,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="make the repository private")] = False,
     message: Annotated[str | None, typer.Option(help="commit message")] = None,
     revision: Annotated[str | None, typer.Option(help="branch to upload to")] = None,
-    allow_untrained: Annotated[bool, typer.Option(help="accept an adapter that never learned")] = False,
+    allow_untrained: AllowUntrained = False,
 ) -> None:
     """Check an adapter and upload it with its model card. The token is that of `hf auth login` or of HF_TOKEN.
 

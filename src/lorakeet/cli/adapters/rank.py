@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lorakeet.cli.shared.flags import AsJson, OverwriteOut
 from lorakeet.cli.shared.options import BASE_FLAGS, DATA_FLAGS, bounded, read_overrides, with_settings
 from lorakeet.errors import ConfigError
 from lorakeet.setting_types import Count, Fraction
@@ -25,9 +26,9 @@ def rank(
         int | None, typer.Option(callback=bounded(Count), help="one rank for all layers of the adapter in --out")
     ] = None,
     out: Annotated[str | None, typer.Option(help="folder to write the adapter of lower rank to")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the contents of --out")] = False,
+    overwrite: OverwriteOut = False,
     picture: Annotated[str | None, typer.Option(help="PNG to draw: ranks over the layers, singular values")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show which rank each layer of an adapter needs, and write the nearest adapter of a lower rank.
 

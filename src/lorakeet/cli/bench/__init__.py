@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lorakeet.cli.shared.flags import AsJson
 from lorakeet.cli.shared.options import with_settings
 
 
@@ -14,7 +15,7 @@ from lorakeet.cli.shared.options import with_settings
 def bench(
     settings: dict[str, Any],
     short: Annotated[bool, typer.Option("--short", help="fewer shapes and steps: about a minute")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure this machine: the rate of each product beside its peak, and tokens/s of training and writing.
 

@@ -179,6 +179,30 @@ def read_overrides(
     return read_run(None, overrides or (), settings)
 
 
+def read_data_settings(
+    overrides: list[str] | None, settings: dict[str, Any], eval_fraction: float | None, *, needs_data: bool
+) -> RunConfig:
+    """Return the settings of a command that measures on data, or on the part of it that a run holds out.
+
+    Args:
+        overrides: Words of the form ``section.key=value``.
+        settings: Settings set by flags, by dotted name.
+        eval_fraction: Share of the rows that the run holds out; None: all rows are measured.
+        needs_data: Whether the command does nothing without data.
+
+    Raises:
+        ConfigError: A share is given without data, or see :func:`read_overrides`.
+        DataError: There is no data.
+    """
+    chosen = {} if eval_fraction is None else {"data.eval_fraction": eval_fraction}
+    config = read_overrides(overrides, {**settings, **chosen})
+    if needs_data and not config.data.path:
+        raise DataError("no data to evaluate on", "give --data FILE")
+    if eval_fraction is not None and not config.data.path:
+        raise ConfigError("--eval-fraction chooses rows of the data, and there is no --data", "give --data FILE")
+    return config
+
+
 def bounded(kind: Any) -> Callable[..., Any]:
     """Return a typer callback that checks the value of a flag against a type with bounds, such as ``Seed``."""
 

@@ -103,7 +103,7 @@ class Residents:
         self.placement = Placement(self.model)
         self._base = hashlib.sha256(json.dumps(self.placement.base, sort_keys=True).encode()).hexdigest()
         self._served: dict[str, Resident] = {}
-        self._in_model: builtins.list[Resident] = []
+        self._held: builtins.list[Resident] = []  # versions whose weights are in memory
         self._loads = 0
         self._lock = threading.Lock()  # of the table and the counts
         self._loading = threading.Lock()  # one load at a time
@@ -198,10 +198,16 @@ class Residents:
         if prepared.layers is not None:
             copy = self.own_copy(prepared.layers, lambda layer: self.placement.update(prepared, layer))
         if copy is not None:
-            return self._made(name, prepared, copy=copy)
+            return self._hold(self._made(name, prepared, copy=copy))
         parts = self.placement.parts(prepared)
         resident: Resident = self.between_steps(lambda: self._put(name, prepared, parts))
         self._get_ready(resident)
+        return resident
+
+    def _hold(self, resident: Resident) -> Resident:
+        """Note that the weights of a version are in memory, and return it."""
+        with self._lock:
+            self._held.append(resident)
         return resident
 
     def _get_ready(self, resident: Resident) -> None:
@@ -231,7 +237,7 @@ class Residents:
         self._tidy()
 
     def _tidy(self) -> None:
-        """Take retired versions without requests out of the model, and return their memory to the system.
+        """Drop retired versions without requests, in the model or beside it, and return their memory to the system.
 
         While a load reads the model it is left as it is; the next load, or the end of a request, does it then.
         """
@@ -239,10 +245,13 @@ class Residents:
             return
         try:
             with self._lock:
-                unused = [one for one in self._in_model if one.retired and not one.users]
-                self._in_model = [one for one in self._in_model if one not in unused]
+                unused = [one for one in self._held if one.retired and not one.users]
+                self._held = [one for one in self._held if one not in unused]
+            if slots := [one.slot for one in unused if one.copy is None]:
+                self.between_steps(lambda: self.placement.remove(slots))
+            for one in unused:
+                one.copy = None
             if unused:
-                self.between_steps(lambda: self.placement.remove([one.slot for one in unused]))
                 return_free_memory()
         finally:
             self._loading.release()
@@ -276,10 +285,7 @@ class Residents:
         layers = [layer for layer in self.model.lora_layers() if prepared.slot in layer.r]
         mixes = not any(isinstance(layer, LoraParameter) for layer in layers)
         rank = max((layer.r[prepared.slot] for layer in layers), default=0)
-        resident = self._made(name, prepared, mixes=mixes, rank=rank)
-        with self._lock:
-            self._in_model.append(resident)
-        return resident
+        return self._hold(self._made(name, prepared, mixes=mixes, rank=rank))
 
     def _made(self, name: str, prepared: Prepared, **more: Any) -> Resident:
         """Return a further version.

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lorakeet.security.shown import cut
 from lorakeet.serve.http.errors import bad_request
-from lorakeet.serve.http.tool_calls import ToolForm
+from lorakeet.serve.http.tools.call_grammar import call_grammar
+from lorakeet.serve.http.tools.forms import ToolForm
 
 Mask = NDArray[np.bool_]
 
@@ -93,30 +94,28 @@ class Grammars:
         _check_schema(schema, SCHEMA)
         return self._begun(lambda: LLMatcher.grammar_from_json_schema(text, overrides=_OPTIONS), SCHEMA)
 
-    def for_call(self, form: ToolForm, tools: Mapping[int, Mapping[str, Any]]) -> SchemaGrammar:
-        """Return the state of an answer that is one call of one of these tools.
+    def for_calls(
+        self, form: ToolForm, tools: Mapping[int, Mapping[str, Any]], is_forced: bool = True
+    ) -> SchemaGrammar:
+        """Return the state of an answer that begins, whose calls keep to the parameters of these tools.
 
         Args:
-            form: Form of the call.
+            form: Form of the calls.
             tools: Tools in OpenAI's form, by their number in the request.
+            is_forced: Whether the answer is one call and nothing else.
 
         Raises:
             ApiError: The parameters of a tool are no schema of an object, or none that can be kept to.
         """
-        special = {text: f"<[{token}]>" for token, text in form.special_ids(self._tokenizer).items()}
-        rules, choices = [], []
+        schemas = []
         for number, function in ((number, tool["function"]) for number, tool in tools.items()):
             schema = {"type": "object", **(function.get("parameters") or {})}
             _check_schema(schema, f"tools.{number}.function.parameters")
             if schema["type"] != "object":
                 raise _refused("it is not of the type object", f"tools.{number}.function.parameters")
-            begin = f'{{"name": {json.dumps(function["name"])}, {json.dumps(form.arguments)}: '
-            choices.append(f"{json.dumps(begin)} arguments{number}")
-            rules.append(f"arguments{number}: %json {json.dumps({'x-guidance': _CALL_OPTIONS, **schema})}")
-        around = [form.opening, form.before, "}" + form.after, form.closing]
-        opening, before, after, closing = (special.get(text) or json.dumps(text) if text else "" for text in around)
-        call = f"start: {opening} {before} ({' | '.join(choices)}) {after} {closing}"
-        lark = "\n".join([call, *rules])
+            schemas.append((function["name"], {"x-guidance": _CALL_OPTIONS, **schema}))
+        specials = {text: token for token, text in form.special_ids(self._tokenizer).items()}
+        lark = call_grammar(form, schemas, specials, is_forced=is_forced)
         if len(lark) > LARGEST_SCHEMA:
             raise _refused(f"they have {len(lark):,} characters, expected at most {LARGEST_SCHEMA:,}", "tools")
         return self._begun(lambda: LLMatcher.grammar_from_lark(lark), "tools")

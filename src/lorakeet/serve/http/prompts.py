@@ -12,7 +12,7 @@ from lorakeet.facts.special_tokens import prompt_ids, rendered_ids
 from lorakeet.serve.http.errors import bad_request, from_lorakeet
 from lorakeet.serve.http.schema.chat import ChatBody
 from lorakeet.serve.http.service import Service
-from lorakeet.serve.http.tool_calls import tool_form
+from lorakeet.serve.http.tools.forms import tool_form
 
 #: A template that reads the name of a message.
 _READS_NAME = re.compile(r"""message(s\[[^\]]*\])?(\.name\b|\[['"]name['"]\]|\.get\(['"]name['"])""")

@@ -21,7 +21,8 @@ from lorakeet.serve.http.requests import Wanted, engine_requests, usage_body
 from lorakeet.serve.http.schema.chat import ChatBody
 from lorakeet.serve.http.service import Served, Service
 from lorakeet.serve.http.stream import EventStream
-from lorakeet.serve.http.tool_calls import ToolCallReader, tool_form
+from lorakeet.serve.http.tools.forms import tool_form
+from lorakeet.serve.http.tools.reader import Delta, ToolCallReader, joined
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -31,8 +32,7 @@ async def chat_completions(request: Request, body: ChatBody, service: Served) ->
     """Continue a conversation with an assistant's turn."""
     service.check_task("CAUSAL_LM")
     adapter = service.adapter(body.model)
-    tokenizer, tickets = await run_in_threadpool(_begin, service, body, adapter)
-    has_grammar = body.answer_schema is not None or body.forced_tools is not None
+    tokenizer, tickets, has_grammar = await run_in_threadpool(_begin, service, body, adapter)
     answers = Answers(tickets, prompts=1, has_grammar=has_grammar)
     writer = _Writer(tokenizer, body, f"chatcmpl-{uuid.uuid4().hex}")
     if body.stream:
@@ -48,13 +48,14 @@ def _begin(service: Service, body: ChatBody, adapter: str | None) -> Any:
     """Render the conversation, compile the grammar, and hand all of it to the engine."""
     ids, tokenizer = chat_ids(service, body, adapter), service.tokenizers.of(adapter)
     form = tool_form(tokenizer) if body.offered_tools else None
-    schema, forced, grammar = body.answer_schema, body.forced_tools, None
+    schema, grammar = body.answer_schema, None
     if schema is not None:
         grammar = service.grammars_of(adapter).for_schema(schema)
-    elif forced is not None and form is not None:
-        grammar = service.grammars_of(adapter).for_call(form, forced)
+    elif form is not None and (ruled := body.ruled_tools) is not None:
+        grammar = service.grammars_of(adapter).for_calls(form, *ruled)
     wanted = Wanted(body.longest_answer, body.listed_logprobs, grammar, form.special_ids(tokenizer) if form else {})
-    return tokenizer, submit(service.engine, engine_requests(service, body, [ids], adapter, wanted))
+    tickets = submit(service.engine, engine_requests(service, body, [ids], adapter, wanted))
+    return tokenizer, tickets, grammar is not None
 
 
 @dataclass
@@ -71,12 +72,9 @@ class _Writer:
 
     def choice(self, index: int, answer: Whole) -> dict[str, Any]:
         """Return a whole answer."""
-        content = answer.text
-        calls: list[dict[str, Any]] = []
-        if (reader := self._reader()) is not None:
-            before = reader.add(answer.text)
-            rest, calls = reader.end()
-            content = before + rest
+        reader = self._reader()
+        deltas = [{"content": answer.text}] if reader is None else [*reader.add(answer.text), *reader.end()]
+        content, calls = joined(deltas)
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if calls:
             message |= {"content": content or None, "tool_calls": calls}
@@ -84,7 +82,7 @@ class _Writer:
             "index": index,
             "message": message,
             "logprobs": self._logprobs(answer.logprobs),
-            "finish_reason": "tool_calls" if calls else answer.finish,
+            "finish_reason": answer.finish if reader is None else reader.finish(answer.finish),
         }
 
     def _reader(self) -> ToolCallReader | None:
@@ -104,18 +102,17 @@ class _Writer:
             yield {**self.head("chat.completion.chunk"), "choices": [], "usage": usage_body(answers.usage)}
 
     def _piece(self, index: int, chunk: Chunk, reader: ToolCallReader | None) -> list[dict[str, Any]]:
-        text = chunk.text if reader is None else reader.add(chunk.text)
-        calls: list[dict[str, Any]] = []
-        if reader is not None and chunk.finish is not None:
-            rest, calls = reader.end()
-            text += rest
-        logprobs = self._logprobs(chunk.logprobs)
-        events = [self._event(index, {"content": text}, logprobs)] if text or chunk.logprobs else []
-        if calls:
-            numbered = [{"index": number, **call} for number, call in enumerate(calls)]
-            events.append(self._event(index, {"tool_calls": numbered}))
+        if reader is None:
+            deltas: list[Delta] = [{"content": chunk.text}] if chunk.text else []
+        else:
+            deltas = [*reader.add(chunk.text), *(reader.end() if chunk.finish is not None else ())]
+        if chunk.logprobs and not deltas:
+            deltas = [{"content": ""}]
+        logprobs = [self._logprobs(chunk.logprobs), *[None] * len(deltas)]  # those of all tokens, with the first event
+        events = [self._event(index, delta, own) for delta, own in zip(deltas, logprobs, strict=False)]
         if chunk.finish is not None:
-            events.append(self._event(index, {}, finish="tool_calls" if calls else chunk.finish))
+            finish = chunk.finish if reader is None else reader.finish(chunk.finish)
+            events.append(self._event(index, {}, finish=finish))
         return events
 
     def _event(

@@ -84,7 +84,7 @@ class Function(Body):
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
 class Tool(Body):
@@ -206,7 +206,7 @@ class ChatBody(SamplingBody):
         """Tools that the template lists; None: none."""
         if not self.tools or self.tool_choice == "none":
             return None
-        return [tool.model_dump(exclude_none=True) for tool in self.tools]
+        return [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in self.tools]
 
     @property
     def forced_tools(self) -> dict[int, dict[str, Any]] | None:
@@ -217,3 +217,19 @@ class ChatBody(SamplingBody):
         if isinstance(self.tool_choice, NamedTool):
             name = self.tool_choice.function.name
         return {number: tool for number, tool in enumerate(tools) if name in (None, tool["function"]["name"])}
+
+    @property
+    def ruled_tools(self) -> tuple[dict[int, dict[str, Any]], bool] | None:
+        """Tools whose calls keep to a grammar, by their number, and whether the answer is one call; None: no grammar.
+
+        Beside strict tools that the model may call, others have arguments of any form: they come without parameters.
+        """
+        if self.forced_tools is not None:
+            return self.forced_tools, True
+        strict = [bool(tool.function.strict) for tool in self.tools or ()]
+        if not any(strict) or (offered := self.offered_tools) is None:
+            return None
+        for tool, is_strict in zip(offered, strict, strict=True):
+            if not is_strict:
+                tool["function"].pop("parameters", None)
+        return dict(enumerate(offered)), False

@@ -1,0 +1,1 @@
+"""Calls of tools: the forms that chat templates state, a reader of answers in pieces, and grammars for calls."""
