@@ -38,7 +38,7 @@ $(READY): $(MAIN)
 	@touch $@
 
 demo: $(MAIN)    ## run the main job on real input, 200 steps: adapter, loss before and after, merge
-	$(BIN)/lorakeet demo --out demo-run --overwrite
+	PYTHONDONTWRITEBYTECODE= $(BIN)/lorakeet demo --out demo-run --overwrite  # its further processes start on bytecode
 
 test: lint       ## run lint, types, import contracts, and all but the slow tests, in WORKERS processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

@@ -35,6 +35,8 @@ MODELS = ("smollm2", "gpt2", "bert")
 #: Tokens of the longest sample, and samples of a micro-batch.
 SHAPES = ((96, 4), (384, 1))
 STEPS, ACCUMULATED, ROWS = 8, 2, 48
+#: Peak learning rate: labels are random, and at the default rate a run may diverge, which is an error.
+RATE = 1e-6
 WORDS = (
     "the",
     "of",
@@ -108,6 +110,7 @@ def words_of(cell: Cell, model: str, folder: Path) -> list[str]:
     task = "SEQ_CLS" if cell["model"] == "bert" else "CAUSAL_LM"
     flags = {"model": model, "bits": cell["bits"], "task": task, "data": data, "max-length": cell["length"]}
     flags |= {"batch-size": cell["batch"], "grad-accum": ACCUMULATED, "steps": STEPS, "device": "cpu", "r": 16}
+    flags["lr"] = RATE
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return [
         *words,

@@ -62,7 +62,10 @@ def test_forward_and_backward_equal_plain_torch(shape, bias, dtype, way) -> None
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(
     ("n", "depth", "columns"),
-    [(1, 1, 1), (17, 1, 40), (12, 640, 32), (25, 641, 65), (100, 1290, 63), (40, 2000, 131), (64, 7, 1)],
+    [
+        *((1, 1, 1), (17, 1, 40), (12, 640, 32), (25, 641, 65), (100, 1290, 63), (40, 2000, 131), (64, 7, 1)),
+        *((30, 1024, 70), (13, 1023, 33), (29, 2049, 64)),  # rows of x that share sets of the cache are packed
+    ],
 )
 def test_tiles_of_any_shape(n: int, depth: int, columns: int, turned: bool) -> None:
     """Blocks of the depth, strips, panels and the remainders of each, against fp64; the error is that of sums in fp32."""
@@ -82,6 +85,33 @@ def test_tiles_pass_on_what_is_not_finite() -> None:
     x[3, 4], x[5, 0] = torch.nan, torch.inf
     found = gemm.gemm_f32(x, m)
     assert found[3].isnan().all() and found[5].isinf().all() and found.isfinite().all(1).sum() == 18
+
+
+@pytest.mark.skipif(not features.has(Feature.AVX2), reason="nothing is compiled for this processor")
+def test_tiles_read_nothing_beyond_their_factors() -> None:
+    """The last value of each factor is the last of a page, and the next page may not be read."""
+    script = (
+        "import ctypes, mmap, torch\n"
+        "from lorakeet.kernels.cpu import gemm\n"
+        "libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE\n"
+        "def at_end(rows, columns):\n"
+        "    size = -(-4 * rows * columns // page) * page\n"
+        "    memory = mmap.mmap(-1, size + page)\n"
+        "    at = ctypes.addressof(ctypes.c_char.from_buffer(memory))\n"
+        "    assert libc.mprotect(ctypes.c_void_p(at + size), page, 0) == 0\n"
+        "    count = rows * columns\n"
+        "    return torch.frombuffer(memory, dtype=torch.float32, count=count, offset=size - 4 * count).view(rows, columns)\n"
+        "for depth in (1, 17, 650, 1024):\n"
+        "    for n in (*range(1, 14), 29):\n"
+        "        x = at_end(n, depth).normal_()\n"
+        "        for columns in (1, 16, 33):\n"
+        "            m, turned = at_end(depth, columns).normal_(), at_end(columns, depth).normal_()\n"
+        "            gemm.gemm_f32(x, m), gemm.gemm_f32(x, turned.T)\n"
+        "print('alive', flush=True)\n"
+        "import os; os._exit(0)\n"  # the memory is never given back
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "alive\n", (done.returncode, done.stderr)
 
 
 @pytest.mark.skipif(not features.has(Feature.AVX2), reason="nothing is compiled for this processor")

@@ -156,6 +156,22 @@ def test_bits_do_not_depend_on_company_or_division(model: Model) -> None:
     assert all(torch.equal(run(model, told, [one], memory)[0], together[one[0]]) for one in whole(told))
 
 
+def test_bits_do_not_depend_on_threads(model: Model) -> None:
+    told, found, before = story(model, 4), [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            memory = pool(model)
+            parts = [
+                whole(told),
+                [(number, length - 1, length) for number, (_, _, length) in enumerate(told.sequences)],
+            ]
+            found.append([tensor for part in parts for tensor in run(model, told, part, memory)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(mine, one) for other in found[1:] for mine, one in zip(other, found[0], strict=True))
+
+
 def test_the_same_bits_in_tiles_of_amx(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     if Feature.AMX not in features.runnable():
         pytest.skip("Linux refuses the tiles of AMX")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -19,7 +19,6 @@ from lorakeet.kernels.fixed_order import fixed_order
 from lorakeet.kernels.int8 import registry
 from lorakeet.lora.config import LoraConfig
 from lorakeet.patches import fused_decoder as module
-from lorakeet.patches import fused_layers as patches
 from lorakeet.patches.fused_layers import fused_layers
 from lorakeet.patches.gradient_checkpointing import gradient_checkpointing
 from lorakeet.patches.padding_free import padding_free
@@ -57,14 +56,13 @@ def model_of(kind: str = "llama", bits: int | None = None, stored: torch.dtype |
 def one_by_one() -> Iterator[None]:
     """Run decoder layers module by module inside of :func:`fused_layers`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patches, "fused_decoders", lambda model: [])
+        patch.setattr(module, "fused_decoders", lambda model: [])
         yield
 
 
-def run(
-    model: Any, batch: dict[str, Tensor], every: int = 0, around: Callable[[], Any] | None = None
-) -> dict[str, Tensor]:
-    """Return logits and gradients of a pass as a training runs it, and how many layers ran as one operation."""
+@contextmanager
+def counted_layers() -> Iterator[list[int]]:
+    """Yield a list that grows by one for each layer that runs as one operation."""
     calls: list[int] = []
     own = module.decoder_layer
 
@@ -72,14 +70,23 @@ def run(
         calls.append(1)
         return own(*args)
 
-    with ExitStack() as inside, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "decoder_layer", counted)
+        yield calls
+
+
+def run(
+    model: Any, batch: dict[str, Tensor], every: int = 0, around: Callable[[], Any] | None = None
+) -> dict[str, Tensor]:
+    """Return logits and gradients of a pass as a training runs it, and how many layers ran as one operation."""
+    with ExitStack() as inside:
         for each in (fixed_order(), padding_free(model), fused_layers(model)):
             inside.enter_context(each)
         if every:
             inside.enter_context(gradient_checkpointing(model, every))
         if around is not None:
             inside.enter_context(around())
-        patch.setattr(module, "decoder_layer", counted)
+        calls = inside.enter_context(counted_layers())
         torch.manual_seed(3)
         found = outcome(model, batch)
     return {**found, "layers": torch.tensor(len(calls))}
@@ -295,14 +302,122 @@ def test_a_layer_that_is_hooked_later_runs_module_by_module() -> None:
     assert run(model, ragged())["layers"] == 2
 
 
-def test_outside_of_packed_rows_and_in_evaluation_nothing_changes() -> None:
+def layers_of(model: Any) -> Any:
+    return model.base_model.model.model.layers
+
+
+def each_linear(model: Any, name: str) -> list[Any]:
+    return [layer.get_submodule(name) for layer in layers_of(model)]
+
+
+def moved_weights(model: Any) -> None:
+    for projection in each_linear(model, "mlp.up_proj"):
+        projection.base_layer.weight.data = projection.base_layer.weight.data.clone().neg_()
+
+
+def another_rank(model: Any) -> None:
+    for projection in each_linear(model, "self_attn.q_proj"):
+        a, b = projection.pair("default")
+        a.weight.data, b.weight.data = a.weight.data[:3].clone(), b.weight.data[:, :3].clone()
+
+
+def another_scaling(model: Any) -> None:
+    for projection in each_linear(model, "mlp.down_proj"):
+        projection.scaling["default"] *= 3
+
+
+def another_dropout(model: Any) -> None:
+    for projection in each_linear(model, "self_attn.v_proj"):
+        projection.lora_dropout["default"].p = 0.6
+
+
+def another_norm(model: Any) -> None:
+    for norm in each_linear(model, "input_layernorm"):
+        norm.variance_epsilon = 0.5
+
+
+def no_bias_in_place(model: Any) -> None:
+    with torch.no_grad():
+        for projection in each_linear(model, "self_attn.k_proj"):
+            projection.base_layer.bias.zero_()
+
+
+def frozen_a(model: Any) -> None:
+    for projection in each_linear(model, "mlp.gate_proj"):
+        projection.pair("default")[0].weight.requires_grad_(False)
+
+
+#: Changes between two passes, and the layers that run as one operation in the second one.
+LATER: dict[str, tuple[Callable[[Any], Any], int]] = {
+    "moved weights": (moved_weights, 2),
+    "another rank": (another_rank, 2),
+    "another scaling": (another_scaling, 2),
+    "another dropout": (another_dropout, 2),
+    "another norm": (another_norm, 2),
+    "a bias in place": (no_bias_in_place, 2),
+    "a frozen A": (frozen_a, 2),
+    "a trained norm": (trained_norm, 0),
+}
+
+
+@pytest.mark.parametrize("case", LATER)
+def test_what_changes_between_passes_is_seen(case: str) -> None:
+    change, layers = LATER[case]
+    found = []
+    for way in (nullcontext, one_by_one):
+        model = model_of("qwen2", bits=None)
+
+        @contextmanager
+        def later(model: Any = model) -> Iterator[None]:
+            outcome(model, ragged())
+            model.zero_grad()
+            change(model)
+            yield
+
+        with way():
+            found.append(run(model, ragged(), around=later))
+    assert found[0]["layers"] == layers
+    assert_same_bits(*found)
+
+
+def test_another_product_between_passes_is_seen() -> None:
+    found = []
+    for way in (nullcontext, one_by_one):
+        model = model_of(bits=8)
+
+        @contextmanager
+        def later(model: Any = model) -> Iterator[None]:
+            outcome(model, ragged())
+            model.zero_grad()
+            with registry.using("pairs"):
+                yield
+
+        with registry.using("vnni"), way():
+            found.append(run(model, ragged(), around=later))
+    assert_same_bits(*found)
+
+
+def test_outside_of_packed_rows_nothing_changes() -> None:
     model = model_of()
     with fused_layers(model):
-        assert not any("forward" in layer.__dict__ for layer in model.base_model.model.model.layers)
-    with padding_free(model), fused_layers(model), torch.no_grad():
-        own = model.eval()(**ragged()).logits
+        assert not any("forward" in layer.__dict__ for layer in layers_of(model))
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_an_evaluation_runs_layers_as_one_operation_and_leaves_them_as_they_were(bits: int | None) -> None:
+    model = model_of(bits=bits).eval()
+    with torch.no_grad(), padding_free(model), fused_layers(model):
+        before = [layer.forward for layer in layers_of(model)]
+        with module.fused_decoder_layers(model), counted_layers() as calls:
+            found = model(**ragged()).logits
+        assert [layer.forward for layer in layers_of(model)] == before
+    own = model(**ragged()).logits
     real = ragged()["attention_mask"].bool()
-    torch.testing.assert_close(own[real], model(**ragged()).logits[real])
+    torch.testing.assert_close(found[real], own[real], atol=1e-3 if bits else 1e-5, rtol=1e-4)
+    assert len(calls) == 2
+    with padding_free(model), fused_layers(model), counted_layers() as calls:
+        model(**ragged())
+    assert not calls  # a gradient may be wanted, and in evaluation mode that is rare
 
 
 def test_a_layer_that_differs_stays_unpatched(

@@ -50,3 +50,23 @@ blocks = [small for _, small in blocks]
 assert resident_bytes() - before < 2**24, resident_bytes() - before
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems choose by themselves")
+def test_threads_take_memory_from_one_heap() -> None:
+    """In a process of its own, since the setting stays."""
+    script = """
+import ctypes, sys, threading
+from lorakeet.runs.process_memory import share_one_heap
+if sys.argv[1] == "shared":
+    share_one_heap()
+made = []
+thread = threading.Thread(target=lambda: made.append(ctypes.create_string_buffer(60_000)))
+thread.start()
+thread.join()
+heaps = [line.split()[0].split("-") for line in open("/proc/self/maps") if line.strip().endswith("[heap]")]
+inside = any(int(start, 16) <= ctypes.addressof(made[0]) < int(end, 16) for start, end in heaps)
+assert inside == (sys.argv[1] == "shared"), (heaps, hex(ctypes.addressof(made[0])))
+"""
+    for how in ("shared", "apart"):
+        subprocess.run([sys.executable, "-c", script, how], check=True)

@@ -114,6 +114,16 @@ class TrainedLayer(NamedTuple):
     activation: int
     narrow: bool
 
+    def tensors(self) -> list[Tensor | None]:
+        """Return the weights of the norms, and those of each linear layer as :meth:`TrainedLinear.tensors` has them."""
+        own = [tensor for linear in self.linears for tensor in linear.tensors()]
+        return [self.before.weight, self.after.weight, *own]
+
+    def products(self, x: Tensor) -> list[str | None]:
+        """Return the name of each linear layer's 8-bit product; None for a weight that is not in 8 bits."""
+        rows = x[0]
+        return [None if one.scale is None else registry.best(rows, one.weight).name for one in self.linears]
+
 
 def why_not(layer: TrainedLayer, x: Tensor, cosine: Tensor, sine: Tensor) -> str | None:
     """Return why C cannot compute a layer, in half a sentence; None if it can.
@@ -124,6 +134,12 @@ def why_not(layer: TrainedLayer, x: Tensor, cosine: Tensor, sine: Tensor) -> str
         cosine: Of the positions, [1, n, head_width].
         sine: Likewise.
     """
+    return why_not_row(layer, x, (cosine, sine)) or why_not_weights(layer, x)
+
+
+def why_not_row(layer: TrainedLayer, x: Tensor, angles: tuple[Tensor, Tensor]) -> str | None:
+    """Return why C cannot compute a layer of any weights on a row with cosine and sine of its positions."""
+    cosine, sine = angles
     if not features.has(Feature.AVX2) or bindings.library() is None:
         return "this processor has no AVX2, or there is no C compiler"
     if not bindings.supports(x, cosine, sine) or x.dim() != 3 or x.shape[0] != 1 or torch.is_autocast_enabled("cpu"):
@@ -133,6 +149,11 @@ def why_not(layer: TrainedLayer, x: Tensor, cosine: Tensor, sine: Tensor) -> str
         return f"it has {gemm.GEMV_TOKENS} tokens or fewer"
     if not (cosine.shape == sine.shape == (1, n, dim)) or dim % abi.HEAD_STEP or dim > abi.MAX_HEAD_WIDTH:
         return f"its heads are {dim} wide, expected multiples of {abi.HEAD_STEP} up to {abi.MAX_HEAD_WIDTH}"
+    return None
+
+
+def why_not_weights(layer: TrainedLayer, x: Tensor) -> str | None:
+    """Return why C cannot read the weights of a layer, in half a sentence; None if it can."""
     if not _shapes_fit(layer, x.shape[2]):
         return "its weights have the shapes of no layer of the Llama family"
     for norm in (layer.before, layer.after):
@@ -143,18 +164,16 @@ def why_not(layer: TrainedLayer, x: Tensor, cosine: Tensor, sine: Tensor) -> str
 
 def _shapes_fit(layer: TrainedLayer, hidden: int) -> bool:
     (wide, _), (narrow, _), (inner, _) = (tuple(layer.linears[i].weight.shape) for i in (0, 1, 4))
-    wanted = [
-        (wide, hidden),
-        (narrow, hidden),
-        (narrow, hidden),
-        (hidden, wide),
-        *[(inner, hidden)] * 2,
-        (hidden, inner),
-    ]
+    below = (wide, hidden), (narrow, hidden), (narrow, hidden), (hidden, wide)
+    wanted = [*below, (inner, hidden), (inner, hidden), (hidden, inner)]
     dim = layer.head_width
     return [linear.weight.shape for linear in layer.linears] == wanted and not (
         not narrow or wide % dim or narrow % dim or wide % narrow
     )
+
+
+def _fit(a: Tensor, b: Tensor, out: int, width: int) -> bool:
+    return a.shape[1:] == (width,) and b.shape == (out, len(a))
 
 
 def _is_vector(tensor: Tensor | None, width: int) -> bool:
@@ -170,10 +189,8 @@ def _why_not_linear(linear: TrainedLinear, x: Tensor) -> str | None:
         return "a weight is trained, or not contiguous on the CPU"
     if bias is not None and bias.requires_grad:
         return "a bias is trained"
-    if a is not None and b is not None:
-        fits = bindings.supports(a, b) and a.shape[1:] == (width,) and b.shape == (out, len(a))
-        if not fits:
-            return "an adapter is not in fp32, or its shapes do not fit"
+    if a is not None and b is not None and not (bindings.supports(a, b) and _fit(a, b, out, width)):
+        return "an adapter is not in fp32, or its shapes do not fit"
     if scale is None:
         if weight.dtype not in (torch.float32, *_STORED):
             return f"a weight is {weight.dtype}, expected fp32, 16 bits or int8"
@@ -193,6 +210,7 @@ def decoder_layer(
     cosine: Tensor,
     sine: Tensor,
     lengths: tuple[int, ...],
+    struct: abi.TrainingLayer,
     buffers: Buffers,
     output: bool = True,
 ) -> Tensor:
@@ -204,6 +222,7 @@ def decoder_layer(
         cosine: fp32 [1, n, head_width].
         sine: Likewise.
         lengths: Positions of each sample, none of them 0; their sum is n.
+        struct: The layer from :func:`weights_struct`; it is copied.
         buffers: Memory of all layers of the model.
         output: Compute the output; otherwise its values are undefined, and only the backward pass is prepared.
 
@@ -211,66 +230,83 @@ def decoder_layer(
         fp32 [1, n, hidden].
     """
     learnt = [tensor for linear in layer.linears for tensor in (linear.a, linear.b) if tensor is not None]
-    h: Tensor = _DecoderLayer.apply(x, cosine, sine, _Call(layer, lengths, x.shape[1], buffers, output), *learnt)
+    h: Tensor = _DecoderLayer.apply(x, cosine, sine, _Call(layer, lengths, struct, buffers, output), *learnt)
     return h
 
 
 class _Call:
     """The struct of a call, from tensors that autograd has saved, and numbers that are the same in both directions."""
 
-    def __init__(self, layer: TrainedLayer, lengths: tuple[int, ...], n: int, buffers: Buffers, output: bool) -> None:
+    def __init__(
+        self, layer: TrainedLayer, lengths: tuple[int, ...], struct: abi.TrainingLayer, buffers: Buffers, output: bool
+    ) -> None:
         """Draw the seeds of all dropout masks, in the order of the modules."""
-        self.layer, self.lengths, self.n, self.buffers, self.output = layer, lengths, n, buffers, output
-        self.wants: list[tuple[bool, bool]] = []  # of each layer, whether A and B get a gradient
+        self.layer, self.buffers, self.output = layer, buffers, output
+        self.updated = [index for index, linear in enumerate(layer.linears) if linear.a is not None]
+        self.wants: list[tuple[bool, bool]] = []  # of each of these layers, whether A and B get a gradient
         self._samples = sample_tensors(lengths)  # C reads these tensors: they stay in memory
-        self._struct = abi.TrainingLayer()
+        self._n, self._count = sum(lengths), len(lengths)
+        self._seeds = [(i, *seed_halves(draw_seed())) for i, linear in enumerate(layer.linears) if linear.p]
+        self._struct = abi.TrainingLayer.from_buffer_copy(struct)
         self._addresses: list[int | None] = []
-        self.seeds = [seed_halves(draw_seed()) if linear.p else (0, 0) for linear in layer.linears]
-
-    def tensors(self) -> list[Tensor | None]:
-        """Return the weights and adapters, in the order in which :meth:`struct` takes them."""
-        own = [tensor for linear in self.layer.linears for tensor in linear.tensors()]
-        return [self.layer.before.weight, self.layer.after.weight, *own]
 
     def struct(self, row: tuple[Tensor, Tensor, Tensor], tensors: Sequence[Any]) -> abi.TrainingLayer:
-        """Return the struct that C reads, for x, cosine and sine, and the tensors of :meth:`tensors`.
+        """Return the struct that C reads, for x, cosine and sine, and the tensors of :meth:`TrainedLayer.tensors`.
 
         The struct of the forward pass serves the backward pass too, unless autograd's hooks have moved a tensor.
         """
         addresses = [pointer(tensor) for tensor in (*row, *tensors)]
         if addresses != self._addresses:
-            self._struct, self._addresses = self._made(row, tensors), addresses
-        self._struct.packed = workspace(bindings.library().lk_training_packed(self._struct), torch.int8).data_ptr()
-        self._struct.seconds = pointer(_watched)
+            if self._addresses:
+                self._struct = weights_struct(self.layer, row[0], tensors)
+            self._addresses = addresses
+            self._fill(row)
+        packed = workspace(bindings.library().lk_training_packed(self._struct), torch.int8)
+        self._struct.packed, self._struct.seconds = packed.data_ptr(), pointer(_watched)
         return self._struct
 
-    def _made(self, row: tuple[Tensor, Tensor, Tensor], tensors: Sequence[Any]) -> abi.TrainingLayer:
-        layer, (q, k) = self.layer, (self.layer.linears[i].weight.shape[0] for i in (0, 1))
-        dim = layer.head_width
-        linears = [self._linear(i, row[0], tensors[2 + 5 * i : 7 + 5 * i]) for i in range(abi.LINEARS)]
-        return abi.TrainingLayer(
-            (abi.TrainedLinear * abi.LINEARS)(*linears),
-            abi.Norm(tensors[0].data_ptr(), layer.before.eps),
-            abi.Norm(tensors[1].data_ptr(), layer.after.eps),
-            abi.Attention(q // dim, k // dim, dim, layer.window or 0, layer.causal, layer.scale),
-            *map(pointer, (*row, *self._samples, None, None)),
-            *(self.n, len(self.lengths), layer.activation, layer.narrow),
-        )
+    def _fill(self, row: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Write what belongs to the call alone."""
+        struct = self._struct
+        struct.x, struct.cosine, struct.sine, struct.starts, struct.lengths = map(pointer, (*row, *self._samples))
+        struct.n, struct.samples = self._n, self._count
+        for index, wants in zip(self.updated, self.wants, strict=True):
+            struct.linears[index].learns = wants[0]
+        for index, low, high in self._seeds:
+            struct.linears[index].low, struct.linears[index].high = low, high
 
-    def _linear(self, index: int, x: Tensor, tensors: Sequence[Any]) -> abi.TrainedLinear:
-        linear = self.layer.linears[index]
-        weight, scale, bias, a, b = tensors
-        if scale is None:
-            given = weight, *[None] * 6, bias, a, b, None
-            own = abi.Linear(*map(pointer, given), *weight.shape, 0 if a is None else len(a), 0, linear.scaling)
-            product = _STORED.get(weight.dtype, 0)
-        else:
-            own = linear_struct(LinearWeights(weight, scale, bias, a, b, linear.scaling))
-            product = _PRODUCTS[registry.best(x[0], weight).name]
-        levels = dropped_levels(linear.p) if linear.p else 0
-        return abi.TrainedLinear(
-            own, None, None, *self.seeds[index], levels, keep_scale(linear.p), self.wants[index][0], product
-        )
+
+def weights_struct(layer: TrainedLayer, x: Tensor, tensors: Sequence[Any]) -> abi.TrainingLayer:
+    """Write the numbers and weights of a layer into a new struct; what belongs to a call is empty.
+
+    Args:
+        layer: The layer.
+        x: Hidden states [1, n, hidden].
+        tensors: Those of :meth:`TrainedLayer.tensors`, wherever they are in memory.
+    """
+    (q, k), dim = (layer.linears[i].weight.shape[0] for i in (0, 1)), layer.head_width
+    given = enumerate(zip(layer.linears, layer.products(x), strict=True))
+    linears = [_linear_struct(one, tensors[2 + 5 * i : 7 + 5 * i], name) for i, (one, name) in given]
+    return abi.TrainingLayer(
+        linears=(abi.TrainedLinear * abi.LINEARS)(*linears),
+        before=abi.Norm(tensors[0].data_ptr(), layer.before.eps),
+        after=abi.Norm(tensors[1].data_ptr(), layer.after.eps),
+        attention=abi.Attention(q // dim, k // dim, dim, layer.window or 0, layer.causal, layer.scale),
+        activation=layer.activation,
+        narrow=layer.narrow,
+    )
+
+
+def _linear_struct(linear: TrainedLinear, tensors: Sequence[Any], product: str | None) -> abi.TrainedLinear:
+    weight, scale, bias, a, b = tensors
+    if product is None:
+        given = weight, *[None] * 6, bias, a, b, None
+        own = abi.Linear(*map(pointer, given), *weight.shape, 0 if a is None else len(a), 0, linear.scaling)
+        number = _STORED.get(weight.dtype, 0)
+    else:
+        own, number = linear_struct(LinearWeights(weight, scale, bias, a, b, linear.scaling)), _PRODUCTS[product]
+    levels = dropped_levels(linear.p) if linear.p else 0
+    return abi.TrainedLinear(linear=own, levels=levels, keep=keep_scale(linear.p), product=number)
 
 
 class _DecoderLayer(torch.autograd.Function):
@@ -278,16 +314,13 @@ class _DecoderLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor, call: _Call, *learnt: Tensor) -> Tensor:  # type: ignore[override]
-        wanted = iter(ctx.needs_input_grad[4:])
-        for linear in call.layer.linears:
-            call.wants.append((False, False) if linear.a is None else (next(wanted), next(wanted)))
-        tensors, library = call.tensors(), bindings.library()
+        wanted = ctx.needs_input_grad[4:]
+        call.wants = list(zip(wanted[::2], wanted[1::2], strict=True))
+        tensors, library = call.layer.tensors(), bindings.library()
         struct = call.struct((x, cosine, sine), tensors)
         kept = call.buffers.kept.empty(library.lk_training_kept(struct))
-        h, scratch = (
-            transient_empty(x, *x.shape),
-            call.buffers.scratch.empty(library.lk_training_workspace(struct, False)),
-        )
+        h = transient_empty(x, *x.shape)
+        scratch = call.buffers.scratch.empty(library.lk_training_workspace(struct, False))
         library.lk_training_forward(struct, *map(pointer, (kept, h if call.output else None, scratch)))
         ctx.save_for_backward(x, cosine, sine, kept, *tensors)
         ctx.call = call
@@ -300,10 +333,8 @@ class _DecoderLayer(torch.autograd.Function):
         x, cosine, sine, kept, *tensors = ctx.saved_tensors
         struct, grad = call.struct((x, cosine, sine), tensors), grad.contiguous()
         made: list[Tensor | None] = []
-        for index, wants in enumerate(call.wants):
+        for index, wants in zip(call.updated, call.wants, strict=True):
             pair = tensors[5 + 5 * index : 7 + 5 * index]
-            if pair[0] is None:
-                continue
             given = [torch.empty_like(t) if wanted else None for t, wanted in zip(pair, wants, strict=True)]
             struct.linears[index].da, struct.linears[index].db = map(pointer, given)
             made += given

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,8 +37,14 @@ def calls_loss_function(model: nn.Module) -> bool:
     # or is caught by the probe of `fused_loss`. Seen in transformers 5.18;
     # tests/patches/test_transformers_internals.py fails by name if the call is renamed.
     inner: Any = getattr(model, "get_base_model", lambda: model)()  # the forward of a wrapper does not call it
+    return _names_loss_call(type(inner).forward)
+
+
+@cache
+def _names_loss_call(forward: Callable[..., Any]) -> bool:
+    """Whether the source of a forward has the call; reading it takes milliseconds, and every pass asks."""
     try:
-        return _LOSS_CALL in inspect.getsource(inspect.unwrap(type(inner).forward))
+        return _LOSS_CALL in inspect.getsource(inspect.unwrap(forward))
     except OSError:  # defined in an interactive shell, so there is no source
         return False
 

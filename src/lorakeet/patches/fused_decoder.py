@@ -9,16 +9,29 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
+from lorakeet.kernels import fixed_order
 from lorakeet.kernels.attention.pattern import Pattern
-from lorakeet.kernels.decoder_layer_training import Buffers, TrainedLayer, TrainedLinear, decoder_layer, why_not
+from lorakeet.kernels.cpu import abi, bindings
+from lorakeet.kernels.decoder_layer_training import (
+    Buffers,
+    TrainedLayer,
+    TrainedLinear,
+    decoder_layer,
+    weights_struct,
+    why_not,
+    why_not_row,
+    why_not_weights,
+)
 from lorakeet.kernels.decoder_step import Norm
 from lorakeet.kernels.glu import LOOPS, Activation
+from lorakeet.kernels.half_linear import in_tiles
 from lorakeet.patches.gradient_checkpointing import is_recomputing
 from lorakeet.patches.padding_free import Packing, is_padding_free
 from lorakeet.patches.verify import Verifier, is_close, output_and_gradient
@@ -39,6 +52,8 @@ _LINEARS = (
     *(("self_attn", name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
     *(("mlp", name) for name in ("gate_proj", "up_proj", "down_proj")),
 )
+#: Number formats of weights in 16 bits, whose products a setting may choose anew.
+HALVES = torch.bfloat16, torch.float16
 #: Positions of the samples on which a layer type is compared with its modules.
 _LENGTHS = (1, 9, 14)
 #: Largest differences of output and gradient, as shares of the largest value. A gradient in 8 bits turns the last bits of
@@ -56,6 +71,34 @@ def is_decoder(module: nn.Module) -> bool:
     return known and unchanged and type(module).__module__.startswith("transformers.models.")
 
 
+@contextmanager
+def fused_decoder_layers(model: nn.Module) -> Iterator[None]:
+    """Compute decoder layers of known classes as one operation, in training mode and wherever no gradient is computed."""
+    replaced: list[tuple[nn.Module, Any]] = []
+    try:
+        for layer, forward in list(fused_decoders(model)):
+            replaced.append((layer, layer.__dict__.get("forward")))
+            layer.forward = _where_it_serves(layer, forward)
+        yield
+    finally:
+        for layer, own in replaced:
+            del layer.forward
+            if own is not None:
+                layer.forward = own
+
+
+def _where_it_serves(layer: nn.Module, fused: Forward) -> Forward:
+    """Return a forward that is fused in training mode or without gradients, and the layer's own otherwise."""
+    own = layer.forward
+
+    @functools.wraps(own)
+    def forward(*args: Any, **settings: Any) -> Any:
+        return (fused if layer.training or not torch.is_grad_enabled() else own)(*args, **settings)
+
+    forward.__dict__["is_fused"] = True
+    return forward
+
+
 def fused_decoders(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
     """Yield the decoder layers that compute as one operation now, and the forwards that do so; each type is verified."""
     if not is_padding_free(model):
@@ -63,7 +106,7 @@ def fused_decoders(model: nn.Module) -> Iterator[tuple[nn.Module, Forward]]:
     verifier, buffers = Verifier(), Buffers()
     for module in model.modules():
         if is_decoder(module) and why_apart(module) is None:
-            fused = functools.partial(_forward, buffers, module)
+            fused = functools.partial(_forward, KnownLayer(), buffers, module)
             if verifier.agrees((type(module), has_rounded(module)), module, functools.partial(_same, module, fused)):
                 yield module, fused
 
@@ -91,25 +134,24 @@ def trained_layer(layer: Any, mask: Any, past_key_values: Any = None, **settings
         past_key_values: Cache of a call.
         **settings: Further arguments of the call.
     """
-    attention, mlp = layer.self_attn, layer.mlp
     if not isinstance(mask, Packing):
         return "padding is computed"
+    attention, _, activation, *others = inner = _inner(layer)
     if past_key_values is not None or any(settings.get(name) is not None for name in ("position_bias", "s_aux")):
         return "its attention has a cache or a bias"
     if attention.attention_dropout or mask.pattern.softcap is not None or mask.pattern.dropout:
         return "its attention drops or caps scores"
-    if not getattr(attention, "use_rope", True):
+    if not attention.__dict__.get("use_rope", True):
         return "its attention does not rotate"
-    kind = LOOPS.get(ACTIVATIONS.get(type(mlp.act_fn).__name__, "gelu"))
+    kind = LOOPS.get(ACTIVATIONS.get(type(activation).__name__, "gelu"))
     if kind is None:
-        return f"its activation is {type(mlp.act_fn).__name__}"
-    norms = layer.input_layernorm, layer.post_attention_layernorm
-    if any(map(_is_watched, _inner(layer))) or _is_all_watched():
+        return f"its activation is {type(activation).__name__}"
+    if any(map(_is_watched, inner)) or _is_all_watched():
         return "a module inside of it has hooks, or another forward"
-    linears = [_linear(getattr(getattr(layer, part), name)) for part, name in _LINEARS]
+    linears = [_linear(module) for module in others[2:]]
     if any(linear is None for linear in linears):
         return "a linear layer or its adapters compute something else"
-    before, after = (Norm(norm.weight, norm.variance_epsilon) for norm in norms)
+    before, after = (Norm(norm.weight, norm.variance_epsilon) for norm in others[:2])
     pattern, narrow = mask.pattern, any(linear.scale is not None for linear in linears[4:])  # type: ignore[union-attr]
     return TrainedLayer(
         tuple(linears),  # type: ignore[arg-type]
@@ -118,14 +160,15 @@ def trained_layer(layer: Any, mask: Any, past_key_values: Any = None, **settings
 
 
 def _linear(module: Any) -> TrainedLinear | None:
-    return module.training_weights() if hasattr(module, "training_weights") else frozen_weights(module)
+    return module.training_weights() if hasattr(type(module), "training_weights") else frozen_weights(module)
 
 
-def _inner(layer: Any) -> list[nn.Module]:
-    """Return the modules that a layer calls."""
-    norms = layer.input_layernorm, layer.post_attention_layernorm
-    projections = [getattr(getattr(layer, part), name) for part, name in _LINEARS]
-    return [layer.self_attn, layer.mlp, layer.mlp.act_fn, *norms, *projections]
+def _inner(layer: Any) -> list[Any]:
+    """Return the modules that a layer calls: attention, network, activation, both norms, and the linear layers."""
+    own = layer._modules  # nn.Module's attribute look-up is slow, and every layer is asked in every pass
+    norms = own["input_layernorm"], own["post_attention_layernorm"]
+    projections = [own[part]._modules[name] for part, name in _LINEARS]
+    return [own["self_attn"], own["mlp"], own["mlp"]._modules["act_fn"], *norms, *projections]
 
 
 def _is_all_watched() -> bool:
@@ -145,6 +188,7 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _forward(
+    known: KnownLayer,
     buffers: Buffers,
     layer: Any,
     hidden_states: Tensor,
@@ -155,15 +199,69 @@ def _forward(
     """Compute a layer as one operation, or run its own forward where that is not possible."""
     made = trained_layer(layer, attention_mask, **settings)
     cosine, sine = position_embeddings
-    if isinstance(made, str) or why_not(made, hidden_states, cosine, sine):
+    if isinstance(made, str) or known.why_not(made, hidden_states, cosine, sine):
         given = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
         return type(layer).forward(layer, hidden_states, **given, **settings)
     lengths = tuple(length for length in attention_mask.lengths if length)
     for hook in global_hooks._global_forward_pre_hooks.values():
         for module in _inner(layer):
             hook(module, ())
+    struct = known.struct(made, hidden_states)
     output = not is_recomputing() or bool(layer._forward_hooks)  # a hook reads it; autograd does not
-    return decoder_layer(made, hidden_states, cosine, sine, lengths, buffers, output)
+    return decoder_layer(made, hidden_states, cosine, sine, lengths, struct, buffers, output)
+
+
+# ---- findings of earlier passes ----------------------------------------------------------------------------------
+
+
+class KnownLayer:
+    """Findings of the last call of a layer, which hold while its numbers and tensors are the same.
+
+    Checking around thirty tensors and writing them into a struct takes as much Python as all else of a layer.
+    """
+
+    def __init__(self) -> None:
+        self._state: list[Any] | None = None
+        self._reason: str | None = None
+        self._struct: abi.TrainingLayer | None = None
+
+    def why_not(self, layer: TrainedLayer, x: Tensor, cosine: Tensor, sine: Tensor) -> str | None:
+        """Return the answer of :func:`~lorakeet.kernels.decoder_layer_training.why_not`.
+
+        Args:
+            layer: The layer as it is now.
+            x: Hidden states [1, n, hidden].
+            cosine: Of the positions, [1, n, head_width].
+            sine: Likewise.
+        """
+        if reason := why_not_row(layer, x, (cosine, sine)):
+            return reason
+        state = _state(layer, x)
+        if state is None or state != self._state:
+            self._state, self._reason, self._struct = state, why_not_weights(layer, x), None
+        return self._reason
+
+    def struct(self, layer: TrainedLayer, x: Tensor) -> abi.TrainingLayer:
+        """Return the struct of a layer for which :meth:`why_not` has answered None."""
+        if self._struct is None:
+            self._struct = weights_struct(layer, x, layer.tensors())
+        return self._struct
+
+
+def _state(layer: TrainedLayer, x: Tensor) -> list[Any] | None:
+    """Return all that is checked of a layer and written for C, in values; None where a tensor has no plain memory."""
+    tensors = layer.tensors()
+    if any(t is not None and type(t) not in bindings.PLAIN for t in tensors):
+        return None
+    numbers = [(linear.scaling, linear.p) for linear in layer.linears]
+    norms = layer.before.eps, layer.after.eps
+    tiles = any(linear.weight.dtype in HALVES for linear in layer.linears) and in_tiles()
+    products = *layer.products(x), fixed_order.is_active(), tiles
+    return [x.shape[2], *layer[3:], *norms, *numbers, *products, *map(_state_of_tensor, tensors)]
+
+
+def _state_of_tensor(t: Tensor | None) -> Any:
+    return None if t is None else (t.data_ptr(), t.dtype, t.shape, t.is_contiguous(), t.is_cpu, t.requires_grad)
 
 
 # ---- verification -----------------------------------------------------------------------------------------------

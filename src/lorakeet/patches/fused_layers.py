@@ -21,7 +21,7 @@ from lorakeet.kernels.frozen_linear import frozen_linear
 from lorakeet.kernels.glu import Activation, gated
 from lorakeet.kernels.rms_norm import rms_norm
 from lorakeet.kernels.rotary import rotary
-from lorakeet.patches.fused_decoder import ACTIVATIONS, fused_decoders
+from lorakeet.patches.fused_decoder import ACTIVATIONS, fused_decoder_layers
 from lorakeet.patches.verify import Verifier, same_output_and_gradient
 from lorakeet.quant.half import HalfLinear
 from lorakeet.quant.protocol import has_rounded, quantized_layers
@@ -57,6 +57,7 @@ Forward = Callable[..., Any]
 def fused_layers(model: nn.Module) -> Iterator[None]:
     """Fuse norms, gated networks and rotary embeddings of known classes in ``model`` while it is in training mode.
 
+    Decoder layers run as one operation without gradients too (:mod:`lorakeet.patches.fused_decoder`).
     Outputs and gradients are the same within the rounding of their dtype. Names, parameters and hooks do not change.
     The weight of a norm gets a gradient only if it is trainable.
     """
@@ -65,10 +66,8 @@ def fused_layers(model: nn.Module) -> Iterator[None]:
         for module, forward in _fused_forwards(model):
             replaced.append((module, module.__dict__.get("forward")))
             module.forward = forward
-        for layer, forward in list(fused_decoders(model)):  # compared with their modules as these compute now
-            replaced.append((layer, None))
-            layer.forward = _in_training(layer, forward)
-        yield
+        with fused_decoder_layers(model):  # compared with their modules as these compute now
+            yield
     finally:
         for module, own in replaced:
             del module.forward

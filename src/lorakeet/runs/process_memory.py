@@ -14,8 +14,8 @@ from lorakeet.security.paths import exists
 MAPPED_ALONE = 1 << 24
 #: Bytes of free memory that stay at the end of the heap.
 FREE_AT_END = 1 << 23
-#: Numbers of these two parameters in glibc's ``malloc.h``.
-_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
+#: Numbers of these parameters in glibc's ``malloc.h``.
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
 #: Bytes. Peak resident memory of this process before :func:`restart_peak`.
 _earlier_peak = 0
 
@@ -67,6 +67,16 @@ def map_large_blocks() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, MAPPED_ALONE)
         library.mallopt(_M_TRIM_THRESHOLD, FREE_AT_END)
+
+
+def share_one_heap() -> None:
+    """Let all threads take memory from one heap; call it before there are threads.
+
+    By itself the C library of Linux gives each thread a heap of its own. What a request leaves there keeps the free memory
+    around it, which no other thread can use.
+    """
+    with suppress(OSError, AttributeError):  # other C libraries have no such function
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def _in_status(name: str) -> int | None:

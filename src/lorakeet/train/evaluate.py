@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lorakeet.errors import DataError
+from lorakeet.patches.fused_decoder import fused_decoder_layers
 from lorakeet.patches.fused_loss import fused_loss
 from lorakeet.patches.padding_free import is_padding_free, padding_free, why_padded
 from lorakeet.patches.thread_order import in_fixed_order
@@ -174,6 +175,7 @@ def _evaluating(model: nn.Module, skip_padding: bool) -> Iterator[None]:
             if skip_padding and not is_padding_free(model) and why_padded(model) is None:
                 stack.enter_context(padding_free(model))
             stack.enter_context(fused_loss(model))
+            stack.enter_context(fused_decoder_layers(model))
             yield
     finally:
         model.train(was_training)

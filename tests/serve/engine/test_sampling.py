@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_bias_and_penalties() -> None:
     counted = Sampler(Sampling(temperature=0, frequency_penalty=0.5))
     for _ in range(3):
         counted.accept(best)
-    assert counted._adjusted(LOGITS.numpy())[best] == pytest.approx(float(LOGITS[best]) - 1.5)
+    assert counted._changes.added_to(LOGITS.numpy())[best] == pytest.approx(float(LOGITS[best]) - 1.5)
 
 
 def test_log_probabilities() -> None:
@@ -90,6 +91,17 @@ class Even:
 
     def is_complete(self) -> bool:
         return False
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.0}, {}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.05}, {"logit_bias": {2: 3.0}}]
+)
+def test_other_tokens_than_those_of_a_grammar_have_no_weight(settings: dict[str, Any]) -> None:
+    bound = Sampler(Sampling(seed=3, grammar=Even(), **settings))
+    free = Sampler(Sampling(seed=3, **settings))
+    masked = torch.full_like(LOGITS, -torch.inf)
+    masked[:20:2] = LOGITS[:20:2]
+    assert [bound.choose(LOGITS)[0] for _ in range(50)] == [free.choose(masked)[0] for _ in range(50)]
 
 
 def test_grammar() -> None:

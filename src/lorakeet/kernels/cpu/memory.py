@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+from bisect import insort
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class BufferPool:
     """
 
     def __init__(self) -> None:
-        self._buffers: list[Tensor] = []
+        self._buffers: list[Tensor] = []  # by size
         self._lock = threading.Lock()
 
     def empty(self, count: int) -> Tensor:
@@ -49,14 +50,20 @@ class BufferPool:
         if torch._C._len_torch_dispatch_stack():
             return torch.empty(count, dtype=torch.float32)
         with self._lock:
-            free = [buffer for buffer in self._buffers if _references(buffer) == 1]
-            fitting = min((b for b in free if b.numel() >= count), key=Tensor.numel, default=None)
-            if fitting is None:  # a pass of more tokens: all at once, so that the larger ones fit into the heap
-                self._buffers = [buffer for buffer in self._buffers if all(buffer is not small for small in free)]
-                free.clear()
+            if (place := self._free(count)) is None:  # a pass of more tokens
+                self._buffers = [buffer for buffer in self._buffers if _references(buffer) > 1]
                 fitting = torch.empty(count, dtype=torch.float32)
-                self._buffers.append(fitting)
+            else:
+                fitting = self._buffers.pop(place)
+            insort(self._buffers, fitting, key=Tensor.numel)  # behind its equals, which are free earlier
             return fitting[:count]
+
+    def _free(self, count: int) -> int | None:
+        """Return the place of the smallest free buffer of ``count`` values or more; None if there is none."""
+        for place, buffer in enumerate(self._buffers):
+            if buffer.numel() >= count and _references(buffer) == 1:
+                return place
+        return None
 
 
 def _references(buffer: Tensor) -> int:

@@ -54,12 +54,15 @@ class Sampler:
             The token, and its log probability if the request asks for it.
         """
         given = logits.numpy()
-        scores = self._adjusted(given)
+        scores, tokens = self._changes.added_to(given), self._allowed(len(given))
+        if tokens is not None:
+            scores = scores.take(tokens)
         if self.sampling.temperature == 0:
-            token = int(scores.argmax())
+            place = int(scores.argmax())
         else:
             number = float(torch.rand((), generator=self.generator, dtype=torch.float64))
-            token = _drawn(scores, self.sampling, number)
+            place = _drawn(scores, self.sampling, number)
+        token = place if tokens is None else int(tokens[place])
         return token, _log_probability(given, token, self.sampling.logprobs)
 
     def accept(self, token: int) -> None:
@@ -72,17 +75,18 @@ class Sampler:
         if wanted.grammar is not None:
             wanted.grammar.accept(token)
 
-    def _adjusted(self, logits: Numbers) -> Numbers:
-        """Return the logits after bias, penalties and grammar."""
-        scores = self._changes.added_to(logits)
-        if self.sampling.grammar is not None:
-            allowed = self.sampling.grammar.allowed()[: len(scores)]
-            if not allowed.any():
-                raise ValueError("the grammar allows none here")
-            masked = np.full_like(scores, -np.inf)
-            np.copyto(masked[: len(allowed)], scores[: len(allowed)], where=allowed)
-            scores = masked
-        return scores
+    def _allowed(self, size: int) -> NDArray[np.intp] | None:
+        """Return the tokens that the grammar allows, of a vocabulary of this size; None without a grammar.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if self.sampling.grammar is None:
+            return None
+        tokens = np.flatnonzero(self.sampling.grammar.allowed()[:size])
+        if not len(tokens):
+            raise ValueError("the grammar allows none here")
+        return tokens
 
 
 class _Changes:

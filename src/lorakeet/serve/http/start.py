@@ -13,6 +13,7 @@ from lorakeet.kernels.cpu.build import library
 from lorakeet.loaded_model import adapter_task, open_model, settings_of_base
 from lorakeet.lora.config import PeftConfig
 from lorakeet.lora.lifecycle.adapter_files import CONFIG_NAME
+from lorakeet.runs.process_memory import share_one_heap
 from lorakeet.security.paths import is_dir, is_file, outside
 from lorakeet.serve.compiled import compiled_forward
 from lorakeet.serve.engine.engine import Engine
@@ -91,6 +92,7 @@ def open_service(
         raise ConfigError(
             f"an adapter has the name of the base, {base_name!r}", "give the base another one with --name"
         )
+    share_one_heap()
     library()  # compiled on first use, which may take longer than a caller waits
     opened = open_model(settings, task=task or Task())
     residents = Residents(opened, served.folder, allow_elsewhere=True)

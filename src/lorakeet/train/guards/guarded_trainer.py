@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import datasets
+import torch
 from torch.utils.data import IterableDataset
 from transformers.trainer_utils import TrainOutput
 
@@ -39,6 +40,7 @@ class GuardedTrainer(ResumableTrainer):
         self.locations = locations
         self.step = StepState()
         self._pass_began: tuple[int, int] | None = None
+        self._operations_per_token: int | None = None
         self.add_callback(SpikeDetector())
 
     def train(self, *rest: Any, **settings: Any) -> TrainOutput:
@@ -51,6 +53,15 @@ class GuardedTrainer(ResumableTrainer):
         with self.memory_errors_in("an evaluation"):
             figures: dict[str, float] = super().evaluate(*rest, **settings)
         return figures
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Count as the parent does, which counts the model's parameters anew for every micro-batch: milliseconds each."""
+        name = getattr(self.model, "main_input_name", "input_ids")
+        if name not in inputs:
+            return 0
+        if self._operations_per_token is None:
+            self._operations_per_token = super().floating_point_ops({name: torch.empty(1)})
+        return self._operations_per_token * inputs[name].numel()
 
     def memory_errors_in(self, during: str) -> AbstractContextManager[None]:
         """Return the context that turns lack of memory into an error; none where the batch size is lowered instead."""
@@ -87,7 +98,7 @@ class GuardedTrainer(ResumableTrainer):
         """Check that the training can run, save and evaluate; restore the progress of a resumed run."""
         preflight.check_sharded(self.model_wrapped, self.args)
         preflight.announce_unfrozen(self.model)
-        self._pass_began = None
+        self._pass_began = self._operations_per_token = None
         rehearse(self)
         self._restore_progress()
 

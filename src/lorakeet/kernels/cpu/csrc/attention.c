@@ -4,7 +4,7 @@
  * used while they are in the cache. The sums are rescaled when a later block has a larger score (Dao et al. 2022,
  * arXiv:2205.14135). Reference: kernels/attention/segment.py.
  */
-#include "common.h"
+#include "gemm/gemm_f32.h"
 #include <string.h>
 
 enum {
@@ -127,9 +127,21 @@ static inline void att_add_products(const float *s, const float *rows, ptrdiff_t
 static void att_pack_transposed(const struct lk_heads *from, ptrdiff_t first, ptrdiff_t count, ptrdiff_t head,
                                 ptrdiff_t dim, float *to)
 {
+    ptrdiff_t j = 0;
     if (count % ATT_NR)
         memset(to + count / ATT_NR * dim * ATT_NR, 0, (size_t)(dim * ATT_NR) * sizeof(float));
-    for (ptrdiff_t j = 0; j < count; j++) {
+#if defined(__AVX2__)
+    for (; j + 8 <= count; j += 8)
+        for (ptrdiff_t d = 0; d < dim; d += 8) {
+            __m256 rows[8], columns[8];
+            for (int r = 0; r < 8; r++)
+                rows[r] = _mm256_loadu_ps(att_row(from, first + j + r, head) + d);
+            f32_transposed(rows, columns);
+            for (int r = 0; r < 8; r++)
+                _mm256_storeu_ps(to + (j / ATT_NR * dim + d + r) * ATT_NR + j % ATT_NR, columns[r]);
+        }
+#endif
+    for (; j < count; j++) {
         const float *row = att_row(from, first + j, head);
         float *at = to + j / ATT_NR * dim * ATT_NR + j % ATT_NR;
         for (ptrdiff_t d = 0; d < dim; d++)
@@ -160,13 +172,22 @@ static inline void att_gather(const struct lk_heads *from, const struct att_segm
     }
 }
 
-/* Set the columns of a block outside [from, to) to `value`. */
-static inline void att_fill_outside(float *row, const struct att_block *block, ptrdiff_t from, ptrdiff_t to, float value)
+/* The largest of `most` and the scores from..to of a block; NaN is never larger, and so no compiler vectorises it. */
+static inline float att_largest(const float *s, const struct att_block *block, ptrdiff_t from, ptrdiff_t to, float most)
 {
-    for (ptrdiff_t j = block->from; j < from; j++)
-        row[j] = value;
-    for (ptrdiff_t j = to; j < block->to; j++)
-        row[j] = value;
+    typedef int32_t mask __attribute__((vector_size(4 * VLEN)));
+    floats each = most - (floats){0};
+    mask column;
+    for (int v = 0; v < VLEN; v++)
+        column[v] = (int32_t)block->from + v;
+    for (ptrdiff_t j = block->from; j < block->to; j += VLEN, column += VLEN) {
+        const floats next = load(s + j);
+        const mask larger = (next > each) & (column >= (int32_t)from) & (column < (int32_t)to);
+        each = (floats)(((mask)next & larger) | ((mask)each & ~larger));
+    }
+    for (int v = 0; v < VLEN; v++)
+        most = each[v] > most ? each[v] : most;
+    return most;
 }
 
 /* Scores of one query -> e^(score - largest), 0 for masked keys; `largest` and `sum` run over the blocks. Returns the
@@ -174,19 +195,17 @@ static inline void att_fill_outside(float *row, const struct att_block *block, p
 static inline float att_softmax(float *s, const struct att_block *block, ptrdiff_t from, ptrdiff_t to, float *largest,
                                 float *sum)
 {
-    float most = *largest, more = 0;
     if (from == to) {
-        att_fill_outside(s, block, from, to, 0);
+        memset(s + block->from, 0, (size_t)(block->to - block->from) * sizeof(float));
         return 1;
     }
-    att_fill_outside(s, block, from, to, -INFINITY);
-    for (ptrdiff_t j = block->from; j < block->to; j++)
-        most = s[j] > most ? s[j] : most;
+    const float most = att_largest(s, block, from, to, *largest);
+    float more = 0;
     for (ptrdiff_t j = block->from; j < block->to; j++) {
-        s[j] = exponential(s[j] - most);
+        const float each = exponential(s[j] - most);
+        s[j] = j < from || j >= to ? 0.0f : each;
         more += s[j];
     }
-    att_fill_outside(s, block, from, to, 0);
     const float factor = *sum != 0 ? exponential(*largest - most) : 0;
     *sum = *sum * factor + more;
     *largest = most;
@@ -278,8 +297,10 @@ void lk_attention_backward(const struct lk_heads *grad, const struct lk_heads *q
             att_pack(k, segment.start + key, block.count, segment.kv_head, dim, keys, 0);
             att_pack_transposed(k, segment.start + key, block.count, segment.kv_head, dim, across);
             att_pack_transposed(v, segment.start + key, block.count, segment.kv_head, dim, values);
-            memset(to_keys, 0, (size_t)(ATT_BLOCK * dim) * sizeof(float));
-            memset(to_values, 0, (size_t)(ATT_BLOCK * dim) * sizeof(float));
+            for (ptrdiff_t panel = 0; panel < dim * ATT_BLOCK; panel += ATT_NR * ATT_BLOCK) {
+                memset(to_keys + panel, 0, (size_t)(ATT_NR * block.count) * sizeof(float));
+                memset(to_values + panel, 0, (size_t)(ATT_NR * block.count) * sizeof(float));
+            }
             for (ptrdiff_t i = shape->causal ? key / ATT_MR * ATT_MR : 0; i < segment.length; i += ATT_MR) {
                 if (!att_sees(shape, i, segment.length, segment.length, &block))
                     continue;
@@ -298,11 +319,10 @@ void lk_attention_backward(const struct lk_heads *grad, const struct lk_heads *q
                     for (ptrdiff_t d = 0; d < dim; d++)
                         along += out[d] * came[r * dim + d];
                     for (ptrdiff_t j = block.from; j < block.to; j++) {
-                        p[j] = exponential(p[j] - log_sum);
-                        ds[j] = p[j] * (ds[j] - along);
+                        const float each = exponential(p[j] - log_sum), slope = each * (ds[j] - along);
+                        p[j] = j < from || j >= to ? 0.0f : each;
+                        ds[j] = j < from || j >= to ? 0.0f : slope;
                     }
-                    att_fill_outside(p, &block, from, to, 0);
-                    att_fill_outside(ds, &block, from, to, 0);
                 }
                 att_multiply(slopes + block.from, ATT_BLOCK, keys + block.from * ATT_NR, ATT_BLOCK, seen, made, dim,
                              dim / ATT_NR);

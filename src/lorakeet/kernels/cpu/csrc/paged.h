@@ -2,12 +2,13 @@
 #ifndef LORAKEET_PAGED_H
 #define LORAKEET_PAGED_H
 
-#include "gemm/gemm_tiles.h"
+#include "gemm/w8a16.h"
 #if defined(__AVX2__)
 
 enum {
     PAGED_FEW = 48,      /* rows, at most, of the product that reads the weight once for all */
     PAGED_TOGETHER = 3,  /* linear layers of one input, at most: q, k, v */
+    PAGED_RANGES = 1024, /* ranges of memory that a product brings into the caches for later, at most */
     PAGED_QUERY_ROWS = 4, /* rows of a prompt, at most, that attend together */
     PAGED_TILE = VLEN / 4 /* rows of one adapter, at most, that a thread computes together */
 };
@@ -22,16 +23,18 @@ struct paged_tile {
 struct paged_space {
     float *normed, *q, *k, *v, *mixed, *made, *gate, *up, *low_rank, *scores, *packed, *tile_memory;
     struct paged_tile *tiles;
-    ptrdiff_t low_rank_width, size, tile_count;
+    ptrdiff_t low_rank_width, size, tile_count, tokens; /* tokens: that all rows attend to */
     float work;
 };
 
-/* Linear layers with one input x [n, in], their numbers from `first` on, and their outputs h [n, out]. */
+/* Linear layers with one input x [n, in], their numbers from `first` on, and their outputs h [n, out]. Their products bring
+ * the keys or values of a layer into the caches, from `bring` on, unless it is NULL. */
 struct paged_group {
     const struct lk_linear *linears[PAGED_TOGETHER];
     float *h[PAGED_TOGETHER];
     const float *x;
     ptrdiff_t count, first;
+    const float *bring;
 };
 enum { PAGED_QKV, PAGED_O, PAGED_GATE_UP, PAGED_DOWN, PAGED_GROUPS };
 
@@ -52,6 +55,12 @@ struct paged_query {
     ptrdiff_t length; /* keys that it sees, from the first on */
 };
 
+/* Threads that complete tiles, at most. */
+static inline int paged_team(const struct paged_space *s)
+{
+    return s->tile_count > 1 ? most_threads() : 1;
+}
+
 /* Floats of the scores of a query. */
 static inline ptrdiff_t paged_scores(ptrdiff_t length)
 {
@@ -59,6 +68,13 @@ static inline ptrdiff_t paged_scores(ptrdiff_t length)
 }
 
 ptrdiff_t lk_packed_update_size(ptrdiff_t rank, ptrdiff_t out, ptrdiff_t in);
+HIDDEN int paged_owner(const struct paged_space *s, const struct paged_tile *t, int threads);
+HIDDEN int paged_attenders(const struct lk_paged *p, const struct paged_space *s);
+HIDDEN int paged_attender(const struct paged_space *s, ptrdiff_t parts, ptrdiff_t before, ptrdiff_t tokens, int threads);
+HIDDEN ptrdiff_t paged_later_tokens(const struct lk_paged *p, const struct paged_space *s, const float *pool,
+                                    struct a16_later *to, ptrdiff_t most);
+HIDDEN ptrdiff_t paged_later_updates(const struct lk_paged *p, const struct paged_space *s, const struct paged_group *g,
+                                     struct a16_later *to);
 HIDDEN void paged_attend(const struct paged_keys *k, const struct paged_query *queries, ptrdiff_t count);
 HIDDEN void paged_add(float *restrict h, const float *restrict u, const float *restrict v, ptrdiff_t rank, ptrdiff_t out);
 HIDDEN void paged_norm(const struct lk_norm *norm, const float *x, float *to, ptrdiff_t width);

@@ -6,26 +6,7 @@
  * kernels/paged.py.
  */
 #include "paged.h"
-#include "gemm/w8a16.h"
 #if defined(__AVX2__)
-
-static int paged_threads(void)
-{
-#if defined(_OPENMP)
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
-
-static int paged_thread(void)
-{
-#if defined(_OPENMP)
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
 
 static struct paged_space paged_plan(const struct lk_paged *p, float *memory)
 {
@@ -44,7 +25,7 @@ static struct paged_space paged_plan(const struct lk_paged *p, float *memory)
     } parts[] = {{&s.normed, n * hidden}, {&s.q, n * wide},     {&s.k, n * narrow},
                  {&s.v, n * narrow},      {&s.mixed, n * wide}, {&s.made, n * hidden},
                  {&s.gate, n * inner},    {&s.up, n * inner},   {&s.low_rank, n * s.low_rank_width},
-                 {&s.scores, paged_threads() * PAGED_QUERY_ROWS * (l->heads / l->kv_heads) * paged_scores(p->length)},
+                 {&s.scores, most_threads() * PAGED_QUERY_ROWS * (l->heads / l->kv_heads) * paged_scores(p->length)},
                  {&s.packed, few > many ? few : many},
                  {&s.tile_memory, n * (ptrdiff_t)(sizeof(struct paged_tile) / sizeof(float))}};
     for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
@@ -67,7 +48,7 @@ static float paged_rank(const struct lk_paged *p, const struct lk_update *adapte
 /* Divide the rows into tiles. Threads take equal shares of the work, which grows with the rank. */
 static void paged_divide(const struct lk_paged *p, struct paged_space *s)
 {
-    const ptrdiff_t share = min_of(PAGED_TILE, (p->n + paged_threads() - 1) / paged_threads());
+    const ptrdiff_t share = min_of(PAGED_TILE, (p->n + most_threads() - 1) / most_threads());
     for (ptrdiff_t i = 0; i < p->n; s->tile_count++) {
         struct paged_tile *t = s->tiles + s->tile_count;
         const ptrdiff_t most = p->updates[i] ? share : 1; /* rows of the base share nothing */
@@ -77,16 +58,8 @@ static void paged_divide(const struct lk_paged *p, struct paged_space *s)
         t->middle = s->work + 0.5f * work;
         s->work += work;
     }
-}
-
-/* Whether a tile is of this thread, within a parallel region. */
-static int paged_is_own(const struct paged_space *s, const struct paged_tile *t)
-{
-#if defined(_OPENMP)
-    return (int)(t->middle / s->work * (float)omp_get_num_threads()) == omp_get_thread_num();
-#else
-    return (void)s, (void)t, 1;
-#endif
+    for (ptrdiff_t i = 0; i < p->n; i++)
+        s->tokens += p->positions[i] + 1;
 }
 
 /* Number of floats of the workspace of lk_paged_layers. */
@@ -95,14 +68,22 @@ ptrdiff_t lk_paged_workspace(const struct lk_paged *p)
     return paged_plan(p, NULL).size;
 }
 
+/* Floats of the keys, or values, of a layer. */
+static ptrdiff_t paged_layer_size(const struct lk_paged *p)
+{
+    const struct lk_layer *l = p->layers[0];
+    return p->pages * l->kv_heads * p->page_tokens * l->head_width;
+}
+
 static void paged_groups(const struct lk_paged *p, const struct paged_space *s, ptrdiff_t layer, struct paged_group *g)
 {
     const struct lk_layer *l = p->layers[layer];
-    const ptrdiff_t first = layer * LK_LINEARS;
-    g[PAGED_QKV] = (struct paged_group){{&l->q, &l->k, &l->v}, {s->q, s->k, s->v}, s->normed, 3, first};
-    g[PAGED_O] = (struct paged_group){{&l->o}, {s->made}, s->mixed, 1, first + 3};
-    g[PAGED_GATE_UP] = (struct paged_group){{&l->gate, &l->up}, {s->gate, s->up}, s->normed, 2, first + 4};
-    g[PAGED_DOWN] = (struct paged_group){{&l->down}, {s->made}, s->gate, 1, first + 6};
+    const ptrdiff_t first = layer * LK_LINEARS, next = (layer + 1) * paged_layer_size(p);
+    const float *keys = layer + 1 < p->count ? p->keys + next : NULL, *values = keys ? p->values + next : NULL;
+    g[PAGED_QKV] = (struct paged_group){{&l->q, &l->k, &l->v}, {s->q, s->k, s->v}, s->normed, 3, first, NULL};
+    g[PAGED_O] = (struct paged_group){{&l->o}, {s->made}, s->mixed, 1, first + 3, NULL};
+    g[PAGED_GATE_UP] = (struct paged_group){{&l->gate, &l->up}, {s->gate, s->up}, s->normed, 2, first + 4, keys};
+    g[PAGED_DOWN] = (struct paged_group){{&l->down}, {s->made}, s->gate, 1, first + 6, values};
 }
 
 /* The scales of the n rounded rows for a layer of a group; the codes lie behind them. */
@@ -122,30 +103,20 @@ static void paged_round(const struct lk_paged *p, const struct paged_space *s, c
     }
 }
 
-/* The updates that complete the products of a group: a range of memory for each adapter and layer. */
-static void paged_later(const struct lk_paged *p, const struct paged_space *s, const struct paged_group *g,
-                        struct a16_later *to)
+/* What each thread reads soon after the products of a group. They compute more than they read, and so bring it meanwhile
+ * into its cache. Returns the number of ranges, at most PAGED_RANGES. */
+static ptrdiff_t paged_later(const struct lk_paged *p, const struct paged_space *s, const struct paged_group *g,
+                             struct a16_later *to)
 {
-    for (const struct paged_tile *t = s->tiles; t < s->tiles + s->tile_count; t++) {
-        const struct lk_update *adapter = p->updates[t->first];
-        if (t > s->tiles && adapter == p->updates[t[-1].first])
-            continue;
-        for (ptrdiff_t number = 0; adapter && number < g->count; number++) {
-            const struct lk_update *update = adapter + g->first + number;
-            const ptrdiff_t size = lk_packed_update_size(update->rank, g->linears[number]->out, g->linears[number]->in);
-            if (update->rank)
-                *to++ = (struct a16_later){update->codes, size * (ptrdiff_t)sizeof(int16_t)};
-        }
-    }
-    *to = (struct a16_later){NULL, 0};
+    const ptrdiff_t updates = paged_later_updates(p, s, g, to);
+    return updates + (g->bring ? paged_later_tokens(p, s, g->bring, to + updates, PAGED_RANGES - updates) : 0);
 }
-
 /* h = x diag(column_scale) W8^T + bias of each layer of a group. */
 static void paged_multiply(const struct lk_paged *p, const struct paged_space *s, const struct paged_group *g)
 {
     const ptrdiff_t n = p->n, in = g->linears[0]->in;
     struct a16_product products[PAGED_TOGETHER];
-    struct a16_later later[PAGED_FEW * PAGED_TOGETHER + 1];
+    struct a16_later later[PAGED_RANGES];
     void *rounded = s->packed + (n + 15) / 16 * 16;
     for (ptrdiff_t number = 0; number < g->count; number++) {
         const struct lk_linear *l = g->linears[number];
@@ -163,10 +134,8 @@ static void paged_multiply(const struct lk_paged *p, const struct paged_space *s
                 (const int16_t *)(scale + 4 * n), scale, l->weight, l->row_scale, l->bias, g->h[number], l->out};
         }
     }
-    if (n <= PAGED_FEW) {
-        paged_later(p, s, g, later);
-        a16_multiply(products, g->count, n, in, later);
-    }
+    if (n <= PAGED_FEW)
+        a16_multiply(products, g->count, n, in, later, paged_later(p, s, g, later));
 }
 
 /* Complete the products of the rows of a tile: the outlier columns of the weights, and the updates of their adapter. */
@@ -229,7 +198,7 @@ static ptrdiff_t paged_attend_rows(const struct lk_paged *p, const struct paged_
     const struct paged_keys keys = {p->keys + from,       p->values + from, p->tables + p->starts[i],
                                     l->kv_heads * stride, p->page_tokens,   dim,
                                     l->scaling};
-    float *scores = s->scores + paged_thread() * PAGED_QUERY_ROWS * each * size;
+    float *scores = s->scores + own_thread() * PAGED_QUERY_ROWS * each * size;
     struct paged_query queries[PAGED_QUERY_ROWS * count];
     ptrdiff_t rows = 0, at = 0;
     for (; rows < most && p->starts[i + rows] == p->starts[i]; rows++)
@@ -241,26 +210,47 @@ static ptrdiff_t paged_attend_rows(const struct lk_paged *p, const struct paged_
     return rows;
 }
 
-/* Attention of all rows. Many rows come a few at a time, and all heads of a head of keys together if they keep the threads
- * busy. */
-static void paged_attention(const struct lk_paged *p, const struct paged_space *s, ptrdiff_t layer)
+/* Attention of few rows. Each thread takes those whose keys and values the last products brought into its cache. */
+static void paged_attend_few(const struct lk_paged *p, const struct paged_space *s, ptrdiff_t layer, ptrdiff_t heads)
 {
-    const struct lk_layer *l = p->layers[layer];
-    const ptrdiff_t rows = p->n > PAGED_FEW ? PAGED_QUERY_ROWS : 1, each = l->heads / l->kv_heads;
-    const ptrdiff_t heads = p->n * l->kv_heads < 4 * paged_threads() ? 1 : each, parts = l->heads / heads;
-#pragma omp parallel for schedule(guided) if (p->n * l->heads * p->length * l->head_width > 32768)
-    for (ptrdiff_t at = 0; at < (p->n + rows - 1) / rows * parts; at++) {
-        const ptrdiff_t end = min_of(p->n, (at / parts + 1) * rows);
-        for (ptrdiff_t i = at / parts * rows; i < end;)
+    const ptrdiff_t parts = p->layers[layer]->heads / heads;
+#pragma omp parallel num_threads(paged_attenders(p, s))
+    for (ptrdiff_t at = 0, before = 0; at < p->n * parts; at++) {
+        const ptrdiff_t i = at / parts, tokens = p->positions[i] + 1;
+        if (paged_attender(s, parts, before, tokens, team_threads()) == own_thread())
+            paged_attend_rows(p, s, layer, i, 1, at % parts * heads, heads);
+        before += tokens;
+    }
+}
+
+/* Attention of many rows, a few at a time. */
+static void paged_attend_many(const struct lk_paged *p, const struct paged_space *s, ptrdiff_t layer, ptrdiff_t heads)
+{
+    const ptrdiff_t parts = p->layers[layer]->heads / heads;
+#pragma omp parallel for schedule(guided)
+    for (ptrdiff_t at = 0; at < (p->n + PAGED_QUERY_ROWS - 1) / PAGED_QUERY_ROWS * parts; at++) {
+        const ptrdiff_t end = min_of(p->n, (at / parts + 1) * PAGED_QUERY_ROWS);
+        for (ptrdiff_t i = at / parts * PAGED_QUERY_ROWS; i < end;)
             i += paged_attend_rows(p, s, layer, i, end - i, at % parts * heads, heads);
     }
 }
 
+/* Attention of all rows: all heads of a head of keys together, if they keep the threads busy. */
+static void paged_attention(const struct lk_paged *p, const struct paged_space *s, ptrdiff_t layer)
+{
+    const struct lk_layer *l = p->layers[layer];
+    const ptrdiff_t heads = p->n * l->kv_heads < 4 * most_threads() ? 1 : l->heads / l->kv_heads;
+    if (p->n > PAGED_FEW)
+        paged_attend_many(p, s, layer, heads);
+    else
+        paged_attend_few(p, s, layer, heads);
+}
+
 /* Each tile of this thread, and each row of a tile. */
 #define EACH_TILE                                                                                                      \
-    PRAGMA(omp parallel if (s->tile_count > 1))                                                                        \
+    PRAGMA(omp parallel num_threads(paged_team(s)))                                                                    \
     for (const struct paged_tile *t = s->tiles; t < s->tiles + s->tile_count; t++)                                     \
-        if (paged_is_own(s, t))
+        if (paged_owner(s, t, team_threads()) == own_thread())
 #define EACH_ROW for (ptrdiff_t i = t->first; i < t->first + t->rows; i++)
 
 /* A layer up to attention. The products of a group need its input of all rows, so the threads meet before and after. */

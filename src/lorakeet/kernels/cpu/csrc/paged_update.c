@@ -217,4 +217,31 @@ void paged_update(const struct lk_update *update, const float *x, float *h, floa
     for (i = 0; update->output && i < rows; i++)
         update_output(h + i * out, update->output, update->output + out, out);
 }
+
+/* The thread that completes a tile. */
+int paged_owner(const struct paged_space *s, const struct paged_tile *t, int threads)
+{
+    return (int)(t->middle / s->work * (float)threads);
+}
+
+/* The updates that complete the products of a group, for each thread that has rows of their adapter. Returns their
+ * number. */
+ptrdiff_t paged_later_updates(const struct lk_paged *p, const struct paged_space *s, const struct paged_group *g,
+                              struct a16_later *to)
+{
+    ptrdiff_t ranges = 0;
+    for (const struct paged_tile *t = s->tiles; t < s->tiles + s->tile_count; t++) {
+        const struct lk_update *adapter = p->updates[t->first];
+        const int owner = paged_owner(s, t, paged_team(s));
+        if (t > s->tiles && adapter == p->updates[t[-1].first] && owner == paged_owner(s, t - 1, paged_team(s)))
+            continue;
+        for (ptrdiff_t number = 0; adapter && number < g->count; number++) {
+            const struct lk_update *update = adapter + g->first + number;
+            const ptrdiff_t size = lk_packed_update_size(update->rank, g->linears[number]->out, g->linears[number]->in);
+            if (update->rank)
+                to[ranges++] = (struct a16_later){update->codes, size * (ptrdiff_t)sizeof(int16_t), owner};
+        }
+    }
+    return ranges;
+}
 #endif

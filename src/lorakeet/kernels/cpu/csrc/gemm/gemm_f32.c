@@ -8,29 +8,6 @@ ptrdiff_t lk_packed_f32_size(ptrdiff_t n)
     return (n + MR - 1) / MR * MR * F32_ROW_STRIDE;
 }
 
-static void f32_pack_panel(const struct f32_factor *factor, float *panel, ptrdiff_t j, ptrdiff_t k0, ptrdiff_t size)
-{
-    const float *m = factor->data;
-    const ptrdiff_t depth = factor->depth, columns = factor->columns;
-    const ptrdiff_t width = min_of(columns - j, NR);
-    if (!factor->transposed) {
-        for (ptrdiff_t k = 0; k < size; k++) {
-            memcpy(panel + k * NR, m + (k0 + k) * columns + j, (size_t)width * sizeof(float));
-            memset(panel + k * NR + width, 0, (size_t)(NR - width) * sizeof(float));
-        }
-        return;
-    }
-    for (ptrdiff_t c = 0; c < NR; c += 8) {
-        ptrdiff_t k = 0;
-        if (c + 8 <= width)
-            for (; k + 8 <= size; k += 8)
-                f32_transpose(m + (j + c) * depth + k0 + k, depth, panel + k * NR + c);
-        for (; k < size; k++)
-            for (ptrdiff_t e = c; e < c + 8; e++)
-                panel[k * NR + e] = e < width ? m[(j + e) * depth + k0 + k] : 0;
-    }
-}
-
 /* Depth of the blocks where x or m is low-rank: those of MKL 2024 with AVX-512, so that results are often the same. */
 static ptrdiff_t f32_low_rank_kc(ptrdiff_t depth)
 {
@@ -44,6 +21,7 @@ void lk_gemm_f32(const float *x, const float *m, const float *bias, float *strip
 {
     const struct f32_factor factor = {m, depth, columns, transposed};
     const ptrdiff_t size = low_rank ? f32_low_rank_kc(depth) : f32_kc(depth);
-    f32_multiply(x, &factor, f32_pack_panel, bias, strips, h, n, size, add);
+    const struct f32_product product = {x, &factor, bias, strips, h, n, size, add};
+    f32_multiply(&product, f32_pack_panel);
 }
 #endif

@@ -54,10 +54,12 @@ void lk_gemm_nf4(const float *x, const uint8_t *codes, const void *absmax, const
     const struct nf4_weight w = {codes, absmax, nested, out, in};
     if (transposed) {
         const struct f32_factor m = {&w, out, in, 0};
-        f32_multiply(x, &m, nf4_pack_inputs, bias, strips, h, n, nf4_kc(out), 0);
+        const struct f32_product product = {x, &m, bias, strips, h, n, nf4_kc(out), 0};
+        f32_multiply(&product, nf4_pack_inputs);
     } else {
         const struct f32_factor m = {&w, in, out, 1};
-        f32_multiply(x, &m, nf4_pack_channels, bias, strips, h, n, nf4_kc(in), 0);
+        const struct f32_product product = {x, &m, bias, strips, h, n, nf4_kc(in), 0};
+        f32_multiply(&product, nf4_pack_channels);
     }
 }
 #endif

@@ -14,6 +14,17 @@
 #include <omp.h>
 #endif
 
+/* Threads of a parallel region, at most; those of this one; and the number of this thread in it. */
+#if defined(_OPENMP)
+#define most_threads() omp_get_max_threads()
+#define team_threads() omp_get_num_threads()
+#define own_thread() omp_get_thread_num()
+#else
+#define most_threads() 1
+#define team_threads() 1
+#define own_thread() 0
+#endif
+
 /* DOT_PAIRS adds to each int32 of `sums` the products of two adjacent int16 values, DOT_FOURS those of four unsigned by
  * four signed bytes. Assembly, in place: the compiler would copy each sum to another register and back. */
 #if VLEN == 16
@@ -183,13 +194,8 @@ static inline void interleave_four(const __m128i rows[4], int8_t *to)
 /* Number of parts that the rows are split into where there are few panels for the threads; each part packs its own panels. */
 static inline ptrdiff_t row_parts(ptrdiff_t panels, ptrdiff_t n)
 {
-#if defined(_OPENMP)
-    const ptrdiff_t wanted = (6 * omp_get_max_threads() + panels - 1) / panels, most = 1 + n / (10 * MR);
+    const ptrdiff_t wanted = (6 * most_threads() + panels - 1) / panels, most = 1 + n / (10 * MR);
     return wanted < most ? wanted : most;
-#else
-    (void)panels, (void)n;
-    return 1;
-#endif
 }
 #endif
 #endif

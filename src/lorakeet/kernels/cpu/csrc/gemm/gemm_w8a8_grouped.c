@@ -8,10 +8,37 @@
 #include "w8a8_grouped.h"
 #if defined(__AVX2__)
 
+enum {
+    GROUPED_HALF = MR / 2, /* rows of a tile */
+    GROUPED_PANELS = 2     /* panels of a side: they share the cache lines of the weight, and a strip in the L1 cache */
+};
+
 /* Number of scales, and of starts, that lk_pack_a8_grouped writes; it writes LK_GROUP times as many bytes of x. */
 ptrdiff_t lk_packed_a8_groups(ptrdiff_t n, ptrdiff_t depth)
 {
     return (n + MR - 1) / MR * MR * groups_of(depth);
+}
+
+/* A strip of lk_pack_a8_grouped; `error_feedback` is a constant. */
+static inline __attribute__((always_inline)) void grouped_pack_strip(const float *x, const float *factor, int8_t *codes,
+                                                                     float *scale, int32_t *start, ptrdiff_t rows,
+                                                                     ptrdiff_t depth, const int error_feedback)
+{
+    float feedback[MR][LK_FEEDBACK] = {{0}};
+    for (ptrdiff_t k = 0; k < depth; k += LK_GROUP, codes += MR * LK_GROUP, scale += MR, start += MR)
+        for (ptrdiff_t r = 0; r < MR; r += 2) {
+            int32_t fours[2][LK_GROUP / 4];
+            for (ptrdiff_t two = 0; two < 2; two++) {
+                const float *row = x + min_of(r + two, rows - 1) * depth + k;
+                for (ptrdiff_t ahead = 0; ahead < LK_GROUP; ahead += 16) /* of the next group but one */
+                    __builtin_prefetch(row + 2 * LK_GROUP + ahead);
+                grouped_round(row, factor ? factor + k : NULL, depth - k, fours[two], scale + r + two, start + r + two,
+                              error_feedback ? feedback[r + two] : NULL);
+            }
+            for (int q = 0; q < LK_GROUP / 4; q += 8)
+                store_two_rows(_mm256_loadu_si256((const __m256i *)(fours[0] + q)),
+                               _mm256_loadu_si256((const __m256i *)(fours[1] + q)), (int32_t *)codes + q * MR + r);
+        }
 }
 
 /* x [n, depth] times factor [depth] (or NULL: 1) -> int8 in strips, [strip][four values][row of the strip][4]; and the
@@ -20,55 +47,74 @@ ptrdiff_t lk_packed_a8_groups(ptrdiff_t n, ptrdiff_t depth)
 void lk_pack_a8_grouped(const float *x, const float *factor, int8_t *codes, float *scale, int32_t *start, ptrdiff_t n,
                         ptrdiff_t depth, int error_feedback)
 {
-    const ptrdiff_t count = (n + MR - 1) / MR, groups = groups_of(depth);
+    const ptrdiff_t groups = groups_of(depth);
     PARALLEL_ROWS(n, depth)
-    for (ptrdiff_t s = 0; s < count; s++) {
-        float feedback[MR][LK_FEEDBACK] = {{0}};
-        for (ptrdiff_t g = 0; g < groups; g++) {
-            const ptrdiff_t at = (s * groups + g) * MR;
-            int32_t *to = (int32_t *)(codes + at * LK_GROUP);
-            for (ptrdiff_t r = 0; r < MR; r += 2) {
-                int32_t fours[2][LK_GROUP / 4];
-                for (ptrdiff_t two = 0; two < 2; two++) {
-                    const ptrdiff_t row = s * MR + r + two < n ? s * MR + r + two : n - 1;
-                    grouped_round(x + row * depth + g * LK_GROUP, factor ? factor + g * LK_GROUP : NULL,
-                                  depth - g * LK_GROUP, fours[two], scale + at + r + two, start + at + r + two,
-                                  error_feedback ? feedback[r + two] : NULL);
-                }
-                for (int k = 0; k < LK_GROUP / 4; k += 8)
-                    store_two_rows(_mm256_loadu_si256((const __m256i *)(fours[0] + k)),
-                                   _mm256_loadu_si256((const __m256i *)(fours[1] + k)), to + k * MR + r);
-            }
-        }
+    for (ptrdiff_t i = 0; i < n; i += MR) {
+        const ptrdiff_t at = i * groups, rows = min_of(n - i, MR);
+        if (error_feedback)
+            grouped_pack_strip(x + i * depth, factor, codes + at * LK_GROUP, scale + at, start + at, rows, depth, 1);
+        else
+            grouped_pack_strip(x + i * depth, factor, codes + at * LK_GROUP, scale + at, start + at, rows, depth, 0);
     }
 }
 
-/* weight [out, in], inputs from j on, channels from k0 on -> panel [four values][NR][4]. */
+/* Four rows of NR bytes plus 128, `in` apart, -> [byte of a row][row]. */
+static inline void grouped_interleave(const int8_t *from, ptrdiff_t in, int8_t *to)
+{
+#if VLEN == 16
+    __m256i rows[4], four[4];
+    for (int r = 0; r < 4; r++)
+        rows[r] = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(from + r * in)), _mm256_set1_epi8(-128));
+    const __m256i a = _mm256_unpacklo_epi8(rows[0], rows[1]), b = _mm256_unpackhi_epi8(rows[0], rows[1]);
+    const __m256i d = _mm256_unpacklo_epi8(rows[2], rows[3]), e = _mm256_unpackhi_epi8(rows[2], rows[3]);
+    four[0] = _mm256_unpacklo_epi16(a, d);
+    four[1] = _mm256_unpackhi_epi16(a, d);
+    four[2] = _mm256_unpacklo_epi16(b, e);
+    four[3] = _mm256_unpackhi_epi16(b, e);
+    for (int i = 0; i < 2; i++) { /* the lower sixteen columns are in the lower lanes */
+        _mm256_storeu_si256((__m256i *)to + i, _mm256_permute2x128_si256(four[2 * i], four[2 * i + 1], 0x20));
+        _mm256_storeu_si256((__m256i *)to + 2 + i, _mm256_permute2x128_si256(four[2 * i], four[2 * i + 1], 0x31));
+    }
+#else
+    __m128i rows[4];
+    for (int r = 0; r < 4; r++)
+        rows[r] = _mm_xor_si128(_mm_loadu_si128((const __m128i *)(from + r * in)), _mm_set1_epi8(-128));
+    interleave_four(rows, to);
+#endif
+}
+
+/* weight [out, in], inputs from j on, channels from k0 on -> panel [four values][NR][4]; beyond its edges as if zeros. */
 static void grouped_pack_weight(const int8_t *weight, int8_t *panel, ptrdiff_t out, ptrdiff_t in, ptrdiff_t j,
                                 ptrdiff_t k0, ptrdiff_t size)
 {
-    const __m128i up = _mm_set1_epi8(-128);
-    for (ptrdiff_t k = 0; k < size; k += 4)
-        for (ptrdiff_t c = 0; c < NR; c += 16) {
-            __m128i rows[4];
-            for (int r = 0; r < 4; r++)
-                rows[r] = _mm_xor_si128(load_sixteen(weight, out, in, k0 + k + r, j + c), up);
-            interleave_four(rows, panel + k * NR + c * 4);
-        }
+    const int8_t *from = weight + k0 * in + j;
+    ptrdiff_t k = 0;
+    if (j + NR <= in)
+        for (; k + 4 <= min_of(size, out - k0); k += 4)
+            grouped_interleave(from + k * in, in, panel + k * NR);
+    for (; k < size; k += 4) {
+        int8_t edge[4][NR] = {{0}};
+        for (ptrdiff_t r = 0; r < min_of(4, out - k0 - k); r++)
+            memcpy(edge[r], from + (k + r) * in, (size_t)min_of(in - j, NR));
+        grouped_interleave(edge[0], NR, panel + k * NR);
+    }
 }
 
-/* sums [MR][NR] = strip times panel, over `groups` groups. */
-static inline void grouped_tile(const int8_t *codes, const float *scale, const int32_t *start, const int8_t *panel,
-                                ptrdiff_t groups, float sums[MR][NR])
+/* sums [HALF][NR] = half a strip times a panel, over `groups` groups. Sums of a group and of all stay in registers. */
+static inline __attribute__((always_inline)) void grouped_half(const int8_t *codes, const float *scale, const int32_t *start,
+                                                               const int8_t *panel, ptrdiff_t groups,
+                                                               float sums[GROUPED_HALF][NR])
 {
-    memset(sums, 0, sizeof(float[MR][NR]));
+    floats all[GROUPED_HALF][2];
+    for (int r = 0; r < GROUPED_HALF; r++)
+        all[r][0] = all[r][1] = (floats){0};
     for (ptrdiff_t g = 0; g < groups; g++, scale += MR, start += MR) {
-        int32_vector s[MR][2];
-        for (int r = 0; r < MR; r++)
+        int32_vector s[GROUPED_HALF][2];
+        for (int r = 0; r < GROUPED_HALF; r++)
             s[r][0] = s[r][1] = BROADCAST(start[r]);
         for (int k = 0; k < LK_GROUP / 4; k++, codes += 4 * MR, panel += 4 * NR) {
             const int32_vector low = LOAD(panel), high = LOAD(panel + 4 * VLEN);
-            for (int r = 0; r < MR; r++) {
+            for (int r = 0; r < GROUPED_HALF; r++) {
                 int32_t four;
                 memcpy(&four, codes + 4 * r, 4);
                 const int32_vector x = BROADCAST(four);
@@ -76,10 +122,34 @@ static inline void grouped_tile(const int8_t *codes, const float *scale, const i
                 DOT_FOURS(s[r][1], high, x);
             }
         }
-        for (int r = 0; r < MR; r++) {
-            store(sums[r], grouped_add(load(sums[r]), s[r][0], scale[r]));
-            store(sums[r] + VLEN, grouped_add(load(sums[r] + VLEN), s[r][1], scale[r]));
+        for (int r = 0; r < GROUPED_HALF; r++) {
+            all[r][0] = grouped_add(all[r][0], s[r][0], scale[r]);
+            all[r][1] = grouped_add(all[r][1], s[r][1], scale[r]);
         }
+    }
+    for (int r = 0; r < GROUPED_HALF; r++) {
+        store(sums[r], all[r][0]);
+        store(sums[r] + VLEN, all[r][1]);
+    }
+}
+
+/* Some columns of the weight, packed. */
+struct grouped_side {
+    int8_t panels[GROUPED_PANELS][GROUPED_KC * NR];
+    float scale[GROUPED_PANELS * NR]; /* of the columns */
+    ptrdiff_t begin, width;           /* columns of dx */
+};
+
+/* A strip times the panels of a side, over `groups` groups. */
+static inline void grouped_strip(const struct grouped_side *side, const int8_t *codes, const float *row_scale,
+                                 const int32_t *start, ptrdiff_t groups, float *dx, ptrdiff_t in, ptrdiff_t rows, int first)
+{
+    for (ptrdiff_t j = 0; j < side->width; j += NR) {
+        float sums[MR][NR];
+        for (ptrdiff_t r = 0; r < rows; r += GROUPED_HALF)
+            grouped_half(codes + 4 * r, row_scale + r, start + r, side->panels[j / NR], groups, sums + r);
+        for (ptrdiff_t r = 0; r < rows; r++)
+            grouped_write(sums[r], side->scale + j, dx + r * in + j, min_of(side->width - j, NR), first);
     }
 }
 
@@ -88,26 +158,24 @@ static inline void grouped_tile(const int8_t *codes, const float *scale, const i
 void lk_gemm_w8a8_grouped_dgrad(const int8_t *codes, const float *row_scale, const int32_t *start, const int8_t *weight,
                                 const float *scale, float *dx, ptrdiff_t n, ptrdiff_t out, ptrdiff_t in)
 {
-    const ptrdiff_t groups = groups_of(out), strips = (n + MR - 1) / MR, panels = (in + NR - 1) / NR;
-    const ptrdiff_t parts = row_parts(panels, n), each = (strips + parts - 1) / parts;
+    const ptrdiff_t groups = groups_of(out), strips = (n + MR - 1) / MR, wide = GROUPED_PANELS * NR;
+    const ptrdiff_t sides = (in + wide - 1) / wide, parts = row_parts(sides, n), each = (strips + parts - 1) / parts;
 #pragma omp parallel for schedule(dynamic) collapse(2) if (n * in > 4096)
-    for (ptrdiff_t p = 0; p < panels; p++)
+    for (ptrdiff_t p = 0; p < sides; p++)
         for (ptrdiff_t part = 0; part < parts; part++) {
-            const ptrdiff_t j = p * NR, width = in - j < NR ? in - j : NR;
-            const ptrdiff_t last = (part + 1) * each < strips ? (part + 1) * each : strips;
-            _Alignas(64) int8_t panel[GROUPED_KC * NR];
-            float ones[NR];
-            for (int c = 0; c < NR; c++)
-                ones[c] = scale && c < width ? scale[j + c] : 1;
+            _Alignas(64) struct grouped_side side;
+            side.begin = p * wide;
+            side.width = min_of(in - side.begin, wide);
+            for (ptrdiff_t c = 0; c < wide; c++)
+                side.scale[c] = scale && c < side.width ? scale[side.begin + c] : 1;
             for (ptrdiff_t g = 0; g < groups; g += GROUPED_KC / LK_GROUP) {
-                const ptrdiff_t taken = groups - g < GROUPED_KC / LK_GROUP ? groups - g : GROUPED_KC / LK_GROUP;
-                grouped_pack_weight(weight, panel, out, in, j, g * LK_GROUP, taken * LK_GROUP);
-                for (ptrdiff_t s = part * each; s < last; s++) {
-                    float sums[MR][NR];
-                    const ptrdiff_t at = (s * groups + g) * MR, rows = n - s * MR < MR ? n - s * MR : MR;
-                    grouped_tile(codes + at * LK_GROUP, row_scale + at, start + at, panel, taken, sums);
-                    for (ptrdiff_t r = 0; r < rows; r++)
-                        grouped_write(sums[r], ones, dx + (s * MR + r) * in + j, width, g == 0);
+                const ptrdiff_t taken = min_of(groups - g, GROUPED_KC / LK_GROUP);
+                for (ptrdiff_t j = 0; j < side.width; j += NR)
+                    grouped_pack_weight(weight, side.panels[j / NR], out, in, side.begin + j, g * LK_GROUP, taken * LK_GROUP);
+                for (ptrdiff_t s = part * each; s < min_of((part + 1) * each, strips); s++) {
+                    const ptrdiff_t at = (s * groups + g) * MR;
+                    grouped_strip(&side, codes + at * LK_GROUP, row_scale + at, start + at, taken,
+                                  dx + s * MR * in + side.begin, in, min_of(n - s * MR, MR), g == 0);
                 }
             }
         }

@@ -40,26 +40,34 @@ static inline int32_vector gemv_widen(const int8_t *weight)
 }
 
 /* The sums of one block of a tile, TOKENS rows of x by ROWS of the weight; lane t * ROWS + r. Both are constants, so that
- * the sums stay in registers. As many bytes as are read come into the L2 cache from `ahead` on: hardware prefetchers do
- * not follow interleaved rows. */
+ * the sums stay in registers, and so do the few pointers: the compiler would keep one for each row in memory. As many bytes
+ * as are read come into the L2 cache from `ahead` on: hardware prefetchers do not follow interleaved rows. */
 #define GEMV_TILE(ROWS, TOKENS)                                                                                        \
-    static inline int32_vector gemv_tile_##ROWS(const int16_t *codes, ptrdiff_t stride, const int8_t *weight,          \
-                                                ptrdiff_t in, ptrdiff_t size, const int8_t *ahead)                     \
+    static inline __attribute__((always_inline)) int32_vector gemv_tile_##ROWS(                                        \
+        const int16_t *codes, ptrdiff_t stride, const int8_t *weight, ptrdiff_t in, ptrdiff_t size,                    \
+        const int8_t *ahead)                                                                                           \
     {                                                                                                                  \
         int32_vector s[VLEN];                                                                                          \
+        const int8_t *four[ROWS / 4];                                                                                  \
         for (int i = 0; i < VLEN; i++)                                                                                 \
             s[i] = BROADCAST(0);                                                                                       \
+        for (int f = 0; f < ROWS / 4; f++)                                                                             \
+            four[f] = weight + 4 * f * in;                                                                             \
         for (ptrdiff_t k = 0; k < size; k += GEMV_STEP) {                                                              \
             int32_vector x[TOKENS];                                                                                    \
-            for (int line = 0; line < ROWS * GEMV_STEP / 64; line++)                                                   \
-                __builtin_prefetch(ahead + ROWS * k + 64 * line, 0, 2);                                                \
             for (int t = 0; t < TOKENS; t++)                                                                           \
                 x[t] = LOAD(codes + t * stride + k);                                                                   \
+            for (int f = 0; f < ROWS / 4; f++)                                                                         \
+                __asm__("" : "+r"(four[f]));                                                                           \
             for (int r = 0; r < ROWS; r++) {                                                                           \
-                const int32_vector w = gemv_widen(weight + r * in + k);                                                \
+                const int32_vector w = gemv_widen(four[r / 4] + r % 4 * in);                                           \
+                if (r * GEMV_STEP % 64 == 0)                                                                           \
+                    __builtin_prefetch(ahead + ROWS * k + r * GEMV_STEP, 0, 2);                                        \
                 for (int t = 0; t < TOKENS; t++)                                                                       \
                     DOT_PAIRS(s[t * ROWS + r], x[t], w);                                                               \
             }                                                                                                          \
+            for (int f = 0; f < ROWS / 4; f++)                                                                         \
+                four[f] += GEMV_STEP;                                                                                  \
         }                                                                                                              \
         return fold_int32(s);                                                                                          \
     }
@@ -74,10 +82,11 @@ GEMV_TILE(8, 1)
 
 static inline floats gemv_four_times(const float *four)
 {
-    float each[VLEN];
-    for (int lane = 0; lane < VLEN; lane++)
-        each[lane] = four ? four[lane % GEMV_ROWS] : 0;
-    return load(each);
+#if VLEN == 16
+    return (floats)_mm512_broadcast_f32x4(_mm_loadu_ps(four));
+#else
+    return (floats)_mm256_broadcast_ps((const __m128 *)four);
+#endif
 }
 
 static inline floats gemv_all(float value)
@@ -85,37 +94,76 @@ static inline floats gemv_all(float value)
     return (floats){0} + value;
 }
 
+/* What a thread needs after the product, in windows of the bytes that a tile reads. */
+struct gemv_later {
+    const struct a16_later *range, *end;
+    ptrdiff_t at;           /* bytes of the range that were brought */
+    ptrdiff_t every, tiles; /* tiles to each window; tiles since the last one */
+    int thread;
+};
+
+/* Spread what this thread needs over `bytes` of the tiles that it will compute. */
+static struct gemv_later gemv_begin(const struct a16_later *later, ptrdiff_t ranges, ptrdiff_t bytes)
+{
+    struct gemv_later to = {later, later + ranges, 0, 1, 0, own_thread()};
+    ptrdiff_t needed = 1;
+    for (ptrdiff_t r = 0; r < ranges; r++)
+        needed += later[r].thread == to.thread ? later[r].bytes : 0;
+    to.every = bytes > needed ? bytes / needed : 1;
+    return to;
+}
+
+/* The next `bytes` that this thread needs, if it is their turn, or else `other`. */
+static const int8_t *gemv_next(struct gemv_later *later, ptrdiff_t bytes, const int8_t *other)
+{
+    while (later->range < later->end && (later->range->thread != later->thread || later->at >= later->range->bytes))
+        later->range++, later->at = 0;
+    if (later->range == later->end || ++later->tiles < later->every)
+        return other;
+    const int8_t *from = (const int8_t *)later->range->from + later->at;
+    later->at += bytes;
+    later->tiles = 0;
+    return from;
+}
+
 /* GEMV_CHUNK rows of the weight from j on, by all rows of x; `ahead` is the chunk after it. The first rows of x bring that
- * into the cache, and the next ones as many bytes of what is needed after the product. */
+ * into the cache, and the next ones as many bytes of what is needed after the product. A tile's rows of the weight stay in
+ * the L1 cache for all rows of x. */
 static void gemv_chunk(const struct a16_product *p, ptrdiff_t j, ptrdiff_t n, ptrdiff_t in, const int8_t *ahead,
-                       const int8_t *later)
+                       struct gemv_later *later)
 {
     const ptrdiff_t size = w8a16_kc(in), padded = a16_block_codes(in), stride = a16_row_codes(in);
-    ptrdiff_t i = 0;
-    for (; i + GEMV_TOKENS <= n; i += GEMV_TOKENS, ahead = later)
-        for (ptrdiff_t c = j; c < j + GEMV_CHUNK; c += GEMV_ROWS) {
-            const floats row_scale = gemv_four_times(p->row_scale + c), x_scale = load(p->scale + i * GEMV_ROWS);
-            floats sum = gemv_four_times(p->bias ? p->bias + c : NULL);
+    const ptrdiff_t together = n / GEMV_TOKENS * GEMV_TOKENS;
+    for (ptrdiff_t c = j; together && c < j + GEMV_CHUNK; c += GEMV_ROWS) {
+        const floats row_scale = gemv_four_times(p->row_scale + c);
+        const floats bias = p->bias ? gemv_four_times(p->bias + c) : (floats){0};
+        const int8_t *next = ahead + (c - j) * in;
+        for (ptrdiff_t i = 0; i < together; i += GEMV_TOKENS) {
             const int16_t *codes = p->codes + i * stride;
+            const int8_t *bring = i ? gemv_next(later, GEMV_ROWS * in, next) : next;
+            const floats x_scale = load(p->scale + i * GEMV_ROWS);
+            floats sum = bias;
             float made[VLEN];
             for (ptrdiff_t from = 0; from < in; from += size, codes += padded)
                 sum = a16_add(sum,
                               gemv_tile_4(codes, stride, p->weight + c * in + from, in, padded,
-                                          ahead + (c - j) * in + GEMV_ROWS * from),
+                                          bring + GEMV_ROWS * from),
                               x_scale, row_scale);
             store(made, sum);
             for (int t = 0; t < GEMV_TOKENS; t++)
                 memcpy(p->h + (i + t) * p->out + c, made + t * GEMV_ROWS, GEMV_ROWS * sizeof(float));
         }
-    for (; i < n; i++, ahead = later)
+    }
+    for (ptrdiff_t i = together; i < n; i++)
         for (ptrdiff_t c = j; c < j + GEMV_CHUNK; c += VLEN) {
             const floats row_scale = load(p->row_scale + c), x_scale = gemv_all(p->scale[i * GEMV_ROWS]);
             floats sum = p->bias ? load(p->bias + c) : (floats){0};
             const int16_t *codes = p->codes + i * stride;
+            const int8_t *next = ahead + (c - j) * in, *bring = i ? gemv_next(later, VLEN * in, next) : next;
             for (ptrdiff_t from = 0; from < in; from += size, codes += padded)
                 sum = a16_add(sum,
                               GEMV_TILE_ONE(codes, stride, p->weight + c * in + from, in, padded,
-                                            ahead + (c - j) * in + VLEN * from),
+                                            bring + VLEN * from),
                               x_scale, row_scale);
             store(p->h + i * p->out + c, sum);
         }
@@ -148,36 +196,29 @@ static const struct a16_product *gemv_find(const struct a16_product *p, ptrdiff_
     return p;
 }
 
-/* Where a chunk finds its share of what is needed after the product: the shares are `size` bytes, one after the other. */
-static const int8_t *gemv_later(const struct a16_later *later, ptrdiff_t at, ptrdiff_t size)
-{
-    for (at *= size; later && later->bytes; later++) {
-        if (at < later->bytes)
-            return (const int8_t *)later->from + at;
-        at -= (later->bytes + size - 1) / size * size;
-    }
-    return NULL;
-}
-
-/* Products of the same n rows, rounded for each, with the weights of several layers. What is needed `later` comes into the
- * cache meanwhile; its last range has no bytes. */
+/* Products of the same n rows, rounded for each, with the weights of several layers. What each thread needs `later`, a
+ * number of ranges, comes into its cache meanwhile. */
 void a16_multiply(const struct a16_product *products, ptrdiff_t count, ptrdiff_t n, ptrdiff_t in,
-                  const struct a16_later *later)
+                  const struct a16_later *later, ptrdiff_t ranges)
 {
     const ptrdiff_t size = w8a16_kc(in), past = (in + size - 1) / size * size - size + a16_block_codes(in) - in;
     ptrdiff_t chunks = 0;
     for (ptrdiff_t p = 0; p < count; p++)
         chunks += (products[p].out + GEMV_CHUNK - 1) / GEMV_CHUNK;
-#pragma omp parallel for schedule(guided, 2) if (chunks * GEMV_CHUNK * in > 32768)
-    for (ptrdiff_t at = 0; at < chunks; at++) {
-        ptrdiff_t j = at, next = min_of(at + 1, chunks - 1);
-        const struct a16_product *p = gemv_find(products, &j), *after = gemv_find(products, &next);
-        const ptrdiff_t end = min_of(j + GEMV_CHUNK, p->out);
-        const int8_t *ahead = after->weight + next * in, *other = gemv_later(later, at, GEMV_CHUNK * in);
-        if (end - j == GEMV_CHUNK && end * in + (past > 0 ? past : 0) <= p->out * in)
-            gemv_chunk(p, j, n, in, ahead, other ? other : ahead);
-        else
-            gemv_edge(p, j, end, n, in);
+#pragma omp parallel if (chunks * GEMV_CHUNK * in > 32768)
+    {
+        const ptrdiff_t again = (n - 1) / GEMV_TOKENS; /* times that a tile's weights are read from the L1 cache */
+        struct gemv_later own = gemv_begin(later, ranges, again * chunks * GEMV_CHUNK * in / most_threads());
+#pragma omp for schedule(guided, 2)
+        for (ptrdiff_t at = 0; at < chunks; at++) {
+            ptrdiff_t j = at, next = min_of(at + 1, chunks - 1);
+            const struct a16_product *p = gemv_find(products, &j), *after = gemv_find(products, &next);
+            const ptrdiff_t end = min_of(j + GEMV_CHUNK, p->out);
+            if (end - j == GEMV_CHUNK && end * in + (past > 0 ? past : 0) <= p->out * in)
+                gemv_chunk(p, j, n, in, after->weight + next * in, &own);
+            else
+                gemv_edge(p, j, end, n, in);
+        }
     }
 }
 
@@ -199,6 +240,6 @@ void lk_gemv_w8a16(const float *x, const int8_t *weight, const float *row_scale,
     for (ptrdiff_t i = 0; i < n; i++)
         a16_round_row(x + i * in, column_scale, codes + i * stride, scale + i * GEMV_ROWS, in);
     const struct a16_product product = {codes, scale, weight, row_scale, bias, h, out};
-    a16_multiply(&product, 1, n, in, NULL);
+    a16_multiply(&product, 1, n, in, NULL, 0);
 }
 #endif

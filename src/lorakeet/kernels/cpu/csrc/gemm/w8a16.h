@@ -118,15 +118,16 @@ struct a16_product {
     ptrdiff_t out;
 };
 
-/* A range of memory that is needed after a product. */
+/* A range of memory that a thread needs after a product. */
 struct a16_later {
     const void *from;
     ptrdiff_t bytes;
+    int thread;
 };
 
 HIDDEN void a16_round_row(const float *x, const float *factor, int16_t *codes, float *scale, ptrdiff_t depth);
 HIDDEN void a16_multiply(const struct a16_product *products, ptrdiff_t count, ptrdiff_t n, ptrdiff_t in,
-                         const struct a16_later *later);
+                         const struct a16_later *later, ptrdiff_t ranges);
 
 /* Products of many rows and their packing (gemm_w8a16.c), the same in tiles of AMX (gemm_amx.c), and of few rows. */
 void lk_pack_a16(const float *x, const float *factor, int16_t *strips, float *scale, ptrdiff_t n, ptrdiff_t depth,

@@ -32,13 +32,15 @@ static inline float grouped_scale(int32_t bits, float *inverse)
 /* Round LK_GROUP values of a row, times their factors, to int8. `left` of them are in memory, the others are zeros. Writes
  * their scale and the start of their sums too. Unless `feedback` is NULL, the rounding error of a value is added to the one
  * LK_FEEDBACK further on: the first LK_FEEDBACK values read the errors of the group before, the last ones store theirs. */
-static inline void grouped_round(const float *row, const float *factor, ptrdiff_t left, int32_t *codes, float *scale,
-                                 int32_t *start, float *feedback)
+static inline __attribute__((always_inline)) void grouped_round(const float *row, const float *factor, ptrdiff_t left,
+                                                                int32_t *codes, float *scale, int32_t *start,
+                                                                float *feedback)
 {
     float inverse;
 #if VLEN == 16
     const __m512i highest = _mm512_set1_epi32(127), lowest = _mm512_set1_epi32(-128); /* NaN converts to INT32_MIN */
     __m512 v[LK_GROUP / 16], lost = _mm512_setzero_ps();
+    __m128i bytes[LK_GROUP / 16];
     __m512i most = _mm512_setzero_si512(), sum = most;
     for (int q = 0; q < LK_GROUP / 16; q++) {
         v[q] = load_scaled(row + 16 * q, factor ? factor + 16 * q : NULL, left - 16 * q);
@@ -53,9 +55,11 @@ static inline void grouped_round(const float *row, const float *factor, ptrdiff_
         const __m512i wanted = _mm512_cvtps_epi32(_mm512_mul_ps(v[q], _mm512_set1_ps(inverse)));
         const __m512i code = _mm512_max_epi32(_mm512_min_epi32(wanted, highest), lowest);
         lost = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(*scale), v[q]);
-        _mm_storeu_si128((__m128i *)codes + q, _mm512_cvtsepi32_epi8(code));
+        bytes[q] = _mm512_cvtsepi32_epi8(code);
         sum = _mm512_add_epi32(sum, code);
     }
+    for (int q = 0; q < LK_GROUP / 32; q++) /* as wide as the loads that follow: these would wait for narrower ones */
+        _mm256_storeu_si256((__m256i *)codes + q, _mm256_set_m128i(bytes[2 * q + 1], bytes[2 * q]));
     if (feedback)
         _mm512_storeu_ps(feedback, lost);
     *start = -128 * _mm512_reduce_add_epi32(sum);
@@ -105,5 +109,12 @@ static inline void grouped_write(const float *sums, const float *scale, float *d
     if (width < NR)
         memcpy(dx, edge, (size_t)width * sizeof(float));
 }
+
+/* The product and its packing (gemm_w8a8_grouped.c). */
+ptrdiff_t lk_packed_a8_groups(ptrdiff_t n, ptrdiff_t depth);
+void lk_pack_a8_grouped(const float *x, const float *factor, int8_t *codes, float *scale, int32_t *start, ptrdiff_t n,
+                        ptrdiff_t depth, int error_feedback);
+void lk_gemm_w8a8_grouped_dgrad(const int8_t *codes, const float *row_scale, const int32_t *start, const int8_t *weight,
+                                const float *scale, float *dx, ptrdiff_t n, ptrdiff_t out, ptrdiff_t in);
 #endif
 #endif

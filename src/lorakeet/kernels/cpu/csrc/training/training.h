@@ -3,6 +3,7 @@
 #define LORAKEET_TRAINING_H
 
 #include "../gemm/w8a16.h"
+#include "../gemm/w8a8_grouped.h"
 #if defined(__AVX2__)
 #include <time.h>
 
@@ -100,11 +101,6 @@ void lk_gemm_f32(const float *x, const float *m, const float *bias, float *strip
                  ptrdiff_t depth, ptrdiff_t columns, int transposed, int low_rank, int add);
 void lk_gemm_half(const float *x, const uint16_t *bits, const float *bias, float *strips, float *h, ptrdiff_t n,
                   ptrdiff_t depth, ptrdiff_t columns, int transposed, int bf16);
-ptrdiff_t lk_packed_a8_groups(ptrdiff_t n, ptrdiff_t depth);
-void lk_pack_a8_grouped(const float *x, const float *factor, int8_t *codes, float *scale, int32_t *start, ptrdiff_t n,
-                        ptrdiff_t depth, int error_feedback);
-void lk_gemm_w8a8_grouped_dgrad(const int8_t *codes, const float *row_scale, const int32_t *start, const int8_t *weight,
-                                const float *scale, float *dx, ptrdiff_t n, ptrdiff_t out, ptrdiff_t in);
 ptrdiff_t lk_packed_a8_amx_groups(ptrdiff_t n, ptrdiff_t depth);
 void lk_pack_a8_amx(const float *x, const float *factor, int8_t *tiles, float *scale, ptrdiff_t n, ptrdiff_t depth,
                     int error_feedback);

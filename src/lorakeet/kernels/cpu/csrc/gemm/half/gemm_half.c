@@ -86,9 +86,10 @@ void lk_gemm_half(const float *x, const uint16_t *bits, const float *bias, float
                   ptrdiff_t depth, ptrdiff_t columns, int transposed, int bf16)
 {
     const struct f32_factor m = {bits, depth, columns, transposed};
+    const struct f32_product product = {x, &m, bias, strips, h, n, f32_kc(depth), 0};
     if (bf16)
-        f32_multiply(x, &m, half_pack_bf16, bias, strips, h, n, f32_kc(depth), 0);
+        f32_multiply(&product, half_pack_bf16);
     else
-        f32_multiply(x, &m, half_pack_fp16, bias, strips, h, n, f32_kc(depth), 0);
+        f32_multiply(&product, half_pack_fp16);
 }
 #endif
