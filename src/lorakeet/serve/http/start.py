@@ -100,10 +100,7 @@ def open_service(
     for name, folder in adapters.items():
         _load(residents, name, folder)
     residents.allow_elsewhere = served.allow_hub
-    service = Service(made, opened, base_name, keys or Keys(), limits or Limits(), served.allow_hub)
-    if service.grammars.are_possible:
-        service.grammars.ready()
-    return service
+    return Service(made, opened, base_name, keys or Keys(), limits or Limits(), served.allow_hub)
 
 
 def _load(residents: Residents, name: str, folder: Path) -> None:
