@@ -39,6 +39,39 @@ def test_the_entry_point_does_so_and_what_is_there_already_stays() -> None:
     assert done.stdout.splitlines()[-1] == "None True", done.stderr
 
 
+COMPILER = """
+import sys
+sys.argv[1:] = ["{command}"]
+from lorakeet import cli
+def main():
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed.utils import is_dtensor
+    from transformers.utils import is_torch_distributed_available
+    assert not is_dtensor(torch.ones(1)) and torch.distributed.is_available()
+    seen = [torch._disable_dynamo(lambda x: -x)(-2), is_torch_distributed_available()]
+    seen += [name for name in ("torch._dynamo.eval_frame", "torch.distributed.tensor") if name in sys.modules]
+    from transformers.masking_utils import TransformGetItemToIndex
+    with TransformGetItemToIndex():
+        seen += [int(torch.vmap(lambda i: torch.arange(4)[i])(torch.tensor([3])))]
+    from torch._dynamo import disable, OptimizedModule
+    assert disable.__module__.startswith("torch._dynamo")
+    assert isinstance(torch.compile(torch.nn.Linear(1, 1)), OptimizedModule)
+    print(*seen)
+cli.main = main
+cli.script()
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [("serve", "2 False 3"), ("train", "2 True torch.distributed.tensor 3")],
+)
+def test_the_compiler_of_torch_is_imported_when_something_is_compiled(command: str, expected: str) -> None:
+    done = subprocess.run([sys.executable, "-c", COMPILER.format(command=command)], capture_output=True, text=True)
+    assert done.stdout.strip() == expected, done.stderr
+
+
 def test_a_late_package_is_imported_when_something_of_it_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

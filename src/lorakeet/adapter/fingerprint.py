@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from lorakeet.facts.sharded import is_sharded
 from lorakeet.facts.vocabulary import embedding_rows
 from lorakeet.lora.initialization.taken_part import taken_parts, whole_weight
 from lorakeet.lora.interop.wrappers import canonical
@@ -100,7 +100,7 @@ def base_name(name: str) -> str:
 
 def _base_of(model: nn.Module, state: Mapping[str, Tensor]) -> _Base:
     parameters = {
-        base_name(name): state.get(name, parameter) if isinstance(parameter, DTensor) else parameter
+        base_name(name): state.get(name, parameter) if is_sharded(parameter) else parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if not re.search(r"\.(lora_\w+|modules_to_save)\.", name) and name.endswith((".weight", ".bias"))
     }
@@ -130,7 +130,7 @@ def fingerprint(
     sampled = [
         base.parameters[name] for name in base.sampled_names()
     ]  # of a sharded base, norms and embedding may be whole
-    if not base.parameters or any(p.is_meta or isinstance(p, DTensor) for p in sampled):
+    if not base.parameters or any(p.is_meta or is_sharded(p) for p in sampled):
         return None
     return {
         "architecture": getattr(getattr(model, "config", None), "model_type", type(model).__name__),

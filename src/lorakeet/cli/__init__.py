@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from types import TracebackType
 
-from lorakeet._optional_imports import hide_optional_packages
+from lorakeet._optional_imports import hide_distributed, hide_optional_packages
 from lorakeet._version import __version__
 from lorakeet.kernels.cpu.threads import limit_waiting
 
@@ -40,6 +40,9 @@ COMMANDS = {
 }
 #: Commands whose modules are in ``cli/adapters/``.
 OF_ADAPTERS = ("push", "inspect", "extract", "rank", "compare", "combine")
+
+#: Commands that may train, in several processes; any other is one process.
+OF_SEVERAL_PROCESSES = ("demo", "train", "plan", "bench")
 
 #: Errors of files that a person or the machine causes, not a bug.
 OF_THE_SYSTEM = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ELOOP)
@@ -153,6 +156,8 @@ def _print_traceback(kind: type[BaseException], error: BaseException, trace: Tra
 def script() -> None:
     """Run the program ``lorakeet``; its entry point."""
     hide_optional_packages()
+    if not set(sys.argv[1:2]) & set(OF_SEVERAL_PROCESSES):
+        hide_distributed()
     limit_waiting()
     sys.excepthook = _print_traceback
     sys.exit(main())

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 
 from lorakeet.adapter.serialization import check_base, read_notes, read_tensors
 from lorakeet.adapter.tensor_checks import nonfinite_error
@@ -21,6 +20,7 @@ from lorakeet.adapter.tensor_names import PREFIX, tensor_names
 from lorakeet.errors import AdapterError
 from lorakeet.log import warn
 from lorakeet.lora.config import PeftConfig, refuse_unknown
+from lorakeet.lora.interop.wrappers import is_compiled
 from lorakeet.lora.lifecycle.adapter_files import DOWNLOAD_ARGUMENTS
 from lorakeet.lora.lifecycle.merged import merged_names
 from lorakeet.lora.linear import LoraPair
@@ -151,7 +151,7 @@ def _tell_compiled(how: str) -> None:
 
 def _checked(model: Any, adapter: str) -> Any:
     """Return the model inside ``torch.compile``, if a swap of this adapter is possible."""
-    inner = model._orig_mod if isinstance(model, OptimizedModule) else model
+    inner = model._orig_mod if is_compiled(model) else model
     if not isinstance(inner, LoraModel):
         raise AdapterError("this model has no adapter to swap out", "PeftModel.from_pretrained first")
     if adapter not in inner.peft_config:

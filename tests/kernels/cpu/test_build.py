@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,24 @@ def test_it_is_compiled_once(tmp_path: Path) -> None:
     before = file.stat().st_mtime_ns
     subprocess.run([sys.executable, "-c", script], env=env, check=True)
     assert [path.stat().st_mtime_ns for path in tmp_path.glob("native/*.so")] == [before]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_library_is_compiled_ahead_and_a_failure_warns_where_it_is_loaded(
+    works: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = tmp_path / "cc"
+    made = 'for word; do last=$before; before=$word; [ "$last" = -o ] && : > "$word"; done'
+    compiler.write_text(f"#!/bin/sh\n{made if works else 'echo no such thing >&2; exit 1'}\nexit 0\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("LORAKEET_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "library", cache(build.library.__wrapped__))
+    build.compile_meanwhile().join()
+    assert len(list(tmp_path.glob("native/*.so"))) == works and not caplog.text
+    if not works:
+        assert build.library() is None
+        assert "the C loops cannot be compiled (no such thing)" in caplog.text
 
 
 def test_a_cache_that_cannot_be_written_changes_no_bit(tmp_path: Path) -> None:

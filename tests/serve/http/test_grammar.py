@@ -12,9 +12,12 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
+from helpers.http_server import tiny_app
 from helpers.json_types import TYPES, check_text, schema_of
 from helpers.tiny_base import byte_tokenizer
 from lorakeet.config import BaseSettings
+from lorakeet.serve.engine.requests import Request, Sampling
+from lorakeet.serve.http import service as service_module
 from lorakeet.serve.http.app import make_app
 from lorakeet.serve.http.errors import ApiError
 from lorakeet.serve.http.grammar import LONGEST_NUMBER, Grammars
@@ -74,6 +77,26 @@ def test_numbers_end_if_they_may(grammars: Grammars, schema: Any, most: int) -> 
         grammar.accept(token)
     json.loads(text)
     assert len(text) <= most
+
+
+def test_the_tokenizer_is_taken_apart_once_the_engine_is_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at the start, and not while an answer is under way; a request with a schema before then does it itself."""
+    monkeypatch.setattr(service_module, "_AFTER_START", 0.0)
+    app = tiny_app(tmp_path)
+    service: Any = app.app.state.service  # type: ignore[attr-defined]
+    assert service.grammars._taken_apart is None
+    service.engine.start()
+    ticket = service.engine.submit(Request([5, 6, 7], Sampling(max_tokens=400, ignore_end=True)))
+    was_left: list[bool] = []
+    ticket.listen(lambda chunk: was_left.append(service.grammars._taken_apart is None))  # in the engine's thread
+    service.prepare_grammars()
+    ticket.result()
+    assert len(was_left) > 10 and all(was_left)
+    deadline = time.monotonic() + 20
+    while service.grammars._taken_apart is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert service.grammars._taken_apart is not None
+    service.engine.stop()
 
 
 @pytest.mark.slow

@@ -14,7 +14,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,20 +44,52 @@ def flags() -> list[str]:
     return [*FLAGS, *shlex.split(os.environ.get("LORAKEET_CFLAGS", ""))]
 
 
+#: Held while a thread compiles or loads the library.
+_loading = threading.RLock()
+
+
 @cache
 def library() -> Any:
     """Load the compiled loops, or return None if they cannot be compiled, or compute something else than plain torch.
 
     Compiling takes a few seconds, the first time on a machine; later calls load the cached file.
     """
+    with _loading:
+        return _load()
+
+
+def compile_meanwhile() -> threading.Thread:
+    """Compile the library in a thread, unless it is there, while the caller works for seconds too.
+
+    It says nothing. Where it fails, the first call of :func:`library` tries again and warns.
+    """
+
+    def run() -> None:
+        with _loading, suppress(OSError, subprocess.SubprocessError):
+            found = None if library.cache_info().currsize else _location()
+            if found is not None and not exists(found[1]):
+                compile_library(*found)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def _location() -> tuple[str, Path] | None:
+    """Return the compiler, and the path of what it makes of these sources; None without one."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if os.environ.get("LORAKEET_NATIVE") == "0" or compiler is None or os.name != "posix":
         return None
     contents = b"".join(path.read_bytes() for path in sources())
     key = hashlib.sha256(contents + repr((flags(), compiler, _processor())).encode()).hexdigest()[:16]
-    path = cache_home() / "native" / f"{key}.so"
+    return compiler, cache_home() / "native" / f"{key}.so"
+
+
+def _load() -> Any:
+    if (found := _location()) is None:
+        return None
     try:
-        return _checked(_cached_or_compiled(compiler, path), path)
+        return _checked(_cached_or_compiled(*found), found[1])
     except (OSError, subprocess.SubprocessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         warn(f"the C loops cannot be compiled ({lines[0] if lines else error}); plain torch computes instead")

@@ -7,11 +7,11 @@ below. Names are made canonical here: for injection, settings, saving and loadin
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 
 from lorakeet.errors import AdapterError
 
@@ -77,18 +77,24 @@ def bare(model: nn.Module) -> nn.Module:
                 f"the model is wrapped as {type(module).__name__}, which would not synchronize a new adapter",
                 "put the adapter on the model inside, and wrap it afterwards",
             )
-        if name and isinstance(module, OptimizedModule):
+        if name and is_compiled(module):
             path, _, leaf = canonical(name).rpartition(".")  # wrappers above it are gone already
             model.get_submodule(path)._modules[leaf] = compiled_in_place(module)
     return model
 
 
+def is_compiled(module: Any) -> bool:
+    """Whether a module is the result of ``torch.compile``; none is before the compiler was imported, which takes a second."""
+    compiler: Any = sys.modules.get("torch._dynamo.eval_frame")
+    return compiler is not None and isinstance(module, compiler.OptimizedModule)
+
+
 def compiled_in_place(module: nn.Module) -> nn.Module:
     """Return the module inside ``torch.compile``, compiled itself; any other module as it is."""
-    while isinstance(module, OptimizedModule):
-        inner: nn.Module = module._orig_mod
-        inner._compiled_call_impl = module.dynamo_ctx(inner._call_impl)  # as nn.Module.compile does
-        module = inner
+    while is_compiled(module):
+        outer: Any = module
+        module = outer._orig_mod
+        module._compiled_call_impl = outer.dynamo_ctx(module._call_impl)  # as nn.Module.compile does
     return module
 
 

@@ -19,6 +19,7 @@ from lorakeet.kernels.cpu import abi
 from lorakeet.kernels.paged import Rows, UpdateTable
 from lorakeet.patches.verify import Verifier, is_close
 from lorakeet.serve.cache.pages import Pages
+from lorakeet.serve.compiled.agreement import Agreement
 from lorakeet.serve.compiled.layers import UnsupportedError, read_parts
 from lorakeet.serve.compiled.updates import made_table, read_updates
 from lorakeet.serve.engine.forward import Forward, Piece, PlainForward, acting
@@ -37,6 +38,7 @@ class CompiledForward:
     Attributes:
         pages: The pool that it writes to.
         tables: Copies of adapters of the model in the layout of the loops; None for one that they cannot compute.
+        agreement: Record that the pass was compared with the model's own forward; None: there is none.
     """
 
     def __init__(self, model: Any, pages: Pages) -> None:
@@ -56,6 +58,7 @@ class CompiledForward:
             )
         self._model, self._pool, self._parts = model, pages, read_parts(model)
         self._plain = PlainForward(model, pages)
+        self.agreement: Agreement | None = None
         self.tables: WeakKeyDictionary[Resident, UpdateTable | None] = WeakKeyDictionary()
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
@@ -107,17 +110,21 @@ class CompiledForward:
         return self.tables[resident]
 
 
-def compiled_forward(model: Any, pages: Pages) -> Forward:
+def compiled_forward(model: Any, pages: Pages, agreement: Agreement | None = None) -> Forward:
     """Return the compiled pass of a model if there is one and it agrees with the model's own forward, else the plain pass.
 
     Args:
         model: A causal model, with or without adapters.
         pages: Pool of its keys and values.
+        agreement: Record of an earlier comparison; None: both passes are compared.
     """
     try:
         made = CompiledForward(model, pages)
     except UnsupportedError:
         return PlainForward(model, pages)
+    made.agreement = agreement
+    if agreement is not None and agreement.is_noted:
+        return made
     agrees = Verifier().agrees("model", model, lambda: _agrees(model, pages))
     return made if agrees else PlainForward(model, pages)
 

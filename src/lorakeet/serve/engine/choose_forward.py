@@ -32,7 +32,7 @@ Make = Callable[[Any, Pages], Forward]
 
 @torch.inference_mode()
 def choose_forward(model: Any, page_tokens: int, cache_bytes: int, make: Make | None = None) -> Forward:
-    """Return the first forward pass that computes what the model does.
+    """Return the first forward pass that computes what the model does; one with a record of that is not compared again.
 
     Args:
         model: The model, without adapters that act.
@@ -49,9 +49,15 @@ def choose_forward(model: Any, page_tokens: int, cache_bytes: int, make: Make | 
             "lorakeet generate runs it",
         )
     with evaluating(model):
-        expected = [model(input_ids=ids).logits[0, -1].float() for ids in _texts(model)]
+        expected: list[Tensor] = []
         for candidate in _candidates(model, page_tokens, cache_bytes, make):
+            agreement = getattr(candidate, "agreement", None)
+            if agreement is not None and agreement.is_noted:
+                return candidate
+            expected = expected or [model(input_ids=ids).logits[0, -1].float() for ids in _texts(model)]
             if _agrees(candidate, _texts(model), expected):
+                if agreement is not None:
+                    agreement.note()
                 return candidate
     raise BaseModelError(
         f"{model.config.model_type} answers otherwise with a cache than without, so it cannot be served",

@@ -154,6 +154,12 @@ class Engine:
         """Whether the thread runs and takes requests."""
         return self._thread is not None and not self._stopping
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether requests are under way or waiting."""
+        with self._changed:
+            return not self._scheduler.idle
+
     # -- requests ---------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> Ticket:

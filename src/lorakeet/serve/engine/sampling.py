@@ -24,6 +24,8 @@ _COLDEST, _HOTTEST = 1e-6, 1e6
 _DISTANCES = (4.0, 8.0, 16.0)
 #: Share of a probability by which rounding may move a border.
 _ROUNDING = 1e-6
+#: Share of the vocabulary from which on a mask of allowed tokens is faster than a list of them.
+_MOST = 0.75
 #: Tokens whose weights are summed at once.
 _BLOCK = 256
 
@@ -54,9 +56,7 @@ class Sampler:
             The token, and its log probability if the request asks for it.
         """
         given = logits.numpy()
-        scores, tokens = self._changes.added_to(given), self._allowed(len(given))
-        if tokens is not None:
-            scores = scores.take(tokens)
+        scores, tokens = self._allowed(self._changes.added_to(given))
         if self.sampling.temperature == 0:
             place = int(scores.argmax())
         else:
@@ -75,18 +75,25 @@ class Sampler:
         if wanted.grammar is not None:
             wanted.grammar.accept(token)
 
-    def _allowed(self, size: int) -> NDArray[np.intp] | None:
-        """Return the tokens that the grammar allows, of a vocabulary of this size; None without a grammar.
+    def _allowed(self, scores: Numbers) -> tuple[Numbers, NDArray[np.intp] | None]:
+        """Return the logits to choose from, by what the grammar allows, and their tokens; None: those from 0 on.
+
+        Where few are allowed, as in most places of a JSON text, the choice is among few. Where most are, to lay them out anew
+        costs more than it saves, and the others get minus infinity.
 
         Raises:
             ValueError: There is none.
         """
         if self.sampling.grammar is None:
-            return None
-        tokens = np.flatnonzero(self.sampling.grammar.allowed()[:size])
-        if not len(tokens):
+            return scores, None
+        allowed = self.sampling.grammar.allowed()[: len(scores)]
+        count = np.count_nonzero(allowed)
+        if not count:
             raise ValueError("the grammar allows none here")
-        return tokens
+        if count > _MOST * len(allowed):
+            return np.where(allowed, scores[: len(allowed)], np.float32(-np.inf)), None
+        tokens = np.flatnonzero(allowed)
+        return scores.take(tokens), tokens
 
 
 class _Changes:

@@ -34,6 +34,7 @@ def make_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.engine.start()
+        service.prepare_grammars()
         try:
             yield
         finally:

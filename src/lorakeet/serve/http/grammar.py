@@ -68,7 +68,7 @@ class Grammars:
     def ready(self) -> LLTokenizer:
         """Return the tokenizer as llguidance reads it.
 
-        The first call holds up all threads of the process for most of a second, so it comes before any request.
+        The first call holds up all threads of the process for most of a second.
 
         Raises:
             ApiError: Grammars are not possible.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -17,6 +18,9 @@ from lorakeet.serve.http.access.keys import Keys
 from lorakeet.serve.http.errors import ApiError
 from lorakeet.serve.http.grammar import Grammars
 from lorakeet.serve.http.tokenizers import Tokenizers
+
+#: Seconds after the start, and between two looks whether the engine is idle.
+_AFTER_START, _BETWEEN_LOOKS = 1.0, 0.1
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,23 @@ class Service:
             is_same = tokenizer.get_vocab() == self.tokenizer.get_vocab() and ends == sorted(self.engine.ends)
             self._own_grammars[tokenizer] = self.grammars if is_same else Grammars(tokenizer, ends)
         return self._own_grammars[tokenizer]
+
+    def prepare_grammars(self) -> None:
+        """Let a thread take the tokenizer apart for grammars, once the engine runs and is idle.
+
+        That holds up all threads for most of a second, so it is neither part of the start nor of a request. A request with a
+        schema that comes before does it itself.
+        """
+
+        def wait() -> None:
+            time.sleep(_AFTER_START)
+            while self.engine.is_running and self.engine.is_busy:
+                time.sleep(_BETWEEN_LOOKS)
+            if self.engine.is_running:
+                self.grammars.ready()
+
+        if self.grammars.are_possible:
+            threading.Thread(target=wait, name="lorakeet-grammars", daemon=True).start()
 
     def check_task(self, *tasks: str) -> None:
         """Check that the model has one of these tasks.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lorakeet.lora.lifecycle.adapter_files import CONFIG_NAME
 from lorakeet.runs.process_memory import share_one_heap
 from lorakeet.security.paths import is_dir, is_file, outside
 from lorakeet.serve.compiled import compiled_forward
+from lorakeet.serve.compiled.agreement import agreement_of
 from lorakeet.serve.engine.engine import Engine
 from lorakeet.serve.engine.residents import Residents
 from lorakeet.serve.http.access.keys import Keys
@@ -96,14 +98,12 @@ def open_service(
     library()  # compiled on first use, which may take longer than a caller waits
     opened = open_model(settings, task=task or Task())
     residents = Residents(opened, served.folder, allow_elsewhere=True)
-    made = Engine(opened, residents, **{"make_forward": compiled_forward, **(engine or {})})
+    forward = partial(compiled_forward, agreement=agreement_of(opened.model.config, residents.placement.base))
+    made = Engine(opened, residents, **{"make_forward": forward, **(engine or {})})
     for name, folder in adapters.items():
         _load(residents, name, folder)
     residents.allow_elsewhere = served.allow_hub
-    service = Service(made, opened, base_name, keys or Keys(), limits or Limits(), served.allow_hub)
-    if service.grammars.are_possible:
-        service.grammars.ready()
-    return service
+    return Service(made, opened, base_name, keys or Keys(), limits or Limits(), served.allow_hub)
 
 
 def _load(residents: Residents, name: str, folder: Path) -> None:
