@@ -12,7 +12,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Mapping
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -102,7 +101,7 @@ def _real(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-class _Before(MetaPathFinder):
+class _Before:
     """Finder that finds nothing, and calls a function before a module is imported."""
 
     def __init__(self, name: str, function: Callable[[], None]) -> None:
