@@ -44,6 +44,7 @@ OWN_FILES = {
     "runs/metrics_log.py": "lines that were written with \\u escapes",
     "runs/process_memory.py": "/proc/self/status",
     "security/json_file.py": "JSON, of which the bytes are counted",
+    "serve/compiled/agreement.py": "bytes of this package, of which a hash is taken",
     "train/callbacks/progress.py": "a progress bar",
     "train/checkpoints/manifest.py": "bytes, of which the hash is taken",
     "serve/http/tokenizers.py": "bytes, of which a hash is taken",
