@@ -49,14 +49,17 @@ def main():
     from transformers.distributed.utils import is_dtensor
     from transformers.utils import is_torch_distributed_available
     assert not is_dtensor(torch.ones(1)) and torch.distributed.is_available()
+    from accelerate.utils.other import is_compiled_module
     seen = [torch._disable_dynamo(lambda x: -x)(-2), is_torch_distributed_available()]
-    seen += [name for name in ("torch._dynamo.eval_frame", "torch.distributed.tensor") if name in sys.modules]
+    seen += [is_compiled_module(torch.nn.Linear(1, 1))]
+    seen += [name for name in ("torch._dynamo.convert_frame", "torch.distributed.tensor") if name in sys.modules]
     from transformers.masking_utils import TransformGetItemToIndex
     with TransformGetItemToIndex():
         seen += [int(torch.vmap(lambda i: torch.arange(4)[i])(torch.tensor([3])))]
     from torch._dynamo import disable, OptimizedModule
     assert disable.__module__.startswith("torch._dynamo")
-    assert isinstance(torch.compile(torch.nn.Linear(1, 1)), OptimizedModule)
+    compiled = torch.compile(torch.nn.Linear(1, 1))
+    assert isinstance(compiled, OptimizedModule) and is_compiled_module(compiled)
     print(*seen)
 cli.main = main
 cli.script()
@@ -65,7 +68,7 @@ cli.script()
 
 @pytest.mark.parametrize(
     ("command", "expected"),
-    [("serve", "2 False 3"), ("train", "2 True torch.distributed.tensor 3")],
+    [("serve", "2 False False 3"), ("train", "2 True False torch.distributed.tensor 3")],
 )
 def test_the_compiler_of_torch_is_imported_when_something_is_compiled(command: str, expected: str) -> None:
     done = subprocess.run([sys.executable, "-c", COMPILER.format(command=command)], capture_output=True, text=True)

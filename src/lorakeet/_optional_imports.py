@@ -18,8 +18,10 @@ from typing import Any
 
 NEVER_NEEDED = ("peft", "bitsandbytes")
 NEEDED_LATE = ("sklearn", "scipy")
-#: The compiler of torch, and the module of it that transformers takes a name from.
+#: The compiler of torch, and its module that transformers takes a name from.
 _COMPILER, _TRANSFORMS = "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op"
+#: The module of it with the class of compiled modules, which accelerate looks for.
+_FRAMES = "torch._dynamo.eval_frame"
 
 
 def hide_optional_packages() -> None:
@@ -79,9 +81,11 @@ def _hide_compiler() -> None:
             "graph_break": lambda msg="": None,
         },
         _TRANSFORMS: {"TransformGetItemToIndex": _index_transform},
+        _FRAMES: {"OptimizedModule": type("OptimizedModule", (), {})},  # nothing is compiled yet
     }
     if not any(name in sys.modules for name in meanwhile):
         sys.modules.update({name: _StandIn(name, given) for name, given in meanwhile.items()})
+        meanwhile[_COMPILER]["eval_frame"] = sys.modules[_FRAMES]
 
 
 def _marked(function: Any = None, *args: Any, **options: Any) -> Any:

@@ -87,6 +87,8 @@ def test_dtype_and_shape_are_those_of_the_input(dtype: torch.dtype, back_end: st
 
 def test_the_result_is_no_view_so_that_a_loss_may_overwrite_it() -> None:
     x, weight, scale, _ = layer(5, 7, 9)
+    with torch.no_grad():
+        assert not linear.int8_linear(x, weight, scale)._is_view()
     assert not linear.int8_linear(x.requires_grad_(), weight, scale)._is_view()
     a, b = torch.ones(2, x.shape[1], requires_grad=True), torch.ones(len(weight), 2, requires_grad=True)
     assert not lora_linear(x, Int8Weight(weight, scale), None, a, b, 0.5)._is_view()

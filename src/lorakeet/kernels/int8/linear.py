@@ -119,5 +119,6 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     bias = None if bias is None else bias.to(x.dtype)
     if not torch.is_grad_enabled():
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        return product(rows, weight, scale, bias).view(*x.shape[:-1], weight.shape[0])
+        made = product(rows, weight, scale, bias)  # of a view the loss makes a copy
+        return made if x.dim() == 2 else made.view(*x.shape[:-1], weight.shape[0])
     return _Int8Linear.apply(x, weight, scale, bias)

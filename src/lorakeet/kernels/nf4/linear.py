@@ -162,6 +162,7 @@ def nf4_linear(x: Tensor, weight: Nf4Tensors, bias: Tensor | None = None) -> Ten
     bias = None if bias is None else bias.to(x.dtype)
     if not torch.is_grad_enabled():
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        return product(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+        made = product(rows, weight, bias)  # of a view the loss makes a copy
+        return made if x.dim() == 2 else made.view(*x.shape[:-1], weight.shape[0])
     h: Tensor = _Nf4Linear.apply(x, *weight, bias)
     return h
