@@ -53,10 +53,13 @@ def main():
     seen = [torch._disable_dynamo(lambda x: -x)(-2), is_torch_distributed_available()]
     seen += [is_compiled_module(torch.nn.Linear(1, 1))]
     seen += [name for name in ("torch._dynamo.convert_frame", "torch.distributed.tensor") if name in sys.modules]
+    from lorakeet._optional_imports import has_compiler
+    assert not has_compiler()
     from transformers.masking_utils import TransformGetItemToIndex
     with TransformGetItemToIndex():
         seen += [int(torch.vmap(lambda i: torch.arange(4)[i])(torch.tensor([3])))]
     from torch._dynamo import disable, OptimizedModule
+    assert has_compiler()
     assert disable.__module__.startswith("torch._dynamo")
     compiled = torch.compile(torch.nn.Linear(1, 1))
     assert isinstance(compiled, OptimizedModule) and is_compiled_module(compiled)

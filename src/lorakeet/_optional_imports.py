@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, NoneType
 from typing import Any
 
 NEVER_NEEDED = ("peft", "bitsandbytes")
@@ -86,6 +86,11 @@ def _hide_compiler() -> None:
     if not any(name in sys.modules for name in meanwhile):
         sys.modules.update({name: _StandIn(name, given) for name, given in meanwhile.items()})
         meanwhile[_COMPILER]["eval_frame"] = sys.modules[_FRAMES]
+
+
+def has_compiler() -> bool:
+    """Whether torch's compiler is imported already."""
+    return not isinstance(sys.modules.get(_COMPILER), (_StandIn, NoneType))
 
 
 def _marked(function: Any = None, *args: Any, **options: Any) -> Any:

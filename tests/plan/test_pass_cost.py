@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lorakeet.plan.pass_cost import Part, PassCost, choose_every, seconds_of
+from lorakeet.plan.plan import COMPILER_BYTES, Memory
+from lorakeet.train.planning import plan_run
 
 LAYERS, KEPT, INPUT, REST = 12, 100, 10, 50
 
@@ -54,3 +56,13 @@ def test_seconds_lie_on_lines_between_measured_passes() -> None:
     assert seconds_of([10, 20, 30], [large, small]) == pytest.approx(small.seconds() + middle + large.seconds())
     assert seconds_of([40], [large, small]) == pytest.approx(large.seconds() + (large.seconds() - small.seconds()) / 2)
     assert seconds_of([5, 20], [small]) == pytest.approx(2.5 * small.seconds())
+
+
+@pytest.mark.parametrize(("every", "is_there", "added"), [(1, False, COMPILER_BYTES), (None, False, 0), (1, True, 0)])
+def test_checkpointed_layers_need_the_compiler_of_torch(
+    every: int | None, is_there: bool, added: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_run, "has_compiler", lambda: is_there)
+    memory = Memory(10, *(0,) * 9)
+    assert plan_run._with_pass(memory, cost(), every).software == 10 + added
+    assert plan_run._with_pass(Memory(0, *(0,) * 9), cost(), every).software == 0  # a GPU

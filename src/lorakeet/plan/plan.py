@@ -12,6 +12,8 @@ SHARE = 0.85
 HEAP = 1.05
 #: Bytes that a process takes after planning for more of Python's libraries: the loader, the Trainer, plots. Measured: 60 MB.
 LATER_BYTES = 60_000_000
+#: Bytes of torch's compiler, which its function for checkpointed layers imports. Measured: 97 MB.
+COMPILER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)

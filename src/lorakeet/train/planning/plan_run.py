@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lorakeet._optional_imports import has_compiler
 from lorakeet.adapter.peft_model import PeftModel
 from lorakeet.base.checkpoint_files import weight_files
 from lorakeet.base.device_dtype import choose_device
@@ -24,7 +25,7 @@ from lorakeet.plan.cut_model import whole_model
 from lorakeet.plan.free_memory import free_memory
 from lorakeet.plan.pass_cost import PassCost, choose_every, seconds_of
 from lorakeet.plan.passes import Pass, count_steps, evaluation_passes, largest_pass, training_passes, typical_passes
-from lorakeet.plan.plan import HEAP, LATER_BYTES, SHARE, Memory, Plan
+from lorakeet.plan.plan import COMPILER_BYTES, HEAP, LATER_BYTES, SHARE, Memory, Plan
 from lorakeet.quant.protocol import has_rounded
 from lorakeet.runs.process_memory import peak_since_restart, resident_bytes, restart_peak, return_free_memory
 from lorakeet.tasks.task import Task
@@ -243,7 +244,14 @@ def _memory(config: RunConfig, weights: Weights, costs: Costs, used: int, proces
 def _with_pass(memory: Memory, largest: PassCost, every: int | None) -> Memory:
     """Return the memory with the largest pass, of which layers 0, n, 2n, … are checkpointed."""
     peak, kept = largest.peak(every) * memory.heap, largest.kept(every) * memory.heap
-    return replace(memory, activations=int(kept), logits=largest.peak_outside(), transient=int(peak - kept))
+    compiler = COMPILER_BYTES if every and memory.software and not has_compiler() else 0
+    return replace(
+        memory,
+        software=memory.software + compiler,
+        activations=int(kept),
+        logits=largest.peak_outside(),
+        transient=int(peak - kept),
+    )
 
 
 def _every(
