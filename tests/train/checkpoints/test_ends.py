@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from lorakeet.train.callbacks import save_by_time
 from lorakeet.train.callbacks.progress import ProgressCallback
 from lorakeet.train.callbacks.save_by_time import SaveByTime
 from lorakeet.train.checkpoints import resumable
+from lorakeet.train.checkpoints.manifest import checkpoints
 from lorakeet.train.run import InterruptedRunError, run_training
 from lorakeet.train.trainer import Trainer
 
@@ -46,6 +48,19 @@ def test_a_training_that_took_its_last_step_takes_no_other(fit) -> None:
     again = fit(resume=True)
     assert again.state.global_step == whole.state.global_step == 6
     assert weights(again) == weights(whole)
+
+
+def test_a_resumed_run_removes_what_a_killed_one_had_no_time_to(fit, tmp_path: Path) -> None:
+    """A kill between the last save and the removal of the checkpoint that it replaces."""
+    whole = fit(save_total_limit=1)
+    folder = Path(whole.args.output_dir)
+    assert list(checkpoints(folder)) == [6]
+    shutil.copytree(folder / "checkpoint-6", folder / "checkpoint-4")
+    fit(resume=True, save_total_limit=1)
+    assert list(checkpoints(folder)) == [6]
+    shutil.copytree(folder / "checkpoint-6", folder / "checkpoint-8")  # damaged: resuming names another one
+    fit(resume=str(folder / "checkpoint-6"), save_total_limit=1)
+    assert list(checkpoints(folder)) == [8, 6]
 
 
 def test_an_early_stop_stays_a_stop(fit) -> None:

@@ -122,6 +122,10 @@ class ResumableTrainer(SavedState):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
+        self._remove_old_checkpoints(run_folder)
+
+    def _remove_old_checkpoints(self, run_folder: Path) -> None:
+        """Remove the checkpoints that the newest one replaces."""
         if self.args.should_save:
             best_step = self.state.best_global_step if self.state.best_model_checkpoint else None
             keep_checkpoints(run_folder, self.state.global_step, best_step, self.args.save_total_limit)
@@ -285,3 +289,6 @@ class ResumableTrainer(SavedState):
                 best = checkpoints(self.args.output_dir).get(self.state.global_step)
                 if is_best and best is not None:
                     self.state.best_model_checkpoint = str(best)
+            run_folder = Path(self.args.output_dir)
+            if self.state.global_step in list(checkpoints(run_folder))[:1]:  # a kill may have come before the removal
+                self._remove_old_checkpoints(run_folder)
