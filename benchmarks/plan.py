@@ -109,8 +109,8 @@ def words_of(cell: Cell, model: str, folder: Path) -> list[str]:
         write_data(data, cell["length"])
     task = "SEQ_CLS" if cell["model"] == "bert" else "CAUSAL_LM"
     flags = {"model": model, "bits": cell["bits"], "task": task, "data": data, "max-length": cell["length"]}
-    flags |= {"batch-size": cell["batch"], "grad-accum": ACCUMULATED, "steps": STEPS, "device": "cpu", "r": 16}
-    flags["lr"] = RATE
+    flags |= {"batch-size": cell["batch"], "grad-accum": ACCUMULATED, "steps": STEPS, "lr": RATE}
+    flags |= {"device": "cpu", "r": 16}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     return [
         *words,

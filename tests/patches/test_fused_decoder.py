@@ -260,6 +260,7 @@ def second_adapter(model: Any) -> None:
     model.base_model.set_adapter(["default", "second"])
 
 
+MLP = ["gate_proj", "up_proj", "down_proj"]
 APART: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
     "a hook on a projection": ({}, hooked("self_attn.q_proj", "register_forward_hook")),
     "a hook on an MLP": ({}, hooked("mlp", "register_forward_pre_hook")),
@@ -273,6 +274,8 @@ APART: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
     "DoRA": ({"use_dora": True}, lambda model: None),
     "NF4": ({"bits": 4}, lambda model: None),
     "another family": ({"kind": "qwen3"}, lambda model: None),
+    "a trained copy of the network": ({"target_modules": ATTENTION, "modules_to_save": ["mlp"]}, lambda model: None),
+    "a trained copy of attention": ({"target_modules": MLP, "modules_to_save": ["self_attn"]}, lambda model: None),
 }
 
 

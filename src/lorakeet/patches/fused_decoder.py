@@ -136,7 +136,9 @@ def trained_layer(layer: Any, mask: Any, past_key_values: Any = None, **settings
     """
     if not isinstance(mask, Packing):
         return "padding is computed"
-    attention, _, activation, *others = inner = _inner(layer)
+    if not (inner := _inner(layer)):
+        return "another module stands in it for attention or network, such as one of modules_to_save"
+    attention, _, activation, *others = inner
     if past_key_values is not None or any(settings.get(name) is not None for name in ("position_bias", "s_aux")):
         return "its attention has a cache or a bias"
     if attention.attention_dropout or mask.pattern.softcap is not None or mask.pattern.dropout:
@@ -164,11 +166,17 @@ def _linear(module: Any) -> TrainedLinear | None:
 
 
 def _inner(layer: Any) -> list[Any]:
-    """Return the modules that a layer calls: attention, network, activation, both norms, and the linear layers."""
+    """Return the modules that a layer calls: attention, network, activation, both norms, and the linear layers.
+
+    The list is empty where another module stands for attention or network, whatever attributes it passes on.
+    """
     own = layer._modules  # nn.Module's attribute look-up is slow, and every layer is asked in every pass
+    wanted = ("mlp", "act_fn"), *_LINEARS
+    parts = [own[part]._modules.get(name) for part, name in wanted]
+    if any(part is None for part in parts):
+        return []
     norms = own["input_layernorm"], own["post_attention_layernorm"]
-    projections = [own[part]._modules[name] for part, name in _LINEARS]
-    return [own["self_attn"], own["mlp"], own["mlp"]._modules["act_fn"], *norms, *projections]
+    return [own["self_attn"], own["mlp"], parts[0], *norms, *parts[1:]]
 
 
 def _is_all_watched() -> bool:

@@ -84,9 +84,7 @@ def measure_pass(
         began = time.perf_counter()
         with LiveBytes(model, known) as counter:  # also makes what is made only once, before the passes that are timed
             counted = _run(layers, run, counter, device)
-        _run(
-            layers, run, None, device
-        )  # makes the buffers kept from pass to pass, which the counted pass does not keep
+        _run(layers, run, None, device)  # makes the buffers that stay from pass to pass; the counted ones are gone
         timed = [[part.seconds for part in _run(layers, run, None, device)]]
         while len(timed) < TIMED and time.perf_counter() - began < LONG_ENOUGH:
             timed.append([part.seconds for part in _run(layers, run, None, device)])

@@ -203,10 +203,14 @@ def weight_rows(layer: Any, ids: Tensor) -> Tensor:
 
 
 def dequantized_copy(module: nn.Module) -> nn.Module:
-    """Copy ``module`` with plain layers in place of the quantized ones in it, so that it can be trained."""
+    """Copy ``module`` with plain layers in place of the quantized ones in it, so that it can be trained.
+
+    The copy shares the model's configuration, which also says how attention is computed.
+    """
     if is_quantized(module):
         return module.dequantized()
-    made = copy.deepcopy(module)
+    configs = [config for inner in module.modules() if (config := inner.__dict__.get("config")) is not None]
+    made = copy.deepcopy(module, {id(config): config for config in configs})
     for name, inner in list(quantized_layers(made)):
         made.set_submodule(name, inner.dequantized())
     return made
